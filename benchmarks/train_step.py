@@ -1,0 +1,275 @@
+"""Training step (forward, backward, AdamW) of qwen-moe against transformers' Qwen2MoeForCausalLM on one machine.
+
+    python benchmarks/train_step.py [--precision bf16 mixed fp32] [--rounds 5] [--breakdown] [--json]
+
+Both sides have the same weights and the same batch, and take turns: A B A B ... in one process, so that a machine whose
+speed drifts slows both. Reported are medians, and the median of the ratios pair by pair. Peak memory is measured in a
+process of its own for each side. Reference shape: vocabulary 8192, hidden 512, 8 layers, 8 heads, 4 KV heads, 16 experts
+of 256, 4 active, shared expert of 512, batch 4 x 512.
+
+``bf16``: weights, gradients and optimizer states in bf16 on both sides. ``mixed``: ours with fp32 master weights and bf16
+compute (FSDP2's mixed precision on one rank, as `qwen-moe train` runs it) against the fp32 model under bf16 autocast.
+``fp32``: fp32 throughout on both sides.
+"""
+
+import argparse
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qwen_moe.config import ModelConfig, parse_model
+from qwen_moe.models.decoder import DecoderLM
+from qwen_moe.models.flops import flops_per_token
+from qwen_moe.models.init import build_model
+from qwen_moe.training.metrics import measure_matmul_peak
+
+BATCH, SEQUENCE = 4, 512
+SHAPE = {
+    "family": "qwen2_moe",
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 256,
+    "shared_expert_intermediate_size": 512,
+}
+Step = Callable[[], float]
+
+
+def reference_config() -> ModelConfig:
+    return parse_model(SHAPE, "benchmark")
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids ``[4, 512]`` and the tokens that follow them."""
+    tokens = torch.randint(0, SHAPE["vocab_size"], (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(0))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def _adamw(parameters: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+
+def ours(precision: str) -> tuple[Step, DecoderLM]:
+    """One training step of ours; calling it returns the loss before the update."""
+    config = reference_config()
+    if precision == "mixed":
+        model = _sharded(config)
+    else:
+        model = build_model(config, 0, torch.bfloat16 if precision == "bf16" else torch.float32)
+    model.train()
+    optimizer = _adamw(model.parameters())
+    inputs, labels = batch()
+
+    def step() -> float:
+        sums = model.loss_sums(inputs, labels)
+        loss = sums.cross_entropy / labels.numel()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step, model
+
+
+def _sharded(config: ModelConfig) -> DecoderLM:
+    """As `qwen-moe train` builds it, on a mesh of one rank."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    from parallel.data import data_parallel_mesh, shard
+
+    if not dist.is_initialized():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    model = build_model(config, 0, torch.float32)
+    shard(
+        model,
+        model.model.layers,
+        data_parallel_mesh(torch.device("cpu")),
+        compute_dtype=torch.bfloat16,
+        reduce_dtype=torch.float32,
+        reshard_after_forward=False,
+    )
+    register_fsdp_forward_method(model, "loss_sums")
+    return model
+
+
+def theirs(precision: str, experts: str) -> tuple[Step, Any]:
+    """The same step of transformers with the given experts implementation and SDPA attention."""
+    import transformers
+
+    config = reference_config()
+    values = {key: value for key, value in SHAPE.items() if key != "family"}
+    hf_config = transformers.Qwen2MoeConfig(
+        **values,
+        decoder_sparse_step=1,
+        norm_topk_prob=config.norm_topk_prob,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        output_router_logits=False,
+        use_cache=False,
+        attn_implementation="sdpa",
+        experts_implementation=experts,
+    )
+    model = transformers.Qwen2MoeForCausalLM(hf_config)
+    source = build_model(config, 0, torch.float32).state_dict()
+    state = {}
+    for name, tensor in source.items():
+        if name.endswith("expert_bias"):
+            continue
+        state[name] = tensor.flatten(1, 2) if name.endswith("gate_up_proj") else tensor
+    model.load_state_dict(state)
+    model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32).train()
+    optimizer = _adamw(model.parameters())
+    inputs, labels = batch()
+
+    def step() -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "mixed"):
+            logits = model(input_ids=inputs).logits
+            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step, model
+
+
+def fastest_experts(precision: str) -> str:
+    """The quickest experts implementation that transformers offers here, each tried on two steps after a warm-up."""
+    seconds = {}
+    # Not "batched_mm": it copies expert weights per token, 50 GB at this shape.
+    for name in ("grouped_mm", "eager"):
+        try:
+            step, _ = theirs(precision, name)
+            step()
+            start = time.perf_counter()
+            step()
+            seconds[name] = time.perf_counter() - start
+        except (RuntimeError, ValueError, ImportError) as error:
+            print(f"transformers' {name} experts do not run here: {error}", file=sys.stderr)
+    return min(seconds, key=lambda name: seconds[name])
+
+
+def compare(precision: str, rounds: int) -> dict[str, Any]:
+    """Interleaved timings of both sides, and their agreement on the first loss."""
+    experts = fastest_experts(precision)
+    our_step, _ = ours(precision)
+    their_step, _ = theirs(precision, experts)
+    our_loss, their_loss = our_step(), their_step()
+    our_step(), their_step()
+    our_seconds, their_seconds = [], []
+    for _ in range(rounds):
+        for step, seconds in ((our_step, our_seconds), (their_step, their_seconds)):
+            start = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - start)
+    tokens = BATCH * SEQUENCE
+    return {
+        "precision": precision,
+        "transformers_experts": experts,
+        "first_loss": {"ours": our_loss, "transformers": their_loss},
+        "seconds": {"ours": statistics.median(our_seconds), "transformers": statistics.median(their_seconds)},
+        "tokens_per_second": {
+            "ours": tokens / statistics.median(our_seconds),
+            "transformers": tokens / statistics.median(their_seconds),
+        },
+        "speed_ratio": statistics.median(b / a for a, b in zip(our_seconds, their_seconds)),
+        "peak_memory_gb": {
+            "ours": _peak_memory("ours", precision, experts),
+            "transformers": _peak_memory("theirs", precision, experts),
+        },
+    }
+
+
+def _peak_memory(side: str, precision: str, experts: str) -> float:
+    """Peak resident memory, GB, of a process that does three steps of one side."""
+    command = [sys.executable, __file__, "--memory-of", side, precision, experts]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def _report_memory(side: str, precision: str, experts: str) -> None:
+    step, _ = ours(precision) if side == "ours" else theirs(precision, experts)
+    for _ in range(3):
+        step()
+    # VmHWM, not ru_maxrss: the latter begins at the memory of the process that forked this one.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    print(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def breakdown(precision: str, steps: int = 3) -> list[tuple[str, float]]:
+    """Seconds per step by operator of our step, largest first (torch.profiler, self time)."""
+    from torch.profiler import ProfilerActivity, profile
+
+    step, _ = ours(precision)
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        for _ in range(steps):
+            step()
+    events = sorted(recorded.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    return [(event.key, event.self_cpu_time_total / steps / 1e6) for event in events]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--precision", nargs="+", choices=("bf16", "mixed", "fp32"), default=["bf16", "mixed", "fp32"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--breakdown", action="store_true", help="our step by operator instead of the comparison")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.memory_of:
+        _report_memory(*args.memory_of)
+    flops = flops_per_token(reference_config(), SEQUENCE).training
+    if args.breakdown:
+        for precision in args.precision:
+            rows = breakdown(precision)
+            total = sum(seconds for _, seconds in rows)
+            print(f"{precision}: {total:.3f} s of operators per step")
+            for name, seconds in rows[:25]:
+                print(f"  {name:50s} {seconds * 1e3:9.1f} ms {seconds / total:6.1%}")
+        return
+    results = []
+    for precision in args.precision:
+        peak = measure_matmul_peak(torch.float32 if precision == "fp32" else torch.bfloat16, torch.device("cpu"))
+        result = compare(precision, args.rounds)
+        result["matmul_peak_gflops"] = peak / 1e9
+        result["share_of_peak"] = {k: v * flops / peak for k, v in result["tokens_per_second"].items()}
+        results.append(result)
+    if args.json:
+        facts = {"torch": torch.__version__, "processor": platform.processor(), "threads": args.threads}
+        print(json.dumps(facts | {"mflop_per_token": flops / 1e6, "results": results}, indent=1))
+        return
+    print(f"torch {torch.__version__}, {args.threads} threads, {flops / 1e6:.0f} MFLOP per token, {args.rounds} rounds")
+    print(f"{'':10s}{'ours':>12s}{'transformers':>14s}{'ratio':>8s}{'of peak':>9s}{'GB ours':>9s}{'GB theirs':>11s}")
+    for r in results:
+        print(
+            f"{r['precision']:10s}{r['tokens_per_second']['ours']:>8,.0f} t/s{r['tokens_per_second']['transformers']:>10,.0f} t/s"
+            f"{r['speed_ratio']:>8.2f}{r['share_of_peak']['ours']:>9.0%}{r['peak_memory_gb']['ours']:>9.2f}"
+            f"{r['peak_memory_gb']['transformers']:>11.2f}   first loss {r['first_loss']['ours']:.4f} and "
+            f"{r['first_loss']['transformers']:.4f}, their experts {r['transformers_experts']}"
+        )
+
+
+if __name__ == "__main__":
+    main()

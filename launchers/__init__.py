@@ -1,0 +1,1 @@
+"""Starting processes, here or on a cluster. Standard library only."""

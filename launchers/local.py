@@ -1,0 +1,147 @@
+"""Run a worker command under supervision on this machine: restart it after a crash, stop it on Ctrl-C.
+
+The command is expected to resume by itself from what it saved. It tells how it is doing through two files in the run
+folder: ``progress`` (any text that changes when durable progress is made) and ``failure.json`` (an error that a restart
+cannot mend: ``{"message": ...}``).
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; runs are then not locked
+    fcntl = None  # type: ignore[assignment]
+
+PROGRESS = "progress"
+FAILURE = "failure.json"
+INTERRUPTED = 130
+GRACE_SECONDS = 60.0
+
+
+class LaunchError(ValueError):
+    """The run cannot be started here; the message says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a supervised run ended. ``message`` is set when the worker reported an error of its own."""
+
+    code: int
+    restarts: int
+    message: str = ""
+
+
+class RunLock:
+    """An exclusive lock on a run folder, let go by the kernel when this process ends, however it ends."""
+
+    def __init__(self, run_dir: Path) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._file = (run_dir / "lock").open("a+")
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "unknown"
+            self._file.close()
+            raise LaunchError(
+                f"run folder {run_dir} is in use by process {holder}: wait for it, stop it, or use another run_dir"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"{os.getpid()}\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+
+
+class Supervisor:
+    """Runs ``command`` until it exits 0, fails for good, or crashes too often without progress."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        run_dir: Path,
+        environment: Mapping[str, str],
+        max_restarts_without_progress: int,
+    ) -> None:
+        self.command, self.run_dir = list(command), run_dir
+        self.environment, self.limit = dict(environment), max_restarts_without_progress
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopping = False
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self._stopping and self._process is not None:
+            self._process.kill()  # asked twice: do not wait for the checkpoint
+            return
+        self._stopping = True
+        if self._process is not None:
+            print("\nstopping: saving a checkpoint (interrupt again to stop at once) ...", file=sys.stderr, flush=True)
+            self._process.send_signal(signal.SIGTERM)
+
+    def run(self) -> Outcome:
+        """Blocks until the end. SIGINT and SIGTERM are passed on once as SIGTERM; the second time the command is killed."""
+        previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return self._supervise()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _supervise(self) -> Outcome:
+        restarts = without_progress = 0
+        while True:
+            (self.run_dir / FAILURE).unlink(missing_ok=True)
+            before = _read(self.run_dir / PROGRESS)
+            # A session of its own: Ctrl-C in the terminal reaches only this process, which then asks for an orderly end.
+            self._process = subprocess.Popen(self.command, env=self.environment, start_new_session=True)
+            if self._stopping:
+                self._process.send_signal(signal.SIGTERM)
+            code = self._wait()
+            failure = _read(self.run_dir / FAILURE)
+            if failure:
+                return Outcome(code=2, restarts=restarts, message=json.loads(failure)["message"])
+            if self._stopping:
+                return Outcome(code=INTERRUPTED, restarts=restarts)
+            if code == 0:
+                return Outcome(code=0, restarts=restarts)
+            progressed = _read(self.run_dir / PROGRESS) != before
+            without_progress = 0 if progressed else without_progress + 1
+            if without_progress > self.limit:
+                return Outcome(
+                    code=1,
+                    restarts=restarts,
+                    message=f"the run crashed {without_progress} times in a row without saving progress "
+                    f"(last exit code {code}); the output above says where",
+                )
+            restarts += 1
+            print(f"a process of the run died (exit code {code}); restarting from the last checkpoint", file=sys.stderr)
+
+    def _wait(self) -> int:
+        assert self._process is not None
+        asked: float | None = None
+        while True:
+            try:
+                return self._process.wait(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                if self._stopping:
+                    asked = asked or time.monotonic()
+                    if time.monotonic() - asked > GRACE_SECONDS:
+                        self._process.kill()

@@ -1,0 +1,1 @@
+"""Checkpoints: atomic directories, sharded state through DCP, conversion to and from Hugging Face."""

@@ -1,0 +1,53 @@
+"""Directories that appear whole or not at all: written beside their place, renamed when done, removed when not."""
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from qwen_moe.checkpoint.directory import partial_path
+from qwen_moe.errors import UserError
+
+
+def require_free(target: Path, needed: int) -> None:
+    """Refuse a target that holds something, or a disk that cannot hold ``needed`` bytes."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not empty: give a new directory, or remove it first")
+    parent = next(path for path in target.absolute().parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise UserError(
+            f"{target} needs {needed / 1e9:.2f} GB but its disk has {free / 1e9:.2f} GB free: free some, or give "
+            "another place"
+        )
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A new directory beside ``target`` that is removed again when the body fails; disk problems become UserErrors."""
+    partial = partial_path(target)
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        yield partial
+    except BaseException as error:
+        full = partial.exists() and shutil.disk_usage(partial).free < (1 << 20)
+        shutil.rmtree(partial, ignore_errors=True)
+        cause: BaseException | None = error
+        if isinstance(error, CheckpointException):
+            failure = next(iter(error.failures.values()))
+            cause = failure[0] if isinstance(failure, tuple) else failure
+        if isinstance(cause, UserError) and cause is not error:
+            raise cause from None
+        # torch's zip writer reports a short write as RuntimeError, with the errno lost.
+        if (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)) or full:
+            raise UserError(
+                f"{target} was not written: no space left on its disk; free some and run it again"
+            ) from None
+        if isinstance(cause, OSError):
+            raise UserError(f"{target} was not written: {cause}") from None
+        raise

@@ -1,0 +1,68 @@
+"""The verb `qwen-moe convert`: from-hf and to-hf."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+
+def register(subparsers: Any) -> None:
+    """Add `convert` to the command's subparsers; ``args.func(args)`` returns the exit code."""
+    convert = subparsers.add_parser("convert", help="convert weights between Hugging Face and our checkpoints")
+    verbs = convert.add_subparsers(dest="direction", required=True, metavar="from-hf|to-hf")
+
+    from_hf = verbs.add_parser("from-hf", help="Hugging Face directory -> checkpoint")
+    from_hf.add_argument("hf_dir", type=Path, metavar="HF_DIR")
+    from_hf.add_argument("checkpoint_dir", type=Path, metavar="CHECKPOINT_DIR", help="new or empty")
+    from_hf.add_argument("--json", action="store_true", help="print one JSON document")
+    from_hf.set_defaults(func=_from_hf)
+
+    to_hf = verbs.add_parser("to-hf", help="checkpoint -> Hugging Face directory")
+    to_hf.add_argument(
+        "checkpoint_dir", type=Path, metavar="CHECKPOINT_DIR", help="a checkpoint, or a run directory (its newest one)"
+    )
+    to_hf.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="new or empty")
+    to_hf.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="convert all weights (default: as stored or computed)"
+    )
+    to_hf.add_argument(
+        "--max-shard-size", metavar="SIZE", help="such as 5GB or 500MiB (default: the files the model came in, or 5GB)"
+    )
+    to_hf.add_argument(
+        "--drop-expert-bias", action="store_true", help="export a model with a nonzero expert bias without it"
+    )
+    to_hf.add_argument("--json", action="store_true", help="print one JSON document")
+    to_hf.set_defaults(func=_to_hf)
+
+
+def _from_hf(args: argparse.Namespace) -> int:
+    from qwen_moe.checkpoint.huggingface import convert_from_hf
+
+    return _report(convert_from_hf(args.hf_dir, args.checkpoint_dir, progress=True), args.json)
+
+
+def _to_hf(args: argparse.Namespace) -> int:
+    from qwen_moe.checkpoint.huggingface import convert_to_hf
+
+    result = convert_to_hf(
+        args.checkpoint_dir,
+        args.hf_dir,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        drop_expert_bias=args.drop_expert_bias,
+        progress=True,
+    )
+    return _report(result, args.json)
+
+
+def _report(result: Any, as_json: bool) -> int:
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(asdict(result)))
+    else:
+        dtypes = ", ".join(f"{count} {name}" for name, count in result.dtypes.items())
+        print(f"{result.target}: {result.family}, {result.tensors} tensors ({dtypes}), {result.bytes / 1e6:.1f} MB")
+    return 0

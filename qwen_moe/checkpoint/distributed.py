@@ -1,0 +1,270 @@
+"""Saving and resuming sharded training state through torch.distributed.checkpoint, in any layout.
+
+A training checkpoint `checkpoints/step_XXXXXXXX/` holds: DCP's files (weights and buffers under ``model.``, AdamW's
+moments under ``optimizer.``, random states under ``rng.``), `train_state.json`, `model_config.json`, `hf/` (tokenizer
+and Hugging Face files to export with) and `manifest.json` (see qwen_moe/checkpoint/directory.py).
+"""
+
+import errno
+import json
+import shutil
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+from qwen_moe.checkpoint.directory import (
+    CheckpointDamaged,
+    commit,
+    file_entry,
+    files_in,
+    list_checkpoints,
+    partial_path,
+    read_manifest,
+    remove_old,
+    step_directory,
+    verify,
+)
+from qwen_moe.config import ModelConfig
+from qwen_moe.errors import UserError
+from qwen_moe.training.optimizer import optimizer_state, set_optimizer_step
+
+TRAIN_STATE = "train_state.json"
+MODEL_CONFIG = "model_config.json"
+HF_FOLDER = "hf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What is not a tensor. ``step``: optimizer steps done, which fixes the schedule and the next sample."""
+
+    step: int
+    consumed_samples: int
+    consumed_tokens: int
+    data_fingerprint: str
+    settings: dict[str, Any]
+
+
+def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and persistent buffer by name, the tensors themselves."""
+    return dict(model.state_dict())
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {
+        "model": model_state(model),
+        "optimizer": optimizer_state(model, optimizer),
+        "rng": {f"rank_{dist.get_rank()}": _rng_state()},
+    }
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return value.detach().cpu().clone() if not isinstance(value, DTensor) else value.detach().clone()
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run; at most one is in flight. All ranks call every method together.
+
+    ``asynchronous``: `save` copies the state and returns; files are written by a thread with a process group of its
+    own. An error there is raised by the next `save` or `finish`.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        keep: int,
+        asynchronous: bool,
+        config: ModelConfig,
+        compute_dtype: str,
+        hf_files: Path | None = None,
+    ) -> None:
+        self.root, self.keep, self.asynchronous = root, keep, asynchronous
+        self.config, self.compute_dtype, self.hf_files = config, compute_dtype, hf_files
+        self.group = dist.new_group(backend="gloo")
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
+        """Write the checkpoint of ``state.step``. Raises UserError when the disk is full; what is there is not harmed."""
+        self.finish()
+        tensors = _full_state(model, optimizer)
+        if not self.asynchronous:
+            self._write(tensors, state)
+            return
+        tensors = _copy(tensors)
+        self._thread = threading.Thread(target=self._write_and_keep_error, args=(tensors, state), name="checkpoint")
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint in flight and raise what went wrong with it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write_and_keep_error(self, tensors: dict[str, Any], state: TrainState) -> None:
+        try:
+            self._write(tensors, state)
+        except BaseException as error:
+            self._error = error
+
+    def _write(self, tensors: dict[str, Any], state: TrainState) -> None:
+        path = step_directory(self.root, state.step)
+        partial = partial_path(path)
+        rank = dist.get_rank()
+        if rank == 0:
+            # A checkpoint of this step that is already there failed its check on resume, or it would not be rewritten.
+            for stale in (partial, path):
+                if stale.exists():
+                    shutil.rmtree(stale)
+            partial.mkdir(parents=True)
+        dist.barrier(self.group)
+        entries: dict[str, Any] = {}
+        problem: str | None = None
+        try:
+            dcp.save(
+                tensors,
+                storage_writer=dcp.FileSystemWriter(partial, thread_count=1, overwrite=True),
+                process_group=self.group,
+            )
+            entries = {p.name: file_entry(p) for p in sorted(partial.glob(f"__{rank}_*.distcp"))}
+        except CheckpointException as error:
+            problem = _first_cause(error, partial)
+        except OSError as error:
+            problem = _disk_problem(error, partial)
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (entries, problem), group=self.group)
+        problems = [found for _, found in gathered if found]
+        if not problems and rank == 0:
+            try:
+                self._commit(path, [found for found, _ in gathered], state)
+            except OSError as error:
+                problems = [_disk_problem(error, partial)]
+        agreed = [problems]
+        dist.broadcast_object_list(agreed, src=0, group=self.group)
+        if agreed[0]:
+            raise UserError(f"checkpoint of step {state.step} could not be written: {agreed[0][0]}")
+        if rank == 0:
+            remove_old(self.root, self.keep)
+        dist.barrier(self.group)
+
+    def _commit(self, path: Path, gathered: list[dict[str, Any]], state: TrainState) -> None:
+        partial = partial_path(path)
+        entries = {name: entry for part in gathered for name, entry in part.items()}
+        (partial / TRAIN_STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+        (partial / MODEL_CONFIG).write_text(self.config.model_dump_json(indent=1), encoding="utf-8")
+        if self.hf_files is not None:
+            shutil.copytree(self.hf_files, partial / HF_FOLDER)
+        for file in files_in(partial):
+            if file.as_posix() not in entries:
+                entries[file.as_posix()] = file_entry(partial / file)
+        facts = {"step": state.step, "compute_dtype": self.compute_dtype, "world_size": dist.get_world_size()}
+        commit(path, entries, facts)
+
+
+def _disk_problem(error: OSError, where: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"no space left on the disk of {where.parent}; free some, or lower checkpoint.keep, then run the same "
+            "command again: it goes on from the checkpoint before"
+        )
+    return f"{error}"
+
+
+def _first_cause(error: CheckpointException, where: Path) -> str:
+    for rank, failure in error.failures.items():
+        cause: BaseException | None = failure[0] if isinstance(failure, tuple) else failure
+        if isinstance(cause, OSError):
+            return _disk_problem(cause, where)
+        # torch's zip writer reports a short write as RuntimeError, with the errno lost.
+        if shutil.disk_usage(where.parent).free < (1 << 20):
+            return _disk_problem(OSError(errno.ENOSPC, "no space"), where)
+        return f"rank {rank}: {cause}"
+    return str(error)
+
+
+def _verified(path: Path) -> str | None:
+    """None when the checkpoint is whole, else what is wrong. All ranks call; each hashes its share of the files."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    problem: str | None = None
+    try:
+        names = sorted(read_manifest(path)["files"])
+        verify(path, only=names[rank::world])
+    except (CheckpointDamaged, OSError) as error:
+        problem = str(error)
+    gathered: list[str | None] = [None] * world
+    dist.all_gather_object(gathered, problem)
+    return next((found for found in gathered if found), None)
+
+
+def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint under ``root`` that passes its check, and what was wrong with newer ones. All ranks call."""
+    agreed: list[Any] = [[str(path) for path in reversed(list_checkpoints(root))]]
+    dist.broadcast_object_list(agreed, src=0)
+    problems: list[str] = []
+    for path in map(Path, agreed[0]):
+        problem = _verified(path)
+        if problem is None:
+            return path, problems
+        problems.append(problem)
+    return None, problems
+
+
+def load_weights(path: Path, model: nn.Module, config: ModelConfig) -> None:
+    """Load weights and buffers of a checkpoint into a model of any layout and dtype. Raises UserError when the
+    checkpoint is of another model."""
+    check_same_model(path, config)
+    dcp.load({"model": model_state(model)}, storage_reader=dcp.FileSystemReader(path))
+
+
+def check_same_model(path: Path, config: ModelConfig) -> None:
+    """Raise UserError naming the fields in which the checkpoint's model differs from ``config``."""
+    saved = json.loads((path / MODEL_CONFIG).read_text(encoding="utf-8"))
+    wanted = config.model_dump(mode="json")
+    differing = [
+        f"{key} is {saved.get(key)!r} there, {wanted[key]!r} here" for key in wanted if saved.get(key) != wanted[key]
+    ]
+    if differing:
+        raise UserError(
+            f"checkpoint {path} is of another model: {'; '.join(differing)}. Use the same model section, or another "
+            "run_dir"
+        )
+
+
+def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: ModelConfig) -> TrainState:
+    """Load everything a training checkpoint holds. A random state exists for the ranks that saved; others keep theirs."""
+    check_same_model(path, config)
+    state = TrainState(**json.loads((path / TRAIN_STATE).read_text(encoding="utf-8")))
+    tensors: dict[str, Any] = {"model": model_state(model), "optimizer": optimizer_state(model, optimizer)}
+    rank = dist.get_rank()
+    reader = dcp.FileSystemReader(path)
+    known = reader.read_metadata().state_dict_metadata
+    if all(f"rng.rank_{rank}.{device}" in known for device in _rng_state()):
+        tensors["rng"] = {f"rank_{rank}": _rng_state()}
+    dcp.load(tensors, storage_reader=reader)
+    set_optimizer_step(model, optimizer, state.step)
+    if "rng" in tensors:
+        restored = tensors["rng"][f"rank_{rank}"]
+        torch.set_rng_state(restored["cpu"])
+        if "cuda" in restored:
+            torch.cuda.set_rng_state(restored["cuda"])
+    return state

@@ -1,0 +1,265 @@
+"""Hugging Face's config.json to ModelConfig and back, with transformers' meaning of every absent key."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from qwen_moe.config import Family, ModelConfig, parse_model
+from qwen_moe.errors import UserError
+
+ARCHITECTURES: dict[str, Family] = {
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
+DEFAULT_ROPE_THETA = 10_000.0
+
+_EVERY_FAMILY = {
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+_DENSE = {"hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32}
+_DENSE |= {"num_attention_heads": 32, "num_key_value_heads": 32}
+_SPARSE = {"decoder_sparse_step": 1, "norm_topk_prob": False}
+
+# What transformers takes for a key that config.json does not have (tests compare with its config classes).
+HF_DEFAULTS: dict[Family, dict[str, Any]] = {
+    "qwen2": _EVERY_FAMILY | _DENSE,
+    "qwen3": _EVERY_FAMILY | _DENSE | {"head_dim": 128, "attention_bias": False},
+    "qwen2_moe": {
+        **_EVERY_FAMILY,
+        **_SPARSE,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_experts_per_tok": 4,
+        "num_experts": 60,
+        "qkv_bias": True,
+    },
+    "qwen3_moe": {
+        **_EVERY_FAMILY,
+        **_SPARSE,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 768,
+        "num_experts_per_tok": 8,
+        "num_experts": 128,
+        "attention_bias": False,
+    },
+}
+
+# Keys that do not change what the model computes here, or that are checked on their own.
+_UNUSED = frozenset(
+    [
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "head_dim",
+        "hidden_act",
+        "layer_types",
+        "max_window_layers",
+        "mlp_only_layers",
+        "model_type",
+        "num_local_experts",
+        "output_router_logits",
+        "pad_token_id",
+        "quantization_config",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "router_aux_loss_coef",
+        "sliding_window",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "use_sliding_window",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Interpretation:
+    """The model that a config.json describes, and what a reader of it should know."""
+
+    config: ModelConfig
+    notes: tuple[str, ...]
+
+
+def _family(values: dict[str, Any], where: str) -> Family:
+    supported = ", ".join(ARCHITECTURES)
+    named = values.get("architectures") or []
+    by_type = {family: family for family in ARCHITECTURES.values()}.get(values.get("model_type", ""))
+    if not named:
+        if by_type is None:
+            raise UserError(
+                f"{where} has model_type {values.get('model_type')!r} and no architectures: supported are {supported}"
+            )
+        return by_type
+    if not isinstance(named, list) or len(named) != 1 or named[0] not in ARCHITECTURES:
+        raise UserError(f"{where} is of architecture {named!r}, which is not supported: supported are {supported}")
+    family = ARCHITECTURES[named[0]]
+    if "model_type" in values and by_type != family:
+        raise UserError(f"{where} has architecture {named[0]} but model_type {values['model_type']!r}: one is wrong")
+    return family
+
+
+def _rope_theta(values: dict[str, Any], where: str, notes: list[str]) -> float:
+    # transformers' order: rope_scaling replaces rope_parameters, a theta inside goes before one outside.
+    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    inside = values.get(key) or {}
+    if not isinstance(inside, dict) or any(isinstance(value, dict) for value in inside.values()):
+        raise UserError(f"{where}: {key} is {inside!r}, expected one set of RoPE parameters for all layers")
+    kind = inside.get("rope_type", inside.get("type", "default"))
+    if kind != "default":
+        raise UserError(
+            f"{where}: {key} asks for RoPE scaling of type {kind!r}, which is not supported yet: remove it from "
+            "config.json to convert the model at its native context length"
+        )
+    inner, outer = inside.get("rope_theta"), values.get("rope_theta")
+    if inner is not None and outer is not None and float(inner) != float(outer):
+        notes.append(f"{key}.rope_theta {inner} is used, rope_theta {outer} is not (as in transformers)")
+    theta = outer if inner is None else inner
+    if theta is None:
+        notes.append(f"config.json gives no rope_theta: transformers' default {DEFAULT_ROPE_THETA:g} is used")
+        return DEFAULT_ROPE_THETA
+    return theta
+
+
+def _refuse_unsupported(values: dict[str, Any], where: str) -> None:
+    if values.get("use_sliding_window"):
+        raise UserError(f"{where}: use_sliding_window is true, and sliding-window attention is not supported")
+    other = sorted({str(kind) for kind in values.get("layer_types") or [] if kind != "full_attention"})
+    if other:
+        raise UserError(f"{where}: layer_types has {', '.join(other)}: only full_attention is supported")
+    if values.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{where}: hidden_act is {values['hidden_act']!r}: only 'silu' is supported")
+    if values.get("quantization_config"):
+        method = values["quantization_config"].get("quant_method", "unknown")
+        raise UserError(
+            f"{where}: the weights are quantised ({method}), which is not supported: use the original model"
+        )
+
+
+def _num_experts(values: dict[str, Any], where: str) -> Any:
+    given = {values[key] for key in ("num_experts", "num_local_experts") if values.get(key) is not None}
+    if len(given) == 2:
+        raise UserError(
+            f"{where}: num_experts is {values['num_experts']} but num_local_experts is "
+            f"{values['num_local_experts']}: they are two names of one number, remove the wrong one"
+        )
+    return given.pop() if given else None
+
+
+def interpret(values: dict[str, Any], where: str = "config.json") -> Interpretation:
+    """ModelConfig of a parsed config.json, with notes on defaults taken and keys not used.
+
+    Raises UserError for architectures and features that are not supported and for sizes that contradict each other.
+    """
+    family = _family(values, where)
+    _refuse_unsupported(values, where)
+    notes: list[str] = []
+    fields: dict[str, Any] = {"family": family, "rope_theta": _rope_theta(values, where, notes)}
+    defaults = HF_DEFAULTS[family]
+    given = dict(values)
+    if family.endswith("_moe"):
+        experts = _num_experts(values, where)
+        if experts is not None:
+            given["num_experts"] = experts
+    absent = [key for key in defaults if key not in given]
+    if absent:
+        notes.append("transformers' defaults: " + ", ".join(f"{key}={defaults[key]}" for key in absent))
+    for key, default in defaults.items():
+        fields["qkv_bias" if key == "attention_bias" else key] = given.get(key, default)
+    if fields["num_key_value_heads"] is None:
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
+    head_dim = given.get("head_dim", defaults.get("head_dim"))
+    fields.pop("head_dim", None)
+    if head_dim is not None:
+        fields["head_dim"] = head_dim
+    if family.endswith("_moe"):
+        only = given.get("mlp_only_layers") or []
+        beyond = [layer for layer in only if not 0 <= layer < fields["num_hidden_layers"]]
+        if beyond:
+            notes.append(f"mlp_only_layers names {beyond}, which do not exist: without effect, as in transformers")
+        fields["mlp_only_layers"] = [layer for layer in only if layer not in beyond]
+    if given.get("attention_dropout"):
+        notes.append(f"attention_dropout {given['attention_dropout']} is not used: attention here has none")
+    unknown = sorted(values.keys() - _UNUSED - defaults.keys())
+    if unknown:
+        notes.append(f"not used: {', '.join(unknown)}")
+    return Interpretation(parse_model(fields, where), tuple(notes))
+
+
+def model_config_from_hf(values: dict[str, Any], where: str = "config.json") -> ModelConfig:
+    """The ModelConfig that a parsed config.json describes. Raises UserError (see `interpret`)."""
+    return interpret(values, where).config
+
+
+def _fresh(config: ModelConfig) -> dict[str, Any]:
+    """A whole config.json that old and new versions of transformers read alike."""
+    architecture = next(name for name, family in ARCHITECTURES.items() if family == config.family)
+    values: dict[str, Any] = {
+        "architectures": [architecture],
+        "attention_dropout": 0.0,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "model_type": config.family,
+        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "rope_theta": config.rope_theta,
+        "use_cache": True,
+        "use_sliding_window": False,
+    }
+    for key in HF_DEFAULTS[config.family]:
+        values[key] = config.qkv_bias if key == "attention_bias" else getattr(config, key)
+    if config.is_moe_family:
+        values["mlp_only_layers"] = list(config.mlp_only_layers)
+    if config.family == "qwen3_moe":
+        values["num_local_experts"] = config.num_experts
+    return dict(sorted(values.items()))
+
+
+# The keys of config.json that hold a field of ModelConfig, where they are not of its name.
+_KEYS: dict[str, tuple[str, ...]] = {
+    "rope_theta": ("rope_theta", "rope_parameters"),
+    "num_experts": ("num_experts", "num_local_experts"),
+    "qkv_bias": ("qkv_bias", "attention_bias"),
+}
+
+
+def hf_config(config: ModelConfig, original: dict[str, Any] | None = None, dtype: str | None = None) -> dict[str, Any]:
+    """config.json of ``config``. ``original`` is kept but for what differs in meaning; equal meaning, equal dict.
+
+    ``dtype``: torch's name of the weights' dtype (such as "bfloat16"), None to leave what ``original`` says.
+    """
+    fresh = _fresh(config)
+    if original is None or _family(original, "the original config.json") != config.family:
+        values = fresh
+    else:
+        values = dict(original)
+        old = interpret(original, "the original config.json").config
+        for name in ModelConfig.model_fields:
+            if getattr(old, name) == getattr(config, name):
+                continue
+            values |= {key: fresh[key] for key in _KEYS.get(name, (name,)) if key in fresh}
+            if name == "rope_theta":
+                values.pop("rope_scaling", None)
+            if name == "num_hidden_layers" and values.get("layer_types"):
+                values["layer_types"] = ["full_attention"] * config.num_hidden_layers
+    if dtype is not None:
+        present = [key for key in ("dtype", "torch_dtype") if key in values] or ["dtype", "torch_dtype"]
+        values |= dict.fromkeys(present, dtype)
+    assert model_config_from_hf(values) == config
+    return values

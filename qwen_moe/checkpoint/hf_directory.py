@@ -1,0 +1,251 @@
+"""Reading and writing Hugging Face model directories: shards, index and the files beside them."""
+
+import json
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_moe.checkpoint.name_map import Piece
+from qwen_moe.checkpoint.safetensors_file import Header, build_header, parse_header, read_header, write_file
+from qwen_moe.checkpoint.tensor_store import TensorSource
+from qwen_moe.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CONFIG = "config.json"
+DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
+_LARGEST_SIDE_FILE = 200_000_000
+_WEIGHT_FILES = re.compile(r".*\.(safetensors|safetensors\.index\.json|bin|bin\.index\.json|pth?|gguf|h5|msgpack|onnx)")
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "5GB", "200MiB" or a plain number. Raises UserError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found and found[2].upper() in _UNITS else 0
+    if size <= 0:
+        raise UserError(f"shard size {text!r} is not a size: give a number of bytes or one with a unit, such as 5GB")
+    return size
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError when the file is absent or is not one."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give a Hugging Face model directory") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object, found {type(values).__name__}")
+    return values
+
+
+def open_shards(directory: Path) -> dict[Path, Header]:
+    """Headers of all safetensors files of a directory, checked against its index. Raises UserError."""
+    present = {path.name for path in directory.glob("*.safetensors")}
+    if not present:
+        others = sorted(path.name for path in directory.glob("*.bin"))
+        found = (
+            f"only {others[0]}, which is a pickle: save it again with safe_serialization" if others else "no weights"
+        )
+        raise UserError(f"{directory} has no .safetensors file, {found}")
+    if (directory / INDEX).is_file():
+        weight_map = read_json(directory / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{directory / INDEX} has no weight_map: download it again")
+        named = set(weight_map.values())
+    elif present == {SINGLE}:
+        weight_map, named = None, {SINGLE}
+    else:
+        raise UserError(f"{directory} has {len(present)} .safetensors files but no {INDEX}: download it too")
+    for name in sorted(named ^ present):
+        problem = "is missing" if name in named else "is not listed there, and which to believe is unclear"
+        raise UserError(f"shard {name} of {directory / INDEX} {problem}: download the whole directory again")
+    headers = {directory / name: read_header(directory / name) for name in sorted(named)}
+    places: dict[str, str] = {}
+    for path, header in headers.items():
+        for tensor in header.entries:
+            if tensor in places:
+                raise UserError(f"tensor {tensor} is in both {places[tensor]} and {path.name} of {directory}")
+            places[tensor] = path.name
+    if weight_map is not None:
+        for tensor in sorted(places.keys() | weight_map.keys()):
+            if places.get(tensor) != weight_map.get(tensor):
+                raise UserError(
+                    f"{INDEX} places tensor {tensor} in {weight_map.get(tensor, 'no file')}, but "
+                    f"{places.get(tensor, 'no file')} of {directory} has it: download the directory again"
+                )
+    return headers
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """How a directory's tensors were laid out in files: header texts by file name, and the index's text."""
+
+    headers: dict[str, str]
+    index: str | None
+
+    @classmethod
+    def of(cls, directory: Path, headers: dict[Path, Header]) -> "ShardLayout":
+        index = directory / INDEX
+        return cls(
+            {path.name: header.text for path, header in headers.items()},
+            index.read_text(encoding="utf-8") if index.is_file() else None,
+        )
+
+    def dumps(self) -> str:
+        return json.dumps({"headers": self.headers, "index": self.index}, indent=1)
+
+    @classmethod
+    def loads(cls, text: str) -> "ShardLayout":
+        values = json.loads(text)
+        return cls(values["headers"], values["index"])
+
+
+def side_files(directory: Path) -> tuple[list[Path], list[str]]:
+    """Files below ``directory`` that are kept with the weights (tokenizer, templates, licence; relative), and notes on
+    what is left behind. Hidden folders, such as a download cache, are not looked at."""
+    kept, notes = [], []
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory)
+        if not path.is_file() or any(part.startswith(".") for part in relative.parts[:-1]):
+            continue
+        if _WEIGHT_FILES.fullmatch(path.name):
+            if len(relative.parts) > 1 or not path.name.endswith((".safetensors", ".safetensors.index.json")):
+                notes.append(f"{relative} holds weights in another format and is not kept")
+        elif path.stat().st_size > _LARGEST_SIDE_FILE:
+            notes.append(f"{relative} is larger than {_LARGEST_SIDE_FILE // 10**6} MB and is not kept")
+        else:
+            kept.append(relative)
+    return kept, notes
+
+
+def copy_files(source: Path, names: list[Path], target: Path) -> None:
+    """Copy contents (not links) of ``names`` under ``source`` to the same places under ``target``."""
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Files to write, each with its header, and the index's text (None for a single file)."""
+
+    files: dict[str, Header]
+    index: str | None
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(header.data_bytes for header in self.files.values())
+
+
+def _index_text(files: dict[str, Header]) -> str:
+    entries = {name: (file, entry) for file, header in files.items() for name, entry in header.entries.items()}
+    sizes = [(entry.end - entry.start, entry.dtype.itemsize) for _, entry in entries.values()]
+    metadata = {
+        "total_parameters": sum(size // item for size, item in sizes),
+        "total_size": sum(size for size, _ in sizes),
+    }
+    weight_map = {name: file for name, (file, _) in entries.items()}
+    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+
+
+def plan_shards(pieces: list[Piece], dtypes: dict[str, torch.dtype], max_shard_bytes: int) -> Shards:
+    """Fill files in the model's order up to ``max_shard_bytes``; a tensor that is larger gets a file of its own.
+
+    ``dtypes`` by our parameter name.
+    """
+    groups: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
+    used = 0
+    for piece in pieces:
+        dtype = dtypes[piece.parameter]
+        size = dtype.itemsize * int(torch.Size(piece.shape).numel())
+        if groups[-1] and used + size > max_shard_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append((piece.hf_name, dtype, piece.shape))
+        used += size
+    if len(groups) == 1:
+        return Shards({SINGLE: build_header(groups[0])}, None)
+    files = {
+        f"model-{number:05d}-of-{len(groups):05d}.safetensors": build_header(group)
+        for number, group in enumerate(groups, 1)
+    }
+    return Shards(files, _index_text(files))
+
+
+def same_shards(layout: ShardLayout, pieces: dict[str, Piece], dtypes: dict[str, torch.dtype]) -> Shards | None:
+    """The files of ``layout`` again: byte for byte the same headers where names and dtypes are, else the same tensors
+    per file. None when ``layout`` is of another set of tensors (``pieces`` by Hugging Face name, fused ones and a tied
+    head included)."""
+    files = {}
+    verbatim = True
+    covered: dict[str, set[tuple[int, ...]]] = defaultdict(set)
+    for name, text in layout.headers.items():
+        header = parse_header(text, f"the stored header of {name}")
+        known = [tensor for tensor in header.entries if tensor in pieces]
+        for tensor in known:
+            covered[pieces[tensor].parameter].add(pieces[tensor].index)
+        wanted = [(tensor, dtypes[pieces[tensor].parameter], pieces[tensor].shape) for tensor in known]
+        if wanted != [(tensor, entry.dtype, entry.shape) for tensor, entry in header.entries.items()]:
+            header = build_header(wanted, keep_order=True)
+            verbatim = False
+        files[name] = header
+    parts: dict[str, set[tuple[int, ...]]] = defaultdict(set)
+    for piece in pieces.values():
+        if piece.index:
+            parts[piece.parameter].add(piece.index)
+    for parameter in dtypes:
+        if () not in covered[parameter] and not (parts[parameter] and parts[parameter] <= covered[parameter]):
+            return None
+    return Shards(files, layout.index if verbatim or layout.index is None else _index_text(files))
+
+
+class _Recent:
+    """The last two stacked tensors read: the files of Hugging Face ask for their parts expert by expert."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self._source = source
+        self._held: dict[str, torch.Tensor] = {}
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self._held:
+            while len(self._held) > 1:
+                self._held.pop(next(iter(self._held)))
+            self._held[name] = self._source.read(name)
+        return self._held[name]
+
+    def forget(self) -> None:
+        self._held.clear()
+
+
+def write_shards(
+    directory: Path, shards: Shards, source: TensorSource, pieces: dict[str, Piece], progress: Callable[[int], Any]
+) -> None:
+    """Write all files into ``directory``; ``progress`` is called with the bytes of every tensor written."""
+    recent = _Recent(source)
+
+    def tensors(header: Header) -> Iterator[torch.Tensor]:
+        for name, entry in header.entries.items():
+            piece = pieces[name]
+            if piece.index:
+                whole = recent.read(piece.parameter)
+                yield whole[piece.index].to(entry.dtype)
+            else:
+                recent.forget()
+                yield source.read(piece.parameter).reshape(piece.shape).to(entry.dtype)
+            progress(entry.end - entry.start)
+
+    for name, header in shards.files.items():
+        write_file(directory / name, header, tensors(header))
+    if shards.index is not None:
+        (directory / INDEX).write_text(shards.index, encoding="utf-8")

@@ -1,0 +1,299 @@
+"""Conversion between Hugging Face directories and our checkpoints, both ways, and models from either.
+
+A checkpoint made here holds what a training checkpoint does, less the training state: DCP's files with the weights
+under ``model.``, `model_config.json`, `hf/` (config.json, tokenizer and every other small file of the directory, byte
+for byte), `hf_shards.json` (how the tensors were laid out in files) and `manifest.json`. Going back without changes
+gives the same bytes in every file.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_moe.checkpoint.aside import require_free, written_aside
+from qwen_moe.checkpoint.directory import commit, file_entry, files_in, read_manifest
+from qwen_moe.checkpoint.hf_config import interpret
+from qwen_moe.checkpoint.hf_directory import (
+    CONFIG,
+    ShardLayout,
+    copy_files,
+    open_shards,
+    read_json,
+    side_files,
+)
+from qwen_moe.checkpoint.hf_export import (
+    check_expert_bias,
+    check_source,
+    config_bytes,
+    dtype_name,
+    export,
+    export_dtype,
+    progress_bar,
+    token_ids,
+)
+from qwen_moe.checkpoint.name_map import expert_biases, match, parameters
+from qwen_moe.checkpoint.resolve import HF_FOLDER, MODEL_CONFIG, is_ours, model_config, resolve_checkpoint
+from qwen_moe.checkpoint.safetensors_file import Header, read_into
+from qwen_moe.checkpoint.tensor_store import (
+    CheckpointTensors,
+    HuggingFaceTensors,
+    ModuleTensors,
+    TensorSource,
+    write_tensors,
+)
+from qwen_moe.config import ModelConfig
+from qwen_moe.errors import UserError
+from qwen_moe.models.decoder import DecoderLM
+from qwen_moe.models.init import keep_statistics_dtypes
+
+HF_SHARDS = "hf_shards.json"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was converted. ``notes``: defaults taken, keys and files not used, in one sentence each."""
+
+    source: str
+    target: str
+    family: str
+    tensors: int
+    bytes: int
+    dtypes: dict[str, int]
+    files: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _OpenDirectory:
+    config: ModelConfig
+    headers: dict[Path, Header]
+    tensors: HuggingFaceTensors
+    notes: tuple[str, ...]
+
+
+def _check_tied_head(headers: dict[Path, Header], hf_dir: Path) -> None:
+    found = {}
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        path, header = next((path, header) for path, header in headers.items() if name in header.entries)
+        entry = header.entries[name]
+        found[name] = torch.empty(entry.shape, dtype=entry.dtype)
+        with path.open("rb", buffering=0) as file:
+            read_into(file, header, name, found[name])
+    head, embedding = found.values()
+    if head.dtype != embedding.dtype or not torch.equal(head.view(torch.uint8), embedding.view(torch.uint8)):
+        raise UserError(
+            f"{hf_dir} has tie_word_embeddings true, but its lm_head.weight differs from model.embed_tokens.weight: "
+            "set tie_word_embeddings to false in config.json, or remove lm_head.weight"
+        )
+
+
+def _open_directory(hf_dir: Path) -> _OpenDirectory:
+    """Everything about a Hugging Face directory but the data of its tensors, checked. Raises UserError."""
+    if not hf_dir.is_dir():
+        raise UserError(f"{hf_dir} is not a directory: give a local Hugging Face model directory or a checkpoint")
+    interpretation = interpret(read_json(hf_dir / CONFIG), str(hf_dir / CONFIG))
+    config = interpretation.config
+    headers = open_shards(hf_dir)
+    shapes = {name: entry.shape for header in headers.values() for name, entry in header.entries.items()}
+    found = match(config, shapes, str(hf_dir))
+    notes = list(interpretation.notes)
+    if found.tied_head:
+        _check_tied_head(headers, hf_dir)
+    if found.ignored:
+        notes.append(f"{len(found.ignored)} buffers that are computed anew are not kept: {found.ignored[0]}, ...")
+    ours = {name: parameter.shape for name, parameter in parameters(config).items()}
+    return _OpenDirectory(config, headers, HuggingFaceTensors(headers, found.pieces, ours), tuple(notes))
+
+
+def _bytes(source: TensorSource, shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(source.dtype(name).itemsize * int(torch.Size(shape).numel()) for name, shape in shapes.items())
+
+
+def _count_dtypes(dtypes: list[torch.dtype]) -> dict[str, int]:
+    return {dtype_name(dtype): dtypes.count(dtype) for dtype in dict.fromkeys(dtypes)}
+
+
+def convert_from_hf(hf_dir: Path | str, checkpoint_dir: Path | str, *, progress: bool = False) -> Conversion:
+    """Write the Hugging Face directory ``hf_dir`` as a checkpoint at ``checkpoint_dir`` (new or empty).
+
+    Tensors keep their dtypes. Raises UserError before anything is written when config.json is not supported, a tensor
+    is missing, left over or misshapen, or the disk is too small; a failure later leaves nothing behind.
+    """
+    hf_dir, checkpoint_dir = Path(hf_dir), Path(checkpoint_dir)
+    if is_ours(hf_dir):
+        raise UserError(f"{hf_dir} is a checkpoint, not a Hugging Face directory: convert it with to-hf")
+    opened = _open_directory(hf_dir)
+    tensors = opened.tensors
+    kept, left = side_files(hf_dir)
+    total = _bytes(tensors, tensors.shapes())
+    biases = expert_biases(opened.config)
+    specs = {name: (shape, tensors.dtype(name)) for name, shape in tensors.shapes().items()}
+    specs |= {name: (shape, torch.float32) for name, shape in biases.items()}
+    require_free(checkpoint_dir, total + sum((hf_dir / name).stat().st_size for name in kept) + (1 << 20))
+    with written_aside(checkpoint_dir) as partial, progress_bar(total, "converting", progress) as bar:
+
+        def produce(name: str) -> torch.Tensor:
+            if name in biases:
+                return torch.zeros(biases[name])
+            tensor = tensors.read(name)
+            bar.update(tensor.nbytes)
+            return tensor
+
+        write_tensors(partial, specs, produce)
+        (partial / MODEL_CONFIG).write_text(opened.config.model_dump_json(indent=1), encoding="utf-8")
+        (partial / HF_SHARDS).write_text(ShardLayout.of(hf_dir, opened.headers).dumps(), encoding="utf-8")
+        copy_files(hf_dir, kept, partial / HF_FOLDER)
+        entries = {file.as_posix(): file_entry(partial / file) for file in files_in(partial)}
+        commit(checkpoint_dir, entries, {"source": "huggingface", "family": opened.config.family})
+    dtypes = [tensors.dtype(name) for name in tensors.shapes()]
+    return Conversion(
+        source=str(hf_dir),
+        target=str(checkpoint_dir),
+        family=opened.config.family,
+        tensors=len(specs),
+        bytes=total,
+        dtypes=_count_dtypes(dtypes),
+        files=len(entries),
+        notes=opened.notes + tuple(left),
+    )
+
+
+def stored_dtype(checkpoint: Path, stored: torch.dtype) -> torch.dtype:
+    """The dtype in which weights stored as ``stored`` are used: the run's compute dtype where master weights are wider."""
+    compute = read_manifest(checkpoint).get("compute_dtype")
+    return torch.bfloat16 if compute == "bf16" and stored == torch.float32 else stored
+
+
+def convert_to_hf(
+    checkpoint: Path | str,
+    hf_dir: Path | str,
+    *,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: int | str | None = None,
+    drop_expert_bias: bool = False,
+    progress: bool = False,
+) -> Conversion:
+    """Write the weights of a checkpoint as a Hugging Face directory ``hf_dir`` (new or empty).
+
+    ``checkpoint``: a checkpoint, a run directory or its `checkpoints/` (then its newest valid one). ``dtype`` None
+    keeps every tensor's, but fp32 master weights of a bf16 run are exported as bf16. ``max_shard_size`` None gives the
+    files the model came in, or files of at most 5 GB. Raises UserError.
+    """
+    path = resolve_checkpoint(Path(checkpoint))
+    hf_dir = Path(hf_dir)
+    wanted = export_dtype(dtype)
+    config = model_config(path)
+    source = CheckpointTensors(path)
+    check_source(source, config, str(path))
+    notes = check_expert_bias(source, config, drop_expert_bias)
+    names = parameters(config)
+    dtypes = {name: wanted or stored_dtype(path, source.dtype(name)) for name in names}
+    side = path / HF_FOLDER
+    kept = [name for name in side_files(side)[0] if name != Path(CONFIG)] if side.is_dir() else []
+    shards = export(
+        source,
+        config,
+        hf_dir,
+        dtypes=dtypes,
+        max_shard_size=max_shard_size,
+        layout=ShardLayout.loads((path / HF_SHARDS).read_text(encoding="utf-8"))
+        if (path / HF_SHARDS).is_file()
+        else None,
+        original=(side / CONFIG).read_bytes() if (side / CONFIG).is_file() else None,
+        original_dtypes=(path / HF_SHARDS).is_file() and all(dtypes[name] == source.dtype(name) for name in names),
+        write_side_files=lambda partial: copy_files(side, kept, partial),
+        tokens=token_ids(side),
+        progress=progress,
+    )
+    return Conversion(
+        source=str(path),
+        target=str(hf_dir),
+        family=config.family,
+        tensors=sum(len(header.entries) for header in shards.files.values()),
+        bytes=shards.data_bytes,
+        dtypes=_count_dtypes(list(dtypes.values())),
+        files=len(files_in(hf_dir)),
+        notes=notes,
+    )
+
+
+def _load(config: ModelConfig, source: TensorSource, dtype: torch.dtype, device: str | torch.device) -> DecoderLM:
+    with torch.device("meta"):
+        model = DecoderLM(config)
+    model = model.to(dtype).to_empty(device=device)
+    keep_statistics_dtypes(model)
+    available = source.shapes()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name in available:
+                tensor.copy_(source.read(name))
+            else:
+                tensor.zero_()  # only expert biases: every parameter was checked to be there
+    return model.eval()
+
+
+def load_checkpoint(
+    path: Path, dtype: str | torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
+) -> DecoderLM:
+    """`from_pretrained` of a checkpoint directory that `resolve_checkpoint` has verified."""
+    config = model_config(path)
+    source = CheckpointTensors(path)
+    check_source(source, config, str(path))
+    default = stored_dtype(path, source.dtype("model.embed_tokens.weight"))
+    return _load(config, source, export_dtype(dtype) or default, device)
+
+
+def from_pretrained(
+    directory: Path | str, dtype: str | torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
+) -> DecoderLM:
+    """A model in eval mode from a Hugging Face directory or one of our checkpoints (or a run directory).
+
+    ``dtype`` None: as stored (the compute dtype for a training checkpoint). Raises UserError as the converters do.
+    """
+    directory = Path(directory)
+    if is_ours(directory):
+        return load_checkpoint(resolve_checkpoint(directory), dtype, device)
+    opened = _open_directory(directory)
+    default = opened.tensors.dtype("model.embed_tokens.weight")
+    return _load(opened.config, opened.tensors, export_dtype(dtype) or default, device)
+
+
+def save_pretrained(
+    model: DecoderLM,
+    hf_dir: Path | str,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: int | str | None = None,
+    tokenizer: Any = None,
+    original_config: dict[str, Any] | None = None,
+    drop_expert_bias: bool = False,
+) -> None:
+    """Write a model that lies whole in this process as a Hugging Face directory (new or empty).
+
+    ``tokenizer``: anything with ``save_pretrained``. ``original_config``: a config.json to keep where it still holds.
+    Raises UserError as `convert_to_hf` does.
+    """
+    source = ModuleTensors(model)
+    wanted = export_dtype(dtype)
+    check_source(source, model.config, "the model")
+    check_expert_bias(source, model.config, drop_expert_bias)
+
+    def write_side_files(partial: Path) -> None:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(partial))
+
+    found = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    export(
+        source,
+        model.config,
+        Path(hf_dir),
+        dtypes={name: wanted or source.dtype(name) for name in parameters(model.config)},
+        max_shard_size=max_shard_size,
+        layout=None,
+        original=None if original_config is None else config_bytes(original_config),
+        original_dtypes=False,
+        write_side_files=write_side_files,
+        tokens={key: value for key, value in found.items() if value is not None},
+        progress=False,
+    )

@@ -1,0 +1,207 @@
+"""The declarative map between our parameters and the tensors of a Hugging Face directory, for all four families.
+
+Names are the same on both sides but for routed experts: ours are stacked, Hugging Face's files hold one matrix per
+expert (and transformers 5 fuses them in memory, a layout that is accepted when reading). One row below is one kind of
+tensor; everything else here expands rows for a config and compares the result with what a directory holds.
+
+Shape legend: V vocabulary, D hidden, Q query heads x head dim, KV key/value heads x head dim, C head dim, I dense
+feed-forward width, E experts, F expert width, S shared expert width.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qwen_moe.config import ModelConfig
+from qwen_moe.errors import UserError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of tensor. ``when`` names the ModelConfig property that must be true for it to exist.
+
+    ``per_expert``: Hugging Face's names of the pieces of one expert and where each lies in our ``[E, ...]`` tensor
+    after the expert index; empty when the name and the shape are the same on both sides.
+    """
+
+    name: str
+    shape: tuple[str | int, ...]
+    when: str = ""
+    per_expert: tuple[tuple[str, Shape], ...] = ()
+
+
+_GLOBAL_FIRST = (Row("model.embed_tokens.weight", ("V", "D")),)
+_EVERY_LAYER = (
+    Row("input_layernorm.weight", ("D",)),
+    Row("self_attn.q_proj.weight", ("Q", "D")),
+    Row("self_attn.q_proj.bias", ("Q",), when="qkv_bias"),
+    Row("self_attn.k_proj.weight", ("KV", "D")),
+    Row("self_attn.k_proj.bias", ("KV",), when="qkv_bias"),
+    Row("self_attn.v_proj.weight", ("KV", "D")),
+    Row("self_attn.v_proj.bias", ("KV",), when="qkv_bias"),
+    Row("self_attn.o_proj.weight", ("D", "Q")),
+    Row("self_attn.o_proj.bias", ("D",), when="o_bias"),
+    Row("self_attn.q_norm.weight", ("C",), when="qk_norm"),
+    Row("self_attn.k_norm.weight", ("C",), when="qk_norm"),
+    Row("post_attention_layernorm.weight", ("D",)),
+)
+_DENSE_LAYER = (
+    Row("mlp.gate_proj.weight", ("I", "D")),
+    Row("mlp.up_proj.weight", ("I", "D")),
+    Row("mlp.down_proj.weight", ("D", "I")),
+)
+_MOE_LAYER = (
+    Row("mlp.gate.weight", ("E", "D")),
+    Row(
+        "mlp.experts.gate_up_proj",
+        ("E", 2, "F", "D"),
+        per_expert=(("mlp.experts.{}.gate_proj.weight", (0,)), ("mlp.experts.{}.up_proj.weight", (1,))),
+    ),
+    Row("mlp.experts.down_proj", ("E", "D", "F"), per_expert=(("mlp.experts.{}.down_proj.weight", ()),)),
+    Row("mlp.shared_expert.gate_proj.weight", ("S", "D"), when="shared_expert_intermediate_size"),
+    Row("mlp.shared_expert.up_proj.weight", ("S", "D"), when="shared_expert_intermediate_size"),
+    Row("mlp.shared_expert.down_proj.weight", ("D", "S"), when="shared_expert_intermediate_size"),
+    Row("mlp.shared_expert_gate.weight", (1, "D"), when="shared_expert_intermediate_size"),
+)
+_GLOBAL_LAST = (Row("model.norm.weight", ("D",)), Row("lm_head.weight", ("V", "D"), when="untied"))
+
+# Buffers that old versions of transformers saved and every version computes anew.
+_RECOMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_TIED_HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a Hugging Face file and the part ``parameter[index]`` of ours it holds, reshaped to ``shape``."""
+
+    hf_name: str
+    parameter: str
+    index: Shape
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One of our parameters: ``pieces`` as Hugging Face's files hold it, ``fused`` as transformers 5 in memory."""
+
+    name: str
+    shape: Shape
+    pieces: tuple[Piece, ...]
+    fused: Piece | None = None
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a directory holds: ``pieces`` of every parameter, and names that are ignored. ``tied_head``: a head that is
+    on disk although it is tied, and so must equal the embedding."""
+
+    pieces: dict[str, tuple[Piece, ...]]
+    ignored: tuple[str, ...]
+    tied_head: bool
+
+
+def _sizes(config: ModelConfig) -> dict[str, int]:
+    return {
+        "V": config.vocab_size,
+        "D": config.hidden_size,
+        "Q": config.num_attention_heads * config.head_dim,
+        "KV": config.num_key_value_heads * config.head_dim,
+        "C": config.head_dim,
+        "I": config.intermediate_size,
+        "E": config.num_experts,
+        "F": config.moe_intermediate_size,
+        "S": config.shared_expert_intermediate_size,
+    }
+
+
+def _expand(row: Row, prefix: str, sizes: dict[str, int]) -> Parameter:
+    name = prefix + row.name
+    shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in row.shape)
+    if not row.per_expert:
+        return Parameter(name, shape, (Piece(name, name, (), shape),))
+    pieces = tuple(
+        Piece(prefix + template.format(expert), name, (expert, *where), shape[1 + len(where) :])
+        for expert in range(shape[0])
+        for template, where in row.per_expert
+    )
+    flat = (shape[0], shape[1] * shape[2], shape[3]) if len(shape) == 4 else shape
+    return Parameter(name, shape, pieces, Piece(name, name, (), flat))
+
+
+def parameters(config: ModelConfig) -> dict[str, Parameter]:
+    """Every parameter of the model by our name, in the model's order."""
+    sizes = _sizes(config)
+
+    def wanted(row: Row) -> bool:
+        return not config.tie_word_embeddings if row.when == "untied" else not row.when or getattr(config, row.when)
+
+    rows = [(row, "") for row in _GLOBAL_FIRST]
+    for layer in range(config.num_hidden_layers):
+        kind = _MOE_LAYER if config.is_moe_layer(layer) else _DENSE_LAYER
+        rows += [(row, f"model.layers.{layer}.") for row in _EVERY_LAYER + kind]
+    rows += [(row, "") for row in _GLOBAL_LAST]
+    expanded = (_expand(row, prefix, sizes) for row, prefix in rows if wanted(row))
+    return {parameter.name: parameter for parameter in expanded}
+
+
+def expert_biases(config: ModelConfig) -> dict[str, Shape]:
+    """The buffers of the router that Hugging Face's format has no place for, by our name; float32."""
+    return {f"model.layers.{layer}.mlp.gate.expert_bias": (config.num_experts,) for layer in config.moe_layers}
+
+
+def hf_pieces(config: ModelConfig) -> dict[str, Piece]:
+    """Every name a file of this model may hold, fused layout and tied head included, and which part of ours it is."""
+    found: dict[str, Piece] = {}
+    for parameter in parameters(config).values():
+        found |= {piece.hf_name: piece for piece in parameter.pieces}
+        if parameter.fused is not None:
+            found[parameter.fused.hf_name] = parameter.fused
+    if config.tie_word_embeddings:
+        found[_TIED_HEAD] = Piece(_TIED_HEAD, _EMBEDDING, (), found[_EMBEDDING].shape)
+    return found
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def match(config: ModelConfig, found: Mapping[str, Shape], where: str) -> Match:
+    """Pair every parameter with the tensors ``found`` (name -> shape) in ``where``.
+
+    Raises UserError naming what is missing, left over or of another shape.
+    """
+    left = dict(found)
+    chosen: dict[str, tuple[Piece, ...]] = {}
+    missing: list[str] = []
+    misshapen: list[str] = []
+    for parameter in parameters(config).values():
+        fused = parameter.fused is not None and parameter.fused.hf_name in left
+        chosen[parameter.name] = (parameter.fused,) if fused and parameter.fused else parameter.pieces
+        for piece in chosen[parameter.name]:
+            shape = left.pop(piece.hf_name, None)
+            if shape is None:
+                missing.append(piece.hf_name)
+            elif tuple(shape) != piece.shape:
+                misshapen.append(f"{piece.hf_name} is {list(shape)}, expected {list(piece.shape)}")
+    ignored = tuple(name for name in left if _RECOMPUTED.fullmatch(name))
+    tied_head = config.tie_word_embeddings and left.get(_TIED_HEAD) is not None
+    if tied_head and tuple(left[_TIED_HEAD]) != (config.vocab_size, config.hidden_size):
+        misshapen.append(f"{_TIED_HEAD} is {list(left[_TIED_HEAD])} but the tied embedding is another shape")
+    extra = [name for name in left if name not in ignored and not (tied_head and name == _TIED_HEAD)]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing: {_listed(missing)}")
+    if extra:
+        problems.append(f"{len(extra)} not known to {config.family}: {_listed(extra)}")
+    if misshapen:
+        problems.append(f"{len(misshapen)} of another shape: {_listed(misshapen)}")
+    if problems:
+        raise UserError(
+            f"the tensors of {where} are not those that its config.json describes ({'; '.join(problems)}): "
+            "use a directory whose config.json and weights belong together"
+        )
+    return Match(chosen, ignored, tied_head)

@@ -1,0 +1,27 @@
+"""Is there room on the disk for the checkpoints of a run? Asked before any work."""
+
+import shutil
+from pathlib import Path
+
+from qwen_moe.checkpoint.directory import list_checkpoints
+from qwen_moe.config import RunConfig
+from qwen_moe.errors import UserError
+from qwen_moe.models.flops import DTYPE_BYTES, count_parameters
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Size of one training checkpoint: weights and AdamW's two moments in the master dtype."""
+    return 3 * DTYPE_BYTES[config.precision.master] * count_parameters(config.model).total
+
+
+def check_disk_space(config: RunConfig, root: Path) -> None:
+    """Raise UserError unless the checkpoints still to be kept, and the one being written, fit on the disk of ``root``."""
+    root.mkdir(parents=True, exist_ok=True)
+    each = checkpoint_bytes(config)
+    missing = max(1, config.checkpoint.keep + 1 - len(list_checkpoints(root)))
+    free = shutil.disk_usage(root).free
+    if free < missing * each:
+        raise UserError(
+            f"{root} has {free / 1e9:.2f} GB free but {missing} checkpoints of {each / 1e9:.2f} GB each will be written: "
+            f"free some space, lower checkpoint.keep (now {config.checkpoint.keep}) or put run_dir elsewhere"
+        )

@@ -1,0 +1,65 @@
+"""Which checkpoint a path means: a checkpoint itself, or the newest valid one of a run. No torch needed."""
+
+import sys
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from qwen_moe.checkpoint.directory import MANIFEST, CheckpointDamaged, list_checkpoints, verify
+from qwen_moe.config import ModelConfig
+from qwen_moe.errors import UserError
+
+MODEL_CONFIG = "model_config.json"
+HF_FOLDER = "hf"
+_CHECKPOINTS = "checkpoints"
+
+
+def _steps(path: Path) -> list[Path]:
+    return list_checkpoints(path) or list_checkpoints(path / _CHECKPOINTS)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether ``path`` is a checkpoint, a run directory or its `checkpoints/`, rather than a Hugging Face directory."""
+    return (path / MANIFEST).is_file() or bool(_steps(path))
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The checkpoint that ``path`` (a checkpoint, a run directory or its `checkpoints/`) means, fully verified.
+
+    Of several the newest that is whole is taken, and damaged newer ones are reported on stderr. Raises UserError.
+    """
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path} does not exist: give a checkpoint directory or a run directory")
+    if (path / MANIFEST).is_file():
+        try:
+            verify(path)
+        except CheckpointDamaged as error:
+            raise UserError(f"checkpoint {path} is damaged: {error}. Use another one, or convert it again") from None
+        return path
+    candidates = _steps(path)
+    for candidate in reversed(candidates):
+        try:
+            verify(candidate)
+        except CheckpointDamaged as error:
+            print(f"checkpoint {candidate.name} is damaged and not used: {error}", file=sys.stderr)
+            continue
+        return candidate
+    if candidates:
+        raise UserError(f"all {len(candidates)} checkpoints in {path} are damaged: see the messages above")
+    if (path / "config.json").is_file():
+        raise UserError(f"{path} is a Hugging Face directory, not a checkpoint: convert it with from-hf")
+    raise UserError(
+        f"{path} is not a checkpoint (it has no {MANIFEST}) and holds none: give a checkpoint directory, a run "
+        "directory or its checkpoints folder"
+    )
+
+
+def model_config(checkpoint: Path) -> ModelConfig:
+    """The model of a checkpoint. Raises UserError when the file is not there or is of another version."""
+    file = checkpoint / MODEL_CONFIG
+    try:
+        return ModelConfig.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist: {checkpoint} is not a checkpoint of a model") from None
+    except ValidationError as error:
+        raise UserError(f"{file} does not describe a model: {error.errors()[0]['msg']}") from None

@@ -1,0 +1,50 @@
+"""The `qwen-moe` command: one verb per capability, each defined beside its implementation."""
+
+import argparse
+import sys
+import traceback
+from importlib import import_module
+
+from qwen_moe import __version__
+from qwen_moe.errors import UserError
+
+# Modules with a `register(subparsers)`; they import nothing heavy at the top, so that --help is quick.
+VERBS = (
+    "qwen_moe.training.command",
+    "qwen_moe.training.report",
+    "qwen_moe.info",
+    "qwen_moe.data.command",
+    "qwen_moe.checkpoint.convert_cli",
+    "qwen_moe.generate",
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="qwen-moe", description="Train Qwen Mixture-of-Experts models.")
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for module in VERBS:
+        import_module(module).register(subparsers)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Exit code: 0, 2 for an error the user can fix, 130 when interrupted, the verb's own otherwise."""
+    args = build_parser().parse_args(argv)
+    from launchers.local import LaunchError
+
+    try:
+        return (getattr(args, "func", None) or args.run)(args)
+    except (UserError, LaunchError, OSError) as error:
+        if args.traceback:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

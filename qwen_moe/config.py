@@ -1,0 +1,481 @@
+"""RunConfig: everything that defines a run, strict, frozen, read from YAML with `section.key=value` overrides."""
+
+import difflib
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from qwen_moe.errors import UserError
+
+Family = Literal["qwen2", "qwen2_moe", "qwen3", "qwen3_moe"]
+
+
+def _whole_number(value: Any) -> Any:
+    """YAML reads 2e6 as text and 2.0e+6 as a float; both are counts here."""
+    if isinstance(value, str):
+        try:
+            value = float(value.replace("_", ""))
+        except ValueError:
+            return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+PositiveInt = Annotated[int, BeforeValidator(_whole_number), Field(gt=0, strict=True)]
+NonNegativeInt = Annotated[int, BeforeValidator(_whole_number), Field(ge=0, strict=True)]
+PositiveFloat = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class ModelConfig(Section):
+    """The shape of one Qwen model. Field names are Hugging Face's.
+
+    ``family`` fixes what the others leave open: qwen2 and qwen2_moe have biases on q, k and v; qwen3 and qwen3_moe
+    normalise each head of q and k instead (``qkv_bias`` there is Hugging Face's ``attention_bias``: q, k, v and o).
+    A layer is MoE when ``(index + 1) % decoder_sparse_step == 0`` and it is not in ``mlp_only_layers``.
+    """
+
+    family: Family
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    max_position_embeddings: PositiveInt = 32768
+    rope_theta: PositiveFloat = 1_000_000.0
+    rms_norm_eps: PositiveFloat = 1e-6
+    tie_word_embeddings: bool = False
+    initializer_range: PositiveFloat = 0.02
+    qkv_bias: bool = False
+    num_experts: NonNegativeInt = 0
+    num_experts_per_tok: NonNegativeInt = 0
+    moe_intermediate_size: NonNegativeInt = 0
+    shared_expert_intermediate_size: NonNegativeInt = 0
+    norm_topk_prob: bool = False
+    decoder_sparse_step: PositiveInt = 1
+    mlp_only_layers: tuple[NonNegativeInt, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        hidden, heads = _whole_number(values.get("hidden_size")), _whole_number(values.get("num_attention_heads"))
+        if "num_key_value_heads" not in values and heads is not None:
+            values["num_key_value_heads"] = heads
+        if "head_dim" not in values and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+            if hidden % heads:
+                raise ValueError(
+                    f"hidden_size {hidden} is not divisible by num_attention_heads {heads}: "
+                    "change one of them, or give head_dim"
+                )
+            values["head_dim"] = hidden // heads
+        if "qkv_bias" not in values and values.get("family") in ("qwen2", "qwen2_moe"):
+            values["qkv_bias"] = True
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by "
+                f"num_key_value_heads {self.num_key_value_heads}: every KV head serves the same number of query heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs of dimensions, give an even one")
+        if self.family == "qwen2" and not self.qkv_bias:
+            raise ValueError("qkv_bias must be true for family qwen2: Hugging Face's Qwen2 always has these biases")
+        if self.is_moe_family:
+            self._check_experts()
+        else:
+            for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)} but family {self.family} is dense: "
+                        f"use family {self.family}_moe or leave it out"
+                    )
+        if self.shared_expert_intermediate_size and self.family != "qwen2_moe":
+            raise ValueError(
+                f"shared_expert_intermediate_size is {self.shared_expert_intermediate_size} but family {self.family} "
+                "has no shared expert: use family qwen2_moe or leave it out"
+            )
+        return self
+
+    def _check_experts(self) -> None:
+        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing or 0 but family is {self.family}: give a positive number")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} is larger than num_experts {self.num_experts}: "
+                "a token cannot visit more experts than there are"
+            )
+        if self.family == "qwen2_moe" and not self.shared_expert_intermediate_size:
+            raise ValueError(
+                "shared_expert_intermediate_size is 0 but family qwen2_moe always has a shared expert: "
+                "give its size, or use family qwen3_moe, which has none"
+            )
+        for layer in self.mlp_only_layers:
+            if layer >= self.num_hidden_layers:
+                raise ValueError(
+                    f"mlp_only_layers names layer {layer} but there are {self.num_hidden_layers}: "
+                    f"give indices from 0 to {self.num_hidden_layers - 1}"
+                )
+        if not self.moe_layers:
+            raise ValueError(
+                f"no layer is MoE: decoder_sparse_step {self.decoder_sparse_step} and mlp_only_layers "
+                f"{list(self.mlp_only_layers)} leave none of {self.num_hidden_layers}; use family "
+                f"{self.family.removesuffix('_moe')} for a dense model"
+            )
+
+    @property
+    def is_moe_family(self) -> bool:
+        return self.family.endswith("_moe")
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.family.startswith("qwen3")
+
+    @property
+    def o_bias(self) -> bool:
+        return self.qkv_bias and self.family.startswith("qwen3")
+
+    def is_moe_layer(self, index: int) -> bool:
+        return (
+            self.num_experts > 0 and index not in self.mlp_only_layers and (index + 1) % self.decoder_sparse_step == 0
+        )
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        return tuple(i for i in range(self.num_hidden_layers) if self.is_moe_layer(i))
+
+
+class Dataset(Section):
+    """One `.bin/.idx` pair (`prefix`, without the ending) and its weight in the blend."""
+
+    prefix: Path
+    weight: PositiveFloat = 1.0
+
+
+class Prepare(Section):
+    """What `qwen-moe train` prepares first, when it is not there yet: the same as `qwen-moe data prepare`."""
+
+    input: tuple[str, ...] = Field(min_length=1)
+    output: Path
+    train_tokenizer: bool = False
+    vocab_size: NonNegativeInt = 0
+    text_key: str = "text"
+
+
+class DataConfig(Section):
+    """Which tokens are read, in which order. ``split`` is Megatron's train,validation,test weights over documents."""
+
+    prepare: Prepare | None = None
+    train: tuple[Dataset, ...] = ()
+    validation: tuple[Dataset, ...] = ()
+    tokenizer: Path | None = None
+    sequence_length: PositiveInt
+    split: str = "99,1,0"
+    seed: NonNegativeInt = 1234
+    respect_document_boundaries: bool = False
+    mask_end_of_document: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.train and self.prepare is None:
+            raise ValueError("there is nothing to read: give data.train (prefixes of .bin/.idx files) or data.prepare")
+        if self.prepare is not None and self.prepare.train_tokenizer == (self.tokenizer is not None):
+            raise ValueError(
+                "give either data.prepare.train_tokenizer: true (with vocab_size) or data.tokenizer, not both or neither"
+            )
+        return self
+
+
+class TrainingConfig(Section):
+    """How long, in which batches. Batch sizes count sequences; ``train_tokens`` counts tokens of all ranks."""
+
+    train_tokens: PositiveInt
+    micro_batch_size: PositiveInt
+    global_batch_size: PositiveInt
+    validation_interval: NonNegativeInt = 200
+    validation_sequences: PositiveInt = 64
+    recompute: Literal["none", "full"] = "none"
+    loss_chunk_tokens: PositiveInt = 1024
+
+
+class OptimizerConfig(Section):
+    """AdamW with decoupled weight decay (arXiv 1711.05101), not applied to norms and biases."""
+
+    learning_rate: PositiveFloat
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    clip_grad_norm: NonNegativeFloat = 1.0
+
+
+class ScheduleConfig(Section):
+    """Learning rate over tokens: linear warm-up, then cosine to the end, or constant and a decay at the end (WSD)."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_tokens: NonNegativeInt = 0
+    decay_tokens: NonNegativeInt = 0
+    decay_shape: Literal["linear", "cosine", "sqrt"] = "linear"
+    min_learning_rate: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "wsd" and not self.decay_tokens:
+            raise ValueError("schedule.kind is wsd but decay_tokens is 0: give the length of the final decay in tokens")
+        if self.kind != "wsd" and self.decay_tokens:
+            raise ValueError(f"decay_tokens is only used by schedule.kind wsd, not {self.kind}: leave it out")
+        return self
+
+
+class BalanceConfig(Section):
+    """Load balancing of experts (see qwen_moe/training/balance.py for the definitions)."""
+
+    scope: Literal["none", "micro_batch", "sequence", "global_batch", "huggingface"] = "global_batch"
+    coefficient: NonNegativeFloat = 1e-3
+    z_loss_coefficient: NonNegativeFloat = 0.0
+    bias_update_rate: NonNegativeFloat = 0.0
+
+
+class PrecisionConfig(Section):
+    """``compute``: dtype of matmuls and activations. ``master``: dtype of the weights the optimizer updates."""
+
+    compute: Literal["fp64", "fp32", "bf16"] = "bf16"
+    master: Literal["fp64", "fp32", "bf16"] = "fp32"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        width = {"bf16": 16, "fp32": 32, "fp64": 64}
+        if width[self.master] < width[self.compute]:
+            raise ValueError(
+                f"precision.master {self.master} is narrower than precision.compute {self.compute}: "
+                "the optimizer would lose what the model computes; use the same or a wider one"
+            )
+        if self.compute == "fp64" and self.master != "fp64":
+            raise ValueError("precision.compute fp64 needs precision.master fp64")
+        return self
+
+
+class ParallelConfig(Section):
+    """``sharding`` is what data-parallel ranks do not hold twice: optimizer state, and gradients (zero2), and
+    parameters between uses (zero3), as in ZeRO (arXiv 1910.02054)."""
+
+    sharding: Literal["zero2", "zero3"] = "zero2"
+
+
+class CheckpointConfig(Section):
+    """``keep`` counts the newest checkpoints that are not deleted; ``load_from`` starts from another run's weights."""
+
+    interval: PositiveInt = 200
+    keep: PositiveInt = 2
+    asynchronous: bool = False
+    load_from: Path | None = None
+    export_hf: bool = True
+
+
+class LoggingConfig(Section):
+    """``expert_load_interval``: steps between records of every expert's token count (its imbalance is in every record)."""
+
+    tensorboard: bool = True
+    expert_load_interval: PositiveInt = 20
+
+
+class LaunchConfig(Section):
+    """``nproc``: processes that `qwen-moe train` starts on this machine, unless torchrun or Slurm started it."""
+
+    nproc: PositiveInt = 1
+    threads: NonNegativeInt = 0
+    max_restarts_without_progress: NonNegativeInt = 3
+
+
+class RunConfig(Section):
+    """One run. ``run_dir`` holds everything it writes."""
+
+    run_dir: Path
+    seed: NonNegativeInt = 1234
+    sample_prompt: str = ""
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    balance: BalanceConfig = BalanceConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        training, schedule = self.training, self.schedule
+        if training.global_batch_size % training.micro_batch_size:
+            raise ValueError(
+                f"training.global_batch_size {training.global_batch_size} is not a multiple of "
+                f"training.micro_batch_size {training.micro_batch_size}"
+            )
+        if self.data.sequence_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} is larger than model.max_position_embeddings "
+                f"{self.model.max_position_embeddings}: shorten the one or raise the other"
+            )
+        tokens_per_step = training.global_batch_size * self.data.sequence_length
+        if training.train_tokens < tokens_per_step:
+            raise ValueError(
+                f"training.train_tokens {training.train_tokens} is less than one step of {tokens_per_step} tokens "
+                "(global_batch_size x sequence_length)"
+            )
+        if schedule.warmup_tokens + schedule.decay_tokens > training.train_tokens:
+            raise ValueError(
+                f"schedule.warmup_tokens {schedule.warmup_tokens} + decay_tokens {schedule.decay_tokens} is more than "
+                f"training.train_tokens {training.train_tokens}"
+            )
+        if schedule.min_learning_rate > self.optimizer.learning_rate:
+            raise ValueError(
+                f"schedule.min_learning_rate {schedule.min_learning_rate} is above optimizer.learning_rate "
+                f"{self.optimizer.learning_rate}"
+            )
+        if not self.model.is_moe_family and self.balance.bias_update_rate:
+            raise ValueError("balance.bias_update_rate is set but the model is dense: leave it out")
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.training.global_batch_size * self.data.sequence_length
+
+    @property
+    def train_steps(self) -> int:
+        return math.ceil(self.training.train_tokens / self.tokens_per_step)
+
+
+def _valid_keys(path: tuple[str | int, ...]) -> list[str]:
+    """Names allowed in the section that ``path`` (of an unknown key) lies in."""
+    section: type[BaseModel] = RunConfig
+    for part in path[:-1]:
+        field = section.model_fields.get(str(part))
+        if field is None:
+            continue
+        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                section = candidate
+                break
+    return list(section.model_fields) + (["preset"] if section is ModelConfig else [])
+
+
+def _explain(error: ValidationError, source: str, root: tuple[str, ...] = ()) -> UserError:
+    lines = []
+    for item in error.errors():
+        path = root + tuple(item["loc"])
+        dotted = ".".join(str(part) for part in path)
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(path[-1]), _valid_keys(path), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(_valid_keys(path))}"
+            lines.append(f"unknown key {dotted!r}; {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{dotted!r} is missing: give it in the recipe or as {dotted}=VALUE")
+        elif item["type"] == "value_error":
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{dotted}: {message}" if dotted else message)
+        else:
+            lines.append(f"{dotted} = {item['input']!r}: {item['msg']}")
+    return UserError(f"{source}: " + "; ".join(lines))
+
+
+def parse_model(values: dict[str, Any], source: str) -> ModelConfig:
+    """ModelConfig from plain values, `preset: NAME` resolved and overridden by the other keys."""
+    from qwen_moe.presets import preset_values
+
+    values = dict(values)
+    if "preset" in values:
+        name = values.pop("preset")
+        base = preset_values(str(name))
+        changed = values.keys() & {"hidden_size", "num_attention_heads"}
+        if changed and "head_dim" not in values and base["family"].startswith("qwen2"):
+            base.pop("head_dim", None)  # the qwen2 families derive it from the two
+        values = base | values
+    try:
+        return ModelConfig(**values)
+    except ValidationError as error:
+        raise _explain(error, source, ("model",)) from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r} is not of the form section.key=value")
+    node = values
+    *parents, leaf = key.split(".")
+    for part in parents:
+        child = node.get(part)
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {part!r} is a value, not a section")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML ({error})") from None
+
+
+def parse_config(values: dict[str, Any], source: str) -> RunConfig:
+    """RunConfig from plain values; every problem found is in one UserError."""
+    values = dict(values)
+    if isinstance(values.get("model"), dict) and "preset" in values["model"]:
+        values["model"] = parse_model(values["model"], source).model_dump()
+    try:
+        return RunConfig(**values)
+    except ValidationError as error:
+        raise _explain(error, source) from None
+
+
+def load_config(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
+    """Read a recipe and apply `section.key=value` overrides (values are YAML). Raises UserError naming every problem."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(
+            f"recipe {path} does not exist: give the path of a YAML file, such as recipes/demo.yaml"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} cannot be read: {error}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path} must be a mapping of sections, found {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(values, str(path))
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)

@@ -1,0 +1,246 @@
+"""Blended, shuffled, resumable batches over `.bin/.idx` files, through megatron-core's datasets.
+
+A sample is `sequence_length` tokens and the one that follows. Samples are addressed by their number in the run: global
+batch k holds samples k * global_batch_size and following, whatever the number of ranks, so that a resumed run needs
+only its step.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qwen_moe.config import DataConfig, Dataset
+from qwen_moe.data.prepare import bin_path, idx_path, read_manifest
+from qwen_moe.errors import UserError
+
+Batch = dict[str, torch.Tensor]
+IGNORE = -100
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+
+
+class _MegatronTokenizer:
+    """What megatron-core asks of a tokenizer. No padding id, so that no token is ever taken for padding."""
+
+    pad = -1
+
+    def __init__(self, eod: int) -> None:
+        self.eod = eod
+        self.vocab_size = None
+        self.unique_identifiers = {"eod": eod}
+
+
+def _read_index(prefix: Path) -> tuple[int, int, np.ndarray]:
+    """(bytes per token, documents, tokens of each sequence) from the .idx header. Raises UserError when damaged."""
+    path = idx_path(prefix)
+    for needed in (path, bin_path(prefix)):
+        if not needed.is_file():
+            raise UserError(
+                f"{needed} does not exist: give data prefixes without the ending, made by `qwen-moe data prepare`"
+            )
+    content = np.memmap(path, mode="r", dtype=np.uint8) if path.stat().st_size else np.zeros(0, np.uint8)
+    header = len(_INDEX_MAGIC) + 8 + 1 + 16
+    if content.size < header or content[: len(_INDEX_MAGIC)].tobytes() != _INDEX_MAGIC:
+        raise UserError(f"{path} is not a Megatron index file, or is cut off: prepare the data again")
+    code = int(content[len(_INDEX_MAGIC) + 8])
+    widths = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
+    sequences, documents = np.frombuffer(content[header - 16 : header].tobytes(), dtype="<u8").tolist()
+    if code not in widths or content.size != header + 4 * sequences + 8 * sequences + 8 * documents:
+        raise UserError(f"{path} has {content.size} bytes, not what its header says: prepare the data again")
+    lengths = np.frombuffer(content[header : header + 4 * sequences].tobytes(), dtype="<i4")
+    return widths[code], documents - 1, lengths
+
+
+def check_prefix(prefix: Path, vocab_size: int | None = None) -> tuple[int, int]:
+    """(documents, tokens) of a `.bin/.idx` pair. Raises UserError when a file is missing, cut off or does not fit the
+    other, or holds token ids that a model of ``vocab_size`` does not have."""
+    width, documents, lengths = _read_index(prefix)
+    tokens = int(lengths.sum(dtype=np.int64))
+    size = bin_path(prefix).stat().st_size
+    if size != tokens * width:
+        raise UserError(
+            f"{bin_path(prefix)} has {size} bytes, expected {tokens * width} ({tokens} tokens of {width} bytes): it is "
+            "cut off or belongs to another index; prepare the data again"
+        )
+    manifest = read_manifest(prefix)
+    if manifest is not None and vocab_size is not None and manifest.max_token_id >= vocab_size:
+        raise UserError(
+            f"{prefix} holds token id {manifest.max_token_id} but model.vocab_size is {vocab_size}: raise it to at least "
+            f"{manifest.vocab_size}, the size of the tokenizer {manifest.tokenizer}"
+        )
+    return documents, tokens
+
+
+def describe_prefix(prefix: Path) -> dict[str, Any]:
+    """Documents, tokens and, where there is a manifest, the tokenizer behind a prefix."""
+    documents, tokens = check_prefix(prefix)
+    facts: dict[str, Any] = {"prefix": str(prefix), "documents": documents, "tokens": tokens}
+    manifest = read_manifest(prefix)
+    if manifest is not None:
+        facts |= {"tokenizer": manifest.tokenizer, "vocab_size": manifest.vocab_size, "text_bytes": manifest.text_bytes}
+    return facts
+
+
+def _fingerprint_of(prefix: Path) -> str:
+    manifest = read_manifest(prefix)
+    if manifest is not None:
+        return manifest.bin_sha256
+    digest = hashlib.sha256(idx_path(prefix).read_bytes())
+    digest.update(str(bin_path(prefix).stat().st_size).encode())
+    return digest.hexdigest()
+
+
+def rank_samples(
+    step: int, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int
+) -> list[tuple[int, int]]:
+    """(first sample, count) of each micro-batch of one rank in optimizer step ``step``. Over all ranks they are the
+    global batch, whatever the split; micro-batch m of rank r takes the m-th stretch of dp_size micro-batches."""
+    first = step * global_batch_size
+    stretch = micro_batch_size * dp_size
+    return [
+        (first + m * stretch + dp_rank * micro_batch_size, micro_batch_size)
+        for m in range(global_batch_size // stretch)
+    ]
+
+
+class TokenBatches:
+    """Training and validation samples of a run.
+
+    All ranks construct it together: rank 0 builds megatron-core's index files in ``cache``, the others then read them.
+    ``validation_samples`` is cut to one pass over the validation data; 0 where there is none.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        train: Sequence[Dataset],
+        *,
+        train_samples: int,
+        validation_samples: int,
+        vocab_size: int,
+        end_of_document: int | None,
+        cache: Path,
+    ) -> None:
+        self.config, self.vocab_size = config, vocab_size
+        if end_of_document is None and (config.respect_document_boundaries or config.mask_end_of_document):
+            raise UserError(
+                "data.respect_document_boundaries and data.mask_end_of_document need to know the end-of-document token: "
+                "give data.tokenizer"
+            )
+        self.end_of_document = -1 if end_of_document is None else end_of_document
+        sizes = {d.prefix: check_prefix(d.prefix, vocab_size) for d in (*train, *config.validation)}
+        self.fingerprint = self._fingerprint(train, train_samples)
+        self.train_tokens = sum(sizes[d.prefix][1] for d in train)
+        self._train, self._validation = self._build(
+            train, train_samples, validation_samples, cache / self.fingerprint[:16], sizes
+        )
+        self.validation_samples = 0
+        if self._validation is not None:
+            self.validation_samples = min(validation_samples, self._samples_in_validation())
+
+    def _fingerprint(self, train: Sequence[Dataset], train_samples: int) -> str:
+        """Decides the content of every training sample; in checkpoints, so that a resume on other data is refused."""
+        config = self.config
+        parts: list[Any] = [config.sequence_length, config.seed, config.split, train_samples]
+        parts += [config.respect_document_boundaries, config.mask_end_of_document, bool(config.validation)]
+        parts += [(_fingerprint_of(dataset.prefix), dataset.weight) for dataset in train]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+    def _build(
+        self,
+        train: Sequence[Dataset],
+        train_samples: int,
+        validation_samples: int,
+        cache: Path,
+        sizes: dict[Path, tuple[int, int]],
+    ) -> tuple[Any, Any]:
+        from qwen_moe.data.megatron import BlendedMegatronDatasetBuilder, GPTDataset, GPTDatasetConfig
+
+        config = self.config
+        if config.validation:
+            where: dict[str, Any] = {"blend_per_split": [_blend(train), _blend(config.validation), None]}
+        else:
+            where = {"blend": _blend(train), "split": _split(config.split)}
+            if not _has_validation(config.split, [sizes[d.prefix][0] for d in train]):
+                where["split"] = "1,0,0"
+                validation_samples = 0
+        settings = GPTDatasetConfig(
+            random_seed=config.seed,
+            sequence_length=config.sequence_length,
+            path_to_cache=str(cache),
+            tokenizer=_MegatronTokenizer(self.end_of_document),
+            reset_position_ids=config.respect_document_boundaries,
+            reset_attention_mask=False,
+            eod_mask_loss=config.mask_end_of_document,
+            create_attention_mask=False,
+            mid_level_dataset_surplus=0.02,
+            **where,
+        )
+        built = BlendedMegatronDatasetBuilder(
+            GPTDataset, [train_samples, validation_samples, 0], lambda: True, settings
+        ).build()
+        return built[0], built[1] if validation_samples else None
+
+    def _samples_in_validation(self) -> int:
+        """Whole samples in one pass over the validation documents."""
+        parts = getattr(self._validation, "datasets", [self._validation])
+        return sum(part._get_num_tokens_per_epoch() - 1 for part in parts) // self.config.sequence_length
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training files that the run makes."""
+        return len(self._train) * self.config.sequence_length / self.train_tokens
+
+    def train_batch(self, first: int, count: int) -> Batch:
+        """Training samples ``first`` and following as one micro-batch (see `_collate`)."""
+        return self._collate([self._train[index] for index in range(first, first + count)])
+
+    def validation_batch(self, first: int, count: int) -> Batch:
+        """Validation samples; those past the last are there for their shape only and count in no loss."""
+        last = self.validation_samples
+        batch = self._collate([self._validation[min(index, last - 1)] for index in range(first, first + count)])
+        for row, index in enumerate(range(first, first + count)):
+            if index >= last:
+                batch["labels"][row] = IGNORE
+        return batch
+
+    def _collate(self, samples: list[dict[str, Any]]) -> Batch:
+        """``input_ids [b, S]`` and ``labels [b, S]`` (the next token, -100 where it does not count); with
+        respect_document_boundaries also ``position_ids`` (from 0 in each document) and ``document_ids``."""
+        tokens = torch.stack([sample["tokens"] for sample in samples])
+        labels = torch.stack([sample["labels"] for sample in samples])
+        largest = int(tokens.max().maximum(labels.max()))
+        if largest >= self.vocab_size:
+            raise UserError(f"the data holds token id {largest} but model.vocab_size is {self.vocab_size}: raise it")
+        counted = torch.stack([sample["loss_mask"] for sample in samples]) > 0
+        batch = {"input_ids": tokens, "labels": labels.masked_fill(~counted, IGNORE)}
+        if self.config.respect_document_boundaries:
+            ends = tokens == self.end_of_document
+            batch["document_ids"] = ends.cumsum(1) - ends.to(torch.int64)
+            batch["position_ids"] = torch.stack([sample["position_ids"] for sample in samples])
+        return batch
+
+
+def _blend(datasets: Sequence[Dataset]) -> tuple[list[str], list[float]]:
+    return [str(d.prefix.resolve()) for d in datasets], [d.weight for d in datasets]
+
+
+def _split(split: str) -> str:
+    parts = split.split(",")
+    try:
+        weights = [float(part) for part in parts]
+    except ValueError:
+        weights = []
+    if not 1 <= len(weights) <= 3 or min(weights) < 0 or weights[0] == 0:
+        raise UserError(f"data.split {split!r} is not of the form 'train,validation,test' with positive train weight")
+    return split
+
+
+def _has_validation(split: str, documents: list[int]) -> bool:
+    """True when every dataset has at least one document left for validation."""
+    weights = [float(part) for part in split.split(",")]
+    share = weights[1] / sum(weights) if len(weights) > 1 else 0.0
+    return all(round(share * count) >= 1 and count >= 2 for count in documents)

@@ -1,0 +1,196 @@
+"""Byte-level BPE with Qwen's pre-tokenisation and control tokens: training one, and loading any."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# Qwen2.5's control tokens, in the order of their ids (the last ids of the vocabulary), as in its tokenizer_config.json.
+# The first 14 are special (dropped by `skip_special_tokens`), the rest are plain added tokens.
+CONTROL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+)
+SPECIAL_COUNT = 14
+END_OF_TEXT = CONTROL_TOKENS[0]
+
+# The `Split` pattern of Qwen2's tokenizer.json.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# ChatML, as Qwen2.5 writes plain conversations.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MINIMUM_VOCABULARY = 256 + len(CONTROL_TOKENS)
+_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja",
+          "special_tokens_map.json", "added_tokens.json", "generation_config.json")  # fmt: skip
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, model_max_length: int = 32768) -> None:
+    """Train on ``texts`` and write a directory that `transformers.AutoTokenizer` reads.
+
+    ``vocab_size`` counts everything: 256 bytes, merges and the 22 control tokens, whose ids come last. The same texts
+    in the same order give the same tokenizer. Raises UserError when ``vocab_size`` is below 278.
+    """
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+
+    if vocab_size < MINIMUM_VOCABULARY:
+        raise UserError(
+            f"vocabulary size {vocab_size} is too small: 256 bytes and {len(CONTROL_TOKENS)} control tokens need at "
+            f"least {MINIMUM_VOCABULARY}"
+        )
+    tokenizer = Tokenizer(models.BPE(byte_fallback=False))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    wanted = vocab_size - len(CONTROL_TOKENS)
+    trainer = trainers.BpeTrainer(
+        vocab_size=wanted,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    reached = tokenizer.get_vocab_size()
+    if reached < wanted:
+        raise UserError(
+            f"the text allows a vocabulary of only {reached + len(CONTROL_TOKENS)} tokens, not {vocab_size}: ask for "
+            "that many or give more text"
+        )
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=index < SPECIAL_COUNT, normalized=False)
+            for index, token in enumerate(CONTROL_TOKENS)
+        ]
+    )
+    _save(tokenizer, output, model_max_length)
+
+
+def _save(tokenizer: "Tokenizer", output: Path, model_max_length: int) -> None:
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tokenizer.save(str(partial / "tokenizer.json"))
+    decoder = {
+        str(tokenizer.token_to_id(token)): {
+            "content": token,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": index < SPECIAL_COUNT,
+        }
+        for index, token in enumerate(CONTROL_TOKENS)
+    }
+    settings: dict[str, Any] = {
+        "add_prefix_space": False,
+        "added_tokens_decoder": decoder,
+        "additional_special_tokens": list(CONTROL_TOKENS[1:SPECIAL_COUNT]),
+        "bos_token": None,
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": END_OF_TEXT,
+        "errors": "replace",
+        "model_max_length": model_max_length,
+        "pad_token": END_OF_TEXT,
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    (partial / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if output.exists():
+        shutil.rmtree(output)
+    os.replace(partial, output)
+
+
+def load_tokenizer(directory: Path) -> "Tokenizer":
+    """The `tokenizers.Tokenizer` of a directory, set to read control tokens in a corpus as plain text.
+
+    Raises UserError when the directory or its tokenizer.json is not there or not readable.
+    """
+    from tokenizers import Tokenizer
+
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            f"tokenizer {directory} has no tokenizer.json: give a directory written by `qwen-moe data prepare "
+            "--train-tokenizer` or by transformers' save_pretrained"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise UserError(f"{path} is not a readable tokenizer: {error}") from None
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def end_of_document_id(tokenizer: "Tokenizer", directory: Path) -> int:
+    """The id of <|endoftext|>, which closes every document. Raises UserError where the tokenizer has none."""
+    found = tokenizer.token_to_id(END_OF_TEXT)
+    if found is None:
+        raise UserError(f"tokenizer {directory} has no {END_OF_TEXT} token, which closes every document")
+    return found
+
+
+def vocabulary_size(tokenizer: "Tokenizer") -> int:
+    """One more than the largest id: what a model's embedding must have at least."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def tokenizer_hash(directory: Path) -> str:
+    """SHA-256 of tokenizer.json: two tokenizers with the same one give the same tokens."""
+    return hashlib.sha256((directory / "tokenizer.json").read_bytes()).hexdigest()
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files of a tokenizer, and nothing else that lies beside them."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in _FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

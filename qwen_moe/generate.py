@@ -1,0 +1,254 @@
+"""Sampling text from a model with a key/value cache, and the verb `qwen-moe generate`. Torch is imported when used."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_moe.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwen_moe.config import ModelConfig
+    from qwen_moe.models.decoder import DecoderLM
+
+
+def _check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}: give a positive number")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature is {temperature}: give 0 (greedy) or a positive number")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}: give a number above 0 and at most 1")
+
+
+def _check_prompt(length: int, smallest: int, largest: int, max_new_tokens: int, config: "ModelConfig") -> None:
+    if length == 0:
+        raise UserError("the prompt is empty: give at least one token")
+    if smallest < 0 or largest >= config.vocab_size:
+        wrong = largest if largest >= config.vocab_size else smallest
+        raise UserError(
+            f"the prompt has token {wrong} but the model's vocabulary has {config.vocab_size}: the tokenizer is of "
+            "another model"
+        )
+    if length + max_new_tokens > config.max_position_embeddings:
+        raise UserError(
+            f"a prompt of {length} tokens and {max_new_tokens} new ones are {length + max_new_tokens}, more than the "
+            f"model's max_position_embeddings {config.max_position_embeddings}: shorten the prompt, or ask for at most "
+            f"{max(config.max_position_embeddings - length, 0)} new tokens"
+        )
+
+
+def sample(logits: "torch.Tensor", temperature: float, top_p: float, generator: "torch.Generator") -> "torch.Tensor":
+    """One token per row of ``logits [B, V]``, as ``[B]``: the argmax at temperature 0, else nucleus sampling
+    (arXiv 1904.09751): the fewest tokens whose probabilities sum to at least ``top_p``, drawn by probability.
+
+    Draws on the CPU, so that a seed gives the same tokens on every device.
+    """
+    import torch
+
+    if temperature == 0:
+        return logits.argmax(-1)
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    probabilities = (logits.to(wide) / temperature).softmax(-1).cpu()
+    if top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        # A token stays while those before it have not reached top_p; the first always stays.
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1).to(logits.device)
+
+
+def generate(
+    model: "DecoderLM",
+    input_ids: "torch.Tensor",
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    eos_token_id: int | Sequence[int] | None = None,
+    progress: bool = False,
+) -> "torch.Tensor":
+    """Continue ``input_ids [B, S]`` (no padding) and return prompt and new tokens ``[B, S + N]``, N <= max_new_tokens.
+
+    ``eos_token_id``: one or several ids that end a sequence; ended ones are filled with the first, and N is what the
+    longest needs. Raises UserError for values out of range and beyond the model's max_position_embeddings.
+    """
+    import torch
+    from torch.nn import functional
+    from tqdm import tqdm
+
+    from qwen_moe.models.attention import KeyValueCache
+
+    _check_sampling(max_new_tokens, temperature, top_p)
+    smallest, largest = (int(input_ids.min()), int(input_ids.max())) if input_ids.numel() else (0, 0)
+    _check_prompt(input_ids.shape[1], smallest, largest, max_new_tokens, model.config)
+    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+    end_tensor = torch.tensor(ends, dtype=torch.int64, device=input_ids.device)
+    generator = torch.Generator().manual_seed(seed)
+    cache = KeyValueCache()
+    ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    ids, new = input_ids, input_ids
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for _ in tqdm(range(max_new_tokens), desc="generating", unit="token", disable=not progress):
+                states, _ = model.hidden_states(new, cache=cache)
+                logits = functional.linear(states[:, -1], model.head_weight)
+                token = sample(logits, temperature, top_p, generator)
+                if ends:
+                    token = torch.where(ended, end_tensor[0], token)
+                    ended = ended | torch.isin(token, end_tensor)
+                new = token.unsqueeze(1)
+                ids = torch.cat([ids, new], dim=1)
+                if ends and bool(ended.all()):
+                    break
+    finally:
+        model.train(was_training)
+    return ids
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """``finish_reason``: "stop" at an end token, "length" at max_new_tokens."""
+
+    prompt: str
+    completion: str
+    prompt_tokens: int
+    new_tokens: int
+    finish_reason: str
+    dtype: str
+    seconds: float
+
+
+def tokenizer_folder(directory: Path) -> Path:
+    """Where the tokenizer of a checkpoint, run or Hugging Face directory lies. Raises UserError when there is none."""
+    from qwen_moe.checkpoint.resolve import HF_FOLDER
+
+    folder = directory / HF_FOLDER if (directory / HF_FOLDER).is_dir() else directory
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(
+            f"{folder} has no tokenizer (no tokenizer.json or vocab.json): put the files of the model's tokenizer there"
+        )
+    return folder
+
+
+def end_tokens(folder: Path, tokenizer: Any) -> list[int]:
+    """End tokens as Hugging Face chooses them: generation_config.json, else config.json, else the tokenizer's."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            found = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            if found is not None:
+                return [found] if isinstance(found, int) else list(found)
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def generate_text(
+    directory: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.7,
+    top_p: float = 0.8,
+    seed: int = 0,
+    dtype: str | None = None,
+    device: str | None = None,
+    progress: bool = False,
+) -> Continuation:
+    """Continue ``prompt`` with the model and tokenizer of a checkpoint, run or Hugging Face directory.
+
+    ``dtype`` None: as stored, or the run's compute dtype. ``device`` None: the GPU where there is one. Raises UserError.
+    """
+    _check_sampling(max_new_tokens, temperature, top_p)
+    if not prompt:
+        raise UserError("the prompt is empty: give --prompt some text")
+    if not directory.is_dir():
+        raise UserError(f"{directory} does not exist: give a checkpoint, a run directory or a Hugging Face directory")
+    import torch
+
+    from qwen_moe.checkpoint.huggingface import from_pretrained, load_checkpoint
+    from qwen_moe.checkpoint.resolve import is_ours, resolve_checkpoint
+
+    ours = is_ours(directory)
+    if ours:
+        directory = resolve_checkpoint(directory)
+    folder = tokenizer_folder(directory)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer(prompt)["input_ids"]
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = (load_checkpoint if ours else from_pretrained)(directory, dtype=dtype, device=device)
+    ids = torch.tensor([tokens], dtype=torch.int64, device=device)
+    ends = end_tokens(folder, tokenizer)
+    begin = time.perf_counter()
+    out = generate(
+        model,
+        ids,
+        max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        eos_token_id=ends or None,
+        progress=progress,
+    )
+    seconds = time.perf_counter() - begin
+    new = out[0, len(tokens) :].tolist()
+    stopped = bool(new) and new[-1] in ends
+    return Continuation(
+        prompt=prompt,
+        completion=tokenizer.decode(new[:-1] if stopped else new),
+        prompt_tokens=len(tokens),
+        new_tokens=len(new),
+        finish_reason="stop" if stopped else "length",
+        dtype=str(model.head_weight.dtype).removeprefix("torch."),
+        seconds=seconds,
+    )
+
+
+def register(subparsers: Any) -> None:
+    """Add `generate` to the command's subparsers; ``args.func(args)`` returns the exit code."""
+    parser = subparsers.add_parser("generate", help="continue a text with a checkpoint or Hugging Face directory")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a checkpoint, a run directory (its newest checkpoint) or a Hugging Face directory",
+    )
+    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0 is greedy; default: 0.7")
+    parser.add_argument("--top-p", type=float, default=0.8, metavar="P", help="nucleus sampling; default: 0.8")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32", "fp64"), help="default: as stored, or the run's compute dtype"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(func=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    result = generate_text(
+        args.checkpoint,
+        args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        dtype=args.dtype,
+        progress=True,
+    )
+    if args.json:
+        print(json.dumps(asdict(result)))
+    else:
+        print(result.prompt + result.completion)
+        rate = result.new_tokens / max(result.seconds, 1e-9)
+        print(f"{result.new_tokens} tokens, {rate:.1f} per second, {result.dtype}", file=sys.stderr)
+    return 0

@@ -1,0 +1,96 @@
+"""`qwen-moe info NAME`: parameters, FLOPs per token and bytes of a preset, recipe or saved model."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qwen_moe.config import ModelConfig, load_config, parse_model
+from qwen_moe.errors import UserError
+from qwen_moe.models.flops import count_parameters, flops_per_token, training_bytes
+from qwen_moe.presets import PRESETS, preset_values
+
+
+def resolve_model(name: str) -> ModelConfig:
+    """The ModelConfig behind ``name``: a preset, a recipe (.yaml), a Hugging Face directory or a checkpoint."""
+    if name in PRESETS:
+        return parse_model({"preset": name}, name)
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        return load_config(path).model
+    if (path / "config.json").is_file():
+        from qwen_moe.checkpoint.hf_config import model_config_from_hf
+
+        return model_config_from_hf(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    if (path / "model_config.json").is_file():
+        return parse_model(json.loads((path / "model_config.json").read_text(encoding="utf-8")), str(path))
+    if path.exists():
+        raise UserError(f"{path} holds no config.json (Hugging Face) and no model_config.json (checkpoint)")
+    preset_values(name)  # raises, naming the nearest preset
+    raise AssertionError
+
+
+def describe(config: ModelConfig, sequence_length: int, compute: str, master: str) -> dict[str, Any]:
+    """Everything the verb prints, as plain values."""
+    flops = flops_per_token(config, sequence_length)
+    return {
+        "model": config.model_dump(mode="json"),
+        "parameters": asdict(count_parameters(config)),
+        "sequence_length": sequence_length,
+        "forward_flops_per_token": asdict(flops) | {"total": flops.forward},
+        "training_flops_per_token": flops.training,
+        "training_bytes": {"compute": compute, "master": master} | asdict(training_bytes(config, compute, master)),
+    }
+
+
+def _text(name: str, facts: dict[str, Any]) -> str:
+    model, counts, size = facts["model"], facts["parameters"], facts["training_bytes"]
+    lines = [f"{name} ({model['family']})"]
+    shape = [f"{model['num_hidden_layers']} layers of {model['hidden_size']}", f"{model['num_attention_heads']} heads"]
+    shape.append(f"{model['num_key_value_heads']} KV heads of {model['head_dim']}")
+    if model["num_experts"]:
+        shape.append(
+            f"{model['num_experts_per_tok']} of {model['num_experts']} experts of {model['moe_intermediate_size']}"
+        )
+    if model["shared_expert_intermediate_size"]:
+        shape.append(f"shared expert of {model['shared_expert_intermediate_size']}")
+    lines.append("  " + ", ".join(shape) + f", vocabulary {model['vocab_size']:,}")
+    lines.append(
+        f"  parameters        {counts['total'] / 1e9:10.3f} B total, {counts['activated'] / 1e9:.3f} B activated"
+    )
+    lines.append(
+        f"    non-vocabulary  {counts['non_vocabulary_total'] / 1e9:10.3f} B total, "
+        f"{counts['non_vocabulary_activated'] / 1e9:.3f} B activated"
+    )
+    forward = facts["forward_flops_per_token"]
+    lines.append(
+        f"  FLOPs per token   {facts['training_flops_per_token'] / 1e9:10.3f} G in training, {forward['total'] / 1e9:.3f} G "
+        f"forward (sequences of {facts['sequence_length']}, causal)"
+    )
+    for part, value in forward.items():
+        if part != "total" and value:
+            lines.append(f"    {part.replace('_', ' '):22s}{value / forward['total']:7.1%}")
+    lines.append(f"  bytes, one process, compute {size['compute']}, master {size['master']}, activations not counted")
+    for part in ("weights", "master_weights", "gradients", "optimizer"):
+        lines.append(f"    {part.replace('_', ' '):22s}{size[part] / 1e9:10.2f} GB")
+    return "\n".join(lines)
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser("info", help="parameters, FLOPs per token and bytes of a model")
+    parser.add_argument("name", help=f"a preset ({', '.join(PRESETS)}), recipe.yaml, HF directory or checkpoint")
+    parser.add_argument("--seq-len", type=int, default=4096, help="sequence length for attention's FLOPs")
+    parser.add_argument("--compute", choices=("bf16", "fp32", "fp64"), default="bf16")
+    parser.add_argument("--master", choices=("bf16", "fp32", "fp64"), default="fp32")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.seq_len < 1:
+        raise UserError(f"--seq-len {args.seq_len} must be at least 1")
+    facts = describe(resolve_model(args.name), args.seq_len, args.compute, args.master)
+    sys.stdout.write((json.dumps(facts, indent=1) if args.json else _text(args.name, facts)) + "\n")
+    return 0

@@ -1,0 +1,1 @@
+"""The decoder's mathematics: each file reads as single-device PyTorch."""

@@ -1,0 +1,149 @@
+"""The decoder of all four families: embedding, pre-norm layers, final norm, head.
+
+Shapes: B batch, S sequence, D hidden, V vocabulary, L MoE layers, E experts. Parameter names are Hugging Face's.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from qwen_moe.config import ModelConfig
+from qwen_moe.models.attention import Attention, KeyValueCache
+from qwen_moe.models.feed_forward import FeedForward
+from qwen_moe.models.linear_cross_entropy import linear_cross_entropy
+from qwen_moe.models.moe import MoE
+from qwen_moe.models.norm import RMSNorm
+from qwen_moe.models.rope import rope_tables
+from qwen_moe.models.router import RouterStatistics
+
+
+class LossSums(NamedTuple):
+    """What one micro-batch adds to the losses: sums over its tokens. ``router`` fields have a leading layer dim [L]."""
+
+    cross_entropy: torch.Tensor  # [], sum over counted tokens, in nats
+    tokens: torch.Tensor  # [] int64, tokens counted (label not -100)
+    router: RouterStatistics | None  # prob_sum [L, B, E], counts [L, B, E], z_sum [L, B]; None for dense models
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then + feed-forward or MoE of its norm. Returns the router's statistics or None."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, index)
+        self.is_moe = config.is_moe_layer(index)
+        self.mlp = MoE(config) if self.is_moe else FeedForward(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> tuple[torch.Tensor, RouterStatistics | None]:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        y = self.mlp(self.post_attention_layernorm(x))
+        if self.is_moe:
+            y, statistics = y
+            return x + y, statistics
+        return x + y, None
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: Hugging Face's ``model.`` prefix."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class DecoderLM(nn.Module):
+    """A causal language model: ``model(input_ids [B, S]) -> logits [B, S, V]``.
+
+    ``recompute`` drops each layer's activations in forward and computes them again in backward.
+    """
+
+    def __init__(self, config: ModelConfig, recompute: bool = False) -> None:
+        super().__init__()
+        self.config, self.recompute = config, recompute
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """``[V, D]``; with tied embeddings, the embedding itself."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> tuple[torch.Tensor, RouterStatistics | None]:
+        """Final normed states ``[B, S, D]`` and the routers' statistics, stacked over MoE layers.
+
+        ``document_ids [B, S]`` (equal within a document) keep attention from looking across documents.
+        """
+        config, past = self.config, cache.length if cache is not None else 0
+        seq = input_ids.shape[1]
+        if position_ids is None:
+            position_ids = torch.arange(past, past + seq, device=input_ids.device).unsqueeze(0)
+        x = self.model.embed_tokens(input_ids)
+        cos, sin = rope_tables(position_ids, config.head_dim, config.rope_theta, x.dtype)
+        mask = _attention_mask(seq, past, document_ids, input_ids.device)
+        collected = []
+        for layer in self.model.layers:
+            if self.recompute and self.training:
+                x, statistics = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False)
+            else:
+                x, statistics = layer(x, cos, sin, mask, cache)
+            if statistics is not None:
+                collected.append(statistics)
+        if cache is not None:
+            cache.length += seq
+        router = RouterStatistics(*(torch.stack(parts) for parts in zip(*collected))) if collected else None
+        return self.model.norm(x), router
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> torch.Tensor:
+        x, _ = self.hidden_states(input_ids, position_ids, document_ids, cache)
+        return nn.functional.linear(x, self.head_weight)
+
+    def loss_sums(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        chunk_tokens: int = 1024,
+    ) -> LossSums:
+        """Sums of this micro-batch. ``labels [B, S]`` are already shifted: the token that follows; -100 is not counted."""
+        x, router = self.hidden_states(input_ids, position_ids, document_ids)
+        loss = linear_cross_entropy(x.flatten(0, 1), self.head_weight, labels.flatten(), chunk_tokens)
+        return LossSums(loss, (labels != -100).sum(), router)
+
+
+def _attention_mask(
+    seq: int, past: int, document_ids: torch.Tensor | None, device: torch.device
+) -> torch.Tensor | None:
+    """None where plain causal (or a single new token) says it all, else boolean [B or 1, 1, S, past + S]."""
+    if document_ids is None and (past == 0 or seq == 1):
+        return None
+    causal = torch.ones(seq, past + seq, dtype=torch.bool, device=device).tril(past)
+    if document_ids is None:
+        return causal[None, None]
+    return (causal & (document_ids[:, :, None] == document_ids[:, None, :])).unsqueeze(1)

@@ -1,0 +1,107 @@
+"""Counts: total and activated parameters, FLOPs per token, bytes. The one place that counts them."""
+
+from dataclasses import asdict, dataclass
+
+from qwen_moe.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCounts:
+    """``activated``: what one token uses, embedding and head included (the convention of Qwen's published figures).
+    ``non_vocabulary*``: the same without embedding and head (the N of scaling laws)."""
+
+    total: int
+    activated: int
+    non_vocabulary_total: int
+    non_vocabulary_activated: int
+
+
+def count_parameters(config: ModelConfig) -> ParameterCounts:
+    """Counted from the shape alone; `tests/models/test_flops.py` compares with built modules."""
+    d, c = config.hidden_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    attention = d * c * (2 * heads + 2 * kv_heads)
+    attention += (heads + 2 * kv_heads) * c if config.qkv_bias else 0
+    attention += d if config.o_bias else 0
+    attention += 2 * c if config.qk_norm else 0
+    layer = attention + 2 * d
+    expert = 3 * d * config.moe_intermediate_size
+    shared = 3 * d * config.shared_expert_intermediate_size + (d if config.shared_expert_intermediate_size else 0)
+    router = config.num_experts * d
+    moe, dense = len(config.moe_layers), config.num_hidden_layers - len(config.moe_layers)
+    always = config.num_hidden_layers * layer + dense * 3 * d * config.intermediate_size + moe * (router + shared) + d
+    total = always + moe * config.num_experts * expert
+    activated = always + moe * config.num_experts_per_tok * expert
+    vocabulary = config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
+    return ParameterCounts(
+        total=total + vocabulary,
+        activated=activated + vocabulary,
+        non_vocabulary_total=total,
+        non_vocabulary_activated=activated,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlopsPerToken:
+    """Forward FLOPs per token by part, a multiply-add counted as 2; training is 3 times ``forward`` (backward is twice
+    forward). Causal: a query looks at (S + 1) / 2 keys on average. The head is counted, the embedding look-up is free,
+    elementwise work is not counted."""
+
+    attention_projections: float
+    attention_scores: float
+    dense_feed_forward: float
+    routed_experts: float
+    shared_expert: float
+    router: float
+    head: float
+
+    @property
+    def forward(self) -> float:
+        return sum(asdict(self).values())
+
+    @property
+    def training(self) -> float:
+        return 3 * self.forward
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> FlopsPerToken:
+    """FLOPs of one token in a sequence of ``sequence_length``, averaged over its positions."""
+    d, c = config.hidden_size, config.head_dim
+    heads, kv_heads, layers = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
+    moe = len(config.moe_layers)
+    return FlopsPerToken(
+        attention_projections=2.0 * layers * d * c * (2 * heads + 2 * kv_heads),
+        attention_scores=2.0 * layers * heads * c * (sequence_length + 1),
+        dense_feed_forward=2.0 * (layers - moe) * 3 * d * config.intermediate_size,
+        routed_experts=2.0 * moe * config.num_experts_per_tok * 3 * d * config.moe_intermediate_size,
+        shared_expert=2.0 * moe * (3 * d * config.shared_expert_intermediate_size + d)
+        if config.shared_expert_intermediate_size
+        else 0.0,
+        router=2.0 * moe * config.num_experts * d,
+        head=2.0 * d * config.vocab_size,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBytes:
+    """Bytes held by one process that trains the whole model, activations not counted."""
+
+    weights: int
+    master_weights: int
+    gradients: int
+    optimizer: int
+
+
+DTYPE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
+
+
+def training_bytes(config: ModelConfig, compute: str = "bf16", master: str = "fp32") -> TrainingBytes:
+    """AdamW keeps two moments in the master dtype; gradients are in the master dtype; a separate copy of the weights in
+    the compute dtype exists where the two differ."""
+    total = count_parameters(config).total
+    return TrainingBytes(
+        weights=total * DTYPE_BYTES[compute],
+        master_weights=0 if master == compute else total * DTYPE_BYTES[master],
+        gradients=total * DTYPE_BYTES[master],
+        optimizer=2 * total * DTYPE_BYTES[master],
+    )

@@ -1,0 +1,66 @@
+"""LM head and cross-entropy in one function over chunks of tokens: full logits never exist.
+
+Shapes: T tokens, D hidden, V vocabulary.
+"""
+
+import torch
+
+from qwen_moe.models.norm import statistics_dtype
+
+IGNORE = -100
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """sum over counted t of logsumexp(z_t) - z_t[label_t], z = x W^T.
+
+    dz = softmax(z) - onehot(label), dx = dz W, dW = dz^T x. All three are formed while a chunk's logits exist, so
+    nothing is computed twice; backward only multiplies by the incoming scalar. dW is summed over chunks in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
+        wide = statistics_dtype(x.dtype)
+        need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        total = torch.zeros((), dtype=wide, device=x.device)
+        dx = torch.empty_like(x) if need_x else None
+        dweight = torch.zeros(weight.shape, dtype=wide, device=x.device) if need_weight else None
+        for start in range(0, x.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            x_c, labels_c = x[rows], labels[rows]
+            logits = (x_c @ weight.T).to(wide)
+            counted = labels_c != IGNORE
+            target = labels_c.masked_fill(~counted, 0).unsqueeze(1)
+            lse = logits.logsumexp(-1, keepdim=True)
+            total += ((lse - logits.gather(1, target)).squeeze(1) * counted).sum()
+            if not (need_x or need_weight):
+                continue
+            dz = logits.sub_(lse).exp_()
+            dz.scatter_add_(1, target, dz.new_full((), -1.0).expand_as(target))
+            dz.mul_(counted.unsqueeze(1))
+            dz = dz.to(x.dtype)
+            if dx is not None:
+                torch.mm(dz, weight, out=dx[rows])
+            if dweight is not None:
+                dweight += dz.T @ x_c
+        ctx.save_for_backward(dx, dweight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        dx, dweight = ctx.saved_tensors
+        scale = grad_outputs[0]
+        dx = None if dx is None else dx * scale.to(dx.dtype)
+        dweight = None if dweight is None else (dweight * scale).to(ctx.weight_dtype)
+        return dx, dweight, None, None
+
+
+def linear_cross_entropy(
+    x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_tokens: int = 1024
+) -> torch.Tensor:
+    """Summed cross-entropy, in nats, of ``softmax(x W^T)`` against ``labels``; a scalar in float32 (float64 for float64).
+
+    ``x [T, D]``, ``weight [V, D]``, ``labels [T]`` int64 with -100 where a token does not count. At most ``chunk_tokens``
+    rows of logits exist at a time.
+    """
+    return _LinearCrossEntropy.apply(x, weight, labels, chunk_tokens)

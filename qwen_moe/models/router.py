@@ -1,0 +1,59 @@
+"""Top-k softmax router and the statistics that balancing and metrics need.
+
+Shapes: B sequences, T = B * S tokens, D hidden, E experts, K top-k.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qwen_moe.config import ModelConfig
+from qwen_moe.models.norm import statistics_dtype
+
+
+class RouterStatistics(NamedTuple):
+    """Sums over tokens, never means; kept per sequence so that every balancing scope can be formed from them.
+
+    They flow through the graph as outputs of the layer: recomputing a layer in backward cannot count a token twice.
+    """
+
+    prob_sum: torch.Tensor  # [B, E] float32 (float64 for float64 models), differentiable
+    counts: torch.Tensor  # [B, E] int64, assignments of tokens to experts
+    z_sum: torch.Tensor  # [B], sum of logsumexp(logits)^2, differentiable
+
+
+class Router(nn.Module):
+    """``forward(x [B, S, D]) -> (weights [T, K] in x's dtype, indices [T, K], RouterStatistics)``.
+
+    Softmax over all experts in float32, then top-k, as Qwen does. Logits are computed in float32 too: rounded to
+    bfloat16 they have three digits and near-ties would flip between a forward and its recomputation.
+    ``expert_bias`` (arXiv 2408.15664) moves the selection only, never the weights.
+    """
+
+    expert_bias: torch.Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.register_buffer("expert_bias", torch.zeros(config.num_experts, dtype=torch.float32))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, RouterStatistics]:
+        batch, wide = x.shape[0], statistics_dtype(x.dtype)
+        logits = F.linear(x.flatten(0, -2).to(wide), self.weight.to(wide))
+        probs = logits.softmax(-1)
+        indices = torch.topk(probs.detach() + self.expert_bias, self.top_k, dim=-1, sorted=True).indices
+        weights = probs.gather(-1, indices)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        counts = torch.zeros(batch, probs.shape[-1], dtype=torch.int64, device=x.device)
+        per_sequence = indices.view(batch, -1)
+        counts.scatter_add_(1, per_sequence, torch.ones_like(per_sequence))
+        statistics = RouterStatistics(
+            prob_sum=probs.view(batch, -1, probs.shape[-1]).sum(1),
+            counts=counts,
+            z_sum=logits.logsumexp(-1).square().view(batch, -1).sum(1),
+        )
+        return weights.to(x.dtype), indices, statistics

@@ -1,0 +1,171 @@
+"""Named model shapes: published Qwen sizes, our Turbo- and Plus-style ones, and the demo's.
+
+Published shapes are those of the models' own `config.json`. Qwen2.5-Turbo and Qwen2.5-Plus are MoE models whose sizes
+were never published (arXiv 2412.15115, section 2 says only: fine-grained experts, shared experts, replacing the dense
+feed-forward layers). Ours are choices, made so:
+
+* both take Qwen2.5's vocabulary (151,936: divisible by 128, so it splits evenly over any usual tensor-parallel degree
+  without further padding), QKV bias, RoPE base 1,000,000 and 32,768 native positions;
+* experts are fine-grained (arXiv 2401.06066): 64 per layer, each an eighth (Turbo) or about an eleventh (Plus) of the
+  dense feed-forward width, 8 of them active, plus one gated shared expert as wide as 4 routed ones: a third of the
+  activated feed-forward is always on, so that common knowledge need not be learned by every expert;
+* `turbo_style` (17.5B in all, 3.9B activated) is sized to serve at the cost of Qwen2.5-3B and to fit one 80 GB GPU in
+  bf16; `plus_style` (133B, 27B activated) keeps its activated size between Qwen2.5-14B and 32B and its total between
+  the 72B dense model and Qwen3-235B-A22B;
+* widths are multiples of 128 (FP8 blocks, tensor-parallel degrees up to 8), layer counts even (pipeline stages), and
+  8 KV heads allow tensor parallelism of 8 without replicating KV.
+"""
+
+import difflib
+from typing import Any
+
+from qwen_moe.errors import UserError
+
+
+def _qwen25(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "family": "qwen2",
+        "vocab_size": 152064,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1_000_000.0,
+        "rms_norm_eps": 1e-6,
+        **changes,
+    }
+
+
+_SMALL = {"vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "qwen2.5-0.5b": _qwen25(896, 4864, 24, 14, 2, **_SMALL),
+    "qwen2.5-1.5b": _qwen25(1536, 8960, 28, 12, 2, **_SMALL | {"max_position_embeddings": 131072}),
+    "qwen2.5-3b": _qwen25(2048, 11008, 36, 16, 2, **_SMALL),
+    "qwen2.5-7b": _qwen25(3584, 18944, 28, 28, 4),
+    "qwen2.5-14b": _qwen25(5120, 13824, 48, 40, 8, rms_norm_eps=1e-5),
+    "qwen2.5-32b": _qwen25(5120, 27648, 64, 40, 8, rms_norm_eps=1e-5),
+    "qwen2.5-72b": _qwen25(8192, 29568, 80, 64, 8, rms_norm_eps=1e-5),
+    "qwen1.5-moe-a2.7b": {
+        "family": "qwen2_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 8192,
+        "rope_theta": 1_000_000.0,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+    },
+    "qwen2-57b-a14b": {
+        "family": "qwen2_moe",
+        "vocab_size": 151936,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1_000_000.0,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2560,
+        "shared_expert_intermediate_size": 20480,
+    },
+    "qwen3-30b-a3b": {
+        "family": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1_000_000.0,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+    },
+    "qwen3-235b-a22b": {
+        "family": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 94,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1_000_000.0,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 1536,
+        "norm_topk_prob": True,
+    },
+    "turbo_style": {
+        "family": "qwen2_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 11264,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1_000_000.0,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "norm_topk_prob": True,
+    },
+    "plus_style": {
+        "family": "qwen2_moe",
+        "vocab_size": 151936,
+        "hidden_size": 5120,
+        "intermediate_size": 27648,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1_000_000.0,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2560,
+        "shared_expert_intermediate_size": 10240,
+        "norm_topk_prob": True,
+    },
+    "demo": {
+        "family": "qwen2_moe",
+        "vocab_size": 8192,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": True,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 256,
+        "norm_topk_prob": True,
+    },
+}
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """A copy of the named preset's fields. Raises UserError naming the nearest preset."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name.lower(), PRESETS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PRESETS)}"
+        raise UserError(f"unknown preset {name!r}; {hint}")
+    return dict(PRESETS[name])

@@ -1,0 +1,67 @@
+"""What a run was made with: one JSON line per attempt in attempts.jsonl, and the resolved config beside it."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parallel.process import ProcessInfo
+from qwen_moe.config import RunConfig, dump_config
+
+ATTEMPTS = "attempts.jsonl"
+CONFIG = "config.yaml"
+_PACKAGES = ("qwen-moe", "torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that can change a run's numbers."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def code_commit() -> dict[str, Any]:
+    """Commit of this checkout and whether files differ from it; empty where the code is not in git."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+
+
+def record_attempt(config: RunConfig, info: ProcessInfo, device: torch.device, *, resumed_step: int) -> None:
+    """Append this attempt to the run folder's attempts.jsonl and save the resolved config."""
+    run_dir = config.run_dir
+    temporary = run_dir / f"{CONFIG}.partial"
+    temporary.write_text(dump_config(config), encoding="utf-8")
+    os.replace(temporary, run_dir / CONFIG)
+    record = {
+        "time": time.time(),
+        "resumed_step": resumed_step,
+        "world_size": info.world_size,
+        "host": platform.node(),
+        "python": sys.version.split()[0],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "packages": package_versions(),
+        "code": code_commit(),
+    }
+    with (run_dir / ATTEMPTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")

@@ -1,0 +1,85 @@
+"""`qwen-moe train RECIPE.yaml [section.key=value ...]`: prepare data, start processes, export what was trained."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from qwen_moe.config import RunConfig, dump_config, load_config
+from qwen_moe.errors import UserError
+
+RESOLVED = "config.yaml"
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser("train", help="train a model from a recipe; run again to go on after a stop")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--json", action="store_true", help="print the outcome as one JSON object on stdout")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from parallel.process import started_by_launcher
+
+    config = load_config(args.recipe, args.overrides)
+    if started_by_launcher():
+        return _join(config)
+    outcome = _train_here(config)
+    if isinstance(outcome, int):
+        return outcome
+    if args.json:
+        print(json.dumps(outcome))
+    return 0
+
+
+def _join(config: RunConfig) -> int:
+    """torchrun or Slurm started this process: be one rank of the run; rank 0 finishes it."""
+    from parallel.process import process_info
+    from qwen_moe.training.worker import run_worker
+
+    code = run_worker(config)
+    if code == 0 and process_info().rank == 0:
+        from qwen_moe.training.finish import finish_run
+
+        finish_run(config)
+    return code
+
+
+def _train_here(config: RunConfig) -> dict[str, Any] | int:
+    from launchers.local import RunLock, Supervisor
+    from qwen_moe.checkpoint.preflight import check_disk_space
+    from qwen_moe.training.batch_plan import check_batches
+    from qwen_moe.training.inputs import prepare_inputs
+
+    check_batches(config, config.launch.nproc)
+    lock = RunLock(config.run_dir)
+    try:
+        check_disk_space(config, config.run_dir / "checkpoints")
+        prepare_inputs(config)
+        resolved = config.run_dir / RESOLVED
+        temporary = resolved.with_suffix(".partial")
+        temporary.write_text(dump_config(config), encoding="utf-8")
+        os.replace(temporary, resolved)
+        command = [sys.executable, "-m", "qwen_moe.training.elastic", str(config.launch.nproc), str(resolved)]
+        supervisor = Supervisor(
+            command, config.run_dir, _environment(config), config.launch.max_restarts_without_progress
+        )
+        outcome = supervisor.run()
+        if outcome.message:
+            raise UserError(outcome.message)
+        if outcome.code != 0:
+            return outcome.code
+        from qwen_moe.training.finish import finish_run
+
+        return finish_run(config) | {"restarts": outcome.restarts}
+    finally:
+        lock.close()
+
+
+def _environment(config: RunConfig) -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = config.launch.threads or max(1, cores // config.launch.nproc)
+    return os.environ | {"OMP_NUM_THREADS": str(threads)}

@@ -1,0 +1,41 @@
+"""`python -m qwen_moe.training.elastic NPROC CONFIG`: NPROC workers on this machine under one torchrun-elastic agent.
+
+The same agent as the `torchrun` command, without its traceback when a worker fails: the workers have said what is wrong.
+"""
+
+import logging
+import os
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from parallel.process import die_with_parent
+
+
+def main(nproc: int, config: str) -> int:
+    die_with_parent()
+    logging.disable(logging.CRITICAL)  # what failed is told by the workers and by the supervisor
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=str(os.getpid()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,  # the supervisor restarts: it knows whether there was progress
+        shutdown_timeout=50,
+    )
+    try:
+        elastic_launch(launch, sys.executable)("-u", "-m", "qwen_moe.training.worker", config)
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        return codes[0] if codes and codes[0] > 0 else 1
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2]))

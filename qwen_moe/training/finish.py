@@ -1,0 +1,65 @@
+"""After the last step: pictures, a Hugging Face directory, and text sampled from it by transformers."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from qwen_moe.checkpoint.directory import step_directory
+from qwen_moe.config import RunConfig
+from qwen_moe.training.report import as_text, draw, summarise
+
+SAMPLE = "sample.txt"
+HF = "hf"
+
+
+def finish_run(config: RunConfig) -> dict[str, Any]:
+    """Write what a finished run leaves and print its summary to stderr. Safe to repeat: what is there is kept."""
+    run_dir = config.run_dir
+    facts = summarise(run_dir)
+    facts["pictures"] = [str(path) for path in draw(run_dir)]
+    checkpoint = step_directory(run_dir / "checkpoints", config.train_steps)
+    facts["checkpoint"] = str(checkpoint)
+    print(as_text(facts), file=sys.stderr)
+    print(f"  checkpoint        {checkpoint}", file=sys.stderr)
+    if config.checkpoint.export_hf:
+        hf_dir = run_dir / HF
+        if not hf_dir.exists():
+            from qwen_moe.checkpoint.huggingface import convert_to_hf
+
+            convert_to_hf(checkpoint, hf_dir)
+        facts["hf_dir"] = str(hf_dir)
+        print(f"  Hugging Face      {hf_dir}", file=sys.stderr)
+        if config.sample_prompt:
+            text = sample_with_transformers(hf_dir, config.sample_prompt, config.seed)
+            _write(run_dir / SAMPLE, text)
+            facts["sample"] = text
+            print(f"\ntext sampled by transformers from {hf_dir} ({run_dir / SAMPLE}):\n\n{text}\n", file=sys.stderr)
+    return facts
+
+
+def sample_with_transformers(hf_dir: Path, prompt: str, seed: int, new_tokens: int = 160) -> str:
+    """Text that `transformers` generates from a Hugging Face directory: an independent reader of what was exported."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
+    torch.manual_seed(seed)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(
+        **inputs,
+        max_new_tokens=new_tokens,
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.9,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

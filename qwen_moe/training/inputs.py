@@ -1,0 +1,125 @@
+"""A run's data on one rank: prepared if the recipe says so, opened, checked against the model, cut into micro-batches."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from parallel.process import ProcessInfo
+from qwen_moe.config import Dataset, RunConfig
+from qwen_moe.data.batches import TokenBatches, rank_samples
+from qwen_moe.data.prepare import prepare, trained_tokenizer_path
+from qwen_moe.data.tokenizer import copy_tokenizer, end_of_document_id, load_tokenizer, vocabulary_size
+from qwen_moe.errors import UserError
+
+TOKENIZER = "tokenizer"
+Batch = dict[str, torch.Tensor]
+
+
+def tokenizer_directory(config: RunConfig) -> Path | None:
+    """Where the run's tokenizer lies, or None when the recipe names none."""
+    if config.data.prepare is not None and config.data.prepare.train_tokenizer:
+        return trained_tokenizer_path(config.data.prepare.output)
+    return config.data.tokenizer
+
+
+def train_datasets(config: RunConfig) -> tuple[Dataset, ...]:
+    prepared = (Dataset(prefix=config.data.prepare.output),) if config.data.prepare is not None else ()
+    return prepared + config.data.train
+
+
+def prepare_inputs(config: RunConfig) -> None:
+    """Make what `data.prepare` asks for, unless it is there, and check the tokenizer against the model."""
+    wanted = config.data.prepare
+    if wanted is not None:
+        if wanted.train_tokenizer and wanted.vocab_size > config.model.vocab_size:
+            raise UserError(
+                f"data.prepare.vocab_size {wanted.vocab_size} is larger than model.vocab_size {config.model.vocab_size}: "
+                "the model needs a row for every token"
+            )
+        prepare(
+            wanted.input,
+            wanted.output,
+            tokenizer=None if wanted.train_tokenizer else config.data.tokenizer,
+            vocab_size=wanted.vocab_size,
+            text_key=wanted.text_key,
+        )
+    directory = tokenizer_directory(config)
+    if directory is None:
+        if config.sample_prompt:
+            raise UserError(
+                "sample_prompt is set but the recipe has no tokenizer: give data.tokenizer, or leave it out"
+            )
+        return
+    size = vocabulary_size(load_tokenizer(directory))
+    if size > config.model.vocab_size:
+        raise UserError(
+            f"tokenizer {directory} has {size} tokens but model.vocab_size is {config.model.vocab_size}: raise it to at "
+            f"least {size}"
+        )
+
+
+@dataclass
+class RunInputs:
+    """This rank's micro-batches, by step."""
+
+    config: RunConfig
+    info: ProcessInfo
+    batches: TokenBatches
+    tokenizer: Path | None
+
+    @property
+    def fingerprint(self) -> str:
+        return self.batches.fingerprint
+
+    @property
+    def has_validation(self) -> bool:
+        return self.batches.validation_samples > 0
+
+    def train_micro_batches(self, step: int) -> list[Batch]:
+        """All micro-batches of this rank in optimizer step ``step``."""
+        training = self.config.training
+        ranges = rank_samples(
+            step, training.global_batch_size, training.micro_batch_size, self.info.rank, self.info.world_size
+        )
+        return [self.batches.train_batch(first, count) for first, count in ranges]
+
+    def validation_micro_batches(self) -> list[Batch]:
+        """As many on every rank; the last may hold samples that count in no loss."""
+        size, world = self.config.training.micro_batch_size, self.info.world_size
+        stretch = size * world
+        rounds = -(-self.batches.validation_samples // stretch)
+        return [self.batches.validation_batch(r * stretch + self.info.rank * size, size) for r in range(rounds)]
+
+
+def open_inputs(config: RunConfig, info: ProcessInfo) -> RunInputs:
+    """Open the data on every rank; rank 0 prepares it first where that is not done yet."""
+    problem: list[str | None] = [None]
+    if info.rank == 0:
+        try:
+            prepare_inputs(config)
+        except UserError as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise UserError(problem[0])
+    directory = tokenizer_directory(config)
+    kept = None
+    end_of_document = None
+    if directory is not None:
+        end_of_document = end_of_document_id(load_tokenizer(directory), directory)
+        kept = config.run_dir / TOKENIZER
+        if info.rank == 0:
+            copy_tokenizer(directory, kept)
+    training = config.training
+    batches = TokenBatches(
+        config.data,
+        train_datasets(config),
+        train_samples=config.train_steps * training.global_batch_size,
+        validation_samples=training.validation_sequences,
+        vocab_size=config.model.vocab_size,
+        end_of_document=end_of_document,
+        cache=config.run_dir / "data_cache",
+    )
+    return RunInputs(config, info, batches, kept)

@@ -1,0 +1,242 @@
+"""The training loop: build, resume, step, validate, checkpoint, stop; every rank runs it."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from launchers.local import INTERRUPTED, PROGRESS
+from parallel.data import data_parallel_mesh, shard
+from parallel.process import ProcessInfo
+from qwen_moe.checkpoint.distributed import CheckpointWriter, TrainState, load_weights, newest_valid, resume
+from qwen_moe.checkpoint.preflight import check_disk_space
+from qwen_moe.config import RunConfig
+from qwen_moe.errors import UserError
+from qwen_moe.models.decoder import DecoderLM
+from qwen_moe.models.flops import flops_per_token
+from qwen_moe.models.init import initialise, keep_statistics_dtypes
+from qwen_moe.training.balance import maximum_violation
+from qwen_moe.training.batch_plan import check_batches
+from qwen_moe.training.inputs import RunInputs, open_inputs
+from qwen_moe.training.metrics import Recorder, measure_matmul_peak, peak_memory
+from qwen_moe.training.optimizer import build_optimizer
+from qwen_moe.training.step import StepResult, Trainer
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+CHECKPOINTS = "checkpoints"
+
+
+class StopRequest:
+    """SIGTERM or SIGINT asks for an orderly end; all ranks agree on the step at which it comes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._asked = torch.zeros((), dtype=torch.int32, device=device)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._asked.fill_(1)
+
+    def agreed(self) -> bool:
+        """True on every rank when any rank was asked. All ranks call it at the same step."""
+        anyone = self._asked.clone()
+        dist.all_reduce(anyone, op=dist.ReduceOp.MAX)
+        return bool(anyone)
+
+
+def build_sharded_model(config: RunConfig, mesh: DeviceMesh, device: torch.device) -> DecoderLM:
+    """The model with its initial values, sharded over ``mesh``; never whole in the memory of one process."""
+    master, compute = DTYPES[config.precision.master], DTYPES[config.precision.compute]
+    with torch.device("meta"):
+        model = DecoderLM(config.model, recompute=config.training.recompute == "full").to(master)
+    shard(
+        model,
+        model.model.layers,
+        mesh,
+        compute_dtype=compute,
+        reduce_dtype=torch.float64 if compute == torch.float64 else torch.float32,
+        reshard_after_forward=config.parallel.sharding == "zero3",
+    )
+    register_fsdp_forward_method(model, "loss_sums")
+    model.to_empty(device=device)
+    keep_statistics_dtypes(model)
+    initialise(model, config.seed, config.model.initializer_range)
+    return model
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """What decides the trajectory of a run; the rest (intervals, logging, placement) may change on resume."""
+    dump = config.model_dump(mode="json")
+    training = {key: dump["training"][key] for key in ("train_tokens", "global_batch_size")}
+    return {key: dump[key] for key in ("seed", "optimizer", "schedule", "balance", "precision")} | {
+        "training": training
+    }
+
+
+def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    found = []
+    for section, values in now.items():
+        if isinstance(values, dict):
+            for key, value in values.items():
+                if saved[section].get(key) != value:
+                    found.append(f"{section}.{key} was {saved[section].get(key)!r}, is now {value!r}")
+        elif saved[section] != values:
+            found.append(f"{section} was {saved[section]!r}, is now {values!r}")
+    return found
+
+
+def _restore(config: RunConfig, trainer: Trainer, inputs: RunInputs, say: Any) -> int:
+    """Resume from the newest valid checkpoint of the run, or load `checkpoint.load_from`, or start. Steps done."""
+    root = config.run_dir / CHECKPOINTS
+    path, problems = newest_valid(root)
+    for problem in problems:
+        say(f"warning: checkpoint ignored: {problem}")
+    if path is not None:
+        state = resume(path, trainer.model, trainer.optimizer, config.model)
+        changed = _differences(state.settings, _settings(config))
+        if changed:
+            raise UserError(
+                f"{config.run_dir} holds a run with other settings: {'; '.join(changed)}. Put them back to go on with "
+                "it, or give another run_dir (checkpoint.load_from starts a new run from its weights)"
+            )
+        if state.data_fingerprint != inputs.fingerprint:
+            raise UserError(
+                f"{config.run_dir} was trained on other data (fingerprint {state.data_fingerprint}, now "
+                f"{inputs.fingerprint}): put the data section and files back, or give another run_dir"
+            )
+        say(f"resumed from {path} (step {state.step} of {config.train_steps})")
+        return state.step
+    if config.checkpoint.load_from is not None:
+        from qwen_moe.checkpoint.resolve import resolve_checkpoint
+
+        source = resolve_checkpoint(config.checkpoint.load_from)
+        load_weights(source, trainer.model, config.model)
+        say(f"weights loaded from {source}")
+    return 0
+
+
+class _Clock:
+    """Tokens per second of steps alone, smoothed, and their share of the measured matmul peak of all ranks."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.tokens = config.tokens_per_step
+        self.flops = flops_per_token(config.model, config.data.sequence_length).training
+        peak = torch.tensor(
+            measure_matmul_peak(DTYPES[config.precision.compute], device), dtype=torch.float64, device=device
+        )
+        dist.all_reduce(peak)
+        self.peak = float(peak)
+        self.smooth: float | None = None
+
+    def record(self, seconds: float) -> dict[str, float]:
+        self.smooth = seconds if self.smooth is None else 0.9 * self.smooth + 0.1 * seconds
+        rate = self.tokens / self.smooth
+        return {
+            "step_seconds": seconds,
+            "tokens_per_second": rate,
+            "model_flops_per_second": rate * self.flops,
+            "share_of_peak": rate * self.flops / self.peak,
+        }
+
+
+def _step_record(config: RunConfig, step: int, result: StepResult, device: torch.device) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "step": step,
+        "time": time.time(),
+        "tokens": step * config.tokens_per_step,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "learning_rate": result.learning_rate,
+        "memory_bytes": peak_memory(device),
+    }
+    if result.expert_counts is not None:
+        violation = maximum_violation(result.expert_counts)
+        record |= {
+            "balance_loss": result.balance_loss,
+            "z_loss": result.z_loss,
+            "expert_imbalance_mean": sum(violation) / len(violation),
+            "expert_imbalance_max": max(violation),
+        }
+        if step % config.logging.expert_load_interval == 0 or step == config.train_steps:
+            record["expert_counts"] = result.expert_counts.tolist()
+    return record
+
+
+def train(config: RunConfig, info: ProcessInfo, device: torch.device) -> int:
+    """Train to the end or to a request to stop. Returns 0 when the run is complete, 130 when it was stopped before."""
+    from qwen_moe.training.attempt import record_attempt
+
+    stop = StopRequest(device)
+    mesh = data_parallel_mesh(device)
+    check_batches(config, mesh.size())
+    root = config.run_dir / CHECKPOINTS
+    if info.rank == 0:
+        check_disk_space(config, root)
+    inputs = open_inputs(config, info)
+    model = build_sharded_model(config, mesh, device)
+    trainer = Trainer(config, model, build_optimizer(model, config.optimizer), mesh, device)
+    writer = CheckpointWriter(
+        root,
+        keep=config.checkpoint.keep,
+        asynchronous=config.checkpoint.asynchronous,
+        config=config.model,
+        compute_dtype=config.precision.compute,
+        hf_files=inputs.tokenizer,
+    )
+
+    def say(message: str) -> None:
+        if info.rank == 0:
+            print(message, file=sys.stderr, flush=True)
+
+    done = _restore(config, trainer, inputs, say)
+    if info.rank == 0:
+        record_attempt(config, info, device, resumed_step=done)
+    recorder = Recorder(
+        config.run_dir, resumed_step=done, train_steps=config.train_steps, tensorboard=config.logging.tensorboard
+    )
+    clock = _Clock(config, device)
+    stopped = False
+    for step in range(done, config.train_steps):
+        start = time.perf_counter()
+        result = trainer.step(step, inputs.train_micro_batches(step))
+        done = step + 1
+        recorder.step(_step_record(config, done, result, device) | clock.record(time.perf_counter() - start))
+        last = done == config.train_steps
+        interval = config.training.validation_interval
+        if inputs.has_validation and (last or (interval and done % interval == 0)):
+            loss = trainer.evaluate(inputs.validation_micro_batches())
+            recorder.event({"step": done, "validation_loss": loss}, f"step {done}: validation loss {loss:.4f}")
+        stopped = stop.agreed() and not last
+        if last or stopped or done % config.checkpoint.interval == 0:
+            writer.save(model, trainer.optimizer, _train_state(config, done, inputs))
+            if info.rank == 0:
+                _note_progress(config.run_dir, done)
+        if stopped:
+            break
+    writer.finish()
+    recorder.close()
+    if stopped:
+        say(f"stopped after step {done} of {config.train_steps}; the same command goes on from there")
+    return INTERRUPTED if stopped else 0
+
+
+def _train_state(config: RunConfig, step: int, inputs: RunInputs) -> TrainState:
+    return TrainState(
+        step=step,
+        consumed_samples=step * config.training.global_batch_size,
+        consumed_tokens=step * config.tokens_per_step,
+        data_fingerprint=inputs.fingerprint,
+        settings=_settings(config),
+    )
+
+
+def _note_progress(run_dir: Path, step: int) -> None:
+    """Tell the supervisor that a restart would not begin where this attempt began."""
+    (run_dir / PROGRESS).write_text(f"{step}\n", encoding="utf-8")

@@ -1,0 +1,141 @@
+"""What a run records: metrics.jsonl, TensorBoard, the progress bar, and the matmul peak it compares itself with."""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+METRICS = "metrics.jsonl"
+
+
+def measure_matmul_peak(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
+    """FLOP/s of a square matmul on this process's device and threads: the best of repeated timings."""
+    size = 1024 if device.type == "cpu" else 8192
+    dtype = torch.float32 if dtype == torch.float64 and device.type == "cuda" else dtype
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end or best == float("inf"):
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Highest memory use of this process so far, bytes: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+class MetricsLog:
+    """Appends one JSON line per record. A resumed run first drops the lines of steps that it will do again."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        kept = [line for line in read_lines(path) if line["step"] <= resumed_step]
+        temporary = path.with_name(path.name + ".partial")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number != len(lines) - 1:
+                raise
+    return records
+
+
+class Recorder:
+    """Rank 0's view of the run for people and tools; on other ranks every method does nothing."""
+
+    def __init__(self, run_dir: Path, *, resumed_step: int, train_steps: int, tensorboard: bool) -> None:
+        self.active = dist.get_rank() == 0
+        if not self.active:
+            return
+        self.log = MetricsLog(run_dir / METRICS, resumed_step)
+        self.writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+        # A terminal is redrawn often; a log file gets a line a minute at most.
+        interval = 0.2 if sys.stderr.isatty() else 30
+        self.bar = tqdm(
+            total=train_steps,
+            initial=resumed_step,
+            desc="train",
+            unit="step",
+            file=sys.stderr,
+            mininterval=interval,
+            maxinterval=interval,
+            dynamic_ncols=True,
+        )
+
+    def step(self, record: dict[str, Any]) -> None:
+        """One training step: written, and shown in the bar."""
+        if not self.active:
+            return
+        self.log.write(record)
+        self._tensorboard(record)
+        share = record.get("share_of_peak", 0.0)
+        self.bar.set_postfix_str(
+            f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s, {share:.0%} of matmul peak",
+            refresh=False,
+        )
+        self.bar.update(1)
+
+    def event(self, record: dict[str, Any], message: str) -> None:
+        """A validation or another thing worth a line of its own."""
+        if not self.active:
+            return
+        self.log.write(record)
+        self._tensorboard(record)
+        self.say(message)
+
+    def say(self, message: str) -> None:
+        if self.active:
+            self.bar.write(message, file=sys.stderr)
+
+    def _tensorboard(self, record: dict[str, Any]) -> None:
+        if self.writer is None:
+            return
+        for name, value in record.items():
+            if isinstance(value, int | float) and name not in ("step", "time"):
+                self.writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        if self.active:
+            self.bar.close()
+            self.log.close()
+            if self.writer is not None:
+                self.writer.close()

@@ -1,0 +1,57 @@
+"""AdamW (arXiv 1711.05101) over two groups of parameters, and its state by parameter name."""
+
+import torch
+from torch import nn
+
+from qwen_moe.config import OptimizerConfig
+
+
+def is_decayed(name: str) -> bool:
+    """Weight decay pulls matrices towards zero; norms and biases have no scale to lose."""
+    return not name.endswith(("norm.weight", ".bias"))
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW: on CPU the default (foreach) path measured 6.6 times slower."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in named if is_decayed(name)], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in named if not is_decayed(name)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    """``{moment: {parameter name: tensor}}``, made of zeros where the optimizer has not stepped yet. The tensors are the
+    optimizer's own (DTensor shards under FSDP2): loading into them restores it."""
+    state: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        own = optimizer.state[parameter]
+        for moment in MOMENTS:
+            if moment not in own:
+                own[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state[moment][name] = own[moment]
+    return state
+
+
+def set_optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Set the number of updates done, from which AdamW corrects the bias of its moments."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            optimizer.state[parameter]["step"] = torch.tensor(float(step), device=parameter.device)

@@ -1,0 +1,164 @@
+"""`qwen-moe report RUN_DIR`: a run's figures and pictures from its metrics.jsonl."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from qwen_moe.errors import UserError
+
+LOSS_PICTURE = "loss.png"
+LOAD_PICTURE = "expert_load.png"
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser("report", help="draw a run's loss curve and expert load, print its figures")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    facts = summarise(args.run_dir)
+    facts["pictures"] = [str(path) for path in draw(args.run_dir)]
+    sys.stdout.write((json.dumps(facts, indent=1) if args.json else as_text(facts)) + "\n")
+    return 0
+
+
+def _records(run_dir: Path) -> list[dict[str, Any]]:
+    from qwen_moe.training.metrics import METRICS, read_lines
+
+    path = run_dir / METRICS
+    if not path.exists():
+        raise UserError(f"{run_dir} holds no {METRICS}: give the run_dir of a run that has trained at least one step")
+    try:
+        records = read_lines(path)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): a line other than the last is not JSON") from None
+    if not any("loss" in record for record in records):
+        raise UserError(f"{path} has no training step yet: wait for the first one")
+    return records
+
+
+def summarise(run_dir: Path) -> dict[str, Any]:
+    """The figures of a run: last and validation loss, speed, memory, expert imbalance. Losses in nats per token."""
+    records = _records(run_dir)
+    steps = [record for record in records if "loss" in record]
+    validations = [record for record in records if "validation_loss" in record]
+    last = steps[-1]
+    # The first steps warm caches up; the median of the rest is what the run is worth.
+    seconds = sorted(record["step_seconds"] for record in (steps[5:] or steps))[len(steps[5:] or steps) // 2]
+    tokens_per_step = last["tokens"] / last["step"]
+    per_token = last["model_flops_per_second"] / last["tokens_per_second"]
+    facts: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "step": last["step"],
+        "tokens": last["tokens"],
+        "loss": last["loss"],
+        "validation_loss": validations[-1]["validation_loss"] if validations else None,
+        "tokens_per_second": tokens_per_step / seconds,
+        "model_flops_per_second": tokens_per_step / seconds * per_token,
+        "share_of_peak": tokens_per_step / seconds * per_token * last["share_of_peak"] / last["model_flops_per_second"],
+        "memory_bytes": last["memory_bytes"],
+    }
+    if "expert_imbalance_max" in last:
+        facts["expert_imbalance_max"] = last["expert_imbalance_max"]
+        facts["balance_loss"] = last["balance_loss"]
+    return facts
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The same for a person."""
+    lines = [f"{facts['run_dir']}: step {facts['step']:,}, {facts['tokens']:,} tokens"]
+    lines.append(f"  training loss     {facts['loss']:.4f} nats per token")
+    if facts["validation_loss"] is not None:
+        lines.append(f"  validation loss   {facts['validation_loss']:.4f}")
+    lines.append(
+        f"  speed             {facts['tokens_per_second']:,.0f} tokens/s, {facts['model_flops_per_second'] / 1e9:,.1f} "
+        f"GFLOP/s of the model, {facts['share_of_peak']:.0%} of the measured matmul peak"
+    )
+    lines.append(f"  memory            {facts['memory_bytes'] / 1e9:.2f} GB at most in one process")
+    if "balance_loss" in facts:
+        lines.append(
+            f"  expert load       fullest expert {facts['expert_imbalance_max']:.0%} above the mean; balance loss "
+            f"{facts['balance_loss']:.3f} (1 is perfectly even)"
+        )
+    lines.extend(f"  picture           {path}" for path in facts.get("pictures", []))
+    return "\n".join(lines)
+
+
+def draw(run_dir: Path) -> list[Path]:
+    """Write loss.png and, for MoE models, expert_load.png into the run folder; their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    records = _records(run_dir)
+    paths = [_draw_loss(records, run_dir / LOSS_PICTURE)]
+    loads = [record for record in records if "expert_counts" in record]
+    if loads:
+        paths.append(_draw_load(records, loads, run_dir / LOAD_PICTURE))
+    return paths
+
+
+def _draw_loss(records: list[dict[str, Any]], path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    steps = [record for record in records if "loss" in record]
+    validations = [record for record in records if "validation_loss" in record]
+    tokens = [record["tokens"] / 1e6 for record in steps]
+    per_step = steps[-1]["tokens"] / steps[-1]["step"] / 1e6
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained")
+    upper.plot(tokens, [record["loss"] for record in steps], color="tab:blue", linewidth=1, label="training")
+    if validations:
+        upper.plot(
+            [record["step"] * per_step for record in validations],
+            [record["validation_loss"] for record in validations],
+            "o-",
+            color="tab:orange",
+            label=f"validation (last {validations[-1]['validation_loss']:.3f})",
+        )
+    upper.set_ylabel("cross-entropy (nats per token)")
+    upper.legend()
+    upper.grid(alpha=0.3)
+    lower.plot(tokens, [record["learning_rate"] for record in steps], color="tab:green")
+    lower.set_ylabel("learning rate")
+    lower.set_xlabel("training tokens (millions)")
+    lower.grid(alpha=0.3)
+    return _save(figure, path)
+
+
+def _draw_load(records: list[dict[str, Any]], loads: list[dict[str, Any]], path: Path) -> Path:
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    counts = np.array(loads[-1]["expert_counts"], dtype=float)
+    relative = counts / counts.mean(axis=1, keepdims=True)
+    steps = [record for record in records if "expert_imbalance_max" in record]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=(3, 2), layout="constrained")
+    image = left.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
+    left.set_xlabel("expert")
+    left.set_ylabel("MoE layer")
+    left.set_title(f"tokens per expert relative to the layer's mean, step {loads[-1]['step']}")
+    figure.colorbar(image, ax=left, label="1 = even, 2 = twice the mean")
+    for key, label in (("expert_imbalance_max", "worst layer"), ("expert_imbalance_mean", "mean of layers")):
+        right.plot([record["step"] for record in steps], [record[key] for record in steps], label=label)
+    right.set_xlabel("step")
+    right.set_ylabel("fullest expert / mean - 1")
+    right.set_ylim(bottom=0)
+    right.set_title("imbalance")
+    right.legend()
+    right.grid(alpha=0.3)
+    return _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    import os
+
+    import matplotlib.pyplot as plt
+
+    temporary = path.with_name(path.stem + ".partial.png")
+    figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+    os.replace(temporary, path)
+    return path

@@ -1,0 +1,39 @@
+"""Learning rate as a pure function of tokens, so that a resumed run needs no scheduler state."""
+
+import math
+
+from qwen_moe.config import RunConfig
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """Learning rate of optimizer step ``step`` (from 0).
+
+    Warm-up is linear in the tokens seen after the step and decay follows the tokens seen before it, so neither end
+    wastes a step at zero. ``cosine`` goes from the end of the warm-up to the end of training; ``wsd`` (arXiv 2404.06395)
+    is constant until the last ``decay_tokens``; ``constant`` has no decay.
+    """
+    schedule, peak = config.schedule, config.optimizer.learning_rate
+    floor, total = schedule.min_learning_rate, config.training.train_tokens
+    before = step * config.tokens_per_step
+    after = before + config.tokens_per_step
+    if after <= schedule.warmup_tokens:
+        return peak * after / schedule.warmup_tokens
+    if schedule.kind == "constant":
+        return peak
+    if schedule.kind == "cosine":
+        start = schedule.warmup_tokens
+        shape = "cosine"
+    else:
+        start = total - schedule.decay_tokens
+        shape = schedule.decay_shape
+    done = min(1.0, max(0.0, (before - start) / max(1, total - start)))
+    return floor + (peak - floor) * _remaining(done, shape)
+
+
+def _remaining(done: float, shape: str) -> float:
+    """Share of (peak - floor) left when ``done`` of the decay has passed."""
+    if shape == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    if shape == "sqrt":
+        return 1 - math.sqrt(done)  # arXiv 2405.18392
+    return 1 - done

@@ -1,0 +1,184 @@
+"""Hugging Face -> checkpoint -> Hugging Face gives the same bytes, for random shapes, and what we export loads there."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qwen_moe.checkpoint.huggingface import convert_from_hf, convert_to_hf, from_pretrained, save_pretrained
+from qwen_moe.config import Family, ModelConfig
+from tests.checkpoint.hf_directories import by_hand, by_transformers, convert, files_of, tensors_of, tensors_on_disk
+from tests.models.hf_reference import FAMILIES, draw_weights, model_configs, true_float64
+
+SETTINGS = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+DTYPES = st.sampled_from([torch.bfloat16, torch.float32])
+
+
+def same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@SETTINGS
+@given(data=st.data())
+def test_round_trip_is_bit_identical(family: Family, data: st.DataObject) -> None:
+    """Every file, byte for byte: written by transformers or by hand, whatever the shards."""
+    ours = draw_weights(data.draw(model_configs((family,))), data.draw(st.integers(0, 99)), torch.float32)
+    dtype = data.draw(DTYPES)
+    with tempfile.TemporaryDirectory() as folder:
+        hf, checkpoint, back = (Path(folder) / name for name in ("hf", "checkpoint", "back"))
+        if data.draw(st.booleans()):
+            by_transformers(hf, ours, dtype, data.draw(st.sampled_from(["1KB", "3KB", "20KB", "5GB"])))
+        else:
+            by_hand(hf, ours, dtype, data.draw(st.integers(1, 4)), data.draw(st.integers(0, 99)))
+        assert convert("from-hf", hf, checkpoint) == 0
+        assert convert("to-hf", checkpoint, back) == 0
+        expected, found = files_of(hf), files_of(back)
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if found[name] != expected[name]] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@SETTINGS
+@given(data=st.data())
+def test_other_shard_sizes_and_dtypes(family: Family, data: st.DataObject) -> None:
+    """With --max-shard-size files are as small as asked; with --dtype every tensor is the rounded one."""
+    ours = draw_weights(data.draw(model_configs((family,))), 5, torch.float32)
+    stored = data.draw(DTYPES)
+    target = data.draw(st.sampled_from(["bf16", "fp16", "fp32", None]))
+    limit = data.draw(st.sampled_from([1, 2000, 9000, None]))
+    with tempfile.TemporaryDirectory() as folder:
+        hf, checkpoint, back = (Path(folder) / name for name in ("hf", "checkpoint", "back"))
+        by_hand(hf, ours, stored, 2)
+        convert_from_hf(hf, checkpoint)
+        convert_to_hf(checkpoint, back, dtype=target, max_shard_size=limit)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: stored}[target]
+        same_bits(tensors_of(back), {name: t.to(stored).to(dtype) for name, t in tensors_on_disk(ours).items()})
+        config = json.loads((back / "config.json").read_text())
+        assert config["torch_dtype"] == str(dtype).removeprefix("torch.")
+        if limit is None:
+            assert sorted(path.name for path in back.glob("*.safetensors")) == [
+                "part-0.safetensors",
+                "part-1.safetensors",
+            ]
+        for path in back.glob("*.safetensors") if limit else ():
+            with path.open("rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            sizes = [
+                value["data_offsets"][1] - value["data_offsets"][0] for key, value in header.items() if key[0] != "_"
+            ]
+            assert sum(sizes) <= max(limit or 0, max(sizes)) and (len(sizes) == 1 or sum(sizes) <= (limit or 0))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@SETTINGS
+@given(data=st.data())
+def test_transformers_loads_what_we_export(family: Family, data: st.DataObject) -> None:
+    """No missing, unexpected or misshapen keys, and the same logits in true float64; and back into ours."""
+    ours = draw_weights(data.draw(model_configs((family,))), 7)
+    ids = torch.arange(14).view(2, 7) % ours.config.vocab_size
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "hf"
+        save_pretrained(ours, directory, max_shard_size=data.draw(st.sampled_from([None, "4KB"])))
+        with true_float64():
+            theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=torch.float64,
+                attn_implementation="eager",
+                experts_implementation="eager",
+                output_loading_info=True,
+            )
+            logits = theirs.eval()(input_ids=ids).logits.detach()
+        assert not any(report.values()), report
+        expected = ours(ids).detach()
+        assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-10
+        again = from_pretrained(directory, dtype=torch.float64)
+        assert again.config == ours.config and not again.training
+        same_bits(dict(again.state_dict()), dict(ours.state_dict()))
+
+
+def test_our_file_is_the_librarys(tmp_path: Path) -> None:
+    """A file of ours has the same bytes as one that the safetensors library writes: order, header, padding."""
+    from safetensors.torch import save_file
+
+    from qwen_moe.checkpoint.safetensors_file import build_header, write_file
+
+    tensors = {
+        "b": torch.randn(3, 5),
+        "a": torch.randn(2, 2).bfloat16(),
+        "\u00fc.c": torch.randn(7).double(),
+        "d": torch.randn(0, 4),
+        "e": torch.randn(1).half(),
+    }
+    header = build_header((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
+    write_file(tmp_path / "ours", header, (tensors[name] for name in header.entries))
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_file_of_another_writer(tmp_path: Path) -> None:
+    """Tensors in an order of its own, a header with spaces and no metadata: the same bytes come back, and in another
+    dtype the same order."""
+    ours = draw_weights(_qwen3_moe(), 6, torch.float32)
+    by_hand(tmp_path / "hf", ours, torch.float32, files=1)
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = dict(reversed(tensors_on_disk(ours).items()))
+    header, data = {}, b""
+    for name, tensor in tensors.items():
+        content = tensor.numpy().tobytes()
+        header[name] = {
+            "shape": list(tensor.shape),
+            "data_offsets": [len(data), len(data) + len(content)],
+            "dtype": "F32",
+        }
+        data += content
+    text = json.dumps(header, indent=1).encode() + b"   "
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    same_bits(tensors_of(tmp_path / "hf"), tensors)
+    convert_from_hf(tmp_path / "hf", tmp_path / "checkpoint")
+    convert_to_hf(tmp_path / "checkpoint", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(tmp_path / "hf")
+    convert_to_hf(tmp_path / "checkpoint", tmp_path / "half", dtype="bf16")
+    with (tmp_path / "half" / "model.safetensors").open("rb") as handle:
+        found = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+    assert [name for name in found if name != "__metadata__"] == list(tensors)
+    same_bits(tensors_of(tmp_path / "half"), {name: tensor.bfloat16() for name, tensor in tensors.items()})
+
+
+def _qwen3_moe() -> ModelConfig:
+    return ModelConfig(
+        family="qwen3_moe",
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_experts=3,
+        num_experts_per_tok=2,
+        moe_intermediate_size=4,
+    )
+
+
+def test_checkpoint_holds_the_documented_state(tmp_path: Path) -> None:
+    """Keys and values as DCP itself reads them: what training loads."""
+    import torch.distributed.checkpoint as dcp
+
+    config = _qwen3_moe()
+    ours = draw_weights(config, 1, torch.float32)
+    by_transformers(tmp_path / "hf", ours, torch.float32)
+    convert_from_hf(tmp_path / "hf", tmp_path / "checkpoint")
+    into = draw_weights(config, 2, torch.float32)
+    known = dcp.FileSystemReader(tmp_path / "checkpoint").read_metadata().state_dict_metadata
+    assert known.keys() == {f"model.{name}" for name in into.state_dict()}
+    dcp.load({"model": into.state_dict()}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    same_bits(dict(into.state_dict()), dict(ours.state_dict()))
+    assert ModelConfig.model_validate_json((tmp_path / "checkpoint" / "model_config.json").read_bytes()) == config

@@ -1,0 +1,72 @@
+"""Converting either way holds a few of the largest tensors, not the model: measured in a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_moe.config import ModelConfig
+from qwen_moe.models.init import build_model
+from tests.checkpoint.hf_directories import by_hand
+
+_MEASURED = """
+import json, sys
+from pathlib import Path
+from qwen_moe.checkpoint.huggingface import convert_from_hf, convert_to_hf
+
+def high_water():
+    # Not ru_maxrss: that one starts from what the parent process held.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+tiny, large, work = map(Path, sys.argv[1:])
+marks = []
+for name, source in (("tiny", tiny), ("large", large)):
+    convert_from_hf(source, work / name / "checkpoint")
+    marks.append(high_water())
+    convert_to_hf(work / name / "checkpoint", work / name / "hf", max_shard_size="100MB")
+    marks.append(high_water())
+print(json.dumps(marks))
+"""
+
+
+def _config(layers: int, width: int) -> ModelConfig:
+    return ModelConfig(
+        family="qwen2_moe",
+        vocab_size=256,
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=16,
+        num_experts_per_tok=2,
+        moe_intermediate_size=width,
+        shared_expert_intermediate_size=width,
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads VmHWM of /proc/self/status")
+def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    width = 256
+    largest = 16 * 2 * width * width * 4  # gate and up of all experts of a layer, float32: 8.4 MB
+    for name, config in (("tiny", _config(1, 8)), ("large", _config(20, width))):
+        by_hand(tmp_path / name, build_model(config, 0), torch.float32, files=2)
+    held = sum(path.stat().st_size for path in (tmp_path / "large").glob("*.safetensors"))
+    assert held > 30 * largest
+    result = subprocess.run(
+        [sys.executable, "-c", _MEASURED, str(tmp_path / "tiny"), str(tmp_path / "large"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # The tiny model has loaded all code and costs nothing itself.
+    _, baseline, from_hf, to_hf = json.loads(result.stdout)
+    print(
+        f"from-hf {(from_hf - baseline) / largest:.1f}, to-hf {(to_hf - baseline) / largest:.1f} of the largest tensor"
+    )
+    assert from_hf - baseline < 3 * largest
+    assert to_hf - baseline < 5 * largest

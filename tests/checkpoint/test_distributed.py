@@ -1,0 +1,184 @@
+"""Saving and resuming a sharded run: bit-identical on the same layout, equal on another, safe against damage."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen_moe.config import RunConfig
+from tests.distributed import run_distributed
+from tests.training.test_step import SEQ, global_batch, make_config
+
+
+def _setup(config: RunConfig, root: Path, asynchronous: bool = False) -> tuple[Any, Any]:
+    from parallel.data import data_parallel_mesh
+    from qwen_moe.checkpoint.distributed import CheckpointWriter
+    from qwen_moe.training.loop import build_sharded_model
+    from qwen_moe.training.optimizer import build_optimizer
+    from qwen_moe.training.step import Trainer
+
+    device = torch.device("cpu")
+    mesh = data_parallel_mesh(device)
+    model = build_sharded_model(config, mesh, device)
+    trainer = Trainer(config, model, build_optimizer(model, config.optimizer), mesh, device)
+    writer = CheckpointWriter(
+        root, keep=2, asynchronous=asynchronous, config=config.model, compute_dtype=config.precision.compute
+    )
+    return trainer, writer
+
+
+def _train(trainer: Any, steps: range) -> list[tuple[float, float]]:
+    import torch.distributed as dist
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    share = 8 // world
+    figures = []
+    for step in steps:
+        batch = global_batch(step)
+        mine = {name: tensor[rank * share : (rank + 1) * share] for name, tensor in batch.items()}
+        result = trainer.step(step, [mine])
+        figures.append((result.loss, result.grad_norm))
+    return figures
+
+
+def _state(step: int) -> Any:
+    from qwen_moe.checkpoint.distributed import TrainState
+
+    return TrainState(
+        step=step, consumed_samples=8 * step, consumed_tokens=8 * step * SEQ, data_fingerprint="none", settings={}
+    )
+
+
+def _parameters(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name: p.full_tensor().detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def _train_and_save(config: RunConfig, root: Path, asynchronous: bool) -> dict[str, Any]:
+    """Two steps, a checkpoint, two more steps; with ``asynchronous``, training goes on while it is written."""
+    trainer, writer = _setup(config, root, asynchronous)
+    _train(trainer, range(2))
+    writer.save(trainer.model, trainer.optimizer, _state(2))
+    torch.rand(3)
+    figures = _train(trainer, range(2, 4))
+    writer.finish()
+    return {"figures": figures, "parameters": _parameters(trainer), "biases": torch.stack(trainer.expert_biases())}
+
+
+def _resume_and_train(config: RunConfig, root: Path) -> dict[str, Any]:
+    from qwen_moe.checkpoint.distributed import newest_valid, resume
+
+    trainer, _ = _setup(config, root)
+    path, problems = newest_valid(root)
+    assert path is not None
+    state = resume(path, trainer.model, trainer.optimizer, config.model)
+    figures = _train(trainer, range(state.step, 4))
+    return {
+        "figures": figures,
+        "parameters": _parameters(trainer),
+        "biases": torch.stack(trainer.expert_biases()),
+        "problems": problems,
+        "step": state.step,
+    }
+
+
+CHANGES: dict[str, Any] = {"balance__scope": "sequence", "balance__bias_update_rate": 0.01}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_resume_on_the_same_layout_is_bit_identical(tmp_path: Path, asynchronous: bool, precision: str) -> None:
+    master = {"fp64": "fp64", "bf16": "fp32"}[precision]
+    config = make_config(
+        **CHANGES, training__micro_batch_size=4, precision__compute=precision, precision__master=master
+    )
+    straight = run_distributed(_train_and_save, 2, config, tmp_path, asynchronous)[0]
+    resumed = run_distributed(_resume_and_train, 2, config, tmp_path)[0]
+    assert resumed["step"] == 2 and not resumed["problems"]
+    assert resumed["figures"] == straight["figures"]
+    assert torch.equal(resumed["biases"], straight["biases"])
+    for name, expected in straight["parameters"].items():
+        assert torch.equal(resumed["parameters"][name], expected), name
+
+
+@pytest.mark.parametrize(("saved_on", "resumed_on"), [(1, 4), (4, 2)])
+def test_resume_on_another_layout_is_equal(tmp_path: Path, saved_on: int, resumed_on: int) -> None:
+    straight = run_distributed(
+        _train_and_save, saved_on, make_config(**CHANGES, training__micro_batch_size=8 // saved_on), tmp_path, False
+    )[0]
+    resumed = run_distributed(
+        _resume_and_train, resumed_on, make_config(**CHANGES, training__micro_batch_size=8 // resumed_on), tmp_path
+    )[0]
+    for got, expected in zip(resumed["figures"], straight["figures"], strict=True):
+        assert got == pytest.approx(expected, rel=1e-10)
+    for name, expected in straight["parameters"].items():
+        torch.testing.assert_close(resumed["parameters"][name], expected, rtol=1e-10, atol=1e-10)
+
+
+def _save_several(config: RunConfig, root: Path) -> None:
+    trainer, writer = _setup(config, root)
+    for step in range(3):
+        _train(trainer, range(step, step + 1))
+        writer.save(trainer.model, trainer.optimizer, _state(step + 1))
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tmp_path: Path) -> None:
+    config = make_config(**CHANGES, training__micro_batch_size=4)
+    run_distributed(_save_several, 2, config, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
+    victim = max((tmp_path / "step_00000003").glob("*.distcp"), key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    victim.write_bytes(content)
+    for resumed in run_distributed(_resume_and_train, 2, config, tmp_path):
+        assert resumed["step"] == 2
+        assert len(resumed["problems"]) == 1 and victim.name in resumed["problems"][0]
+
+
+def _resume_wrong_model(config: RunConfig, root: Path) -> str:
+    from qwen_moe.errors import UserError
+
+    try:
+        _resume_and_train(config, root)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _fail_to_save(config: RunConfig, root: Path) -> str:
+    """The second checkpoint meets a disk on which nothing can be written."""
+    import torch.distributed.checkpoint as dcp
+
+    from qwen_moe.errors import UserError
+
+    trainer, writer = _setup(config, root)
+    _train(trainer, range(1))
+    writer.save(trainer.model, trainer.optimizer, _state(1))
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    dcp.FileSystemWriter.write_data = full  # type: ignore[method-assign]
+    try:
+        writer.save(trainer.model, trainer.optimizer, _state(2))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_full_disk_is_named_and_harms_nothing(tmp_path: Path) -> None:
+    from qwen_moe.checkpoint.directory import verify
+
+    config = make_config(**CHANGES, training__micro_batch_size=4)
+    for message in run_distributed(_fail_to_save, 2, config, tmp_path):
+        assert "no space left" in message and "step 2" in message
+    assert not (tmp_path / "step_00000002").exists()
+    verify(tmp_path / "step_00000001")
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name_of_the_field(tmp_path: Path) -> None:
+    config = make_config(**CHANGES, training__micro_batch_size=4)
+    run_distributed(_train_and_save, 2, config, tmp_path, False)
+    other = make_config(**CHANGES, training__micro_batch_size=4, model__rope_theta=5000.0)
+    for message in run_distributed(_resume_wrong_model, 2, other, tmp_path):
+        assert "rope_theta" in message and "5000.0" in message
