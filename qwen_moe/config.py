@@ -361,8 +361,16 @@ class RunConfig(Section):
                 f"schedule.min_learning_rate {schedule.min_learning_rate} is above optimizer.learning_rate "
                 f"{self.optimizer.learning_rate}"
             )
-        if not self.model.is_moe_family and self.balance.bias_update_rate:
-            raise ValueError("balance.bias_update_rate is set but the model is dense: leave it out")
+        if self.balance.bias_update_rate:
+            if not self.model.is_moe_family:
+                raise ValueError("balance.bias_update_rate is set but the model is dense: leave it out")
+            if self.checkpoint.export_hf:
+                raise ValueError(
+                    "balance.bias_update_rate gives experts a selection bias, which Hugging Face's format cannot hold: "
+                    "set checkpoint.export_hf to false (`qwen-moe convert to-hf --drop-expert-bias` exports without it)"
+                )
+        if self.sample_prompt and not self.checkpoint.export_hf:
+            raise ValueError("sample_prompt is sampled from the exported model: set checkpoint.export_hf to true")
         return self
 
     @property

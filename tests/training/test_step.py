@@ -41,6 +41,7 @@ def make_config(**changes: Any) -> RunConfig:
         "optimizer": {"learning_rate": 1e-2, "clip_grad_norm": 0.5, "eps": 1e-5},
         "balance": {"scope": "global_batch", "coefficient": 0.1, "z_loss_coefficient": 0.01},
         "precision": {"compute": "fp64", "master": "fp64"},
+        "checkpoint": {"export_hf": False},
     }
     for dotted, value in changes.items():
         section, key = dotted.split("__")
