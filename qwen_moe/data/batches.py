@@ -109,7 +109,7 @@ def rank_samples(
 class TokenBatches:
     """Training and validation samples of a run.
 
-    All ranks construct it together: rank 0 builds megatron-core's index files in ``cache``, the others then read them.
+    All ranks construct it together, after torch.distributed is initialised: rank 0 builds megatron-core's index files in ``cache``, the others then read them.
     ``validation_samples`` is cut to one pass over the validation data; 0 where there is none.
     """
 
@@ -224,8 +224,10 @@ class TokenBatches:
         return batch
 
 
-def _blend(datasets: Sequence[Dataset]) -> tuple[list[str], list[float]]:
-    return [str(d.prefix.resolve()) for d in datasets], [d.weight for d in datasets]
+def _blend(datasets: Sequence[Dataset]) -> tuple[list[str], list[float] | None]:
+    # A single dataset is given without weight: megatron-core then reads it directly instead of as a blend of one.
+    weights = [d.weight for d in datasets] if len(datasets) > 1 else None
+    return [str(d.prefix.resolve()) for d in datasets], weights
 
 
 def _split(split: str) -> str:

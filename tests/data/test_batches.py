@@ -1,0 +1,204 @@
+"""Batches: the right tokens, each once, the same for any number of ranks and after any resume."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen_moe.config import DataConfig, Dataset
+from qwen_moe.data.batches import TokenBatches, check_prefix, rank_samples
+from qwen_moe.data.megatron import IndexedDatasetBuilder
+from qwen_moe.errors import UserError
+
+SEQ, END = 16, 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """megatron-core's blends ask for the rank."""
+    store = tmp_path_factory.mktemp("store") / "file"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def write_tokens(prefix: Path, documents: list[list[int]]) -> Path:
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for tokens in documents:
+        builder.add_item(torch.tensor(tokens))
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def counting_documents(first: int, count: int, length: int) -> list[list[int]]:
+    """Documents whose tokens count up without repeating, each closed by END."""
+    starts = range(first, first + count * length, length)
+    return [[*range(start, start + length - 1), END] for start in starts]
+
+
+def batches(tmp_path: Path, *prefixes: Path, weights: tuple[float, ...] = (), **changes: Any) -> TokenBatches:
+    train = [Dataset(prefix=p, weight=w) for p, w in zip(prefixes, weights or (1.0,) * len(prefixes))]
+    samples = {"train_samples": 20, "validation_samples": 8, "vocab_size": 60_000, "end_of_document": END}
+    samples |= {key: changes.pop(key) for key in list(changes) if key in samples}
+    config = DataConfig(**{"train": tuple(train), "sequence_length": SEQ, "split": "80,20,0"} | changes)
+    return TokenBatches(config, train, cache=tmp_path / "cache", **samples)
+
+
+def test_samples_are_stretches_of_the_documents_and_labels_the_next_token(tmp_path: Path) -> None:
+    documents = counting_documents(10, 50, 40)
+    loader = batches(tmp_path, write_tokens(tmp_path / "d", documents))
+    following = {a: b for tokens in documents for a, b in zip(tokens, tokens[1:])}
+    starts = {tokens[0] for tokens in documents}
+    batch = loader.train_batch(0, 20)
+    assert batch["input_ids"].shape == batch["labels"].shape == (20, SEQ)
+    for inputs, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist()):
+        assert inputs[1:] == labels[:-1]
+        for token, label in zip(inputs, labels):
+            assert label in starts if token == END else label == following[token]
+    seen = Counter(t for row in batch["input_ids"].tolist() for t in row if t != END)
+    assert max(seen.values()) == 1, "a token was read twice in one epoch"
+
+
+def test_validation_and_training_share_no_document(tmp_path: Path) -> None:
+    loader = batches(tmp_path, write_tokens(tmp_path / "d", counting_documents(10, 50, 40)), train_samples=97)
+    train = set(loader.train_batch(0, 97)["input_ids"].flatten().tolist()) - {END}
+    validation = set(loader.validation_batch(0, 8)["input_ids"].flatten().tolist()) - {END}
+    assert train and validation and not train & validation
+
+
+def test_samples_past_the_validation_data_count_nothing(tmp_path: Path) -> None:
+    loader = batches(tmp_path, write_tokens(tmp_path / "d", counting_documents(10, 10, 40)), validation_samples=100)
+    assert loader.validation_samples == (2 * 40 - 1) // SEQ
+    labels = loader.validation_batch(loader.validation_samples - 1, 3)["labels"]
+    assert (labels[0] != -100).all() and (labels[1:] == -100).all()
+
+
+def test_a_blend_keeps_its_weights(tmp_path: Path) -> None:
+    first = write_tokens(tmp_path / "a", counting_documents(10, 300, 40))
+    second = write_tokens(tmp_path / "b", counting_documents(20_000, 300, 40))
+    loader = batches(tmp_path, first, second, weights=(3.0, 1.0), train_samples=400)
+    tokens = loader.train_batch(0, 400)["input_ids"]
+    share = (tokens < 20_000)[tokens != END].float().mean().item()
+    assert share == pytest.approx(0.75, abs=0.01)
+
+
+@given(
+    micro=st.integers(1, 4), ranks=st.integers(1, 6), accumulation=st.integers(1, 4), step=st.integers(0, 1000)
+)
+def test_the_ranks_together_read_the_global_batch(micro: int, ranks: int, accumulation: int, step: int) -> None:
+    size = micro * ranks * accumulation
+    read = [n for r in range(ranks) for first, count in rank_samples(step, size, micro, r, ranks) for n in range(first, first + count)]
+    assert sorted(read) == list(range(step * size, (step + 1) * size))
+
+
+def test_a_new_object_gives_the_same_sample_for_the_same_number(tmp_path: Path) -> None:
+    prefix = write_tokens(tmp_path / "d", counting_documents(10, 50, 40))
+    first, second = batches(tmp_path, prefix), batches(tmp_path, prefix)
+    assert first.fingerprint == second.fingerprint
+    assert torch.equal(first.train_batch(7, 5)["input_ids"], second.train_batch(7, 5)["input_ids"])
+    assert torch.equal(first.train_batch(7, 5)["input_ids"][2:3], second.train_batch(9, 1)["input_ids"])
+
+
+def test_more_tokens_than_there_are_means_more_epochs(tmp_path: Path) -> None:
+    loader = batches(tmp_path, write_tokens(tmp_path / "d", counting_documents(10, 10, 40)), train_samples=60)
+    assert loader.epochs > 2
+    tokens = loader.train_batch(0, 60)["input_ids"]
+    assert max(Counter(tokens[tokens != END].tolist()).values()) in (3, 4)
+
+
+def test_document_boundaries(tmp_path: Path) -> None:
+    prefix = write_tokens(tmp_path / "d", counting_documents(10, 200, 7))
+    loader = batches(tmp_path, prefix, respect_document_boundaries=True)
+    batch = loader.train_batch(0, 10)
+    for tokens, positions, documents in zip(*(batch[k].tolist() for k in ("input_ids", "position_ids", "document_ids"))):
+        position = document = 0
+        for token, got_position, got_document in zip(tokens, positions, documents):
+            assert (got_position, got_document) == (position, document)
+            position, document = (0, document + 1) if token == END else (position + 1, document)
+
+
+def test_masking_the_end_of_a_document_leaves_out_what_follows_it(tmp_path: Path) -> None:
+    """After <|endoftext|> comes another document's first token, which nothing could predict."""
+    prefix = write_tokens(tmp_path / "d", counting_documents(10, 200, 7))
+    batch = batches(tmp_path, prefix, mask_end_of_document=True).train_batch(0, 10)
+    assert torch.equal(batch["labels"] == -100, batch["input_ids"] == END)
+
+
+@pytest.mark.parametrize("key", ["seed", "sequence_length", "split", "train_samples", "mask_end_of_document", "content"])
+def test_the_fingerprint_knows_what_decides_the_samples(tmp_path: Path, key: str) -> None:
+    prefix = write_tokens(tmp_path / "d", counting_documents(10, 50, 40))
+    before = batches(tmp_path, prefix).fingerprint
+    changes = {
+        "seed": 9,
+        "sequence_length": 8,
+        "split": "70,30,0",
+        "train_samples": 21,
+        "mask_end_of_document": True,
+    }
+    if key == "content":
+        write_tokens(prefix, counting_documents(10, 51, 40))
+        assert batches(tmp_path, prefix).fingerprint != before
+    else:
+        assert batches(tmp_path, prefix, **{key: changes[key]}).fingerprint != before
+
+
+def test_data_made_anew_does_not_meet_old_indices(tmp_path: Path) -> None:
+    prefix = write_tokens(tmp_path / "d", counting_documents(10, 50, 40))
+    batches(tmp_path, prefix)
+    write_tokens(prefix, counting_documents(5_000, 30, 33))
+    tokens = batches(tmp_path, prefix).train_batch(0, 20)["input_ids"]
+    assert tokens[tokens != END].min() >= 5_000
+
+
+@pytest.mark.parametrize("documents", [counting_documents(10, 1, 40), counting_documents(10, 2, 40), [[5, END]]])
+def test_tiny_corpora_work(tmp_path: Path, documents: list[list[int]]) -> None:
+    loader = batches(tmp_path, write_tokens(tmp_path / "d", documents), train_samples=5)
+    assert loader.train_batch(0, 5)["input_ids"].shape == (5, SEQ)
+    assert loader.validation_samples == 0
+
+
+def refused(tmp_path: Path, prefix: Path, **changes: Any) -> str:
+    with pytest.raises(UserError) as error:
+        batches(tmp_path, prefix, **changes)
+    return str(error.value)
+
+
+def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
+    prefix = write_tokens(tmp_path / "d", counting_documents(10, 50, 40))
+    assert check_prefix(prefix) == (50, 2000)
+    data, index = (tmp_path / "d.bin").read_bytes(), (tmp_path / "d.idx").read_bytes()
+    (tmp_path / "d.bin").write_bytes(data[:-10])
+    text = refused(tmp_path, prefix)
+    assert "3990 bytes, expected 4000" in text and "d.bin" in text
+    (tmp_path / "d.bin").write_bytes(data)
+    for broken in (index[:-4], index[:10], b"", b"x" * 100):
+        (tmp_path / "d.idx").write_bytes(broken)
+        assert "d.idx" in refused(tmp_path, prefix)
+    (tmp_path / "d.idx").unlink()
+    assert "does not exist" in refused(tmp_path, prefix)
+
+
+def test_a_token_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    prefix = write_tokens(tmp_path / "d", counting_documents(10, 50, 40))
+    loader = batches(tmp_path, prefix, vocab_size=500)
+    with pytest.raises(UserError, match="vocab_size is 500"):
+        loader.train_batch(0, 20)
+
+
+@pytest.mark.parametrize("split", ["0,1,0", "a,b", "1,2,3,4", "-1,2,0"])
+def test_impossible_splits(tmp_path: Path, split: str) -> None:
+    prefix = write_tokens(tmp_path / "d", counting_documents(10, 50, 40))
+    assert split in refused(tmp_path, prefix, split=split)
+
+
+def test_boundaries_need_an_end_of_document_token(tmp_path: Path) -> None:
+    prefix = write_tokens(tmp_path / "d", counting_documents(10, 50, 40))
+    assert "data.tokenizer" in refused(tmp_path, prefix, respect_document_boundaries=True, end_of_document=None)

@@ -1,0 +1,89 @@
+"""The trained tokenizer: Qwen's conventions, lossless, deterministic, readable by transformers."""
+
+import unicodedata
+from pathlib import Path
+
+import pytest
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from qwen_moe.data.corpus import ReadCounts, find_sources, read_documents
+from qwen_moe.data.tokenizer import CONTROL_TOKENS, load_tokenizer, train_tokenizer, vocabulary_size
+from qwen_moe.errors import UserError
+
+SIZE = 1000
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "trained"
+    train_tokenizer(_texts(), SIZE, path)
+    return path
+
+
+def _texts() -> list[str]:
+    sources = find_sources(["python-stdlib"])[:40]
+    return [text for source in sources for text in read_documents(source, ReadCounts())]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory: Path) -> Tokenizer:
+    return load_tokenizer(directory)
+
+
+def test_control_tokens_have_the_last_ids_in_qwens_order(tokenizer: Tokenizer) -> None:
+    assert len(CONTROL_TOKENS) == 22
+    assert [tokenizer.token_to_id(t) for t in CONTROL_TOKENS] == list(range(SIZE - 22, SIZE))
+    assert vocabulary_size(tokenizer) == SIZE
+
+
+@given(text=st.text())
+def test_decoding_gives_the_text_back(text: str, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == unicodedata.normalize("NFC", text)
+
+
+def test_a_control_token_written_in_a_corpus_stays_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("see <|endoftext|> and <|im_start|>", add_special_tokens=False).ids
+    assert not {tokenizer.token_to_id(t) for t in CONTROL_TOKENS} & set(ids)
+
+
+@given(text=st.text(alphabet=st.characters(codec="utf-8", categories=("L", "N", "P", "Z", "Cc")), max_size=60))
+def test_words_are_cut_as_transformers_qwen2_cuts_them(text: str, tokenizer: Tokenizer) -> None:
+    reference = transformers.Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
+    ours = tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    assert [piece for piece, _ in ours] == [piece for piece, _ in reference.pre_tokenize_str(text)]
+
+
+def test_transformers_reads_it_alike(directory: Path, tokenizer: Tokenizer) -> None:
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    text = "def expert(x):\n    return x + 12345  # déjà vu\n\n"
+    assert theirs(text)["input_ids"] == tokenizer.encode(text, add_special_tokens=False).ids
+    assert theirs.eos_token == "<|endoftext|>" and theirs.pad_token == "<|endoftext|>" and len(theirs) == SIZE
+    chat = theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert theirs(chat)["input_ids"][0] == theirs.convert_tokens_to_ids("<|im_start|>")
+
+
+def test_the_same_text_gives_the_same_tokenizer(directory: Path, tmp_path: Path) -> None:
+    train_tokenizer(_texts(), SIZE, tmp_path / "again")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (directory / name).read_bytes()
+
+
+def test_impossible_sizes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="at least 278"):
+        train_tokenizer(["text"], 277, tmp_path / "t")
+    with pytest.raises(UserError, match="only 2[78][0-9] tokens, not 5000"):
+        train_tokenizer(["aaaa bbbb"], 5000, tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+
+
+def test_unreadable_tokenizers(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no tokenizer.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="not a readable tokenizer"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,167 @@
+"""Recipes: strict, with one message that names every problem."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from qwen_moe.config import RunConfig, dump_config, load_config, parse_config
+from qwen_moe.errors import UserError
+
+DEMO = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+
+
+def minimal(**changes: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "run_dir": "runs/x",
+        "model": {"preset": "demo"},
+        "data": {"train": [{"prefix": "d"}], "sequence_length": 128},
+        "training": {"train_tokens": 10_000, "micro_batch_size": 2, "global_batch_size": 4},
+        "optimizer": {"learning_rate": 1e-3},
+    }
+    for dotted, value in changes.items():
+        node = values
+        *parents, leaf = dotted.split("__")
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[leaf] = value
+    return values
+
+
+def message(**changes: Any) -> str:
+    with pytest.raises(UserError) as error:
+        parse_config(minimal(**changes), "recipe")
+    return str(error.value)
+
+
+def test_the_demo_recipe_is_valid() -> None:
+    config = load_config(DEMO)
+    assert config.model.num_experts >= 8 and config.launch.nproc == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("runs_dir", "run_dir"),
+        ("optimizer__learning_rat", "learning_rate"),
+        ("model__num_expert", "num_experts"),
+        ("training__micro_batchsize", "micro_batch_size"),
+        ("data__sequence_len", "sequence_length"),
+        ("data__prepare", None),
+        ("balance__scop", "scope"),
+        ("checkpoint__keeps", "keep"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(key: str, nearest: str | None) -> None:
+    if nearest is None:
+        text = message(data__prepare={"input": ["a"], "output": "b", "train_tokeniser": True})
+        assert "'data.prepare.train_tokeniser'" in text and "'train_tokenizer'" in text
+        return
+    text = message(**{key: 1})
+    assert f"unknown key {key.replace('__', '.')!r}" in text and f"did you mean {nearest!r}" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"model__num_experts_per_tok": 17}, ["num_experts_per_tok 17", "num_experts 16"]),
+        ({"model__num_key_value_heads": 3}, ["num_attention_heads 8", "num_key_value_heads 3"]),
+        ({"model__hidden_size": 250}, ["hidden_size 250", "num_attention_heads 8"]),
+        ({"model__head_dim": 31}, ["head_dim 31", "even"]),
+        ({"model__mlp_only_layers": [9]}, ["layer 9", "0 to 5"]),
+        ({"model__mlp_only_layers": [0, 1, 2, 3, 4, 5]}, ["no layer is MoE"]),
+        ({"model__shared_expert_intermediate_size": 0}, ["shared_expert_intermediate_size", "qwen3_moe"]),
+        ({"model__preset": "qwen3-30b-a3"}, ["qwen3-30b-a3b"]),
+        ({"model__vocab_size": "many"}, ["model.vocab_size", "many"]),
+        ({"model__vocab_size": 12.5}, ["model.vocab_size", "12.5"]),
+        ({"training__global_batch_size": 5}, ["global_batch_size 5", "micro_batch_size 2"]),
+        ({"training__train_tokens": 100}, ["train_tokens 100", "512"]),
+        ({"training__train_tokens": -3}, ["training.train_tokens", "-3"]),
+        ({"data__sequence_length": 4096}, ["sequence_length 4096", "2048"]),
+        ({"data__train": []}, ["data.prepare"]),
+        ({"schedule__kind": "wsd"}, ["decay_tokens"]),
+        ({"schedule__decay_tokens": 5}, ["decay_tokens", "wsd"]),
+        ({"schedule__warmup_tokens": 20_000}, ["warmup_tokens 20000", "train_tokens 10000"]),
+        ({"schedule__min_learning_rate": 0.1}, ["min_learning_rate 0.1", "0.001"]),
+        ({"precision": {"compute": "fp32", "master": "bf16"}}, ["bf16", "fp32"]),
+        ({"precision": {"compute": "fp8"}}, ["precision.compute", "fp8"]),
+        ({"balance__bias_update_rate": 0.001}, ["export_hf"]),
+        ({"optimizer__learning_rate": "nan"}, ["optimizer.learning_rate"]),
+        ({"optimizer__beta2": 1.0}, ["optimizer.beta2"]),
+        ({"optimizer": {}}, ["'optimizer.learning_rate' is missing"]),
+    ],
+)
+def test_impossible_values_are_named_with_what_was_expected(changes: dict[str, Any], parts: list[str]) -> None:
+    text = message(**changes)
+    assert all(part in text for part in parts), text
+
+
+def test_all_problems_are_in_one_message() -> None:
+    text = message(optimizer__lr=1, training__micro_batch_size=0, balance__scope="everywhere")
+    assert "optimizer.lr" in text and "training.micro_batch_size" in text and "balance.scope" in text
+
+
+def test_a_dense_family_refuses_experts() -> None:
+    dense = {"family": "qwen2", "vocab_size": 99, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    text = message(model=dense | {"num_attention_heads": 2, "num_experts": 4})
+    assert "num_experts is 4" in text and "qwen2_moe" in text
+
+
+def test_overrides(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(minimal()))
+    config = load_config(
+        recipe,
+        ["training.train_tokens=2e6", "model.mlp_only_layers=[1, 2]", "schedule.kind=constant", "optimizer.eps=1e-5"],
+    )
+    assert config.training.train_tokens == 2_000_000 and config.model.mlp_only_layers == (1, 2)
+    assert config.schedule.kind == "constant" and config.optimizer.eps == 1e-5
+    for bad, expected in (("seed", "not of the form"), ("seed.x=1", "not a section"), ("data.split=[", "not valid YAML")):
+        broken = [bad] if bad != "seed.x=1" else ["seed=3", bad]
+        with pytest.raises(UserError, match=expected):
+            load_config(recipe, broken)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [("a: [", "not valid YAML"), ("- 1", "mapping"), ("", "mapping"), (None, "does not exist")]
+)
+def test_unreadable_recipes(tmp_path: Path, content: str | None, expected: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    if content is not None:
+        recipe.write_text(content)
+    with pytest.raises(UserError, match=expected):
+        load_config(recipe)
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = parse_config(minimal(), "recipe")
+    with pytest.raises(ValidationError):
+        config.seed = 5  # type: ignore[misc]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@given(
+    rate=st.floats(1e-8, 1.0),
+    sequence=st.integers(1, 2048),
+    scope=st.sampled_from(["none", "micro_batch", "sequence", "global_batch", "huggingface"]),
+    weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=3),
+)
+def test_a_dumped_config_reads_back_equal(
+    tmp_path: Path, rate: float, sequence: int, scope: str, weights: list[float]
+) -> None:
+    config: RunConfig = parse_config(
+        minimal(
+            optimizer__learning_rate=rate,
+            data__sequence_length=sequence,
+            balance__scope=scope,
+            data__train=[{"prefix": f"p {i}", "weight": w} for i, w in enumerate(weights)],
+        ),
+        "recipe",
+    )
+    path = tmp_path / "dumped.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
