@@ -263,8 +263,9 @@ def main() -> None:
     print(f"torch {torch.__version__}, {args.threads} threads, {flops / 1e6:.0f} MFLOP per token, {args.rounds} rounds")
     print(f"{'':10s}{'ours':>12s}{'transformers':>14s}{'ratio':>8s}{'of peak':>9s}{'GB ours':>9s}{'GB theirs':>11s}")
     for r in results:
+        speed = r["tokens_per_second"]
         print(
-            f"{r['precision']:10s}{r['tokens_per_second']['ours']:>8,.0f} t/s{r['tokens_per_second']['transformers']:>10,.0f} t/s"
+            f"{r['precision']:10s}{speed['ours']:>8,.0f} t/s{speed['transformers']:>10,.0f} t/s"
             f"{r['speed_ratio']:>8.2f}{r['share_of_peak']['ours']:>9.0%}{r['peak_memory_gb']['ours']:>9.2f}"
             f"{r['peak_memory_gb']['transformers']:>11.2f}   first loss {r['first_loss']['ours']:.4f} and "
             f"{r['first_loss']['transformers']:.4f}, their experts {r['transformers_experts']}"

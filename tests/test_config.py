@@ -120,7 +120,11 @@ def test_overrides(tmp_path: Path) -> None:
     )
     assert config.training.train_tokens == 2_000_000 and config.model.mlp_only_layers == (1, 2)
     assert config.schedule.kind == "constant" and config.optimizer.eps == 1e-5
-    for bad, expected in (("seed", "not of the form"), ("seed.x=1", "not a section"), ("data.split=[", "not valid YAML")):
+    for bad, expected in (
+        ("seed", "not of the form"),
+        ("seed.x=1", "not a section"),
+        ("data.split=[", "not valid YAML"),
+    ):
         broken = [bad] if bad != "seed.x=1" else ["seed=3", bad]
         with pytest.raises(UserError, match=expected):
             load_config(recipe, broken)

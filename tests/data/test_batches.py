@@ -1,5 +1,6 @@
 """Batches: the right tokens, each once, the same for any number of ranks and after any resume."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +56,7 @@ def batches(tmp_path: Path, *prefixes: Path, weights: tuple[float, ...] = (), **
 def test_samples_are_stretches_of_the_documents_and_labels_the_next_token(tmp_path: Path) -> None:
     documents = counting_documents(10, 50, 40)
     loader = batches(tmp_path, write_tokens(tmp_path / "d", documents))
-    following = {a: b for tokens in documents for a, b in zip(tokens, tokens[1:])}
+    following = {a: b for tokens in documents for a, b in itertools.pairwise(tokens)}
     starts = {tokens[0] for tokens in documents}
     batch = loader.train_batch(0, 20)
     assert batch["input_ids"].shape == batch["labels"].shape == (20, SEQ)
@@ -90,12 +91,15 @@ def test_a_blend_keeps_its_weights(tmp_path: Path) -> None:
     assert share == pytest.approx(0.75, abs=0.01)
 
 
-@given(
-    micro=st.integers(1, 4), ranks=st.integers(1, 6), accumulation=st.integers(1, 4), step=st.integers(0, 1000)
-)
+@given(micro=st.integers(1, 4), ranks=st.integers(1, 6), accumulation=st.integers(1, 4), step=st.integers(0, 1000))
 def test_the_ranks_together_read_the_global_batch(micro: int, ranks: int, accumulation: int, step: int) -> None:
     size = micro * ranks * accumulation
-    read = [n for r in range(ranks) for first, count in rank_samples(step, size, micro, r, ranks) for n in range(first, first + count)]
+    read = [
+        n
+        for r in range(ranks)
+        for first, count in rank_samples(step, size, micro, r, ranks)
+        for n in range(first, first + count)
+    ]
     assert sorted(read) == list(range(step * size, (step + 1) * size))
 
 
@@ -118,7 +122,9 @@ def test_document_boundaries(tmp_path: Path) -> None:
     prefix = write_tokens(tmp_path / "d", counting_documents(10, 200, 7))
     loader = batches(tmp_path, prefix, respect_document_boundaries=True)
     batch = loader.train_batch(0, 10)
-    for tokens, positions, documents in zip(*(batch[k].tolist() for k in ("input_ids", "position_ids", "document_ids"))):
+    for tokens, positions, documents in zip(
+        *(batch[k].tolist() for k in ("input_ids", "position_ids", "document_ids"))
+    ):
         position = document = 0
         for token, got_position, got_document in zip(tokens, positions, documents):
             assert (got_position, got_document) == (position, document)
@@ -132,7 +138,9 @@ def test_masking_the_end_of_a_document_leaves_out_what_follows_it(tmp_path: Path
     assert torch.equal(batch["labels"] == -100, batch["input_ids"] == END)
 
 
-@pytest.mark.parametrize("key", ["seed", "sequence_length", "split", "train_samples", "mask_end_of_document", "content"])
+@pytest.mark.parametrize(
+    "key", ["seed", "sequence_length", "split", "train_samples", "mask_end_of_document", "content"]
+)
 def test_the_fingerprint_knows_what_decides_the_samples(tmp_path: Path, key: str) -> None:
     prefix = write_tokens(tmp_path / "d", counting_documents(10, 50, 40))
     before = batches(tmp_path, prefix).fingerprint

@@ -30,7 +30,9 @@ def refused(*inputs: Path | str, **options: str) -> str:
 def test_every_kind_of_file(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text(JSONL)
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(JSONL.encode()))
-    (tmp_path / "d.jsonl.zst").write_bytes(zstandard.compress(JSONL.encode()[:50]) + zstandard.compress(JSONL.encode()[50:]))
+    (tmp_path / "d.jsonl.zst").write_bytes(
+        zstandard.compress(JSONL.encode()[:50]) + zstandard.compress(JSONL.encode()[50:])
+    )
     (tmp_path / "a.txt").write_text("one file, one document")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "e.md.gz").write_bytes(gzip.compress(b"packed"))

@@ -21,7 +21,10 @@ from qwen_moe.errors import UserError
 
 def write_corpus(folder: Path, count: int = 60, seed: int = 0) -> tuple[Path, list[str]]:
     rng = random.Random(seed)
-    texts = [" ".join(rng.choices(["alpha", "beta", "gamma", "<|endoftext|>", "δέλτα"], k=rng.randint(1, 200))) for _ in range(count)]
+    texts = [
+        " ".join(rng.choices(["alpha", "beta", "gamma", "<|endoftext|>", "δέλτα"], k=rng.randint(1, 200)))
+        for _ in range(count)
+    ]
     path = folder / "corpus.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path, texts
@@ -131,7 +134,16 @@ def test_a_full_disk_leaves_nothing_and_is_named(
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(IndexedDatasetBuilder, "add_item", full)
-    arguments = ["--input", str(corpus), "--output", str(tmp_path / "out"), "--tokenizer", str(tokenizer), "--workers", "1"]
+    arguments = [
+        "--input",
+        str(corpus),
+        "--output",
+        str(tmp_path / "out"),
+        "--tokenizer",
+        str(tokenizer),
+        "--workers",
+        "1",
+    ]
     assert main(["data", "prepare", *arguments]) == 2
     message = capfd.readouterr().err
     assert "error: " in message and "No space left" in message and "Traceback" not in message
@@ -142,7 +154,16 @@ def test_the_command_prints_one_json_document(
     tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     corpus, texts = write_corpus(tmp_path)
-    arguments = ["--input", str(corpus), "--output", str(tmp_path / "out"), "--tokenizer", str(tokenizer), "--workers", "1"]
+    arguments = [
+        "--input",
+        str(corpus),
+        "--output",
+        str(tmp_path / "out"),
+        "--tokenizer",
+        str(tokenizer),
+        "--workers",
+        "1",
+    ]
     assert main(["data", "prepare", *arguments, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["documents"] == len(texts) and facts["done"] is True

@@ -36,7 +36,12 @@ def test_recompute_changes_no_bit_and_counts_no_token_twice(dtype: torch.dtype) 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3"])
 def test_documents_in_one_row_equal_documents_apart(family: str) -> None:
-    dense = {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0, "shared_expert_intermediate_size": 0}
+    dense = {
+        "num_experts": 0,
+        "num_experts_per_tok": 0,
+        "moe_intermediate_size": 0,
+        "shared_expert_intermediate_size": 0,
+    }
     config = small_config(family=family, **({} if family == "qwen2_moe" else dense))
     model = build_model(config, 2, torch.float64)
     first, second = tokens(1, 6, 1), tokens(1, 4, 2)
@@ -76,7 +81,9 @@ def test_statistics_keep_their_dtype_in_a_bfloat16_model() -> None:
     assert model(ids).dtype == torch.bfloat16
     assert sums.cross_entropy.dtype == sums.router.prob_sum.dtype == sums.router.z_sum.dtype == torch.float32
     assert sums.router.counts.dtype == torch.int64
-    assert all(module.expert_bias.dtype == torch.float32 for module in model.modules() if hasattr(module, "expert_bias"))
+    assert all(
+        module.expert_bias.dtype == torch.float32 for module in model.modules() if hasattr(module, "expert_bias")
+    )
 
 
 def test_loss_sums_is_the_cross_entropy_of_the_logits() -> None:

@@ -84,5 +84,7 @@ def test_training_bytes() -> None:
     config = small_config()
     total = count_parameters(config).total
     mixed, pure = training_bytes(config, "bf16", "fp32"), training_bytes(config, "bf16", "bf16")
-    assert (mixed.weights, mixed.master_weights, mixed.gradients, mixed.optimizer) == tuple(total * n for n in (2, 4, 4, 8))
+    assert (mixed.weights, mixed.master_weights, mixed.gradients, mixed.optimizer) == tuple(
+        total * n for n in (2, 4, 4, 8)
+    )
     assert (pure.weights, pure.master_weights, pure.gradients, pure.optimizer) == tuple(total * n for n in (2, 0, 2, 4))

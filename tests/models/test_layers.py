@@ -245,4 +245,6 @@ def test_initial_values_depend_on_seed_and_name_alone() -> None:
         if parameter.endswith(".bias"):
             assert not tensor.any()
     drawn = initial_value("some.weight", (400, 500), 0, 0.02)
-    assert drawn.std().item() == pytest.approx(0.02, rel=0.01) and abs(drawn.mean().item()) < 0.02 / math.sqrt(200_000) * 4
+    assert (
+        drawn.std().item() == pytest.approx(0.02, rel=0.01) and abs(drawn.mean().item()) < 0.02 / math.sqrt(200_000) * 4
+    )

@@ -91,7 +91,9 @@ def test_sequence_scope_is_the_mean_over_sequences_however_they_are_cut() -> Non
 
 def test_micro_batch_scope_is_the_mean_over_micro_batches() -> None:
     values = logits()
-    expected = sum(plain_loss(values[layer, half : half + 2].flatten(0, 1)) for layer in range(LAYERS) for half in (0, 2)) / 2
+    expected = (
+        sum(plain_loss(values[layer, half : half + 2].flatten(0, 1)) for layer in range(LAYERS) for half in (0, 2)) / 2
+    )
     assert combined("micro_batch", rank_count=2)["loss"] == pytest.approx(expected, rel=1e-12)
     assert combined("micro_batch", micro_batches=2)["loss"] == pytest.approx(expected, rel=1e-12)
 

@@ -171,7 +171,7 @@ def _kill_a_worker_at_random_moments(folder: Path, corpus: Path, kills: int, see
     process = subprocess.Popen(command(write_recipe(folder, corpus)), stderr=subprocess.PIPE, text=True)
     killed: set[int] = set()
     for _ in range(kills):
-        _wait_for(lambda: len([w for w in _workers(process.pid) if w.pid not in killed]) == 2, process)
+        _wait_for(lambda seen=frozenset(killed): len({w.pid for w in _workers(process.pid)} - seen) == 2, process)
         # Between the start of the interpreter and the last steps of this short run.
         time.sleep(rng.uniform(0, 14))
         alive = [w for w in _workers(process.pid) if w.pid not in killed]
@@ -209,7 +209,7 @@ def test_a_killed_launcher_leaves_no_process_behind(tmp_path: Path, corpus: Path
     family = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    gone, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
     outcome = run_to_end(recipe)
     assert outcome.returncode == 0, outcome.stderr
