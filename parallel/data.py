@@ -36,6 +36,8 @@ def shard(
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    if mesh.size() == 1:
+        return  # one rank's sum is its own gradient; asked for a factor, FSDP2 would still divide every gradient by it
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

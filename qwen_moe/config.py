@@ -447,7 +447,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {part!r} is a value, not a section")
         node = child
     try:
-        node[leaf] = yaml.safe_load(text)
+        node[leaf] = yaml.safe_load(text) if text else ""
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: the value is not valid YAML ({error})") from None
 
