@@ -1,8 +1,8 @@
 """Run a worker command under supervision on this machine: restart it after a crash, stop it on Ctrl-C.
 
-The command is expected to resume by itself from what it saved. It tells how it is doing through two files in the run
-folder: ``progress`` (any text that changes when durable progress is made) and ``failure.json`` (an error that a restart
-cannot mend: ``{"message": ...}``).
+The command is expected to resume by itself from what it saved. It tells how it is doing through a file ``progress`` in
+the run folder (any text that changes when durable progress is made), a failure file, which should lie on another disk
+(an error that a restart cannot mend: ``{"message": ...}``), and exit code 2 (the same, already told on stderr).
 """
 
 import json
@@ -22,7 +22,7 @@ except ImportError:  # Windows has no flock; runs are then not locked
     fcntl = None  # type: ignore[assignment]
 
 PROGRESS = "progress"
-FAILURE = "failure.json"
+USER_ERROR = 2
 INTERRUPTED = 130
 GRACE_SECONDS = 60.0
 
@@ -79,10 +79,11 @@ class Supervisor:
         self,
         command: Sequence[str],
         run_dir: Path,
+        failure_file: Path,
         environment: Mapping[str, str],
         max_restarts_without_progress: int,
     ) -> None:
-        self.command, self.run_dir = list(command), run_dir
+        self.command, self.run_dir, self.failure_file = list(command), run_dir, failure_file
         self.environment, self.limit = dict(environment), max_restarts_without_progress
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = False
@@ -108,16 +109,17 @@ class Supervisor:
     def _supervise(self) -> Outcome:
         restarts = without_progress = 0
         while True:
-            (self.run_dir / FAILURE).unlink(missing_ok=True)
+            self.failure_file.unlink(missing_ok=True)
             before = _read(self.run_dir / PROGRESS)
             # A session of its own: Ctrl-C in the terminal reaches only this process, which then asks for an orderly end.
             self._process = subprocess.Popen(self.command, env=self.environment, start_new_session=True)
             if self._stopping:
                 self._process.send_signal(signal.SIGTERM)
             code = self._wait()
-            failure = _read(self.run_dir / FAILURE)
-            if failure:
-                return Outcome(code=2, restarts=restarts, message=json.loads(failure)["message"])
+            failure = _read(self.failure_file)
+            if failure or code == USER_ERROR:
+                message = json.loads(failure)["message"] if failure else ""
+                return Outcome(code=USER_ERROR, restarts=restarts, message=message)
             if self._stopping:
                 return Outcome(code=INTERRUPTED, restarts=restarts)
             if code == 0:

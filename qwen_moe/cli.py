@@ -6,7 +6,7 @@ import traceback
 from importlib import import_module
 
 from qwen_moe import __version__
-from qwen_moe.errors import UserError
+from qwen_moe.errors import UserError, explain_os_error
 
 # Modules with a `register(subparsers)`; they import nothing heavy at the top, so that --help is quick.
 VERBS = (
@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, LaunchError, OSError) as error:
         if args.traceback:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        message = explain_os_error(error) if isinstance(error, OSError) else error
+        print(f"error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -22,6 +22,6 @@ def check_disk_space(config: RunConfig, root: Path) -> None:
     free = shutil.disk_usage(root).free
     if free < missing * each:
         raise UserError(
-            f"{root} has {free / 1e9:.2f} GB free but {missing} checkpoints of {each / 1e9:.2f} GB each will be written: "
+            f"{root} has {free / 1e6:,.1f} MB free but room for {missing} of {each / 1e6:,.1f} MB each is needed: "
             f"free some space, lower checkpoint.keep (now {config.checkpoint.keep}) or put run_dir elsewhere"
         )

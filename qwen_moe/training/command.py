@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,15 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
         temporary = resolved.with_suffix(".partial")
         temporary.write_text(dump_config(config), encoding="utf-8")
         os.replace(temporary, resolved)
-        command = [sys.executable, "-m", "qwen_moe.training.elastic", str(config.launch.nproc), str(resolved)]
-        supervisor = Supervisor(
-            command, config.run_dir, _environment(config), config.launch.max_restarts_without_progress
-        )
-        outcome = supervisor.run()
+        with tempfile.TemporaryDirectory(prefix="qwen-moe-") as folder:
+            # Not in the run folder: the failure to be told may be that its disk is full.
+            failure = Path(folder) / "failure.json"
+            command = [sys.executable, "-m", "qwen_moe.training.elastic"]
+            command += [str(config.launch.nproc), str(resolved), str(failure)]
+            limit = config.launch.max_restarts_without_progress
+            outcome = Supervisor(command, config.run_dir, failure, _environment(config), limit).run()
         if outcome.message:
+            print(file=sys.stderr)  # the progress bar of a run that failed has no line end
             raise UserError(outcome.message)
         if outcome.code != 0:
             return outcome.code

@@ -1,4 +1,4 @@
-"""`python -m qwen_moe.training.elastic NPROC CONFIG`: NPROC workers on this machine under one torchrun-elastic agent.
+"""`python -m qwen_moe.training.elastic NPROC CONFIG FAILURE_FILE`: NPROC workers under one elastic agent.
 
 The same agent as the `torchrun` command, without its traceback when a worker fails: the workers have said what is wrong.
 """
@@ -11,10 +11,11 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from launchers.local import USER_ERROR
 from parallel.process import die_with_parent
 
 
-def main(nproc: int, config: str) -> int:
+def main(nproc: int, config: str, failure_file: str) -> int:
     die_with_parent()
     logging.disable(logging.CRITICAL)  # what failed is told by the workers and by the supervisor
     launch = LaunchConfig(
@@ -28,14 +29,14 @@ def main(nproc: int, config: str) -> int:
         shutdown_timeout=50,
     )
     try:
-        elastic_launch(launch, sys.executable)("-u", "-m", "qwen_moe.training.worker", config)
+        elastic_launch(launch, sys.executable)("-u", "-m", "qwen_moe.training.worker", config, failure_file)
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
-        return codes[0] if codes and codes[0] > 0 else 1
+        return USER_ERROR if USER_ERROR in codes else 1
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2]))
+    sys.exit(main(int(sys.argv[1]), sys.argv[2], sys.argv[3]))

@@ -78,8 +78,8 @@ class Trainer:
         if not torch.isfinite(sums).all() or norm != norm or norm == float("inf"):
             raise NonFiniteLoss(
                 f"step {step}: loss is {loss}, gradient norm {norm}; the weights were not updated. Lower "
-                "optimizer.learning_rate, lengthen schedule.warmup_tokens or look at the data of this step; the last "
-                "checkpoint is from before it"
+                "optimizer.learning_rate, lengthen schedule.warmup_tokens or look at the data of this step; a "
+                "checkpoint, if one was written, is from before it"
             )
         if config.optimizer.clip_grad_norm:
             clip_by_norm(self.parameters, norm, config.optimizer.clip_grad_norm)

@@ -1,4 +1,4 @@
-"""`python -m qwen_moe.training.worker CONFIG`: one process of a training run, from start-up to exit code."""
+"""`python -m qwen_moe.training.worker CONFIG FAILURE_FILE`: one process of a training run, from start-up to exit code."""
 
 import json
 import os
@@ -6,21 +6,21 @@ import sys
 import traceback
 from pathlib import Path
 
-from launchers.local import FAILURE
+from launchers.local import USER_ERROR
 from qwen_moe.config import RunConfig, load_config
-from qwen_moe.errors import UserError
+from qwen_moe.errors import UserError, explain_os_error
 
 
-def report_failure(run_dir: Path, message: str) -> None:
+def report_failure(failure_file: Path, message: str) -> None:
     """Leave the message for the supervisor; the first process to fail is the one that is reported."""
-    temporary = run_dir / f"{FAILURE}.{os.getpid()}"
-    temporary.write_text(json.dumps({"message": message}), encoding="utf-8")
+    temporary = failure_file.with_name(f"{failure_file.name}.{os.getpid()}")
     try:
-        os.link(temporary, run_dir / FAILURE)
+        temporary.write_text(json.dumps({"message": message}), encoding="utf-8")
+        os.link(temporary, failure_file)
     except FileExistsError:
         pass  # another rank failed first and is the one to be reported
-    finally:
-        temporary.unlink()
+    except OSError:
+        print(f"error: {message}", file=sys.stderr)  # no room even there
 
 
 def run_worker(config: RunConfig) -> int:
@@ -43,23 +43,25 @@ def run_worker(config: RunConfig) -> int:
             dist.destroy_process_group()
 
 
-def main(path: str) -> int:
-    config = load_config(Path(path))
+def main(config_path: Path, failure_file: Path) -> int:
+    config = load_config(config_path)
     try:
         return run_worker(config)
     except UserError as error:
-        report_failure(config.run_dir, str(error))
-        return 2
+        report_failure(failure_file, str(error))
+        return USER_ERROR
     except OSError as error:
-        report_failure(config.run_dir, f"{error}")
-        return 2
+        report_failure(failure_file, explain_os_error(error))
+        return USER_ERROR
     except Exception:
-        traceback.print_exc()
+        # When another rank has failed and said why, a broken connection to it is only the echo.
+        if not failure_file.exists():
+            traceback.print_exc()
         return 1
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1])
+    code = main(Path(sys.argv[1]), Path(sys.argv[2]))
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads of gloo or of a checkpoint in flight must not keep a failed process alive.

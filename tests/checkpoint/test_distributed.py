@@ -1,13 +1,16 @@
 """Saving and resuming a sharded run: bit-identical on the same layout, equal on another, safe against damage."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 
-from qwen_moe.config import RunConfig
+from qwen_moe.config import ModelConfig, RunConfig
 from tests.distributed import run_distributed
+from tests.models.hf_reference import model_configs
 from tests.training.test_step import SEQ, global_batch, make_config
 
 
@@ -35,7 +38,8 @@ def _train(trainer: Any, steps: range) -> list[tuple[float, float]]:
     share = 8 // world
     figures = []
     for step in steps:
-        batch = global_batch(step)
+        vocabulary = trainer.config.model.vocab_size
+        batch = {name: torch.where(t < 0, t, t % vocabulary) for name, t in global_batch(step).items()}
         mine = {name: tensor[rank * share : (rank + 1) * share] for name, tensor in batch.items()}
         result = trainer.step(step, [mine])
         figures.append((result.loss, result.grad_norm))
@@ -62,7 +66,7 @@ def _train_and_save(config: RunConfig, root: Path, asynchronous: bool) -> dict[s
     torch.rand(3)
     figures = _train(trainer, range(2, 4))
     writer.finish()
-    return {"figures": figures, "parameters": _parameters(trainer), "biases": torch.stack(trainer.expert_biases())}
+    return {"figures": figures, "parameters": _parameters(trainer), "biases": trainer.expert_biases()}
 
 
 def _resume_and_train(config: RunConfig, root: Path) -> dict[str, Any]:
@@ -76,7 +80,7 @@ def _resume_and_train(config: RunConfig, root: Path) -> dict[str, Any]:
     return {
         "figures": figures,
         "parameters": _parameters(trainer),
-        "biases": torch.stack(trainer.expert_biases()),
+        "biases": trainer.expert_biases(),
         "problems": problems,
         "step": state.step,
     }
@@ -96,7 +100,20 @@ def test_resume_on_the_same_layout_is_bit_identical(tmp_path: Path, asynchronous
     resumed = run_distributed(_resume_and_train, 2, config, tmp_path)[0]
     assert resumed["step"] == 2 and not resumed["problems"]
     assert resumed["figures"] == straight["figures"]
-    assert torch.equal(resumed["biases"], straight["biases"])
+    assert all(torch.equal(got, expected) for got, expected in zip(resumed["biases"], straight["biases"], strict=True))
+    for name, expected in straight["parameters"].items():
+        assert torch.equal(resumed["parameters"][name], expected), name
+
+
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shape=model_configs())
+def test_resume_is_bit_identical_for_random_shapes(tmp_path: Path, shape: ModelConfig) -> None:
+    scope = "sequence" if shape.is_moe_family else "none"
+    config = make_config(training__micro_batch_size=4, balance__scope=scope).model_copy(update={"model": shape})
+    with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+        straight = run_distributed(_train_and_save, 2, config, Path(folder), False)[0]
+        resumed = run_distributed(_resume_and_train, 2, config, Path(folder))[0]
+    assert resumed["figures"] == straight["figures"]
     for name, expected in straight["parameters"].items():
         assert torch.equal(resumed["parameters"][name], expected), name
 

@@ -16,7 +16,7 @@ from launchers.local import INTERRUPTED, LaunchError, Outcome, RunLock, Supervis
 
 def supervise(tmp_path: Path, script: str, limit: int = 2) -> Outcome:
     command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
-    return Supervisor(command, tmp_path, os.environ, limit).run()
+    return Supervisor(command, tmp_path, tmp_path / "failure.json", os.environ, limit).run()
 
 
 # A worker that advances by one step per life and is killed by its own hand until it has done five.
@@ -48,6 +48,11 @@ def test_an_error_of_the_worker_is_passed_on_and_not_retried(tmp_path: Path) -> 
         sys.exit(2)
     """
     assert supervise(tmp_path, script) == Outcome(code=2, restarts=0, message="top-k is too large")
+
+
+def test_exit_code_2_is_an_error_of_the_worker_too(tmp_path: Path) -> None:
+    """A worker that has nowhere to leave its message says it on stderr."""
+    assert supervise(tmp_path, "import sys; sys.exit(2)") == Outcome(code=2, restarts=0)
 
 
 def test_a_stale_failure_is_forgotten(tmp_path: Path) -> None:

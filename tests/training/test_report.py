@@ -70,5 +70,5 @@ def test_room_for_checkpoints_is_asked_before_work(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * each))
     preflight.check_disk_space(config, tmp_path)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * each - 1))
-    with pytest.raises(UserError, match=r"5 checkpoints .* checkpoint.keep \(now 4\)"):
+    with pytest.raises(UserError, match=r"room for 5 .* checkpoint.keep \(now 4\)"):
         preflight.check_disk_space(config, tmp_path)
