@@ -220,3 +220,33 @@ def test_a_nan_loss_stops_before_the_update() -> None:
     for message, unchanged in run_distributed(_nan_step, 2, make_config()):
         assert "step 7" in message and "nan" in message and "learning_rate" in message
         assert unchanged
+
+
+def _run_broken(config: RunConfig, mutation: str) -> dict[str, Any]:
+    """`run_steps` with one thing broken as public trainers have shipped it."""
+    import parallel.data
+    from qwen_moe.training import step
+
+    if mutation == "gradients are averaged over ranks":
+        parallel.data.FSDPModule.set_gradient_divide_factor = lambda self, factor: None  # type: ignore[method-assign]
+    elif mutation == "the norm is one rank's":
+        step.global_norm = lambda parameters, mesh: torch.nn.utils.get_total_norm(
+            [parallel.data.local(p.grad) for p in parameters if parallel.data.local(p.grad).numel()]
+        )
+    elif mutation == "every rank divides by its own tokens":
+        original = step.all_reduce_sum
+        step.all_reduce_sum = lambda t, mesh: t * mesh.size() if t.dtype == torch.int64 else original(t, mesh)
+    return run_steps(config)
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    ["gradients are averaged over ranks", "the norm is one rank's", "every rank divides by its own tokens"],
+)
+def test_the_comparison_sees_known_mistakes(mutation: str) -> None:
+    config = make_config(balance__scope="sequence", training__micro_batch_size=4)
+    run = run_distributed(_run_broken, 2, config, mutation)[0]
+    with pytest.raises(AssertionError):
+        assert_equal_runs(run, reference_steps(config))
+    # And nothing but the mutation is seen: the same path unbroken agrees.
+    assert_equal_runs(run_distributed(_run_broken, 2, config, "none")[0], reference_steps(config))

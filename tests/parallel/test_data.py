@@ -1,0 +1,63 @@
+"""Sums over ranks, the global norm and clipping, on real processes."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import run_distributed
+
+
+def _sum_twice() -> tuple[list[int], list[int]]:
+    import torch.distributed as dist
+
+    from parallel.data import all_reduce_sum, data_parallel_mesh
+
+    mine = torch.tensor([dist.get_rank() + 1, 10])
+    total = all_reduce_sum(mine, data_parallel_mesh(torch.device("cpu")))
+    return mine.tolist(), total.tolist()
+
+
+def test_a_sum_leaves_its_argument_alone() -> None:
+    """An in-place all-reduce of a local count that is used again counts it twice."""
+    for rank, (mine, total) in enumerate(run_distributed(_sum_twice, 3)):
+        assert mine == [rank + 1, 10] and total == [6, 30]
+
+
+def _norm_and_clip(dtype: torch.dtype) -> dict[str, Any]:
+    """Shards of uneven size (5 rows on 2 ranks, 1 row on 2 ranks), gradients 1, 2, 3, ..."""
+    from parallel.data import clip_by_norm, data_parallel_mesh, global_norm, local, shard
+
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = torch.nn.Parameter(torch.zeros(5, 3, dtype=dtype))
+            self.b = torch.nn.Parameter(torch.zeros(1, 4, dtype=dtype))
+
+        def forward(self) -> torch.Tensor:
+            weights = torch.arange(1, 20, dtype=dtype)
+            return (self.a.flatten() * weights[:15]).sum() + (self.b.flatten() * weights[15:]).sum()
+
+    model = Two()
+    mesh = data_parallel_mesh(torch.device("cpu"))
+    shard(model, [], mesh, compute_dtype=dtype, reduce_dtype=dtype, reshard_after_forward=True)
+    model().backward()
+    parameters = list(model.parameters())
+    norm = float(global_norm(parameters, mesh))
+    clip_by_norm(parameters, norm, norm / 2)
+    first = float(local(parameters[0].grad).flatten()[0])
+    return {"norm": norm, "clipped": float(global_norm(parameters, mesh)), "first": first}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_norm_counts_each_shard_once(world_size: int, dtype: torch.dtype) -> None:
+    """Every rank does the same, so the summed gradient is world_size times 1, 2, ..., 19."""
+    expected = world_size * math.sqrt(sum(n * n for n in range(1, 20)))
+    tolerance = 1e-14 if dtype == torch.float64 else 1e-6
+    results = run_distributed(_norm_and_clip, world_size, dtype)
+    for result in results:
+        assert result["norm"] == pytest.approx(expected, rel=tolerance)
+        assert result["clipped"] == pytest.approx(expected / 2, rel=tolerance)
+    assert results[0]["first"] == pytest.approx(world_size / 2, rel=tolerance)
