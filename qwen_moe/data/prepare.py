@@ -267,10 +267,9 @@ def _tokenise(
     partial.write_text(json.dumps(asdict(prepared), indent=1) + "\n", encoding="utf-8")
     os.replace(partial, manifest_path(prefix))
     if counts.skipped:
-        print(
-            f"{len(counts.skipped)} documents skipped, not decodable: {', '.join(counts.skipped[:3])} ...",
-            file=sys.stderr,
-        )
+        more = ", ..." if len(counts.skipped) > 3 else ""
+        named = ", ".join(counts.skipped[:3])
+        print(f"{len(counts.skipped)} documents skipped, not decodable: {named}{more}", file=sys.stderr)
     return prepared
 
 
