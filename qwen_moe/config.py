@@ -311,7 +311,7 @@ class LaunchConfig(Section):
 
     nproc: PositiveInt = 1
     threads: NonNegativeInt = 0
-    max_restarts_without_progress: NonNegativeInt = 3
+    max_restarts_without_progress: NonNegativeInt = 10
 
 
 class RunConfig(Section):
