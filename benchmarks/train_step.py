@@ -88,10 +88,11 @@ def ours(precision: str) -> tuple[Step, DecoderLM]:
 
 
 def _sharded(config: ModelConfig) -> DecoderLM:
-    """As `qwen-moe train` builds it, on a mesh of one rank."""
+    """With master weights and FSDP's mixed precision, as `qwen-moe train` does, on a mesh of one rank."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    from parallel.data import data_parallel_mesh, shard
+    from parallel.data import shard
+    from parallel.mesh import Grids, Layout
 
     if not dist.is_initialized():
         with socket.socket() as probe:
@@ -99,10 +100,14 @@ def _sharded(config: ModelConfig) -> DecoderLM:
             port = probe.getsockname()[1]
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
     model = build_model(config, 0, torch.float32)
+    grids = Grids(Layout(), "cpu")
+    units = []
+    for layer in model.model.layers:
+        units += [(layer.mlp.experts, grids.expert_shard), (layer, grids.dense_shard)]
     shard(
         model,
-        model.model.layers,
-        data_parallel_mesh(torch.device("cpu")),
+        units,
+        grids.dense_shard,
         compute_dtype=torch.bfloat16,
         reduce_dtype=torch.float32,
         reshard_after_forward=False,

@@ -1,45 +1,45 @@
-"""Data parallelism through FSDP2: sharding, sums of gradients, the global norm.
+"""Data parallelism through FSDP2: sharding on two grids, sums of gradients, one finalisation, the global norm.
 
 Gradients are summed over ranks, never averaged: the caller divides the loss by a count that is global already.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-
-def data_parallel_mesh(device: torch.device) -> DeviceMesh:
-    """The one-axis mesh ``(dp,)`` over all ranks."""
-    return init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
+from parallel.collectives import all_reduce_sum
+from parallel.mesh import Axis
 
 
 def shard(
     model: nn.Module,
-    blocks: Iterable[nn.Module],
+    units: Iterable[tuple[nn.Module, DeviceMesh]],
     mesh: DeviceMesh,
     *,
     compute_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     reshard_after_forward: bool,
 ) -> None:
-    """Shard ``blocks`` (each a unit of all-gather) and what remains of ``model`` over ``mesh``, in place.
+    """Shard ``units`` (each gathered at once, over its own mesh; inner ones first) and the rest over ``mesh``, in place.
 
     forward: all-gather of each unit in ``compute_dtype``. backward: reduce-scatter (sum) of its gradients in
     ``reduce_dtype``. With ``reshard_after_forward`` parameters are gathered again in backward (ZeRO-3), else kept.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    sizes = {}
+    for unit, unit_mesh in units:
+        fully_shard(unit, mesh=unit_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        sizes[unit] = unit_mesh.size()
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    if mesh.size() == 1:
-        return  # one rank's sum is its own gradient; asked for a factor, FSDP2 would still divide every gradient by it
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
+    sizes[model] = mesh.size()
+    for module, size in sizes.items():
+        # One rank's sum is its own gradient; asked for a factor, FSDP2 would still divide every gradient by it.
+        if size > 1 and isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
@@ -49,26 +49,55 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def all_reduce_sum(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """A new tensor: the sum over ``mesh``. The argument is not changed (in-place reduction of a count that is used
-    again is a classic way to count twice)."""
-    total = tensor.clone()
-    dist.all_reduce(total, group=mesh.get_group())
-    return total
+@torch.no_grad()
+def sum_replicas(parameters: Iterable[tuple[nn.Parameter, Sequence[Axis]]]) -> None:
+    """Sum the gradients of parameters that are whole on every rank of an axis over which their inputs were split.
+
+    One coalesced all-reduce per axis and dtype, once per step. A parameter without a gradient (a rank whose part of the
+    model did not use it) takes part with zeros, so that every rank makes the same calls.
+    """
+    groups: dict[tuple[str, torch.dtype], tuple[Axis, list[torch.Tensor]]] = {}
+    for parameter, axes in parameters:
+        for axis in axes:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradient = local(parameter.grad)
+            groups.setdefault((axis.name, gradient.dtype), (axis, []))[1].append(gradient)
+    for axis, gradients in groups.values():
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat, group=axis.group)
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 @torch.no_grad()
-def global_norm(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> torch.Tensor:
-    """2-norm of all gradients, each shard counted once, as a float64 scalar."""
+def exchange_and_add(gradient: torch.Tensor, peer: int, axis: Axis) -> None:
+    """``gradient`` becomes the sum of this rank's and rank ``peer``'s of ``axis`` (a parameter that two stages hold)."""
+    mine = gradient.contiguous()
+    other = torch.empty_like(mine)
+    assert axis.group is not None
+    target = dist.get_global_rank(axis.group, peer)
+    operations = [
+        dist.P2POp(dist.isend, mine, target, group=axis.group),
+        dist.P2POp(dist.irecv, other, target, group=axis.group),
+    ]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    gradient.add_(other)
+
+
+@torch.no_grad()
+def global_norm(parameters: Iterable[nn.Parameter], world: Axis, device: torch.device) -> torch.Tensor:
+    """2-norm of all gradients, as a float64 scalar: ``parameters`` are those that this rank counts, each shard and each
+    replicated parameter on one rank only."""
     gradients = [local(p.grad) for p in parameters if p.grad is not None]
     # Each shard's norm in float32 (float64 for float64) from one kernel; their squares are added in float64.
     wide = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
     norms = torch._foreach_norm([g for g in gradients if g.numel()], 2, dtype=wide)
-    device = gradients[0].device
     square = (
         torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
     )
-    return all_reduce_sum(square, mesh).sqrt()
+    return all_reduce_sum(square, world).sqrt()
 
 
 @torch.no_grad()

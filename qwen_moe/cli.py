@@ -12,6 +12,7 @@ from qwen_moe.errors import UserError, explain_os_error
 VERBS = (
     "qwen_moe.training.command",
     "qwen_moe.training.report",
+    "qwen_moe.verify.command",
     "qwen_moe.info",
     "qwen_moe.data.command",
     "qwen_moe.checkpoint.convert_cli",

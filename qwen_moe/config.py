@@ -255,12 +255,17 @@ class ScheduleConfig(Section):
 
 
 class BalanceConfig(Section):
-    """Load balancing of experts (see qwen_moe/training/balance.py for the definitions)."""
+    """Load balancing of experts (see qwen_moe/training/balance.py for the definitions).
+
+    ``capacity_factor`` > 0: an expert serves at most that many times its fair share of a sequence in training, and the
+    choices beyond are dropped and counted; 0 (dropless) drops none.
+    """
 
     scope: Literal["none", "micro_batch", "sequence", "global_batch", "huggingface"] = "global_batch"
     coefficient: NonNegativeFloat = 1e-3
     z_loss_coefficient: NonNegativeFloat = 0.0
     bias_update_rate: NonNegativeFloat = 0.0
+    capacity_factor: NonNegativeFloat = 0.0
 
 
 class PrecisionConfig(Section):
@@ -283,10 +288,35 @@ class PrecisionConfig(Section):
 
 
 class ParallelConfig(Section):
-    """``sharding`` is what data-parallel ranks do not hold twice: optimizer state, and gradients (zero2), and
-    parameters between uses (zero3), as in ZeRO (arXiv 1910.02054)."""
+    """Degrees of tensor (with sequence), pipeline, context, expert and expert-tensor parallelism; data parallelism is
+    what remains of the processes. Attention uses tp x cp x dp ranks of a stage, experts ep x etp x edp of the same ones.
 
+    ``schedule`` and ``stages_per_rank`` (0: the schedule's own number) count only with pp > 1. ``pipeline_split`` gives
+    the number of layers of each stage; empty, it is chosen by their cost. ``sharding`` is what data-parallel ranks do
+    not hold twice: optimizer state, and gradients (zero2), and parameters between uses (zero3), as in ZeRO
+    (arXiv 1910.02054). ``check_collectives`` compares every rank's collectives with its group's after each step.
+    """
+
+    tp: PositiveInt = 1
+    pp: PositiveInt = 1
+    cp: PositiveInt = 1
+    ep: PositiveInt = 1
+    etp: PositiveInt = 1
+    schedule: Literal["1f1b", "interleaved_1f1b", "zbv", "dualpipev"] = "1f1b"
+    stages_per_rank: NonNegativeInt = 0
+    pipeline_split: tuple[PositiveInt, ...] = ()
     sharding: Literal["zero2", "zero3"] = "zero2"
+    collective_timeout_minutes: PositiveFloat = 30.0
+    check_collectives: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.pp > 1 and self.schedule in ("zbv", "dualpipev") and self.sharding == "zero3":
+            raise ValueError(
+                f"schedule {self.schedule} runs backward in two halves, between which torch's FSDP would drop the weights "
+                "that zero3 gathers (gradients come out wrong): use sharding zero2 with it, or another schedule"
+            )
+        return self
 
 
 class CheckpointConfig(Section):
@@ -307,7 +337,8 @@ class LoggingConfig(Section):
 
 
 class LaunchConfig(Section):
-    """``nproc``: processes that `qwen-moe train` starts on this machine, unless torchrun or Slurm started it."""
+    """``nproc``: processes that `qwen-moe train` starts on this machine, unless torchrun or Slurm started it; more, if the
+    layout needs more."""
 
     nproc: PositiveInt = 1
     threads: NonNegativeInt = 0
@@ -360,6 +391,13 @@ class RunConfig(Section):
             raise ValueError(
                 f"schedule.min_learning_rate {schedule.min_learning_rate} is above optimizer.learning_rate "
                 f"{self.optimizer.learning_rate}"
+            )
+        if self.balance.capacity_factor and not self.model.is_moe_family:
+            raise ValueError("balance.capacity_factor is set but the model is dense: leave it out")
+        if self.balance.scope == "huggingface" and self.parallel.pp > 1:
+            raise ValueError(
+                "balance.scope huggingface pools all layers before its product, which pipeline stages cannot: use another "
+                "scope, or parallel.pp=1"
             )
         if self.balance.bias_update_rate:
             if not self.model.is_moe_family:

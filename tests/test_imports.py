@@ -43,7 +43,7 @@ def outside(path: Path, allowed: set[str]) -> list[str]:
     [
         ("parallel", {"torch", "parallel"}),
         ("launchers", {"launchers"}),
-        ("qwen_moe/models", {"torch", "qwen_moe.config", "qwen_moe.models"}),
+        ("qwen_moe/models", {"torch", "qwen_moe.config", "qwen_moe.models", "parallel"}),
         ("qwen_moe/data", {"torch", "numpy", "tqdm", "tokenizers", "zstandard", "megatron", "qwen_moe.config",
                            "qwen_moe.errors", "qwen_moe.data"}),
     ],
@@ -51,6 +51,15 @@ def outside(path: Path, allowed: set[str]) -> list[str]:
 def test_folders_import_only_what_they_may(folder: str, allowed: set[str]) -> None:
     for path in files(folder):
         assert outside(path, allowed) == [], path
+
+
+def test_of_the_models_only_the_plan_knows_of_parallelism() -> None:
+    """And no other file of the model but the initial values names the plan, for its type."""
+    for path in files("qwen_moe/models"):
+        names = set(imports(path))
+        if path.name != "plan.py":
+            assert not {name for name in names if name.split(".")[0] == "parallel"}, path
+            assert "qwen_moe.models.plan" not in names or path.name == "init.py", path
 
 
 def test_the_checker_sees_a_forbidden_import(tmp_path: Path) -> None:

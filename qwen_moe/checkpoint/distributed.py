@@ -9,6 +9,7 @@ import errno
 import json
 import shutil
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
+from parallel.data import local
 from qwen_moe.checkpoint.directory import (
     CheckpointDamaged,
     commit,
@@ -32,9 +32,11 @@ from qwen_moe.checkpoint.directory import (
     step_directory,
     verify,
 )
+from qwen_moe.checkpoint.pieces import Piece, piece_of
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
-from qwen_moe.training.optimizer import optimizer_state, set_optimizer_step
+from qwen_moe.models.plan import ParallelModel
+from qwen_moe.training.optimizer import MOMENTS, optimizer_state, set_optimizer_step
 
 TRAIN_STATE = "train_state.json"
 MODEL_CONFIG = "model_config.json"
@@ -52,9 +54,44 @@ class TrainState:
     settings: dict[str, Any]
 
 
-def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and persistent buffer by name, the tensors themselves."""
-    return dict(model.state_dict())
+def model_state(model: ParallelModel) -> dict[str, torch.Tensor]:
+    """Every parameter, as this rank's piece of it, and every persistent buffer by name; they share the model's memory."""
+    state: dict[str, torch.Tensor] = dict(model.named_buffers())
+    return state | _pieces(model, dict(_originals(model)))
+
+
+def _originals(model: ParallelModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters by name, of a name that comes twice (tied embeddings of two stages) the first."""
+    seen = set()
+    for name, parameter in model.named_parameters():
+        if name not in seen:
+            seen.add(name)
+            yield name, parameter
+
+
+def _pieces(model: ParallelModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name: piece_of(tensor, model.placements[name].shape, model.range_of(name, tensor)[0])
+        for name, tensor in tensors.items()
+    }
+
+
+def _optimizer_pieces(model: ParallelModel, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    return {moment: _pieces(model, held) for moment, held in optimizer_state(model, optimizer).items()}
+
+
+@torch.no_grad()
+def _copy_to_twins(model: ParallelModel, optimizer: torch.optim.Optimizer | None) -> None:
+    """Where two stages of this rank hold one parameter, the second copy follows the first that was loaded."""
+    originals = dict(_originals(model))
+    for name, parameter in model.named_parameters():
+        original = originals[name]
+        if parameter is original:
+            continue
+        local(parameter).copy_(local(original))
+        if optimizer is not None:
+            for moment in MOMENTS:
+                local(optimizer.state[parameter][moment]).copy_(local(optimizer.state[original][moment]))
 
 
 def _rng_state() -> dict[str, torch.Tensor]:
@@ -64,10 +101,10 @@ def _rng_state() -> dict[str, torch.Tensor]:
     return state
 
 
-def _full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _full_state(model: ParallelModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {
         "model": model_state(model),
-        "optimizer": optimizer_state(model, optimizer),
+        "optimizer": _optimizer_pieces(model, optimizer),
         "rng": {f"rank_{dist.get_rank()}": _rng_state()},
     }
 
@@ -75,7 +112,7 @@ def _full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 def _copy(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copy(item) for key, item in value.items()}
-    return value.detach().cpu().clone() if not isinstance(value, DTensor) else value.detach().clone()
+    return value.copy() if isinstance(value, Piece) else value.detach().cpu().clone()
 
 
 class CheckpointWriter:
@@ -101,7 +138,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
+    def save(self, model: ParallelModel, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
         """Write the checkpoint of ``state.step``. Raises UserError when the disk is full; what is there is not harmed."""
         self.finish()
         tensors = _full_state(model, optimizer)
@@ -229,11 +266,12 @@ def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def load_weights(path: Path, model: nn.Module, config: ModelConfig) -> None:
+def load_weights(path: Path, model: ParallelModel, config: ModelConfig) -> None:
     """Load weights and buffers of a checkpoint into a model of any layout and dtype. Raises UserError when the
     checkpoint is of another model."""
     check_same_model(path, config)
     dcp.load({"model": model_state(model)}, storage_reader=dcp.FileSystemReader(path))
+    _copy_to_twins(model, None)
 
 
 def check_same_model(path: Path, config: ModelConfig) -> None:
@@ -250,11 +288,11 @@ def check_same_model(path: Path, config: ModelConfig) -> None:
         )
 
 
-def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: ModelConfig) -> TrainState:
+def resume(path: Path, model: ParallelModel, optimizer: torch.optim.Optimizer, config: ModelConfig) -> TrainState:
     """Load everything a training checkpoint holds. A random state exists for the ranks that saved; others keep theirs."""
     check_same_model(path, config)
     state = TrainState(**json.loads((path / TRAIN_STATE).read_text(encoding="utf-8")))
-    tensors: dict[str, Any] = {"model": model_state(model), "optimizer": optimizer_state(model, optimizer)}
+    tensors: dict[str, Any] = {"model": model_state(model), "optimizer": _optimizer_pieces(model, optimizer)}
     rank = dist.get_rank()
     reader = dcp.FileSystemReader(path)
     known = reader.read_metadata().state_dict_metadata
@@ -262,6 +300,7 @@ def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, confi
         tensors["rng"] = {f"rank_{rank}": _rng_state()}
     dcp.load(tensors, storage_reader=reader)
     set_optimizer_step(model, optimizer, state.step)
+    _copy_to_twins(model, optimizer)
     if "rng" in tensors:
         restored = tensors["rng"][f"rank_{rank}"]
         torch.set_rng_state(restored["cpu"])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qwen_moe.config import ModelConfig
+from qwen_moe.models.feed_forward import Project, project
 from qwen_moe.models.norm import RMSNorm
 from qwen_moe.models.rope import apply_rope
 
@@ -54,6 +55,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(dim, config.rms_norm_eps)
         self.qk_norm = config.qk_norm
+        self.project: Project = project
 
     def forward(
         self,
@@ -63,7 +65,8 @@ class Attention(nn.Module):
         mask: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projected = self.project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)

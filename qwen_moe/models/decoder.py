@@ -3,6 +3,7 @@
 Shapes: B batch, S sequence, D hidden, V vocabulary, L MoE layers, E experts. Parameter names are Hugging Face's.
 """
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,13 +19,15 @@ from qwen_moe.models.norm import RMSNorm
 from qwen_moe.models.rope import rope_tables
 from qwen_moe.models.router import RouterStatistics
 
+CrossEntropy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
 
 class LossSums(NamedTuple):
     """What one micro-batch adds to the losses: sums over its tokens. ``router`` fields have a leading layer dim [L]."""
 
     cross_entropy: torch.Tensor  # [], sum over counted tokens, in nats
     tokens: torch.Tensor  # [] int64, tokens counted (label not -100)
-    router: RouterStatistics | None  # prob_sum [L, B, E], counts [L, B, E], z_sum [L, B]; None for dense models
+    router: RouterStatistics | None  # prob_sum, counts [L, B, E], z_sum, dropped [L, B]; None for dense models
 
 
 class DecoderLayer(nn.Module):
@@ -54,28 +57,56 @@ class DecoderLayer(nn.Module):
         return x + y, None
 
 
+class Layers(nn.Module):
+    """Layers by their index in the whole model, of which some may be elsewhere. Iterates in order of depth."""
+
+    def __init__(self, config: ModelConfig, indices: Iterable[int]) -> None:
+        super().__init__()
+        for index in indices:
+            self.add_module(str(index), DecoderLayer(config, index))
+
+    def __iter__(self) -> Iterator[DecoderLayer]:
+        return iter(self._modules.values())  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __getitem__(self, index: int) -> DecoderLayer:
+        return self._modules[str(index)]  # type: ignore[return-value]
+
+
 class Decoder(nn.Module):
     """Embedding, layers and final norm: Hugging Face's ``model.`` prefix."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layers: Iterable[int], *, embedding: bool, norm: bool) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = Layers(config, layers)
+        if norm:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class DecoderLM(nn.Module):
     """A causal language model: ``model(input_ids [B, S]) -> logits [B, S, V]``.
 
-    ``recompute`` drops each layer's activations in forward and computes them again in backward.
+    ``recompute`` drops each layer's activations in forward and computes them again in backward. ``layers`` (default all)
+    makes it a consecutive part of the model: without layer 0 it takes hidden states instead of token ids, without the
+    last layer it gives hidden states before the final norm.
     """
 
-    def __init__(self, config: ModelConfig, recompute: bool = False) -> None:
+    def __init__(self, config: ModelConfig, recompute: bool = False, layers: Sequence[int] | None = None) -> None:
         super().__init__()
+        layers = range(config.num_hidden_layers) if layers is None else layers
         self.config, self.recompute = config, recompute
-        self.model = Decoder(config)
-        if not config.tie_word_embeddings:
+        self.first, self.last = layers[0] == 0, layers[-1] == config.num_hidden_layers - 1
+        tied = config.tie_word_embeddings
+        self.model = Decoder(config, layers, embedding=self.first or (self.last and tied), norm=self.last)
+        if self.last and not tied:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # What a plan replaces when the sequence and the vocabulary are split over ranks.
+        self.sequence_parts = 1
+        self.cross_entropy: CrossEntropy = linear_cross_entropy
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -91,13 +122,14 @@ class DecoderLM(nn.Module):
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         """Final normed states ``[B, S, D]`` and the routers' statistics, stacked over MoE layers.
 
-        ``document_ids [B, S]`` (equal within a document) keep attention from looking across documents.
+        ``document_ids [B, S]`` (equal within a document) keep attention from looking across documents. Of a part of the
+        model, ``input_ids`` may be hidden states, and the states returned are those that the next part takes.
         """
         config, past = self.config, cache.length if cache is not None else 0
-        seq = input_ids.shape[1]
+        seq = input_ids.shape[1] * (1 if self.first else self.sequence_parts)
         if position_ids is None:
             position_ids = torch.arange(past, past + seq, device=input_ids.device).unsqueeze(0)
-        x = self.model.embed_tokens(input_ids)
+        x = self.model.embed_tokens(input_ids) if self.first else input_ids
         cos, sin = rope_tables(position_ids, config.head_dim, config.rope_theta, x.dtype)
         mask = _attention_mask(seq, past, document_ids, input_ids.device)
         collected = []
@@ -111,7 +143,7 @@ class DecoderLM(nn.Module):
         if cache is not None:
             cache.length += seq
         router = RouterStatistics(*(torch.stack(parts) for parts in zip(*collected))) if collected else None
-        return self.model.norm(x), router
+        return (self.model.norm(x) if self.last else x), router
 
     def forward(
         self,
@@ -133,7 +165,7 @@ class DecoderLM(nn.Module):
     ) -> LossSums:
         """Sums of this micro-batch. ``labels [B, S]`` are already shifted: the token that follows; -100 is not counted."""
         x, router = self.hidden_states(input_ids, position_ids, document_ids)
-        loss = linear_cross_entropy(x.flatten(0, 1), self.head_weight, labels.flatten(), chunk_tokens)
+        loss = self.cross_entropy(x, self.head_weight, labels, chunk_tokens)
         return LossSums(loss, (labels != -100).sum(), router)
 
 

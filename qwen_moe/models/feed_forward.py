@@ -1,8 +1,12 @@
 """SwiGLU feed-forward (arXiv 2002.05202), dense layers and the shared expert."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+Project = Callable[..., tuple[torch.Tensor, ...]]
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -30,6 +34,11 @@ def swiglu(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return _SwiGLU.apply(g, u)
 
 
+def project(x: torch.Tensor, *linears: nn.Linear) -> tuple[torch.Tensor, ...]:
+    """Each of ``linears`` applied to ``x``. A plan replaces it where one gather of a split sequence serves them all."""
+    return tuple(linear(x) for linear in linears)
+
+
 class FeedForward(nn.Module):
     """``down(silu(gate(x)) * up(x))``: ``[..., D] -> [..., D]``."""
 
@@ -38,6 +47,8 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.project: Project = project
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        g, u = self.project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(swiglu(g, u))

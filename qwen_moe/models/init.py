@@ -1,12 +1,18 @@
 """Initial values: every parameter drawn from a seed made of its name, so that no layout changes the model."""
 
 import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.decoder import DecoderLM
+
+if TYPE_CHECKING:
+    from qwen_moe.models.plan import ParallelModel
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -14,40 +20,53 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def initial_value(name: str, shape: torch.Size | tuple[int, ...], seed: int, std: float) -> torch.Tensor:
+def initial_value(
+    name: str, shape: Sequence[int], seed: int, std: float, experts: tuple[int, int] | None = None
+) -> torch.Tensor:
     """The float32 initial value of parameter ``name``: ones for norms, zeros for biases, normal(0, std) otherwise.
 
     Stacked experts ``[E, ...]`` are drawn one expert at a time, each from its own seed, so that a rank that holds some
-    of them draws only those.
+    of them draws only those: ``experts`` = (first, count), all by default.
     """
     if name.endswith("norm.weight"):
-        return torch.ones(shape)
+        return torch.ones(tuple(shape))
     if name.endswith(".bias"):
-        return torch.zeros(shape)
+        return torch.zeros(tuple(shape))
     if ".experts." in name:
-        experts = [
-            torch.empty(tuple(shape)[1:]).normal_(0, std, generator=_generator(seed, f"{name}/{index}"))
-            for index in range(shape[0])
-        ]
-        return torch.stack(experts)
-    return torch.empty(shape).normal_(0, std, generator=_generator(seed, name))
+        first, count = experts if experts is not None else (0, shape[0])
+        values = torch.empty(count, *shape[1:])
+        for index in range(count):
+            values[index].normal_(0, std, generator=_generator(seed, f"{name}/{first + index}"))
+        return values
+    return torch.empty(tuple(shape)).normal_(0, std, generator=_generator(seed, name))
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, std: float) -> None:
-    """Fill every parameter and buffer of a model whose storage exists, DTensor shards included."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
+def initialise_whole(model: nn.Module, seed: int, std: float) -> None:
+    """Fill every parameter and buffer of a whole model whose storage exists."""
     for name, parameter in model.named_parameters():
-        value = initial_value(name, parameter.shape, seed, std).to(parameter.dtype)
-        if isinstance(parameter, DTensor):
-            # src_data_rank=None: every rank has drawn the same value, so nothing is sent.
-            shard = distribute_tensor(
-                value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-            )
-            parameter.to_local().copy_(shard.to_local())
+        parameter.copy_(initial_value(name, parameter.shape, seed, std))
+    for _, buffer in model.named_buffers():
+        buffer.zero_()
+
+
+@torch.no_grad()
+def initialise(model: "ParallelModel", seed: int, std: float) -> None:
+    """Fill this rank's shards of every parameter with their part of the value that the whole one has, and zero buffers."""
+    for name, parameter in model.named_parameters():
+        place = model.placements[name]
+        offsets, sizes = model.range_of(name, parameter)
+        held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if not held.numel():
+            continue
+        if place.is_expert:
+            value = initial_value(name, place.shape, seed, std, experts=(offsets[0], sizes[0]))
+            offsets[0] = 0
         else:
-            parameter.copy_(value)
+            value = initial_value(name, place.shape, seed, std)
+        for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+            value = value.narrow(dim, offset, size)
+        held.copy_(value)
     for _, buffer in model.named_buffers():
         buffer.zero_()
 
@@ -58,7 +77,7 @@ def build_model(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float
         model = DecoderLM(config)
     model = model.to(dtype).to_empty(device=device)
     keep_statistics_dtypes(model)
-    initialise(model, seed, config.initializer_range)
+    initialise_whole(model, seed, config.initializer_range)
     return model
 
 

@@ -60,7 +60,7 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Summed cross-entropy, in nats, of ``softmax(x W^T)`` against ``labels``; a scalar in float32 (float64 for float64).
 
-    ``x [T, D]``, ``weight [V, D]``, ``labels [T]`` int64 with -100 where a token does not count. At most ``chunk_tokens``
-    rows of logits exist at a time.
+    ``x [..., D]``, ``weight [V, D]``, ``labels [...]`` int64 with -100 where a token does not count. At most
+    ``chunk_tokens`` rows of logits exist at a time.
     """
-    return _LinearCrossEntropy.apply(x, weight, labels, chunk_tokens)
+    return _LinearCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight, labels.flatten(), chunk_tokens)

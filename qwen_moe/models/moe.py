@@ -3,15 +3,20 @@
 Shapes: B batch, S sequence, T = B * S tokens, D hidden, E experts, K top-k, N = T * K rows sorted by expert.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.experts import Experts
 from qwen_moe.models.feed_forward import FeedForward
 from qwen_moe.models.router import Router, RouterStatistics
+
+Dispatcher = Callable[..., tuple[torch.Tensor, Any]]
 
 
 class Permutation(NamedTuple):
@@ -35,7 +40,7 @@ def sort_by_expert(indices: torch.Tensor, num_experts: int) -> Permutation:
     )
 
 
-class _Dispatch(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     """x [T, D] -> rows [N, D]; backward sums each token's K rows by gathering them (no scatter, so deterministic)."""
 
     @staticmethod
@@ -69,25 +74,102 @@ class _Combine(torch.autograd.Function):
         return dy.mul_(row_weights.unsqueeze(1)), dot[row], None, None
 
 
+def permute(x: torch.Tensor, order: Permutation) -> torch.Tensor:
+    """Token rows ``[T, D]`` -> one row per choice, sorted by expert ``[N, D]``."""
+    return _Permute.apply(x, order.token, order.row)
+
+
+def combine(rows: torch.Tensor, weights: torch.Tensor, order: Permutation) -> torch.Tensor:
+    """Rows sorted by expert ``[N, D]`` -> their weighted sums by token ``[T, D]``."""
+    return _Combine.apply(rows, weights, order.token, order.row)
+
+
+class LocalDispatcher:
+    """All experts are here: sort the rows, run the experts, put the results back. The oracle of every other dispatcher.
+
+    A dispatcher is called as ``dispatcher(x [T, D], weights [T, K], indices [T, K], experts, meanwhile)`` and returns the
+    routed output ``[T, D]`` and the value of ``meanwhile()``, work of its own that it may do while tokens travel.
+    An index equal to the number of experts marks a choice that is dropped; its weight is 0.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        indices: torch.Tensor,
+        experts: Experts,
+        meanwhile: Callable[[], torch.Tensor | None],
+        drops: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        order = sort_by_expert(indices, self.num_experts + drops)
+        rows = permute(x, order)
+        if drops:  # dropped choices are sorted to the end and stay zero
+            kept = rows.shape[0] - int(order.counts[-1])
+            outputs = experts(rows[:kept], order.counts[:-1])
+            outputs = F.pad(outputs, (0, 0, 0, rows.shape[0] - kept))
+        else:
+            outputs = experts(rows, order.counts)
+        return combine(outputs, weights, order), meanwhile()
+
+
+def within_capacity(
+    indices: torch.Tensor, num_experts: int, capacity: int, earlier: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Which choices ``indices [B, S, K]`` are among the first ``capacity`` of their expert in their sequence: ``[B, S, K]``.
+
+    First come, first served in order of position, so that no token's fate depends on later ones. ``earlier`` maps this
+    rank's counts ``[B, E]`` to those of the ranks that hold earlier parts of the sequence.
+    """
+    batch, _, top_k = indices.shape
+    flat = indices.flatten(1)
+    chosen = F.one_hot(flat, num_experts)  # [B, S * K, E]
+    before = chosen.cumsum(1) - chosen + earlier(chosen.sum(1)).unsqueeze(1)
+    return (before.gather(2, flat.unsqueeze(2)).squeeze(2) < capacity).view(batch, -1, top_k)
+
+
 class MoE(nn.Module):
-    """``forward(x [B, S, D]) -> (y [B, S, D], RouterStatistics)``: routed experts plus the sigmoid-gated shared one."""
+    """``forward(x [B, S, D]) -> (y [B, S, D], RouterStatistics)``: routed experts plus the sigmoid-gated shared one.
+
+    ``capacity_factor`` > 0 lets an expert serve at most ``ceil(capacity_factor * S * K / E)`` choices of a sequence in
+    training; the rest are dropped and counted. The unit is the sequence so that no layout changes what is dropped.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
-        self.num_experts = config.num_experts
+        self.num_experts, self.top_k = config.num_experts, config.num_experts_per_tok
+        self.capacity_factor = 0.0
         self.has_shared_expert = config.shared_expert_intermediate_size > 0
         if self.has_shared_expert:
             self.shared_expert = FeedForward(config.hidden_size, config.shared_expert_intermediate_size)
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+        # What a plan replaces when tokens, experts or the sequence are split over ranks.
+        self.dispatcher: Dispatcher = LocalDispatcher(config.num_experts)
+        self.sequence_parts = 1
+        self.earlier_counts: Callable[[torch.Tensor], torch.Tensor] = torch.zeros_like
+
+    def _shared(self, x: torch.Tensor) -> torch.Tensor | None:
+        if not self.has_shared_expert:
+            return None
+        return self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, RouterStatistics]:
         weights, indices, statistics = self.gate(x)
-        order = sort_by_expert(indices, self.num_experts)
-        rows = _Dispatch.apply(x.flatten(0, -2), order.token, order.row)
-        rows = self.experts(rows, order.counts)
-        y = _Combine.apply(rows, weights, order.token, order.row).view_as(x)
-        if self.has_shared_expert:
-            y = y + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
-        return y, statistics
+        drops = self.capacity_factor > 0 and self.training
+        if drops:
+            sequence = x.shape[1] * self.sequence_parts
+            capacity = math.ceil(self.capacity_factor * sequence * self.top_k / self.num_experts)
+            per_sequence = indices.view(*x.shape[:2], -1)
+            kept = within_capacity(per_sequence, self.num_experts, capacity, self.earlier_counts)
+            statistics = statistics._replace(dropped=(~kept).flatten(1).sum(1))
+            kept = kept.view_as(indices)
+            weights, indices = weights * kept, indices.masked_fill(~kept, self.num_experts)
+        routed, shared = self.dispatcher(
+            x.flatten(0, -2), weights, indices, self.experts, lambda: self._shared(x), drops
+        )
+        y = routed.view_as(x)
+        return (y if shared is None else y + shared), statistics

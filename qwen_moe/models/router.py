@@ -22,6 +22,7 @@ class RouterStatistics(NamedTuple):
     prob_sum: torch.Tensor  # [B, E] float32 (float64 for float64 models), differentiable
     counts: torch.Tensor  # [B, E] int64, assignments of tokens to experts
     z_sum: torch.Tensor  # [B], sum of logsumexp(logits)^2, differentiable
+    dropped: torch.Tensor  # [B] int64, choices beyond an expert's capacity
 
 
 class Router(nn.Module):
@@ -55,5 +56,6 @@ class Router(nn.Module):
             prob_sum=probs.view(batch, -1, probs.shape[-1]).sum(1),
             counts=counts,
             z_sum=logits.logsumexp(-1).square().view(batch, -1).sum(1),
+            dropped=torch.zeros(batch, dtype=torch.int64, device=x.device),
         )
         return weights.to(x.dtype), indices, statistics

@@ -21,60 +21,74 @@ f may come from all ranks, but P is this micro-batch's own, so nothing is divide
 from dataclasses import dataclass, field
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
-from parallel.data import all_reduce_sum
+from parallel.collectives import all_reduce_sum
+from parallel.mesh import Axis
 from qwen_moe.config import BalanceConfig
 from qwen_moe.models.router import RouterStatistics
 
 
 @dataclass
 class Balancer:
-    """Forms the auxiliary losses of each micro-batch of a step; `end_step` returns the step's expert counts."""
+    """Forms the auxiliary losses of one part of the model; `end_step` returns this rank's own counts of the step.
+
+    ``sequence``: the axis over which tokens of a sequence are split (tp). ``stage``: all ranks with these layers, over
+    which a global batch is split.
+    """
 
     config: BalanceConfig
     num_experts: int
     top_k: int
-    mesh: DeviceMesh
+    sequence: Axis
+    stage: Axis
     _local: list[torch.Tensor] = field(default_factory=list)
+    _dropped: list[torch.Tensor] = field(default_factory=list)
     _buffer: torch.Tensor | None = None
 
     def loss(self, router: RouterStatistics, tokens: int, global_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(balance loss, z-loss) of one micro-batch of ``tokens`` tokens, before their coefficients, each this
-        micro-batch's share of a sum over the ``global_tokens`` of the step. Shapes as in LossSums.router."""
-        counts = router.counts.sum(1)
-        self._local.append(counts)
+        """(balance loss, z-loss) of one micro-batch of ``tokens`` tokens (all ranks of ``sequence`` together), before
+        their coefficients: this rank's share of a sum over the ``global_tokens`` of the step. Shapes as in
+        LossSums.router."""
+        self._local.append(router.counts.sum(1))
+        self._dropped.append(router.dropped.sum(1))
         z_loss = router.z_sum.sum() / global_tokens
-        return self._balance(router, counts, tokens) / global_tokens, z_loss
+        return self._balance(router, tokens) / global_tokens, z_loss
 
-    def _balance(self, router: RouterStatistics, counts: torch.Tensor, tokens: int) -> torch.Tensor:
-        """The balance loss times this micro-batch's tokens."""
+    def _balance(self, router: RouterStatistics, tokens: int) -> torch.Tensor:
+        """The balance loss times this micro-batch's tokens. The fraction f counts all ranks that share its tokens; the
+        probabilities are this rank's own, so that the sum over ranks is the loss and nothing is divided by their number."""
         scope, experts, k = self.config.scope, self.num_experts, self.top_k
         dtype = router.prob_sum.dtype
         if scope == "sequence":
+            counts = all_reduce_sum(router.counts, self.sequence)
             per_sequence = tokens // router.counts.shape[1]
-            fraction = router.counts.to(dtype) / (per_sequence * k)
+            fraction = counts.to(dtype) / (per_sequence * k)
             return experts * (fraction * router.prob_sum).sum()
         prob_sum = router.prob_sum.sum(1)
+        if scope == "global_batch":
+            seen = all_reduce_sum(router.counts.sum(1), self.stage)
+            self._buffer = seen if self._buffer is None else self._buffer + seen
+            counts = self._buffer
+        else:
+            counts = all_reduce_sum(router.counts.sum(1), self.sequence)
         if scope == "huggingface":
             layers = prob_sum.shape[0]
             fraction = counts.sum(0).to(dtype) / (layers * tokens)
             return experts * (fraction * prob_sum.sum(0) / layers).sum()
-        if scope == "global_batch":
-            seen = all_reduce_sum(counts, self.mesh)
-            self._buffer = seen if self._buffer is None else self._buffer + seen
-            counts = self._buffer
         # Every token makes exactly k choices, so the choices of a layer are k times its tokens.
         fraction = counts.to(dtype) / counts[0].sum().to(dtype)
         return experts * (fraction * prob_sum).sum()
 
-    def end_step(self) -> torch.Tensor:
-        """Expert counts of the whole step over all ranks, ``[L, E]`` int64; the buffers are cleared."""
-        counts = (
-            self._buffer if self._buffer is not None else all_reduce_sum(torch.stack(self._local).sum(0), self.mesh)
-        )
-        self._local, self._buffer = [], None
-        return counts
+    @property
+    def has_counts(self) -> bool:
+        """False for a part without a MoE layer."""
+        return bool(self._local)
+
+    def end_step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's expert counts ``[L, E]`` and dropped choices ``[L]`` of the step, int64; the buffers are cleared."""
+        counts, dropped = torch.stack(self._local).sum(0), torch.stack(self._dropped).sum(0)
+        self._local, self._dropped, self._buffer = [], [], None
+        return counts, dropped
 
 
 @torch.no_grad()

@@ -52,10 +52,13 @@ def _join(config: RunConfig) -> int:
 def _train_here(config: RunConfig) -> dict[str, Any] | int:
     from launchers.local import RunLock, Supervisor
     from qwen_moe.checkpoint.preflight import check_disk_space
-    from qwen_moe.training.batch_plan import check_batches
     from qwen_moe.training.inputs import prepare_inputs
+    from qwen_moe.training.layout import processes, run_layout
 
-    check_batches(config, config.launch.nproc)
+    nproc = processes(config)
+    layout = run_layout(config, nproc).layout
+    if nproc != config.launch.nproc:
+        print(f"{nproc} processes instead of launch.nproc {config.launch.nproc}: layout {layout}", file=sys.stderr)
     lock = RunLock(config.run_dir)
     try:
         check_disk_space(config, config.run_dir / "checkpoints")
@@ -68,9 +71,9 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
             # Not in the run folder: the failure to be told may be that its disk is full.
             failure = Path(folder) / "failure.json"
             command = [sys.executable, "-m", "qwen_moe.training.elastic"]
-            command += [str(config.launch.nproc), str(resolved), str(failure)]
+            command += [str(nproc), str(resolved), str(failure)]
             limit = config.launch.max_restarts_without_progress
-            outcome = Supervisor(command, config.run_dir, failure, _environment(config), limit).run()
+            outcome = Supervisor(command, config.run_dir, failure, _environment(config, nproc), limit).run()
         if outcome.message:
             print(file=sys.stderr)  # the progress bar of a run that failed has no line end
             raise UserError(outcome.message)
@@ -83,7 +86,7 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
         lock.close()
 
 
-def _environment(config: RunConfig) -> dict[str, str]:
+def _environment(config: RunConfig, nproc: int) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = config.launch.threads or max(1, cores // config.launch.nproc)
+    threads = config.launch.threads or max(1, cores // nproc)
     return os.environ | {"OMP_NUM_THREADS": str(threads)}

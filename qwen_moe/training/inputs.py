@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from parallel.process import ProcessInfo
+from parallel.mesh import Axis
 from qwen_moe.config import Dataset, RunConfig
 from qwen_moe.data.batches import TokenBatches, rank_samples
 from qwen_moe.data.prepare import prepare, trained_tokenizer_path
@@ -62,10 +62,10 @@ def prepare_inputs(config: RunConfig) -> None:
 
 @dataclass
 class RunInputs:
-    """This rank's micro-batches, by step."""
+    """This data-parallel rank's micro-batches, by step; the ranks that share its tokens read the same."""
 
     config: RunConfig
-    info: ProcessInfo
+    dp: Axis
     batches: TokenBatches
     tokenizer: Path | None
 
@@ -80,23 +80,21 @@ class RunInputs:
     def train_micro_batches(self, step: int) -> list[Batch]:
         """All micro-batches of this rank in optimizer step ``step``."""
         training = self.config.training
-        ranges = rank_samples(
-            step, training.global_batch_size, training.micro_batch_size, self.info.rank, self.info.world_size
-        )
+        ranges = rank_samples(step, training.global_batch_size, training.micro_batch_size, self.dp.index, self.dp.size)
         return [self.batches.train_batch(first, count) for first, count in ranges]
 
     def validation_micro_batches(self) -> list[Batch]:
         """As many on every rank; the last may hold samples that count in no loss."""
-        size, world = self.config.training.micro_batch_size, self.info.world_size
-        stretch = size * world
+        size = self.config.training.micro_batch_size
+        stretch = size * self.dp.size
         rounds = -(-self.batches.validation_samples // stretch)
-        return [self.batches.validation_batch(r * stretch + self.info.rank * size, size) for r in range(rounds)]
+        return [self.batches.validation_batch(r * stretch + self.dp.index * size, size) for r in range(rounds)]
 
 
-def open_inputs(config: RunConfig, info: ProcessInfo) -> RunInputs:
+def open_inputs(config: RunConfig, dp: Axis) -> RunInputs:
     """Open the data on every rank; rank 0 prepares it first where that is not done yet."""
     problem: list[str | None] = [None]
-    if info.rank == 0:
+    if dist.get_rank() == 0:
         try:
             prepare_inputs(config)
         except UserError as error:
@@ -110,7 +108,7 @@ def open_inputs(config: RunConfig, info: ProcessInfo) -> RunInputs:
     if directory is not None:
         end_of_document = end_of_document_id(load_tokenizer(directory), directory)
         kept = config.run_dir / TOKENIZER
-        if info.rank == 0:
+        if dist.get_rank() == 0:
             copy_tokenizer(directory, kept)
     training = config.training
     batches = TokenBatches(
@@ -122,4 +120,4 @@ def open_inputs(config: RunConfig, info: ProcessInfo) -> RunInputs:
         end_of_document=end_of_document,
         cache=config.run_dir / "data_cache",
     )
-    return RunInputs(config, info, batches, kept)
+    return RunInputs(config, dp, batches, kept)

@@ -9,27 +9,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import register_fsdp_forward_method
 
 from launchers.local import INTERRUPTED, PROGRESS
-from parallel.data import data_parallel_mesh, shard
 from parallel.process import ProcessInfo
 from qwen_moe.checkpoint.distributed import CheckpointWriter, TrainState, load_weights, newest_valid, resume
 from qwen_moe.checkpoint.preflight import check_disk_space
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
-from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.flops import flops_per_token
-from qwen_moe.models.init import initialise, keep_statistics_dtypes
 from qwen_moe.training.balance import maximum_violation
-from qwen_moe.training.batch_plan import check_batches
+from qwen_moe.training.build import DTYPES, build_model, make_grids
 from qwen_moe.training.inputs import RunInputs, open_inputs
+from qwen_moe.training.layout import run_layout
 from qwen_moe.training.metrics import Recorder, measure_matmul_peak, peak_memory
 from qwen_moe.training.optimizer import build_optimizer
 from qwen_moe.training.step import StepResult, Trainer
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 CHECKPOINTS = "checkpoints"
 
 
@@ -49,26 +44,6 @@ class StopRequest:
         anyone = self._asked.clone()
         dist.all_reduce(anyone, op=dist.ReduceOp.MAX)
         return bool(anyone)
-
-
-def build_sharded_model(config: RunConfig, mesh: DeviceMesh, device: torch.device) -> DecoderLM:
-    """The model with its initial values, sharded over ``mesh``; never whole in the memory of one process."""
-    master, compute = DTYPES[config.precision.master], DTYPES[config.precision.compute]
-    with torch.device("meta"):
-        model = DecoderLM(config.model, recompute=config.training.recompute == "full").to(master)
-    shard(
-        model,
-        model.model.layers,
-        mesh,
-        compute_dtype=compute,
-        reduce_dtype=torch.float64 if compute == torch.float64 else torch.float32,
-        reshard_after_forward=config.parallel.sharding == "zero3",
-    )
-    register_fsdp_forward_method(model, "loss_sums")
-    model.to_empty(device=device)
-    keep_statistics_dtypes(model)
-    initialise(model, config.seed, config.model.initializer_range)
-    return model
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
@@ -164,6 +139,8 @@ def _step_record(config: RunConfig, step: int, result: StepResult, device: torch
             "expert_imbalance_mean": sum(violation) / len(violation),
             "expert_imbalance_max": max(violation),
         }
+        if config.balance.capacity_factor:
+            record["dropped_share"] = result.dropped_choices / int(result.expert_counts.sum())
         if step % config.logging.expert_load_interval == 0 or step == config.train_steps:
             record["expert_counts"] = result.expert_counts.tolist()
     return record
@@ -174,14 +151,14 @@ def train(config: RunConfig, info: ProcessInfo, device: torch.device) -> int:
     from qwen_moe.training.attempt import record_attempt
 
     stop = StopRequest(device)
-    mesh = data_parallel_mesh(device)
-    check_batches(config, mesh.size())
+    layout = run_layout(config, info.world_size)
+    grids = make_grids(config, layout, device)
     root = config.run_dir / CHECKPOINTS
     if info.rank == 0:
         check_disk_space(config, root)
-    inputs = open_inputs(config, info)
-    model = build_sharded_model(config, mesh, device)
-    trainer = Trainer(config, model, build_optimizer(model, config.optimizer), mesh, device)
+    inputs = open_inputs(config, grids.dp)
+    model = build_model(config, layout, grids, device)
+    trainer = Trainer(config, layout, model, build_optimizer(model, config.optimizer), device)
     writer = CheckpointWriter(
         root,
         keep=config.checkpoint.keep,

@@ -1,5 +1,8 @@
 """AdamW (arXiv 1711.05101) over two groups of parameters, and its state by parameter name."""
 
+from collections.abc import Iterator
+from typing import Protocol
+
 import torch
 from torch import nn
 
@@ -11,7 +14,13 @@ def is_decayed(name: str) -> bool:
     return not name.endswith(("norm.weight", ".bias"))
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+class Named(Protocol):
+    """Anything with parameters by name. A name may come twice (a parameter that two pipeline stages hold)."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+def build_optimizer(model: Named, config: OptimizerConfig) -> torch.optim.AdamW:
     """Fused AdamW: on CPU the default (foreach) path measured 6.6 times slower."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
@@ -35,9 +44,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+def optimizer_state(model: Named, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
     """``{moment: {parameter name: tensor}}``, made of zeros where the optimizer has not stepped yet. The tensors are the
-    optimizer's own (DTensor shards under FSDP2): loading into them restores it."""
+    optimizer's own (DTensor shards under FSDP2): loading into them restores it. Of a name that comes twice, the first."""
     state: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -46,12 +55,12 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
         for moment in MOMENTS:
             if moment not in own:
                 own[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state[moment][name] = own[moment]
+            state[moment].setdefault(name, own[moment])
     return state
 
 
-def set_optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+def set_optimizer_step(model: Named, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Set the number of updates done, from which AdamW corrects the bias of its moments."""
-    for parameter in model.parameters():
+    for _, parameter in model.named_parameters():
         if parameter.requires_grad:
             optimizer.state[parameter]["step"] = torch.tensor(float(step), device=parameter.device)

@@ -1,18 +1,21 @@
 """One optimizer step over a global batch: every loss term a sum, every reduction a sum (DESIGN, decision 4)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
-from parallel.data import all_reduce_sum, clip_by_norm, global_norm
+from parallel.collectives import all_reduce_sum, attach_loss
+from parallel.data import clip_by_norm, exchange_and_add, global_norm, local, sum_replicas
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.linear_cross_entropy import IGNORE
-from qwen_moe.models.router import Router
+from qwen_moe.models.moe import MoE
+from qwen_moe.models.plan import ParallelModel, TrainingPart
+from qwen_moe.models.router import Router, RouterStatistics
 from qwen_moe.training.balance import Balancer, update_expert_bias
+from qwen_moe.training.build import build_engine
+from qwen_moe.training.layout import RunLayout
 from qwen_moe.training.optimizer import set_learning_rate
 from qwen_moe.training.schedule import learning_rate
 
@@ -34,46 +37,74 @@ class StepResult:
     learning_rate: float
     loss_tokens: int
     expert_counts: torch.Tensor | None  # [L, E] int64
+    dropped_choices: int  # of tokens to experts, beyond capacity, over all layers
 
 
-@dataclass
 class Trainer:
-    """The model, its optimizer and what a step needs beside them."""
+    """The model, its optimizer and what a step needs beside them.
 
-    config: RunConfig
-    model: Any  # a DecoderLM that `shard` has also made an FSDPModule
-    optimizer: torch.optim.Optimizer
-    mesh: DeviceMesh
-    device: torch.device
+    ``on_gradients``, where given, is called when all gradients are final and before they are clipped.
+    """
 
-    def __post_init__(self) -> None:
-        model = self.config.model
-        self.balancer = (
-            Balancer(self.config.balance, model.num_experts, model.num_experts_per_tok, self.mesh)
-            if model.is_moe_family
-            else None
-        )
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+    def __init__(
+        self,
+        config: RunConfig,
+        layout: RunLayout,
+        model: ParallelModel,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        on_gradients: Callable[[], None] | None = None,
+    ) -> None:
+        self.config, self.model, self.optimizer, self.device = config, model, optimizer, device
+        self.grids, self.on_gradients = model.grids, on_gradients
+        self.engine = build_engine(config, layout, model, self._objective, device)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._counted = [
+            p
+            for part, stage in zip(model.parts, model.stages, strict=True)
+            for name, p in part.named_parameters()
+            if model.counts_in_norm(name, stage)
+        ]
+        self._loss_tokens = 1
+        self._auxiliary: list[torch.Tensor] = []  # (balance, z) of each part and micro-batch
+        self._balancers: dict[int, Balancer] = {}
+        if config.model.is_moe_family:
+            experts, top_k = config.model.num_experts, config.model.num_experts_per_tok
+            for part in model.parts:
+                part.attach = self._attach
+                self._balancers[id(part)] = Balancer(config.balance, experts, top_k, self.grids.tp, self.grids.stage)
 
-    def expert_biases(self) -> list[torch.Tensor]:
-        """The selection bias of each MoE layer, in order of depth."""
-        return [module.expert_bias for module in self.model.modules() if isinstance(module, Router)]
+    def routers(self) -> list[tuple[int, Router]]:
+        """(place among all MoE layers, router) of each MoE layer on this rank."""
+        places = {layer: place for place, layer in enumerate(self.config.model.moe_layers)}
+        return [
+            (places[layer.self_attn.layer], layer.mlp.gate)
+            for part in self.model.parts
+            for layer in part.model.layers
+            if isinstance(layer.mlp, MoE)
+        ]
 
     def step(self, step: int, micro_batches: Sequence[Batch]) -> StepResult:
-        """Forward, backward and update of optimizer step ``step`` (from 0) on this rank's micro-batches."""
+        """Forward, backward and update of optimizer step ``step`` (from 0) on this data-parallel rank's micro-batches."""
         config = self.config
-        global_tokens = config.tokens_per_step
         counted = torch.stack([(batch["labels"] != IGNORE).sum() for batch in micro_batches]).sum()
-        loss_tokens = int(all_reduce_sum(counted.to(self.device), self.mesh))
+        loss_tokens = int(all_reduce_sum(counted.to(self.device), self.grids.dp))
         if loss_tokens == 0:
             raise UserError(f"step {step}: no token of the global batch counts in the loss; check the data's labels")
-        self.model.train()
+        self._loss_tokens, self._auxiliary = loss_tokens, []
+        for part in self.model.parts:
+            part.train()
+        losses = self.engine.forward_backward([self._to_device(batch) for batch in micro_batches])
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for index, batch in enumerate(micro_batches):
-            self.model.set_requires_gradient_sync(index == len(micro_batches) - 1)
-            sums += self._micro_batch(batch, loss_tokens, global_tokens)
-        sums = all_reduce_sum(sums, self.mesh)
-        norm = float(global_norm(self.parameters, self.mesh))
+        for loss in losses:
+            sums[0] += loss.double()
+        for term in self._auxiliary:
+            sums[1:] += term
+        self._finalise_gradients()
+        if self.on_gradients is not None:
+            self.on_gradients()
+        norm = float(global_norm(self._counted, self.grids.world, self.device))
+        sums = all_reduce_sum(sums, self.grids.world)
         loss, balance_loss, z_loss = sums.tolist()
         if not torch.isfinite(sums).all() or norm != norm or norm == float("inf"):
             raise NonFiniteLoss(
@@ -87,7 +118,7 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        counts = self._end_of_step_balance()
+        counts, dropped = self._end_of_step_balance()
         layers = max(1, len(config.model.moe_layers))
         return StepResult(
             loss=loss,
@@ -97,41 +128,80 @@ class Trainer:
             learning_rate=rate,
             loss_tokens=loss_tokens,
             expert_counts=counts,
+            dropped_choices=dropped,
         )
 
-    def _micro_batch(self, batch: Batch, loss_tokens: int, global_tokens: int) -> torch.Tensor:
-        """Backward of one micro-batch; its (cross-entropy, balance, z) shares of the step's losses, [3] float64."""
-        config = self.config
-        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        sums = self.model.loss_sums(**batch, chunk_tokens=config.training.loss_chunk_tokens)
-        cross_entropy = sums.cross_entropy / loss_tokens
-        objective = cross_entropy
-        balance_loss = z_loss = torch.zeros((), device=self.device)
-        if self.balancer is not None and sums.router is not None:
-            balance_loss, z_loss = self.balancer.loss(sums.router, batch["labels"].numel(), global_tokens)
-            if config.balance.scope != "none":
-                objective = objective + config.balance.coefficient * balance_loss
-            objective = objective + config.balance.z_loss_coefficient * z_loss
-        objective.backward()
-        return torch.stack([term.detach().double() for term in (cross_entropy, balance_loss, z_loss)])
+    def _to_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
-    def _end_of_step_balance(self) -> torch.Tensor | None:
-        if self.balancer is None:
-            return None
-        counts = self.balancer.end_step()
-        if self.config.balance.bias_update_rate:
-            update_expert_bias(self.expert_biases(), counts, self.config.balance.bias_update_rate)
-        return counts
+    def _objective(self, out: torch.Tensor) -> torch.Tensor:
+        """The last part's output (summed cross-entropy of this rank's tokens) as its share of the mean."""
+        return out.sum() / self._loss_tokens
+
+    def _attach(
+        self, part: TrainingPart, out: torch.Tensor, router: RouterStatistics, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Tie a part's auxiliary losses to its output: their gradient is added in backward, scaled by nothing."""
+        balance = self.config.balance
+        balance_loss, z_loss = self._balancers[id(part)].loss(router, labels.numel(), self.config.tokens_per_step)
+        self._auxiliary.append(torch.stack([balance_loss.detach().double(), z_loss.detach().double()]))
+        loss = balance.z_loss_coefficient * z_loss
+        if balance.scope != "none":
+            loss = loss + balance.coefficient * balance_loss
+        return attach_loss(out, loss)
+
+    def _finalise_gradients(self) -> None:
+        """Sum what is still partial: replicated parameters over the axis that splits their inputs, and tied embeddings
+        over the two stages that hold them. Once per step."""
+        placements = self.model.placements
+        sum_replicas([(p, placements[name].replicas) for name, p in self.model.named_parameters()])
+        if not self.model.tied_apart:
+            return
+        held = {
+            stage: part.model.embed_tokens.weight
+            for part, stage in zip(self.model.parts, self.model.stages, strict=True)
+            if part.first or part.last
+        }
+        gradients = [local(weight.grad) for weight in held.values() if weight.grad is not None]
+        assert len(gradients) == len(held)
+        if len(held) == 2:
+            total = gradients[0] + gradients[1]
+            for gradient in gradients:
+                gradient.copy_(total)
+        elif held:
+            peer = self.grids.pp.size - 1 if 0 in held else 0
+            exchange_and_add(gradients[0], peer, self.grids.pp)
+
+    def _end_of_step_balance(self) -> tuple[torch.Tensor | None, int]:
+        config = self.config.model
+        if not config.is_moe_family:
+            return None, 0
+        layers = len(config.moe_layers)
+        # Every rank counted its own tokens in its own layers: one sum over all ranks is the whole step's.
+        table = torch.zeros(layers, config.num_experts + 1, dtype=torch.int64, device=self.device)
+        routers = self.routers()
+        rows = [place for place, _ in routers]
+        found = [b.end_step() for part in self.model.parts if (b := self._balancers[id(part)]).has_counts]
+        if found:
+            table[rows, :-1] = torch.cat([counts for counts, _ in found])
+            table[rows, -1] = torch.cat([dropped for _, dropped in found])
+        table = all_reduce_sum(table, self.grids.world)
+        counts = table[:, :-1]
+        if self.config.balance.bias_update_rate and routers:
+            biases = [router.expert_bias for _, router in routers]
+            update_expert_bias(biases, counts[rows], self.config.balance.bias_update_rate)
+        return counts, int(table[:, -1].sum())
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> float:
         """Mean cross-entropy per counted token over all ranks' micro-batches, nats. Every rank gives the same number
         of micro-batches (their forward passes communicate)."""
-        self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch in micro_batches:
-            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            part = self.model.loss_sums(**batch, chunk_tokens=self.config.training.loss_chunk_tokens)
-            sums += torch.stack([part.cross_entropy.double(), part.tokens.double()])
-        total, tokens = all_reduce_sum(sums, self.mesh).tolist()
-        return total / tokens
+        for part in self.model.parts:
+            part.eval()
+        counted = torch.stack([(batch["labels"] != IGNORE).sum() for batch in micro_batches]).sum()
+        tokens = all_reduce_sum(counted.to(self.device), self.grids.dp)
+        outputs = self.engine.forward([self._to_device(batch) for batch in micro_batches])
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for out in outputs:
+            total += out.sum().double()
+        return float(all_reduce_sum(total, self.grids.world)) / int(tokens)

@@ -15,7 +15,7 @@ from qwen_moe.models.experts import grouped_mm, loop_mm
 from qwen_moe.models.feed_forward import swiglu
 from qwen_moe.models.init import build_model, initial_value
 from qwen_moe.models.linear_cross_entropy import linear_cross_entropy
-from qwen_moe.models.moe import MoE, _Combine, _Dispatch, sort_by_expert
+from qwen_moe.models.moe import MoE, _Combine, _Permute, sort_by_expert
 from qwen_moe.models.norm import RMSNorm, _RMSNorm
 from qwen_moe.models.rope import apply_rope, rope_tables
 from qwen_moe.models.router import Router
@@ -62,7 +62,7 @@ def test_swiglu_backward() -> None:
 
 def test_dispatch_and_combine_backward() -> None:
     order = sort_by_expert(torch.tensor([[0, 2], [2, 1], [0, 1]]), 3)
-    assert gradcheck(lambda x: _Dispatch.apply(x, order.token, order.row), (rand(3, 4).requires_grad_(),))
+    assert gradcheck(lambda x: _Permute.apply(x, order.token, order.row), (rand(3, 4).requires_grad_(),))
     rows, weights = rand(6, 4).requires_grad_(), rand(3, 2, seed=1).requires_grad_()
     assert gradcheck(lambda a, b: _Combine.apply(a, b, order.token, order.row), (rows, weights))
 

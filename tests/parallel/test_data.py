@@ -12,10 +12,11 @@ from tests.distributed import run_distributed
 def _sum_twice() -> tuple[list[int], list[int]]:
     import torch.distributed as dist
 
-    from parallel.data import all_reduce_sum, data_parallel_mesh
+    from parallel.collectives import all_reduce_sum
+    from parallel.mesh import Grids, Layout
 
     mine = torch.tensor([dist.get_rank() + 1, 10])
-    total = all_reduce_sum(mine, data_parallel_mesh(torch.device("cpu")))
+    total = all_reduce_sum(mine, Grids(Layout(dp=3), "cpu").dp)
     return mine.tolist(), total.tolist()
 
 
@@ -27,7 +28,10 @@ def test_a_sum_leaves_its_argument_alone() -> None:
 
 def _norm_and_clip(dtype: torch.dtype) -> dict[str, Any]:
     """Shards of uneven size (5 rows on 2 ranks, 1 row on 2 ranks), gradients 1, 2, 3, ..."""
-    from parallel.data import clip_by_norm, data_parallel_mesh, global_norm, local, shard
+    import torch.distributed as dist
+
+    from parallel.data import clip_by_norm, global_norm, local, shard
+    from parallel.mesh import Grids, Layout
 
     class Two(torch.nn.Module):
         def __init__(self) -> None:
@@ -40,14 +44,15 @@ def _norm_and_clip(dtype: torch.dtype) -> dict[str, Any]:
             return (self.a.flatten() * weights[:15]).sum() + (self.b.flatten() * weights[15:]).sum()
 
     model = Two()
-    mesh = data_parallel_mesh(torch.device("cpu"))
-    shard(model, [], mesh, compute_dtype=dtype, reduce_dtype=dtype, reshard_after_forward=True)
+    device = torch.device("cpu")
+    grids = Grids(Layout(dp=dist.get_world_size()), "cpu")
+    shard(model, [], grids.dense_shard, compute_dtype=dtype, reduce_dtype=dtype, reshard_after_forward=True)
     model().backward()
     parameters = list(model.parameters())
-    norm = float(global_norm(parameters, mesh))
+    norm = float(global_norm(parameters, grids.world, device))
     clip_by_norm(parameters, norm, norm / 2)
     first = float(local(parameters[0].grad).flatten()[0])
-    return {"norm": norm, "clipped": float(global_norm(parameters, mesh)), "first": first}
+    return {"norm": norm, "clipped": float(global_norm(parameters, grids.world, device)), "first": first}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

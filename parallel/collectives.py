@@ -1,0 +1,95 @@
+"""Collectives over one axis, and autograd pairs of them: what backward does stands beside what forward does.
+
+Shapes: B batch, S sequence, D hidden; ``n`` is the size of the axis. Sequence-split tensors are ``[B, S / n, D]``.
+"""
+
+import torch
+import torch.distributed as dist
+
+from parallel.mesh import Axis
+
+# torch 2.13 renamed these two and warns of the old names, the only ones that earlier versions have.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_reduce_sum(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """A new tensor: the sum over ``axis``. The argument is not changed (in-place reduction of a count that is used
+    again is a classic way to count twice)."""
+    total = tensor.clone()
+    if axis.size > 1:
+        dist.all_reduce(total, group=axis.group)
+    return total
+
+
+class Pending:
+    """A collective in flight and the buffer it fills; `wait` returns the finished tensor."""
+
+    def __init__(self, work: dist.Work | None, buffer: torch.Tensor, keep: torch.Tensor | None = None) -> None:
+        self._work, self.buffer, self._keep = work, buffer, keep  # what is being sent must outlive the send
+
+    def wait(self) -> torch.Tensor:
+        if self._work is not None:
+            self._work.wait()
+            self._work = self._keep = None
+        return self.buffer
+
+
+def start_gather_sequence(x: torch.Tensor, axis: Axis) -> Pending:
+    """Begin to gather ``[B, S / n, D]`` from all ranks into ``[n, B, S / n, D]``; `join_sequence` makes it ``[B, S, D]``."""
+    x = x.contiguous()
+    buffer = x.new_empty(axis.size, *x.shape)
+    work = all_gather_single(buffer.flatten(0, 1), x, group=axis.group, async_op=True)
+    return Pending(work, buffer, x)
+
+
+def join_sequence(gathered: torch.Tensor) -> torch.Tensor:
+    """``[n, B, S / n, D] -> [B, S, D]``."""
+    return gathered.transpose(0, 1).flatten(1, 2)
+
+
+def start_reduce_scatter_sequence(x: torch.Tensor, axis: Axis) -> Pending:
+    """Begin to sum ``[B, S, D]`` over ranks; each keeps its part ``[B, S / n, D]`` of the sequence."""
+    parts = x.unflatten(1, (axis.size, -1)).transpose(0, 1).contiguous()
+    buffer = x.new_empty(parts.shape[1:])
+    work = reduce_scatter_single(buffer, parts.flatten(0, 1), group=axis.group, async_op=True)
+    return Pending(work, buffer, parts)
+
+
+class _ReduceScatterSequence(torch.autograd.Function):
+    """forward: sum over ranks, each keeps its part of the sequence. backward: all-gather of the parts."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, axis: Axis) -> torch.Tensor:
+        ctx.axis = axis
+        return start_reduce_scatter_sequence(x, axis).wait()
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return join_sequence(start_gather_sequence(grad_outputs[0], ctx.axis).wait()), None
+
+
+def reduce_scatter_sequence(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Partial sums ``[B, S, D]`` on every rank -> this rank's part ``[B, S / n, D]`` of their sum."""
+    return _ReduceScatterSequence.apply(x, axis)
+
+
+class _AttachLoss(torch.autograd.Function):
+    """forward: x. backward: x's gradient, and 1 for the loss: ``loss`` is added to the objective without being an
+    output, so that every pipeline stage can have losses of its own."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(loss)
+        ctx.mark_dirty(x)  # the tensor itself with a new place in the graph: neither a copy nor a view
+        return x
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (loss,) = ctx.saved_tensors
+        return grad_outputs[0], torch.ones_like(loss)
+
+
+def attach_loss(x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+    """``x`` (not a view) unchanged; its backward adds the gradient of scalar ``loss``, once, whatever scales x's own."""
+    return _AttachLoss.apply(x, loss)

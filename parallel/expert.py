@@ -1,0 +1,130 @@
+"""All-to-all of token rows among the ranks that share experts, in flight while other work is done.
+
+Shapes: E experts, R = ep * etp ranks of an exchange, L = E / ep experts of a rank, N rows sent, M rows received.
+The rank with index ``i`` holds experts ``(i // etp) * L`` and following, and slice ``i % etp`` of their hidden dim.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
+
+from parallel.collectives import Pending
+from parallel.mesh import Axis
+
+
+@dataclass
+class ExchangePlan:
+    """Who sends how many rows to whom in one layer, and the order that sorts what arrives by expert."""
+
+    send: list[int]
+    receive: list[int]
+    counts: torch.Tensor  # [L] rows of each local expert
+    by_expert: torch.Tensor  # [M] index: rows in order of arrival -> sorted by expert
+    arrival: torch.Tensor  # [M] the inverse
+    out: Pending | None = field(default=None, repr=False)
+    back: Pending | None = field(default=None, repr=False)
+
+
+class Exchange:
+    """The all-to-all of one MoE layer over ``axis`` (index = ep_index * etp + etp_index)."""
+
+    def __init__(self, axis: Axis, etp: int, num_experts: int) -> None:
+        self.axis, self.etp, self.num_experts = axis, etp, num_experts
+        self.local_experts = num_experts * etp // axis.size
+
+    def plan(self, counts: torch.Tensor, rows: int) -> ExchangePlan:
+        """From this rank's rows per expert ``[E]`` (``rows`` in all, before copies for etp)."""
+        ranks, local = self.axis.size, self.local_experts
+        # Every slice of an expert (etp) needs the rows: they are sent to each rank that holds one.
+        outgoing = counts.view(-1, 1, local).expand(-1, self.etp, local).reshape(ranks, local)
+        incoming = torch.empty_like(outgoing)
+        dist.all_to_all_single(incoming, outgoing.contiguous(), group=self.axis.group)
+        if isinstance(counts, FakeTensor):  # a shape-only run has no numbers: balanced routing
+            send = [rows * self.etp // ranks] * ranks
+            send[0] += rows * self.etp - sum(send)
+            receive = list(send)
+        else:
+            send, receive = torch.stack([outgoing.sum(1), incoming.sum(1)]).tolist()
+        total = sum(receive)
+        expert = torch.arange(local, device=counts.device).repeat(ranks)
+        of_row = torch.repeat_interleave(expert, incoming.flatten(), output_size=total)
+        by_expert = of_row.argsort(stable=True)
+        arrival = torch.empty_like(by_expert)
+        arrival[by_expert] = torch.arange(total, device=counts.device)
+        return ExchangePlan(send, receive, incoming.sum(0), by_expert, arrival)
+
+    def start(self, rows: torch.Tensor, plan: ExchangePlan) -> torch.Tensor:
+        """Begin to send ``rows [N, D]``, sorted by destination. Returns a token for `finish`; do other work between."""
+        return _Start.apply(rows, plan, self.axis, False)
+
+    def finish(self, token: torch.Tensor, plan: ExchangePlan) -> torch.Tensor:
+        """The rows received ``[M, D]``, in order of arrival."""
+        return _Finish.apply(token, plan, self.axis, False)
+
+    def send_back(self, rows: torch.Tensor, plan: ExchangePlan) -> torch.Tensor:
+        """Return rows ``[M, D]`` (in order of arrival) to their senders, who get ``[N, D]``."""
+        return _Finish.apply(_Start.apply(rows, plan, self.axis, True), plan, self.axis, True)
+
+
+def _launch(rows: torch.Tensor, plan: ExchangePlan, axis: Axis, back: bool) -> Pending:
+    send, receive = (plan.receive, plan.send) if back else (plan.send, plan.receive)
+    rows = rows.contiguous()
+    buffer = rows.new_empty(sum(receive), *rows.shape[1:])
+    work = dist.all_to_all_single(buffer, rows, receive, send, group=axis.group, async_op=True)
+    return Pending(work, buffer, rows)
+
+
+class _Start(torch.autograd.Function):
+    """forward: launch the all-to-all; the output is a token (the input itself), the rows are in ``plan.out``.
+    backward: wait for the reverse all-to-all that `_Finish.backward` launched; what ran between them overlapped."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, plan: ExchangePlan, axis: Axis, back: bool) -> torch.Tensor:
+        ctx.plan = plan
+        plan.out = _launch(rows, plan, axis, back)
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        assert ctx.plan.back is not None
+        pending, ctx.plan.back = ctx.plan.back, None
+        pending.wait()
+        return grad_outputs[0], None, None, None
+
+
+class _Finish(torch.autograd.Function):
+    """forward: wait for the rows. backward: launch the reverse all-to-all of their gradient and return its buffer,
+    which has the token's shape and is filled when `_Start.backward` has waited."""
+
+    @staticmethod
+    def forward(ctx, token: torch.Tensor, plan: ExchangePlan, axis: Axis, back: bool) -> torch.Tensor:
+        ctx.plan, ctx.axis, ctx.back = plan, axis, back
+        assert plan.out is not None
+        pending, plan.out = plan.out, None
+        return pending.wait()
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        ctx.plan.back = _launch(grad_outputs[0], ctx.plan, ctx.axis, not ctx.back)
+        return ctx.plan.back.buffer, None, None, None
+
+
+class _Reorder(torch.autograd.Function):
+    """forward: rows[index]. backward: gradient[inverse], a gather instead of a scatter-add, so deterministic."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad_outputs[0].index_select(0, inverse), None, None
+
+
+def reorder(rows: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """``rows [M, D]`` in the order of the permutation ``index [M]``, whose inverse is ``inverse [M]``."""
+    return _Reorder.apply(rows, index, inverse)

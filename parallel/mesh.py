@@ -1,0 +1,138 @@
+"""Two grids over the same ranks: dense (pp, dp, cp, tp) and expert (pp, edp, ep, etp) (arXiv 2504.14960).
+
+Rank r of the world is ``((pp_index * dp + dp_index) * cp + cp_index) * tp + tp_index``; the expert grid cuts the same
+``dp * cp * tp`` ranks of a stage as ``(edp_index * ep + ep_index) * etp + etp_index``. So ep may span tp and dp ranks.
+"""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+class LayoutError(ValueError):
+    """Degrees that do not fit each other or the number of processes; the message names every factor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Degrees of every axis. ``tp > 1`` implies sequence parallelism. ``edp`` follows from the others."""
+
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("pp", "dp", "cp", "tp", "ep", "etp"):
+            if getattr(self, name) < 1:
+                raise LayoutError(f"{name} is {getattr(self, name)}: every degree is at least 1")
+        if self.stage_size % (self.ep * self.etp):
+            raise LayoutError(
+                f"experts do not fit the stage: tp {self.tp} x cp {self.cp} x dp {self.dp} = {self.stage_size} ranks are "
+                f"not a multiple of ep {self.ep} x etp {self.etp} = {self.ep * self.etp}"
+            )
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks that share the layers of one pipeline rank."""
+        return self.dp * self.cp * self.tp
+
+    @property
+    def edp(self) -> int:
+        return self.stage_size // (self.ep * self.etp)
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.stage_size
+
+    def __str__(self) -> str:
+        degrees = {name: getattr(self, name) for name in ("tp", "cp", "dp", "pp", "ep", "etp")}
+        return ",".join(f"{name}={value}" for name, value in degrees.items() if value > 1) or "one process"
+
+
+def layout_for(world_size: int, *, pp: int = 1, cp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1) -> Layout:
+    """The layout of ``world_size`` processes: dp is what is left. Raises LayoutError naming every factor."""
+    model = tp * cp * pp
+    if world_size % model:
+        raise LayoutError(
+            f"{world_size} processes are not a multiple of tp {tp} x cp {cp} x pp {pp} = {model}: start "
+            f"{smallest_world(1, pp=pp, cp=cp, tp=tp, ep=ep, etp=etp)} (or a multiple), or change a degree"
+        )
+    stage = world_size // pp
+    if stage % (ep * etp):
+        raise LayoutError(
+            f"{world_size} processes / pp {pp} = {stage} per stage are not a multiple of ep {ep} x etp {etp} = "
+            f"{ep * etp}: start {smallest_world(1, pp=pp, cp=cp, tp=tp, ep=ep, etp=etp)} (or a multiple), or change a degree"
+        )
+    return Layout(pp=pp, dp=world_size // model, cp=cp, tp=tp, ep=ep, etp=etp)
+
+
+def smallest_world(at_least: int, *, pp: int = 1, cp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1) -> int:
+    """The smallest number of processes from ``at_least`` on that these degrees divide."""
+    world = at_least
+    while world % (tp * cp * pp) or (world // pp) % (ep * etp):
+        world += 1
+    return world
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a grid as a rank sees it: its group, the group's size and the rank's place in it."""
+
+    name: str
+    size: int
+    index: int
+    group: dist.ProcessGroup | None
+
+
+class Grids:
+    """The groups of this rank on both grids. All ranks make it together (it creates process groups).
+
+    ``stage``: all ranks with this rank's layers. ``exchange``: the ep x etp ranks among which tokens travel (index =
+    ep_index * etp + etp_index). ``kv``: where tp exceeds the KV heads, the tp ranks that hold different heads, and
+    ``kv_replica`` those that hold the same one.
+    """
+
+    def __init__(self, layout: Layout, device_type: str, kv_heads: int = 1) -> None:
+        world, rank = dist.get_world_size(), dist.get_rank()
+        if world != layout.world_size:
+            raise LayoutError(f"layout {layout} is for {layout.world_size} processes but there are {world}")
+        self.layout = layout
+        self.world = Axis("world", world, rank, None)
+        self.dense = self._mesh(device_type, {"pp": layout.pp, "dp": layout.dp, "cp": layout.cp, "tp": layout.tp})
+        exchange = layout.ep * layout.etp
+        self.expert = self._mesh(device_type, {"pp": layout.pp, "edp": layout.edp, "exchange": exchange})
+        self.pp, self.dp, self.cp, self.tp = (self._axis(self.dense, name) for name in ("pp", "dp", "cp", "tp"))
+        self.edp, self.exchange = self._axis(self.expert, "edp"), self._axis(self.expert, "exchange")
+        # An axis inside a group that is never communicated over by itself needs no group of its own.
+        self.ep = Axis("ep", layout.ep, self.exchange.index // layout.etp, None)
+        self.etp = Axis("etp", layout.etp, self.exchange.index % layout.etp, None)
+        self.stage = self._axis(self._mesh(device_type, {"pp": layout.pp, "stage": layout.stage_size}), "stage")
+        held = min(layout.tp, kv_heads)
+        if held == layout.tp:
+            self.kv, self.kv_replica = self.tp, Axis("kv_replica", 1, 0, None)
+        else:
+            heads = self._mesh(device_type, {"rest": world // layout.tp, "kv": held, "kv_replica": layout.tp // held})
+            self.kv, self.kv_replica = self._axis(heads, "kv"), self._axis(heads, "kv_replica")
+
+    @staticmethod
+    def _mesh(device_type: str, degrees: dict[str, int]) -> DeviceMesh:
+        return init_device_mesh(device_type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
+
+    @staticmethod
+    def _axis(mesh: DeviceMesh, name: str) -> Axis:
+        sub = mesh[name]
+        return Axis(name, sub.size(), sub.get_local_rank(), sub.get_group())
+
+    @property
+    def dense_shard(self) -> DeviceMesh:
+        """The mesh over which FSDP shards dense parameters."""
+        return self.dense["dp"]
+
+    @property
+    def expert_shard(self) -> DeviceMesh:
+        """The mesh over which FSDP shards experts."""
+        return self.expert["edp"]

@@ -1,0 +1,88 @@
+"""The sharded model of one rank: its parts cut by the plan, FSDP around them, initial values, and the engine that runs
+micro-batches through them."""
+
+from typing import Any
+
+import torch
+
+from parallel.data import shard
+from parallel.mesh import Grids
+from parallel.pipeline import Pipeline, Sequential, stages_of_rank
+from qwen_moe.config import RunConfig
+from qwen_moe.models.init import initialise, keep_statistics_dtypes
+from qwen_moe.models.moe import MoE
+from qwen_moe.models.norm import statistics_dtype
+from qwen_moe.models.plan import ParallelModel, build_parts
+from qwen_moe.training.layout import RunLayout
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def make_grids(config: RunConfig, layout: RunLayout, device: torch.device) -> Grids:
+    """The process groups of ``layout``. All ranks call it together."""
+    return Grids(layout.layout, device.type, kv_heads=config.model.num_key_value_heads)
+
+
+def plan_model(config: RunConfig, layout: RunLayout, grids: Grids) -> ParallelModel:
+    """This rank's parts on the meta device, cut to its share and wrapped by FSDP; no storage yet."""
+    master, compute = DTYPES[config.precision.master], DTYPES[config.precision.compute]
+    pipeline = config.parallel
+    stages = (
+        [0] if grids.pp.size == 1 else stages_of_rank(pipeline.schedule, grids.pp.size, layout.per_rank, grids.pp.index)
+    )
+    recompute = config.training.recompute == "full"
+    model = build_parts(config.model, grids, layout.layers, stages, recompute=recompute, dtype=master)
+    for part in model.parts:
+        part.chunk_tokens = config.training.loss_chunk_tokens
+        for module in part.modules():
+            if isinstance(module, MoE):
+                module.capacity_factor = config.balance.capacity_factor
+        units: list[tuple[Any, Any]] = []
+        for layer in part.model.layers:
+            if isinstance(layer.mlp, MoE):
+                units.append((layer.mlp.experts, grids.expert_shard))
+            units.append((layer, grids.dense_shard))
+        shard(
+            part,
+            units,
+            grids.dense_shard,
+            compute_dtype=compute,
+            reduce_dtype=torch.float64 if compute == torch.float64 else torch.float32,
+            reshard_after_forward=pipeline.sharding == "zero3",
+        )
+    return model
+
+
+def build_model(config: RunConfig, layout: RunLayout, grids: Grids, device: torch.device) -> ParallelModel:
+    """`plan_model` with storage on ``device`` and its initial values, drawn from names: no layout changes them."""
+    model = plan_model(config, layout, grids)
+    for part in model.parts:
+        part.to_empty(device=device)
+        keep_statistics_dtypes(part)
+    initialise(model, config.seed, config.model.initializer_range)
+    return model
+
+
+def build_engine(
+    config: RunConfig, layout: RunLayout, model: ParallelModel, loss: Any, device: torch.device
+) -> Sequential | Pipeline:
+    """What runs micro-batches forward and backward through ``model``."""
+    grids, sequence = model.grids, config.data.sequence_length
+    if grids.pp.size == 1:
+        return Sequential(model.parts[0], "input_ids", loss)
+    compute = DTYPES[config.precision.compute]
+    shape = (config.training.micro_batch_size, sequence // grids.tp.size, config.model.hidden_size)
+    return Pipeline(
+        model.parts,
+        model.stages,
+        model.num_stages,
+        grids.pp,
+        config.parallel.schedule,
+        micro_batches=layout.micro_batches,
+        hidden=torch.empty(shape, dtype=compute, device="meta"),
+        sequence_length=sequence,
+        first_input="input_ids",
+        loss=loss,
+        loss_dtype=statistics_dtype(compute),
+        device=device,
+    )

@@ -1,0 +1,207 @@
+"""What is verified: a recipe shrunk to a small model with the same features, or a random one; and its batches."""
+
+import math
+import random
+from typing import Any
+
+import torch
+
+from parallel.mesh import Layout
+from parallel.pipeline import V_SHAPED, stages_per_rank
+from qwen_moe.config import ModelConfig, RunConfig, parse_config
+
+STEPS = 3
+
+
+def layout_overrides(layout: Layout, schedule: str = "1f1b", stages: int = 0) -> dict[str, Any]:
+    """The ``parallel`` section for ``layout``; dp follows from the number of processes."""
+    section: dict[str, Any] = {axis: getattr(layout, axis) for axis in ("tp", "pp", "cp", "ep", "etp")}
+    return section | {"schedule": schedule, "stages_per_rank": stages}
+
+
+def _smaller(model: ModelConfig, layout: Layout, stages: int) -> dict[str, Any]:
+    """A model with the features of ``model`` and sizes that ``layout`` divides."""
+    tp, layers = layout.tp, max(2, stages, min(model.num_hidden_layers, 4))
+    if model.num_key_value_heads >= tp:
+        kv_heads = tp if model.num_key_value_heads == tp else 2 * tp
+    else:  # fewer KV heads than tp stay fewer
+        kv_heads = max(k for k in range(1, tp + 1) if tp % k == 0 and k <= model.num_key_value_heads)
+    grouped = model.num_attention_heads > model.num_key_value_heads
+    heads = math.lcm(tp, kv_heads * (2 if grouped else 1))
+    values: dict[str, Any] = {
+        "family": model.family,
+        "vocab_size": 61,
+        "hidden_size": 16,
+        "intermediate_size": 6 * tp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 4,
+        "max_position_embeddings": 4096,
+        "rope_theta": model.rope_theta,
+        "rms_norm_eps": model.rms_norm_eps,
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "initializer_range": 0.2,
+        "qkv_bias": model.qkv_bias,
+    }
+    if model.is_moe_family:
+        ep, etp = layout.ep, layout.etp
+        experts = ep * max(2, -(-min(model.num_experts, 8) // ep))
+        dense = [layer for layer in range(layers) if layer in model.mlp_only_layers]
+        sparse_step = min(model.decoder_sparse_step, layers)
+        if not [i for i in range(layers) if (i + 1) % sparse_step == 0 and i not in dense]:
+            dense = []
+        values |= {
+            "num_experts": experts,
+            "num_experts_per_tok": min(model.num_experts_per_tok, experts, 4),
+            "moe_intermediate_size": 4 * etp,
+            "shared_expert_intermediate_size": 6 * tp if model.shared_expert_intermediate_size else 0,
+            "norm_topk_prob": model.norm_topk_prob,
+            "decoder_sparse_step": sparse_step,
+            "mlp_only_layers": dense,
+        }
+    return values
+
+
+def _settings(
+    model: dict[str, Any], layout: Layout, micro_batches: int, micro_batch_size: int, sequence: int
+) -> dict[str, Any]:
+    batch = micro_batches * micro_batch_size * layout.dp
+    return {
+        "run_dir": "unused",
+        "model": model,
+        "data": {"train": [{"prefix": "unused"}], "sequence_length": sequence},
+        "training": {
+            "train_tokens": STEPS * batch * sequence,
+            "micro_batch_size": micro_batch_size,
+            "global_batch_size": batch,
+            "loss_chunk_tokens": 7,
+        },
+        # Where a gradient is near 0, AdamW's first update multiplies its rounding by learning_rate / eps: 1e6 at the
+        # default eps, which would turn 1e-16 into 1e-10 and say nothing of the layout.
+        "optimizer": {"learning_rate": 1e-2, "clip_grad_norm": 0.5, "eps": 1e-5},
+        "precision": {"compute": "fp64", "master": "fp64"},
+        "checkpoint": {"export_hf": False},
+    }
+
+
+def shrink(config: RunConfig, layout: Layout) -> RunConfig:
+    """``config`` with its model's features and training settings, small enough for ``layout`` on a laptop, in float64."""
+    parallel = config.parallel
+    per_rank = stages_per_rank(parallel.schedule, parallel.stages_per_rank) if layout.pp > 1 else 1
+    stages = layout.pp * per_rank
+    micro_batches = max(2, 2 * layout.pp)
+    model = _smaller(config.model, layout, stages)
+    values = _settings(model, layout, micro_batches, 2, 4 * layout.tp)
+    values["seed"] = config.seed
+    values["training"]["recompute"] = config.training.recompute
+    values["optimizer"] |= {key: getattr(config.optimizer, key) for key in ("beta1", "beta2", "weight_decay")}
+    values["balance"] = config.balance.model_dump()
+    # Weights that show: a coefficient of 0.001 would hide an error of its gradient below the tolerance's reach.
+    for key in ("coefficient", "z_loss_coefficient"):
+        if values["balance"][key]:
+            values["balance"][key] = 0.1
+    values["data"]["respect_document_boundaries"] = config.data.respect_document_boundaries
+    values["parallel"] = layout_overrides(layout, parallel.schedule, parallel.stages_per_rank) | {
+        "sharding": parallel.sharding
+    }
+    return parse_config(values, "the shrunk recipe")
+
+
+def draw(seed: int, index: int, max_ranks: int) -> tuple[RunConfig, Layout]:
+    """Case ``index`` of a fuzz run: a legal layout of 2 to ``max_ranks`` processes and a model with random features."""
+    rng = random.Random(f"{seed}/{index}")
+    while True:
+        tp, pp, dp = (
+            rng.choice([1, 1, 2, 2, 3, 4]),
+            rng.choice([1, 1, 2, 2, 3, 4]),
+            rng.choice([1, 1, 2, 2, 3, 4, 6, 8]),
+        )
+        if 2 <= tp * pp * dp <= max_ranks:
+            break
+    stage = tp * dp
+    family = rng.choice(["qwen2_moe", "qwen2_moe", "qwen3_moe", "qwen3_moe", "qwen2", "qwen3"])
+    moe = family.endswith("_moe")
+    ep = rng.choice([d for d in range(1, stage + 1) if stage % d == 0]) if moe else 1
+    etp = rng.choice([d for d in range(1, stage // ep + 1) if (stage // ep) % d == 0]) if moe else 1
+    layout = Layout(pp=pp, dp=dp, tp=tp, ep=ep, etp=etp)
+    schedule = rng.choice(["1f1b", "interleaved_1f1b", "zbv", "dualpipev"]) if pp > 1 else "1f1b"
+    per_rank = {"1f1b": 1, "interleaved_1f1b": rng.choice([2, 3])}.get(schedule, 2)
+    stages = pp * per_rank if pp > 1 else 1
+    layers = rng.randint(max(1, stages), max(1, stages) + 2)
+    if tp > 1 and rng.random() < 0.5:
+        kv_heads = rng.choice([d for d in range(1, tp + 1) if tp % d == 0])
+        heads = tp * rng.choice([1, 2])
+    else:
+        kv_heads = tp * rng.choice([1, 2])
+        heads = kv_heads * rng.choice([1, 2])
+    model: dict[str, Any] = {
+        "family": family,
+        "vocab_size": rng.randint(max(8, tp), 70),
+        "hidden_size": rng.choice([8, 12, 16]),
+        "intermediate_size": tp * rng.randint(2, 6),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": rng.choice([2, 4, 6]),
+        "rope_theta": rng.choice([1e4, 1e6]),
+        "tie_word_embeddings": rng.random() < 0.5,
+        "initializer_range": 0.2,
+    }
+    if family.startswith("qwen3"):
+        model["qkv_bias"] = rng.random() < 0.5
+    balance: dict[str, Any] = {}
+    if moe:
+        experts = ep * rng.randint(1, 4)
+        dense = [layer for layer in range(layers) if rng.random() < 0.3]
+        model |= {
+            "num_experts": experts,
+            "num_experts_per_tok": rng.randint(1, min(4, experts)),
+            "moe_intermediate_size": etp * rng.randint(1, 4),
+            "shared_expert_intermediate_size": tp * rng.randint(1, 4) if family == "qwen2_moe" else 0,
+            "norm_topk_prob": rng.random() < 0.5,
+            "mlp_only_layers": dense if len(dense) < layers else dense[1:],
+        }
+        scopes = ["none", "micro_batch", "sequence", "global_batch", "global_batch"] + ["huggingface"] * (pp == 1)
+        balance = {
+            "scope": rng.choice(scopes),
+            "coefficient": 0.1,
+            "z_loss_coefficient": rng.choice([0.0, 0.01]),
+            "bias_update_rate": rng.choice([0.0, 0.05]),
+            "capacity_factor": rng.choice([0.0, 0.0, 0.75, 1.25]),
+        }
+    micro_batches = {"dualpipev": 2 * pp}.get(schedule, pp if pp > 1 else 1)
+    micro_batches = micro_batches * rng.choice([1, 2]) + (rng.choice([0, 1]) if schedule != "interleaved_1f1b" else 0)
+    values = _settings(model, layout, micro_batches, rng.choice([1, 2]), tp * rng.randint(2, 5))
+    values["seed"] = rng.randint(0, 10**6)
+    values["balance"] = balance
+    values["optimizer"]["clip_grad_norm"] = rng.choice([0.0, 0.5])
+    values["training"]["recompute"] = rng.choice(["none", "full"])
+    values["data"]["respect_document_boundaries"] = rng.random() < 0.3
+    values["parallel"] = layout_overrides(layout, schedule, per_rank if schedule == "interleaved_1f1b" else 0)
+    shardings = ["zero2"] if schedule in V_SHAPED else ["zero2", "zero3"]  # see ParallelConfig
+    values["parallel"]["sharding"] = rng.choice(shardings)
+    if stages > 1 and rng.random() < 0.3:
+        cuts = sorted(rng.sample(range(1, layers), stages - 1))
+        values["parallel"]["pipeline_split"] = [b - a for a, b in zip([0, *cuts], [*cuts, layers], strict=True)]
+    return parse_config(values, f"case {index} of seed {seed}"), layout
+
+
+def global_batch(config: RunConfig, step: int) -> dict[str, torch.Tensor]:
+    """The batch of one step, ``[global_batch_size, S]``: random tokens, and uneven numbers of labels that do not count,
+    so that means and sums differ."""
+    generator = torch.Generator().manual_seed(1000 * config.seed + step)
+    rows, sequence = config.training.global_batch_size, config.data.sequence_length
+    tokens = torch.randint(0, config.model.vocab_size, (rows, sequence + 1), generator=generator)
+    labels = tokens[:, 1:].clone()
+    for row in range(rows):
+        labels[row, : row % min(5, sequence)] = -100
+    batch = {"input_ids": tokens[:, :-1].contiguous(), "labels": labels}
+    if config.data.respect_document_boundaries:
+        ends = torch.rand(rows, sequence, generator=generator) < 0.3
+        batch["document_ids"] = ends.cumsum(1) - ends.to(torch.int64)
+        position = torch.arange(sequence).expand(rows, -1)
+        begins = torch.zeros_like(position)
+        begins[:, 1:] = torch.where(ends[:, :-1], position[:, 1:], 0)
+        batch["position_ids"] = position - begins.cummax(1).values
+    return batch

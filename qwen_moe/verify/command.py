@@ -1,0 +1,165 @@
+"""`qwen-moe verify RECIPE --layout tp=2,pp=2,ep=4 [--fuzz N]`: is every layout the same computation as one process?"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_moe.config import RunConfig, load_config
+from qwen_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from parallel.mesh import Layout
+
+AXES = ("tp", "pp", "dp", "cp", "ep", "etp")
+OPTIONS = ("schedule", "stages_per_rank", "sharding")
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "verify",
+        help="prove layouts equal to one process, in float64 on this machine",
+        description="Shrinks the recipe's model (keeping its features), trains 3 steps in float64 in one process and in "
+        "each layout, and compares loss, auxiliary losses, every gradient, gradient norm and parameters.",
+    )
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--layout",
+        action="append",
+        default=[],
+        metavar="tp=2,pp=2,ep=4",
+        help=f"axes {', '.join(AXES)} and {', '.join(OPTIONS)}; dp is as small as possible unless given; repeatable",
+    )
+    parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="N random layouts of random small models")
+    parser.add_argument("--seed", type=int, default=0, help="of --fuzz")
+    parser.add_argument("--max-ranks", type=int, default=8, help="largest number of processes (default 8)")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(func=run)
+
+
+def parse_layout(text: str, config: RunConfig) -> tuple["Layout", RunConfig]:
+    """The layout that ``text`` asks for, axes that it does not name being 1 (dp: as small as possible), and the recipe
+    with its other options."""
+    from parallel.mesh import Layout, LayoutError, layout_for, smallest_world
+
+    degrees: dict[str, int] = {}
+    options: dict[str, Any] = {}
+    for item in text.split(","):
+        key, _, value = item.strip().partition("=")
+        if key in AXES and value.isdigit() and int(value) > 0:
+            degrees[key] = int(value)
+        elif key in OPTIONS and value:
+            options[key] = value
+        else:
+            raise UserError(
+                f"--layout {text!r}: {item!r} is not AXIS=NUMBER with one of {', '.join(AXES)} (or one of "
+                f"{', '.join(OPTIONS)} with its value), such as tp=2,pp=2,ep=4"
+            )
+    dp = degrees.pop("dp", 0)
+    try:
+        layout = Layout(dp=dp, **degrees) if dp else layout_for(smallest_world(1, **degrees), **degrees)
+    except LayoutError as error:
+        raise UserError(f"--layout {text!r}: {error}") from None
+    if options:
+        from qwen_moe.config import parse_config
+
+        values = config.model_dump()
+        values["parallel"] |= options
+        config = parse_config(values, f"--layout {text!r}")
+    return layout, config
+
+
+def _cases(args: argparse.Namespace, config: RunConfig) -> list[tuple[str, RunConfig, "Layout"]]:
+    from parallel.mesh import LayoutError
+    from qwen_moe.models.plan import check_layout
+    from qwen_moe.training.layout import run_layout
+    from qwen_moe.verify.case import draw, shrink
+
+    cases = []
+    for text in args.layout:
+        layout, wanted = parse_layout(text, config)
+        if layout.world_size > args.max_ranks:
+            raise UserError(
+                f"--layout {text!r} needs {layout.world_size} processes but --max-ranks is {args.max_ranks}: raise it or "
+                "verify a smaller layout"
+            )
+        try:
+            check_layout(wanted.model, layout, wanted.data.sequence_length)
+        except LayoutError as error:
+            if layout.cp > 1:
+                raise UserError(f"--layout {text!r}: {error}") from None
+            print(f"note: the recipe itself cannot run with {text}: {error}", file=sys.stderr)
+        small = shrink(wanted, layout)
+        run_layout(small, layout.world_size)
+        cases.append((text, small, layout))
+    for index in range(args.fuzz):
+        small, layout = draw(args.seed, index, args.max_ranks)
+        cases.append((f"#{index} {layout}", small, layout))
+    return cases
+
+
+def run(args: argparse.Namespace) -> int:
+    config = load_config(args.recipe, args.overrides)
+    if args.max_ranks < 2:
+        raise UserError(f"--max-ranks {args.max_ranks}: a layout to verify has at least 2 processes")
+    if args.fuzz < 0:
+        raise UserError(f"--fuzz {args.fuzz}: give the number of random layouts, 0 or more")
+    if not args.layout and not args.fuzz:
+        raise UserError("nothing to verify: give --layout tp=2,ep=2 (repeatable) or --fuzz N")
+    from parallel.local_group import RankFailed, preload, run_local
+    from qwen_moe.verify.compare import TOLERANCE, compare
+    from qwen_moe.verify.ranks import train_rank
+    from qwen_moe.verify.reference import train_reference
+
+    preload(["qwen_moe.verify.ranks"])
+    cases = _cases(args, config)
+    rows: list[dict[str, Any]] = []
+    out = sys.stderr if args.json else sys.stdout
+    print(
+        f"{'layout':44s} {'loss':>8s} {'aux':>8s} {'gradients':>9s} {'norm':>8s} {'weights':>8s}  (largest relative "
+        f"difference from one process, float64; limit {TOLERANCE:.0e})",
+        file=out,
+    )
+    for name, small, layout in cases:
+        label = name if layout.pp == 1 else f"{name} {small.parallel.schedule}"
+        row: dict[str, Any] = {"layout": name, "ranks": layout.world_size, "config": small.model_dump(mode="json")}
+        try:
+            reports = run_local(train_rank, layout.world_size, small, timeout=300)
+        except RankFailed as error:
+            rows.append(row | {"equal": False, "error": str(error)})
+            print(f"{label:44s} FAILED: {str(error).strip().splitlines()[-1]}", file=out, flush=True)
+            continue
+        found = compare(reports, train_reference(small, layout.dp))
+        rows.append(
+            row
+            | {
+                "equal": found.equal,
+                "loss": found.loss,
+                "auxiliary": found.auxiliary,
+                "gradients": found.gradients,
+                "gradient_norm": found.grad_norm,
+                "parameters": found.parameters,
+                "worst": found.worst,
+                "wrong": found.wrong,
+            }
+        )
+        figures = f"{found.loss:8.0e} {found.auxiliary:8.0e} {found.gradients:9.0e} {found.grad_norm:8.0e}"
+        print(f"{label:44s} {figures} {found.parameters:8.0e}{_verdict(found)}", file=out, flush=True)
+    bad = [row["layout"] for row in rows if not row["equal"]]
+    print(
+        f"{len(rows) - len(bad)} of {len(rows)} layouts equal one process"
+        + (f"; not equal: {'; '.join(bad)}" if bad else ""),
+        file=out,
+    )
+    if args.json:
+        print(json.dumps({"tolerance": TOLERANCE, "equal": not bad, "layouts": rows}))
+    return 1 if bad else 0
+
+
+def _verdict(found: Any) -> str:
+    if found.equal:
+        return ""
+    wrong = [*found.wrong, *(f"{kind}: {name}" for kind, name in found.worst.items() if name)]
+    return f"  NOT EQUAL ({'; '.join(wrong[:4])})"

@@ -1,0 +1,96 @@
+"""The largest relative difference between what the ranks of a layout hold and the run in one process."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qwen_moe.verify.ranks import Report
+from qwen_moe.verify.reference import Trajectory
+
+TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Differences:
+    """Largest relative differences over all steps, ranks and tensors. ``worst`` names the tensors; ``wrong`` lists what
+    must be equal and is not (counts, biases, elements that no rank holds)."""
+
+    loss: float
+    auxiliary: float
+    gradients: float
+    grad_norm: float
+    parameters: float
+    worst: dict[str, str]
+    wrong: list[str]
+
+    @property
+    def largest(self) -> float:
+        return max(self.loss, self.auxiliary, self.gradients, self.grad_norm, self.parameters)
+
+    @property
+    def equal(self) -> bool:
+        return not self.wrong and self.largest <= TOLERANCE
+
+
+def _relative(got: float, expected: float) -> float:
+    return abs(got - expected) / abs(expected) if expected else abs(got)
+
+
+def compare_pieces(
+    reports: Iterable[Sequence[tuple[str, list[int], torch.Tensor]]], whole: dict[str, torch.Tensor], wrong: list[str]
+) -> tuple[float, str]:
+    """(largest difference, name of the tensor) between pieces and wholes, relative to the largest element of the whole.
+
+    A tensor that is all but zero is measured against a millionth of the largest element of all tensors instead: its
+    own scale is rounding.
+    """
+    floor = 1e-6 * max(float(tensor.abs().max()) for tensor in whole.values())
+    seen = {name: torch.zeros_like(tensor, dtype=torch.bool) for name, tensor in whole.items()}
+    worst, where = 0.0, ""
+    for pieces in reports:
+        for name, offsets, held in pieces:
+            place = tuple(slice(begin, begin + size) for begin, size in zip(offsets, held.shape, strict=True))
+            expected = whole[name][place]
+            seen[name][place] = True
+            if not held.numel():
+                continue
+            difference = float((held - expected).abs().max()) / max(float(whole[name].abs().max()), floor)
+            if not difference <= worst:  # a NaN is the worst
+                worst, where = difference, name
+    wrong += [f"no rank holds all of {name}" for name, mask in seen.items() if not bool(mask.all())]
+    return worst, where
+
+
+def compare(reports: Sequence[Report], reference: Trajectory) -> Differences:
+    """Every rank's figures and pieces against the reference."""
+    wrong: list[str] = []
+    largest = {"loss": 0.0, "balance loss": 0.0, "z-loss": 0.0, "gradient norm": 0.0}
+    for report in reports:
+        for got, expected in zip(report.figures, reference.figures, strict=True):
+            for key in largest:
+                difference = _relative(got[key], expected[key])
+                if not difference <= largest[key]:
+                    largest[key] = difference
+        if report.counts != reference.counts:
+            wrong.append("expert counts or dropped choices differ")
+        for name, bias in report.biases.items():
+            if not torch.equal(bias, reference.biases[name]):
+                wrong.append(f"{name} differs")
+    worst = {}
+    gradients = 0.0
+    for step, whole in enumerate(reference.gradients):
+        difference, name = compare_pieces([report.gradients[step] for report in reports], whole, wrong)
+        if not difference <= gradients:
+            gradients, worst["gradients"] = difference, f"{name} (step {step})"
+    parameters, name = compare_pieces([report.parameters for report in reports], reference.parameters, wrong)
+    worst["parameters"] = name
+    return Differences(
+        loss=largest["loss"],
+        auxiliary=max(largest["balance loss"], largest["z-loss"]),
+        gradients=gradients,
+        grad_norm=largest["gradient norm"],
+        parameters=parameters,
+        worst=worst,
+        wrong=sorted(set(wrong)),
+    )

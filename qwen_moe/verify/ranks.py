@@ -1,0 +1,80 @@
+"""One rank of a verified run: train a few steps in a layout and report every piece of every tensor it holds."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.data import local
+from qwen_moe.config import RunConfig
+from qwen_moe.data.batches import rank_samples
+from qwen_moe.models.plan import ParallelModel
+from qwen_moe.training.build import build_model, make_grids
+from qwen_moe.training.layout import run_layout
+from qwen_moe.training.optimizer import build_optimizer
+from qwen_moe.training.step import Trainer
+from qwen_moe.verify.case import STEPS, global_batch
+
+
+@dataclass
+class Report:
+    """What a rank saw. Pieces are (name, offsets in the whole, values)."""
+
+    figures: list[dict[str, float]] = field(default_factory=list)
+    counts: list[Any] = field(default_factory=list)
+    gradients: list[list[tuple[str, list[int], torch.Tensor]]] = field(default_factory=list)
+    parameters: list[tuple[str, list[int], torch.Tensor]] = field(default_factory=list)
+    biases: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def _pieces(model: ParallelModel, of_gradients: bool) -> list[tuple[str, list[int], torch.Tensor]]:
+    found = []
+    for name, parameter in model.named_parameters():
+        tensor = parameter.grad if of_gradients else parameter
+        if tensor is not None:
+            found.append((name, model.range_of(name, parameter)[0], local(tensor).detach().clone()))
+    return found
+
+
+def make_trainer(config: RunConfig) -> Trainer:
+    """The trainer of this rank of an initialised process group."""
+    device = torch.device("cpu")
+    layout = run_layout(config, dist.get_world_size())
+    grids = make_grids(config, layout, device)
+    model = build_model(config, layout, grids, device)
+    return Trainer(config, layout, model, build_optimizer(model, config.optimizer), device)
+
+
+def micro_batches(trainer: Trainer, step: int) -> list[dict[str, torch.Tensor]]:
+    """This data-parallel rank's share of `global_batch`."""
+    training, dp = trainer.config.training, trainer.grids.dp
+    batch = global_batch(trainer.config, step)
+    ranges = rank_samples(0, training.global_batch_size, training.micro_batch_size, dp.index, dp.size)
+    return [{name: tensor[first : first + count] for name, tensor in batch.items()} for first, count in ranges]
+
+
+def train_rank(config: RunConfig, steps: int = STEPS) -> Report:
+    """Train ``steps`` steps of the case ``config`` in its layout; runs in every rank of an initialised process group."""
+    trainer, report = make_trainer(config), Report()
+    trainer.on_gradients = lambda: report.gradients.append(_pieces(trainer.model, True))
+    for step in range(steps):
+        record_step(trainer, report, step)
+    report.parameters = _pieces(trainer.model, False)
+    report.biases = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
+    return report
+
+
+def record_step(trainer: Trainer, report: Report, step: int) -> None:
+    """One step, its figures appended to ``report``."""
+    result = trainer.step(step, micro_batches(trainer, step))
+    report.figures.append(
+        {
+            "loss": result.loss,
+            "balance loss": result.balance_loss,
+            "z-loss": result.z_loss,
+            "gradient norm": result.grad_norm,
+        }
+    )
+    counts = None if result.expert_counts is None else result.expert_counts.tolist()
+    report.counts.append((counts, result.dropped_choices))

@@ -1,0 +1,142 @@
+"""The same training in one process, written out as means with torch's own cross-entropy, AdamW and no distributed code.
+
+It shares the model's layers with the runs it judges, and nothing else: not their losses, sums, clipping or optimizer.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from qwen_moe.config import RunConfig
+from qwen_moe.models.decoder import DecoderLM
+from qwen_moe.models.init import build_model
+from qwen_moe.models.moe import MoE
+from qwen_moe.models.router import RouterStatistics
+from qwen_moe.training.schedule import learning_rate
+from qwen_moe.verify.case import STEPS, global_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """Figures, gradients (before clipping) and, at the end, parameters of a run of a few steps, by name."""
+
+    figures: list[dict[str, float]]
+    counts: list[Any]  # expert counts [L, E] and dropped choices of each step
+    gradients: list[dict[str, torch.Tensor]]
+    parameters: dict[str, torch.Tensor]
+    biases: dict[str, torch.Tensor]
+
+
+def _balance(config: RunConfig, router: RouterStatistics, ranks: int, seen: torch.Tensor | None) -> torch.Tensor:
+    """Balance loss of one wave (the micro-batches that ``ranks`` data-parallel ranks run at a time) times its tokens.
+    ``seen [L, E]``: choices of the global batch up to and including this wave."""
+    experts, top_k = config.model.num_experts, config.model.num_experts_per_tok
+    layers, rows = router.counts.shape[:2]
+    sequence = config.data.sequence_length
+    total = torch.zeros((), dtype=torch.float64)
+    size = {"sequence": 1, "global_batch": rows}.get(config.balance.scope, rows // ranks)
+    for begin in range(0, rows, size):
+        counts = router.counts[:, begin : begin + size].sum(1).double()
+        probs = router.prob_sum[:, begin : begin + size].sum(1)
+        tokens = size * sequence
+        if config.balance.scope == "huggingface":
+            share = counts.sum(0) / (layers * tokens)
+            total = total + experts * (share * probs.sum(0) / (layers * tokens)).sum() * tokens
+            continue
+        if config.balance.scope == "global_batch":
+            assert seen is not None
+            counts = seen.double()
+        share = counts / (counts[0].sum() / top_k) / top_k
+        for layer in range(layers):
+            total = total + experts * (share[layer] * probs[layer] / tokens).sum() * tokens
+    return total
+
+
+def _losses(config: RunConfig, model: DecoderLM, batch: dict[str, torch.Tensor], ranks: int) -> dict[str, Any]:
+    """Mean losses of a global batch, differentiable, and its counts."""
+    rows, per_wave = batch["labels"].shape[0], config.training.micro_batch_size * ranks
+    counted, tokens = (batch["labels"] != -100).sum(), batch["labels"].numel()
+    cross_entropy = balance = z = torch.zeros((), dtype=torch.float64)
+    counts, dropped = None, 0
+    for begin in range(0, rows, per_wave):
+        part = {name: tensor[begin : begin + per_wave] for name, tensor in batch.items()}
+        labels = part["labels"]
+        hidden, router = model.hidden_states(part["input_ids"], part.get("position_ids"), part.get("document_ids"))
+        logits = hidden @ model.head_weight.T
+        cross_entropy = cross_entropy + F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        if router is not None:
+            found = router.counts.sum(1)
+            counts = found if counts is None else counts + found
+            dropped += int(router.dropped.sum())
+            balance = balance + _balance(config, router, ranks, counts)
+            z = z + router.z_sum.sum()
+    return {
+        "loss": cross_entropy / counted,
+        "balance": balance / tokens,
+        "z": z / tokens,
+        "counts": counts,
+        "dropped": dropped,
+    }
+
+
+def train_reference(config: RunConfig, ranks: int) -> Trajectory:
+    """Train ``STEPS`` steps. ``ranks``: data-parallel size of the layout to compare with, which says which micro-batches
+    are run at a time (global-batch balancing counts what came before)."""
+    model = build_model(config.model, config.seed, torch.float64)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.capacity_factor = config.balance.capacity_factor
+    named = dict(model.named_parameters())
+    decay = config.optimizer.weight_decay
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in named.values() if p.ndim > 1], "weight_decay": decay},
+            {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        eps=config.optimizer.eps,
+    )
+    figures, gradients, counts = [], [], []
+    layers = max(1, len(config.model.moe_layers))
+    for step in range(STEPS):
+        found = _losses(config, model, global_batch(config, step), ranks)
+        balance = config.balance
+        weight = 0.0 if balance.scope == "none" else balance.coefficient
+        total = found["loss"] + weight * found["balance"] + balance.z_loss_coefficient * found["z"]
+        optimizer.zero_grad()
+        total.backward()
+        gradients.append({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
+        norm = torch.cat([g.flatten() for g in gradients[-1].values()]).norm().item()
+        limit = config.optimizer.clip_grad_norm
+        if limit and norm > limit:
+            for p in named.values():
+                if p.grad is not None:
+                    p.grad *= limit / norm
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        optimizer.step()
+        per_layer = 1 if balance.scope == "huggingface" else layers
+        figures.append(
+            {
+                "loss": found["loss"].item(),
+                "balance loss": found["balance"].item() / per_layer,
+                "z-loss": found["z"].item() / layers,
+                "gradient norm": norm,
+            }
+        )
+        counts.append((None if found["counts"] is None else found["counts"].tolist(), found["dropped"]))
+        if balance.bias_update_rate:
+            load = found["counts"].double()
+            routers = [layer.mlp.gate for layer in model.model.layers if isinstance(layer.mlp, MoE)]
+            for router, row in zip(routers, load, strict=True):
+                router.expert_bias += balance.bias_update_rate * (row.mean() - row).sign().float()
+    return Trajectory(
+        figures=figures,
+        counts=counts,
+        gradients=gradients,
+        parameters={name: p.detach() for name, p in named.items()},
+        biases=dict(model.named_buffers()),
+    )
