@@ -4,6 +4,7 @@ A part of the model is a module ``part(x, **batch)``: the first takes a tensor o
 that the part before gave; the last gives what the loss function takes. Losses are sums: nothing is divided here.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ def split_layers(costs: Sequence[float], num_stages: int, first: float = 0.0, la
     """Layers of each stage, consecutive and never none, such that the costliest stage is as cheap as can be.
 
     ``costs`` per layer; ``first`` and ``last`` are what the first stage (embedding) and the last (norm, head, loss) do
-    besides. Exact, by dynamic programming over (stage, first layer); ties give earlier stages fewer layers.
+    besides. Among such splits, the one with the least sum of squared stage costs. Exact, by dynamic programming.
     """
     layers = len(costs)
     assert 1 <= num_stages <= layers
@@ -82,21 +83,24 @@ def split_layers(costs: Sequence[float], num_stages: int, first: float = 0.0, la
     def cost_of(stage: int, begin: int, end: int) -> float:
         return prefix[end] - prefix[begin] + first * (stage == 0) + last * (stage == num_stages - 1)
 
-    best: dict[tuple[int, int], tuple[float, int]] = {}
-    for begin in range(layers):
-        best[num_stages - 1, begin] = (cost_of(num_stages - 1, begin, layers), layers)
-    for stage in range(num_stages - 2, -1, -1):
-        for begin in range(layers - (num_stages - stage) + 1):
-            best[stage, begin] = min(
-                (max(cost_of(stage, begin, end), best[stage + 1, end][0]), end)
-                for end in range(begin + 1, layers - (num_stages - stage - 1) + 1)
-            )
-    stages, begin = [], 0
-    for stage in range(num_stages):
-        end = best[stage, begin][1]
-        stages.append(list(range(begin, end)))
-        begin = end
-    return stages
+    def best(objective: Callable[[float, float], float], limit: float) -> list[int]:
+        """First layers of stages 1, 2, ... and the end, minimising ``objective`` folded over the stages' costs."""
+        table: dict[tuple[int, int], tuple[float, list[int]]] = {(num_stages, layers): (0.0, [])}
+        for stage in range(num_stages - 1, -1, -1):
+            for begin in range(stage, layers - (num_stages - stage) + 1):
+                found = [
+                    (objective(cost_of(stage, begin, end), table[stage + 1, end][0]), [end, *table[stage + 1, end][1]])
+                    for end in range(begin + 1, layers + 1)
+                    if (stage + 1, end) in table and cost_of(stage, begin, end) <= limit
+                ]
+                if found:
+                    table[stage, begin] = min(found)
+        return table[0, 0][1]
+
+    ends = best(max, math.inf)
+    peak = max(cost_of(s, begin, end) for s, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)))
+    ends = best(lambda cost, rest: cost * cost + rest, peak * (1 + 1e-12))
+    return [list(range(begin, end)) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def stages_of_rank(schedule: str, pp: int, per_rank: int, rank: int) -> list[int]:

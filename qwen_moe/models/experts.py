@@ -17,8 +17,10 @@ def loop_mm(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torc
 
 
 def grouped_mm(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """The same as `loop_mm` in one kernel; `F.grouped_mm` has none for float64, which takes the loop."""
-    if x.dtype == torch.float64:
+    """The same as `loop_mm` in one kernel. `F.grouped_mm` has none for float64, for no rows at all, and for rows that are
+    not a multiple of 16 bytes long: these take the loop."""
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    if x.dtype == torch.float64 or not aligned or not x.shape[0]:
         return loop_mm(x, weight, counts)
     return F.grouped_mm(x, weight.transpose(-2, -1), offs=counts.cumsum(0).to(torch.int32))
 

@@ -33,10 +33,12 @@ def sort_by_expert(indices: torch.Tensor, num_experts: int) -> Permutation:
     order = flat.argsort(stable=True)
     row = torch.empty_like(order)
     row[order] = torch.arange(order.numel(), device=order.device)
+    # Not bincount, which on a GPU waits to learn the size of its result.
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=flat.device)
     return Permutation(
         token=order.div(indices.shape[1], rounding_mode="floor"),
         row=row.view_as(indices),
-        counts=torch.bincount(flat, minlength=num_experts),
+        counts=counts.scatter_add_(0, flat, torch.ones_like(flat)),
     )
 
 

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from parallel.expert import Exchange, reorder
@@ -278,13 +279,20 @@ class ParallelModel:
         """(offsets, sizes) in the whole parameter of what this rank stores of it after FSDP's cut of dim 0."""
         place = self.placements[name]
         offsets, sizes = list(place.offsets), list(place.sizes)
-        if isinstance(parameter, DTensor):
-            mesh = parameter.device_mesh
-            chunk = -(-sizes[0] // mesh.size())
-            first = min(sizes[0], mesh.get_local_rank() * chunk)
-            offsets[0], sizes[0] = offsets[0] + first, min(sizes[0] - first, chunk)
-            assert parameter.to_local().shape[0] == sizes[0], name
+        # FSDP shows the gathered parameter, which is not the optimizer's, between a forward and its backward.
+        assert isinstance(parameter, DTensor), f"{name} is gathered: call `reshard` first"
+        mesh = parameter.device_mesh
+        chunk = -(-sizes[0] // mesh.size())
+        first = min(sizes[0], mesh.get_local_rank() * chunk)
+        offsets[0], sizes[0] = offsets[0] + first, min(sizes[0] - first, chunk)
+        assert parameter.to_local().shape[0] == sizes[0], name
         return offsets, sizes
+
+    def reshard(self) -> None:
+        """Let go of gathered parameters that a forward without a backward has left."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def build_parts(

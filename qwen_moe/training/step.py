@@ -91,16 +91,7 @@ class Trainer:
         loss_tokens = int(all_reduce_sum(counted.to(self.device), self.grids.dp))
         if loss_tokens == 0:
             raise UserError(f"step {step}: no token of the global batch counts in the loss; check the data's labels")
-        self._loss_tokens, self._auxiliary = loss_tokens, []
-        for part in self.model.parts:
-            part.train()
-        losses = self.engine.forward_backward([self._to_device(batch) for batch in micro_batches])
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for loss in losses:
-            sums[0] += loss.double()
-        for term in self._auxiliary:
-            sums[1:] += term
-        self._finalise_gradients()
+        sums = self.forward_backward(micro_batches, loss_tokens)
         if self.on_gradients is not None:
             self.on_gradients()
         norm = float(global_norm(self._counted, self.grids.world, self.device))
@@ -131,6 +122,25 @@ class Trainer:
             dropped_choices=dropped,
         )
 
+    def forward_backward(self, micro_batches: Sequence[Batch], loss_tokens: int) -> torch.Tensor:
+        """Gradients of the step, final on every rank, and this rank's share of its cross-entropy, balance and z-loss, [3]
+        float64. ``loss_tokens``: counted labels of the global batch."""
+        self.begin_step(loss_tokens)
+        losses = self.engine.forward_backward([self._to_device(batch) for batch in micro_batches])
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for loss in losses:
+            sums[0] += loss.double()
+        for term in self._auxiliary:
+            sums[1:] += term
+        self.finalise_gradients()
+        return sums
+
+    def begin_step(self, loss_tokens: int) -> None:
+        """Make ready for micro-batches whose losses are shares of a mean over ``loss_tokens``."""
+        self._loss_tokens, self._auxiliary = loss_tokens, []
+        for part in self.model.parts:
+            part.train()
+
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
@@ -150,7 +160,7 @@ class Trainer:
             loss = loss + balance.coefficient * balance_loss
         return attach_loss(out, loss)
 
-    def _finalise_gradients(self) -> None:
+    def finalise_gradients(self) -> None:
         """Sum what is still partial: replicated parameters over the axis that splits their inputs, and tied embeddings
         over the two stages that hold them. Once per step."""
         placements = self.model.placements
@@ -201,6 +211,7 @@ class Trainer:
         counted = torch.stack([(batch["labels"] != IGNORE).sum() for batch in micro_batches]).sum()
         tokens = all_reduce_sum(counted.to(self.device), self.grids.dp)
         outputs = self.engine.forward([self._to_device(batch) for batch in micro_batches])
+        self.model.reshard()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for out in outputs:
             total += out.sum().double()

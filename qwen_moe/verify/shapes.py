@@ -1,0 +1,83 @@
+"""Build any rank of a layout of any size and run one step of it on shapes alone: no memory, no other process.
+
+PyTorch's fake process group answers every collective at once, and fake tensors have shapes but no data: what is checked
+is that every part is built, every collective and product has fitting shapes, and every parameter gets a gradient.
+Routing is taken as perfectly balanced. Hidden states are not sent between stages: each stage runs on its own.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from parallel.data import local
+from parallel.pipeline import Sequential
+from qwen_moe.config import RunConfig
+from qwen_moe.models.init import keep_statistics_dtypes
+from qwen_moe.training.build import DTYPES, make_grids, plan_model
+from qwen_moe.training.layout import run_layout
+from qwen_moe.training.optimizer import build_optimizer, optimizer_state
+from qwen_moe.training.step import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeReport:
+    """What one rank holds: elements of parameters, gradients and optimizer moments, and the layers of its stages."""
+
+    rank: int
+    layout: str
+    layers: list[list[int]]
+    parameters: int
+    gradients: int
+    optimizer: int
+    seconds: float
+
+
+def run_shapes(config: RunConfig, world_size: int, rank: int) -> ShapeReport:
+    """Build rank ``rank`` of ``world_size`` and run one step of two micro-batches. Needs a process without a process
+    group. Raises UserError for an illegal layout, and whatever shape does not fit."""
+    begin = time.monotonic()
+    layout = run_layout(config, world_size)
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        device = torch.device("cpu")
+        grids = make_grids(config, layout, device)
+        model = plan_model(config, layout, grids)
+        training, sequence = config.training, config.data.sequence_length
+        rows = training.micro_batch_size
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for part in model.parts:
+                part.to_empty(device=device)
+                keep_statistics_dtypes(part)
+            trainer = Trainer(config, layout, model, build_optimizer(model, config.optimizer), device)
+            trainer.begin_step(loss_tokens=rows * sequence)
+            ids = torch.zeros(rows, sequence, dtype=torch.int64)
+            hidden_shape = (rows, sequence // grids.tp.size, config.model.hidden_size)
+            for part in model.parts:
+                engine = Sequential(part, "input_ids", lambda out: out.sum())
+                hidden = torch.zeros(hidden_shape, dtype=DTYPES[config.precision.compute], requires_grad=True)
+                engine.forward_backward([{"input_ids": ids if part.first else hidden, "labels": ids}] * 2)
+                if not part.first:
+                    assert hidden.grad is not None and hidden.grad.shape == hidden.shape
+            trainer.finalise_gradients()
+            gradients = 0
+            for name, parameter in model.named_parameters():
+                assert parameter.grad is not None, name
+                assert local(parameter.grad).shape == local(parameter).shape, name
+                gradients += local(parameter.grad).numel()
+            trainer.optimizer.step()
+            moments = optimizer_state(model, trainer.optimizer)
+        return ShapeReport(
+            rank=rank,
+            layout=str(layout.layout),
+            layers=[list(layout.layers[stage]) for stage in model.stages],
+            parameters=sum(local(p).numel() for p in model.parameters()),
+            gradients=gradients,
+            optimizer=sum(local(tensor).numel() for held in moments.values() for tensor in held.values()),
+            seconds=time.monotonic() - begin,
+        )
+    finally:
+        dist.destroy_process_group()
