@@ -12,6 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from parallel.trace import enable_recorder
+
 
 class ProcessError(ValueError):
     """The environment that should say which process this is does not."""
@@ -83,6 +85,7 @@ def start(info: ProcessInfo, threads: int = 0, timeout_minutes: float = 30) -> t
     ``threads``: CPU threads of this process; 0 means the node's cores divided by its processes.
     """
     die_with_parent()
+    enable_recorder()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(threads or max(1, cores // info.local_world_size))
     if torch.cuda.is_available():

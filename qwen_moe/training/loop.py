@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from launchers.local import INTERRUPTED, PROGRESS
 from parallel.process import ProcessInfo
+from parallel.watch import MismatchError, compare_collectives
 from qwen_moe.checkpoint.distributed import CheckpointWriter, TrainState, load_weights, newest_valid, resume
 from qwen_moe.checkpoint.preflight import check_disk_space
 from qwen_moe.config import RunConfig
@@ -184,6 +185,11 @@ def train(config: RunConfig, info: ProcessInfo, device: torch.device) -> int:
         start = time.perf_counter()
         result = trainer.step(step, inputs.train_micro_batches(step))
         done = step + 1
+        if config.parallel.check_collectives:
+            try:
+                compare_collectives()
+            except MismatchError as error:
+                raise UserError(f"step {done}: collectives of ranks do not match: {error}") from None
         recorder.step(_step_record(config, done, result, device) | clock.record(time.perf_counter() - start))
         last = done == config.train_steps
         interval = config.training.validation_interval

@@ -28,16 +28,22 @@ def run_worker(config: RunConfig) -> int:
     import torch.distributed as dist
 
     from parallel.process import ProcessError, process_info, start
+    from parallel.watch import Watch
     from qwen_moe.training.loop import train
 
     try:
         info = process_info()
-        device = start(info, config.launch.threads)
+        # The watch below ends a hung job first, with a better message than the process group's own limit.
+        minutes = 1.5 * config.parallel.collective_timeout_minutes + 1
+        device = start(info, config.launch.threads, timeout_minutes=minutes)
     except ProcessError as error:
         raise UserError(str(error)) from None
+    watch = Watch(config.run_dir / "hang", info.rank, info.world_size, 60 * config.parallel.collective_timeout_minutes)
+    watch.start()
     try:
         return train(config, info, device)
     finally:
+        watch.stop()
         # Not destroyed after an error: the others may be inside a collective, and the exit closes the sockets.
         if sys.exc_info()[0] is None:
             dist.destroy_process_group()
