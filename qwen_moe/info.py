@@ -80,17 +80,58 @@ def _text(name: str, facts: dict[str, Any]) -> str:
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser("info", help="parameters, FLOPs per token and bytes of a model")
-    parser.add_argument("name", help=f"a preset ({', '.join(PRESETS)}), recipe.yaml, HF directory or checkpoint")
+    parser.add_argument(
+        "name", nargs="?", help=f"a preset ({', '.join(PRESETS)}), recipe.yaml, HF directory or checkpoint"
+    )
     parser.add_argument("--seq-len", type=int, default=4096, help="sequence length for attention's FLOPs")
     parser.add_argument("--compute", choices=("bf16", "fp32", "fp64"), default="bf16")
     parser.add_argument("--master", choices=("bf16", "fp32", "fp64"), default="fp32")
     parser.add_argument("--json", action="store_true")
+    schedule = parser.add_argument_group("pipeline schedules")
+    schedule.add_argument(
+        "--schedule",
+        nargs="?",
+        const="",
+        help="draw a schedule (1f1b, interleaved_1f1b, zbv, dualpipev; without a name, the recipe's) with its idle share "
+        "and peak activations per rank",
+    )
+    schedule.add_argument("--pp", type=int, help="pipeline ranks (default: the recipe's)")
+    schedule.add_argument("--micro-batches", type=int, help="per step and data-parallel rank (default: the recipe's)")
+    schedule.add_argument("--stages-per-rank", type=int, default=0, help="default: the schedule's own number")
+    schedule.add_argument("--output", type=Path, default=Path("schedule.png"), help="the picture (schedule.png)")
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.schedule is not None:
+        return _schedule(args)
+    if args.name is None:
+        raise UserError(
+            "give a preset, recipe.yaml, HF directory or checkpoint, or --schedule NAME --pp N --micro-batches M"
+        )
     if args.seq_len < 1:
         raise UserError(f"--seq-len {args.seq_len} must be at least 1")
     facts = describe(resolve_model(args.name), args.seq_len, args.compute, args.master)
     sys.stdout.write((json.dumps(facts, indent=1) if args.json else _text(args.name, facts)) + "\n")
+    return 0
+
+
+def _schedule(args: argparse.Namespace) -> int:
+    from qwen_moe.schedule_picture import describe_schedule, draw_schedule, schedule_text
+
+    recipe = load_config(Path(args.name)) if args.name and Path(args.name).suffix in (".yaml", ".yml") else None
+    if args.name and recipe is None:
+        raise UserError(f"--schedule reads a recipe.yaml, not {args.name!r}: give one, or --pp and --micro-batches")
+    found = describe_schedule(
+        recipe,
+        schedule=args.schedule or (recipe.parallel.schedule if recipe is not None else ""),
+        pp=args.pp,
+        micro_batches=args.micro_batches,
+        per_rank=args.stages_per_rank,
+    )
+    draw_schedule(found, args.output)
+    if args.json:
+        sys.stdout.write(json.dumps(found.facts() | {"picture": str(args.output)}, indent=1) + "\n")
+    else:
+        sys.stdout.write(schedule_text(found) + f"\n  picture           {args.output}\n")
     return 0

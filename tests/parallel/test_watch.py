@@ -91,11 +91,14 @@ info = process_info()
 start(info, 1)
 watch = Watch(Path(sys.argv[1]), info.rank, info.world_size, limit=2.0, poll=0.2)
 watch.start()
-dist.all_reduce(torch.zeros(3))
-time.sleep(3)  # computing for longer than the limit is no hang
-if info.rank == 2:
-    never_comes()
-dist.all_reduce(torch.zeros(5))
+try:
+    dist.all_reduce(torch.zeros(3))
+    time.sleep(3)  # computing for longer than the limit is no hang
+    if info.rank == 2:
+        never_comes()
+    dist.all_reduce(torch.zeros(5))
+finally:
+    watch.stop()
 """
 
 
