@@ -81,8 +81,8 @@ def _losses(config: RunConfig, model: DecoderLM, batch: dict[str, torch.Tensor],
     }
 
 
-def train_reference(config: RunConfig, ranks: int) -> Trajectory:
-    """Train ``STEPS`` steps. ``ranks``: data-parallel size of the layout to compare with, which says which micro-batches
+def train_reference(config: RunConfig, ranks: int, steps: int = STEPS) -> Trajectory:
+    """Train ``steps`` steps. ``ranks``: data-parallel size of the layout to compare with, which says which micro-batches
     are run at a time (global-batch balancing counts what came before)."""
     model = build_model(config.model, config.seed, torch.float64)
     model.train()
@@ -101,7 +101,7 @@ def train_reference(config: RunConfig, ranks: int) -> Trajectory:
     )
     figures, gradients, counts = [], [], []
     layers = max(1, len(config.model.moe_layers))
-    for step in range(STEPS):
+    for step in range(steps):
         found = _losses(config, model, global_batch(config, step), ranks)
         balance = config.balance
         weight = 0.0 if balance.scope == "none" else balance.coefficient
