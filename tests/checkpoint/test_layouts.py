@@ -97,9 +97,7 @@ def _check(saved: tuple[Layout, RunConfig], resumed: tuple[Layout, RunConfig], r
 
 def _reference() -> Any:
     whole = train_reference(config_for(Layout()), 1, STEPS)
-    return replace(
-        whole, figures=whole.figures[SAVED:], counts=whole.counts[SAVED:], gradients=whole.gradients[SAVED:]
-    )
+    return replace(whole, figures=whole.figures[SAVED:], counts=whole.counts[SAVED:], gradients=whole.gradients[SAVED:])
 
 
 PAIRS: list[tuple[Any, Any]] = [
