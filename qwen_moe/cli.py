@@ -32,7 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Exit code: 0, 2 for an error the user can fix, 130 when interrupted, the verb's own otherwise."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes overrides only in one run of arguments; they may also stand after options.
+    if rest and hasattr(args, "overrides") and all("=" in item and not item.startswith("-") for item in rest):
+        args.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from launchers.local import LaunchError
 
     try:

@@ -35,6 +35,13 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="N random layouts of random small models")
     parser.add_argument("--seed", type=int, default=0, help="of --fuzz")
     parser.add_argument("--max-ranks", type=int, default=8, help="largest number of processes (default 8)")
+    parser.add_argument(
+        "--shapes",
+        type=int,
+        default=0,
+        metavar="PROCESSES",
+        help="build the recipe itself, at full size, as ranks of that many processes and run a step on shapes alone",
+    )
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(func=run)
 
@@ -106,8 +113,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--max-ranks {args.max_ranks}: a layout to verify has at least 2 processes")
     if args.fuzz < 0:
         raise UserError(f"--fuzz {args.fuzz}: give the number of random layouts, 0 or more")
+    if args.shapes:
+        return _shapes(args, config)
     if not args.layout and not args.fuzz:
-        raise UserError("nothing to verify: give --layout tp=2,ep=2 (repeatable) or --fuzz N")
+        raise UserError("nothing to verify: give --layout tp=2,ep=2 (repeatable), --fuzz N or --shapes PROCESSES")
     from parallel.local_group import RankFailed, preload, run_local
     from qwen_moe.verify.compare import TOLERANCE, compare
     from qwen_moe.verify.ranks import train_rank
@@ -156,6 +165,34 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"tolerance": TOLERANCE, "equal": not bad, "layouts": rows}))
     return 1 if bad else 0
+
+
+def _shapes(args: argparse.Namespace, config: RunConfig) -> int:
+    """The first rank of each pipeline stage, and the last rank of all."""
+    from dataclasses import asdict
+
+    from qwen_moe.verify.shapes import run_shapes
+
+    if args.layout or args.fuzz:
+        raise UserError(
+            "--shapes runs the layout of the recipe (parallel.tp=... after it): leave --layout and --fuzz out"
+        )
+    stage = max(1, args.shapes // config.parallel.pp)
+    ranks = sorted({*range(0, args.shapes, stage), args.shapes - 1})
+    reports = []
+    for rank in ranks:
+        report = run_shapes(config, args.shapes, rank)
+        reports.append(asdict(report))
+        if not args.json:
+            layers = "; ".join(f"{part[0]}-{part[-1]}" for part in report.layers)
+            print(
+                f"rank {rank:6d} of {args.shapes} ({report.layout}): layers {layers}, {report.parameters / 1e6:,.1f} M "
+                f"parameters held, one step of shapes in {report.seconds:.1f} s",
+                flush=True,
+            )
+    if args.json:
+        print(json.dumps({"processes": args.shapes, "ranks": reports}))
+    return 0
 
 
 def _verdict(found: Any) -> str:

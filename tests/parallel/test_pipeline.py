@@ -10,6 +10,17 @@ from parallel.pipeline import check_schedule, split_layers, stages_of_rank
 from parallel.timeline import play
 
 
+def _figure(stage_costs: list[float]) -> tuple[float, float]:
+    return round(max(stage_costs), 9), round(sum(cost * cost for cost in stage_costs), 6)
+
+
+def _stage_costs(costs: list[int], begins: tuple[int, ...], first: float, last: float) -> list[float]:
+    found = [float(sum(costs[a:b])) for a, b in itertools.pairwise([0, *begins, len(costs)])]
+    found[0] += first
+    found[-1] += last
+    return found
+
+
 def test_split_is_the_best_of_all() -> None:
     rng = random.Random(0)
     for _ in range(150):
@@ -17,18 +28,11 @@ def test_split_is_the_best_of_all() -> None:
         stages = rng.randint(1, layers)
         costs = [rng.randint(1, 9) for _ in range(layers)]
         first, last = rng.random() * 5, rng.random() * 5
-
-        def figure(begins: tuple[int, ...]) -> tuple[float, float]:
-            edges = [0, *begins, layers]
-            found = [float(sum(costs[a:b])) for a, b in itertools.pairwise(edges)]
-            found[0] += first
-            found[-1] += last
-            return round(max(found), 9), round(sum(c * c for c in found), 6)
-
         split = split_layers(costs, stages, first, last)
         assert [layer for stage in split for layer in stage] == list(range(layers)) and all(split)
-        best = min(figure(begins) for begins in itertools.combinations(range(1, layers), stages - 1))
-        assert figure(tuple(stage[0] for stage in split[1:])) == best
+        every = itertools.combinations(range(1, layers), stages - 1)
+        best = min(_figure(_stage_costs(costs, begins, first, last)) for begins in every)
+        assert _figure(_stage_costs(costs, tuple(stage[0] for stage in split[1:]), first, last)) == best
 
 
 @pytest.mark.parametrize(
