@@ -36,7 +36,6 @@ class Collective:
 def enable_recorder(entries: int = 2000) -> None:
     """Ask for a record of the last ``entries`` collectives; before the process group is made."""
     os.environ.setdefault(BUFFER, str(entries))
-    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", str(entries))
 
 
 def recorded() -> list[Collective]:

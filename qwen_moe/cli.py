@@ -17,6 +17,7 @@ VERBS = (
     "qwen_moe.data.command",
     "qwen_moe.checkpoint.convert_cli",
     "qwen_moe.generate",
+    "scaling_laws.cli",
 )
 
 
@@ -40,10 +41,11 @@ def main(argv: list[str] | None = None) -> int:
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from launchers.local import LaunchError
+    from scaling_laws.errors import InputError
 
     try:
         return (getattr(args, "func", None) or args.run)(args)
-    except (UserError, LaunchError, OSError) as error:
+    except (UserError, LaunchError, InputError, OSError) as error:
         if args.traceback:
             traceback.print_exc()
         message = explain_os_error(error) if isinstance(error, OSError) else error

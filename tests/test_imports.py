@@ -43,6 +43,7 @@ def outside(path: Path, allowed: set[str]) -> list[str]:
     [
         ("parallel", {"torch", "parallel"}),
         ("launchers", {"launchers"}),
+        ("scaling_laws", {"numpy", "scipy", "pandas", "matplotlib", "tqdm", "scaling_laws"}),
         ("qwen_moe/models", {"torch", "qwen_moe.config", "qwen_moe.models", "parallel"}),
         ("qwen_moe/data", {"torch", "numpy", "tqdm", "tokenizers", "zstandard", "megatron", "qwen_moe.config",
                            "qwen_moe.errors", "qwen_moe.data"}),

@@ -1,0 +1,165 @@
+"""`qwen-moe scaling fit|recommend|report`: thin; everything heavy is imported by the verb that needs it."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+RUNS = "runs.csv"
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    scaling = subparsers.add_parser("scaling", help="choose learning rate, batch size and model size from small runs")
+    verbs = scaling.add_subparsers(dest="scaling_verb", required=True, metavar="VERB")
+    fit = verbs.add_parser("fit", help="fit laws to tables of runs")
+    fit.add_argument("runs", nargs="+", type=Path, metavar="RUNS.csv", help="CSV or JSONL, see docs/scaling-laws.md")
+    fit.add_argument("--output", type=Path, required=True, metavar="FIT_DIR")
+    fit.add_argument("--samples", type=int, default=200, help="refits to resampled groups, for intervals (200)")
+    fit.add_argument("--seed", type=int, default=0)
+    fit.add_argument("--json", action="store_true")
+    fit.set_defaults(func=_fit)
+    recommend = verbs.add_parser("recommend", help="learning rate, batch size and loss of a run to launch")
+    recommend.add_argument("fit", type=Path, metavar="FIT_DIR")
+    recommend.add_argument("--n-total", type=float, help="parameters, counted as the table counts them")
+    recommend.add_argument("--n-active", type=float, help="activated by one token (default: all)")
+    recommend.add_argument("--tokens", type=float)
+    recommend.add_argument(
+        "--flops", type=float, help="6 N_active D, instead of sizes: the compute-optimal ones are found"
+    )
+    recommend.add_argument("--activated-share", type=float, default=1.0, help="N_active / N_total, with --flops")
+    recommend.add_argument("--seq-len", type=int, required=True)
+    recommend.add_argument("--data-parallel", type=int, default=1)
+    recommend.add_argument("--micro-batch", type=int, default=1)
+    recommend.add_argument("--accept-extrapolation", action="store_true")
+    recommend.add_argument("--json", action="store_true")
+    recommend.set_defaults(func=_recommend)
+    report = verbs.add_parser("report", help="draw the pictures of a fit and write its page")
+    report.add_argument("fit", type=Path, metavar="FIT_DIR")
+    report.set_defaults(func=_report)
+
+
+def _progress(steps: Iterable[int]) -> Iterable[int]:
+    from tqdm import tqdm
+
+    return tqdm(steps, desc="resample", file=sys.stderr, leave=False)
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from scaling_laws.errors import InputError
+    from scaling_laws.fitting import fit_table
+    from scaling_laws.report import report_text
+    from scaling_laws.runs import read_runs
+
+    if args.samples < 0:
+        raise InputError(f"--samples {args.samples}: give 0 or more")
+    table = read_runs(args.runs)
+    fit = fit_table(table, samples=args.samples, seed=args.seed, progress=_progress)
+    fit.save(args.output)
+    partial = args.output / f"{RUNS}.partial"
+    table.frame.drop(columns=["group"]).to_csv(partial, index=False)
+    partial.replace(args.output / RUNS)
+    if args.json:
+        facts = json.loads((args.output / "fit.json").read_text(encoding="utf-8"))
+        print(json.dumps({key: value for key, value in facts.items() if not key.endswith("_samples")}))
+    else:
+        print(report_text(fit, []))
+        print(f"saved in {args.output}; pictures: qwen-moe scaling report {args.output}")
+    return 0
+
+
+def _recommend(args: argparse.Namespace) -> int:
+    from scaling_laws.errors import InputError
+    from scaling_laws.fitting import load_fit
+    from scaling_laws.recommend import Request, recommend
+
+    for name in (
+        "n_total",
+        "n_active",
+        "tokens",
+        "flops",
+        "activated_share",
+        "seq_len",
+        "data_parallel",
+        "micro_batch",
+    ):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected a positive number")
+    if args.activated_share > 1:
+        raise InputError(f"--activated-share {args.activated_share}: at most 1, N_active / N_total")
+    if args.flops is not None and (args.n_total is not None or args.tokens is not None):
+        raise InputError("give --flops or sizes (--n-total, --tokens), not both")
+    found = recommend(
+        load_fit(args.fit),
+        Request(
+            n_total=args.n_total,
+            n_active=args.n_active,
+            tokens=args.tokens,
+            flops=args.flops,
+            ratio=args.activated_share,
+            seq_len=args.seq_len,
+            data_parallel=args.data_parallel,
+            micro_batch=args.micro_batch,
+            accept_extrapolation=args.accept_extrapolation,
+        ),
+    )
+    print(json.dumps(found) if args.json else _text(found))
+    return 0
+
+
+def _text(found: dict[str, Any]) -> str:
+    def interval(key: str, form: str) -> str:
+        values = found["intervals"][key]
+        return f"   95%: {values[0]:{form}} to {values[1]:{form}}" if values else ""
+
+    lines = [
+        f"for N {found['n_total']:.4g} ({found['n_active']:.4g} activated), D {found['tokens']:.4g} tokens, "
+        f"{found['flops']:.3g} FLOPs",
+        f"  learning rate      {found['learning_rate']:.3e}{interval('learning_rate', '.2e')}",
+        f"  batch size         {found['batch_size_tokens']:,} tokens = {found['batch_size_sequences']:,} sequences"
+        f"{interval('batch_size_tokens', ',.0f')}",
+        f"  expected excess    {found['predicted_excess_loss']:.3%} of loss, for not knowing the optimum exactly",
+        f"  widest batch       {found['widest_batch_tokens']:,.0f} tokens cost less than 0.1% (at their own learning rate)",
+    ]
+    if found["predicted_loss"] is not None:
+        lines.append(f"  predicted loss     {found['predicted_loss']:.4f}{interval('predicted_loss', '.4f')}")
+    if "step_law" in found:
+        other = found["step_law"]
+        lines.append(
+            f"  Step Law, fitted   learning rate {other['learning_rate']:.3e}, "
+            f"batch {other['batch_size_tokens']:,.0f} tokens"
+        )
+    outside = {name: ratio for name, ratio in found["extrapolation"].items() if ratio > 1.001}
+    told = ", ".join(f"{name} {ratio:.3g}x" for name, ratio in outside.items())
+    lines.append(f"  extrapolation      {told + ' beyond the runs' if told else 'inside the runs in every quantity'}")
+    for row in found.get("shapes", []):
+        lines.append(
+            f"  {row['activated_share']:7.2%} activated: N {row['n_total']:.3g}, D {row['tokens']:.3g}, "
+            f"loss {row['loss']:.4f}; half the size costs {row['cost_of_half_size']:.2%}, "
+            f"twice {row['cost_of_twice_size']:.2%}"
+        )
+    lines += [f"  note: {warning}" for warning in found["warnings"]]
+    return "\n".join(lines)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from scaling_laws.fitting import load_fit
+    from scaling_laws.plots import draw_loss, draw_surface, draw_validation
+    from scaling_laws.report import write_report
+    from scaling_laws.runs import read_runs
+
+    fit = load_fit(args.fit)
+    frame = read_runs([args.fit / RUNS]).frame
+    pictures = []
+    if fit.surface is not None:
+        pictures.append(draw_surface(fit, frame, args.fit / "surface.png"))
+    if fit.loss_law is not None:
+        pictures.append(draw_loss(fit, frame, args.fit / "loss.png"))
+    if any("loss_error" in row for row in fit.validation):
+        pictures.append(draw_validation(fit, args.fit / "held_out.png"))
+    page = write_report(fit, args.fit, [path.name for path in pictures])
+    for path in [page, *pictures]:
+        print(path)
+    return 0

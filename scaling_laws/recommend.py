@@ -1,0 +1,181 @@
+"""Learning rate, batch size and predicted loss of a run that is about to be launched, and how far to trust them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from scaling_laws.errors import InputError
+from scaling_laws.fitting import Fit
+from scaling_laws.loss_law import compute_optimal
+from scaling_laws.surface import Surface
+
+WIDE = 1e-3  # excess loss that a wide batch may cost
+MOST_COMPUTE, MOST_OTHER = 1000.0, 30.0  # how far outside the runs a request may lie without being asked twice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be launched. ``flops`` = 6 N_active D instead of sizes; ``ratio`` is then N_active / N_total."""
+
+    n_total: float | None = None
+    n_active: float | None = None
+    tokens: float | None = None
+    flops: float | None = None
+    ratio: float = 1.0
+    seq_len: int
+    data_parallel: int = 1
+    micro_batch: int = 1
+    accept_extrapolation: bool = False
+
+
+def _interval(values: list[float]) -> list[float] | None:
+    return [float(x) for x in np.percentile(values, [2.5, 97.5])] if len(values) >= 20 else None
+
+
+def _beyond(fit: Fit, values: dict[str, float]) -> dict[str, float]:
+    """By quantity: how many times beyond the covered range, 1 inside it."""
+    found = {}
+    for name, value in values.items():
+        low, high = fit.ranges[name]
+        found[name] = max(1.0, value / high, low / value)
+    return found
+
+
+def _refuse(fit: Fit, beyond: dict[str, float], accepted: bool) -> list[str]:
+    """Warnings of an extrapolation that was accepted; InputError for one that was not."""
+    reasons = []
+    if fit.sizes < 3:
+        reasons.append(f"the runs have {fit.sizes} sizes, fewer than 3")
+    if fit.durations < 2:
+        reasons.append("all runs have the same tokens per parameter")
+    for name, ratio in beyond.items():
+        limit = MOST_COMPUTE if name == "compute" else MOST_OTHER
+        if ratio > limit:
+            reasons.append(f"{name} is {ratio:,.0f} times outside the runs (limit {limit:,.0f})")
+    if reasons and not accepted:
+        raise InputError(
+            f"not recommended: {'; '.join(reasons)}. Add runs closer to the request (several sizes and durations), or give "
+            "--accept-extrapolation"
+        )
+    return [f"extrapolation: {reason}" for reason in reasons]
+
+
+def _expected_excess(
+    samples: list[Surface], n_total: float, n_active: float, tokens: float, rate: Any, batch: Any
+) -> Any:
+    """Mean over resampled surfaces of the excess loss that (rate, batch) has in them."""
+    return np.mean([s.excess(n_total, n_active, tokens, rate, batch) for s in samples], axis=0)
+
+
+def _widest(samples: list[Surface], surface: Surface, n_total: float, n_active: float, tokens: float) -> float:
+    """The largest batch, in tokens, whose expected excess at its own best learning rate is under `WIDE`."""
+    best_rate, best_batch = (float(x[0]) for x in surface.optimum(n_total, n_active, tokens))
+    widest = best_batch
+    for factor in np.geomspace(1, 30, 60):
+        rates = best_rate * np.geomspace(0.3, 6, 40)
+        batch = np.full_like(rates, best_batch * factor)
+        if float(np.min(_expected_excess(samples, n_total, n_active, tokens, rates, batch))) > WIDE:
+            break
+        widest = best_batch * factor
+    return widest
+
+
+def recommend(fit: Fit, request: Request) -> dict[str, Any]:
+    """Plain values under the documented keys. Raises InputError for a request that the runs cannot answer."""
+    if fit.surface is None:
+        raise InputError("the runs of this fit have no learning_rate and batch_size: only a loss law was fitted")
+    if request.flops is not None:
+        if fit.loss_law is None:
+            raise InputError("--flops needs a loss law, which these runs do not give (too few sizes or durations)")
+        n_total, tokens, _ = compute_optimal(fit.loss_law, request.flops, request.ratio)
+        n_active = n_total * request.ratio
+    else:
+        if request.n_total is None or request.tokens is None:
+            raise InputError("give --n-total and --tokens (and --n-active for MoE), or --flops")
+        n_total, tokens = request.n_total, request.tokens
+        n_active = n_total if request.n_active is None else request.n_active
+    if n_active > n_total:
+        raise InputError(f"--n-active {n_active:g} is larger than --n-total {n_total:g}")
+    compute = 6 * n_active * tokens
+    values = {
+        "n_total": n_total,
+        "n_active": n_active,
+        "tokens": tokens,
+        "compute": compute,
+        "sparsity": n_active / n_total,
+    }
+    beyond = _beyond(fit, values)
+    warnings = list(fit.warnings) + _refuse(fit, beyond, request.accept_extrapolation)
+    samples = fit.surface_samples or [fit.surface]
+    if len(fit.surface_samples) < 20:
+        warnings.append("fewer than 20 resamples: no intervals; fit with --samples 200")
+    rate, batch = (float(x[0]) for x in fit.surface.optimum(n_total, n_active, tokens))
+    optima = [s.optimum(n_total, n_active, tokens) for s in fit.surface_samples]
+    unit = request.data_parallel * request.micro_batch
+    sequences = max(unit, round(batch / request.seq_len / unit) * unit)
+    batch_tokens = sequences * request.seq_len
+    if unit * request.seq_len > 1.5 * batch:
+        warnings.append(
+            f"one micro-batch on every rank ({unit * request.seq_len:,} tokens) is more than the best batch"
+        )
+    excess = float(_expected_excess(samples, n_total, n_active, tokens, np.array([rate]), np.array([batch_tokens]))[0])
+    widest = _widest(samples, fit.surface, n_total, n_active, tokens)
+    critical = bool(batch_tokens > widest)
+    if critical:
+        warnings.append(
+            f"the batch is past the critical size: beyond {widest:,.0f} tokens it costs more than {WIDE:.1%} of loss"
+        )
+    predicted, loss_interval = None, None
+    if fit.loss_law is not None:
+        predicted = float(fit.loss_law.predict(n_total, n_active, tokens)) * (1 + max(0.0, excess))
+        loss_interval = _interval([float(law.predict(n_total, n_active, tokens)) for law in fit.loss_samples])
+    result: dict[str, Any] = {
+        "n_total": n_total,
+        "n_active": n_active,
+        "tokens": tokens,
+        "flops": compute,
+        "learning_rate": rate,
+        "batch_size_tokens": batch_tokens,
+        "batch_size_sequences": sequences,
+        "widest_batch_tokens": widest,
+        "past_critical_batch": critical,
+        "predicted_loss": predicted,
+        "predicted_excess_loss": excess,
+        "intervals": {
+            "learning_rate": _interval([float(x[0][0]) for x in optima]),
+            "batch_size_tokens": _interval([float(x[1][0]) for x in optima]),
+            "predicted_loss": loss_interval,
+        },
+        "extrapolation": beyond,
+        "warnings": warnings,
+    }
+    if fit.step_law is not None:
+        other_rate, other_batch = (float(x[0]) for x in fit.step_law.optimum(n_total, n_active, tokens))
+        result["step_law"] = {"learning_rate": other_rate, "batch_size_tokens": other_batch}
+    if request.flops is not None and fit.loss_law is not None:
+        result["shapes"] = _shapes(fit, request.flops)
+    return result
+
+
+def _shapes(fit: Fit, flops: float) -> list[dict[str, float]]:
+    """Loss of the compute-optimal model at other shares of activated parameters, and of a model off its optimal size."""
+    assert fit.loss_law is not None
+    low = fit.ranges["sparsity"][0]
+    rows = []
+    for ratio in sorted({1.0, *(r for r in (0.5, 0.25, 0.125, 0.0625) if r >= 0.5 * low)}, reverse=True):
+        n_total, tokens, loss = compute_optimal(fit.loss_law, flops, ratio)
+        half = float(fit.loss_law.predict(n_total / 2, n_total * ratio / 2, tokens * 2))
+        twice = float(fit.loss_law.predict(n_total * 2, n_total * ratio * 2, tokens / 2))
+        rows.append(
+            {
+                "activated_share": ratio,
+                "n_total": n_total,
+                "n_active": n_total * ratio,
+                "tokens": tokens,
+                "loss": loss,
+                "cost_of_half_size": half / loss - 1,
+                "cost_of_twice_size": twice / loss - 1,
+            }
+        )
+    return rows

@@ -1,0 +1,94 @@
+"""The page that a person reads: what was fitted, how well, how far it may be trusted, with pictures."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from scaling_laws.fitting import Fit
+from scaling_laws.surface import power_law
+
+PAGE = "report.md"
+
+
+def _law(fit: Fit, which: str) -> str:
+    assert fit.surface is not None
+    law = power_law(fit.surface, which)
+    found = [power_law(sample, which) for sample in fit.surface_samples]
+
+    def spread(key: str) -> str:
+        if len(found) < 20:
+            return ""
+        low, high = np.percentile([sample[key] for sample in found], [2.5, 97.5])
+        return f" [{low:.2f}, {high:.2f}]"
+
+    terms = f"N_total^{law['n_total']:.3f}{spread('n_total')} · D^{law['tokens']:.3f}{spread('tokens')}"
+    if "sparsity" not in fit.surface.held:
+        terms += f" · (N_active/N_total)^{law['sparsity']:.3f}{spread('sparsity')}"
+    return f"{law['scale']:.4g} · {terms}"
+
+
+def report_text(fit: Fit, pictures: list[str]) -> str:
+    """Markdown."""
+    low, high = fit.ranges["compute"]
+    lines = [
+        "# Scaling fit",
+        "",
+        f"{fit.runs} runs in {fit.groups} groups of equal size and duration; {fit.sizes} sizes, {low:.2g} to {high:.2g} "
+        f"FLOPs (6 N_active D); N counts {fit.convention.replace('_', ' ')} parameters.",
+        "",
+    ]
+    if fit.surface is not None:
+        lines += [
+            "## Learning rate and batch size",
+            "",
+            f"* learning rate = {_law(fit, 'learning_rate')}",
+            f"* batch size in tokens = {_law(fit, 'batch')}",
+            f"* intervals: 95% of {len(fit.surface_samples)} refits to resampled groups",
+            "",
+        ]
+    if fit.loss_law is not None:
+        law = fit.loss_law
+        n = "N_active" if law.form == "chinchilla" else f"N_active^{1 - law.weight:.2f} N_total^{law.weight:.2f}"
+        exponents = ""
+        if len(fit.loss_samples) >= 20:
+            a, b = (np.percentile([getattr(s, key) for s in fit.loss_samples], [2.5, 97.5]) for key in ("a", "b"))
+            exponents = f" 95%: a [{a[0]:.3f}, {a[1]:.3f}], b [{b[0]:.3f}, {b[1]:.3f}]."
+        lines += [
+            "## Loss",
+            "",
+            f"{law.e:.4f} + {law.big_a:.4f} / (N / 1e9)^{law.a:.3f} + {law.big_b:.4f} / (D / 1e10)^{law.b:.3f}, "
+            f"N = {n}.{exponents}",
+            f"Huber objective {law.objective:.6f}; spread of exponents over starts {law.spread:.1g}; "
+            f"condition {law.condition:.0f}.",
+            "",
+        ]
+    if fit.validation:
+        lines += [
+            "## Held out",
+            "",
+            "| fitted without | groups | compute ratio | excess loss of the recommended run | Step Law's | loss error |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in fit.validation:
+            if "not_possible" in row:
+                lines.append(f"| {row['held_out']} | {row['groups']} | not possible: {row['not_possible']} | | | |")
+                continue
+            excess = "".join(
+                f" {row[key]:.3%} |" if key in row else " |" for key in ("excess", "excess_step_law", "loss_error")
+            )
+            lines.append(f"| {row['held_out']} | {row['groups']} | {row['compute_ratio']:.1f} |{excess}")
+        lines.append("")
+    if fit.warnings:
+        lines += ["## Notes", "", *(f"* {note}" for note in fit.warnings), ""]
+    lines += [f"![{name}]({name})" for name in pictures]
+    return "\n".join(lines) + "\n"
+
+
+def write_report(fit: Fit, folder: Path, pictures: list[str]) -> Path:
+    """Write report.md beside the fit."""
+    path = folder / PAGE
+    partial = folder / f"{PAGE}.partial"
+    partial.write_text(report_text(fit, pictures), encoding="utf-8")
+    os.replace(partial, path)
+    return path

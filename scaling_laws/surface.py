@@ -1,0 +1,213 @@
+"""Optimal learning rate and batch size: one response surface shared by all groups of runs, and Step Law as baseline.
+
+For runs of group g (equal N_total, N_active, D), with u = log lr - log lr* and v = log B - log B* (B in tokens),
+
+    log L = level_g + |C (u, v)|^2 + c1 u^3 + c2 u^2 v + c3 u v^2 + c4 v^3
+    log lr* = a0 + a1 log N_total + a2 log D + a3 log(N_active / N_total),   log B* likewise
+
+C is lower triangular with positive diagonal, so the quadratic part is positive definite and (lr*, B*) its minimum. Levels
+are free, so the laws are learned from the shape within groups and not from how loss falls between them.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import least_squares
+
+from scaling_laws.errors import InputError
+
+# Around these the logarithms are taken, so that intercepts are values at a familiar size.
+REFERENCE_N, REFERENCE_D = 1e9, 1e10
+# Step Law (arXiv 2503.04715): lr 1.79 N^-0.713 D^0.307, B 0.58 D^0.571 tokens; exponents used where a table cannot tell.
+STEP_LAW_LR, STEP_LAW_B = (1.79, -0.713, 0.307), (0.58, 0.0, 0.571)
+WINDOW = 0.05  # rows within 5% of their group's best: farther out the cubic does not describe the loss
+HUBER = 1e-3  # of log loss, where the soft-L1 cost turns from square to linear
+_SHAPE = 7
+
+
+def group_excess(frame: pd.DataFrame) -> pd.Series:
+    """How far each finished run's loss is above its group's best, relative."""
+    return frame["loss"] / frame.groupby("group")["loss"].transform("min") - 1
+
+
+def _features(n_total: Any, n_active: Any, tokens: Any) -> np.ndarray:
+    n_total, n_active, tokens = (np.atleast_1d(np.asarray(x, dtype=float)) for x in (n_total, n_active, tokens))
+    columns = [
+        np.ones_like(n_total),
+        np.log(n_total / REFERENCE_N),
+        np.log(tokens / REFERENCE_D),
+        np.log(n_active / n_total),
+    ]
+    return np.stack(columns, axis=1)
+
+
+def _published(law: tuple[float, float, float]) -> np.ndarray:
+    scale, by_n, by_d = law
+    return np.array([np.log(scale * REFERENCE_N**by_n * REFERENCE_D**by_d), by_n, by_d, 0.0])
+
+
+def _shape(q: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    first, second = np.exp(q[0]) * u, q[1] * u + np.exp(q[2]) * v
+    return first**2 + second**2 + q[3] * u**3 + q[4] * u**2 * v + q[5] * u * v**2 + q[6] * v**3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surface:
+    """Coefficients of the laws for log lr* and log B* (of 1, log N_total / 1e9, log D / 1e10, log N_active / N_total) and
+    the shape. ``held`` are features that the table could not tell and that kept Step Law's exponents."""
+
+    learning_rate: list[float]
+    batch: list[float]
+    shape: list[float]
+    held: list[str]
+
+    def optimum(self, n_total: Any, n_active: Any, tokens: Any) -> tuple[np.ndarray, np.ndarray]:
+        """(learning rate, batch size in tokens) of least loss."""
+        x = _features(n_total, n_active, tokens)
+        return np.exp(x @ np.array(self.learning_rate)), np.exp(x @ np.array(self.batch))
+
+    def excess(self, n_total: Any, n_active: Any, tokens: Any, learning_rate: Any, batch_tokens: Any) -> np.ndarray:
+        """Loss above the optimum's, relative, of a run with other hyperparameters; not trusted beyond `WINDOW`."""
+        best_rate, best_batch = self.optimum(n_total, n_active, tokens)
+        u, v = np.log(np.asarray(learning_rate) / best_rate), np.log(np.asarray(batch_tokens) / best_batch)
+        return np.expm1(_shape(np.array(self.shape), u, v))
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+FEATURES = ("1", "n_total", "tokens", "sparsity")
+
+
+def _free(frame: pd.DataFrame) -> np.ndarray:
+    """Which features the groups of ``frame`` can tell apart."""
+    groups = frame.groupby("group").first()
+    ratio = (groups["n_active"] / groups["n_total"]).round(3)
+    free = [True, groups["n_total"].nunique() > 1, groups["tokens"].nunique() > 1, ratio.nunique() > 1]
+    x = _features(groups["n_total"], groups["n_active"], groups["tokens"])[:, free]
+    # With one D/N only, N and D move together: D keeps the published exponent.
+    if np.linalg.matrix_rank(x, tol=1e-6 * max(1, len(x)) ** 0.5) < x.shape[1]:
+        free[2] = False
+    return np.array(free)
+
+
+def fit_surface(frame: pd.DataFrame, start: Surface | None = None) -> Surface:
+    """Fit the surface to finished runs within `WINDOW` of their group's best by soft-L1 on log loss, levels profiled out.
+    Diverged runs are censored: the surface must be at least `WINDOW` high there. Raises InputError when there is too
+    little to fit."""
+    finished = frame[~frame["diverged"]]
+    near = finished[group_excess(finished) <= WINDOW]
+    sizes = near.groupby("group").size()
+    near = near[near["group"].isin(sizes[sizes >= 3].index)]
+    if len(near) < 10:
+        raise InputError(
+            f"{len(near)} runs lie within {WINDOW:.0%} of their group's best in groups of 3 or more (a group: equal "
+            "n_total, n_active, tokens); at least 10 are needed to find a learning rate and batch size: run a grid of "
+            "both per group"
+        )
+    blown = frame[frame["diverged"] & frame["group"].isin(near["group"])]
+    free = _free(near)
+    x, x_blown = (_features(f["n_total"], f["n_active"], f["tokens"]) for f in (near, blown))
+    fixed_rate, fixed_batch = np.where(free, 0.0, _published(STEP_LAW_LR)), np.where(free, 0.0, _published(STEP_LAW_B))
+    k = int(free.sum())
+    rate, batch, loss = (np.log(near[c].to_numpy()) for c in ("learning_rate", "batch_tokens", "loss"))
+    blown_rate, blown_batch = (np.log(blown[c].to_numpy()) for c in ("learning_rate", "batch_tokens"))
+    group = pd.factorize(near["group"])[0]
+    count = np.bincount(group)
+
+    def split(p: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        a, b = fixed_rate.copy(), fixed_batch.copy()
+        a[free], b[free] = p[:k], p[k : 2 * k]
+        return a, b, p[2 * k :]
+
+    def residuals(p: np.ndarray) -> np.ndarray:
+        a, b, q = split(p)
+        r = loss - _shape(q, rate - x @ a, batch - x @ b)
+        r = r - (np.bincount(group, r) / count)[group]
+        if not len(blown):
+            return r
+        height = _shape(q, blown_rate - x_blown @ a, blown_batch - x_blown @ b)
+        return np.concatenate([r, np.maximum(0.0, WINDOW - height)])
+
+    if start is not None:
+        p0 = np.concatenate([np.array(start.learning_rate)[free], np.array(start.batch)[free], start.shape])
+    else:
+        best = near.loc[near.groupby("group")["loss"].idxmin()]
+        xb = _features(best["n_total"], best["n_active"], best["tokens"])
+        a0, b0 = _published(STEP_LAW_LR), _published(STEP_LAW_B)
+        # The published slopes through the middle of this table's own best runs.
+        a0[0] += np.median(np.log(best["learning_rate"]) - xb @ a0)
+        b0[0] += np.median(np.log(best["batch_tokens"]) - xb @ b0)
+        p0 = np.concatenate([a0[free], b0[free], [np.log(0.1), 0.0, np.log(0.1)], np.zeros(_SHAPE - 3)])
+    found = least_squares(residuals, p0, loss="soft_l1", f_scale=HUBER)
+    a, b, q = split(found.x)
+    held = [name for name, told in zip(FEATURES, free, strict=True) if not told]
+    return Surface(learning_rate=a.tolist(), batch=b.tolist(), shape=q.tolist(), held=held)
+
+
+def fit_step_law(frame: pd.DataFrame) -> Surface:
+    """The baseline of arXiv 2503.04715: power laws (learning rate in N_total and D, batch in D alone) by least squares in
+    logs, through the runs within 0.25% of their group's best. It has no shape: `excess` of the result means nothing."""
+    finished = frame[~frame["diverged"]]
+    near = finished[group_excess(finished) <= 0.0025]
+    told = _free(near) & np.array([True, True, True, False])
+    x = _features(near["n_total"], near["n_active"], near["tokens"])
+    laws = []
+    for column, published in (("learning_rate", STEP_LAW_LR), ("batch_tokens", STEP_LAW_B)):
+        free = told & (np.array([True, column == "learning_rate", True, True]))
+        law = np.where(free, 0.0, _published(published))
+        y = np.log(near[column].to_numpy()) - x @ law
+        law[free] = np.linalg.lstsq(x[:, free], y, rcond=None)[0]
+        laws.append(law.tolist())
+    held = [name for name, free in zip(FEATURES, told, strict=True) if not free]
+    return Surface(learning_rate=laws[0], batch=laws[1], shape=[0.0] * _SHAPE, held=held)
+
+
+def step_law_as_published() -> Surface:
+    """Step Law with its published coefficients."""
+    return Surface(
+        learning_rate=_published(STEP_LAW_LR).tolist(),
+        batch=_published(STEP_LAW_B).tolist(),
+        shape=[0.0] * _SHAPE,
+        held=["published"],
+    )
+
+
+def profiled_minima(surface: Surface, frame: pd.DataFrame) -> pd.DataFrame:
+    """Each group's loss at its own optimum: the level that the surface gives it, from all runs near its best. One row per
+    group: n_total, n_active, tokens, loss."""
+    finished = frame[~frame["diverged"]]
+    near = finished[group_excess(finished) <= WINDOW]
+    height = surface.excess(
+        near["n_total"], near["n_active"], near["tokens"], near["learning_rate"], near["batch_tokens"]
+    )
+    level = (np.log(near["loss"]) - np.log1p(height)).groupby(near["group"]).median()
+    first = near.groupby("group")[["n_total", "n_active", "tokens"]].first()
+    return first.assign(loss=np.exp(level))
+
+
+def power_law(surface: Surface, which: str) -> dict[str, float]:
+    """{scale, n_total, tokens, sparsity}: the law written as scale * N_total^. * D^. * (N_active / N_total)^."""
+    law = surface.learning_rate if which == "learning_rate" else surface.batch
+    scale = np.exp(law[0] - law[1] * np.log(REFERENCE_N) - law[2] * np.log(REFERENCE_D))
+    return {"scale": float(scale), "n_total": law[1], "tokens": law[2], "sparsity": law[3]}
+
+
+def nearest_run_excess(surface: Surface, frame: pd.DataFrame) -> dict[int, float]:
+    """By group: excess loss over the group's best of the run nearest (in logs) to what ``surface`` recommends."""
+    found = {}
+    for group, runs in frame[~frame["diverged"]].groupby("group"):
+        first = runs.iloc[0]
+        rate, batch = surface.optimum(first["n_total"], first["n_active"], first["tokens"])
+        distance = np.log(runs["learning_rate"] / rate[0]) ** 2 + np.log(runs["batch_tokens"] / batch[0]) ** 2
+        found[int(group)] = float(runs.loc[distance.idxmin(), "loss"] / runs["loss"].min() - 1)
+    return found
+
+
+def mean(values: Iterable[float]) -> float:
+    """Arithmetic mean; NaN of nothing."""
+    found = list(values)
+    return float(np.mean(found)) if found else float("nan")

@@ -1,0 +1,186 @@
+"""`qwen-moe scaling` on synthetic runs with known laws, and on tables that are wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_moe.cli import main
+from tests.scaling_laws.data import best_loss, optimum, synthetic
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def fit_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scaling")
+    runs = synthetic(folder / "runs.csv")
+    assert main(["scaling", "fit", str(runs), "--output", str(folder / "fit"), "--samples", "40"]) == 0
+    return folder / "fit"
+
+
+def recommend(fit_dir: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["scaling", "recommend", str(fit_dir), "--seq-len", "1024", "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_known_laws_are_found_beyond_the_runs(fit_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four times the largest model, ten times the compute."""
+    n, d = 1.6e9, 6.4e10
+    found = recommend(
+        fit_dir, capsys, "--n-total", str(n), "--tokens", str(d), "--data-parallel", "8", "--micro-batch", "2"
+    )
+    rate, batch = optimum(n, d)
+    assert found["learning_rate"] == pytest.approx(rate, rel=0.15)
+    assert found["batch_size_tokens"] == pytest.approx(batch, rel=0.2)
+    assert found["batch_size_sequences"] % 16 == 0
+    assert found["predicted_loss"] == pytest.approx(best_loss(n, d), rel=0.01)
+    assert 0 <= found["predicted_excess_loss"] < 0.003
+    assert found["widest_batch_tokens"] > found["batch_size_tokens"] and not found["past_critical_batch"]
+    assert found["extrapolation"]["n_total"] == pytest.approx(4) and found["extrapolation"]["tokens"] == pytest.approx(
+        4
+    )
+    for key, truth in (("learning_rate", rate), ("batch_size_tokens", batch), ("predicted_loss", best_loss(n, d))):
+        low, high = found["intervals"][key]
+        assert 0.9 * low < truth < 1.1 * high, key
+
+
+def test_a_batch_that_the_cluster_forces_is_flagged(fit_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = recommend(
+        fit_dir, capsys, "--n-total", "2e8", "--tokens", "4e9", "--data-parallel", "4096", "--micro-batch", "4"
+    )
+    assert found["past_critical_batch"] and found["batch_size_sequences"] == 4096 * 4
+    assert any("past the critical size" in note for note in found["warnings"])
+
+
+def test_compute_optimal_sizes(fit_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """N* = ((a A / b B) (C/6 / 1e19)^b)^(1/(a+b)) in units of 1e9, from setting the derivative to zero."""
+    found = recommend(fit_dir, capsys, "--flops", "1e20")
+    budget = 1e20 / 6 / 1e19
+    expected = 1e9 * ((0.3 * 0.4) / (0.35 * 0.3) * budget**0.35) ** (1 / 0.65)
+    assert found["n_total"] == pytest.approx(expected, rel=0.35)
+    assert found["n_total"] * found["tokens"] * 6 == pytest.approx(1e20)
+    best = found["shapes"][0]
+    assert best["cost_of_half_size"] > 0 and best["cost_of_twice_size"] > 0
+
+
+def test_far_requests_are_refused_unless_accepted(fit_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    far = ["scaling", "recommend", str(fit_dir), "--n-total", "1e12", "--tokens", "1e13", "--seq-len", "4096"]
+    assert main(far) == 2
+    assert "n_total is 2,500 times outside the runs (limit 30)" in capsys.readouterr().err
+    assert main([*far, "--accept-extrapolation"]) == 0
+    assert "note: extrapolation" in capsys.readouterr().out
+
+
+def test_the_page_and_its_pictures(fit_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scaling", "report", str(fit_dir)]) == 0
+    page = (fit_dir / "report.md").read_text()
+    assert "learning rate = " in page and "largest N" in page and "largest compute" in page
+    for name in ("surface.png", "loss.png", "held_out.png"):
+        assert (fit_dir / name).read_bytes().startswith(b"\x89PNG") and name in page
+
+
+def test_diverged_runs_push_the_optimum_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Censored: they have no loss, but the surface must be high where they were."""
+    import pandas as pd
+
+    from scaling_laws.runs import read_runs
+    from scaling_laws.surface import WINDOW, fit_surface
+
+    frame = pd.read_csv(synthetic(tmp_path / "runs.csv"))
+    edge = frame.groupby(["n_total", "tokens"])["learning_rate"].transform("median")
+    kept = frame[frame["learning_rate"] <= edge].assign(diverged=False)  # the grid ends before the optimum is passed
+    blown = frame[frame["learning_rate"] > 2.5 * edge].assign(diverged=True, loss=float("nan"))
+    kept.to_csv(tmp_path / "kept.csv", index=False)
+    pd.concat([kept, blown]).to_csv(tmp_path / "all.csv", index=False)
+    without, with_them = (fit_surface(read_runs([tmp_path / f"{name}.csv"]).frame) for name in ("kept", "all"))
+    n, d, rate = blown[["n_total", "tokens", "learning_rate"]].to_numpy().T
+    batch = (blown["batch_size"] * blown["seq_len"]).to_numpy()
+    assert (with_them.excess(n, n, d, rate, batch) >= 0.9 * WINDOW).mean() > 0.9
+    assert (with_them.excess(n, n, d, rate, batch)).min() > (without.excess(n, n, d, rate, batch)).min()
+
+
+GOOD = {
+    "n_total": "1e8",
+    "tokens": "2e9",
+    "seq_len": "1024",
+    "learning_rate": "1e-3",
+    "batch_size": "64",
+    "loss": "3.1",
+}
+
+
+def table(path: Path, rows: list[dict[str, str]]) -> Path:
+    columns = list(rows[0])
+    path.write_text("\n".join([",".join(columns), *(",".join(row[c] for c in columns) for row in rows)]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{k: v for k, v in GOOD.items() if k != "tokens"}], "has no column tokens"),
+        ([GOOD, GOOD | {"loss": "-1"}, GOOD | {"loss": "nan"}], "runs.csv:3: loss is '-1', expected a positive number"),
+        ([GOOD, GOOD | {"loss": "nan"}], "set diverged to true"),
+        ([GOOD | {"n_total": "many"}], "runs.csv:2: n_total is 'many'"),
+        ([GOOD | {"n_active": "2e8"}], "n_active 2e+08 is larger than n_total 1e+08"),
+        ([GOOD | {"diverged": "true", "loss": ""}], "every run diverged"),
+        ([GOOD], "0 runs lie within 5%"),
+        ([GOOD | {"n_convention": "non_vocabulary"}, GOOD | {"n_convention": "with_vocabulary"}], "the same one of"),
+        ([GOOD | {"n_convention": "embeddings"}], "n_convention is embeddings"),
+    ],
+)
+def test_bad_tables(
+    rows: list[dict[str, str]], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = table(tmp_path / "runs.csv", rows)
+    assert main(["scaling", "fit", str(path), "--output", str(tmp_path / "fit")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "fit").exists()
+
+
+def test_suspicious_units_and_repeated_rows_are_told(tmp_path: Path) -> None:
+    from scaling_laws.runs import read_runs
+
+    rows = [GOOD | {"n_total": "100", "learning_rate": f"{rate}e-4"} for rate in range(1, 9)]
+    notes = read_runs([table(tmp_path / "runs.csv", [*rows, rows[0]])]).warnings
+    assert any("is it in millions or billions" in note for note in notes)
+    assert any("1 rows repeat another" in note and "runs.csv:10" in note for note in notes)
+
+
+def test_jsonl_is_read_too(tmp_path: Path) -> None:
+    from scaling_laws.runs import read_runs
+
+    path = tmp_path / "runs.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n\n" + json.dumps(GOOD | {"loss": 3.2, "num_experts": 8, "top_k": 2}) + "\n")
+    frame = read_runs([path]).frame
+    assert frame["loss"].tolist() == [3.1, 3.2] and frame["batch_tokens"].tolist() == [65536, 65536]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recommend", "nowhere", "--seq-len", "1024", "--flops", "1e20"], "does not exist: run `qwen-moe scaling fit"),
+        (["fit", "nowhere.csv", "--output", "x"], "nowhere.csv does not exist"),
+        (["fit", "nowhere.csv", "--output", "x", "--samples", "-3"], "--samples -3"),
+        (["recommend", "x", "--seq-len", "1024", "--flops", "1e20", "--n-total", "1e9"], "not both"),
+        (["recommend", "x", "--seq-len", "1024", "--n-total", "-1", "--tokens", "1e9"], "--n-total -1.0"),
+    ],
+)
+def test_bad_requests(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scaling", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_is_quick_and_without_torch() -> None:
+    script = (
+        "import sys; from qwen_moe.cli import build_parser\n"
+        "try: build_parser().parse_args(['scaling', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'numpy', 'scipy', 'pandas', 'matplotlib') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.splitlines()[-1] == "[]"
