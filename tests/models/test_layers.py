@@ -248,3 +248,19 @@ def test_initial_values_depend_on_seed_and_name_alone() -> None:
     assert (
         drawn.std().item() == pytest.approx(0.02, rel=0.01) and abs(drawn.mean().item()) < 0.02 / math.sqrt(200_000) * 4
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "width"), [(0, 16), (7, 4), (7, 3), (9, 16)])
+def test_grouped_mm_of_shapes_that_its_kernel_refuses(rows: int, width: int, dtype: torch.dtype) -> None:
+    """No rows at all (a rank whose experts nobody chose), and rows that are not a multiple of 16 bytes."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.tensor([0, rows // 2, 0, rows - rows // 2])
+    x = torch.randn(rows, width, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(4, 8, width, generator=generator).to(dtype).requires_grad_()
+    y = grouped_mm(x, weight, counts)
+    expected = torch.cat([part @ weight[e].T for e, part in enumerate(x.split(counts.tolist()))])
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+    y.backward(torch.ones_like(y))
+    assert weight.grad is not None and torch.isfinite(weight.grad).all()
+    assert float(weight.grad[0].abs().sum()) == float(weight.grad[2].abs().sum()) == 0

@@ -127,3 +127,12 @@ def test_bias_update_and_violation() -> None:
     update_expert_bias(biases, counts, 0.5)
     assert biases[0].tolist() == [-0.5, 0.5, 0.0] and biases[1].tolist() == [1.0, 1.0, 1.0]
     assert maximum_violation(counts) == [1.0, 0.0]
+
+
+def test_the_bias_sees_differences_that_half_precision_does_not() -> None:
+    """Counts kept in bfloat16 are the same from 256 on; a trainer that did so never moved these biases."""
+    counts = torch.tensor([[100_001, 100_000, 99_999]])
+    bias = [torch.zeros(3)]
+    update_expert_bias(bias, counts, 0.5)
+    assert counts.bfloat16().unique().numel() == 1
+    assert bias[0].tolist() == [-0.5, 0.0, 0.5]
