@@ -17,7 +17,7 @@ VERBS = (
     "qwen_moe.data.command",
     "qwen_moe.checkpoint.convert_cli",
     "qwen_moe.generate",
-    "scaling_laws.cli",
+    "qwen_moe.scaling",
 )
 
 

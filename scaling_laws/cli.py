@@ -10,7 +10,10 @@ from typing import Any
 RUNS = "runs.csv"
 
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def register(
+    subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> "argparse._SubParsersAction[argparse.ArgumentParser]":
+    """Add `scaling` and its verbs; returns where further verbs of it can be added."""
     scaling = subparsers.add_parser("scaling", help="choose learning rate, batch size and model size from small runs")
     verbs = scaling.add_subparsers(dest="scaling_verb", required=True, metavar="VERB")
     fit = verbs.add_parser("fit", help="fit laws to tables of runs")
@@ -38,6 +41,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     report = verbs.add_parser("report", help="draw the pictures of a fit and write its page")
     report.add_argument("fit", type=Path, metavar="FIT_DIR")
     report.set_defaults(func=_report)
+    return verbs
 
 
 def _progress(steps: Iterable[int]) -> Iterable[int]:

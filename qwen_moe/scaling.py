@@ -1,0 +1,180 @@
+"""`qwen-moe scaling`: the verbs of scaling_laws, and `ladder`, which needs to know how a recipe is made smaller."""
+
+import argparse
+import csv
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from qwen_moe.config import ModelConfig, RunConfig, dump_config, load_config, parse_config
+from qwen_moe.errors import UserError
+from qwen_moe.models.flops import count_parameters
+from scaling_laws.cli import register as register_scaling_laws
+
+TABLE = "ladder.csv"
+DURATIONS = (10.0, 20.0, 40.0, 80.0, 160.0)  # tokens per activated parameter
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    verbs = register_scaling_laws(subparsers)
+    ladder = verbs.add_parser("ladder", help="which small runs to launch next, as recipes")
+    ladder.add_argument(
+        "recipe", type=Path, metavar="RECIPE.yaml", help="of the large run: its model and train_tokens are the target"
+    )
+    ladder.add_argument("overrides", nargs="*", metavar="section.key=value")
+    ladder.add_argument("--flops-budget", type=float, required=True, help="6 N_active D of all small runs together")
+    ladder.add_argument("--output", type=Path, required=True, metavar="LADDER_DIR")
+    ladder.add_argument(
+        "--fit", type=Path, metavar="FIT_DIR", help="a fit of earlier runs to start from (else Step Law)"
+    )
+    ladder.add_argument("--json", action="store_true")
+    ladder.set_defaults(func=run)
+
+
+def smaller_models(model: ModelConfig) -> list[ModelConfig]:
+    """``model`` made narrower and shallower by up to 12 times, at most six sizes, each 1.5 times the next or more: head_dim,
+    number of experts, top-k, query heads per KV head and vocabulary stay, so that sparsity does too."""
+    found: list[tuple[int, ModelConfig]] = []
+    whole = count_parameters(model).non_vocabulary_total
+    for factor in (1.2, 1.4, 1.6, 2, 2.5, 3, 4, 5, 6, 8, 10, 12):
+        group = model.num_attention_heads // model.num_key_value_heads
+        kv_heads = max(1, round(model.num_key_value_heads / factor))
+        hidden = max(16, round(model.hidden_size * kv_heads / model.num_key_value_heads / 16) * 16)
+        layers = max(2, round(model.num_hidden_layers / factor))
+        values = model.model_dump() | {
+            "hidden_size": hidden,
+            "num_attention_heads": group * kv_heads,
+            "num_key_value_heads": kv_heads,
+            "num_hidden_layers": layers,
+            "mlp_only_layers": [layer for layer in model.mlp_only_layers if layer < layers],
+        }
+        for key in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
+            if values[key]:
+                values[key] = max(16, round(values[key] * hidden / model.hidden_size / 16) * 16)
+        if model.is_moe_family and model.decoder_sparse_step > layers:
+            continue
+        small = ModelConfig(**values)
+        size = count_parameters(small).non_vocabulary_total
+        if size < (found[-1][0] if found else whole) / 1.5:
+            found.append((size, small))
+    return [small for _, small in found[-6:]]
+
+
+def _recipe(config: RunConfig, model: ModelConfig, name: str, run: Any, output: Path) -> RunConfig:
+    """The recipe of one small run: the large one's settings with this run's model, duration, learning rate and batch."""
+    values = config.model_dump(mode="json", exclude_none=True)
+    sequence, micro = config.data.sequence_length, config.training.micro_batch_size
+    batch = max(1, round(run.batch_tokens / sequence))
+    micro = max(m for m in range(1, micro + 1) if batch % m == 0)
+    tokens = max(round(run.tokens), batch * sequence)
+    share = tokens / config.training.train_tokens
+    schedule = config.schedule
+    values |= {"run_dir": str(output / "runs" / name), "model": model.model_dump(mode="json"), "sample_prompt": ""}
+    values["training"] |= {"train_tokens": tokens, "global_batch_size": batch, "micro_batch_size": micro}
+    values["optimizer"]["learning_rate"] = run.learning_rate
+    values["schedule"] |= {
+        "warmup_tokens": int(schedule.warmup_tokens * share),
+        "decay_tokens": max(1, int(schedule.decay_tokens * share)) if schedule.decay_tokens else 0,
+        "min_learning_rate": schedule.min_learning_rate * run.learning_rate / config.optimizer.learning_rate,
+    }
+    values["checkpoint"] |= {"export_hf": False, "keep": 1}
+    values["parallel"] = {}
+    return parse_config(values, f"ladder run {name}")
+
+
+def run(args: argparse.Namespace) -> int:
+    from scaling_laws.fitting import load_fit
+    from scaling_laws.ladder import design_ladder
+
+    config = load_config(args.recipe, args.overrides)
+    if not 0 < args.flops_budget < float("inf"):
+        raise UserError(f"--flops-budget {args.flops_budget}: expected a positive number of FLOPs")
+    if args.output.exists() and any(args.output.iterdir()):
+        raise UserError(f"--output {args.output} is not empty: give another folder, so that no recipe is mixed up")
+    models = smaller_models(config.model)
+    if len(models) < 3:
+        raise UserError(
+            f"{args.recipe}: its model can only be made {len(models)} times smaller in steps of 1.5, and a ladder needs 3 "
+            "sizes: give the recipe of a larger model (more layers and KV heads)"
+        )
+    sizes = [(float(c.non_vocabulary_total), float(c.non_vocabulary_activated)) for c in map(count_parameters, models)]
+    large = count_parameters(config.model)
+    target = (
+        float(large.non_vocabulary_total),
+        float(large.non_vocabulary_activated),
+        float(config.training.train_tokens),
+    )
+    prior = load_fit(args.fit).surface if args.fit is not None else None
+    design = design_ladder(target, sizes, DURATIONS, args.flops_budget, prior)
+    rows = []
+    recipes: dict[str, str] = {}
+    for number, small in enumerate(design.runs):
+        name = f"run_{number:03d}"
+        model = models[sizes.index((small.n_total, small.n_active))]
+        recipe = _recipe(config, model, name, small, args.output)
+        recipes[f"{name}.yaml"] = dump_config(recipe)
+        rows.append(
+            {
+                "recipe": f"{name}.yaml",
+                "group": small.group,
+                "n_total": small.n_total,
+                "n_active": small.n_active,
+                "tokens": recipe.training.train_tokens,
+                "seq_len": recipe.data.sequence_length,
+                "learning_rate": small.learning_rate,
+                "batch_size": recipe.training.global_batch_size,
+                "flops": small.flops,
+            }
+        )
+    _write(args.output, recipes, rows)
+    facts = {
+        "runs": len(rows),
+        "groups": design.runs[-1].group + 1,
+        "flops": design.flops,
+        "expected_excess_before": design.excess[0],
+        "expected_excess_after": design.excess[-1],
+        "log_deviation": {"learning_rate": design.deviation[0], "batch_size": design.deviation[1]},
+        "output": str(args.output),
+    }
+    print(json.dumps(facts) if args.json else _text(facts, rows, target))
+    return 0
+
+
+def _write(output: Path, recipes: dict[str, str], rows: list[dict[str, Any]]) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    for name, text in {**recipes, TABLE: table.getvalue()}.items():
+        partial = output / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, output / name)
+
+
+def _text(facts: dict[str, Any], rows: list[dict[str, Any]], target: tuple[float, float, float]) -> str:
+    lines = [
+        f"target: N {target[0]:.3g} ({target[1]:.3g} activated), D {target[2]:.3g} tokens, "
+        f"{6 * target[1] * target[2]:.3g} FLOPs",
+        f"{'size':>10s} {'activated':>10s} {'tokens':>10s} {'runs':>5s} {'FLOPs':>9s}",
+    ]
+    for group in range(facts["groups"]):
+        mine = [row for row in rows if row["group"] == group]
+        first = mine[0]
+        cost = sum(row["flops"] for row in mine)
+        lines.append(
+            f"{first['n_total']:10.3g} {first['n_active']:10.3g} {first['tokens']:10.3g} {len(mine):5d} {cost:9.2g}"
+        )
+    deviation = facts["log_deviation"]
+    lines += [
+        f"{facts['runs']} runs, {facts['flops']:.3g} FLOPs (6 N_active D) in all",
+        f"expected excess loss of the recommendation at the target: {facts['expected_excess_before']:.3%} with the prior "
+        f"alone, {facts['expected_excess_after']:.3%} with these runs",
+        f"(learning rate known to a factor of {2.718281828 ** deviation['learning_rate']:.2f}, batch size to "
+        f"{2.718281828 ** deviation['batch_size']:.2f}, one standard deviation)",
+        f"recipes and {TABLE} in {facts['output']}; run each with `qwen-moe train`, add its final loss to the table, then "
+        "`qwen-moe scaling fit`",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,98 @@
+"""The ladder: within budget, worth its cost, and made of recipes that load; its surface is found again from its runs."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qwen_moe.cli import main
+from qwen_moe.config import load_config
+from qwen_moe.models.flops import count_parameters
+from scaling_laws.ladder import design_ladder
+from scaling_laws.runs import read_runs
+from scaling_laws.surface import fit_surface, step_law_as_published
+from tests.scaling_laws.data import best_loss
+
+DEMO = str(Path(__file__).parents[2] / "recipes" / "demo.yaml")
+SIZES = [(n, n) for n in (1e7, 3e7, 1e8, 3e8)]
+
+
+def test_every_group_helps_and_more_money_helps_more() -> None:
+    target = (1e10, 1e10, 1e12)
+    poor, rich = (design_ladder(target, SIZES, [20, 80], budget) for budget in (1e20, 5e21))
+    for design, budget in ((poor, 1e20), (rich, 5e21)):
+        assert design.flops <= budget
+        assert all(a > b for a, b in zip(design.excess, design.excess[1:]))
+    assert rich.excess[-1] < poor.excess[-1] and rich.excess[0] == poor.excess[0]
+
+
+def test_the_runs_of_a_ladder_give_the_precision_that_it_promises(tmp_path: Path) -> None:
+    """Synthetic losses at the ladder's own points, 40 times, where the published law is the truth: the spread of what is
+    found at the target is the promised one."""
+    target = (4e9, 4e9, 8e10)
+    design = design_ladder(target, SIZES, [20, 80, 160], 3e20)
+    law = step_law_as_published()
+    truth = np.log(np.array([float(x[0]) for x in law.optimum(*target)]))
+    misses = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        rows = []
+        for run in design.runs:
+            rate, batch = (float(x[0]) for x in law.optimum(run.n_total, run.n_active, run.tokens))
+            u, v = np.log(run.learning_rate / rate), np.log(run.batch_tokens / batch)
+            height = 0.0082 * u**2 + (-0.04 * u + 0.082 * v) ** 2
+            loss = best_loss(run.n_total, run.tokens) * np.exp(height + rng.normal(0, 1.5e-3))
+            rows.append((run.n_total, run.tokens, 1, run.learning_rate, run.batch_tokens, loss))
+        path = tmp_path / "runs.csv"
+        columns = ["n_total", "tokens", "seq_len", "learning_rate", "batch_size", "loss"]
+        pd.DataFrame(rows, columns=columns).to_csv(path, index=False)
+        found = fit_surface(read_runs([path]).frame).optimum(*target)
+        misses.append(np.log([float(found[0][0]), float(found[1][0])]) - truth)
+    spread = np.array(misses).std(0)
+    assert spread == pytest.approx(np.array(design.deviation), rel=0.6)
+    assert abs(np.array(misses).mean(0)).max() < 2 * max(design.deviation)
+
+
+def test_recipes_are_written_and_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "ladder"
+    arguments = [
+        "scaling",
+        "ladder",
+        DEMO,
+        "training.train_tokens=1e10",
+        "--flops-budget",
+        "2e16",
+        "--output",
+        str(output),
+    ]
+    assert main([*arguments, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    rows = list(csv.DictReader((output / "ladder.csv").open()))
+    assert facts["runs"] == len(rows) and sum(float(row["flops"]) for row in rows) == pytest.approx(facts["flops"])
+    assert facts["flops"] <= 2e16 and facts["expected_excess_after"] < 0.5 * facts["expected_excess_before"]
+    folders = set()
+    for row in rows:
+        config = load_config(output / row["recipe"])
+        assert float(row["n_total"]) == count_parameters(config.model).non_vocabulary_total
+        assert config.training.global_batch_size == int(row["batch_size"])
+        assert config.optimizer.learning_rate == pytest.approx(float(row["learning_rate"]))
+        assert config.model.num_experts == 16 and config.balance.scope == "global_batch"
+        folders.add(config.run_dir)
+    assert len(folders) == len(rows)
+    assert main(arguments) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_budget_too_small_says_what_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scaling", "ladder", DEMO, "--flops-budget", "1e12", "--output", str(tmp_path / "x")]) == 2
+    error = capsys.readouterr().err
+    assert "at least 3 and 2 are needed" in error and not (tmp_path / "x").exists()
+
+
+def test_the_prior_is_the_published_law() -> None:
+    rate, batch = step_law_as_published().optimum(1e9, 1e9, 1e11)
+    assert float(rate[0]) == pytest.approx(1.79 * 1e9**-0.713 * 1e11**0.307)
+    assert float(batch[0]) == pytest.approx(0.58 * 1e11**0.571)
