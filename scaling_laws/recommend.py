@@ -11,6 +11,7 @@ from scaling_laws.loss_law import compute_optimal
 from scaling_laws.surface import Surface
 
 WIDE = 1e-3  # excess loss that a wide batch may cost
+LEAST_GROUPS = 5  # groups below which resamples are too much alike to tell anything
 MOST_COMPUTE, MOST_OTHER = 1000.0, 30.0  # how far outside the runs a request may lie without being asked twice
 
 
@@ -108,7 +109,10 @@ def recommend(fit: Fit, request: Request) -> dict[str, Any]:
     beyond = _beyond(fit, values)
     warnings = list(fit.warnings) + _refuse(fit, beyond, request.accept_extrapolation)
     samples = fit.surface_samples or [fit.surface]
-    if len(fit.surface_samples) < 20:
+    told = len(fit.surface_samples) >= 20 and fit.groups >= LEAST_GROUPS
+    if fit.groups < LEAST_GROUPS:
+        warnings.append(f"{fit.groups} groups of runs are too few to resample: no intervals")
+    elif not told:
         warnings.append("fewer than 20 resamples: no intervals; fit with --samples 200")
     rate, batch = (float(x[0]) for x in fit.surface.optimum(n_total, n_active, tokens))
     optima = [s.optimum(n_total, n_active, tokens) for s in fit.surface_samples]
@@ -129,7 +133,8 @@ def recommend(fit: Fit, request: Request) -> dict[str, Any]:
     predicted, loss_interval = None, None
     if fit.loss_law is not None:
         predicted = float(fit.loss_law.predict(n_total, n_active, tokens)) * (1 + max(0.0, excess))
-        loss_interval = _interval([float(law.predict(n_total, n_active, tokens)) for law in fit.loss_samples])
+        losses = [float(law.predict(n_total, n_active, tokens)) for law in fit.loss_samples]
+        loss_interval = _interval(losses) if told else None
     result: dict[str, Any] = {
         "n_total": n_total,
         "n_active": n_active,
@@ -143,8 +148,8 @@ def recommend(fit: Fit, request: Request) -> dict[str, Any]:
         "predicted_loss": predicted,
         "predicted_excess_loss": excess,
         "intervals": {
-            "learning_rate": _interval([float(x[0][0]) for x in optima]),
-            "batch_size_tokens": _interval([float(x[1][0]) for x in optima]),
+            "learning_rate": _interval([float(x[0][0]) for x in optima]) if told else None,
+            "batch_size_tokens": _interval([float(x[1][0]) for x in optima]) if told else None,
             "predicted_loss": loss_interval,
         },
         "extrapolation": beyond,

@@ -90,10 +90,10 @@ def _free(frame: pd.DataFrame) -> np.ndarray:
     groups = frame.groupby("group").first()
     ratio = (groups["n_active"] / groups["n_total"]).round(3)
     free = [True, groups["n_total"].nunique() > 1, groups["tokens"].nunique() > 1, ratio.nunique() > 1]
-    x = _features(groups["n_total"], groups["n_active"], groups["tokens"])[:, free]
-    # With one D/N only, N and D move together: D keeps the published exponent.
-    if np.linalg.matrix_rank(x, tol=1e-6 * max(1, len(x)) ** 0.5) < x.shape[1]:
-        free[2] = False
+    if free[1] and free[2]:
+        # With (nearly) one D/N only, N and D move together: D keeps the published exponent.
+        together = np.corrcoef(np.log(groups["n_total"]), np.log(groups["tokens"]))[0, 1]
+        free[2] = bool(abs(together) < 0.99)
     return np.array(free)
 
 
@@ -111,6 +111,13 @@ def fit_surface(frame: pd.DataFrame, start: Surface | None = None) -> Surface:
             "n_total, n_active, tokens); at least 10 are needed to find a learning rate and batch size: run a grid of "
             "both per group"
         )
+    for column, told in (("learning_rate", "learning rates"), ("batch_tokens", "batch sizes (batch_size x seq_len)")):
+        varied = near.groupby("group")[column].nunique() > 1
+        if not varied.any():
+            raise InputError(
+                f"{told} do not vary within any group of runs near its best (a group: equal n_total, n_active, tokens): the "
+                "best one cannot be found; run several of both in some groups"
+            )
     blown = frame[frame["diverged"] & frame["group"].isin(near["group"])]
     free = _free(near)
     x, x_blown = (_features(f["n_total"], f["n_active"], f["tokens"]) for f in (near, blown))

@@ -184,3 +184,31 @@ def test_help_is_quick_and_without_torch() -> None:
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(("column", "message"), [("batch_size", "batch sizes"), ("learning_rate", "learning rates")])
+def test_what_was_not_varied_cannot_be_recommended(
+    column: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import pandas as pd
+
+    frame = pd.read_csv(synthetic(tmp_path / "runs.csv"))
+    frame[column] = frame.groupby(["n_total", "tokens"])[column].transform("median")
+    frame.drop_duplicates().to_csv(tmp_path / "runs.csv", index=False)
+    assert main(["scaling", "fit", str(tmp_path / "runs.csv"), "--output", str(tmp_path / "fit")]) == 2
+    assert f"{message}" in capsys.readouterr().err
+
+
+def test_one_duration_per_parameter_keeps_the_published_exponent(tmp_path: Path) -> None:
+    import pandas as pd
+
+    from scaling_laws.runs import read_runs
+    from scaling_laws.surface import fit_step_law, fit_surface
+
+    frame = pd.read_csv(synthetic(tmp_path / "runs.csv"))
+    frame["tokens"] = 20 * frame["n_total"]
+    frame.to_csv(tmp_path / "runs.csv", index=False)
+    runs = read_runs([tmp_path / "runs.csv"]).frame
+    for law in (fit_surface(runs), fit_step_law(runs)):
+        assert "tokens" in law.held and law.learning_rate[2] == 0.307
+        assert 1e-5 < float(law.optimum(1e9, 1e9, 2e10)[0][0]) < 0.1
