@@ -31,7 +31,13 @@ def register(
     recommend.add_argument(
         "--flops", type=float, help="6 N_active D, instead of sizes: the compute-optimal ones are found"
     )
-    recommend.add_argument("--activated-share", type=float, default=1.0, help="N_active / N_total, with --flops")
+    recommend.add_argument(
+        "--activated-share", type=float, help="N_active / N_total, with --flops (default: the best that the runs cover)"
+    )
+    recommend.add_argument(
+        "--granularity", type=float, help="of the experts, where the runs vary it (default: their median)"
+    )
+    recommend.add_argument("--unique-tokens", type=float, help="where --tokens repeats them")
     recommend.add_argument("--seq-len", type=int, required=True)
     recommend.add_argument("--data-parallel", type=int, default=1)
     recommend.add_argument("--micro-batch", type=int, default=1)
@@ -47,7 +53,7 @@ def register(
 def _progress(steps: Iterable[int]) -> Iterable[int]:
     from tqdm import tqdm
 
-    return tqdm(steps, desc="resample", file=sys.stderr, leave=False)
+    return tqdm(steps, desc="resample", file=sys.stderr, leave=False, mininterval=0.5)
 
 
 def _fit(args: argparse.Namespace) -> int:
@@ -84,6 +90,8 @@ def _recommend(args: argparse.Namespace) -> int:
         "tokens",
         "flops",
         "activated_share",
+        "granularity",
+        "unique_tokens",
         "seq_len",
         "data_parallel",
         "micro_batch",
@@ -91,7 +99,7 @@ def _recommend(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"--{name.replace('_', '-')} {value}: expected a positive number")
-    if args.activated_share > 1:
+    if args.activated_share is not None and args.activated_share > 1:
         raise InputError(f"--activated-share {args.activated_share}: at most 1, N_active / N_total")
     if args.flops is not None and (args.n_total is not None or args.tokens is not None):
         raise InputError("give --flops or sizes (--n-total, --tokens), not both")
@@ -103,6 +111,8 @@ def _recommend(args: argparse.Namespace) -> int:
             tokens=args.tokens,
             flops=args.flops,
             ratio=args.activated_share,
+            granularity=args.granularity,
+            unique_tokens=args.unique_tokens,
             seq_len=args.seq_len,
             data_parallel=args.data_parallel,
             micro_batch=args.micro_batch,
@@ -135,13 +145,18 @@ def _text(found: dict[str, Any]) -> str:
             f"  Step Law, fitted   learning rate {other['learning_rate']:.3e}, "
             f"batch {other['batch_size_tokens']:,.0f} tokens"
         )
+    for name, other in found["published"].items():
+        lines.append(
+            f"  {name + ',':18s} learning rate {other['learning_rate']:.3e}, batch {other['batch_size_tokens']:,.0f} tokens"
+        )
     outside = {name: ratio for name, ratio in found["extrapolation"].items() if ratio > 1.001}
     told = ", ".join(f"{name} {ratio:.3g}x" for name, ratio in outside.items())
     lines.append(f"  extrapolation      {told + ' beyond the runs' if told else 'inside the runs in every quantity'}")
     for row in found.get("shapes", []):
         lines.append(
             f"  {row['activated_share']:7.2%} activated: N {row['n_total']:.3g}, D {row['tokens']:.3g}, "
-            f"loss {row['loss']:.4f}; half the size costs {row['cost_of_half_size']:.2%}, "
+            f"loss {row['loss']:.4f} ({row['cost_of_share']:.2%} above the best share); "
+            f"half the size costs {row['cost_of_half_size']:.2%}, "
             f"twice {row['cost_of_twice_size']:.2%}"
         )
     lines += [f"  note: {warning}" for warning in found["warnings"]]
@@ -150,7 +165,14 @@ def _text(found: dict[str, Any]) -> str:
 
 def _report(args: argparse.Namespace) -> int:
     from scaling_laws.fitting import load_fit
-    from scaling_laws.plots import draw_loss, draw_surface, draw_validation
+    from scaling_laws.plots import (
+        draw_exponents,
+        draw_extrapolation,
+        draw_isoflop,
+        draw_loss,
+        draw_surface,
+        draw_validation,
+    )
     from scaling_laws.report import write_report
     from scaling_laws.runs import read_runs
 
@@ -161,8 +183,13 @@ def _report(args: argparse.Namespace) -> int:
         pictures.append(draw_surface(fit, frame, args.fit / "surface.png"))
     if fit.loss_law is not None:
         pictures.append(draw_loss(fit, frame, args.fit / "loss.png"))
+        pictures.append(draw_isoflop(fit, frame, args.fit / "isoflop.png"))
     if any("loss_error" in row for row in fit.validation):
         pictures.append(draw_validation(fit, args.fit / "held_out.png"))
+    if fit.extrapolation:
+        pictures.append(draw_extrapolation(fit, args.fit / "extrapolation.png"))
+    if len(fit.surface_samples) >= 20 or len(fit.loss_samples) >= 20:
+        pictures.append(draw_exponents(fit, args.fit / "exponents.png"))
     page = write_report(fit, args.fit, [path.name for path in pictures])
     for path in [page, *pictures]:
         print(path)

@@ -8,23 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from scaling_laws.errors import InputError
-from scaling_laws.loss_law import FORMS, LossLaw, fit_loss
+from scaling_laws.forms import FORMS
+from scaling_laws.loss_law import LossLaw
 from scaling_laws.runs import RunTable
-from scaling_laws.surface import (
-    Surface,
-    fit_step_law,
-    fit_surface,
-    mean,
-    nearest_run_excess,
-    profiled_minima,
+from scaling_laws.surface import Surface, fit_step_law, fit_surface
+from scaling_laws.validation import (
+    choose_form,
+    compute_of,
+    count_sizes,
+    hold_outs,
+    law_of,
+    minima,
+    over_extrapolation,
+    summarise,
 )
 
 FIT = "fit.json"
-MINIMA = "groups.csv"
-ALIKE = 1.1  # sizes of models that were meant to be alike differ by a few percent (experts, shared experts)
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
@@ -44,6 +45,8 @@ class Fit:
     loss_law: LossLaw | None
     loss_samples: list[LossLaw]
     validation: list[dict[str, Any]]
+    extrapolation: list[dict[str, float]]
+    granularity: float  # of the median run, 1 where the table has none
     warnings: list[str] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
@@ -73,82 +76,21 @@ def load_fit(folder: Path) -> Fit:
         raise InputError(f"{path} is damaged or of another version ({error}): fit again") from None
 
 
-def _points(surface: Surface | None, frame: pd.DataFrame) -> pd.DataFrame:
-    """What the loss law is fitted to: each group's profiled minimum, or the runs themselves where nothing was tuned."""
-    return profiled_minima(surface, frame) if surface is not None else frame[["n_total", "n_active", "tokens", "loss"]]
-
-
-def _loss(points: pd.DataFrame, form: str, start: LossLaw | None = None) -> LossLaw:
-    n_total, n_active, tokens, loss = (points[c].to_numpy(float) for c in ("n_total", "n_active", "tokens", "loss"))
-    return fit_loss(n_total, n_active, tokens, loss, form=form, start=start)
-
-
-def _sparse(frame: pd.DataFrame) -> bool:
-    return (frame["n_active"] / frame["n_total"]).round(2).nunique() > 1
-
-
-def _forms(frame: pd.DataFrame) -> list[str]:
-    return list(FORMS) if _sparse(frame) else ["chinchilla"]
-
-
-def _sizes(frame: pd.DataFrame) -> int:
-    """Number of sizes, those within `ALIKE` of the next counting as one."""
-    ordered = np.sort(frame["n_total"].unique())
-    return int(1 + (np.diff(np.log(ordered)) > np.log(ALIKE)).sum())
-
-
-def _hold_outs(frame: pd.DataFrame) -> list[tuple[str, pd.Series]]:
-    """(name, rows held out) of every extrapolation that the table allows."""
-    found = []
-    if _sizes(frame) > 2:
-        largest = frame["n_total"].max()
-        found.append((f"largest N ({largest:.3g})", frame["n_total"] > largest / ALIKE))
-    compute = frame["n_active"] * frame["tokens"]
-    groups = np.sort(compute.groupby(frame["group"]).first().to_numpy())
-    if len(groups) >= 5:
-        limit = groups[int(0.8 * len(groups))]
-        found.append((f"largest compute (6ND from {6 * limit:.3g})", compute >= limit))
-    sparsity = (frame["n_active"] / frame["n_total"]).round(2)
-    for value in sorted(sparsity.unique()):
-        if sparsity.nunique() > 1 and value < 1:
-            found.append((f"sparsity {value:.2f}", sparsity == value))
-    return found
-
-
-def _validate(frame: pd.DataFrame, tuned: bool, form: str) -> list[dict[str, Any]]:
-    rows = []
-    for name, out in _hold_outs(frame):
-        inside, outside = frame[~out], frame[out]
-        row: dict[str, Any] = {"held_out": name, "groups": int(outside["group"].nunique())}
-        try:
-            surface = fit_surface(inside) if tuned else None
-            if surface is not None:
-                row["excess"] = mean(nearest_run_excess(surface, outside).values())
-                row["excess_step_law"] = mean(nearest_run_excess(fit_step_law(inside), outside).values())
-            law = _loss(_points(surface, inside), form if form in _forms(inside) else "chinchilla")
-            points = _points(surface, outside)
-            predicted = law.predict(points["n_total"], points["n_active"], points["tokens"])
-            row["loss_error"] = float(np.mean(np.abs(predicted / points["loss"].to_numpy() - 1)))
-            compute_in, compute_out = (f["n_active"] * f["tokens"] for f in (inside, outside))
-            row["compute_ratio"] = float(compute_out.max() / compute_in.max())
-        except InputError as error:
-            row["not_possible"] = str(error)
-        rows.append(row)
-    return rows
-
-
-def _choose_form(frame: pd.DataFrame, surface: Surface | None) -> tuple[str, list[str]]:
-    """The form with the least held-out error over every extrapolation, and a note on the others."""
-    forms = _forms(frame)
-    if len(forms) == 1:
-        return forms[0], []
-    errors = {}
-    for form in forms:
-        found = [row["loss_error"] for row in _validate(frame, surface is not None, form) if "loss_error" in row]
-        errors[form] = mean(found)
-    best = min(errors, key=lambda form: errors[form] if errors[form] == errors[form] else np.inf)
-    note = ", ".join(f"{form} {error:.2%}" for form, error in errors.items())
-    return best, [f"loss law {best} was chosen by held-out error: {note}"]
+def _at_bounds(law: LossLaw) -> list[str]:
+    """Parameters that the runs could not tell: they ended where the search ends."""
+    form = FORMS[law.form]
+    ended = []
+    for name, (low, high) in zip(form.names, form.bounds, strict=True):
+        value = law.values[name]
+        lowest = value < 0.1 if name == "e" else abs(value - low) < 1e-2 * max(abs(low), 1e-3)
+        if lowest or abs(value - high) < 1e-2 * abs(high):
+            ended.append(f"{name} = {value:.3g}")
+    if not ended:
+        return []
+    return [
+        f"the runs cannot tell {', '.join(ended)} of the loss law (at the end of its range): far beyond them its losses are "
+        "uncertain; a wider range of N and D would tell"
+    ]
 
 
 def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress) -> Fit:
@@ -164,28 +106,32 @@ def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress) -
                 if set(surface.held) != {"sparsity"}
                 else "one sparsity only: its effect on learning rate and batch size is taken as none"
             )
-    form, why = _choose_form(frame, surface)
+    finished = table.finished
+    best = minima(surface, finished)
+    parts = hold_outs(frame if surface is not None else finished, surface is not None)
+    form, why = choose_form(best, parts)
     notes += why
     law: LossLaw | None = None
     try:
-        law = _loss(_points(surface, frame), form)
+        law = law_of(best, form)
+        notes += _at_bounds(law)
     except InputError as error:
         if surface is None:
             raise
         notes.append(f"no loss law: {error}")
-    groups = dict(list(frame.groupby("group")))
+    groups = list(frame.groupby("group").indices.values())
     rng = np.random.default_rng(seed)
     surfaces: list[Surface] = []
     laws: list[LossLaw] = []
     for _ in progress(range(samples)):
-        drawn = rng.choice(list(groups), size=len(groups))
+        drawn = [groups[place] for place in rng.choice(len(groups), size=len(groups))]
+        resampled = frame.take(np.concatenate(drawn))
         # A group drawn twice is two groups with free levels of their own.
-        resampled = pd.concat([groups[key].assign(group=place) for place, key in enumerate(drawn)], ignore_index=True)
+        resampled = resampled.assign(group=np.repeat(np.arange(len(drawn)), [len(rows) for rows in drawn]))
         try:
             again = fit_surface(resampled, start=surface) if surface is not None else None
-            points = _points(again, resampled)
             if law is not None:
-                laws.append(_loss(points, form, start=law))
+                laws.append(law_of(minima(again, resampled[~resampled["diverged"]]), form, start=law))
             if again is not None:
                 surfaces.append(again)
         except InputError:
@@ -194,10 +140,9 @@ def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress) -
         notes.append(
             f"only {max(len(surfaces), len(laws))} of {samples} resamples could be fitted: intervals are optimistic"
         )
-    finished = table.finished
     columns = ["n_total", "n_active", "tokens"] + (["learning_rate", "batch_tokens"] if surface is not None else [])
     ranges = {column: [float(finished[column].min()), float(finished[column].max())] for column in columns}
-    compute = 6 * finished["n_active"] * finished["tokens"]
+    compute = compute_of(finished)
     ratio = finished["n_active"] / finished["n_total"]
     ranges |= {
         "compute": [float(compute.min()), float(compute.max())],
@@ -207,7 +152,7 @@ def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress) -
         convention=table.convention,
         runs=len(frame),
         groups=int(frame["group"].nunique()),
-        sizes=_sizes(finished),
+        sizes=count_sizes(finished),
         durations=int((finished["tokens"] / finished["n_total"]).round(1).nunique()),
         ranges=ranges,
         surface=surface,
@@ -215,6 +160,8 @@ def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress) -
         surface_samples=surfaces,
         loss_law=law,
         loss_samples=laws,
-        validation=_validate(frame, surface is not None, form),
+        validation=summarise(parts, form),
+        extrapolation=over_extrapolation(finished, form, surface is not None),
+        granularity=float(finished["granularity"].median()) if "granularity" in finished else 1.0,
         warnings=notes,
     )

@@ -8,7 +8,10 @@ import numpy as np
 import pandas as pd
 
 from scaling_laws.fitting import Fit
-from scaling_laws.surface import WINDOW, group_excess, profiled_minima
+from scaling_laws.forms import FORMS, points_of
+from scaling_laws.loss_law import compute_optimal
+from scaling_laws.surface import STEP_LAW_B, STEP_LAW_LR, WINDOW, group_excess, power_law
+from scaling_laws.validation import compute_of, minima
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,8 +99,8 @@ def draw_loss(fit: Fit, frame: pd.DataFrame, path: Path) -> Path:
     """Predicted against measured loss of every group (or run), and the residuals over compute."""
     assert fit.loss_law is not None
     plt = _pyplot()
-    points = profiled_minima(fit.surface, frame) if fit.surface is not None else frame
-    predicted = fit.loss_law.predict(points["n_total"], points["n_active"], points["tokens"])
+    points = minima(fit.surface, frame)
+    predicted = fit.loss_law.at(points_of(points))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
     colour = np.log10(points["n_total"])
     dots = left.scatter(predicted, points["loss"], c=colour, s=18, cmap="plasma")
@@ -112,8 +115,7 @@ def draw_loss(fit: Fit, frame: pd.DataFrame, path: Path) -> Path:
     right.set_xlabel("compute, 6 N D FLOPs")
     right.set_ylabel("measured over predicted, %")
     figure.colorbar(dots, ax=right, label="log10 of N_total")
-    law = fit.loss_law
-    figure.suptitle(f"{law.form}: E {law.e:.3f}, exponents N {law.a:.3f}, D {law.b:.3f}", fontsize=11)
+    figure.suptitle(f"{fit.loss_law.form}: {fit.loss_law.text}  (N in 1e9, D in 1e10)", fontsize=9)
     figure.tight_layout()
     return _save(figure, path)
 
@@ -122,7 +124,7 @@ def draw_validation(fit: Fit, path: Path) -> Path:
     """Held-out errors: the recommendation's excess loss against Step Law's, and the loss law's error."""
     plt = _pyplot()
     rows = [row for row in fit.validation if "loss_error" in row]
-    names = [f"{row['held_out']}\n({row['compute_ratio']:.1f}x compute)" for row in rows]
+    names = [row["held_out"].replace(" (", "\n(") + f"\n{row['compute_ratio']:.2g}x the compute fitted" for row in rows]
     place = np.arange(len(rows))
     figure, axes = plt.subplots(figsize=(max(6, 2.2 * len(rows)), 3.8))
     bars = [("loss_error", "predicted loss, mean error", "#7f7f7f")]
@@ -141,5 +143,114 @@ def draw_validation(fit: Fit, path: Path) -> Path:
     axes.set_ylabel("%")
     axes.set_title("Fitted without, tried on", fontsize=11)
     axes.legend(fontsize=8)
+    figure.tight_layout()
+    return _save(figure, path)
+
+
+def draw_isoflop(fit: Fit, frame: pd.DataFrame, path: Path) -> Path:
+    """Loss over size at a few budgets, with the least of each; groups of runs of about that budget; and beyond the runs."""
+    assert fit.loss_law is not None
+    plt = _pyplot()
+    low, high = fit.ranges["compute"]
+    ratio = float((frame["n_active"] / frame["n_total"]).median())
+    budgets = [*np.geomspace(max(low, high / 300), high, 4), 10 * high, 100 * high]
+    points = minima(fit.surface, frame)
+    points = points[np.isclose(points["n_active"] / points["n_total"], ratio, rtol=0.1)]
+    compute = compute_of(points)
+    figure, axes = plt.subplots(figsize=(8, 5))
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(budgets)))
+    optima = []
+    for budget, colour in zip(budgets, colours, strict=True):
+        best, _, least = compute_optimal(fit.loss_law, budget, ratio)
+        size = best * np.geomspace(1 / 12, 12, 200)
+        loss = fit.loss_law.predict(size, ratio * size, budget / (6 * ratio * size))
+        shown = loss < least * 1.12
+        style = "-" if budget <= 1.01 * high else "--"
+        axes.plot(
+            size[shown], loss[shown], style, color=colour, linewidth=1.3, label=f"{budget:.1e} FLOPs: N {best:.2g}"
+        )
+        optima.append((best, least))
+        near = (compute > budget / 1.4) & (compute < budget * 1.4)
+        axes.plot(points["n_total"][near], points["loss"][near], "o", color=colour, markersize=4)
+    axes.plot(*zip(*optima, strict=True), "*-", color="#d62728", markersize=11, linewidth=0.8, label="compute-optimal")
+    axes.set_xscale("log")
+    axes.set_xlabel("N_total, parameters" + (f" ({ratio:.0%} activated)" if ratio < 1 else ""))
+    axes.set_ylabel("loss, nats per token")
+    axes.set_title(
+        "Loss over size at equal compute (6 N_active D; dashed: beyond the runs; dots: runs within 1.4x)", fontsize=10
+    )
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.25)
+    figure.tight_layout()
+    return _save(figure, path)
+
+
+def draw_extrapolation(fit: Fit, path: Path) -> Path:
+    """Errors of groups that were left out, over how many times more compute they have than the runs fitted."""
+    plt = _pyplot()
+    kinds = [("loss_error", "error of the predicted loss", "#7f7f7f")]
+    if fit.surface is not None:
+        kinds += [
+            ("excess", "excess loss of the recommended run", "#d62728"),
+            ("excess_step_law", "the same, Step Law fitted", "#1f4e8c"),
+        ]
+    figure, axes = plt.subplots(figsize=(7.5, 4.4))
+    for key, label, colour in kinds:
+        found = sorted((row["ratio"], 100 * row[key]) for row in fit.extrapolation if key in row)
+        if not found:
+            continue
+        ratio, error = (np.array(side) for side in zip(*found, strict=True))
+        axes.scatter(ratio, error, s=12, color=colour, alpha=0.35, linewidths=0)
+        parts = [part for part in np.array_split(np.arange(len(ratio)), min(6, max(1, len(ratio) // 6))) if len(part)]
+        axes.plot(
+            [np.exp(np.log(ratio[part]).mean()) for part in parts],
+            [error[part].mean() for part in parts],
+            "o-",
+            color=colour,
+            label=f"{label} (mean {error.mean():.2f}%)",
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("compute of the group over the most that was fitted")
+    axes.set_ylabel("%")
+    axes.set_title("Fitted to the lesser compute, tried on the greater (lines: means of equal parts)", fontsize=10)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.25)
+    figure.tight_layout()
+    return _save(figure, path)
+
+
+def draw_exponents(fit: Fit, path: Path) -> Path:
+    """Exponents of every refit to resampled groups, the fitted ones, and the published ones of Step Law."""
+    plt = _pyplot()
+    shown: list[tuple[str, list[float], float, float | None]] = []
+    if fit.surface is not None and len(fit.surface_samples) >= 20:
+        published = {"learning_rate": STEP_LAW_LR, "batch": STEP_LAW_B}
+        for which, told in (("learning_rate", "learning rate"), ("batch", "batch size")):
+            for name, place in (("n_total", 1), ("tokens", 2)):
+                values = [power_law(sample, which)[name] for sample in fit.surface_samples]
+                fitted = power_law(fit.surface, which)[name]
+                shown.append((f"{told} ~ {name}^", values, fitted, published[which][place]))
+    if fit.loss_law is not None and len(fit.loss_samples) >= 20:
+        for name in FORMS[fit.loss_law.form].exponents:
+            values = [sample.values[name] for sample in fit.loss_samples]
+            shown.append((f"loss: {name}", values, fit.loss_law.values[name], None))
+    columns = min(4, len(shown))
+    rows = -(-len(shown) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.6 * rows), squeeze=False)
+    for axes, (name, values, fitted, known) in zip(grid.flat, shown, strict=False):
+        low, high = np.percentile(values, [0.5, 99.5])
+        axes.hist(np.clip(values, low, high), bins=30, color="#9ecae1")
+        axes.axvline(fitted, color="#d62728", linewidth=1.5, label=f"fitted {fitted:.3f}")
+        if known is not None:
+            axes.axvline(known, color="#1f4e8c", linestyle="--", linewidth=1.2, label=f"Step Law {known:.3f}")
+        axes.set_title(name, fontsize=9)
+        axes.set_yticks([])
+        axes.tick_params(labelsize=7)
+        axes.legend(fontsize=6)
+    for axes in list(grid.flat)[len(shown) :]:
+        axes.axis("off")
+    figure.suptitle(
+        f"Exponents over {max(len(fit.surface_samples), len(fit.loss_samples))} refits to resampled groups", fontsize=10
+    )
     figure.tight_layout()
     return _save(figure, path)

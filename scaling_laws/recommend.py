@@ -7,8 +7,9 @@ import numpy as np
 
 from scaling_laws.errors import InputError
 from scaling_laws.fitting import Fit
+from scaling_laws.forms import points
 from scaling_laws.loss_law import compute_optimal
-from scaling_laws.surface import Surface
+from scaling_laws.surface import PUBLISHED, Surface
 
 WIDE = 1e-3  # excess loss that a wide batch may cost
 LEAST_GROUPS = 5  # groups below which resamples are too much alike to tell anything
@@ -17,13 +18,16 @@ MOST_COMPUTE, MOST_OTHER = 1000.0, 30.0  # how far outside the runs a request ma
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be launched. ``flops`` = 6 N_active D instead of sizes; ``ratio`` is then N_active / N_total."""
+    """What is to be launched. ``flops`` = 6 N_active D instead of sizes; ``ratio`` is then N_active / N_total, by default
+    the best that the runs cover."""
 
     n_total: float | None = None
     n_active: float | None = None
     tokens: float | None = None
     flops: float | None = None
-    ratio: float = 1.0
+    ratio: float | None = None
+    granularity: float | None = None
+    unique_tokens: float | None = None
     seq_len: int
     data_parallel: int = 1
     micro_batch: int = 1
@@ -89,8 +93,10 @@ def recommend(fit: Fit, request: Request) -> dict[str, Any]:
     if request.flops is not None:
         if fit.loss_law is None:
             raise InputError("--flops needs a loss law, which these runs do not give (too few sizes or durations)")
-        n_total, tokens, _ = compute_optimal(fit.loss_law, request.flops, request.ratio)
-        n_active = n_total * request.ratio
+        shares = _shares(fit) if request.ratio is None else [request.ratio]
+        ratio = min(shares, key=lambda share: compute_optimal(fit.loss_law, request.flops, share)[2])  # type: ignore[arg-type]
+        n_total, tokens, _ = compute_optimal(fit.loss_law, request.flops, ratio)
+        n_active = n_total * ratio
     else:
         if request.n_total is None or request.tokens is None:
             raise InputError("give --n-total and --tokens (and --n-active for MoE), or --flops")
@@ -132,8 +138,10 @@ def recommend(fit: Fit, request: Request) -> dict[str, Any]:
         )
     predicted, loss_interval = None, None
     if fit.loss_law is not None:
-        predicted = float(fit.loss_law.predict(n_total, n_active, tokens)) * (1 + max(0.0, excess))
-        losses = [float(law.predict(n_total, n_active, tokens)) for law in fit.loss_samples]
+        others = {"granularity": request.granularity or fit.granularity, "unique_tokens": request.unique_tokens}
+        where = points(n_total, n_active, tokens, **others)
+        predicted = float(fit.loss_law.at(where)[0]) * (1 + max(0.0, excess))
+        losses = [float(law.at(where)[0]) for law in fit.loss_samples]
         loss_interval = _interval(losses) if told else None
     result: dict[str, Any] = {
         "n_total": n_total,
@@ -158,20 +166,35 @@ def recommend(fit: Fit, request: Request) -> dict[str, Any]:
     if fit.step_law is not None:
         other_rate, other_batch = (float(x[0]) for x in fit.step_law.optimum(n_total, n_active, tokens))
         result["step_law"] = {"learning_rate": other_rate, "batch_size_tokens": other_batch}
+    result["published"] = {}
+    for name, law in PUBLISHED.items():
+        other_rate, other_batch = (float(x[0]) for x in law().optimum(n_total, n_active, tokens))
+        result["published"][name] = {"learning_rate": other_rate, "batch_size_tokens": other_batch}
     if request.flops is not None and fit.loss_law is not None:
-        result["shapes"] = _shapes(fit, request.flops)
+        result["shapes"] = _shapes(fit, request.flops, n_active / n_total)
     return result
 
 
-def _shapes(fit: Fit, flops: float) -> list[dict[str, float]]:
-    """Loss of the compute-optimal model at other shares of activated parameters, and of a model off its optimal size."""
+def _shares(fit: Fit) -> list[float]:
+    """Activated shares that the runs cover, in halves from the largest; one where the law knows nothing of sparsity."""
+    low, high = fit.ranges["sparsity"]
+    if fit.loss_law is None or "N_total" not in fit.loss_law.text:
+        return [high]
+    shares = [high]
+    while shares[-1] / 2 > 1.05 * low:
+        shares.append(shares[-1] / 2)
+    return [*shares, low] if low < shares[-1] / 1.05 else shares
+
+
+def _shapes(fit: Fit, flops: float, wanted: float) -> list[dict[str, float]]:
+    """The compute-optimal model at each share of activated parameters: what its share costs against the best one, and
+    what half and twice its size cost."""
     assert fit.loss_law is not None
-    low = fit.ranges["sparsity"][0]
-    rows = []
-    for ratio in sorted({1.0, *(r for r in (0.5, 0.25, 0.125, 0.0625) if r >= 0.5 * low)}, reverse=True):
-        n_total, tokens, loss = compute_optimal(fit.loss_law, flops, ratio)
-        half = float(fit.loss_law.predict(n_total / 2, n_total * ratio / 2, tokens * 2))
-        twice = float(fit.loss_law.predict(n_total * 2, n_total * ratio * 2, tokens / 2))
+    law, rows = fit.loss_law, []
+    for ratio in sorted({*_shares(fit), wanted}, reverse=True):
+        n_total, tokens, loss = compute_optimal(law, flops, ratio)
+        half = float(law.predict(n_total / 2, n_total * ratio / 2, tokens * 2)[0])
+        twice = float(law.predict(n_total * 2, n_total * ratio * 2, tokens / 2)[0])
         rows.append(
             {
                 "activated_share": ratio,
@@ -183,4 +206,5 @@ def _shapes(fit: Fit, flops: float) -> list[dict[str, float]]:
                 "cost_of_twice_size": twice / loss - 1,
             }
         )
-    return rows
+    best = min(row["loss"] for row in rows)
+    return [row | {"cost_of_share": row["loss"] / best - 1} for row in rows]

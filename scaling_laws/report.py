@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from scaling_laws.fitting import Fit
+from scaling_laws.forms import FORMS
 from scaling_laws.surface import power_law
 
 PAGE = "report.md"
@@ -30,11 +31,11 @@ def _law(fit: Fit, which: str) -> str:
 
 def report_text(fit: Fit, pictures: list[str]) -> str:
     """Markdown."""
-    low, high = fit.ranges["compute"]
+    least, most = fit.ranges["compute"]
     lines = [
         "# Scaling fit",
         "",
-        f"{fit.runs} runs in {fit.groups} groups of equal size and duration; {fit.sizes} sizes, {low:.2g} to {high:.2g} "
+        f"{fit.runs} runs in {fit.groups} groups of equal size and duration; {fit.sizes} sizes, {least:.2g} to {most:.2g} "
         f"FLOPs (6 N_active D); N counts {fit.convention.replace('_', ' ')} parameters.",
         "",
     ]
@@ -49,18 +50,19 @@ def report_text(fit: Fit, pictures: list[str]) -> str:
         ]
     if fit.loss_law is not None:
         law = fit.loss_law
-        n = "N_active" if law.form == "chinchilla" else f"N_active^{1 - law.weight:.2f} N_total^{law.weight:.2f}"
         exponents = ""
         if len(fit.loss_samples) >= 20:
-            a, b = (np.percentile([getattr(s, key) for s in fit.loss_samples], [2.5, 97.5]) for key in ("a", "b"))
-            exponents = f" 95%: a [{a[0]:.3f}, {a[1]:.3f}], b [{b[0]:.3f}, {b[1]:.3f}]."
+            told = []
+            for name in FORMS[law.form].exponents:
+                low, high = np.percentile([sample.values[name] for sample in fit.loss_samples], [2.5, 97.5])
+                told.append(f"{name} [{low:.3f}, {high:.3f}]")
+            exponents = f"95%: {', '.join(told)}. "
         lines += [
             "## Loss",
             "",
-            f"{law.e:.4f} + {law.big_a:.4f} / (N / 1e9)^{law.a:.3f} + {law.big_b:.4f} / (D / 1e10)^{law.b:.3f}, "
-            f"N = {n}.{exponents}",
+            f"{law.form}: {law.text} (N in 1e9, D in 1e10 tokens). {exponents}"
             f"Huber objective {law.objective:.6f}; spread of exponents over starts {law.spread:.1g}; "
-            f"condition {law.condition:.0f}.",
+            f"condition {law.condition:.3g}.",
             "",
         ]
     if fit.validation:
@@ -74,9 +76,8 @@ def report_text(fit: Fit, pictures: list[str]) -> str:
             if "not_possible" in row:
                 lines.append(f"| {row['held_out']} | {row['groups']} | not possible: {row['not_possible']} | | | |")
                 continue
-            excess = "".join(
-                f" {row[key]:.3%} |" if key in row else " |" for key in ("excess", "excess_step_law", "loss_error")
-            )
+            excess = "".join(f" {row[key]:.3%} |" if key in row else " |" for key in ("excess", "excess_step_law"))
+            excess += f" {row['loss_error']:.3%} |" if "loss_error" in row else f" {row['no_loss_error']} |"
             lines.append(f"| {row['held_out']} | {row['groups']} | {row['compute_ratio']:.1f} |{excess}")
         lines.append("")
     if fit.warnings:

@@ -28,13 +28,14 @@ OPTIONAL_POSITIVE = (
 OPTIONAL_NUMBERS = ("shared_hidden", "weight_decay", "warmup_tokens", "seed")
 OPTIONAL_TEXT = ("schedule", "n_convention")
 CONVENTIONS = ("non_vocabulary", "with_vocabulary")
+GROUP = ("n_total", "n_active", "tokens", "num_experts", "top_k", "granularity", "shared_hidden", "unique_tokens")
 SHOWN = 20  # problems in one message
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunTable:
     """Checked runs. ``frame`` has the required columns (n_active = n_total where the table has none), `batch_tokens`,
-    `diverged` and `group`: runs of equal (n_total, n_active, tokens), the unit that is resampled and held out."""
+    `diverged` and `group`: runs of the same model and data (`GROUP`), the unit that is resampled and held out."""
 
     frame: pd.DataFrame
     convention: str
@@ -176,5 +177,5 @@ def _table(frame: pd.DataFrame) -> RunTable:
     frame = frame.reset_index(drop=True)
     if "learning_rate" in frame:
         frame["batch_tokens"] = frame["batch_size"] * frame["seq_len"]
-    frame["group"] = frame.groupby(["n_total", "n_active", "tokens"]).ngroup()
+    frame["group"] = frame.groupby([column for column in GROUP if column in frame], dropna=False).ngroup()
     return RunTable(frame=frame, convention=given.pop(), warnings=warnings)

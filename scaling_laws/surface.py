@@ -23,6 +23,9 @@ from scaling_laws.errors import InputError
 REFERENCE_N, REFERENCE_D = 1e9, 1e10
 # Step Law (arXiv 2503.04715): lr 1.79 N^-0.713 D^0.307, B 0.58 D^0.571 tokens; exponents used where a table cannot tell.
 STEP_LAW_LR, STEP_LAW_B = (1.79, -0.713, 0.307), (0.58, 0.0, 0.571)
+# DeepSeek LLM (arXiv 2401.02954, equation 1): lr 0.3118 C^-0.1250, B 0.2920 C^0.3271 tokens. Its C counts attention too;
+# here it is 6 N D.
+DEEPSEEK_LR, DEEPSEEK_B = (0.3118, -0.1250), (0.2920, 0.3271)
 WINDOW = 0.05  # rows within 5% of their group's best: farther out the cubic does not describe the loss
 HUBER = 1e-3  # of log loss, where the soft-L1 cost turns from square to linear
 _SHAPE = 7
@@ -178,24 +181,37 @@ def fit_step_law(frame: pd.DataFrame) -> Surface:
 
 def step_law_as_published() -> Surface:
     """Step Law with its published coefficients."""
-    return Surface(
-        learning_rate=_published(STEP_LAW_LR).tolist(),
-        batch=_published(STEP_LAW_B).tolist(),
-        shape=[0.0] * _SHAPE,
-        held=["published"],
-    )
+    return _without_shape(_published(STEP_LAW_LR), _published(STEP_LAW_B))
+
+
+def deepseek_law() -> Surface:
+    """DeepSeek LLM's law of compute, with C = 6 N_active D = 6 (N_active / N_total) N_total D."""
+    laws = []
+    for scale, by_c in (DEEPSEEK_LR, DEEPSEEK_B):
+        law = _published((scale * 6**by_c, by_c, by_c))
+        law[3] = by_c
+        laws.append(law)
+    return _without_shape(*laws)
+
+
+def _without_shape(rate: np.ndarray, batch: np.ndarray) -> Surface:
+    return Surface(learning_rate=rate.tolist(), batch=batch.tolist(), shape=[0.0] * _SHAPE, held=["published"])
+
+
+PUBLISHED = {"Step Law, published": step_law_as_published, "DeepSeek LLM": deepseek_law}
 
 
 def profiled_minima(surface: Surface, frame: pd.DataFrame) -> pd.DataFrame:
     """Each group's loss at its own optimum: the level that the surface gives it, from all runs near its best. One row per
-    group: n_total, n_active, tokens, loss."""
+    group: n_total, n_active, tokens, loss, and granularity and unique_tokens where the table has them."""
     finished = frame[~frame["diverged"]]
     near = finished[group_excess(finished) <= WINDOW]
     height = surface.excess(
         near["n_total"], near["n_active"], near["tokens"], near["learning_rate"], near["batch_tokens"]
     )
     level = (np.log(near["loss"]) - np.log1p(height)).groupby(near["group"]).median()
-    first = near.groupby("group")[["n_total", "n_active", "tokens"]].first()
+    kept = [c for c in ("n_total", "n_active", "tokens", "granularity", "unique_tokens") if c in near]
+    first = near.groupby("group")[kept].first()
     return first.assign(loss=np.exp(level))
 
 

@@ -80,7 +80,8 @@ def test_the_page_and_its_pictures(fit_dir: Path, capsys: pytest.CaptureFixture[
     assert main(["scaling", "report", str(fit_dir)]) == 0
     page = (fit_dir / "report.md").read_text()
     assert "learning rate = " in page and "largest N" in page and "largest compute" in page
-    for name in ("surface.png", "loss.png", "held_out.png"):
+    for name in ("surface", "loss", "isoflop", "held_out", "extrapolation", "exponents"):
+        name += ".png"
         assert (fit_dir / name).read_bytes().startswith(b"\x89PNG") and name in page
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from scaling_laws.fitting import fit_table
+from scaling_laws.forms import points_of
 from scaling_laws.loss_law import fit_loss
 from scaling_laws.surface import fit_step_law, fit_surface, mean, nearest_run_excess, power_law
 from tests.scaling_laws.data import public
@@ -16,15 +17,14 @@ def test_chinchilla_as_reanalysed() -> None:
     exponent of D moves to 0.45. Eight starts, under a second."""
     frame = public("chinchilla_runs").frame
     kept = frame.sort_values("loss").iloc[:-5]
-    columns = ("n_total", "n_active", "tokens", "loss")
     begin = time.perf_counter()
-    law = fit_loss(*(kept[c].to_numpy() for c in columns))
+    law = fit_loss(points_of(kept), kept["loss"].to_numpy())
     assert time.perf_counter() - begin < 5 and law.starts <= 8  # under a second on a quiet machine
     assert law.objective == pytest.approx(0.001018, abs=2e-6)
-    assert (law.e, law.a, law.b) == pytest.approx((1.817, 0.347, 0.367), abs=0.002)
+    assert [law.values[name] for name in ("e", "a", "b")] == pytest.approx([1.817, 0.347, 0.367], abs=0.002)
     assert law.spread < 1e-3
-    everything = fit_loss(*(frame[c].to_numpy() for c in columns))
-    assert everything.b == pytest.approx(0.45, abs=0.01)
+    everything = fit_loss(points_of(frame), frame["loss"].to_numpy())
+    assert everything.values["b"] == pytest.approx(0.45, abs=0.01)
 
 
 def test_step_law_baseline() -> None:
@@ -68,5 +68,5 @@ def test_a_thousand_resamples_of_chinchilla() -> None:
     begin = time.perf_counter()
     fit = fit_table(table, samples=1000, seed=0, progress=lambda steps: steps)
     assert len(fit.loss_samples) >= 950 and time.perf_counter() - begin < 120  # 15 s on a quiet machine
-    low, high = np.percentile([law.b for law in fit.loss_samples], [2.5, 97.5])
-    assert fit.loss_law is not None and low < fit.loss_law.b < high
+    low, high = np.percentile([law.values["b"] for law in fit.loss_samples], [2.5, 97.5])
+    assert fit.loss_law is not None and low < fit.loss_law.values["b"] < high

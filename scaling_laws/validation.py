@@ -1,0 +1,180 @@
+"""What a fit is worth where it was not fitted: runs held out by size, compute, sparsity; the loss's form chosen by it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from scaling_laws.errors import InputError
+from scaling_laws.forms import FORMS, points_of
+from scaling_laws.loss_law import LossLaw, fit_loss
+from scaling_laws.surface import Surface, fit_step_law, fit_surface, mean, nearest_run_excess, profiled_minima
+
+ALIKE = 1.1  # sizes of models that were meant to be alike differ by a few percent (experts, shared experts)
+LEAST_GROUPS = 5  # to fit on, where the largest compute is left out
+DEPTHS = (0.5, 0.65, 0.8)  # share of groups fitted: a form is chosen for going far, not only for the next step
+# A form with more parameters must beat a simpler one by this much of its held-out error.
+WORTH = 0.95
+
+
+def minima(surface: Surface | None, frame: pd.DataFrame) -> pd.DataFrame:
+    """What the loss law is fitted to: each group's profiled minimum, or the runs themselves where nothing was tuned."""
+    return profiled_minima(surface, frame) if surface is not None else frame
+
+
+def law_of(found: pd.DataFrame, form: str, start: LossLaw | None = None) -> LossLaw:
+    """`fit_loss` of rows with a loss."""
+    return fit_loss(points_of(found), found["loss"].to_numpy(float), form=form, start=start)
+
+
+def count_sizes(frame: pd.DataFrame) -> int:
+    """Number of sizes, those within `ALIKE` of the next counting as one."""
+    ordered = np.sort(frame["n_total"].unique())
+    return int(1 + (np.diff(np.log(ordered)) > np.log(ALIKE)).sum())
+
+
+def compute_of(frame: pd.DataFrame) -> pd.Series:
+    """6 N_active D."""
+    return 6 * frame["n_active"] * frame["tokens"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldOut:
+    """A part left out, and what the rest says without it: nothing but ``not_possible`` where the rest is too little."""
+
+    name: str
+    groups: int
+    compute_ratio: float
+    inside: pd.DataFrame  # minima
+    outside: pd.DataFrame
+    excess: float | None = None
+    excess_step_law: float | None = None
+    not_possible: str = ""
+
+    def loss_error(self, form: str) -> float:
+        """Mean relative error of the loss predicted for what was left out. Raises InputError."""
+        law = law_of(self.inside, form)
+        return float(np.mean(np.abs(law.at(points_of(self.outside)) / self.outside["loss"].to_numpy() - 1)))
+
+
+def hold_out(frame: pd.DataFrame, out: pd.Series, name: str, tuned: bool) -> HoldOut:
+    inside, outside = frame[~out], frame[out]
+    facts: dict[str, Any] = {
+        "name": name,
+        "groups": int(outside["group"].nunique()),
+        "compute_ratio": float(compute_of(outside).max() / compute_of(inside).max()),
+    }
+    try:
+        surface = fit_surface(inside) if tuned else None
+        if surface is not None:
+            facts["excess"] = mean(nearest_run_excess(surface, outside).values())
+            facts["excess_step_law"] = mean(nearest_run_excess(fit_step_law(inside), outside).values())
+        return HoldOut(**facts, inside=minima(surface, inside), outside=minima(surface, outside))
+    except InputError as error:
+        return HoldOut(**facts, inside=inside, outside=outside, not_possible=str(error))
+
+
+def _parts(frame: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
+    """(name, rows held out) of every extrapolation that the table allows."""
+    if count_sizes(frame) > 2:
+        largest = frame["n_total"].max()
+        yield f"largest N ({largest:.3g})", frame["n_total"] > largest / ALIKE
+    compute = compute_of(frame)
+    groups = np.sort(compute.groupby(frame["group"]).first().to_numpy())
+    for share in DEPTHS:
+        place = int(share * len(groups))
+        if LEAST_GROUPS <= place < len(groups) or (share == DEPTHS[-1] and len(groups) >= LEAST_GROUPS):
+            yield f"{1 - share:.0%} largest compute (6ND from {groups[place]:.3g})", compute >= groups[place]
+    sparsity = (frame["n_active"] / frame["n_total"]).round(2)
+    for value in sorted(sparsity.unique()):
+        if sparsity.nunique() > 1 and value < 1:
+            yield f"sparsity {value:.2f}", sparsity == value
+
+
+def hold_outs(frame: pd.DataFrame, tuned: bool) -> list[HoldOut]:
+    """The largest size, the largest compute and each sparsity, left out one after the other."""
+    return [hold_out(frame, out, name, tuned) for name, out in _parts(frame)]
+
+
+def choose_form(frame: pd.DataFrame, parts: list[HoldOut]) -> tuple[str, list[str]]:
+    """The form of least held-out error, simpler ones first in a tie (`WORTH`), and a note on the others."""
+    table = points_of(frame)
+    forms = [name for name, form in FORMS.items() if not form.untold(table)]
+    errors: dict[str, float] = {}
+    for form in forms:
+        found = []
+        for part in parts:
+            if part.not_possible:
+                continue
+            try:
+                found.append(part.loss_error(form))
+            except InputError:
+                continue  # the rest is too little for this form: it is judged on the other parts
+        if found and len(found) >= 0.5 * sum(not part.not_possible for part in parts):
+            errors[form] = mean(found)
+    if not errors:
+        simple = "effective" if "effective" in forms else "chinchilla"
+        return simple, []
+    best = next(iter(errors))
+    for form in sorted(errors, key=lambda name: len(FORMS[name].names)):
+        if errors[form] < WORTH * errors[best]:
+            best = form
+    note = ", ".join(f"{form} {error:.2%}" for form, error in errors.items())
+    return best, [f"loss law {best} was chosen by held-out error: {note}"] if len(errors) > 1 else []
+
+
+def summarise(parts: list[HoldOut], form: str) -> list[dict[str, Any]]:
+    """Plain rows for the fit's file and report."""
+    rows = []
+    for part in parts:
+        row: dict[str, Any] = {"held_out": part.name, "groups": part.groups, "compute_ratio": part.compute_ratio}
+        if part.excess is not None:
+            row |= {"excess": part.excess, "excess_step_law": part.excess_step_law}
+        if part.not_possible:
+            row["not_possible"] = part.not_possible
+        else:
+            try:
+                row["loss_error"] = part.loss_error(form)
+            except InputError as error:
+                row["no_loss_error"] = str(error)
+        rows.append(row)
+    return rows
+
+
+def over_extrapolation(frame: pd.DataFrame, form: str, tuned: bool) -> list[dict[str, float]]:
+    """Fitted to groups of up to some compute, for a few limits, each larger group: how many times farther it lies, and the
+    errors there (of the predicted loss; excess of the run nearest to the recommendation, and to Step Law's)."""
+    compute = compute_of(frame)
+    groups = np.sort(compute.groupby(frame["group"]).first().to_numpy())
+    found = []
+    for share in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8):
+        place = int(share * len(groups))
+        if place < LEAST_GROUPS or place >= len(groups):
+            continue
+        inside, outside = frame[compute < groups[place]], frame[compute >= groups[place]]
+        if inside.empty:
+            continue
+        try:
+            surface = fit_surface(inside) if tuned else None
+            law = law_of(minima(surface, inside), form)
+        except InputError:
+            continue
+        best = minima(surface, outside)
+        ratio = compute_of(best) / compute_of(inside).max()
+        errors = np.abs(law.at(points_of(best)) / best["loss"].to_numpy() - 1)
+        rows = {
+            index: {"ratio": float(ratio[index]), "loss_error": float(error)}
+            for index, error in zip(best.index, errors, strict=True)
+        }
+        if surface is not None:
+            for key, by_group in (
+                ("excess", nearest_run_excess(surface, outside)),
+                ("excess_step_law", nearest_run_excess(fit_step_law(inside), outside)),
+            ):
+                for group, value in by_group.items():
+                    if group in rows:
+                        rows[group][key] = value
+        found += list(rows.values())
+    return found
