@@ -190,7 +190,8 @@ class Prepare(Section):
 
 
 class DataConfig(Section):
-    """Which tokens are read, in which order. ``split`` is Megatron's train,validation,test weights over documents."""
+    """Which tokens are read, in which order. ``split`` is Megatron's train,validation,test weights over documents.
+    ``order_tokens``: the length of training that the order is drawn for, 0 for the run's own; a branch gives its trunk's."""
 
     prepare: Prepare | None = None
     train: tuple[Dataset, ...] = ()
@@ -199,6 +200,7 @@ class DataConfig(Section):
     sequence_length: PositiveInt
     split: str = "99,1,0"
     seed: NonNegativeInt = 1234
+    order_tokens: NonNegativeInt = 0
     respect_document_boundaries: bool = False
     mask_end_of_document: bool = False
 
@@ -320,13 +322,23 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """``keep`` counts the newest checkpoints that are not deleted; ``load_from`` starts from another run's weights."""
+    """``keep`` counts the newest checkpoints that are not deleted; those of ``keep_steps`` are written and never are.
+    ``load_from`` starts from another run's weights; ``branch_from`` goes on from another run's checkpoint, optimizer, step
+    and data included (a WSD trunk's, to decay from there: the two runs must agree up to that step)."""
 
     interval: PositiveInt = 200
     keep: PositiveInt = 2
+    keep_steps: tuple[PositiveInt, ...] = ()
     asynchronous: bool = False
     load_from: Path | None = None
+    branch_from: Path | None = None
     export_hf: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.load_from is not None and self.branch_from is not None:
+            raise ValueError("checkpoint.load_from and branch_from are both set: a run starts from one of them")
+        return self
 
 
 class LoggingConfig(Section):
@@ -387,6 +399,14 @@ class RunConfig(Section):
                 f"schedule.warmup_tokens {schedule.warmup_tokens} + decay_tokens {schedule.decay_tokens} is more than "
                 f"training.train_tokens {training.train_tokens}"
             )
+        if 0 < self.data.order_tokens < training.train_tokens:
+            raise ValueError(
+                f"data.order_tokens {self.data.order_tokens} is less than training.train_tokens {training.train_tokens}: "
+                "the order would end before the run does"
+            )
+        late = [step for step in self.checkpoint.keep_steps if step > self.train_steps]
+        if late:
+            raise ValueError(f"checkpoint.keep_steps {late} are past the last step, {self.train_steps}")
         if schedule.min_learning_rate > self.optimizer.learning_rate:
             raise ValueError(
                 f"schedule.min_learning_rate {schedule.min_learning_rate} is above optimizer.learning_rate "

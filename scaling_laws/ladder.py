@@ -1,6 +1,8 @@
 """Which small runs to launch: groups of runs that most reduce the expected excess loss of the target, per FLOP.
 
-A candidate group is a size and a duration with a 3 x 3 grid of learning rate and batch around its expected optimum. With
+A group is a size and a duration with a 3 x 3 grid of learning rate and batch around its expected optimum. Where learning
+rates are constant until a decay at the end (WSD), up to three neighbouring durations share one grid: nine trunks run to the
+longest, and the shorter ones branch off and decay, which costs little more than the trunk (arXiv 2404.06395). With
 the surface of `scaling_laws.surface` linearised there, and a level of its own for each group, its runs add information
 about the laws; the covariance of (log lr*, log B*) at the target follows, and from it the expected excess loss
 tr(C^T C Cov). Groups are added greedily while the budget lasts (Bayesian c-optimal design; the prior is Step Law). What
@@ -16,6 +18,8 @@ from scaling_laws.errors import InputError
 from scaling_laws.surface import NOISE, PRIOR, Surface, _features, _shape, step_law_as_published
 
 STEP = 0.8  # between neighbours of the grid, in log
+GRID = np.array([-STEP, 0.0, STEP])
+SHARING = 3  # neighbouring durations that one grid can serve: their optima differ by less than its step
 # Standard deviations of the prior: log lr* and log B* at the reference, exponents of N and D, effect of sparsity; the shape.
 _PRIOR_LAW = (0.7, *PRIOR)
 _PRIOR_SHAPE = (0.5, 0.05, 0.5, 0.005, 0.005, 0.005, 0.005)
@@ -24,9 +28,11 @@ _TYPICAL_SHAPE = (-2.4, -0.04, -2.5, 0.0, 0.0, 0.0, 0.0)  # of the public sweeps
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run to launch; ``group`` numbers the (size, duration) it belongs to."""
+    """One run to launch; ``group`` numbers the (size, duration) it belongs to, ``trunk`` the run (its place in the list)
+    that it branches from where its decay begins, if any. ``flops`` are its own."""
 
     group: int
+    trunk: int | None
     n_total: float
     n_active: float
     tokens: float
@@ -48,11 +54,41 @@ class Design:
         return sum(run.flops for run in self.runs)
 
 
-def _information(prior: Surface, size: tuple[float, float], tokens: float) -> np.ndarray:
-    """Fisher information of one group's grid about (law of lr, law of B, shape), its level profiled out."""
+@dataclass(frozen=True)
+class _Candidate:
+    """A size with a grid that serves ``durations`` (tokens), the longest by trunks of their own."""
+
+    size: tuple[float, float]
+    durations: tuple[float, ...]
+    cost: float
+
+    @property
+    def ratios(self) -> set[float]:
+        return {round(tokens / self.size[1], 3) for tokens in self.durations}
+
+    @property
+    def middle(self) -> float:
+        """The duration that the grid is centred for."""
+        return float(np.exp(np.mean(np.log(self.durations))))
+
+
+def _information(prior: Surface, candidate: _Candidate) -> np.ndarray:
+    """Fisher information of a grid's runs about (law of lr, law of B, shape), the level of each duration profiled out."""
+    size = candidate.size
+    centre = [float(value[0]) for value in prior.optimum(size[0], size[1], candidate.middle)]
+    total = np.zeros((0,))
+    for tokens in candidate.durations:
+        here = [float(value[0]) for value in prior.optimum(size[0], size[1], tokens)]
+        offset = np.log(np.array(centre) / np.array(here))
+        one = _information_of_one(prior, size, tokens, offset)
+        total = one if not total.size else total + one
+    return total
+
+
+def _information_of_one(prior: Surface, size: tuple[float, float], tokens: float, offset: np.ndarray) -> np.ndarray:
     x = _features(size[0], size[1], tokens)[0]
     q = np.array(prior.shape)
-    u, v = (grid.ravel() for grid in np.meshgrid(*[np.array([-STEP, 0.0, STEP])] * 2))
+    u, v = (grid.ravel() + shift for grid, shift in zip(np.meshgrid(*[GRID] * 2), offset, strict=True))
     small = 1e-5
     by_u = (_shape(q, u + small, v) - _shape(q, u - small, v)) / (2 * small)
     by_v = (_shape(q, u, v + small) - _shape(q, u, v - small)) / (2 * small)
@@ -76,18 +112,33 @@ def _expected(information: np.ndarray, prior: Surface, target: np.ndarray) -> tu
     return float(np.trace(root.T @ root @ covariance)), covariance
 
 
-def _completion(candidates: Sequence[tuple[tuple[float, float], float, float]], chosen: Sequence[int]) -> float:
+def _completion(candidates: Sequence[_Candidate], chosen: Sequence[int]) -> float:
     """The least that three sizes and two durations still cost after ``chosen``."""
-    used = {candidates[index][0] for index in chosen}
-    durations = {round(candidates[index][1] / candidates[index][0][1], 3) for index in chosen}
+    used = {candidates[index].size for index in chosen}
+    durations = set().union(*(candidates[index].ratios for index in chosen))
     cheapest: dict[tuple[float, float], float] = {}
-    for size, _, cost in candidates:
-        if size not in used:
-            cheapest[size] = min(cost, cheapest.get(size, np.inf))
+    for candidate in candidates:
+        if candidate.size not in used:
+            cheapest[candidate.size] = min(candidate.cost, cheapest.get(candidate.size, np.inf))
     total = sum(sorted(cheapest.values())[: max(0, 3 - len(used))])
     if len(durations) < 2:
-        total += min((c for size, d, c in candidates if round(d / size[1], 3) not in durations), default=0.0)
+        total += min((c.cost for c in candidates if not c.ratios <= durations and c.size in used), default=0.0)
     return total
+
+
+def _candidates(
+    sizes: Sequence[tuple[float, float]], ratios: Sequence[float], decay_share: float | None
+) -> list[_Candidate]:
+    """Every size with every duration, and with WSD every stretch of up to `SHARING` neighbouring durations."""
+    ordered = sorted(ratios)
+    found = []
+    for size in sizes:
+        for first in range(len(ordered)):
+            for length in range(1, 1 + (1 if decay_share is None else min(SHARING, len(ordered) - first))):
+                durations = tuple(ratio * size[1] for ratio in ordered[first : first + length])
+                tokens = durations[-1] + sum((decay_share or 0.0) * shorter for shorter in durations[:-1])
+                found.append(_Candidate(size, durations, len(GRID) ** 2 * 6 * size[1] * tokens))
+    return found
 
 
 def design_ladder(
@@ -96,20 +147,20 @@ def design_ladder(
     tokens_per_parameter: Sequence[float],
     flops_budget: float,
     prior: Surface | None = None,
+    decay_share: float | None = None,
 ) -> Design:
     """Runs for a recommendation at ``target`` = (n_total, n_active, tokens) within ``flops_budget`` (6 N_active D, summed).
 
-    ``sizes``: (n_total, n_active) that can be built; ``tokens_per_parameter``: durations, of activated parameters. Raises
-    InputError when the budget does not pay for three sizes at two durations.
+    ``sizes``: (n_total, n_active) that can be built; ``tokens_per_parameter``: durations, of activated parameters;
+    ``decay_share``: of a run's tokens, where it is a WSD run that can branch off a longer one. Raises InputError when the
+    budget does not pay for three sizes at two durations.
     """
     known = prior if prior is not None else step_law_as_published()
     if not any(known.shape):
         known = Surface(
             learning_rate=known.learning_rate, batch=known.batch, shape=list(_TYPICAL_SHAPE), held=known.held
         )
-    candidates = [
-        (size, ratio * size[1], 9 * 6 * size[1] * ratio * size[1]) for size in sizes for ratio in tokens_per_parameter
-    ]
+    candidates = _candidates(sizes, tokens_per_parameter, decay_share)
     at_target = _features(*target)[0]
     total = np.diag(1 / np.array([*_PRIOR_LAW, *_PRIOR_LAW, *_PRIOR_SHAPE]) ** 2)
     excess, covariance = _expected(total, known, at_target)
@@ -117,58 +168,75 @@ def design_ladder(
     chosen: list[int] = []
     while True:
         scored = []
-        used = {candidates[index][0] for index in chosen}
-        durations = {round(candidates[index][1] / candidates[index][0][1], 3) for index in chosen}
-        for index, (size, tokens, cost) in enumerate(candidates):
-            if index in chosen or cost > left:
+        used = {candidates[index].size for index in chosen}
+        durations = set().union(*(candidates[index].ratios for index in chosen))
+        for index, candidate in enumerate(candidates):
+            same = [i for i in chosen if candidates[i].size == candidate.size]
+            shared = [i for i in same if candidates[i].ratios & candidate.ratios]
+            # A grid may be extended to more durations, which replaces it; otherwise each duration is run once.
+            if len(shared) > 1 or any(not candidates[i].ratios < candidate.ratios for i in shared):
+                continue
+            cost = candidate.cost - sum(candidates[i].cost for i in shared)
+            if cost > left:
                 continue
             # Laws in N and in D need three sizes and two durations before anything else.
-            if len(used) < 3 and size in used:
+            if len(used) < 3 and candidate.size in used:
                 continue
-            if len(used) >= 3 and len(durations) < 2 and round(tokens / size[1], 3) in durations:
+            if len(used) >= 3 and len(durations) < 2 and candidate.ratios <= durations:
                 continue
+            after = [*(i for i in chosen if i not in shared), index]
             # And what is bought first must leave enough for them.
-            if cost + _completion(candidates, [*chosen, index]) > left:
+            if cost + _completion(candidates, after) > left:
                 continue
-            after, _ = _expected(total + _information(known, size, tokens), known, at_target)
-            scored.append(((history[-1] - after) / cost, index))
-        # What a group gains must still be worth noticing: a thousandth of what is left to lose.
-        if len(used) >= 3 and len(durations) >= 2:
-            scored = [(gain, i) for gain, i in scored if gain * candidates[i][2] > 1e-3 * history[-1]]
+            information = total + _information(known, candidate)
+            information = information - sum((_information(known, candidates[i]) for i in shared), np.zeros_like(total))
+            value, _ = _expected(information, known, at_target)
+            # What a group gains must still be worth noticing: a thousandth of what is left to lose.
+            gain = history[-1] - value
+            if gain > (1e-3 * history[-1] if len(used) >= 3 and len(durations) >= 2 else 0.0):
+                scored.append((gain / cost, cost, information, after))
         if not scored:
             break
-        _, best = max(scored)
-        size, tokens, cost = candidates[best]
-        total = total + _information(known, size, tokens)
+        _, cost, total, chosen = max(scored, key=lambda one: one[0])
         excess, covariance = _expected(total, known, at_target)
         history.append(excess)
-        chosen.append(best)
         left -= cost
-    used = {candidates[index][0] for index in chosen}
-    durations = {round(candidates[index][1] / candidates[index][0][1], 3) for index in chosen}
+    used = {candidates[index].size for index in chosen}
+    durations = set().union(*(candidates[index].ratios for index in chosen))
     if len(used) < 3 or len(durations) < 2:
-        each = sorted(sizes, key=lambda size: size[1])[:3]
-        least = sum(9 * 6 * size[1] ** 2 * ratio for size in each for ratio in sorted(tokens_per_parameter)[:2])
+        cheapest = min(range(len(candidates)), key=lambda index: candidates[index].cost)
+        least = candidates[cheapest].cost + _completion(candidates, [cheapest])
         raise InputError(
             f"--flops-budget {flops_budget:.3g} pays for {len(used)} sizes at {len(durations)} durations; at least 3 and 2 "
             f"are needed, about {least:.2g} FLOPs for the three smallest: raise it, or begin with a smaller recipe"
         )
-    runs = []
-    for group, index in enumerate(sorted(chosen, key=lambda i: candidates[i][2])):
-        size, tokens, _ = candidates[index]
-        rate, batch = (float(value[0]) for value in known.optimum(size[0], size[1], tokens))
-        for u in (-STEP, 0.0, STEP):
-            for v in (-STEP, 0.0, STEP):
-                runs.append(
-                    Run(
-                        group=group,
-                        n_total=size[0],
-                        n_active=size[1],
-                        tokens=tokens,
-                        learning_rate=rate * float(np.exp(u)),
-                        batch_tokens=batch * float(np.exp(v)),
-                        flops=6 * size[1] * tokens,
-                    )
-                )
+    runs: list[Run] = []
+    group = 0
+    for candidate in sorted((candidates[index] for index in chosen), key=lambda c: c.cost):
+        runs += _runs_of(candidate, known, group, len(runs), decay_share or 0.0)
+        group += len(candidate.durations)
     deviation = np.sqrt(np.diag(covariance))
     return Design(runs=runs, excess=history, deviation=(float(deviation[0]), float(deviation[1])))
+
+
+def _runs_of(candidate: _Candidate, law: Surface, group: int, place: int, decay_share: float) -> list[Run]:
+    """Trunks first, at the longest duration, then the branches of each shorter one."""
+    n_total, n_active = candidate.size
+    rate, batch = (float(value[0]) for value in law.optimum(n_total, n_active, candidate.middle))
+    found = []
+    for turn, tokens in enumerate(reversed(candidate.durations)):
+        trained = tokens if turn == 0 else decay_share * tokens
+        for number, (u, v) in enumerate((u, v) for u in GRID for v in GRID):
+            found.append(
+                Run(
+                    group=group + turn,
+                    trunk=None if turn == 0 else place + number,
+                    n_total=n_total,
+                    n_active=n_active,
+                    tokens=tokens,
+                    learning_rate=rate * float(np.exp(u)),
+                    batch_tokens=batch * float(np.exp(v)),
+                    flops=6 * n_active * trained,
+                )
+            )
+    return found

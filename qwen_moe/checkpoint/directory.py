@@ -112,10 +112,12 @@ def list_checkpoints(root: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def remove_old(root: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints, and what an interrupted write left. A deletion that is itself
-    interrupted leaves a `.partial`, never a damaged checkpoint."""
+def remove_old(root: Path, keep: int, keep_steps: Iterable[int] = ()) -> None:
+    """Delete all but the newest ``keep`` checkpoints and those of ``keep_steps``, and what an interrupted write left. A
+    deletion that is itself interrupted leaves a `.partial`, never a damaged checkpoint."""
+    kept = {step_directory(root, step) for step in keep_steps}
     for path in list_checkpoints(root)[:-keep]:
-        os.replace(path, partial_path(path))
+        if path not in kept:
+            os.replace(path, partial_path(path))
     for path in root.glob("step_*.partial"):
         shutil.rmtree(path)

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from parallel.data import local
 from qwen_moe.checkpoint.directory import (
+    MANIFEST,
     CheckpointDamaged,
     commit,
     file_entry,
@@ -127,12 +128,13 @@ class CheckpointWriter:
         root: Path,
         *,
         keep: int,
+        keep_steps: tuple[int, ...] = (),
         asynchronous: bool,
         config: ModelConfig,
         compute_dtype: str,
         hf_files: Path | None = None,
     ) -> None:
-        self.root, self.keep, self.asynchronous = root, keep, asynchronous
+        self.root, self.keep, self.keep_steps, self.asynchronous = root, keep, keep_steps, asynchronous
         self.config, self.compute_dtype, self.hf_files = config, compute_dtype, hf_files
         self.group = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
@@ -201,7 +203,7 @@ class CheckpointWriter:
         if agreed[0]:
             raise UserError(f"checkpoint of step {state.step} could not be written: {agreed[0][0]}")
         if rank == 0:
-            remove_old(self.root, self.keep)
+            remove_old(self.root, self.keep, self.keep_steps)
         dist.barrier(self.group)
 
     def _commit(self, path: Path, gathered: list[dict[str, Any]], state: TrainState) -> None:
@@ -264,6 +266,13 @@ def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
             return path, problems
         problems.append(problem)
     return None, problems
+
+
+def valid_one(path: Path) -> str | None:
+    """What is wrong with the checkpoint ``path``, or nothing. All ranks call."""
+    found = [str(path) if (path / MANIFEST).is_file() else None]
+    dist.broadcast_object_list(found, src=0)
+    return _verified(path) if found[0] else "it is not there, or not a whole checkpoint"
 
 
 def load_weights(path: Path, model: ParallelModel, config: ModelConfig) -> None:

@@ -18,7 +18,7 @@ def check_disk_space(config: RunConfig, root: Path) -> None:
     """Raise UserError unless the checkpoints still to be kept, and the one being written, fit on the disk of ``root``."""
     root.mkdir(parents=True, exist_ok=True)
     each = checkpoint_bytes(config)
-    missing = max(1, config.checkpoint.keep + 1 - len(list_checkpoints(root)))
+    missing = max(1, config.checkpoint.keep + len(config.checkpoint.keep_steps) + 1 - len(list_checkpoints(root)))
     free = shutil.disk_usage(root).free
     if free < missing * each:
         raise UserError(

@@ -111,10 +111,11 @@ def open_inputs(config: RunConfig, dp: Axis) -> RunInputs:
         if dist.get_rank() == 0:
             copy_tokenizer(directory, kept)
     training = config.training
+    ordered_steps = -(-max(config.data.order_tokens, training.train_tokens) // config.tokens_per_step)
     batches = TokenBatches(
         config.data,
         train_datasets(config),
-        train_samples=config.train_steps * training.global_batch_size,
+        train_samples=ordered_steps * training.global_batch_size,
         validation_samples=training.validation_sequences,
         vocab_size=config.model.vocab_size,
         end_of_document=end_of_document,

@@ -13,12 +13,13 @@ import torch.distributed as dist
 from launchers.local import INTERRUPTED, PROGRESS
 from parallel.process import ProcessInfo
 from parallel.watch import MismatchError, compare_collectives
-from qwen_moe.checkpoint.distributed import CheckpointWriter, TrainState, load_weights, newest_valid, resume
+from qwen_moe.checkpoint.distributed import CheckpointWriter, TrainState, load_weights, newest_valid, resume, valid_one
 from qwen_moe.checkpoint.preflight import check_disk_space
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.flops import flops_per_token
 from qwen_moe.training.balance import maximum_violation
+from qwen_moe.training.branch import check_branch
 from qwen_moe.training.build import DTYPES, build_model, make_grids
 from qwen_moe.training.inputs import RunInputs, open_inputs
 from qwen_moe.training.layout import run_layout
@@ -69,7 +70,8 @@ def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _restore(config: RunConfig, trainer: Trainer, inputs: RunInputs, say: Any) -> int:
-    """Resume from the newest valid checkpoint of the run, or load `checkpoint.load_from`, or start. Steps done."""
+    """Resume from the newest valid checkpoint of the run, or go on from `checkpoint.branch_from`, or load
+    `checkpoint.load_from`, or start. Steps done."""
     root = config.run_dir / CHECKPOINTS
     path, problems = newest_valid(root)
     for problem in problems:
@@ -82,12 +84,17 @@ def _restore(config: RunConfig, trainer: Trainer, inputs: RunInputs, say: Any) -
                 f"{config.run_dir} holds a run with other settings: {'; '.join(changed)}. Put them back to go on with "
                 "it, or give another run_dir (checkpoint.load_from starts a new run from its weights)"
             )
-        if state.data_fingerprint != inputs.fingerprint:
-            raise UserError(
-                f"{config.run_dir} was trained on other data (fingerprint {state.data_fingerprint}, now "
-                f"{inputs.fingerprint}): put the data section and files back, or give another run_dir"
-            )
+        _check_data(state, inputs, config.run_dir)
         say(f"resumed from {path} (step {state.step} of {config.train_steps})")
+        return state.step
+    if config.checkpoint.branch_from is not None:
+        path = config.checkpoint.branch_from
+        if wrong := valid_one(path):
+            raise UserError(f"checkpoint.branch_from {path}: {wrong}; train the run that it belongs to first")
+        state = resume(path, trainer.model, trainer.optimizer, config.model)
+        check_branch(config, state.settings, state.step, path)
+        _check_data(state, inputs, path)
+        say(f"branched from {path} (step {state.step} of {config.train_steps})")
         return state.step
     if config.checkpoint.load_from is not None:
         from qwen_moe.checkpoint.resolve import resolve_checkpoint
@@ -96,6 +103,15 @@ def _restore(config: RunConfig, trainer: Trainer, inputs: RunInputs, say: Any) -
         load_weights(source, trainer.model, config.model)
         say(f"weights loaded from {source}")
     return 0
+
+
+def _check_data(state: TrainState, inputs: RunInputs, where: Path) -> None:
+    if state.data_fingerprint != inputs.fingerprint:
+        raise UserError(
+            f"{where} was trained on other data, or in another order (fingerprint {state.data_fingerprint}, now "
+            f"{inputs.fingerprint}): put the data section and files back (for a branch, data.order_tokens too), or give "
+            "another run_dir"
+        )
 
 
 class _Clock:
@@ -163,6 +179,7 @@ def train(config: RunConfig, info: ProcessInfo, device: torch.device) -> int:
     writer = CheckpointWriter(
         root,
         keep=config.checkpoint.keep,
+        keep_steps=config.checkpoint.keep_steps,
         asynchronous=config.checkpoint.asynchronous,
         config=config.model,
         compute_dtype=config.precision.compute,
@@ -197,7 +214,7 @@ def train(config: RunConfig, info: ProcessInfo, device: torch.device) -> int:
             loss = trainer.evaluate(inputs.validation_micro_batches())
             recorder.event({"step": done, "validation_loss": loss}, f"step {done}: validation loss {loss:.4f}")
         stopped = stop.agreed() and not last
-        if last or stopped or done % config.checkpoint.interval == 0:
+        if last or stopped or done % config.checkpoint.interval == 0 or done in config.checkpoint.keep_steps:
             writer.save(model, trainer.optimizer, _train_state(config, done, inputs))
             if info.rank == 0:
                 _note_progress(config.run_dir, done)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-METRICS = "metrics.jsonl"
+from qwen_moe.training.records import METRICS, read_lines
 
 
 def measure_matmul_peak(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
@@ -58,21 +58,6 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line cut off by a crash is left out."""
-    if not path.exists():
-        return []
-    records = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number != len(lines) - 1:
-                raise
-    return records
 
 
 class Recorder:

@@ -11,6 +11,7 @@ import pytest
 from qwen_moe.cli import main
 from qwen_moe.config import load_config
 from qwen_moe.models.flops import count_parameters
+from qwen_moe.training.schedule import learning_rate
 from scaling_laws.ladder import design_ladder
 from scaling_laws.runs import read_runs
 from scaling_laws.surface import fit_surface, step_law_as_published
@@ -84,6 +85,28 @@ def test_recipes_are_written_and_load(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(folders) == len(rows)
     assert main(arguments) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_runs_that_share_a_trunk_cost_less_and_name_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The demo decays over its last quarter: shorter runs branch off where their own last quarter begins."""
+    output = tmp_path / "ladder"
+    tokens = ["training.train_tokens=1e10", "schedule.decay_tokens=2.5e9"]
+    assert main(["scaling", "ladder", DEMO, *tokens, "--flops-budget", "2e16", "--output", str(output), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    rows = {row["recipe"]: row for row in csv.DictReader((output / "ladder.csv").open())}
+    branches = [row for row in rows.values() if row["after"]]
+    assert facts["branches"] == len(branches) > 0 and facts["flops"] <= 2.01e16
+    for row in branches:
+        config, trunk = (load_config(output / name) for name in (row["recipe"], row["after"]))
+        assert config.checkpoint.branch_from is not None
+        step = int(config.checkpoint.branch_from.name.removeprefix("step_"))
+        assert config.checkpoint.branch_from.parent == trunk.run_dir / "checkpoints"
+        assert step in trunk.checkpoint.keep_steps and config.data.order_tokens == trunk.training.train_tokens
+        for done in (0, step // 2, step - 1):
+            assert learning_rate(config, done) == pytest.approx(learning_rate(trunk, done), rel=1e-12)
+        assert learning_rate(config, config.train_steps - 1) < 0.3 * config.optimizer.learning_rate
+        assert float(row["flops"]) < 0.35 * 6 * float(row["n_active"]) * float(row["tokens"])
+        assert rows[row["after"]]["after"] == "" and float(rows[row["after"]]["tokens"]) > float(row["tokens"])
 
 
 def test_a_budget_too_small_says_what_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

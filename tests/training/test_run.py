@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from qwen_moe.cli import main
-from qwen_moe.training.metrics import read_lines
+from qwen_moe.training.records import read_lines
 
 STEPS = 12
 

@@ -1,4 +1,4 @@
-"""`qwen-moe scaling`: the verbs of scaling_laws, and `ladder`, which needs to know how a recipe is made smaller."""
+"""`qwen-moe scaling ladder`: the small runs to launch next, as recipes made from the large run's."""
 
 import argparse
 import csv
@@ -11,14 +11,12 @@ from typing import Any
 from qwen_moe.config import ModelConfig, RunConfig, dump_config, load_config, parse_config
 from qwen_moe.errors import UserError
 from qwen_moe.models.flops import count_parameters
-from scaling_laws.cli import register as register_scaling_laws
 
 TABLE = "ladder.csv"
 DURATIONS = (10.0, 20.0, 40.0, 80.0, 160.0)  # tokens per activated parameter
 
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    verbs = register_scaling_laws(subparsers)
+def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     ladder = verbs.add_parser("ladder", help="which small runs to launch next, as recipes")
     ladder.add_argument(
         "recipe", type=Path, metavar="RECIPE.yaml", help="of the large run: its model and train_tokens are the target"
@@ -62,26 +60,81 @@ def smaller_models(model: ModelConfig) -> list[ModelConfig]:
     return [small for _, small in found[-6:]]
 
 
-def _recipe(config: RunConfig, model: ModelConfig, name: str, run: Any, output: Path) -> RunConfig:
-    """The recipe of one small run: the large one's settings with this run's model, duration, learning rate and batch."""
+def _decay_share(config: RunConfig) -> float | None:
+    """Of a run's tokens, where runs of other durations can branch off it."""
+    return config.schedule.decay_tokens / config.training.train_tokens if config.schedule.kind == "wsd" else None
+
+
+def _recipe(config: RunConfig, model: ModelConfig, run: Any, shortest: float) -> dict[str, Any]:
+    """The recipe of one small run: the large one's settings with this run's model, duration, learning rate and batch.
+    ``shortest``: tokens of the shortest run that shares its trunk, which the warm-up must fit."""
     values = config.model_dump(mode="json", exclude_none=True)
     sequence, micro = config.data.sequence_length, config.training.micro_batch_size
     batch = max(1, round(run.batch_tokens / sequence))
     micro = max(m for m in range(1, micro + 1) if batch % m == 0)
     tokens = max(round(run.tokens), batch * sequence)
-    share = tokens / config.training.train_tokens
-    schedule = config.schedule
-    values |= {"run_dir": str(output / "runs" / name), "model": model.model_dump(mode="json"), "sample_prompt": ""}
+    schedule, whole = config.schedule, config.training.train_tokens
+    values |= {"model": model.model_dump(mode="json"), "sample_prompt": ""}
     values["training"] |= {"train_tokens": tokens, "global_batch_size": batch, "micro_batch_size": micro}
     values["optimizer"]["learning_rate"] = run.learning_rate
     values["schedule"] |= {
-        "warmup_tokens": int(schedule.warmup_tokens * share),
-        "decay_tokens": max(1, int(schedule.decay_tokens * share)) if schedule.decay_tokens else 0,
+        "warmup_tokens": int(schedule.warmup_tokens / whole * min(tokens, shortest)),
+        "decay_tokens": max(1, int(schedule.decay_tokens / whole * tokens)) if schedule.decay_tokens else 0,
         "min_learning_rate": schedule.min_learning_rate * run.learning_rate / config.optimizer.learning_rate,
     }
     values["checkpoint"] |= {"export_hf": False, "keep": 1}
     values["parallel"] = {}
-    return parse_config(values, f"ladder run {name}")
+    return values
+
+
+def _write_recipes(
+    config: RunConfig, models: list[ModelConfig], runs: list[Any], output: Path
+) -> tuple[dict[str, str], list]:
+    """(file name -> text, rows of the table)."""
+    names = [f"run_{number:03d}" for number in range(len(runs))]
+    shortest: dict[int, float] = {}
+    for place, run in enumerate(runs):
+        trunk = place if run.trunk is None else run.trunk
+        shortest[trunk] = min(shortest.get(trunk, run.tokens), run.tokens)
+    drafts = []
+    for place, (run, model) in enumerate(zip(runs, models, strict=True)):
+        trunk = place if run.trunk is None else run.trunk
+        drafts.append(_recipe(config, model, run, shortest[trunk]) | {"run_dir": str(output / "runs" / names[place])})
+    branches: dict[int, int] = {}
+    for place, run in enumerate(runs):
+        if run.trunk is None:
+            continue
+        draft, trunk = drafts[place], drafts[run.trunk]
+        per_step = draft["training"]["global_batch_size"] * draft["data"]["sequence_length"]
+        step = (draft["training"]["train_tokens"] - draft["schedule"]["decay_tokens"]) // per_step
+        last = (trunk["training"]["train_tokens"] - trunk["schedule"]["decay_tokens"]) // per_step
+        step = min(step, last)
+        if step < 1:
+            continue  # too short to share anything: it runs from the start
+        branches[place] = step
+        draft["data"]["order_tokens"] = trunk["training"]["train_tokens"]
+        draft["checkpoint"]["branch_from"] = str(Path(trunk["run_dir"]) / "checkpoints" / f"step_{step:08d}")
+        trunk["checkpoint"]["keep_steps"] = sorted({*trunk["checkpoint"].get("keep_steps", ()), step})
+    recipes, rows = {}, []
+    for place, (run, draft) in enumerate(zip(runs, drafts, strict=True)):
+        recipe = parse_config(draft, f"ladder run {names[place]}")
+        recipes[f"{names[place]}.yaml"] = dump_config(recipe)
+        trained = recipe.train_steps - branches.get(place, 0)
+        rows.append(
+            {
+                "recipe": f"{names[place]}.yaml",
+                "after": f"{names[run.trunk]}.yaml" if place in branches else "",
+                "group": run.group,
+                "n_total": run.n_total,
+                "n_active": run.n_active,
+                "tokens": recipe.training.train_tokens,
+                "seq_len": recipe.data.sequence_length,
+                "learning_rate": run.learning_rate,
+                "batch_size": recipe.training.global_batch_size,
+                "flops": 6 * run.n_active * trained * recipe.tokens_per_step,
+            }
+        )
+    return recipes, rows
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,32 +160,15 @@ def run(args: argparse.Namespace) -> int:
         float(config.training.train_tokens),
     )
     prior = load_fit(args.fit).surface if args.fit is not None else None
-    design = design_ladder(target, sizes, DURATIONS, args.flops_budget, prior)
-    rows = []
-    recipes: dict[str, str] = {}
-    for number, small in enumerate(design.runs):
-        name = f"run_{number:03d}"
-        model = models[sizes.index((small.n_total, small.n_active))]
-        recipe = _recipe(config, model, name, small, args.output)
-        recipes[f"{name}.yaml"] = dump_config(recipe)
-        rows.append(
-            {
-                "recipe": f"{name}.yaml",
-                "group": small.group,
-                "n_total": small.n_total,
-                "n_active": small.n_active,
-                "tokens": recipe.training.train_tokens,
-                "seq_len": recipe.data.sequence_length,
-                "learning_rate": small.learning_rate,
-                "batch_size": recipe.training.global_batch_size,
-                "flops": small.flops,
-            }
-        )
+    design = design_ladder(target, sizes, DURATIONS, args.flops_budget, prior, _decay_share(config))
+    chosen = [models[sizes.index((small.n_total, small.n_active))] for small in design.runs]
+    recipes, rows = _write_recipes(config, chosen, design.runs, args.output)
     _write(args.output, recipes, rows)
     facts = {
         "runs": len(rows),
-        "groups": design.runs[-1].group + 1,
-        "flops": design.flops,
+        "groups": len({small.group for small in design.runs}),
+        "flops": sum(row["flops"] for row in rows),
+        "branches": sum(bool(row["after"]) for row in rows),
         "expected_excess_before": design.excess[0],
         "expected_excess_after": design.excess[-1],
         "log_deviation": {"learning_rate": design.deviation[0], "batch_size": design.deviation[1]},
@@ -169,12 +205,14 @@ def _text(facts: dict[str, Any], rows: list[dict[str, Any]], target: tuple[float
         )
     deviation = facts["log_deviation"]
     lines += [
-        f"{facts['runs']} runs, {facts['flops']:.3g} FLOPs (6 N_active D) in all",
+        f"{facts['runs']} runs, {facts['flops']:.3g} FLOPs (6 N_active D) in all"
+        + (f"; {facts['branches']} branch off longer ones where their decay begins" if facts["branches"] else ""),
         f"expected excess loss of the recommendation at the target: {facts['expected_excess_before']:.3%} with the prior "
         f"alone, {facts['expected_excess_after']:.3%} with these runs",
         f"(learning rate known to a factor of {2.718281828 ** deviation['learning_rate']:.2f}, batch size to "
         f"{2.718281828 ** deviation['batch_size']:.2f}, one standard deviation)",
-        f"recipes and {TABLE} in {facts['output']}; run each with `qwen-moe train`, add its final loss to the table, then "
-        "`qwen-moe scaling fit`",
+        f"recipes and {TABLE} in {facts['output']}; run each with `qwen-moe train`"
+        + (", those named in the column `after` first" if facts["branches"] else "")
+        + ", add its final loss to the table, then `qwen-moe scaling fit`",
     ]
     return "\n".join(lines)

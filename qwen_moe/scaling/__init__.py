@@ -1,0 +1,13 @@
+"""`qwen-moe scaling`: the verbs of scaling_laws, and those that need to know what a recipe and a run are."""
+
+import argparse
+
+from qwen_moe.scaling import ladder, predict
+from scaling_laws.cli import register as register_scaling_laws
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `scaling` and all its verbs."""
+    verbs = register_scaling_laws(subparsers)
+    ladder.register(verbs)
+    predict.register(verbs)

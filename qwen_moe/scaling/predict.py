@@ -1,0 +1,123 @@
+"""`qwen-moe scaling predict`: the loss that runs in flight will end with, and which of them are not worth their end."""
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from scaling_laws.curves import Curve
+
+# A run this far above its group's best tells the surface nothing (scaling_laws.surface.WINDOW).
+HOPELESS = 0.05
+
+
+def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    predict = verbs.add_parser("predict", help="the loss that runs in flight will end with, from their curves so far")
+    what = "run_dir, or a CSV with step, learning_rate, loss"
+    predict.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=f"{what}, one row a step to the run's end")
+    predict.add_argument(
+        "--like", nargs="+", type=Path, default=[], metavar="RUN", help="finished runs to learn from; give a few"
+    )
+    predict.add_argument(
+        "--hopeless-above", type=float, metavar="LOSS", help="call runs hopeless that surely end above it"
+    )
+    predict.add_argument("--json", action="store_true")
+    predict.set_defaults(func=run)
+
+
+def open_curve(path: Path) -> tuple["Curve", tuple[Any, ...] | None]:
+    """The curve of a run directory or CSV, and the group it is compared in: (n_total, n_active, tokens), none for a CSV.
+    Raises UserError."""
+    import numpy as np
+
+    from qwen_moe.config import load_config
+    from qwen_moe.models.flops import count_parameters
+    from qwen_moe.training.records import METRICS, read_lines
+    from qwen_moe.training.schedule import learning_rate
+    from scaling_laws.curves import Curve, read_curve
+
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give the run_dir of a run, or a CSV with step, learning_rate, loss")
+    if path.is_file():
+        return read_curve(path), None
+    for name in ("config.yaml", METRICS):
+        if not (path / name).is_file():
+            raise UserError(f"{path} holds no {name}: give the run_dir of a run that has trained some steps")
+    config = load_config(path / "config.yaml")
+    try:
+        records = read_lines(path / METRICS)
+    except ValueError as error:
+        raise UserError(f"{path / METRICS} is damaged ({error})") from None
+    found = {record["step"]: record["loss"] for record in records if "loss" in record}
+    loss = np.full(max(found, default=0), np.nan)
+    for step, value in found.items():
+        loss[step - 1] = value
+    rates = np.array([learning_rate(config, step) for step in range(config.train_steps)])
+    size = count_parameters(config.model)
+    group = (size.non_vocabulary_total, size.non_vocabulary_activated, config.training.train_tokens)
+    return Curve(name=str(path), learning_rate=rates, loss=loss), group
+
+
+def run(args: argparse.Namespace) -> int:
+    from scaling_laws.curves import predict_final_loss
+
+    if args.hopeless_above is not None and not 0 < args.hopeless_above < math.inf:
+        raise UserError(f"--hopeless-above {args.hopeless_above}: expected a loss in nats per token")
+    like = [open_curve(path)[0] for path in args.like]
+    for curve in like:
+        if curve.done < 1:
+            raise UserError(f"--like {curve.name} has done {curve.done:.0%} of its steps: give finished runs")
+    opened = [open_curve(path) for path in args.runs]
+    rows = []
+    for curve, group in opened:
+        found = predict_final_loss(curve, like)
+        rows.append(
+            {
+                "run": curve.name,
+                "done": curve.done,
+                "predicted_loss": found.final,
+                "interval": [found.low, found.high],
+                "by_law": found.by_law,
+                "backtest_error": found.backtest,
+                "group": group,
+            }
+        )
+    _judge(rows, args.hopeless_above)
+    print(json.dumps(rows) if args.json else _text(rows, bool(like)))
+    return 0
+
+
+def _judge(rows: list[dict[str, Any]], limit: float | None) -> None:
+    """Hopeless: surely above ``limit``, or surely more than `HOPELESS` above what a run of its group surely reaches."""
+    best: dict[Any, float] = defaultdict(lambda: math.inf)
+    for row in rows:
+        if row["group"] is not None:
+            best[row["group"]] = min(best[row["group"]], row["interval"][1])
+    for row in rows:
+        reach = best[row.pop("group")]
+        row["hopeless"] = row["interval"][0] > min(reach * (1 + HOPELESS), math.inf if limit is None else limit)
+
+
+def _text(rows: list[dict[str, Any]], learnt: bool) -> str:
+    width = max(len(row["run"]) for row in rows)
+    lines = [f"{'run':{width}s} {'done':>5s} {'final loss':>10s} {'95%':>17s} {'backtest':>9s}"]
+    for row in rows:
+        low, high = row["interval"]
+        tried = f"{row['backtest_error']:+.2%}" if row["backtest_error"] is not None else "too early"
+        verdict = "  hopeless" if row["hopeless"] else ""
+        lines.append(
+            f"{row['run']:{width}s} {row['done']:5.0%} {row['predicted_loss']:10.4f} {low:8.4f} {high:8.4f} "
+            f"{tried:>9s}{verdict}"
+        )
+    lines.append("backtest: the same prediction from two thirds of what is known, against the last of it")
+    if not learnt:
+        lines.append(
+            "what the fall of the learning rate will bring is taken from publications until it is seen: --like FINISHED_RUN "
+            "narrows it"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,43 @@
+"""Going on from another run's checkpoint: a trunk at constant learning rate, and branches that decay from it."""
+
+from pathlib import Path
+from typing import Any
+
+from qwen_moe.config import OptimizerConfig, RunConfig, ScheduleConfig
+from qwen_moe.errors import UserError
+from qwen_moe.training.schedule import learning_rate
+
+
+def check_branch(config: RunConfig, saved: dict[str, Any], step: int, where: Path) -> None:
+    """Raise UserError unless a run with settings ``saved`` did, up to ``step``, what ``config`` would have done: the same
+    batches, the same learning rates; only what comes after may differ."""
+    problems = []
+    if step >= config.train_steps:
+        problems.append(f"it is at step {step:,} and this run ends at {config.train_steps:,}")
+    now = config.model_dump(mode="json")
+    pairs = [("seed", saved["seed"], config.seed)]
+    pairs.append(
+        ("training.global_batch_size", saved["training"]["global_batch_size"], config.training.global_batch_size)
+    )
+    for section in ("optimizer", "balance", "precision"):
+        for key, value in now[section].items():
+            pairs.append((f"{section}.{key}", saved[section].get(key), value))
+    problems += [f"{name} was {before!r}, is now {after!r}" for name, before, after in pairs if before != after]
+    if not problems:
+        trunk = config.model_copy(
+            update={
+                "schedule": ScheduleConfig(**saved["schedule"]),
+                "optimizer": OptimizerConfig(**saved["optimizer"]),
+                "training": config.training.model_copy(update={"train_tokens": saved["training"]["train_tokens"]}),
+            }
+        )
+        for done in range(step):
+            before, after = learning_rate(trunk, done), learning_rate(config, done)
+            if abs(before - after) > 1e-9 * before:
+                problems.append(
+                    f"the learning rate of step {done + 1:,} was {before:.3e}, is now {after:.3e} (a branch may decay only "
+                    "after the step it branches at, and needs the same warm-up)"
+                )
+                break
+    if problems:
+        raise UserError(f"checkpoint.branch_from {where} is of a run that differs: {'; '.join(problems)}")
