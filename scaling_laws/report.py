@@ -7,6 +7,7 @@ import numpy as np
 
 from scaling_laws.fitting import Fit
 from scaling_laws.forms import FORMS
+from scaling_laws.recommend import LEAST_GROUPS
 from scaling_laws.surface import power_law
 
 PAGE = "report.md"
@@ -18,7 +19,7 @@ def _law(fit: Fit, which: str) -> str:
     found = [power_law(sample, which) for sample in fit.surface_samples]
 
     def spread(key: str) -> str:
-        if len(found) < 20:
+        if len(found) < 20 or fit.groups < LEAST_GROUPS:
             return ""
         low, high = np.percentile([sample[key] for sample in found], [2.5, 97.5])
         return f" [{low:.2f}, {high:.2f}]"
@@ -45,13 +46,15 @@ def report_text(fit: Fit, pictures: list[str]) -> str:
             "",
             f"* learning rate = {_law(fit, 'learning_rate')}",
             f"* batch size in tokens = {_law(fit, 'batch')}",
-            f"* intervals: 95% of {len(fit.surface_samples)} refits to resampled groups",
+            f"* intervals: 95% of {len(fit.surface_samples)} refits to resampled groups"
+            if fit.groups >= LEAST_GROUPS
+            else f"* no intervals: {fit.groups} groups are too few to resample",
             "",
         ]
     if fit.loss_law is not None:
         law = fit.loss_law
         exponents = ""
-        if len(fit.loss_samples) >= 20:
+        if len(fit.loss_samples) >= 20 and fit.groups >= LEAST_GROUPS:
             told = []
             for name in FORMS[law.form].exponents:
                 low, high = np.percentile([sample.values[name] for sample in fit.loss_samples], [2.5, 97.5])

@@ -83,9 +83,12 @@ def _parts(frame: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
         yield f"largest N ({largest:.3g})", frame["n_total"] > largest / ALIKE
     compute = compute_of(frame)
     groups = np.sort(compute.groupby(frame["group"]).first().to_numpy())
+    before = None
     for share in DEPTHS:
         place = int(share * len(groups))
-        if LEAST_GROUPS <= place < len(groups) or (share == DEPTHS[-1] and len(groups) >= LEAST_GROUPS):
+        enough = LEAST_GROUPS <= place < len(groups) or (share == DEPTHS[-1] and len(groups) >= LEAST_GROUPS)
+        if enough and groups[place] != before:
+            before = groups[place]
             yield f"{1 - share:.0%} largest compute (6ND from {groups[place]:.3g})", compute >= groups[place]
     sparsity = (frame["n_active"] / frame["n_total"]).round(2)
     for value in sorted(sparsity.unique()):
