@@ -4,20 +4,32 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= recipes/demo.yaml
 
-.PHONY: train test test-slow lint install clean
+.PHONY: train test test-slow lint slurm install clean
 train: install
 	$(BIN)/qwen-moe train $(RECIPE)
 
-test: install lint
+test: install lint slurm
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: install
+test-slow: install slurm
 	$(BIN)/python -m pytest -m slow
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A real Slurm for the tests of launches. They are skipped, saying so, where it is not there and may not be installed.
+SLURM := slurm-wlm munge iproute2
+slurm:
+	@if command -v slurmctld >/dev/null && command -v munged >/dev/null && command -v ip >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing $(SLURM) for the tests of launches"; \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  apt-get install -qq --no-install-recommends $(SLURM) >/dev/null 2>&1 \
+	  || { apt-get update -qq && apt-get install -qq --no-install-recommends $(SLURM) >/dev/null; } \
+	  || echo "could not install $(SLURM): the tests on a Slurm cluster are skipped"; \
+	else echo "no Slurm here (as root, apt-get install $(SLURM)): the tests on a cluster are skipped"; fi
 
 install: $(VENV)/.installed
 

@@ -216,13 +216,19 @@ class DataConfig(Section):
 
 
 class TrainingConfig(Section):
-    """How long, in which batches. Batch sizes count sequences; ``train_tokens`` counts tokens of all ranks."""
+    """How long, in which batches. Batch sizes count sequences; ``train_tokens`` counts tokens of all ranks.
+
+    A step whose loss is NaN or infinite, or (``spike_nats`` > 0) that far above the median of recent ones, is not taken: the
+    run goes back to its newest checkpoint and leaves out the batches since then, at most ``max_skips`` times.
+    """
 
     train_tokens: PositiveInt
     micro_batch_size: PositiveInt
     global_batch_size: PositiveInt
     validation_interval: NonNegativeInt = 200
     validation_sequences: PositiveInt = 64
+    max_skips: NonNegativeInt = 3
+    spike_nats: NonNegativeFloat = 0.0
     recompute: Literal["none", "full"] = "none"
     loss_chunk_tokens: PositiveInt = 1024
 

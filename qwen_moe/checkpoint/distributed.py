@@ -10,7 +10,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,16 @@ HF_FOLDER = "hf"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """What is not a tensor. ``step``: optimizer steps done, which fixes the schedule and the next sample."""
+    """What is not a tensor. ``step``: optimizer steps done, which fixes the schedule and, with ``skips``, the next sample
+    (`qwen_moe.training.rollback.History`, of which ``recent_losses`` are too)."""
 
     step: int
     consumed_samples: int
     consumed_tokens: int
     data_fingerprint: str
     settings: dict[str, Any]
+    skips: list[list[int]] = field(default_factory=list)
+    recent_losses: list[float] = field(default_factory=list)
 
 
 def model_state(model: ParallelModel) -> dict[str, torch.Tensor]:

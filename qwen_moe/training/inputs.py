@@ -74,6 +74,11 @@ class RunInputs:
         return self.batches.fingerprint
 
     @property
+    def ordered_steps(self) -> int:
+        """Optimizer steps that the order of samples is drawn for."""
+        return -(-max(self.config.data.order_tokens, self.config.training.train_tokens) // self.config.tokens_per_step)
+
+    @property
     def has_validation(self) -> bool:
         return self.batches.validation_samples > 0
 

@@ -3,6 +3,7 @@
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launchers.heartbeat import Heartbeat
 from launchers.local import INTERRUPTED, PROGRESS
 from parallel.process import ProcessInfo
 from parallel.watch import MismatchError, compare_collectives
@@ -25,17 +27,18 @@ from qwen_moe.training.inputs import RunInputs, open_inputs
 from qwen_moe.training.layout import run_layout
 from qwen_moe.training.metrics import Recorder, measure_matmul_peak, peak_memory
 from qwen_moe.training.optimizer import build_optimizer
-from qwen_moe.training.step import StepResult, Trainer
+from qwen_moe.training.rollback import History
+from qwen_moe.training.step import BadStep, StepResult, Trainer
 
 CHECKPOINTS = "checkpoints"
 
 
 class StopRequest:
-    """SIGTERM or SIGINT asks for an orderly end; all ranks agree on the step at which it comes."""
+    """SIGTERM, SIGINT or one of ``more`` asks for an orderly end; all ranks agree on the step at which it comes."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, more: Sequence[int] = ()) -> None:
         self._asked = torch.zeros((), dtype=torch.int32, device=device)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, *more):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -69,9 +72,9 @@ def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return found
 
 
-def _restore(config: RunConfig, trainer: Trainer, inputs: RunInputs, say: Any) -> int:
+def _restore(config: RunConfig, trainer: Trainer, inputs: RunInputs, say: Any) -> tuple[int, History]:
     """Resume from the newest valid checkpoint of the run, or go on from `checkpoint.branch_from`, or load
-    `checkpoint.load_from`, or start. Steps done."""
+    `checkpoint.load_from`, or start. Steps done, and what is to be remembered."""
     root = config.run_dir / CHECKPOINTS
     path, problems = newest_valid(root)
     for problem in problems:
@@ -86,7 +89,7 @@ def _restore(config: RunConfig, trainer: Trainer, inputs: RunInputs, say: Any) -
             )
         _check_data(state, inputs, config.run_dir)
         say(f"resumed from {path} (step {state.step} of {config.train_steps})")
-        return state.step
+        return state.step, History.restored(state.skips, state.recent_losses)
     if config.checkpoint.branch_from is not None:
         path = config.checkpoint.branch_from
         if wrong := valid_one(path):
@@ -95,14 +98,34 @@ def _restore(config: RunConfig, trainer: Trainer, inputs: RunInputs, say: Any) -
         check_branch(config, state.settings, state.step, path)
         _check_data(state, inputs, path)
         say(f"branched from {path} (step {state.step} of {config.train_steps})")
-        return state.step
+        return state.step, History.restored(state.skips, state.recent_losses)
     if config.checkpoint.load_from is not None:
         from qwen_moe.checkpoint.resolve import resolve_checkpoint
 
         source = resolve_checkpoint(config.checkpoint.load_from)
         load_weights(source, trainer.model, config.model)
         say(f"weights loaded from {source}")
-    return 0
+    return 0, History()
+
+
+def _roll_back(
+    config: RunConfig, trainer: Trainer, writer: CheckpointWriter, history: History, step: int, bad: BadStep
+) -> int:
+    """Go back to the newest checkpoint and leave out the batches up to ``step``'s. Returns the checkpoint's step. Raises
+    UserError when that was done too often, or there is no checkpoint. All ranks call."""
+    if len(history.skips) >= config.training.max_skips:
+        raise BadStep(
+            f"{bad}. Batches were skipped {len(history.skips)} times before; training.max_skips allows no more"
+        )
+    writer.finish()
+    path, _ = newest_valid(config.run_dir / CHECKPOINTS)
+    if path is None:
+        raise bad
+    trainer.abandon_step()
+    state = resume(path, trainer.model, trainer.optimizer, config.model)
+    history.skip(state.step, step)
+    history.losses = History.restored([], state.recent_losses).losses
+    return state.step
 
 
 def _check_data(state: TrainState, inputs: RunInputs, where: Path) -> None:
@@ -163,11 +186,18 @@ def _step_record(config: RunConfig, step: int, result: StepResult, device: torch
     return record
 
 
-def train(config: RunConfig, info: ProcessInfo, device: torch.device) -> int:
+def train(
+    config: RunConfig,
+    info: ProcessInfo,
+    device: torch.device,
+    heart: Heartbeat | None = None,
+    stop_signals: Sequence[int] = (),
+) -> int:
     """Train to the end or to a request to stop. Returns 0 when the run is complete, 130 when it was stopped before."""
     from qwen_moe.training.attempt import record_attempt
 
-    stop = StopRequest(device)
+    heart = heart or Heartbeat()
+    stop = StopRequest(device, stop_signals)
     layout = run_layout(config, info.world_size)
     grids = make_grids(config, layout, device)
     root = config.run_dir / CHECKPOINTS
@@ -190,7 +220,7 @@ def train(config: RunConfig, info: ProcessInfo, device: torch.device) -> int:
         if info.rank == 0:
             print(message, file=sys.stderr, flush=True)
 
-    done = _restore(config, trainer, inputs, say)
+    done, history = _restore(config, trainer, inputs, say)
     if info.rank == 0:
         record_attempt(config, info, device, resumed_step=done)
     recorder = Recorder(
@@ -198,10 +228,20 @@ def train(config: RunConfig, info: ProcessInfo, device: torch.device) -> int:
     )
     clock = _Clock(config, device)
     stopped = False
-    for step in range(done, config.train_steps):
+    while done < config.train_steps:
         start = time.perf_counter()
-        result = trainer.step(step, inputs.train_micro_batches(step))
-        done = step + 1
+        batches = inputs.train_micro_batches(history.data_step(done, inputs.ordered_steps))
+        try:
+            result = trainer.step(done, batches, history.highest_loss(config.training.spike_nats))
+        except BadStep as bad:
+            saved = _roll_back(config, trainer, writer, history, done, bad)
+            message = f"{bad}. Back to step {saved}, without the {done + 1 - saved} batches since"
+            recorder.go_back(saved, {"step": saved, "skipped_batches": done + 1 - saved, "reason": str(bad)}, message)
+            done = saved
+            continue
+        done += 1
+        history.losses.append(result.loss)
+        heart.beat(done)
         if config.parallel.check_collectives:
             try:
                 compare_collectives()
@@ -215,7 +255,8 @@ def train(config: RunConfig, info: ProcessInfo, device: torch.device) -> int:
             recorder.event({"step": done, "validation_loss": loss}, f"step {done}: validation loss {loss:.4f}")
         stopped = stop.agreed() and not last
         if last or stopped or done % config.checkpoint.interval == 0 or done in config.checkpoint.keep_steps:
-            writer.save(model, trainer.optimizer, _train_state(config, done, inputs))
+            with heart.saving():
+                writer.save(model, trainer.optimizer, _train_state(config, done, inputs, history))
             if info.rank == 0:
                 _note_progress(config.run_dir, done)
         if stopped:
@@ -227,13 +268,15 @@ def train(config: RunConfig, info: ProcessInfo, device: torch.device) -> int:
     return INTERRUPTED if stopped else 0
 
 
-def _train_state(config: RunConfig, step: int, inputs: RunInputs) -> TrainState:
+def _train_state(config: RunConfig, step: int, inputs: RunInputs, history: History) -> TrainState:
     return TrainState(
         step=step,
         consumed_samples=step * config.training.global_batch_size,
         consumed_tokens=step * config.tokens_per_step,
         data_fingerprint=inputs.fingerprint,
         settings=_settings(config),
+        skips=[list(skip) for skip in history.skips],
+        recent_losses=list(history.losses),
     )
 
 

@@ -43,6 +43,7 @@ class MetricsLog:
     """Appends one JSON line per record. A resumed run first drops the lines of steps that it will do again."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
+        self.path = path
         kept = [line for line in read_lines(path) if line["step"] <= resumed_step]
         temporary = path.with_name(path.name + ".partial")
         with temporary.open("w", encoding="utf-8") as file:
@@ -98,6 +99,15 @@ class Recorder:
             refresh=False,
         )
         self.bar.update(1)
+
+    def go_back(self, step: int, record: dict[str, Any], message: str) -> None:
+        """Forget what was recorded after ``step``, and say why."""
+        if not self.active:
+            return
+        self.log.close()
+        self.log = MetricsLog(self.log.path, step)
+        self.bar.n = step
+        self.event(record, message)
 
     def event(self, record: dict[str, Any], message: str) -> None:
         """A validation or another thing worth a line of its own."""

@@ -22,8 +22,8 @@ from qwen_moe.training.schedule import learning_rate
 Batch = dict[str, torch.Tensor]
 
 
-class NonFiniteLoss(UserError):
-    """A loss or gradient norm that is NaN or infinite; the optimizer has not been stepped."""
+class BadStep(UserError):
+    """A loss or gradient norm that is NaN or infinite, or a loss above the limit; the optimizer has not been stepped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +84,9 @@ class Trainer:
             if isinstance(layer.mlp, MoE)
         ]
 
-    def step(self, step: int, micro_batches: Sequence[Batch]) -> StepResult:
-        """Forward, backward and update of optimizer step ``step`` (from 0) on this data-parallel rank's micro-batches."""
+    def step(self, step: int, micro_batches: Sequence[Batch], highest_loss: float = float("inf")) -> StepResult:
+        """Forward, backward and update of optimizer step ``step`` (from 0) on this data-parallel rank's micro-batches.
+        Raises BadStep, on every rank, when the loss is not finite or above ``highest_loss``."""
         config = self.config
         counted = torch.stack([(batch["labels"] != IGNORE).sum() for batch in micro_batches]).sum()
         loss_tokens = int(all_reduce_sum(counted.to(self.device), self.grids.dp))
@@ -98,10 +99,15 @@ class Trainer:
         sums = all_reduce_sum(sums, self.grids.world)
         loss, balance_loss, z_loss = sums.tolist()
         if not torch.isfinite(sums).all() or norm != norm or norm == float("inf"):
-            raise NonFiniteLoss(
+            raise BadStep(
                 f"step {step}: loss is {loss}, gradient norm {norm}; the weights were not updated. Lower "
                 "optimizer.learning_rate, lengthen schedule.warmup_tokens or look at the data of this step; a "
                 "checkpoint, if one was written, is from before it"
+            )
+        if loss > highest_loss:
+            raise BadStep(
+                f"step {step}: loss {loss:.4f} is a spike, above {highest_loss:.4f} (the median of recent ones and "
+                "training.spike_nats); the weights were not updated"
             )
         if config.optimizer.clip_grad_norm:
             clip_by_norm(self.parameters, norm, config.optimizer.clip_grad_norm)
@@ -121,6 +127,13 @@ class Trainer:
             expert_counts=counts,
             dropped_choices=dropped,
         )
+
+    def abandon_step(self) -> None:
+        """Forget the gradients and counts of a step that was not taken."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for balancer in self._balancers.values():
+            if balancer.has_counts:
+                balancer.end_step()
 
     def forward_backward(self, micro_batches: Sequence[Batch], loss_tokens: int) -> torch.Tensor:
         """Gradients of the step, final on every rank, and this rank's share of its cross-entropy, balance and z-loss, [3]

@@ -4,8 +4,10 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
+from launchers.heartbeat import Heartbeat
 from launchers.local import USER_ERROR
 from qwen_moe.config import RunConfig, load_config
 from qwen_moe.errors import UserError, explain_os_error
@@ -23,7 +25,7 @@ def report_failure(failure_file: Path, message: str) -> None:
         print(f"error: {message}", file=sys.stderr)  # no room even there
 
 
-def run_worker(config: RunConfig) -> int:
+def run_worker(config: RunConfig, heart: Heartbeat | None = None, stop_signals: Sequence[int] = ()) -> int:
     """Train in this process as the rank that the environment says. Exit code: 0 done or stopped orderly, 2 user error."""
     import torch.distributed as dist
 
@@ -41,7 +43,7 @@ def run_worker(config: RunConfig) -> int:
     watch = Watch(config.run_dir / "hang", info.rank, info.world_size, 60 * config.parallel.collective_timeout_minutes)
     watch.start()
     try:
-        return train(config, info, device)
+        return train(config, info, device, heart, stop_signals)
     finally:
         watch.stop()
         # Not destroyed after an error: the others may be inside a collective, and the exit closes the sockets.

@@ -1,0 +1,226 @@
+"""Slurm's commands: ask the queue and the partitions, submit, requeue, cancel. Text formats only, which are stable."""
+
+import getpass
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launchers.local import LaunchError
+
+ACTIVE = {
+    "PENDING",
+    "RUNNING",
+    "CONFIGURING",
+    "COMPLETING",
+    "SUSPENDED",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "RESIZING",
+    "STOPPED",
+}
+_USABLE = {"idle", "mixed", "allocated", "completing", "reserved", "planned"}
+_DAYS = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+
+
+class SlurmError(LaunchError):
+    """A Slurm command failed; the message is its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One node as sinfo shows it."""
+
+    name: str
+    state: str
+    cpus: int
+    gpus: int
+
+    @property
+    def usable(self) -> bool:
+        return self.state in _USABLE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """A partition and its nodes; ``max_minutes`` and ``max_nodes`` are None when unlimited."""
+
+    name: str
+    state: str
+    max_minutes: float | None
+    max_nodes: int | None
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One line of squeue. ``job_id`` is `123`, or `123_4` for a task of an array."""
+
+    job_id: str
+    name: str
+    state: str
+    reason: str
+    elapsed: str
+    left: str
+    nodes: str
+
+
+def run(*command: str, timeout: float = 60, cwd: Path | None = None) -> str:
+    """stdout of a Slurm command. Raises SlurmError with its own words when it fails or is not installed."""
+    if shutil.which(command[0]) is None:
+        raise SlurmError(
+            f"there is no Slurm here ({command[0]} is not on PATH): run this on a login node of the cluster, or use "
+            "`qwen-moe launch --local`"
+        )
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd, errors="replace")
+    except subprocess.TimeoutExpired:
+        raise SlurmError(
+            f"{command[0]} did not answer within {timeout:g} s: is slurmctld up (`scontrol ping`)?"
+        ) from None
+    if done.returncode:
+        raise SlurmError(f"{command[0]}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+def parse_minutes(text: str) -> float | None:
+    """Slurm's time (`30`, `30:00`, `24:00:00`, `2-12`, `2-12:30:00`) in minutes; None for UNLIMITED. Raises LaunchError."""
+    if text.upper() in ("UNLIMITED", "INFINITE", "NONE"):
+        return None
+    match = _DAYS.fullmatch(text.strip())
+    if not match:
+        raise LaunchError(f"time {text!r} is not a time of Slurm's: use minutes, HH:MM:SS, or D-HH:MM:SS")
+    days, *rest = match.groups()
+    numbers = [int(part) for part in rest if part is not None]
+    if days is not None:
+        hours, minutes, seconds = (numbers + [0, 0])[:3]
+        return int(days) * 1440 + hours * 60 + minutes + seconds / 60
+    if len(numbers) == 1:
+        return float(numbers[0])
+    if len(numbers) == 2:
+        return numbers[0] + numbers[1] / 60
+    return numbers[0] * 60 + numbers[1] + numbers[2] / 60
+
+
+def fields(line: str) -> dict[str, str]:
+    """`Key=Value` pairs of one line of `scontrol -o`; a value may hold blanks, up to the next key."""
+    parts = re.split(r"(?:^|\s)([A-Za-z][A-Za-z0-9_/:]*)=", line.strip())
+    return {key: value.strip() for key, value in zip(parts[1::2], parts[2::2])}
+
+
+def gpus_of(gres: str) -> int:
+    """GPUs in a gres text such as `gpu:8`, `gpu:h100:8(S:0-1)` or `gpu:a:2,gpu:b:2`."""
+    return sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[A-Za-z][^:,()]*)?:(\d+)", gres))
+
+
+def _limit(text: str) -> int | None:
+    return int(text) if text.isdigit() else None
+
+
+def partition(name: str) -> Partition:
+    """The partition ``name``, or the default one when empty. Raises LaunchError naming those that exist."""
+    everything = [fields(line) for line in run("scontrol", "show", "partition", "-o").splitlines() if line.strip()]
+    chosen = [p for p in everything if (p["PartitionName"] == name if name else p.get("Default") == "YES")]
+    if not chosen:
+        known = ", ".join(p["PartitionName"] for p in everything) or "none"
+        what = f"partition {name!r} does not exist" if name else "this cluster has no default partition"
+        raise LaunchError(f"{what}: give --partition with one of {known}")
+    facts = chosen[0]
+    nodes = []
+    for line in run("sinfo", "-h", "-N", "-p", facts["PartitionName"], "-o", "%N|%T|%c|%G").splitlines():
+        host, state, cpus, gres = line.split("|", 3)
+        # A trailing mark means: not responding, powering, in maintenance. Only a bare state is usable.
+        nodes.append(Node(name=host, state=state.strip(), cpus=int(cpus.rstrip("+")), gpus=gpus_of(gres)))
+    return Partition(
+        name=facts["PartitionName"],
+        state=facts.get("State", "UP"),
+        max_minutes=parse_minutes(facts.get("MaxTime", "UNLIMITED")),
+        max_nodes=_limit(facts.get("MaxNodes", "UNLIMITED")),
+        nodes=tuple(nodes),
+    )
+
+
+def hostnames(node_list: str) -> list[str]:
+    """`node[1-3]` written out."""
+    return run("scontrol", "show", "hostnames", node_list).split() if node_list else []
+
+
+def queue() -> list[Job]:
+    """This user's jobs in the queue, array tasks one by one."""
+    form = "%i|%T|%M|%L|%N|%r|%j"
+    found = []
+    for line in run("squeue", "-h", "-r", "-u", getpass.getuser(), "-o", form).splitlines():
+        job_id, state, elapsed, left, nodes, reason, name = line.split("|", 6)
+        found.append(Job(job_id=job_id, name=name, state=state, reason=reason, elapsed=elapsed, left=left, nodes=nodes))
+    return found
+
+
+def show_job(job_id: str) -> dict[str, str]:
+    """scontrol's facts of a job; empty when Slurm has forgotten it (MinJobAge)."""
+    try:
+        lines = run("scontrol", "show", "job", "-o", job_id).splitlines()
+    except SlurmError as error:
+        if "Invalid job id" in str(error):
+            return {}
+        raise
+    return fields(lines[0]) if lines else {}
+
+
+def accounts() -> dict[str, set[str]] | None:
+    """Accounts of this user and the qos each may use, from slurmdbd; None where there is none."""
+    command = ("sacctmgr", "-n", "-P", "show", "associations", f"user={getpass.getuser()}", "format=account,qos")
+    try:
+        lines = run(*command, timeout=15).splitlines()
+    except SlurmError:
+        return None
+    found: dict[str, set[str]] = {}
+    for line in lines:
+        account, _, qos = line.partition("|")
+        found.setdefault(account, set()).update(filter(None, qos.split(",")))
+    return found or None
+
+
+def submit(script: Path) -> str:
+    """Submit from the script's folder (where its log goes); the job id."""
+    answer = run("sbatch", "--parsable", script.name, cwd=script.parent)
+    return answer.strip().splitlines()[-1].split(";")[0]
+
+
+def cancel(job_id: str) -> None:
+    run("scancel", job_id)
+
+
+def requeue(job_id: str, patience: float = 600) -> None:
+    """Requeue, waiting for a slurmctld that is being restarted. Raises SlurmError after ``patience`` seconds."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            run("scontrol", "requeue", job_id)
+            return
+        except SlurmError as error:
+            if time.monotonic() > end or "Invalid job id" in str(error):
+                raise
+        time.sleep(3)
+
+
+def exclude(job_id: str, nodes: Sequence[str]) -> None:
+    """Set the nodes that a pending job must not get."""
+    run("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}")
+
+
+def topology() -> dict[str, str]:
+    """Leaf switch of each node, where the cluster has a topology/tree; empty otherwise."""
+    try:
+        lines = run("scontrol", "show", "topology").splitlines()
+    except SlurmError:
+        return {}
+    found = {}
+    for line in lines:
+        facts = fields(line)
+        if facts.get("Level") == "0" and facts.get("SwitchName") and facts.get("Nodes"):
+            for node in hostnames(facts["Nodes"]):
+                found[node] = facts["SwitchName"]
+    return found

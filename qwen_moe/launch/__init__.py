@@ -1,0 +1,1 @@
+"""Runs on a cluster: the verbs `launch`, `status`, `logs`, `cancel`, and what they start on each node."""

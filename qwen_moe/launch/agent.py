@@ -1,0 +1,105 @@
+"""`python -m qwen_moe.launch.agent ATTEMPT train|bandwidth`: one torchrun agent per node, with a watch over its ranks.
+
+The same elastic agent as the `torchrun` command, with a static rank from the plan. It ignores the signals that are meant
+for its ranks (torchrun would die of them) and passes them on.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launchers.cluster import own_node_name
+from launchers.run_folder import Attempt
+from launchers.watch import NodeWatch, signal_number
+
+_MODULES = {"train": "qwen_moe.launch.rank", "bandwidth": "qwen_moe.launch.bandwidth"}
+
+
+def _listen(watch: NodeWatch, plan: dict[str, Any]) -> None:
+    """The warning goes on to the ranks, the other asks them for stacks; Slurm's SIGTERM reaches the ranks by itself."""
+    warning, stacks = (signal_number(plan["survive"][f"{name}_signal"]) for name in ("checkpoint", "stack"))
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        watch.request_forward(number)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        watch.request_stacks()
+
+    def kill_all(number: int, frame: FrameType | None) -> None:
+        watch.request_forward(signal.SIGKILL)
+        watch.close()
+        os._exit(128 + number)
+
+    signal.signal(warning, forward)
+    signal.signal(stacks, ask)
+    signal.signal(signal.SIGTERM, kill_all if plan["local"] else signal.SIG_IGN)
+
+
+def _launch(plan: dict[str, Any], node_rank: int, module: str, arguments: list[str]) -> list[dict[str, Any]]:
+    """Run the ranks of this node to their end; what elastic saw of those that failed, empty when none did."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.disable(logging.CRITICAL)  # what failed is told by the conductor, first cause first
+    nodes = len(plan["nodes"])
+    launch = LaunchConfig(
+        min_nodes=nodes,
+        max_nodes=nodes,
+        nproc_per_node=plan["processes_per_node"],
+        run_id=f"{plan['job'] or 'local'}-{plan['attempt']}-{module.rpartition('.')[2]}",
+        rdzv_backend="static",
+        rdzv_endpoint=f"{plan['address']}:{plan['port'] + (module != _MODULES['train'])}",
+        rdzv_configs={"rank": node_rank, "timeout": 900},
+        max_restarts=0,  # the conductor restarts: it knows whether there was progress
+        monitor_interval=1.0,
+        shutdown_timeout=10,
+        signals_to_handle="SIGINT",
+    )
+    try:
+        elastic_launch(launch, sys.executable)("-u", "-m", module, *arguments)
+    except ChildFailedError as error:
+        return [
+            {"rank": rank, "exit_code": failure.exitcode, "time": float(failure.timestamp), "pid": failure.pid}
+            for rank, failure in error.failures.items()
+        ]
+    return []
+
+
+def main(folder: str, stage: str) -> int:
+    attempt = Attempt(Path(folder))
+    plan = attempt.read("plan.json")
+    host = own_node_name(os.environ)
+    local = Path(tempfile.mkdtemp(prefix="qwen-moe-", dir=plan["local_folder"]))
+    watch = NodeWatch(attempt, host, local, signal_number(plan["survive"]["stack_signal"]))
+    os.environ["QWEN_MOE_NODE"] = host
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT"
+    _listen(watch, plan)
+    try:
+        if stage == "train":
+            watch.start()
+        failures = _launch(plan, plan["nodes"].index(host), _MODULES[stage], [folder, str(local)])
+        if failures and stage == "train":
+            death = watch.death()
+            for failure in failures:
+                if death is not None and failure["rank"] == death["rank"]:
+                    failure["time"] = death["time"]
+            attempt.write(f"failures/{host}.json", failures)
+            time.sleep(2)  # stacks on their way
+        return 1 if failures else 0
+    finally:
+        if stage == "train":
+            watch.close()
+        shutil.rmtree(local, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1], sys.argv[2])
+    sys.stdout.flush()
+    os._exit(code)  # a thread of torch must not keep a node that has failed

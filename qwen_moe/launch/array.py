@@ -1,0 +1,145 @@
+"""`qwen-moe launch FOLDER --array`: every recipe of a folder as one job array; again for those that have not ended well."""
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+
+from launchers import slurm
+from launchers.local import LaunchError
+from launchers.run_folder import read_json, write_json, write_text
+from launchers.script import JobSpec, render
+from launchers.site import Site
+from launchers.status import queue_by_id, row
+from qwen_moe.config import load_config
+from qwen_moe.launch import prepare
+from qwen_moe.launch.prepare import Plan
+
+
+def _recipes(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise LaunchError(f"{folder} is not a folder: --array takes a folder of recipes (*.yaml)")
+    found = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
+    if not found:
+        raise LaunchError(f"{folder} has no recipes (*.yaml)")
+    return found
+
+
+def launch_array(args: argparse.Namespace, site: Site) -> int:
+    """Submit the recipes that are neither complete nor in the queue."""
+    if args.local or args.then:
+        raise LaunchError("--array goes to Slurm: it takes neither --local nor --then")
+    plans = [prepare.plan_run(load_config(path, args.overrides), site, args) for path in _recipes(args.recipe)]
+    folders = [plan.run.run_dir for plan in plans]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise LaunchError(f"several recipes of {args.recipe} have the run_dir {folder}: give each its own")
+    partition = slurm.partition(plans[0].spec.partition)
+    accounts, jobs = slurm.accounts(), slurm.queue()
+    chosen, skipped = _choose(plans)
+    if not chosen:
+        raise LaunchError(f"all {len(plans)} runs of {args.recipe} are complete or in the queue: nothing to launch")
+    for plan in chosen:
+        prepare.check(plan, partition, accounts)
+        prepare.check_not_running(plan.run, "", jobs)
+    first, second, queued = _waves(chosen, plans)
+    waves = [wave for wave in (first, second) if wave]
+    _say(*(f"{plan.run.run_dir}: {why}, not launched" for plan, why in skipped))
+    job, after = "", queued
+    for place, wave in enumerate(waves):
+        spec = _spec_of(wave, args, after=after if wave is second else [])
+        script = render(spec)
+        if args.dry_run:
+            print(script, end="")
+            continue
+        job = _submit(wave, site, spec.folder, script)
+        after = [*queued, job]
+        print(f"job array   {job} ({len(wave)} tasks)" + (", after the one before" if place else ""))
+        print(f"script      {spec.folder / 'job.sbatch'}")
+        print(f"            scancel {job}")
+    if args.dry_run:
+        _say(f"{len(chosen)} tasks; nothing was written or submitted")
+        return 0
+    shown = shlex.quote(str(chosen[0].run.run_dir))
+    print(f"            qwen-moe status {shlex.quote(str(Path(chosen[0].run.run_dir).parent))}")
+    print(f"            qwen-moe logs {shown} --follow")
+    return 0
+
+
+def _trunk(plan: Plan) -> Path | None:
+    """The run folder whose checkpoint this run goes on from."""
+    start = plan.config.checkpoint.branch_from
+    return (Path.cwd() / start).resolve().parents[1] if start is not None else None
+
+
+def _waves(chosen: list[Plan], plans: list[Plan]) -> tuple[list[Plan], list[Plan], list[str]]:
+    """Runs that need no other of the folder; those that branch off one that is not complete; jobs of such trunks that are
+    in the queue already."""
+    waiting = {plan.run.run_dir.resolve() for plan in chosen}
+    jobs = queue_by_id() or {}
+    queued: dict[Path, str] = {}
+    for plan in plans:
+        job = str((read_json(plan.run.facts_file) or {}).get("job") or "")
+        if job in jobs and jobs[job].state in slurm.ACTIVE:
+            queued[plan.run.run_dir.resolve()] = job
+    first = [plan for plan in chosen if _trunk(plan) not in waiting | queued.keys()]
+    second = [plan for plan in chosen if _trunk(plan) in waiting | queued.keys()]
+    needed = {queued[trunk] for plan in second if (trunk := _trunk(plan)) in queued}
+    return first, second, sorted(needed)
+
+
+def _spec_of(plans: list[Plan], args: argparse.Namespace, after: list[str]) -> JobSpec:
+    """The array of ``plans``, which starts when the jobs ``after`` have ended, well or not: a task whose trunk failed says
+    so, the others run."""
+    base = (Path.cwd() / args.recipe / "launch").resolve()
+    number = 1 + max((int(p.name) for p in base.glob("[0-9]*") if p.name.isdigit()), default=0)
+    limit = f"%{args.max_parallel}" if args.max_parallel else ""
+    # Tasks share the array's name: singleton would let them run one after the other. The run folder's lock keeps each
+    # run single.
+    given = [part for part in plans[0].spec.dependency.split(",") if part not in ("singleton", "")]
+    dependency = ",".join([*given, *(f"afterany:{job}" for job in after)])
+    return dataclasses.replace(
+        plans[0].spec,
+        name=prepare.job_name(base.parent),
+        folder=base / f"{number:03d}",
+        array=f"0-{len(plans) - 1}{limit}",
+        dependency=dependency,
+    )
+
+
+def _choose(plans: list[Plan]) -> tuple[list[Plan], list[tuple[Plan, str]]]:
+    jobs = queue_by_id()
+    chosen: list[Plan] = []
+    skipped: list[tuple[Plan, str]] = []
+    for plan in plans:
+        known = row(plan.run.run_dir, jobs) if read_json(plan.run.facts_file) else {"state": "", "job": ""}
+        job = (jobs or {}).get(known["job"])
+        if known["state"] == "complete" or (job is not None and job.state in slurm.ACTIVE):
+            skipped.append((plan, known["state"]))
+        else:
+            chosen.append(plan)
+    return chosen, skipped
+
+
+def _submit(plans: list[Plan], site: Site, folder: Path, script: str) -> str:
+    """Write and submit one array; its job id."""
+    for plan in plans:
+        prepare.check_room(plan)
+    facts = [prepare.write_run(plan, site, local=False) for plan in plans]
+    write_json(folder / "tasks.json", [str(plan.run.run_dir) for plan in plans])
+    write_text(folder / "job.sbatch", script)
+    try:
+        job = slurm.submit(folder / "job.sbatch")
+    except slurm.SlurmError as error:
+        for plan, values in zip(plans, facts, strict=True):
+            write_json(plan.run.facts_file, values | {"error": str(error)})
+        raise
+    for index, (plan, values) in enumerate(zip(plans, facts, strict=True)):
+        write_json(plan.run.facts_file, values | {"job": f"{job}_{index}"})
+    return job
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)

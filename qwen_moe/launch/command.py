@@ -1,0 +1,175 @@
+"""`qwen-moe launch RECIPE.yaml`: check, write, submit; `--dry-run` prints the script, `--local` does without Slurm."""
+
+import argparse
+import dataclasses
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from launchers import slurm
+from launchers.local import LaunchError
+from launchers.run_folder import write_json, write_text
+from launchers.script import render
+from launchers.site import Site, load_site
+from qwen_moe.config import load_config
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser("launch", help="run a recipe on a Slurm cluster (docs/slurm.md); again to go on")
+    parser.add_argument("recipe", type=Path, help="a recipe, or with --array a folder of them")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--site", type=Path, help="site file (default: ~/.config/qwen-moe/slurm.toml, if it is there)")
+    parser.add_argument("--dry-run", action="store_true", help="print the sbatch script and the estimates, do nothing")
+    parser.add_argument("--nodes", type=_positive)
+    parser.add_argument("--gpus-per-node", type=_positive)
+    parser.add_argument("--nproc", type=_positive, help="processes per node (default: one per GPU, or one)")
+    parser.add_argument("--cpus-per-task", type=_positive, help="CPUs of each node's processes together (default: all)")
+    for name in ("time", "partition", "account", "qos", "constraint", "exclude"):
+        parser.add_argument(f"--{name}", default="")
+    parser.add_argument("--signal-seconds", type=_positive, help="how long before the time limit to checkpoint")
+    parser.add_argument("--shared", action="store_true", help="do not ask for whole nodes")
+    parser.add_argument("--container-image", default="")
+    parser.add_argument("--container-mounts", type=lambda text: text.split(","), default=[], metavar="FROM:TO,...")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any option of sbatch")
+    parser.add_argument(
+        "--after-ok", action="append", default=[], metavar="RUN|JOB", help="start when that has ended well"
+    )
+    parser.add_argument(
+        "--then", metavar="COMMAND", help="a shell command, as a job of its own on one node, after success"
+    )
+    parser.add_argument(
+        "--preflight", choices=("full", "quick", "off"), help="test the nodes first (site file, or full)"
+    )
+    parser.add_argument("--array", action="store_true", help="every recipe of a folder, as one job array")
+    parser.add_argument("--max-parallel", type=_positive, help="array tasks that run at a time")
+    parser.add_argument("--local", action="store_true", help="the same on this machine, without Slurm")
+    parser.set_defaults(func=run)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    site = load_site(args.site)
+    if args.preflight:
+        site = dataclasses.replace(site, preflight=dataclasses.replace(site.preflight, level=args.preflight))
+    if args.array:
+        from qwen_moe.launch.array import launch_array
+
+        return launch_array(args, site)
+    if args.max_parallel:
+        raise LaunchError("--max-parallel is for --array")
+    if args.recipe.is_dir():
+        raise LaunchError(f"{args.recipe} is a folder: give a recipe, or --array to run every recipe in it")
+    if args.local:
+        return _launch_here(args, site)
+    return _launch_slurm(args, site)
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def _launch_here(args: argparse.Namespace, site: Site) -> int:
+    from launchers import conductor
+    from qwen_moe.launch import prepare
+
+    if args.nodes not in (None, 1):
+        raise LaunchError(f"--nodes {args.nodes} with --local: this machine is one node")
+    config = load_config(args.recipe, args.overrides)
+    args.nodes, args.nproc = 1, args.nproc or config.launch.nproc
+    plan = prepare.plan_run(config, site, args)
+    prepare.check_world(plan.config, args.nproc)
+    prepare.check_not_running(plan.run, "", [])
+    if args.dry_run:
+        _say(*plan.estimate.lines())
+        return 0
+    prepare.check_room(plan)
+    prepare.write_run(plan, site, local=True)
+    shown = shlex.quote(str(plan.run.run_dir))
+    _say(f"run folder  {plan.run.run_dir}", f"logs        qwen-moe logs {shown} --follow")
+    # As the script does: the same code, wherever this is called from.
+    paths = [str(plan.spec.code_root), os.environ.get("PYTHONPATH", "")]
+    os.environ |= {**plan.spec.environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return conductor.main(["--run", str(plan.run.run_dir), "--local", "--", plan.spec.python, "-u"])
+
+
+def _launch_slurm(args: argparse.Namespace, site: Site) -> int:
+    from qwen_moe.launch import prepare
+
+    plan = prepare.plan_run(load_config(args.recipe, args.overrides), site, args)
+    script = render(plan.spec)
+    partition, accounts, jobs = _ask_cluster(plan.spec.partition, args.dry_run)
+    prepare.check(plan, partition, accounts)
+    prepare.check_not_running(plan.run, plan.spec.name, jobs)
+    if args.dry_run:
+        print(script, end="")
+        _say(f"run folder        {plan.run.run_dir}", *plan.estimate.lines(), "nothing was written or submitted")
+        return 0
+    prepare.check_room(plan)
+    facts = prepare.write_run(plan, site, local=False)
+    path = plan.run.launch / "job.sbatch"
+    write_text(path, script)
+    try:
+        job = slurm.submit(path)
+    except slurm.SlurmError as error:
+        write_json(plan.run.facts_file, facts | {"error": str(error)})
+        raise
+    write_json(plan.run.facts_file, facts | {"job": job})
+    _say(*plan.estimate.lines())
+    then = _submit_then(args.then, plan.spec, job) if args.then else ""
+    _print_next(job, plan.run.run_dir, then)
+    return 0
+
+
+def _print_next(job: str, run_dir: Path, then: str) -> None:
+    shown = shlex.quote(str(run_dir))
+    print(f"job         {job}" + (f" (then {then})" if then else ""))
+    print(f"run folder  {run_dir}")
+    print(f"            qwen-moe status {shown}")
+    print(f"            qwen-moe logs {shown} --follow")
+    print(f"            qwen-moe cancel {shown}")
+
+
+def _ask_cluster(partition: str, dry_run: bool) -> tuple[Any, Any, list[slurm.Job]]:
+    """The partition, the accounts and the queue. A dry run does without a cluster, and says so."""
+    import shutil
+
+    if dry_run and shutil.which("sbatch") is None:
+        _say("note: there is no Slurm here; nothing was checked against a cluster")
+        return None, None, []
+    return slurm.partition(partition), slurm.accounts(), slurm.queue()
+
+
+def _submit_then(command: str, spec: Any, job: str) -> str:
+    """A job of one node that runs ``command`` in a shell after ``job`` has ended well."""
+    lines = [
+        "#!/bin/bash",
+        f"#SBATCH --job-name={spec.name}-then",
+        "#SBATCH --nodes=1",
+        "#SBATCH --output=then-%j.out",
+        f"#SBATCH --dependency=afterok:{job}",
+        "# Cancelled, not left waiting, when the run does not end well.",
+        "#SBATCH --kill-on-invalid-dep=yes",
+        *(
+            f"#SBATCH --{n}={shlex.quote(getattr(spec, n))}"
+            for n in ("account", "partition", "qos")
+            if getattr(spec, n)
+        ),
+        "set -u",
+        f"cd -- {shlex.quote(str(spec.workdir))} || exit 1",
+        *(["set +u", *spec.setup] if spec.setup else []),
+        f"exec bash -c {shlex.quote(command)}",
+        "",
+    ]
+    path = spec.folder / "then.sbatch"
+    write_text(path, "\n".join(lines))
+    return slurm.submit(path)

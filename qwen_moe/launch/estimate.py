@@ -1,0 +1,90 @@
+"""What a job will cost and how long it will take: from the run's own metrics where it has some, else from the site file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from launchers.run_folder import RunFolder
+from launchers.script import JobSpec
+from launchers.site import Hardware
+from launchers.slurm import parse_minutes
+from launchers.status import last_metrics
+from qwen_moe.checkpoint.preflight import checkpoint_bytes
+from qwen_moe.config import RunConfig
+from qwen_moe.models.flops import flops_per_token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Seconds until the end of training (None: unknown) and where that comes from; price per GPU-hour times GPU-hours."""
+
+    remaining_steps: int
+    seconds: float | None
+    source: str
+    gpu_hours_limit: float | None
+    gpu_hours_expected: float | None
+    price: float
+    currency: str
+    checkpoint_seconds: float
+    checkpoint_measured: bool
+
+    def lines(self) -> list[str]:
+        """For people."""
+        found = [f"steps to do       {self.remaining_steps:,}"]
+        if self.seconds is None:
+            found.append(f"expected time     unknown: {self.source}")
+        else:
+            found.append(f"expected time     {self.seconds / 3600:,.2f} h ({self.source})")
+        if self.gpu_hours_expected is not None:
+            found.append(f"expected          {self._cost(self.gpu_hours_expected)}")
+        if self.gpu_hours_limit is not None:
+            found.append(f"at most, per job  {self._cost(self.gpu_hours_limit)} (until the time limit)")
+        how = "measured" if self.checkpoint_measured else "estimated"
+        return [*found, f"checkpoint        {self.checkpoint_seconds:.1f} s ({how})"]
+
+    def _cost(self, hours: float) -> str:
+        price = f", {hours * self.price:,.2f} {self.currency}" if self.price else " (no price in the site file)"
+        return f"{hours:,.1f} GPU-hours{price}"
+
+
+def measured_checkpoint_seconds(run: RunFolder) -> float | None:
+    """The longest checkpoint that any rank of any attempt has timed."""
+    found = [
+        float(state["checkpoint_seconds"])
+        for attempt in run.attempts()
+        for report in attempt.read_all("nodes").values()
+        for state in report["ranks"].values()
+        if "checkpoint_seconds" in state
+    ]
+    return max(found, default=None)
+
+
+def estimate(config: RunConfig, spec: JobSpec, hardware: Hardware, run_dir: Path) -> Estimate:
+    """What is known before the job starts."""
+    run = RunFolder(run_dir)
+    record, _ = last_metrics(run_dir)
+    remaining = max(0, config.train_steps - run.saved_step())
+    gpus = spec.nodes * spec.gpus_per_node
+    seconds: float | None = None
+    if record.get("tokens_per_second"):
+        seconds = remaining * config.tokens_per_step / float(record["tokens_per_second"])
+        source = "measured by this run's last attempt"
+    elif hardware.peak_tflops and gpus:
+        work = flops_per_token(config.model, config.data.sequence_length).training * config.tokens_per_step * remaining
+        seconds = work / (gpus * hardware.peak_tflops * 1e12 * hardware.expected_utilisation)
+        source = f"{hardware.expected_utilisation:.0%} of {hardware.peak_tflops:g} TFLOP/s per GPU, from the site file"
+    else:
+        source = "no step has been measured yet, and the site file has no hardware.peak_tflops"
+    minutes = parse_minutes(spec.time) if spec.time else None
+    measured = measured_checkpoint_seconds(run)
+    written = checkpoint_bytes(config) / (hardware.checkpoint_gb_per_second * 1e9 or 1e9)
+    return Estimate(
+        remaining_steps=remaining,
+        seconds=seconds,
+        source=source,
+        gpu_hours_limit=gpus * minutes / 60 if minutes is not None and gpus else None,
+        gpu_hours_expected=gpus * seconds / 3600 if seconds is not None and gpus else None,
+        price=hardware.price_per_gpu_hour,
+        currency=hardware.currency,
+        checkpoint_seconds=written if measured is None else measured,
+        checkpoint_measured=measured is not None,
+    )

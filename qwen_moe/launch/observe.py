@@ -1,0 +1,68 @@
+"""`qwen-moe status|logs|cancel`: look at launched runs, and stop them."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from launchers import logs, status
+from launchers.local import LaunchError
+from launchers.run_folder import RunFolder
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser("status", help="how launched runs are doing: queue, attempts, step, loss, ETA")
+    parser.add_argument("runs", nargs="*", type=Path, help="run folders, or folders of them (default: runs and .)")
+    parser.add_argument("--json", action="store_true", help="print one JSON list on stdout")
+    parser.set_defaults(func=show_status)
+
+    parser = subparsers.add_parser("logs", help="the ranks' logs of a launched run, oldest line first")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--follow", action="store_true", help="go on with what comes, until the run has ended")
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--attempt", type=int, help="default: the last one")
+    parser.set_defaults(func=show_logs)
+
+    parser = subparsers.add_parser("cancel", help="cancel the job of a launched run; it is not requeued")
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.set_defaults(func=cancel)
+
+
+def show_status(args: argparse.Namespace) -> int:
+    roots = args.runs or [Path("runs"), Path()]
+    runs = status.find_runs(roots)
+    if args.runs:
+        for root in roots:
+            if not status.find_runs([root]):
+                raise LaunchError(f"{root} is not a launched run and holds none: give the run_dir of one")
+    jobs = status.queue_by_id()
+    rows = [status.row(run, jobs) for run in runs]
+    if args.json:
+        print(json.dumps(rows))
+    elif rows:
+        print(status.table(rows, Path.cwd()))
+    else:
+        print("no launched runs here", file=sys.stderr)
+    return 0
+
+
+def show_logs(args: argparse.Namespace) -> int:
+    run = RunFolder(args.run)
+    while args.follow and args.attempt is None and run.facts() and not run.attempts():
+        time.sleep(0.5)  # it waits in the queue
+    attempt = logs.choose_attempt(run, args.attempt)
+    lines = logs.follow(run, attempt, args.rank) if args.follow else logs.merged(attempt, args.rank)
+    try:
+        for line in lines:
+            print(line, flush=args.follow)
+    except BrokenPipeError:  # `qwen-moe logs RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def cancel(args: argparse.Namespace) -> int:
+    for run in args.runs:
+        print(status.cancel(run.resolve()))
+    return 0

@@ -1,0 +1,189 @@
+"""From a recipe, a site file and the command line to a job that may be submitted, or to one message why not."""
+
+import argparse
+import getpass
+import hashlib
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launchers import refuse, slurm
+from launchers.local import LaunchError, RunLock
+from launchers.run_folder import RunFolder, read_json, write_json, write_text
+from launchers.script import JobSpec, parse_environment
+from launchers.site import Site
+from launchers.snapshot import take
+from qwen_moe.config import RunConfig, dump_config
+from qwen_moe.errors import UserError
+from qwen_moe.launch.estimate import Estimate, estimate
+
+CODE_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One run, ready to be written and submitted."""
+
+    config: RunConfig
+    run: RunFolder
+    spec: JobSpec
+    estimate: Estimate
+
+
+def job_name(run_dir: Path) -> str:
+    """Readable, safe for every shell and for Slurm's patterns, and different for every run folder."""
+    clean = re.sub(r"[^A-Za-z0-9._-]+", "-", run_dir.name).strip("-.")[:40] or "run"
+    return f"{clean}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:6]}"
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """The same run with an absolute run folder; other paths of a recipe are relative to where `launch` is called."""
+    return config.model_copy(update={"run_dir": Path.cwd() / config.run_dir})
+
+
+def build_spec(config: RunConfig, site: Site, args: argparse.Namespace) -> JobSpec:
+    """The command line over the site file."""
+
+    def given(name: str) -> Any:
+        value = getattr(args, name)
+        return value if value not in (None, "", 0) else getattr(site.slurm, name)
+
+    gpus = given("gpus_per_node")
+    processes = args.nproc or site.slurm.processes_per_node or gpus or 1
+    run_dir = config.run_dir
+    image = args.container_image or site.container.image
+    return JobSpec(
+        name=job_name(run_dir),
+        folder=run_dir / "launch",
+        workdir=Path.cwd(),
+        python=site.setup.python or sys.executable,
+        code_root=CODE_ROOT,
+        nodes=given("nodes"),
+        processes_per_node=processes,
+        gpus_per_node=gpus,
+        exclusive=site.slurm.exclusive and not args.shared,
+        signal_seconds=given("signal_seconds"),
+        checkpoint_signal=site.survive.checkpoint_signal,
+        **{n: given(n) for n in ("time", "cpus_per_task", "account", "partition", "qos", "constraint", "exclude")},
+        dependency=",".join(["singleton", *(f"afterok:{_job_of(text)}" for text in args.after_ok)]),
+        sbatch_args=(*site.slurm.sbatch_args, *args.sbatch),
+        srun_args=tuple(site.slurm.srun_args),
+        setup=tuple(site.setup.commands),
+        environment={**site.environment, **parse_environment(args.env)},
+        container_image=image,
+        container_mounts=(*site.container.mounts, *args.container_mounts) if image else (),
+        container_python=site.container.python,
+    )
+
+
+def _job_of(text: str) -> str:
+    """A job id, or the job of a launched run's folder."""
+    if re.fullmatch(r"\d+(_\d+)?", text):
+        return text
+    job = RunFolder(Path(text)).facts().get("job")
+    if not job:
+        raise LaunchError(f"--after-ok {text}: that run has no job")
+    return str(job)
+
+
+def check_world(config: RunConfig, world_size: int) -> None:
+    """Raises UserError unless the recipe's layout fits ``world_size`` processes."""
+    from qwen_moe.training.layout import run_layout
+
+    run_layout(config, world_size)
+
+
+def check(plan: Plan, partition: slurm.Partition | None, accounts: Any) -> None:
+    """Everything that can be refused before submitting, in one message."""
+    spec, problems = plan.spec, []
+    try:
+        check_world(plan.config, spec.nodes * spec.processes_per_node)
+    except UserError as error:
+        problems.append(f"{spec.nodes} nodes x {spec.processes_per_node} processes: {error}")
+    if partition is not None:
+        problems += refuse.check_partition(spec, partition) + refuse.check_account(spec, accounts)
+    problems += refuse.check_time(spec, plan.estimate.checkpoint_seconds, plan.estimate.checkpoint_measured)
+    refuse.refuse(problems)
+
+
+def check_not_running(run: RunFolder, name: str, jobs: list[slurm.Job]) -> None:
+    """Raises LaunchError when the run has a job in the queue, or a process here works on it."""
+    facts = read_json(run.facts_file) or {}
+    found = refuse.already_active(str(facts.get("job") or ""), name, jobs)
+    if found is not None:
+        raise LaunchError(
+            f"run {run.run_dir} is already in the queue as job {found.job_id} ({found.state}): wait for it, "
+            f"`qwen-moe cancel {run.run_dir}`, or use another run_dir"
+        )
+    if run.run_dir.exists():
+        RunLock(run.run_dir).close()
+
+
+def check_room(plan: Plan) -> None:
+    """Raises LaunchError when the run folder cannot be written, UserError when its disk has no room for checkpoints."""
+    from qwen_moe.checkpoint.preflight import check_disk_space
+
+    folder = plan.run.launch
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / ".writable", "")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise LaunchError(
+            f"run folder {plan.run.run_dir} cannot be written ({error.strerror or error}): give another run_dir, on a "
+            "file system that the nodes share"
+        ) from None
+    check_disk_space(plan.config, plan.run.run_dir / "checkpoints")
+
+
+def groups(config: RunConfig) -> dict[str, int]:
+    """Sizes, in consecutive ranks, of the groups that talk most: for the placement."""
+    parallel = config.parallel
+    return {"tp": parallel.tp, "ep": parallel.ep * parallel.etp}
+
+
+def write_run(plan: Plan, site: Site, *, local: bool) -> dict[str, Any]:
+    """Everything that the run's processes read and a person wants to know later. Returns launch.json's content."""
+    run, spec = plan.run, plan.spec
+    (run.launch / "cancelled.json").unlink(missing_ok=True)
+    write_text(run.launch / "recipe.yaml", dump_config(plan.config))
+    code = take(CODE_ROOT, run.launch / "code")
+    facts = {
+        "name": spec.name,
+        "job": "",
+        "launched": time.time(),
+        "user": getpass.getuser(),
+        "local": local,
+        "command": sys.argv,
+        "workdir": str(spec.workdir),
+        "nodes": spec.nodes,
+        "processes_per_node": spec.processes_per_node,
+        "train_steps": plan.config.train_steps,
+        "tokens_per_step": plan.config.tokens_per_step,
+        "groups": groups(plan.config),
+        "signal_seconds": spec.signal_seconds,
+        "python": spec.python,
+        "local_folder": site.setup.local_folder,
+        "site": site.source,
+        "survive": asdict(site.survive),
+        "preflight": asdict(site.preflight),
+        "code_hash": code["hash"],
+        "commit": code.get("commit", ""),
+    }
+    write_json(run.facts_file, facts)
+    return facts
+
+
+def plan_run(config: RunConfig, site: Site, args: argparse.Namespace) -> Plan:
+    """Put together, not yet checked."""
+    config = absolute(config)
+    spec = build_spec(config, site, args)
+    return Plan(
+        config=config,
+        run=RunFolder(config.run_dir),
+        spec=spec,
+        estimate=estimate(config, spec, site.hardware, config.run_dir),
+    )

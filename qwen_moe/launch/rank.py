@@ -1,0 +1,113 @@
+"""`python -m qwen_moe.launch.rank ATTEMPT LOCAL`: one rank of a launched run; its log, stack, heartbeat and last words."""
+
+import faulthandler
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from launchers.decide import BAD_STEP, DISK, USER
+from launchers.evidence import describe_error
+from launchers.heartbeat import Heartbeat
+from launchers.local import INTERRUPTED, USER_ERROR
+from launchers.run_folder import Attempt
+from launchers.watch import rank_name, signal_number
+
+
+def take_output(path: Path) -> None:
+    """All output of this process, also that of C libraries, goes to ``path``, which the agent copies line by line."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def share_of_cpus(local_rank: int, local_world_size: int) -> int:
+    """Bind this process to its part of the node's CPUs where there are enough; how many it has."""
+    if not hasattr(os, "sched_getaffinity"):
+        return 1
+    cpus = sorted(os.sched_getaffinity(0))
+    each = len(cpus) // local_world_size
+    if each == 0:
+        return 1
+    os.sched_setaffinity(0, cpus[local_rank * each : (local_rank + 1) * each])
+    return each
+
+
+def main(folder: str, local: str) -> int:
+    attempt, rank = Attempt(Path(folder)), int(os.environ["RANK"])
+    plan = attempt.read("plan.json")
+    name = rank_name(rank)
+    take_output(Path(local) / f"{name}.log")
+    stacks = (attempt.folder / "stacks" / f"{name}.txt").open("a", encoding="utf-8")
+    faulthandler.enable()  # a crash in C: its stack ends the log
+    faulthandler.register(signal_number(plan["survive"]["stack_signal"]), file=stacks, all_threads=True)
+    # Until the training loop listens: a warning that comes now is repeated.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal_number(plan["survive"]["checkpoint_signal"]), signal.SIG_IGN)
+    heart = Heartbeat(Path(local) / f"{name}.json", rank)
+    threads = share_of_cpus(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    try:
+        code = _train(plan, attempt, heart, rank, threads)
+    except Exception as error:
+        return _last_words(attempt, rank, error)
+    heart.phase("ended")
+    return code
+
+
+def _train(plan: dict, attempt: Attempt, heart: Heartbeat, rank: int, threads: int) -> int:
+    from qwen_moe.config import load_config
+    from qwen_moe.training.worker import run_worker
+
+    config = load_config(Path(plan["recipe"]))
+    if not config.launch.threads:
+        launch = config.launch.model_copy(update={"threads": threads})
+        config = config.model_copy(update={"launch": launch})
+    warning = signal_number(plan["survive"]["checkpoint_signal"])
+    code = run_worker(config, heart, stop_signals=(warning,))
+    if code not in (0, INTERRUPTED):
+        return code
+    if rank == 0:
+        if code == 0:
+            from qwen_moe.training.finish import finish_run
+
+            heart.phase("finishing")
+            finish_run(config)
+        attempt.write("outcome.json", {"outcome": "complete" if code == 0 else "stopped", "time": time.time()})
+    return 0
+
+
+def _last_words(attempt: Attempt, rank: int, error: Exception) -> int:
+    """Report why this rank failed; a user's error without a traceback."""
+    from qwen_moe.errors import UserError, explain_os_error
+
+    now = time.time()
+    kind, message = describe_error("".join(traceback.format_exception(error)))
+    if type(error).__name__ == "BadStep":
+        kind, message = BAD_STEP, str(error)
+    elif isinstance(error, UserError):
+        kind, message = USER, str(error)
+    elif kind == DISK and isinstance(error, OSError):
+        message = explain_os_error(error)
+    if kind == USER:
+        print(f"error: {message}", file=sys.stderr)
+    else:
+        traceback.print_exc()
+    host = os.environ.get("QWEN_MOE_NODE", "localhost")
+    report = {"rank": rank, "host": host, "kind": kind, "message": message, "time": now}
+    try:
+        attempt.write(f"errors/{rank_name(rank)}.json", report)
+    except OSError as problem:
+        print(f"the report could not be written: {problem}", file=sys.stderr)
+    return USER_ERROR if kind == USER else 1
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1], sys.argv[2])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads of gloo or of a checkpoint in flight must not keep a failed process alive
