@@ -128,7 +128,8 @@ def judge_bandwidth(
         lines.append(f"preflight: {name.replace('_', '-')} {reached:.3f} GB/s per node (limit {limit:g})")
         if limit and reached < limit:
             slow.append(f"{name.replace('_', '-')} at {reached:.3f} GB/s per node, below the limit of {limit:g}")
-    lines += [f"preflight: {node}: best pair {found[node]['pair']:.3f} GB/s" for node in nodes]
+    if len(nodes) > 1:
+        lines += [f"preflight: {node}: best pair {found[node]['pair']:.3f} GB/s" for node in nodes]
     if not slow:
         return Verdict(lines=lines)
     limit = max(float(limits["min_all_reduce_gb_per_second"]), float(limits["min_all_to_all_gb_per_second"]))
