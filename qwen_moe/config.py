@@ -309,13 +309,15 @@ class PrecisionConfig(Section):
 
     With ``compute`` fp8 the products of attention's projections, feed-forward and experts have FP8 operands (``fp8``) and
     everything else is bf16. ``kernels`` is what computes them: ``torch``, ``te`` (Transformer Engine) or ``auto``, which is
-    te where it can be imported and the GPU has FP8, else torch.
+    te where it can be imported and the GPU has FP8, else torch. ``compile``: whether torch.compile makes one kernel of each
+    chain of elementwise work; auto does on GPUs, and on CPUs in runs long enough to win back the half minute that it takes.
     """
 
     compute: Literal["fp64", "fp32", "bf16", "fp8"] = "bf16"
     master: Literal["fp64", "fp32", "bf16"] = "fp32"
     fp8: Fp8Config = Fp8Config()
     kernels: Literal["auto", "torch", "te"] = "auto"
+    compile: Literal["auto", "always", "never"] = "auto"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -336,6 +338,8 @@ class PrecisionConfig(Section):
                 f"precision.master {self.master} is narrower than precision.compute {self.compute}: "
                 "the optimizer would lose what the model computes; use the same or a wider one"
             )
+        if self.compute == "fp64" and self.compile == "always":
+            raise ValueError("precision.compile always is for fp32, bf16 and fp8, not fp64: leave it out")
         if self.compute == "fp64" and self.master != "fp64":
             raise ValueError("precision.compute fp64 needs precision.master fp64")
         return self

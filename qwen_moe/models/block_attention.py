@@ -26,12 +26,12 @@ def _exponentials(scores: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tenso
 
 
 @fused
-def _score_gradients(
-    scores: torch.Tensor, lse: torch.Tensor, dp: torch.Tensor, delta: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """p = exp(s - lse) and ds = p * (dp - delta), in dp's dtype."""
+def _score_gradients(scores: torch.Tensor, lse: torch.Tensor, dp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """p = exp(s - lse) and ds = p * (dp - sum over keys of p * dp), in dp's dtype. The sum is of dp as rounded, not dy * y
+    summed over C, so that a row of ds adds up to nothing."""
     p = (scores - lse).exp()
-    return p.to(dp.dtype), (p * (dp.to(p.dtype) - delta)).to(dp.dtype)
+    wide = dp.to(p.dtype)
+    return p.to(dp.dtype), (p * (wide - (p * wide).sum(-1, keepdim=True))).to(dp.dtype)
 
 
 @fused
@@ -40,19 +40,11 @@ def _normalised(y: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     return (y / total).to(y.dtype).transpose(1, 2).contiguous()
 
 
-@fused
-def _row_dots(dy: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``dy, y [B, S, G, R, C]`` -> dy as ``[B, G, S, R, C]`` and the sums over C of dy * y as ``[B, G, S, R, 1]``."""
-    wide = torch.float32
-    delta = (dy.to(wide) * y.to(wide)).sum(-1, keepdim=True)
-    return dy.transpose(1, 2).contiguous(), delta.transpose(1, 2).contiguous()
-
-
 class _BlockAttention(torch.autograd.Function):
     """y = softmax(q k^T / sqrt(C)) v below the diagonal.
 
-    With p = exp(s - lse), dp = dy v^T and delta = sum_C dy * y: ds = p * (dp - delta), dv = p^T dy, dq = ds k / sqrt(C),
-    dk = ds^T q / sqrt(C).
+    With p = exp(s - lse) and dp = dy v^T: ds = p * (dp - sum of p * dp), dv = p^T dy, dq = ds k / sqrt(C),
+    dk = ds^T q / sqrt(C). What is saved: q, k, v and lse.
     """
 
     @staticmethod
@@ -70,15 +62,14 @@ class _BlockAttention(torch.autograd.Function):
             p, top[heads, rows], total[heads, rows] = _exponentials(scores, q)
             y[heads, rows] = torch.bmm(p, rows_v[heads, :end])
         shape = (batch, groups, seq, repeats, 1)
-        out = _normalised(y.view_as(q), total.view(shape))
-        ctx.save_for_backward(q, k, v, out, total.log_().add_(top))
-        return out
+        ctx.save_for_backward(q, k, v, top.add_(total.log()))
+        return _normalised(y.view_as(q), total.view(shape))
 
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v, y, lse = ctx.saved_tensors
+        q, k, v, lse = ctx.saved_tensors
         _, _, seq, repeats, dim = q.shape
-        dy, delta = (_rows(x) for x in _row_dots(grad_outputs[0], y))
+        dy = _rows(grad_outputs[0].transpose(1, 2).contiguous())
         rows_q, rows_k, rows_v = _rows(q), _rows(k), _rows(v)
         n, scale = rows_q.shape[0], dim**-0.5
         dq = torch.empty_like(rows_q)
@@ -89,7 +80,7 @@ class _BlockAttention(torch.autograd.Function):
             scores = torch.bmm(wide_q[heads, rows], wide_k[heads, :, :end])
             scores[:, :, begin:].add_(_mask(begin, end, repeats))
             dp = torch.bmm(dy[heads, rows], rows_v[heads, :end].transpose(1, 2))
-            p, ds = _score_gradients(scores, lse[heads, rows], dp, delta[heads, rows])
+            p, ds = _score_gradients(scores, lse[heads, rows], dp)
             dq[heads, rows] = torch.bmm(ds, rows_k[heads, :end])
             dv[heads, :end] += torch.bmm(p.transpose(1, 2), dy[heads, rows])
             dk[heads, :end] += torch.bmm(ds.transpose(1, 2), rows_q[heads, rows])

@@ -33,10 +33,20 @@ def compiling() -> bool:
 def missing_compiler(device_type: str) -> str | None:
     """What `compile_kernels` would need on this machine and does not find, or None."""
     if device_type == "cuda":
-        return None if importlib.util.find_spec("triton") else "triton (it comes with CUDA builds of torch)"
-    if os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"):
+        return None if importlib.util.find_spec("triton") else "triton, which comes with CUDA builds of torch"
+    if shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++"):
         return None
-    return "a C++ compiler (install g++ or clang++, or name one in the variable CXX)"
+    return "C++ compiler: install g++ or clang++, or name one in the variable CXX"
+
+
+def try_compiler(device: torch.device) -> str | None:
+    """Compile and run a first kernel on ``device``. None when it works, else why it does not, in one line."""
+    x = torch.ones(2, 8, device=device)
+    try:
+        torch.compile(lambda x: x.sigmoid() + x, dynamic=True)(x)
+    except Exception as error:  # whatever a compiler, its cache folder or a driver may raise
+        return f"torch.compile failed here ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+    return None
 
 
 def fused(function: Callable[P, R]) -> Callable[P, R]:

@@ -50,30 +50,38 @@ class _RoundedLoop(torch.autograd.Function):
         dweight = None
         if ctx.needs_input_grad[1]:
             dweight = torch.empty_like(weight)
-            for expert, begin, count, rounded in _rounded(ctx.counts, x.shape[0]):
+            for expert, begin, count, rounded in _rounded(ctx.counts):
                 if not count:
                     dweight[expert].zero_()
                     continue
                 rows = dy[begin : begin + count]
                 if rounded > count:
                     rows = F.pad(rows, (0, 0, 0, rounded - count))
-                torch.mm(rows.T, x[begin : begin + rounded], out=dweight[expert])
+                torch.mm(rows.T, _some_rows(x, begin, rounded), out=dweight[expert])
         return dx, dweight, None
 
 
 def _rows_times(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """``x [N, A]`` times ``weight [E, A, O]`` by groups of rows."""
     out = x.new_empty(x.shape[0], weight.shape[2])
-    for expert, begin, count, rounded in _rounded(counts, x.shape[0]):
-        if count:
+    for expert, begin, count, rounded in _rounded(counts):
+        if count and begin + rounded <= x.shape[0]:
             torch.mm(x[begin : begin + rounded], weight[expert], out=out[begin : begin + rounded])
+        elif count:
+            out[begin : begin + count] = torch.mm(_some_rows(x, begin, rounded), weight[expert])[:count]
     return out
 
 
-def _rounded(counts: list[int], total: int) -> Iterator[tuple[int, int, int, int]]:
-    """(expert, first row, rows, rows rounded up to one of few numbers, as far as there are rows), in order of rows."""
+def _some_rows(x: torch.Tensor, begin: int, count: int) -> torch.Tensor:
+    """``count`` rows of ``x`` from ``begin`` on; zeros where there are no more."""
+    rows = x[begin : begin + count]
+    return rows if rows.shape[0] == count else F.pad(rows, (0, 0, 0, count - rows.shape[0]))
+
+
+def _rounded(counts: list[int]) -> Iterator[tuple[int, int, int, int]]:
+    """(expert, first row, rows, rows rounded up to one of few numbers), in order of rows."""
     begin = 0
     for expert, count in enumerate(counts):
         unit = 16 if count < 512 else 32 if count < 2048 else 64
-        yield expert, begin, count, min(-(-count // unit) * unit, total - begin)
+        yield expert, begin, count, -(-count // unit) * unit
         begin += count

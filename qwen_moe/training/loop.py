@@ -24,7 +24,7 @@ from qwen_moe.training.balance import maximum_violation
 from qwen_moe.training.branch import check_branch
 from qwen_moe.training.build import DTYPES, build_model, make_grids
 from qwen_moe.training.inputs import RunInputs, open_inputs
-from qwen_moe.training.kernels import precision_settings
+from qwen_moe.training.kernels import choose_compilation, precision_settings
 from qwen_moe.training.layout import run_layout
 from qwen_moe.training.metrics import Recorder, measure_matmul_peak, peak_memory
 from qwen_moe.training.optimizer import build_optimizer
@@ -206,6 +206,12 @@ def train(
     if info.rank == 0:
         check_disk_space(config, root)
     inputs = open_inputs(config, grids.dp)
+
+    def say(message: str) -> None:
+        if info.rank == 0:
+            print(message, file=sys.stderr, flush=True)
+
+    say(choose_compilation(config, device))
     model = build_model(config, layout, grids, device)
     trainer = Trainer(config, layout, model, build_optimizer(model, config.optimizer), device)
     writer = CheckpointWriter(
@@ -217,11 +223,6 @@ def train(
         compute_dtype="bf16" if config.precision.compute == "fp8" else config.precision.compute,
         hf_files=inputs.tokenizer,
     )
-
-    def say(message: str) -> None:
-        if info.rank == 0:
-            print(message, file=sys.stderr, flush=True)
-
     done, history = _restore(config, trainer, inputs, say)
     if info.rank == 0:
         record_attempt(config, info, device, resumed_step=done)
