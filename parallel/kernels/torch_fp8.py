@@ -13,9 +13,9 @@ are of the part of a tensor that a rank multiplies (for a stack of experts: of e
 Shapes: N rows (tokens, or choices sorted by expert), A/O input/output features, E experts of this rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -51,6 +51,21 @@ class Recipe:
     def row_alignment(self) -> int:
         """Rows of one expert that share factors in the contraction over tokens: no two experts may."""
         return BLOCK.get(self.name, 1)
+
+
+class Operand:
+    """Rows ``x [N, C]`` rounded for contractions over their features C and over the N rows, each when it is needed."""
+
+    def __init__(self, over_features: Callable[[], Quantised], over_rows: Callable[[], Quantised]) -> None:
+        self._features, self._rows = over_features, over_rows
+
+    @cached_property
+    def over_features(self) -> Quantised:
+        return self._features()
+
+    @cached_property
+    def over_rows(self) -> Quantised:
+        return self._rows()
 
 
 class TorchFp8(Kernels):
@@ -118,33 +133,32 @@ class TorchFp8(Kernels):
         self.scaling.note(name, amax, first)
         return self.scaling.scales(name, first, amax.numel()).view_as(amax)
 
-    def matrix(self, name: str, x: torch.Tensor, fp8: torch.dtype) -> tuple[Quantised, Quantised]:
-        """``x [N, C]`` for contractions over C, and over N."""
-        block = BLOCK.get(self.recipe.name)
+    def matrix(self, name: str, x: torch.Tensor, fp8: torch.dtype) -> Operand:
+        """``x [N, C]`` of one linear's product."""
+        block, e8m0 = BLOCK.get(self.recipe.name), self.recipe.name == "mxfp8"
         if block is not None:
-            e8m0 = self.recipe.name == "mxfp8"
-            return quantise_blocks(x, fp8, (1, block), e8m0), quantise_blocks(x, fp8, (block, 1), e8m0)
+            return Operand(
+                lambda: quantise_blocks(x, fp8, (1, block), e8m0), lambda: quantise_blocks(x, fp8, (block, 1), e8m0)
+            )
         amax = x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
         one = quantise_by(x, fp8, self._scale(name, amax, fp8))
-        return one, one
+        return Operand(lambda: one, lambda: one)
 
-    def rows(
-        self, name: str, x: torch.Tensor, fp8: torch.dtype, part: ExpertPart, padding: Padding
-    ) -> tuple[Quantised, Quantised]:
-        """Rows ``x [N, C]`` of experts for contractions over C, and over each expert's rows (these padded)."""
-        block = BLOCK.get(self.recipe.name)
+    def rows(self, name: str, x: torch.Tensor, fp8: torch.dtype, part: ExpertPart, padding: Padding) -> Operand:
+        """``x [N, C]`` sorted by expert; over each expert's rows, these padded to whole blocks."""
+        block, e8m0 = BLOCK.get(self.recipe.name), self.recipe.name == "mxfp8"
         if block is not None:
-            e8m0 = self.recipe.name == "mxfp8"
-            over_rows = quantise_blocks(padding.add(x), fp8, (block, 1), e8m0)
-            return quantise_blocks(x, fp8, (1, block), e8m0), over_rows
+            return Operand(
+                lambda: quantise_blocks(x, fp8, (1, block), e8m0),
+                lambda: quantise_blocks(padding.add(x), fp8, (block, 1), e8m0),
+            )
         sizes = torch.tensor(padding.sizes, device=x.device)
         of_row = torch.repeat_interleave(torch.arange(part.count, device=x.device), sizes, output_size=x.shape[0])
         amax = torch.zeros(part.count, device=x.device)
         amax.scatter_reduce_(0, of_row, x.abs().amax(1).float(), "amax")
         scale = self._scale(name, amax, fp8, part.first)
-        data = quantise_by(x, fp8, scale[of_row].unsqueeze(1)).data
-        one = Quantised(data, scale.reciprocal())
-        return one, one
+        one = Quantised(quantise_by(x, fp8, scale[of_row].unsqueeze(1)).data, scale.reciprocal())
+        return Operand(lambda: one, lambda: one)
 
     def weight(self, name: str, weight: torch.Tensor, over_rows: bool, first: int = 0) -> Quantised:
         """``[O, A]`` or ``[E, O, A]`` for contractions over A, or ``over_rows``, O. Kept within a step."""
@@ -185,13 +199,17 @@ class _Linears(torch.autograd.Function):
         weights = [weight for weight in parameters[::2] if weight is not None]
         ctx.kernels, ctx.path, ctx.names, ctx.axis = kernels, path, names, axis
         full = join_sequence(start_gather_sequence(x, axis).wait()) if axis.size > 1 else x
-        over_features, over_tokens = kernels.matrix(f"{path}.input", full.flatten(0, -2), E4M3)
+        operand = kernels.matrix(f"{path}.input", full.flatten(0, -2), E4M3)
         outputs = []
         for name, weight, bias in zip(names, weights, parameters[1::2], strict=True):
-            y = mm(over_features, kernels.weight(f"{path}{name}.weight", weight, False), x.dtype)
+            y = mm(operand.over_features, kernels.weight(f"{path}{name}.weight", weight, False), x.dtype)
             outputs.append((y if bias is None else y + bias).view(*full.shape[:-1], -1))
-        ctx.block, ctx.shape, ctx.weights = over_tokens.block, x.shape, len(weights)
-        saved = (x,) if axis.size > 1 else (over_tokens.data, over_tokens.inverse)
+        ctx.weights, saved = len(weights), []
+        if any(ctx.needs_input_grad[5::2]):
+            if axis.size == 1:
+                saved, ctx.block = [operand.over_rows.data, operand.over_rows.inverse], operand.over_rows.block
+            else:
+                saved = [x]
         ctx.save_for_backward(*weights, *saved)
         return tuple(outputs)
 
@@ -203,26 +221,28 @@ class _Linears(torch.autograd.Function):
         need = ctx.needs_input_grad
         need_weights, need_biases = need[5::2], need[6::2]
         gather = start_gather_sequence(saved[0], axis) if axis.size > 1 and any(need_weights) else None
-        pairs, dx = [], None
+        gradients, dx = [], None
         for name, weight, dy in zip(ctx.names, weights, grad_outputs, strict=True):
             slot = f"{ctx.path}{name}"
-            pair = kernels.matrix(f"{slot}.grad_output", dy.flatten(0, -2), kernels.gradient)
-            pairs.append(pair)
+            gradient = kernels.matrix(f"{slot}.grad_output", dy.flatten(0, -2), kernels.gradient)
+            gradients.append(gradient)
             if need[0]:
-                part = mm(pair[0], transposed(kernels.weight(f"{slot}.weight", weight, True)), dy.dtype)
+                part = mm(gradient.over_features, transposed(kernels.weight(f"{slot}.weight", weight, True)), dy.dtype)
                 dx = part if dx is None else dx.add_(part)
         scatter = None
         if gather is not None:
             x = join_sequence(gather.wait()).flatten(0, 1)
-            _, over_tokens = kernels.matrix(f"{ctx.path}.input", x, E4M3)
-        elif axis.size == 1:
+            over_tokens = kernels.matrix(f"{ctx.path}.input", x, E4M3).over_rows
+        elif saved:
             over_tokens = Quantised(saved[0], saved[1], ctx.block)
         if dx is not None:
             dx = dx.view(*grad_outputs[0].shape[:-1], -1)
             scatter = start_reduce_scatter_sequence(dx, axis) if axis.size > 1 else None
         found: list[torch.Tensor | None] = []
-        for pair, dy, need_weight, need_bias in zip(pairs, grad_outputs, need_weights, need_biases, strict=True):
-            found.append(mm(transposed(pair[1]), transposed(over_tokens), dy.dtype) if need_weight else None)
+        for gradient, dy, need_weight, need_bias in zip(
+            gradients, grad_outputs, need_weights, need_biases, strict=True
+        ):
+            found.append(mm(transposed(gradient.over_rows), transposed(over_tokens), dy.dtype) if need_weight else None)
             found.append(dy.flatten(0, -2).sum(0) if need_bias else None)
         return (scatter.wait() if scatter is not None else dx, None, None, None, None, *found)
 
@@ -267,25 +287,27 @@ class _Grouped(torch.autograd.Function):
         padding: Padding,
         counts: torch.Tensor,
     ) -> torch.Tensor:
-        over_features, over_rows = kernels.rows(f"{path}.input", x, E4M3, part, padding)
+        operand = kernels.rows(f"{path}.input", x, E4M3, part, padding)
         ctx.kernels, ctx.path, ctx.part, ctx.padding = kernels, path, part, padding
-        ctx.block = over_rows.block
-        ctx.save_for_backward(weight, over_rows.data, over_rows.inverse, counts)
+        saved = []
+        if ctx.needs_input_grad[1]:
+            saved, ctx.block = [operand.over_rows.data, operand.over_rows.inverse], operand.over_rows.block
+        ctx.save_for_backward(weight, counts, *saved)
         quantised = kernels.weight(f"{path}.weight", weight, False, part.first)
-        return _by_expert(over_features, quantised, padding.sizes, counts, x.dtype)
+        return _by_expert(operand.over_features, quantised, padding.sizes, counts, x.dtype)
 
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
-        weight, data, inverse, counts = ctx.saved_tensors
+        weight, counts, *saved = ctx.saved_tensors
         kernels, path, part, padding = ctx.kernels, ctx.path, ctx.part, ctx.padding
         dy = grad_outputs[0]
-        pair = kernels.rows(f"{path}.grad_output", dy, kernels.gradient, part, padding)
+        gradient = kernels.rows(f"{path}.grad_output", dy, kernels.gradient, part, padding)
         dx = dw = None
         if ctx.needs_input_grad[0]:
             across = transposed(kernels.weight(f"{path}.weight", weight, True, part.first))
-            dx = _by_expert(pair[0], across, padding.sizes, counts, dy.dtype)
+            dx = _by_expert(gradient.over_features, across, padding.sizes, counts, dy.dtype)
         if ctx.needs_input_grad[1]:
-            dw = _outer_by_expert(pair[1], Quantised(data, inverse, ctx.block), padding, dy.dtype)
+            dw = _outer_by_expert(gradient.over_rows, Quantised(saved[0], saved[1], ctx.block), padding, dy.dtype)
         return dx, dw, None, None, None, None, None
 
 
