@@ -1,48 +1,36 @@
-"""Which provider of kernels a run has, whether chains are compiled, and what of precision decides the run's trajectory."""
+"""Which provider of kernels a run has, and what of its precision decides the run's trajectory."""
 
 from typing import Any
 
-import torch
-
 from parallel.kernels.interface import Kernels
+from parallel.kernels.torch_fp8 import Recipe, TorchFp8
 from parallel.mesh import Grids
-from qwen_moe.config import RunConfig
+from qwen_moe.config import Fp8Config, RunConfig
 from qwen_moe.errors import UserError
-from qwen_moe.models.flops import flops_per_token
-from qwen_moe.models.fused import compile_kernels, missing_compiler, try_compiler
+
+
+def fp8_recipe(config: Fp8Config) -> Recipe:
+    """The settings of `precision.fp8` as the recipe of products."""
+    return Recipe(
+        name=config.recipe,
+        hybrid=config.hybrid,
+        history_length=config.amax_history_len,
+        most_recent=config.amax_compute_algo == "most_recent",
+        margin=config.margin,
+    )
 
 
 def choose_kernels(config: RunConfig, grids: Grids) -> Kernels:
-    """The provider that `precision.kernels` names, for this rank's layers."""
+    """The provider that `precision.kernels` names, for this rank's layers. Raises UserError where it is not there."""
     precision = config.precision
+    if precision.kernels == "te":
+        raise UserError(
+            "precision.kernels is te, but this version has no provider through Transformer Engine: set it to torch or auto"
+        )
     if precision.compute != "fp8":
         return Kernels(grids.tp)
-    raise NotImplementedError
-
-
-# Of a whole run on CPUs: two minutes or so on two cores. Not per process, so that no layout decides it.
-_FLOPS_WORTH_COMPILING = 1e13
-
-
-def choose_compilation(config: RunConfig, device: torch.device) -> str:
-    """Switch compilation of elementwise chains on or off as `precision.compile` says, before a model is built. Returns what
-    was chosen, for people. Raises UserError where it is asked for and cannot be."""
-    wanted, precision = config.precision.compile, config.precision.compute
-    compile_kernels(False)
-    if wanted == "never" or precision == "fp64":
-        return "elementwise chains are not compiled"
-    if wanted == "auto" and device.type == "cpu":
-        tokens = config.train_steps * config.tokens_per_step
-        if tokens * flops_per_token(config.model, config.data.sequence_length).training < _FLOPS_WORTH_COMPILING:
-            return "elementwise chains are not compiled: the run is short"
-    problem = missing_compiler(device.type)
-    problem = f"there is no {problem}" if problem else try_compiler(device)
-    if problem is None:
-        compile_kernels(True)
-        return "elementwise chains are compiled by torch.compile"
-    if wanted == "always":
-        raise UserError(f"precision.compile is always, but {problem}; or set it to auto or never")
-    return f"elementwise chains are not compiled, training is slower: {problem}"
+    keep = config.parallel.sharding == "zero2"
+    return TorchFp8(grids.tp, grids.stage, fp8_recipe(precision.fp8), keep_weights=keep)
 
 
 def precision_settings(config: RunConfig) -> dict[str, Any]:

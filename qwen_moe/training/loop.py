@@ -23,8 +23,9 @@ from qwen_moe.models.flops import flops_per_token
 from qwen_moe.training.balance import maximum_violation
 from qwen_moe.training.branch import check_branch
 from qwen_moe.training.build import DTYPES, build_model, make_grids
+from qwen_moe.training.compilation import choose_compilation
 from qwen_moe.training.inputs import RunInputs, open_inputs
-from qwen_moe.training.kernels import choose_compilation, precision_settings
+from qwen_moe.training.kernels import precision_settings
 from qwen_moe.training.layout import run_layout
 from qwen_moe.training.metrics import Recorder, measure_matmul_peak, peak_memory
 from qwen_moe.training.optimizer import build_optimizer
