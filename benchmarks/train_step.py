@@ -1,6 +1,6 @@
 """Training step (forward, backward, AdamW) of qwen-moe against transformers' Qwen2MoeForCausalLM on one machine.
 
-    python benchmarks/train_step.py [--precision bf16 mixed fp32] [--rounds 5] [--breakdown] [--json]
+    python benchmarks/train_step.py [--precision bf16 mixed fp32] [--rounds 5] [--no-compile] [--json]
 
 Both sides have the same weights and the same batch, and take turns: A B A B ... in one process, so that a machine whose
 speed drifts slows both. Reported are medians, and the median of the ratios pair by pair. Peak memory is measured in a
@@ -31,6 +31,7 @@ import torch.distributed as dist
 from qwen_moe.config import ModelConfig, parse_model
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.flops import flops_per_token
+from qwen_moe.models.fused import compile_kernels, compiling
 from qwen_moe.models.init import build_model
 from qwen_moe.training.metrics import measure_matmul_peak
 
@@ -61,7 +62,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def _adamw(parameters: Any) -> torch.optim.AdamW:
+def adamw(parameters: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
@@ -73,7 +74,7 @@ def ours(precision: str) -> tuple[Step, DecoderLM]:
     else:
         model = build_model(config, 0, torch.bfloat16 if precision == "bf16" else torch.float32)
     model.train()
-    optimizer = _adamw(model.parameters())
+    optimizer = adamw(model.parameters())
     inputs, labels = batch()
 
     def step() -> float:
@@ -141,7 +142,7 @@ def theirs(precision: str, experts: str) -> tuple[Step, Any]:
         state[name] = tensor.flatten(1, 2) if name.endswith("gate_up_proj") else tensor
     model.load_state_dict(state)
     model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32).train()
-    optimizer = _adamw(model.parameters())
+    optimizer = adamw(model.parameters())
     inputs, labels = batch()
 
     def step() -> float:
@@ -177,7 +178,10 @@ def compare(precision: str, rounds: int) -> dict[str, Any]:
     experts = fastest_experts(precision)
     our_step, _ = ours(precision)
     their_step, _ = theirs(precision, experts)
-    our_loss, their_loss = our_step(), their_step()
+    begin = time.perf_counter()
+    our_loss = our_step()
+    first = time.perf_counter() - begin
+    their_loss = their_step()
     our_step(), their_step()
     our_seconds, their_seconds = [], []
     for _ in range(rounds):
@@ -189,6 +193,7 @@ def compare(precision: str, rounds: int) -> dict[str, Any]:
     return {
         "precision": precision,
         "transformers_experts": experts,
+        "seconds_of_our_first_step": first,
         "first_loss": {"ours": our_loss, "transformers": their_loss},
         "seconds": {"ours": statistics.median(our_seconds), "transformers": statistics.median(their_seconds)},
         "tokens_per_second": {
@@ -206,6 +211,7 @@ def compare(precision: str, rounds: int) -> dict[str, Any]:
 def _peak_memory(side: str, precision: str, experts: str) -> float:
     """Peak resident memory, GB, of a process that does three steps of one side."""
     command = [sys.executable, __file__, "--memory-of", side, precision, experts]
+    command += [] if compiling() else ["--no-compile"]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -220,40 +226,20 @@ def _report_memory(side: str, precision: str, experts: str) -> None:
     os._exit(0)
 
 
-def breakdown(precision: str, steps: int = 3) -> list[tuple[str, float]]:
-    """Seconds per step by operator of our step, largest first (torch.profiler, self time)."""
-    from torch.profiler import ProfilerActivity, profile
-
-    step, _ = ours(precision)
-    step()
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        for _ in range(steps):
-            step()
-    events = sorted(recorded.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    return [(event.key, event.self_cpu_time_total / steps / 1e6) for event in events]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--precision", nargs="+", choices=("bf16", "mixed", "fp32"), default=["bf16", "mixed", "fp32"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--breakdown", action="store_true", help="our step by operator instead of the comparison")
+    parser.add_argument("--no-compile", action="store_true", help="ours as a short run has it: without torch.compile")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    compile_kernels(not args.no_compile)
     if args.memory_of:
         _report_memory(*args.memory_of)
     flops = flops_per_token(reference_config(), SEQUENCE).training
-    if args.breakdown:
-        for precision in args.precision:
-            rows = breakdown(precision)
-            total = sum(seconds for _, seconds in rows)
-            print(f"{precision}: {total:.3f} s of operators per step")
-            for name, seconds in rows[:25]:
-                print(f"  {name:50s} {seconds * 1e3:9.1f} ms {seconds / total:6.1%}")
-        return
     results = []
     for precision in args.precision:
         peak = measure_matmul_peak(torch.float32 if precision == "fp32" else torch.bfloat16, torch.device("cpu"))
@@ -273,7 +259,8 @@ def main() -> None:
             f"{r['precision']:10s}{speed['ours']:>8,.0f} t/s{speed['transformers']:>10,.0f} t/s"
             f"{r['speed_ratio']:>8.2f}{r['share_of_peak']['ours']:>9.0%}{r['peak_memory_gb']['ours']:>9.2f}"
             f"{r['peak_memory_gb']['transformers']:>11.2f}   first loss {r['first_loss']['ours']:.4f} and "
-            f"{r['first_loss']['transformers']:.4f}, their experts {r['transformers_experts']}"
+            f"{r['first_loss']['transformers']:.4f}, their experts {r['transformers_experts']}, our first step (compiles) "
+            f"{r['seconds_of_our_first_step']:.0f} s"
         )
 
 
