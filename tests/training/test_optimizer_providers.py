@@ -37,9 +37,7 @@ class FakeFusedAdam(torch.optim.Optimizer):
         adam_w_mode: bool = True, weight_decay: float = 0.0, amsgrad: bool = False, set_grad_none: bool = True,
         capturable: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(
-            params, dict(lr=lr, bias_correction=bias_correction, betas=betas, eps=eps, weight_decay=weight_decay)
-        )
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         assert adam_w_mode and bias_correction and not amsgrad and not capturable
 
     def zero_grad(self) -> None:  # type: ignore[override]
