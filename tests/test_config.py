@@ -88,7 +88,7 @@ def test_an_unknown_key_names_the_nearest(key: str, nearest: str | None) -> None
         ({"schedule__warmup_tokens": 20_000}, ["warmup_tokens 20000", "train_tokens 10000"]),
         ({"schedule__min_learning_rate": 0.1}, ["min_learning_rate 0.1", "0.001"]),
         ({"precision": {"compute": "fp32", "master": "bf16"}}, ["bf16", "fp32"]),
-        ({"precision": {"compute": "fp8"}}, ["precision.compute", "fp8"]),
+        ({"precision": {"compute": "fp4"}}, ["precision.compute", "fp4"]),
         ({"balance__bias_update_rate": 0.001}, ["export_hf"]),
         ({"optimizer__learning_rate": "nan"}, ["optimizer.learning_rate"]),
         ({"optimizer__beta2": 1.0}, ["optimizer.beta2"]),

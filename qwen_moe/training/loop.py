@@ -24,6 +24,7 @@ from qwen_moe.training.balance import maximum_violation
 from qwen_moe.training.branch import check_branch
 from qwen_moe.training.build import DTYPES, build_model, make_grids
 from qwen_moe.training.inputs import RunInputs, open_inputs
+from qwen_moe.training.kernels import precision_settings
 from qwen_moe.training.layout import run_layout
 from qwen_moe.training.metrics import Recorder, measure_matmul_peak, peak_memory
 from qwen_moe.training.optimizer import build_optimizer
@@ -56,6 +57,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     dump = config.model_dump(mode="json")
     training = {key: dump["training"][key] for key in ("train_tokens", "global_batch_size")}
     del dump["optimizer"]["provider"]  # whose kernel, not what it computes
+    dump["precision"] = precision_settings(config)
     return {key: dump[key] for key in ("seed", "optimizer", "schedule", "balance", "precision")} | {
         "training": training
     }
@@ -213,7 +215,7 @@ def train(
         keep_steps=config.checkpoint.keep_steps,
         asynchronous=config.checkpoint.asynchronous,
         config=config.model,
-        compute_dtype=config.precision.compute,
+        compute_dtype="bf16" if config.precision.compute == "fp8" else config.precision.compute,
         hf_files=inputs.tokenizer,
     )
 
