@@ -194,7 +194,8 @@ class TrainingPart(DecoderLM):
 
 def _ask_for_kernels(path: str, module: nn.Module, kernels: Kernels, grids: Grids) -> None:
     """Let ``kernels`` supply the products and norms of one block. Router, embedding and head are never asked for."""
-    projections, output = (), ""
+    projections: tuple[str, ...] = ()
+    output = ""
     if isinstance(module, Attention):
         projections, output = ("q_proj", "k_proj", "v_proj"), "o_proj"
     elif isinstance(module, FeedForward):
