@@ -12,7 +12,6 @@ the gather lies between norm and projections, and an MoE's norm feeds the router
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch.func import functional_call
 
 from parallel.collectives import gather_sequence, reduce_scatter_sequence
 from parallel.kernels.interface import ExpertPart, GroupedMM, Kernels, Project, swap
+from parallel.kernels.torch_fp8 import Recipe
 from parallel.mesh import Axis
 
 # The releases whose sources were checked; one patch release for each.
@@ -59,33 +59,22 @@ def load_transformer_engine() -> tuple[Any, Any]:
     return te, te_recipe
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scaling:
-    """A recipe of FP8: ``name`` is one of MULTIPLE; ``hybrid`` has gradients in E5M2; the rest is delayed scaling's."""
-
-    name: str
-    hybrid: bool
-    history_length: int = 1024
-    most_recent: bool = False
-    margin: int = 0
-
-
-def make_recipe(scaling: Scaling, te: Any, te_recipe: Any, *, reduce_amax: bool) -> Any:
-    """Transformer Engine's recipe object for ``scaling``. Raises KernelsUnavailable where this GPU cannot do it."""
-    fp8_format = te_recipe.Format.HYBRID if scaling.hybrid else te_recipe.Format.E4M3
-    if scaling.name == "delayed":
+def make_recipe(ours: Recipe, te: Any, te_recipe: Any, *, reduce_amax: bool) -> Any:
+    """Transformer Engine's recipe object for ``ours``. Raises KernelsUnavailable where this GPU cannot do it."""
+    fp8_format = te_recipe.Format.HYBRID if ours.hybrid else te_recipe.Format.E4M3
+    if ours.name == "delayed":
         works, why = te.is_fp8_available(return_reason=True)
         recipe = te_recipe.DelayedScaling(
-            margin=scaling.margin,
+            margin=ours.margin,
             fp8_format=fp8_format,
-            amax_history_len=scaling.history_length,
-            amax_compute_algo="most_recent" if scaling.most_recent else "max",
+            amax_history_len=ours.history_length,
+            amax_compute_algo="most_recent" if ours.most_recent else "max",
             reduce_amax=reduce_amax,
         )
-    elif scaling.name == "current":
+    elif ours.name == "current":
         works, why = te.is_fp8_available(return_reason=True)
         recipe = te_recipe.Float8CurrentScaling(fp8_format=fp8_format)
-    elif scaling.name == "blockwise":
+    elif ours.name == "blockwise":
         works, why = te.is_fp8_block_scaling_available(return_reason=True)
         recipe = te_recipe.Float8BlockScaling(fp8_format=fp8_format)
     else:
@@ -93,14 +82,14 @@ def make_recipe(scaling: Scaling, te: Any, te_recipe: Any, *, reduce_amax: bool)
         recipe = te_recipe.MXFP8BlockScaling(fp8_format=fp8_format)
     if not works:
         raise KernelsUnavailable(
-            f"this GPU cannot do precision.fp8.recipe {scaling.name} by Transformer Engine: {why} Use another recipe, or "
+            f"this GPU cannot do precision.fp8.recipe {ours.name} by Transformer Engine: {why} Use another recipe, or "
             "precision.kernels=torch"
         )
     return recipe
 
 
 class TransformerEngineKernels(Kernels):
-    """The provider; without ``scaling``, in bf16. ``stage``: the ranks over which delayed scaling takes the largest amax,
+    """The provider; without ``recipe``, in bf16. ``stage``: the ranks over which delayed scaling takes the largest amax,
     all that hold this rank's layers, so that they quantise alike and hold equal state.
 
     ``keep_weights``: FP8 weights are kept from a step's first micro-batch to its last; not where parameters are gathered
@@ -109,19 +98,19 @@ class TransformerEngineKernels(Kernels):
     """
 
     def __init__(
-        self, tp: Axis, stage: Axis, scaling: Scaling | None, *, keep_weights: bool, recompute: bool = False
+        self, tp: Axis, stage: Axis, recipe: Recipe | None, *, keep_weights: bool, recompute: bool = False
     ) -> None:
         super().__init__(tp)
-        if scaling is not None and scaling.name == "delayed" and recompute:
+        if recipe is not None and recipe.name == "delayed" and recompute:
             raise KernelsUnavailable(
                 "precision.fp8.recipe delayed cannot be recomputed in backward by Transformer Engine: use "
                 "training.recompute=none, or recipe current or blockwise"
             )
         self.te, te_recipe = load_transformer_engine()
-        self.scaling, self.group, self.recipe = scaling, stage.group, None
+        self.ours, self.group, self.recipe = recipe, stage.group, None
         self.keep_weights = keep_weights
-        if scaling is not None:
-            self.recipe = make_recipe(scaling, self.te, te_recipe, reduce_amax=stage.size > 1)
+        if recipe is not None:
+            self.recipe = make_recipe(recipe, self.te, te_recipe, reduce_amax=stage.size > 1)
         self.products: list[_Product] = []
         self.step, self._in_step, self._inside = 0, False, False
 
@@ -166,17 +155,17 @@ class TransformerEngineKernels(Kernels):
 
     def check_sizes(self, path: str, out_features: int, in_features: int) -> None:
         """Raise KernelsUnavailable unless FP8 products have kernels for a weight of this size."""
-        multiple = MULTIPLE[self.scaling.name] if self.scaling is not None else 1
+        multiple = MULTIPLE[self.ours.name] if self.ours is not None else 1
         if in_features % multiple or out_features % multiple:
-            assert self.scaling is not None
+            assert self.ours is not None
             raise KernelsUnavailable(
-                f"{path} is {out_features} x {in_features} on a rank: precision.fp8.recipe {self.scaling.name} needs "
+                f"{path} is {out_features} x {in_features} on a rank: precision.fp8.recipe {self.ours.name} needs "
                 f"multiples of {multiple} in Transformer Engine. Change sizes or tp, or use precision.compute=bf16"
             )
 
     def materialise(self, device: torch.device) -> None:
-        if self.scaling is not None and self.scaling.name == "delayed":
-            steps = self.scaling.history_length
+        if self.ours is not None and self.ours.name == "delayed":
+            steps = self.ours.history_length
             for product in self.products:
                 product.state = [
                     _State(torch.ones(n, device=device), torch.zeros(steps, n, device=device))

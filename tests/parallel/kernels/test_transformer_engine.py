@@ -12,9 +12,9 @@ import torch
 
 from parallel.data import local
 from parallel.kernels.interface import ExpertPart
+from parallel.kernels.torch_fp8 import Recipe
 from parallel.kernels.transformer_engine import (
     KernelsUnavailable,
-    Scaling,
     TransformerEngineKernels,
     load_transformer_engine,
 )
@@ -35,9 +35,9 @@ MODEL = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
 }
-DELAYED = Scaling(name="delayed", hybrid=True, history_length=4)
-CURRENT = Scaling(name="current", hybrid=True)
-BLOCKWISE = Scaling(name="blockwise", hybrid=False)
+DELAYED = Recipe(name="delayed", hybrid=True, history_length=4)
+CURRENT = Recipe(name="current", hybrid=True)
+BLOCKWISE = Recipe(name="blockwise", hybrid=False)
 
 
 def config(**changes: Any) -> RunConfig:
@@ -52,7 +52,7 @@ def qwen3(**changes: Any) -> RunConfig:
 Between = Callable[[Any, int], None]
 
 
-def train(config: RunConfig, scaling: Scaling | str | None, between: Between | None = None) -> dict[str, Any]:
+def train(config: RunConfig, scaling: Recipe | str | None, between: Between | None = None) -> dict[str, Any]:
     """Three steps on this rank with the provider, or ("plain") with torch's products."""
     from qwen_moe.training import build
 
@@ -101,7 +101,7 @@ def assert_same(got: list[dict[str, Any]], expected: list[dict[str, Any]]) -> No
 @pytest.mark.parametrize(
     ("family", "scaling"), [("qwen2_moe", None), ("qwen3_moe", DELAYED), ("qwen2_moe", BLOCKWISE)], ids=str
 )
-def test_one_process_equals_plain_products(family: str, scaling: Scaling | None) -> None:
+def test_one_process_equals_plain_products(family: str, scaling: Recipe | None) -> None:
     case = config() if family == "qwen2_moe" else qwen3()
     assert_same(run_distributed(train, 1, case, scaling), plain(1, case))
 
@@ -118,7 +118,7 @@ LAYOUTS = {
     [("tp=2,ep=2", DELAYED), ("tp=2,etp=2,zero3", DELAYED), ("pp=2,ep=2", DELAYED), ("tp=2,ep=2", CURRENT)],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
-def test_layouts_equal_plain_products(layout: str, scaling: Scaling) -> None:
+def test_layouts_equal_plain_products(layout: str, scaling: Recipe) -> None:
     case = config(**LAYOUTS[layout])
     got = run_distributed(train, 4, case, scaling)
     assert_same(got, plain(4, case))
@@ -182,7 +182,7 @@ def test_recomputed_layers_equal_plain_products() -> None:
     assert_same(run_distributed(train, 1, case, CURRENT), plain(1, config()))
 
 
-def _refused(config: RunConfig, scaling: Scaling) -> str:
+def _refused(config: RunConfig, scaling: Recipe) -> str:
     try:
         train(config, scaling)
     except KernelsUnavailable as error:
@@ -196,7 +196,7 @@ def test_refusals_of_a_model() -> None:
     message = run_distributed(_refused, 1, config(model__moe_intermediate_size=24), CURRENT)[0]
     assert "model.layers.0.mlp.experts.gate_up_proj" not in message or "multiples of 16" in message
     assert "multiples of 16 in Transformer Engine" in message
-    message = run_distributed(_refused, 1, config(), Scaling(name="mxfp8", hybrid=False))[0]
+    message = run_distributed(_refused, 1, config(), Recipe(name="mxfp8", hybrid=False))[0]
     assert "compute capability 10.0" in message
 
 
@@ -238,7 +238,7 @@ def _grouped(kernels: TransformerEngineKernels, counts: list[int]) -> tuple[torc
 
 @pytest.mark.parametrize("counts", [[3, 0, 17, 16], [0, 0, 0, 5], [0, 0, 0, 0], [16, 16, 16, 16]])
 @pytest.mark.parametrize("scaling", [None, CURRENT, DELAYED], ids=lambda s: s.name if s else "bf16")
-def test_uneven_and_empty_experts(fake: None, counts: list[int], scaling: Scaling | None) -> None:
+def test_uneven_and_empty_experts(fake: None, counts: list[int], scaling: Recipe | None) -> None:
     kernels = TransformerEngineKernels(AXIS, AXIS, scaling, keep_weights=True)
     y, dx, dw = _grouped(kernels, counts)
     generator = torch.Generator().manual_seed(0)
