@@ -198,7 +198,8 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         kernels, axis = ctx.kernels, ctx.axis
-        weights, saved = ctx.saved_tensors[: ctx.weights], ctx.saved_tensors[ctx.weights :]
+        tensors = ctx.saved_tensors  # once: recomputation allows no second look
+        weights, saved = tensors[: ctx.weights], tensors[ctx.weights :]
         need = ctx.needs_input_grad
         need_weights, need_biases = need[5::2], need[6::2]
         gather = start_gather_sequence(saved[0], axis) if axis.size > 1 and any(need_weights) else None
