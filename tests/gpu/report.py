@@ -22,11 +22,11 @@ MARK = "ROW "
 ROOT = Path(__file__).parents[2]
 # Seconds of each part at full size, generously. The order is that of importance: the last ones are cut when time is up.
 LIMITS = {
-    "environment": 60,
-    "grouped_products": 60,
-    "attention": 60,
-    "host_reads": 60,
-    "layers": 60,
+    "environment": 90,
+    "grouped_products": 90,
+    "attention": 90,
+    "host_reads": 90,
+    "layers": 90,
     "parity": 120,
     "training": 150,
     "checkpoint": 90,

@@ -87,23 +87,24 @@ def autocast(enabled: bool = True, recipe: Any = None, amax_reduction_group: Any
         _Global.enabled, _Global.recipe, _Global.group = before
         _Global.depth -= 1
         if enabled and _Global.depth == 0 and torch.is_grad_enabled():
-            _reduce_and_update("forward", recipe, amax_reduction_group)
+            _reduce_and_update("forward")
 
 
-def _reduce_and_update(direction: str, recipe: Any, group: Any) -> None:
-    states = [module.fp8_meta[KEY[direction]] for module in _Global.modules]
-    if not states:
-        return
-    _Global.log.append(direction)
-    amaxes = torch.cat([state.amax_history[0] for state in states])
-    if recipe.reduce_amax:
-        dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=group)
-    for state, amax in zip(states, amaxes.split([s.scale.numel() for s in states])):
-        state.amax_history[0] = amax
-        largest = state.amax_history.amax(0)
-        state.scale.copy_(torch.where(largest > 0, MAXIMUM[direction] / largest, state.scale))
-        state.amax_history.copy_(state.amax_history.roll(-1, 0))
-        state.amax_history[0] = 0
+def _reduce_and_update(direction: str) -> None:
+    """Of every module that ran with delayed scaling, whatever autocast ends: each by its own recipe and group."""
+    if _Global.modules:
+        _Global.log.append(direction)
+    for recipe, group in {id(recipe): (recipe, group) for _, recipe, group in _Global.modules}.values():
+        states = [module.fp8_meta[KEY[direction]] for module, own, _ in _Global.modules if own is recipe]
+        amaxes = torch.cat([state.amax_history[0] for state in states])
+        if recipe.reduce_amax:
+            dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=group)
+        for state, amax in zip(states, amaxes.split([s.scale.numel() for s in states])):
+            state.amax_history[0] = amax
+            largest = state.amax_history.amax(0)
+            state.scale.copy_(torch.where(largest > 0, MAXIMUM[direction] / largest, state.scale))
+            state.amax_history.copy_(state.amax_history.roll(-1, 0))
+            state.amax_history[0] = 0
 
 
 KEY = {"forward": "scaling_fwd", "backward": "scaling_bwd"}
@@ -136,14 +137,13 @@ class _AtEnd(torch.autograd.Function):
     """Identity on the input of a module: its backward is the end of the module's backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, recipe: Any, group: Any) -> Any:
-        ctx.known = (recipe, group)
+    def forward(ctx: Any, x: torch.Tensor) -> Any:
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        _reduce_and_update("backward", *ctx.known)
-        return gradients[0], None, None
+        _reduce_and_update("backward")
+        return gradients[0]
 
 
 class _Base(nn.Module):
@@ -188,14 +188,14 @@ class _Base(nn.Module):
         self._check(x, splits, recipe)
         weights = [getattr(self, name) for name in names]
         if isinstance(recipe, DelayedScaling):
-            if self not in _Global.modules:
-                _Global.modules.append(self)
+            if all(module is not self for module, _, _ in _Global.modules):
+                _Global.modules.append((self, recipe, _Global.group))
             self._note("forward", 0, x, splits)
             for group, weight in enumerate(weights):
                 self.fp8_meta["scaling_fwd"].amax_history[0, 3 * group + 1] = weight.detach().abs().max()
             if _Global.first_module and x.requires_grad:
                 _Global.first_module = False
-                x = _AtEnd.apply(x, recipe, _Global.group)
+                x = _AtEnd.apply(x)
         if recipe is not None and first is not None:
             for name, weight in zip(names, weights):
                 if first or name not in self._workspaces:
