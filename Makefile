@@ -4,15 +4,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= recipes/demo.yaml
 
-.PHONY: train test test-slow lint slurm install clean
+.PHONY: train test test-slow test-gpu lint slurm install clean
 train: install
 	$(BIN)/qwen-moe train $(RECIPE)
 
 test: install lint slurm
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: install slurm
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# On one GPU, unattended, within ten minutes; writes runs/gpu/report.md (docs/gpu.md). Installs nothing: it runs in the
+# environment of PYTHON, so that the torch that was built for the machine's CUDA is the one that is tested.
+test-gpu:
+	$(PYTHON) -m tests.gpu.report $(GPU_OPTIONS)
 
 lint: install
 	$(BIN)/ruff check .

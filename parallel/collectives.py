@@ -74,6 +74,24 @@ def reduce_scatter_sequence(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     return _ReduceScatterSequence.apply(x, axis)
 
 
+class _GatherSequence(torch.autograd.Function):
+    """forward: all-gather of this rank's part of the sequence. backward: sum over ranks, each keeps its part."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, axis: Axis) -> torch.Tensor:
+        ctx.axis = axis
+        return join_sequence(start_gather_sequence(x, axis).wait())
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return start_reduce_scatter_sequence(grad_outputs[0], ctx.axis).wait(), None
+
+
+def gather_sequence(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """This rank's part ``[B, S / n, D]`` of the sequence -> all of it ``[B, S, D]``, for a product over its own columns."""
+    return _GatherSequence.apply(x, axis)
+
+
 class _AttachLoss(torch.autograd.Function):
     """forward: x. backward: x's gradient, and 1 for the loss: ``loss`` is added to the objective without being an
     output, so that every pipeline stage can have losses of its own."""

@@ -234,8 +234,12 @@ class TrainingConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with decoupled weight decay (arXiv 1711.05101), not applied to norms and biases."""
+    """AdamW with decoupled weight decay (arXiv 1711.05101), not applied to norms and biases.
 
+    ``provider``: whose kernel updates the weights: torch's fused one, NVIDIA Apex's, or DeepSpeed's, which keeps the
+    moments in host memory (docs/optimizers.md)."""
+
+    provider: Literal["torch", "apex", "deepspeed"] = "torch"
     learning_rate: PositiveFloat
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95

@@ -41,7 +41,7 @@ def outside(path: Path, allowed: set[str]) -> list[str]:
 @pytest.mark.parametrize(
     ("folder", "allowed"),
     [
-        ("parallel", {"torch", "parallel"}),
+        ("parallel", {"torch", "parallel", "transformer_engine"}),
         ("launchers", {"launchers"}),
         ("scaling_laws", {"numpy", "scipy", "pandas", "matplotlib", "tqdm", "scaling_laws"}),
         ("qwen_moe/models", {"torch", "qwen_moe.config", "qwen_moe.models", "parallel"}),

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 
 from parallel.data import shard
+from parallel.kernels.transformer_engine import KernelsUnavailable
 from parallel.mesh import Grids
 from parallel.pipeline import Pipeline, Sequential, stages_of_rank
 from qwen_moe.config import RunConfig
+from qwen_moe.errors import UserError
 from qwen_moe.models.init import initialise, keep_statistics_dtypes
 from qwen_moe.models.moe import MoE
 from qwen_moe.models.norm import statistics_dtype
@@ -33,16 +35,19 @@ def plan_model(config: RunConfig, layout: RunLayout, grids: Grids) -> ParallelMo
         [0] if grids.pp.size == 1 else stages_of_rank(pipeline.schedule, grids.pp.size, layout.per_rank, grids.pp.index)
     )
     recompute = config.training.recompute == "full"
-    model = build_parts(
-        config.model,
-        grids,
-        layout.layers,
-        stages,
-        recompute=recompute,
-        dtype=master,
-        kernels=choose_kernels(config, grids),
-        plain_layers=config.precision.fp8.plain_layers(config.model.num_hidden_layers),
-    )
+    try:
+        model = build_parts(
+            config.model,
+            grids,
+            layout.layers,
+            stages,
+            recompute=recompute,
+            dtype=master,
+            kernels=choose_kernels(config, grids),
+            plain_layers=config.precision.fp8.plain_layers(config.model.num_hidden_layers),
+        )
+    except KernelsUnavailable as error:
+        raise UserError(str(error)) from None
     for part in model.parts:
         part.chunk_tokens = config.training.loss_chunk_tokens
         for module in part.modules():

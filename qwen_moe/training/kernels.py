@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import torch
+
 from parallel.kernels.interface import Kernels
 from parallel.kernels.torch_fp8 import Recipe, TorchFp8
+from parallel.kernels.transformer_engine import KernelsUnavailable, TransformerEngineKernels
 from parallel.mesh import Grids
 from qwen_moe.config import Fp8Config, RunConfig
 from qwen_moe.errors import UserError
@@ -23,14 +26,39 @@ def fp8_recipe(config: Fp8Config) -> Recipe:
 def choose_kernels(config: RunConfig, grids: Grids) -> Kernels:
     """The provider that `precision.kernels` names, for this rank's layers. Raises UserError where it is not there."""
     precision = config.precision
-    if precision.kernels == "te":
-        raise UserError(
-            "precision.kernels is te, but this version has no provider through Transformer Engine: set it to torch or auto"
-        )
-    if precision.compute != "fp8":
+    recipe = fp8_recipe(precision.fp8) if precision.compute == "fp8" else None
+    if precision.kernels == "te" or (precision.kernels == "auto" and recipe is not None and torch.cuda.is_available()):
+        try:
+            return _transformer_engine(config, grids, recipe)
+        except KernelsUnavailable as error:
+            if precision.kernels == "te":
+                raise UserError(f"precision.kernels te: {error}") from None
+    if recipe is None:
         return Kernels(grids.tp)
-    keep = config.parallel.sharding == "zero2"
-    return TorchFp8(grids.tp, grids.stage, fp8_recipe(precision.fp8), keep_weights=keep)
+    return TorchFp8(grids.tp, grids.stage, recipe, keep_weights=_keeps_weights(config))
+
+
+def _keeps_weights(config: RunConfig) -> bool:
+    return config.parallel.sharding == "zero2"
+
+
+def _transformer_engine(config: RunConfig, grids: Grids, recipe: Recipe | None) -> TransformerEngineKernels:
+    if config.precision.compute not in ("bf16", "fp8"):
+        raise KernelsUnavailable(
+            f"Transformer Engine's products are bf16 or FP8, but precision.compute is {config.precision.compute}"
+        )
+    kernels = TransformerEngineKernels(
+        grids.tp,
+        grids.stage,
+        recipe,
+        keep_weights=_keeps_weights(config),
+        recompute=config.training.recompute == "full",
+    )
+    # Of the others the plan asks with their sizes; experts' are known here.
+    if config.model.is_moe_family:
+        hidden, inner = config.model.hidden_size, config.model.moe_intermediate_size // grids.etp.size
+        kernels.check_sizes("mlp.experts.down_proj", hidden, inner)
+    return kernels
 
 
 def precision_settings(config: RunConfig) -> dict[str, Any]:

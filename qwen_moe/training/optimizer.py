@@ -20,15 +20,20 @@ class Named(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
-def build_optimizer(model: Named, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW: on CPU the default (foreach) path measured 6.6 times slower."""
+def build_optimizer(model: Named, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Fused AdamW: on CPU the default (foreach) path measured 6.6 times slower. Or another library's, if asked for."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in named if is_decayed(name)], "weight_decay": config.weight_decay},
         {"params": [p for name, p in named if not is_decayed(name)], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
+    if config.provider != "torch":
+        from qwen_moe.training.optimizer_providers import provided_optimizer
+
+        return provided_optimizer(groups, config)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

@@ -1,0 +1,337 @@
+"""Products and norms by NVIDIA's Transformer Engine on GPUs, in FP8 by one of its four recipes or in bf16.
+
+This is the only file that uses Transformer Engine, and `tests/parallel/kernels/test_te_contract.py` holds every name in it
+against the sources of the releases in SUPPORTED: ``te`` is `transformer_engine.pytorch`, ``te_recipe`` its recipes, and
+variables whose names begin with ``te_`` are its objects.
+
+Its linear modules are kept outside of the model and lent our weights for each call (``functional_call``), so parameters
+keep their names and stacked shapes, whatever FSDP does with them. Communication stays ours: Transformer Engine gathers
+and scatters dim 0 of ``[S, B, D]``, our sequences are dim 1. Hence also no LayerNormLinear: under sequence parallelism
+the gather lies between norm and projections, and an MoE's norm feeds the router in high precision.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from parallel.collectives import gather_sequence, reduce_scatter_sequence
+from parallel.kernels.interface import ExpertPart, GroupedMM, Kernels, Project, swap
+from parallel.kernels.torch_fp8 import Recipe
+from parallel.mesh import Axis
+
+# The releases whose sources were checked; one patch release for each.
+SUPPORTED = (
+    "2.9.0", "2.10.0", "2.11.0", "2.12.0", "2.13.0", "2.14.1", "2.15.0", "2.16.1", "2.17.1", "2.18.0", "2.19.0", "2.20.2",
+)  # fmt: skip
+# Features of a product must be multiples of this in FP8; Transformer Engine raises from within a layer otherwise.
+MULTIPLE = {"delayed": 16, "current": 16, "blockwise": 16, "mxfp8": 32}
+# Rows that an FP8 product of no rows at all is done on instead: a multiple of every recipe's alignment.
+SOME_ROWS = 32
+
+
+class KernelsUnavailable(RuntimeError):
+    """Transformer Engine, or a recipe of its, does not work here; the message says why and what to do."""
+
+
+def load_transformer_engine() -> tuple[Any, Any]:
+    """``transformer_engine.pytorch`` and ``transformer_engine.common.recipe``. Raises KernelsUnavailable."""
+    use_torch = "or use precision.kernels=torch"
+    try:
+        import transformer_engine
+        import transformer_engine.common.recipe as te_recipe
+        import transformer_engine.pytorch as te
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+        raise KernelsUnavailable(
+            f"Transformer Engine cannot be imported ({type(error).__name__}: {error}): install qwen-moe[te] on a machine "
+            f"with an NVIDIA GPU, {use_torch}"
+        ) from error
+    minor = transformer_engine.__version__.split("+")[0].split(".")[:2]
+    if minor not in [release.split(".")[:2] for release in SUPPORTED]:
+        first, last = SUPPORTED[0], SUPPORTED[-1]
+        raise KernelsUnavailable(
+            f"Transformer Engine {transformer_engine.__version__} is installed; supported are {first} to {last}: install "
+            f"one of these, {use_torch}"
+        )
+    return te, te_recipe
+
+
+def make_recipe(ours: Recipe, te: Any, te_recipe: Any, *, reduce_amax: bool) -> Any:
+    """Transformer Engine's recipe object for ``ours``. Raises KernelsUnavailable where this GPU cannot do it."""
+    fp8_format = te_recipe.Format.HYBRID if ours.hybrid else te_recipe.Format.E4M3
+    if ours.name == "delayed":
+        works, why = te.is_fp8_available(return_reason=True)
+        recipe = te_recipe.DelayedScaling(
+            margin=ours.margin,
+            fp8_format=fp8_format,
+            amax_history_len=ours.history_length,
+            amax_compute_algo="most_recent" if ours.most_recent else "max",
+            reduce_amax=reduce_amax,
+        )
+    elif ours.name == "current":
+        works, why = te.is_fp8_available(return_reason=True)
+        recipe = te_recipe.Float8CurrentScaling(fp8_format=fp8_format)
+    elif ours.name == "blockwise":
+        works, why = te.is_fp8_block_scaling_available(return_reason=True)
+        recipe = te_recipe.Float8BlockScaling(fp8_format=fp8_format)
+    else:
+        works, why = te.is_mxfp8_available(return_reason=True)
+        recipe = te_recipe.MXFP8BlockScaling(fp8_format=fp8_format)
+    if not works:
+        raise KernelsUnavailable(
+            f"this GPU cannot do precision.fp8.recipe {ours.name} by Transformer Engine: {why} Use another recipe, or "
+            "precision.kernels=torch"
+        )
+    return recipe
+
+
+class TransformerEngineKernels(Kernels):
+    """The provider; without ``recipe``, in bf16. ``stage``: the ranks over which delayed scaling takes the largest amax,
+    all that hold this rank's layers, so that they quantise alike and hold equal state.
+
+    ``keep_weights``: FP8 weights are kept from a step's first micro-batch to its last; not where parameters are gathered
+    for each use to save memory (ZeRO-3). ``recompute``: layers run a second time in backward. The recipes without state
+    do so under an autocast of their own; delayed scaling cannot (its histories would advance twice).
+    """
+
+    def __init__(
+        self, tp: Axis, stage: Axis, recipe: Recipe | None, *, keep_weights: bool, recompute: bool = False
+    ) -> None:
+        super().__init__(tp)
+        if recipe is not None and recipe.name == "delayed" and recompute:
+            raise KernelsUnavailable(
+                "precision.fp8.recipe delayed cannot be recomputed in backward by Transformer Engine: use "
+                "training.recompute=none, or recipe current or blockwise"
+            )
+        self.te, te_recipe = load_transformer_engine()
+        self.ours, self.group, self.recipe = recipe, stage.group, None
+        self.keep_weights = keep_weights
+        if recipe is not None:
+            self.recipe = make_recipe(recipe, self.te, te_recipe, reduce_amax=stage.size > 1)
+        self.products: list[_Product] = []
+        self.step, self._in_step, self._inside = 0, False, False
+
+    def column(self, path: str, parent: nn.Module, names: Sequence[str]) -> Project:
+        products = []
+        for name in names:
+            linear = getattr(parent, name)
+            products.append(self._linear(f"{path}.{name}", linear.in_features, linear.out_features))
+
+        def project(x: torch.Tensor, *linears: nn.Linear) -> tuple[torch.Tensor, ...]:
+            if self.tp.size > 1:
+                x = gather_sequence(x, self.tp)
+            return tuple(
+                product(x, linear.weight, linear.bias) for product, linear in zip(products, linears, strict=True)
+            )
+
+        return project
+
+    def row(self, path: str, parent: nn.Module, name: str) -> None:
+        old = getattr(parent, name)
+        new = _RowLinear(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
+        new.product, new.axis = self._linear(f"{path}.{name}", old.in_features, old.out_features), self.tp
+        swap(parent, name, new)
+
+    def grouped(self, path: str, part: ExpertPart) -> GroupedMM:
+        product = _GroupedProduct(self, path, part)
+        self.products.append(product)
+        return product
+
+    def norm(self, path: str, parent: nn.Module, name: str) -> None:
+        """Statistics in float32 and one rounding at the end, where ours, as transformers does, rounds before the weight."""
+        te, old = self.te, getattr(parent, name)
+        te_norm = te.RMSNorm(old.weight.shape[0], eps=old.eps, dtype=old.weight.dtype, device="meta")
+        te_norm.weight = old.weight
+        setattr(parent, name, te_norm)
+
+    def _linear(self, path: str, in_features: int, out_features: int) -> "_LinearProduct":
+        self.check_sizes(path, out_features, in_features)
+        product = _LinearProduct(self, path)
+        self.products.append(product)
+        return product
+
+    def check_sizes(self, path: str, out_features: int, in_features: int) -> None:
+        """Raise KernelsUnavailable unless FP8 products have kernels for a weight of this size."""
+        multiple = MULTIPLE[self.ours.name] if self.ours is not None else 1
+        if in_features % multiple or out_features % multiple:
+            assert self.ours is not None
+            raise KernelsUnavailable(
+                f"{path} is {out_features} x {in_features} on a rank: precision.fp8.recipe {self.ours.name} needs "
+                f"multiples of {multiple} in Transformer Engine. Change sizes or tp, or use precision.compute=bf16"
+            )
+
+    def materialise(self, device: torch.device) -> None:
+        if self.ours is not None and self.ours.name == "delayed":
+            steps = self.ours.history_length
+            for product in self.products:
+                product.state = [
+                    _State(torch.ones(n, device=device), torch.zeros(steps, n, device=device))
+                    for n in (3 * product.gemms, 2 * product.gemms)
+                ]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        te = self.te
+        return te.autocast(enabled=self.recipe is not None, recipe=self.recipe, amax_reduction_group=self.group)
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        # Leaving the outermost autocast reduces and applies what delayed scaling has seen: once for a whole part.
+        with self.autocast():
+            self._inside = True
+            try:
+                yield
+            finally:
+                self._inside = False
+
+    def recomputed(self) -> AbstractContextManager[Any]:
+        """For a product: nothing within `forward`, an autocast of its own when a layer is recomputed in backward."""
+        return nullcontext() if self._inside else self.autocast()
+
+    def begin_step(self) -> None:
+        self.step, self._in_step = self.step + 1, True
+        # What an evaluation has seen is no part of training.
+        current = [state.amax_history[0] for product in self.products for state in product.state]
+        if current:
+            torch._foreach_zero_(current)
+
+    def end_step(self) -> None:
+        self._in_step = False
+
+    def first_use(self, product: "_Product") -> bool | None:
+        """Whether weights must be quantised (True), are from an earlier micro-batch (False), or not to be kept (None)."""
+        if not self.keep_weights or not self._in_step or not torch.is_grad_enabled():
+            return None
+        first, product.used_in = product.used_in != self.step, self.step
+        return first
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {name: tensor for product in self.products for name, tensor in product.named_state()}
+
+
+class _State:
+    """Delayed scaling's state of ``n`` tensors: ``scale [n]`` and ``amax_history [steps, n]``."""
+
+    def __init__(self, scale: torch.Tensor, amax_history: torch.Tensor) -> None:
+        self.scale, self.amax_history = scale, amax_history
+
+
+class _Product:
+    """One of Transformer Engine's modules, made at its first use, and its state. Not an nn.Module, so that the model has
+    no parameters but its own."""
+
+    gemms = 1
+
+    def __init__(self, kernels: TransformerEngineKernels, path: str) -> None:
+        self.kernels, self.path, self.used_in = kernels, path, -1
+        self.state: list[_State] = []  # of forward, of backward; empty where a recipe has none
+
+    def adopt(self, te_module: Any) -> None:
+        """Give a new ``te_module`` the state that was materialised, or loaded, before; then its own tensors are the state.
+        Called within an autocast, which is where the module takes its recipe from."""
+        if not self.state:
+            return
+        te_module.init_fp8_metadata(num_gemms=self.gemms)
+        te_forward, te_backward = te_module.fp8_meta["scaling_fwd"], te_module.fp8_meta["scaling_bwd"]
+        for held, te_state in zip(self.state, (te_forward, te_backward), strict=True):
+            te_state.scale.copy_(held.scale)
+            te_state.amax_history.copy_(held.amax_history)
+        self.state = [
+            _State(te_forward.scale, te_forward.amax_history),
+            _State(te_backward.scale, te_backward.amax_history),
+        ]
+
+    def named_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for direction, state in zip(("forward", "backward"), self.state):
+            each = state.scale.numel() // self.gemms
+            for name, of in self._places():
+                part = slice(of * each, (of + 1) * each)
+                yield f"{name}.{direction}.scale", state.scale[part]
+                yield f"{name}.{direction}.amax_history", state.amax_history[:, part]
+
+    def _places(self) -> Iterator[tuple[str, int]]:
+        """(name, which of this module's products it is)."""
+        yield self.path, 0
+
+
+class _LinearProduct(_Product):
+    """``product(x [..., A], weight [O, A], bias [O] or None) -> [..., O]``."""
+
+    te_linear: Any = None
+
+    def _make(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        te, (out_features, in_features) = self.kernels.te, weight.shape
+        self.kernels.check_sizes(self.path, out_features, in_features)
+        te_linear = te.Linear(
+            in_features, out_features, bias=bias is not None, params_dtype=weight.dtype, device="meta"
+        )
+        self.adopt(te_linear)
+        return te_linear
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        kernels = self.kernels
+        with kernels.recomputed():
+            te_linear = self.te_linear = self.te_linear or self._make(weight, bias)
+            lent = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+            options = {"is_first_microbatch": kernels.first_use(self)}
+            return functional_call(te_linear, lent, (x,), options, tie_weights=False)
+
+
+class _GroupedProduct(_Product):
+    """``product(x [N, A], weight [E, O, A], counts [E]) -> [N, O]``: rows of expert e follow those of e - 1.
+
+    In FP8 each expert's rows are padded with zeros, which move no amax, to the multiple that the recipe needs, and the
+    results of these rows are dropped. Reads ``counts`` on the host, once a call: Transformer Engine wants a list.
+    """
+
+    te_grouped_linear: Any = None
+
+    def __init__(self, kernels: TransformerEngineKernels, path: str, part: ExpertPart) -> None:
+        super().__init__(kernels, path)
+        self.part, self.gemms = part, part.count
+        te = kernels.te
+        self.te_padding, self.te_unpadding = te.Fp8Padding(part.count), te.Fp8Unpadding(part.count)
+
+    def _places(self) -> Iterator[tuple[str, int]]:
+        for place in range(self.part.count):
+            yield f"{self.path}.{self.part.first + place}", place
+
+    def _make(self, weight: torch.Tensor) -> Any:
+        te, (_, out_features, in_features) = self.kernels.te, weight.shape
+        self.kernels.check_sizes(self.path, out_features, in_features)
+        te_grouped_linear = te.GroupedLinear(
+            self.gemms, in_features, out_features, bias=False, params_dtype=weight.dtype, device="meta"
+        )
+        self.adopt(te_grouped_linear)
+        return te_grouped_linear
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        kernels, splits, rows = self.kernels, counts.tolist(), x.shape[0]
+        if not rows:  # the kernels want some, and delayed scaling that every rank takes part
+            x, splits = x.new_zeros(SOME_ROWS, x.shape[1]) + x.sum(), [SOME_ROWS] + [0] * (self.gemms - 1)
+        with kernels.recomputed():
+            te_grouped_linear = self.te_grouped_linear = self.te_grouped_linear or self._make(weight)
+            padded, padded_splits = x, splits
+            if kernels.recipe is not None:
+                padded, padded_splits = self.te_padding(x, splits)
+            lent = {f"weight{expert}": w for expert, w in enumerate(weight.unbind(0))}
+            options = {"is_first_microbatch": kernels.first_use(self)}
+            y = functional_call(te_grouped_linear, lent, (padded, padded_splits), options, tie_weights=False)
+            if kernels.recipe is not None:
+                y = self.te_unpadding(y, splits)
+        return y if y.shape[0] == rows else y[:rows]
+
+
+class _RowLinear(nn.Linear):
+    """``[B, S, A / n] -> [B, S / n, O]`` with the product of the provider; the bias is added to the finished sum."""
+
+    product: Callable[..., torch.Tensor]
+    axis: Axis
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.axis.size == 1:
+            return self.product(input, self.weight, self.bias)
+        y = reduce_scatter_sequence(self.product(input, self.weight, None), self.axis)
+        return y if self.bias is None else y + self.bias
