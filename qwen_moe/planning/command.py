@@ -19,7 +19,9 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--gpus-per-node", type=int, default=8)
     parser.add_argument("--network", default="ib400", help="a name, or a .yaml file (default: ib400)")
     parser.add_argument("--global-batch", type=int, help="sequences per step (default: the recipe's)")
-    parser.add_argument("--imbalance", type=float, default=1.0, help="tokens of the busiest expert over the average one's")
+    parser.add_argument(
+        "--imbalance", type=float, default=1.0, help="tokens of the busiest expert over the average one's"
+    )
     parser.add_argument("--price", type=float, help="per GPU-hour (default: the GPU's file)")
     parser.add_argument("--top", type=int, default=5)
     parser.add_argument("--json", action="store_true")
@@ -39,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
     if args.imbalance < 1:
         raise UserError(f"--imbalance {args.imbalance}: the busiest over the average is at least 1")
     if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
-        raise UserError(f"--gpus {args.gpus} is not a multiple of --gpus-per-node {args.gpus_per_node}: give whole nodes")
+        raise UserError(
+            f"--gpus {args.gpus} is not a multiple of --gpus-per-node {args.gpus_per_node}: give whole nodes"
+        )
     from qwen_moe.planning.hardware import load_gpu, load_network
 
     gpu, network = load_gpu(args.gpu), load_network(args.network)
@@ -104,7 +108,9 @@ def _write(path: Path, overrides: list[str], config: RunConfig, choice: Any, gpu
         key, _, value = override.partition("=")
         section, _, leaf = key.partition(".")
         if not leaf or "." in leaf:
-            raise UserError(f"--write cannot put override {override!r} into the recipe: write it there yourself, then plan")
+            raise UserError(
+                f"--write cannot put override {override!r} into the recipe: write it there yourself, then plan"
+            )
         settings.setdefault(section, {})[leaf] = yaml.safe_load(value)
     for section, entries in choice.settings().items():
         settings.setdefault(section, {}).update(entries)

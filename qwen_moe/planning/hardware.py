@@ -88,7 +88,9 @@ def _load(schema: type[Kind], kind: str, option: str, name: str) -> Kind:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{option} {path} does not exist: give a .yaml file or one of {', '.join(known(kind))}") from None
+        raise UserError(
+            f"{option} {path} does not exist: give a .yaml file or one of {', '.join(known(kind))}"
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{option} {path} cannot be read: {error}") from None
     if not isinstance(values, dict):

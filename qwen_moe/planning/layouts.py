@@ -28,7 +28,9 @@ class Choice:
     precision: str = "bf16"
 
     def __str__(self) -> str:
-        degrees = [f"{name}={getattr(self, name)}" for name in ("tp", "pp", "cp", "ep", "etp") if getattr(self, name) > 1]
+        degrees = [
+            f"{name}={getattr(self, name)}" for name in ("tp", "pp", "cp", "ep", "etp") if getattr(self, name) > 1
+        ]
         if self.pp > 1:
             degrees.append(self.schedule + (f"x{self.per_rank}" if self.schedule == "interleaved_1f1b" else ""))
         degrees += [f"mb={self.micro_batch}", self.sharding]
@@ -110,7 +112,9 @@ def precisions(wanted: tuple[str, ...] = ("bf16", "fp8")) -> list[str]:
     return [name for name in wanted if name in get_args(PrecisionConfig.model_fields["compute"].annotation)]
 
 
-def legal_choices(config: RunConfig, gpus: int, micro_batches: tuple[int, ...] = (1, 2, 4, 8)) -> Iterator[tuple[Choice, RunLayout]]:
+def legal_choices(
+    config: RunConfig, gpus: int, micro_batches: tuple[int, ...] = (1, 2, 4, 8)
+) -> Iterator[tuple[Choice, RunLayout]]:
     """Every legal choice on ``gpus`` processes, with the layout that the run would have."""
     layers, sizes = config.model.num_hidden_layers, sorted({*micro_batches, config.training.micro_batch_size})
     shardings = get_args(ParallelConfig.model_fields["sharding"].annotation)
@@ -120,7 +124,9 @@ def legal_choices(config: RunConfig, gpus: int, micro_batches: tuple[int, ...] =
             for micro_batch in sizes:
                 for sharding in shardings:
                     base = {**vars(degrees), "schedule": schedule, "per_rank": per_rank}
-                    first = Choice(**base | {"micro_batch": micro_batch, "sharding": sharding, "precision": computes[0]})
+                    first = Choice(
+                        **base | {"micro_batch": micro_batch, "sharding": sharding, "precision": computes[0]}
+                    )
                     found = legal(config, first, gpus)
                     if isinstance(found, str):
                         continue

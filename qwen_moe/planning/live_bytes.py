@@ -16,20 +16,24 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 
 class LiveBytes(TorchDispatchMode):
     """Within it, every storage that an operation makes is followed until it is freed or emptied. Storages made before are
-    not counted. ``live`` is what is held now and ``peak`` the most that was held since the last `reset_peak`, in bytes.
+    not counted. ``live`` is what is held now and ``peak`` (looked for only with ``peaks``, after every operation) the most
+    that was held since the last `reset_peak`, in bytes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, peaks: bool = True) -> None:
         super().__init__()
+        self._peaks = peaks
         self._made: dict[int, StorageWeakRef] = {}
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {storage._cdata for storage in _storages((args, kwargs))}  # views and in-place results share one of these
+        given = {
+            storage._cdata for storage in _storages((args, kwargs))
+        }  # views and in-place results share one of these
         out = func(*args, **(kwargs or {}))
         made = [storage for storage in _storages(out) if storage._cdata not in given]
         self._made |= {storage._cdata: StorageWeakRef(storage) for storage in made}
-        if made:
+        if made and self._peaks:
             self.peak = max(self.peak, self.live)
         return out
 

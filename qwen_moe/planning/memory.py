@@ -2,7 +2,8 @@
 
 Parameters, gradients and optimizer state follow from shapes and are exact. What FSDP2 holds besides its shards:
 
-* the weights of each unit gathered in the compute dtype: with zero2 from the first forward to the end of the step (under a
+* the weights of each unit gathered in the compute dtype, dim 0 (of experts: how many of them are local) filled up to a
+  multiple of the data-parallel ranks: with zero2 from the first forward to the end of the step (under a
   pipeline) or of the micro-batch's backward; with zero3 the root and two units at a time, but under a pipeline all of them,
   because torch.distributed.pipelining keeps what a backward has gathered until the last one;
 * the unsharded gradients of every unit, in the dtype of their reduction, from the first micro-batch's backward to the
@@ -10,7 +11,9 @@ Parameters, gradients and optimizer state follow from shapes and are exact. What
 * the buffers of one all-gather and one reduction of a unit.
 
 Schedules that run backward in two halves (zbv, dualpipev) keep gradients between the two; they are taken as half of the
-micro-batch's activations. A pipeline also has a receive buffer for every micro-batch and stage, in both directions, for as long as it lives.
+micro-batch's activations.
+
+A pipeline also has a receive buffer for every micro-batch and stage, in both directions, for as long as it lives.
 """
 
 from collections.abc import Sequence
@@ -61,18 +64,12 @@ class MemoryModel:
         self.master = DTYPE_BYTES[config.precision.master]
         self._layers: dict[tuple[object, ...], tuple[float, float]] = {}
 
-    def units(self, layout: RunLayout, stage: int, place: Place = FIRST) -> list[UnitShare]:
-        """FSDP units of one stage: its root, then those of its layers."""
-        last = stage == len(layout.layers) - 1
-        found = [self.shares.root(layout.layout, stage == 0, last, place)]
-        for layer in layout.layers[stage]:
-            found += self.shares.layer(layout.layout, self.model.is_moe_layer(layer), place)
-        return found
-
     def fullest(self, choice: Choice, layout: RunLayout) -> Memory:
         """Of the pipeline rank that holds the most, at the place that holds the most."""
         per_rank = flights(choice.schedule, choice.pp, layout.micro_batches, layout.per_rank)
-        return max((self.of_rank(choice, layout, r, f) for r, f in enumerate(per_rank)), key=lambda memory: memory.total)
+        return max(
+            (self.of_rank(choice, layout, r, f) for r, f in enumerate(per_rank)), key=lambda memory: memory.total
+        )
 
     def of_rank(
         self, choice: Choice, layout: RunLayout, pipeline_rank: int, flight: Flight, place: Place = FIRST
@@ -82,15 +79,15 @@ class MemoryModel:
         reduce = max(4, compute)
         by_stage = [self._stage_units(layout, stage, place) for stage in flight.stages]
         total = add(unit for stage in by_stage for unit in stage)
-        root = max(stage[0].whole for stage in by_stage)
-        biggest = max(unit.whole for stage in by_stage for unit in stage[1:])
+        root = max(stage[0].padded for stage in by_stage)
+        biggest = max(unit.padded for stage in by_stage for unit in stage[1:])
         held, working = self._activations(choice, layout, flight)
         accumulates = layout.micro_batches > 1
         sharded = total.sharded * self.master
         if choice.sharding == "zero2" or choice.pp > 1:
-            gathered = total.whole
+            gathered = total.padded
         else:
-            gathered = min(total.whole, root + 2 * biggest)
+            gathered = min(total.padded, root + 2 * biggest)
         return Memory(
             sharded_weights=sharded,
             gathered_weights=gathered * compute,
@@ -109,19 +106,14 @@ class MemoryModel:
         )
 
     def _stage_units(self, layout: RunLayout, stage: int, place: Place) -> list[UnitShare]:
-        """As `units`, with equal layers added up first: the root, then the largest unit apart from the rest."""
+        """FSDP units of one stage: its root, then those of its layers."""
         last = stage == len(layout.layers) - 1
         found = [self.shares.root(layout.layout, stage == 0, last, place)]
         layers = layout.layers[stage]
         moe = sum(self.model.is_moe_layer(layer) for layer in layers)
         for kind, times in ((True, moe), (False, len(layers) - moe)):
             if times:
-                units = self.shares.layer(layout.layout, kind, place)
-                found += units
-                found += [
-                    UnitShare(whole=0, sharded=(times - 1) * u.sharded, tensors=(times - 1) * u.tensors) for u in units
-                ]
-                found += [UnitShare(whole=u.whole, sharded=0, tensors=0) for u in units for _ in range(times - 1)]
+                found += self.shares.layer(layout.layout, kind, place) * times
         return found
 
     def _activations(self, choice: Choice, layout: RunLayout, flight: Flight) -> tuple[float, float]:
@@ -134,27 +126,36 @@ class MemoryModel:
         """(held by each micro-batch in flight, working) of one stage."""
         layers, last = layout.layers[stage], stage == len(layout.layers) - 1
         moe = sum(self.model.is_moe_layer(layer) for layer in layers)
-        key = (choice.tp, choice.ep, choice.etp, choice.micro_batch, choice.recompute, len(layers), moe, stage == 0, last)
+        key = (
+            choice.tp,
+            choice.ep,
+            choice.etp,
+            choice.micro_batch,
+            choice.recompute,
+            len(layers),
+            moe,
+            stage == 0,
+            last,
+        )
         if key not in self._layers:
             self._layers[key] = self._count_stage(choice, {True: moe, False: len(layers) - moe}, stage == 0, last)
         return self._layers[key]
 
     def _count_stage(self, choice: Choice, kinds: dict[bool, int], first: bool, last: bool) -> tuple[float, float]:
-        saved, tp = self.saved, choice.tp
-        hidden = saved.hidden(tp)
-        layers = {moe: saved.layer(tp, choice.ep, choice.etp, moe) for moe, times in kinds.items() if times}
-        held, working = saved.shared(tp), max(layer.working for layer in layers.values())
+        saved, tp, batch = self.saved, choice.tp, choice.micro_batch
+        kinds = {moe: times for moe, times in kinds.items() if times}
+        layers = {moe: saved.layer(tp, choice.ep, choice.etp, moe, batch) for moe in kinds}
+        held, working = saved.shared(tp, batch), max(layer.working for layer in layers.values())
         if choice.recompute == "full":
-            # What stays is each layer's output. In backward one layer at a time is whole again.
-            held += hidden * sum(kinds.values())
+            # Layers keep their outputs and the orders of their rows. In backward one layer at a time is whole again.
             working += max(layer.held for layer in layers.values())
-        else:
-            held += sum(kinds[moe] * layer.held for moe, layer in layers.items())
-        held += saved.first(tp) if first else 0.0
+            layers = {moe: saved.layer(tp, choice.ep, choice.etp, moe, batch, recompute=True) for moe in kinds}
+        held += sum(kinds[moe] * layer.held for moe, layer in layers.items())
+        held += saved.first(tp, batch) if first else 0.0
         if last:
-            held += saved.last(tp).held
-            working = max(working, saved.last(tp).working)
-        return choice.micro_batch * held, choice.micro_batch * working
+            head = saved.last(tp, batch)
+            held, working = held + head.held, max(working, head.working)
+        return held, working
 
     @staticmethod
     def _unit_buffers(layout: RunLayout, elements: int, bytes_per_element: int) -> float:

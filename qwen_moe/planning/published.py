@@ -31,6 +31,7 @@ class Row:
     published: float
     predicted: float
     fitted: bool
+    further: bool  # not among the seven that the model was asked to predict
     assumed: str
     source: str
     step: StepTime
@@ -72,9 +73,7 @@ def rows(gpu: Gpu | None = None, software: Software = MEGATRON, ep_overlap: floa
         )
         factor = data["score_factors"].get(run["model"], 1.0)
         recomputed = run.get("recomputed", 0.0)
-        times = StepTimeModel(
-            model, SEQUENCE, gpu, network, 8, used, score_factor=factor, recomputed=recomputed
-        )
+        times = StepTimeModel(model, SEQUENCE, gpu, network, 8, used, score_factor=factor, recomputed=recomputed)
         step = times.step(choice, _layout(run, model, choice))
         flops = times.flops() * run["global_batch"] * SEQUENCE / run["gpus"]
         yield Row(
@@ -82,6 +81,7 @@ def rows(gpu: Gpu | None = None, software: Software = MEGATRON, ep_overlap: floa
             published=run.get("tflops") or run["mfu"] * gpu.peak_tflops["bf16"],
             predicted=flops / step.total / 1e12,
             fitted=run.get("fit", False),
+            further=run.get("further", False),
             assumed=run.get("assumed", ""),
             source=run["source"],
             step=step,
@@ -97,13 +97,12 @@ def table(found: list[Row]) -> str:
     """As Markdown."""
     lines = ["| run (H100) | published | predicted | error | constants |", "|---|---|---|---|---|"]
     for row in found:
-        kind = "fitted" if row.fitted else "held out"
+        kind = ("fitted" if row.fitted else "held out") + ("; further" if row.further else "")
         kind += f"; assumed: {row.assumed}" if row.assumed else ""
         lines.append(f"| {row.name} | {row.published:.0f} | {row.predicted:.0f} | {row.error:+.0%} | {kind} |")
-    held = [row for row in found if not row.fitted]
-    lines.append("")
-    lines.append(
-        f"TFLOP/s per GPU. Median absolute error {median_error(found):.1%} over all {len(found)}, "
-        f"{median_error(held):.1%} over the {len(held)} held out."
-    )
+    asked = [row for row in found if not row.further]
+    parts = [("all", found), ("those held out", [r for r in found if not r.fitted]), ("the seven asked for", asked)]
+    parts.append(("those of the seven held out", [r for r in asked if not r.fitted]))
+    medians = "; ".join(f"{median_error(part):.1%} over {name} ({len(part)})" for name, part in parts)
+    lines += ["", f"TFLOP/s per GPU. Median absolute error: {medians}."]
     return "\n".join(lines)

@@ -25,6 +25,12 @@ def _wanted(values: dict[str, Any], settings: Settings) -> dict[str, Any]:
 
 def _edit_section(lines: list[str], section: str, entries: dict[str, Any]) -> list[str]:
     """``lines`` with ``entries`` in block ``section``, which is appended where it is missing."""
+    for place, line in enumerate(lines):
+        if re.match(rf"{re.escape(section)}:\s*\{{.*\}}\s*(#.*)?$", line):  # written on one line: one line per key
+            own, comment = yaml.safe_load(line)[section], re.search(r"\}\s*(#.*)?$", line)
+            head = f"{section}:" + (f"  {comment[1]}" if comment and comment[1] else "")
+            block = [f"  {key}: {_value(value)}" for key, value in (own | entries).items()]
+            return [*lines[:place], head, *block, *lines[place + 1 :]]
     start = next((i for i, line in enumerate(lines) if re.match(rf"{re.escape(section)}:\s*(#.*)?$", line)), None)
     if start is None:
         gap = [""] if lines and lines[-1].strip() else []

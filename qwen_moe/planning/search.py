@@ -119,7 +119,7 @@ class Search:
                 f"{self.config.training.global_batch_size} is legal on {self.gpus} GPUs: change --gpus, --global-batch or "
                 "training.micro_batch_size (data-parallel ranks x micro-batch must divide the global batch)"
             )
-        found.sort(key=lambda item: (item[0].total, str(item[1])))
+        found.sort(key=lambda item: item[0].total)
         index = {choice: (step, layout) for step, choice, layout in found}
         best: list[Scored] = []
         faster: list[Scored] = []
@@ -146,7 +146,9 @@ class Search:
             legal=len(found),
             seconds=time.monotonic() - begin,
             best=best,
-            misfits=[Misfit(scored=s, nearest=self._nearest(s.choice, index)) for s in self._telling(faster, bool(best))],
+            misfits=[
+                Misfit(scored=s, nearest=self._nearest(s.choice, index)) for s in self._telling(faster, bool(best))
+            ],
             gpus_needed=0 if best else self._enough_gpus(),
         )
 
@@ -194,8 +196,7 @@ class Search:
         for times in (2, 4, 8, 16, 32):
             gpus = times * self.gpus
             fits = (
-                choice.recompute == "full"
-                and self.memory.fullest(choice, layout).total <= self.gpu.usable_bytes
+                choice.recompute == "full" and self.memory.fullest(choice, layout).total <= self.gpu.usable_bytes
                 for choice, layout in legal_choices(self.config, gpus, (1,))
             )
             if any(fits):

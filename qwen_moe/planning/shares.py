@@ -43,10 +43,11 @@ def place_of(layout: Layout, rank: int) -> Place:
 
 @dataclass(frozen=True, kw_only=True)
 class UnitShare:
-    """Elements of one FSDP unit. ``whole``: this rank's part before FSDP cuts it; ``sharded``: after; ``tensors``: how
-    many parameters."""
+    """Elements of one FSDP unit. ``whole``: this rank's part before FSDP cuts it; ``padded``: the same with dim 0 filled up
+    to a multiple of the ranks, which a gather makes; ``sharded``: after the cut; ``tensors``: how many parameters."""
 
     whole: int
+    padded: int
     sharded: int
     tensors: int
 
@@ -99,15 +100,13 @@ class Shares:
         ]
         return add(parts)
 
-    def _of(
-        self, what: Any, layout: Layout, place: Place, index: int, units: list[list[str]]
-    ) -> tuple[UnitShare, ...]:
+    def _of(self, what: Any, layout: Layout, place: Place, index: int, units: list[list[str]]) -> tuple[UnitShare, ...]:
         key = (what, layout, place)
         if key not in self._units:
             shapes, axes = _shapes(self.model, index), _axes(layout, place, self.model.num_key_value_heads)
             found = []
             for names in units:
-                whole = sharded = 0
+                whole = padded = sharded = 0
                 for name in names:
                     sizes = placement(name, shapes[name], axes).sizes
                     ranks, mine = (layout.edp, place.edp) if is_expert(name) else (layout.dp, place.dp)
@@ -116,8 +115,9 @@ class Shares:
                         row *= size
                     chunk = -(-sizes[0] // ranks)
                     whole += sizes[0] * row
+                    padded += chunk * ranks * row
                     sharded += min(chunk, max(0, sizes[0] - mine * chunk)) * row
-                found.append(UnitShare(whole=whole, sharded=sharded, tensors=len(names)))
+                found.append(UnitShare(whole=whole, padded=padded, sharded=sharded, tensors=len(names)))
             self._units[key] = tuple(found)
         return self._units[key]
 
@@ -126,5 +126,8 @@ def add(units: Iterable[UnitShare]) -> UnitShare:
     """The sum."""
     units = list(units)
     return UnitShare(
-        whole=sum(u.whole for u in units), sharded=sum(u.sharded for u in units), tensors=sum(u.tensors for u in units)
+        whole=sum(u.whole for u in units),
+        padded=sum(u.padded for u in units),
+        sharded=sum(u.sharded for u in units),
+        tensors=sum(u.tensors for u in units),
     )

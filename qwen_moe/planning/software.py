@@ -19,6 +19,7 @@ class Software:
     dense_kernels: int  # launched by one layer in forward and backward, experts' products not counted
     moe_kernels: int
     fp8_matrix_us: float  # to launch and run what finds the largest value of one matrix and casts it
+    pads_shards: bool  # dim 0 filled up to a multiple of the data-parallel ranks (FSDP2)
     gathers_each_micro_batch: bool  # weights, without a pipeline (FSDP2 reshards after each backward)
 
 
@@ -35,6 +36,7 @@ OURS = Software(
     dense_kernels=110,
     moe_kernels=240,
     fp8_matrix_us=20.0,
+    pads_shards=True,
     gathers_each_micro_batch=True,
 )
 
@@ -51,5 +53,6 @@ MEGATRON = Software(
     dense_kernels=80,
     moe_kernels=160,
     fp8_matrix_us=20.0,
+    pads_shards=False,
     gathers_each_micro_batch=False,
 )

@@ -7,7 +7,7 @@ Shapes: T tokens of a micro-batch, N rows (token, expert) of a rank, D hidden, F
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from parallel.pipeline import V_SHAPED, stages_of_rank
 from qwen_moe.config import ModelConfig
@@ -17,7 +17,6 @@ from qwen_moe.planning.layouts import Choice
 from qwen_moe.planning.schedules import idle_micro_batches
 from qwen_moe.planning.shares import Shares, add
 from qwen_moe.planning.software import Software
-
 from qwen_moe.training.layout import RunLayout
 
 BF16 = 2  # bytes
@@ -59,13 +58,14 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return sum(asdict(self).values())
+        busy = self.compute + self.tp + self.ep + self.pp + self.dp
+        return busy + self.bubble + self.imbalance + self.optimizer
 
 
 class StepTimeModel:
     """Time of ``model`` on one kind of GPU and network. ``imbalance``: rows of the busiest expert rank over the average
-    one's. For published runs: ``score_factor`` is attention's scores relative to those of ``model``, ``recomputed`` the share
-    of a forward that backward repeats."""
+    one's. For published runs: ``score_factor`` is attention's scores relative to those of ``model``, ``recomputed`` the
+    share of a forward that backward repeats."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class StepTimeModel:
         self.shares = Shares(model)
         self.memory_rate = gpu.memory_gb_per_second * 1e9 * gpu.efficiency.memory
         self._layers: dict[tuple[object, ...], Part] = {}
-        self._ranks: dict[tuple[object, ...], list[tuple[int, int, bool, bool]]] = {}
+        self._means: dict[tuple[object, ...], tuple[Part, float]] = {}
         self._elements: dict[tuple[object, ...], tuple[float, float, float]] = {}
 
     # Elements of time
@@ -112,7 +112,7 @@ class StepTimeModel:
         return elements * times * bytes_per_element * self.software.elementwise / self.memory_rate
 
     def _group_rate(self, ranks: int, stride: int) -> float:
-        """Bytes per second of a ring over ``ranks`` that are ``stride`` apart; its members on a node share their adapters."""
+        """Bytes per second of a ring over ``ranks``, ``stride`` apart; its members on a node share their adapters."""
         e = self.gpu.efficiency
         nvlink = self.gpu.nvlink_gb_per_second * 1e9 * e.nvlink
         here = min(ranks, max(1, self.gpus_per_node // stride))
@@ -158,13 +158,13 @@ class StepTimeModel:
 
     def layer(self, choice: Choice, moe: bool) -> Part:
         """A layer, forward and backward of one micro-batch, with a second forward where it is recomputed."""
-        key = (choice.tp, choice.cp, choice.ep, choice.etp, choice.micro_batch, choice.recompute, choice.precision, moe)
+        key = (*_layer_key(choice), moe)
         if key not in self._layers:
             part = self._attention(choice) + (self._moe(choice) if moe else self._feed_forward(choice))
             if choice.recompute == "full":
                 part = part * (4 / 3)
             part += Part(compute=part.compute * self.recomputed / 3)
-            kernels = self.software.moe_kernels if moe else self.software.dense_kernels
+            kernels = 1.0 * self.software.moe_kernels if moe else self.software.dense_kernels
             if choice.precision == "fp8":
                 kernels *= 1.5
             launch = kernels * self.gpu.kernel_launch_us * 1e-6
@@ -178,7 +178,9 @@ class StepTimeModel:
         tokens = choice.micro_batch * self.sequence / choice.cp
         d, c = m.hidden_size, m.head_dim
         heads, kv = m.num_attention_heads / tp, max(1.0, m.num_key_value_heads / tp)
-        products = self._product(tokens, (heads + 2 * kv) * c, d, precision) + self._product(tokens, d, heads * c, precision)
+        products = self._product(tokens, (heads + 2 * kv) * c, d, precision) + self._product(
+            tokens, d, heads * c, precision
+        )
         scores = 2 * heads * c * (self.sequence + 1) * tokens * self.score_factor
         # Backward has five products where forward has two.
         scores_time = 3.5 * scores / (self.gpu.peak_tflops["bf16"] * 1e12 * self.gpu.efficiency.attention)
@@ -230,26 +232,17 @@ class StepTimeModel:
 
     def _stages(self, choice: Choice, layout: RunLayout) -> list[tuple[int, int, bool, bool]]:
         """(MoE layers, dense layers, embedding?, head?) of each pipeline rank."""
-        key = (choice.pp, layout.per_rank, choice.schedule in V_SHAPED, layout.layers if choice.pp > 1 else ())
-        if key not in self._ranks:
-            found = []
-            for rank in range(choice.pp):
-                stages = stages_of_rank(choice.schedule, choice.pp, layout.per_rank, rank) if choice.pp > 1 else [0]
-                layers = [layer for stage in stages for layer in layout.layers[stage]]
-                moe = sum(self.model.is_moe_layer(layer) for layer in layers)
-                found.append((moe, len(layers) - moe, 0 in stages, len(layout.layers) - 1 in stages))
-            self._ranks[key] = found
-        return self._ranks[key]
+        found = []
+        for rank in range(choice.pp):
+            stages = stages_of_rank(choice.schedule, choice.pp, layout.per_rank, rank) if choice.pp > 1 else [0]
+            layers = [layer for stage in stages for layer in layout.layers[stage]]
+            moe = sum(self.model.is_moe_layer(layer) for layer in layers)
+            found.append((moe, len(layers) - moe, 0 in stages, len(layout.layers) - 1 in stages))
+        return found
 
     def step(self, choice: Choice, layout: RunLayout) -> StepTime:
         """One step of ``layout.micro_batches`` micro-batches on every data-parallel rank."""
-        ranks = self._stages(choice, layout)
-        zero = Part()
-        moe = self.layer(choice, True) if any(r[0] for r in ranks) else zero
-        dense = self.layer(choice, False) if any(r[1] for r in ranks) else zero
-        parts = [moe * r[0] + dense * r[1] + self._ends(choice, r[2], r[3]) for r in ranks]
-        mean = sum(parts, zero) * (1 / len(parts))
-        worst = max(part.total for part in parts)
+        mean, worst = self._ranks_of(choice, layout)
         busiest = (self.imbalance - 1) * mean.experts
         count = layout.micro_batches
         idle = idle_micro_batches(choice.schedule, choice.pp, count, layout.per_rank)
@@ -265,6 +258,17 @@ class StepTimeModel:
             imbalance=count * (worst - mean.total + busiest),
             optimizer=optimizer,
         )
+
+    def _ranks_of(self, choice: Choice, layout: RunLayout) -> tuple[Part, float]:
+        """(average pipeline rank, the seconds of the costliest) of one micro-batch."""
+        key = (*_layer_key(choice), choice.pp, layout.per_rank, choice.schedule in V_SHAPED, layout.layers)
+        if key not in self._means:
+            ranks, zero = self._stages(choice, layout), Part()
+            moe = self.layer(choice, True) if any(r[0] for r in ranks) else zero
+            dense = self.layer(choice, False) if any(r[1] for r in ranks) else zero
+            parts = [moe * r[0] + dense * r[1] + self._ends(choice, r[2], r[3]) for r in ranks]
+            self._means[key] = sum(parts, zero) * (1 / len(parts)), max(part.total for part in parts)
+        return self._means[key]
 
     def _pipeline_messages(self, choice: Choice, layout: RunLayout) -> float:
         if choice.pp == 1:
@@ -313,11 +317,17 @@ class StepTimeModel:
                     dense += [units[0]] * times
                     experts += [*units[1:]] * times
             total = add(dense), add(experts)
+            moved = [unit.padded if self.software.pads_shards else unit.whole for unit in total]
             sharded = total[0].sharded + total[1].sharded
-            self._elements[key] = (total[0].whole / choice.pp, total[1].whole / choice.pp, sharded / choice.pp)
+            self._elements[key] = (moved[0] / choice.pp, moved[1] / choice.pp, sharded / choice.pp)
         return self._elements[key]
 
     def flops(self) -> float:
         """Training FLOPs per token by the convention of `models/flops.py`, scores scaled by ``score_factor``."""
         found = flops_per_token(self.model, self.sequence)
         return found.training + 3 * (self.score_factor - 1) * found.attention_scores
+
+
+def _layer_key(choice: Choice) -> tuple[object, ...]:
+    """What a layer's time depends on."""
+    return (choice.tp, choice.cp, choice.ep, choice.etp, choice.micro_batch, choice.recompute, choice.precision)
