@@ -181,18 +181,20 @@ def test_what_does_not_fit_is_named_with_what_would(recipe: Path, tmp_path: Path
 
 
 def test_the_best_is_the_best_of_all(recipe: Path, tmp_path: Path) -> None:
-    """Against scoring every layout with its memory."""
+    """Against scoring every layout with its memory, on GPUs that just hold a layout and that just do not."""
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY)
-    config, gpu = load_config(recipe), load_gpu(str(path))
-    search = Search(config, 4, gpu, load_network("ib400"), 8)
-    memory = MemoryModel(config)
-    fitting = [
-        search.time.step(choice, layout).total
+    config, gpu, network = load_config(recipe), load_gpu(str(path)), load_network("ib400")
+    memory, times = MemoryModel(config), Search(config, 4, gpu, network, 8).time
+    scored = [
+        (memory.fullest(choice, layout).total, times.step(choice, layout).total)
         for choice, layout in legal_choices(config, 4)
-        if memory.fullest(choice, layout).total <= gpu.usable_bytes
     ]
-    assert search.run(1).best[0].step.total == min(fitting)
+    fastest, leanest = min(scored, key=lambda one: one[1]), min(scored)
+    for size in (gpu.usable_bytes, 1.000001 * fastest[0], 0.999999 * fastest[0], 1.000001 * leanest[0]):
+        limited = gpu.model_copy(update={"memory_gib": size / 2**30})
+        expected = min(seconds for held, seconds in scored if held <= limited.usable_bytes)
+        assert Search(config, 4, limited, network, 8).run(1).best[0].step.total == expected
 
 
 def test_nothing_fits(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
