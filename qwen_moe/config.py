@@ -276,20 +276,70 @@ class BalanceConfig(Section):
     capacity_factor: NonNegativeFloat = 0.0
 
 
-class PrecisionConfig(Section):
-    """``compute``: dtype of matmuls and activations. ``master``: dtype of the weights the optimizer updates."""
+class Fp8Config(Section):
+    """How operands of FP8 products are scaled (docs/fp8.md); used with ``compute`` fp8 only.
 
-    compute: Literal["fp64", "fp32", "bf16"] = "bf16"
+    ``recipe``: ``delayed`` (one scale for a tensor, from its largest values of earlier steps), ``current`` (from the
+    tensor at hand), ``blockwise`` (1 x 128 tiles, weights 128 x 128) or ``mxfp8`` (1 x 32 blocks), as Transformer Engine
+    defines them. ``format`` auto is the recipe's own: hybrid (gradients in E5M2) for the first two, e4m3 for the others.
+    ``amax_history_len`` (steps), ``amax_compute_algo`` and ``margin`` (the scale is divided by 2^margin) are of ``delayed``.
+    ``first_layers_in_bf16`` and ``last_layers_in_bf16``: decoder layers that are left out.
+    """
+
+    recipe: Literal["delayed", "current", "blockwise", "mxfp8"] = "blockwise"
+    format: Literal["auto", "hybrid", "e4m3"] = "auto"
+    amax_history_len: PositiveInt = 1024
+    amax_compute_algo: Literal["max", "most_recent"] = "max"
+    margin: NonNegativeInt = 0
+    first_layers_in_bf16: NonNegativeInt = 0
+    last_layers_in_bf16: NonNegativeInt = 0
+
+    @property
+    def hybrid(self) -> bool:
+        return self.format == "hybrid" or (self.format == "auto" and self.recipe in ("delayed", "current"))
+
+    def plain_layers(self, layers: int) -> tuple[int, ...]:
+        """Of ``layers`` decoder layers, those without FP8."""
+        last = layers - self.last_layers_in_bf16
+        return tuple(i for i in range(layers) if i < self.first_layers_in_bf16 or i >= last)
+
+
+class PrecisionConfig(Section):
+    """``compute``: dtype of matmuls and activations. ``master``: dtype of the weights the optimizer updates.
+
+    With ``compute`` fp8 the products of attention's projections, feed-forward and experts have FP8 operands (``fp8``) and
+    everything else is bf16. ``kernels`` is what computes them: ``torch``, ``te`` (Transformer Engine) or ``auto``, which is
+    te where it can be imported and the GPU has FP8, else torch. ``compile``: whether torch.compile makes one kernel of each
+    chain of elementwise work; auto does on GPUs, and on CPUs in runs long enough to win back the half minute that it takes.
+    """
+
+    compute: Literal["fp64", "fp32", "bf16", "fp8"] = "bf16"
     master: Literal["fp64", "fp32", "bf16"] = "fp32"
+    fp8: Fp8Config = Fp8Config()
+    kernels: Literal["auto", "torch", "te"] = "auto"
+    compile: Literal["auto", "always", "never"] = "auto"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        width = {"bf16": 16, "fp32": 32, "fp64": 64}
+        width = {"fp8": 16, "bf16": 16, "fp32": 32, "fp64": 64}
+        if self.compute != "fp8" and self.fp8 != Fp8Config():
+            raise ValueError(
+                f"precision.fp8 is given but precision.compute is {self.compute}: set precision.compute to fp8, or leave "
+                "precision.fp8 out"
+            )
+        if self.fp8.recipe != "delayed":
+            for name in ("amax_history_len", "amax_compute_algo", "margin"):
+                if getattr(self.fp8, name) != Fp8Config.model_fields[name].default:
+                    raise ValueError(
+                        f"precision.fp8.{name} is only used by recipe delayed, not {self.fp8.recipe}: leave it out"
+                    )
         if width[self.master] < width[self.compute]:
             raise ValueError(
                 f"precision.master {self.master} is narrower than precision.compute {self.compute}: "
                 "the optimizer would lose what the model computes; use the same or a wider one"
             )
+        if self.compute == "fp64" and self.compile == "always":
+            raise ValueError("precision.compile always is for fp32, bf16 and fp8, not fp64: leave it out")
         if self.compute == "fp64" and self.master != "fp64":
             raise ValueError("precision.compute fp64 needs precision.master fp64")
         return self
@@ -384,6 +434,13 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         training, schedule = self.training, self.schedule
+        kept = self.precision.fp8.plain_layers(self.model.num_hidden_layers)
+        if self.precision.compute == "fp8" and len(kept) == self.model.num_hidden_layers:
+            raise ValueError(
+                f"precision.fp8.first_layers_in_bf16 {self.precision.fp8.first_layers_in_bf16} and last_layers_in_bf16 "
+                f"{self.precision.fp8.last_layers_in_bf16} leave none of {len(kept)} layers in FP8: lower them, or set "
+                "precision.compute to bf16"
+            )
         if training.global_batch_size % training.micro_batch_size:
             raise ValueError(
                 f"training.global_batch_size {training.global_batch_size} is not a multiple of "

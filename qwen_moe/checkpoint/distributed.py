@@ -1,8 +1,9 @@
 """Saving and resuming sharded training state through torch.distributed.checkpoint, in any layout.
 
 A training checkpoint `checkpoints/step_XXXXXXXX/` holds: DCP's files (weights and buffers under ``model.``, AdamW's
-moments under ``optimizer.``, random states under ``rng.``), `train_state.json`, `model_config.json`, `hf/` (tokenizer
-and Hugging Face files to export with) and `manifest.json` (see qwen_moe/checkpoint/directory.py).
+moments under ``optimizer.``, random states under ``rng.``, scales of FP8 under ``kernels.``),
+`train_state.json`, `model_config.json`, `hf/` (tokenizer and Hugging Face files to export with) and
+`manifest.json` (see qwen_moe/checkpoint/directory.py).
 """
 
 import errno
@@ -42,6 +43,7 @@ from qwen_moe.training.optimizer import MOMENTS, optimizer_state, set_optimizer_
 TRAIN_STATE = "train_state.json"
 MODEL_CONFIG = "model_config.json"
 HF_FOLDER = "hf"
+KERNELS = "kernels"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +107,19 @@ def _rng_state() -> dict[str, torch.Tensor]:
     return state
 
 
+def _kernels_state(model: ParallelModel) -> dict[str, Any]:
+    """What the kernels keep beside weights (FP8 scales), under ``kernels.``; nothing where they keep nothing. Not among
+    the model's buffers: weights are loaded and exported without it."""
+    state = model.kernels.state()
+    return {KERNELS: state} if state else {}
+
+
 def _full_state(model: ParallelModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {
         "model": model_state(model),
         "optimizer": _optimizer_pieces(model, optimizer),
         "rng": {f"rank_{dist.get_rank()}": _rng_state()},
-    }
+    } | _kernels_state(model)
 
 
 def _copy(value: Any) -> Any:
@@ -300,6 +309,21 @@ def check_same_model(path: Path, config: ModelConfig) -> None:
         )
 
 
+def _check_kernels_state(
+    path: Path, wanted: dict[str, torch.Tensor], known: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    """Raise UserError unless the checkpoint holds all the state that this run's kernels need, in the same shapes."""
+    for name, tensor in wanted.items():
+        found = known.get(f"{KERNELS}.{name}")
+        if found is None or tuple(found.size) != tuple(tensor.shape):
+            there = "it is not there" if found is None else f"it has shape {tuple(found.size)}"
+            raise UserError(
+                f"checkpoint {path} has no FP8 state {name} {tuple(tensor.shape)} ({there}): it was trained with "
+                f"precision {settings.get('precision')}. Put that and its provider (precision.kernels) back, or "
+                "give another run_dir (checkpoint.load_from starts a new run from its weights)"
+            )
+
+
 def resume(path: Path, model: ParallelModel, optimizer: torch.optim.Optimizer, config: ModelConfig) -> TrainState:
     """Load everything a training checkpoint holds. A random state exists for the ranks that saved; others keep theirs."""
     check_same_model(path, config)
@@ -310,6 +334,8 @@ def resume(path: Path, model: ParallelModel, optimizer: torch.optim.Optimizer, c
     known = reader.read_metadata().state_dict_metadata
     if all(f"rng.rank_{rank}.{device}" in known for device in _rng_state()):
         tensors["rng"] = {f"rank_{rank}": _rng_state()}
+    tensors |= _kernels_state(model)
+    _check_kernels_state(path, tensors.get(KERNELS, {}), known, state.settings)
     dcp.load(tensors, storage_reader=reader)
     set_optimizer_step(model, optimizer, state.step)
     _copy_to_twins(model, optimizer)

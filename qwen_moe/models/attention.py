@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qwen_moe.config import ModelConfig
+from qwen_moe.models.block_attention import block_attention, blocks_pay
 from qwen_moe.models.feed_forward import Project, project
 from qwen_moe.models.norm import RMSNorm
 from qwen_moe.models.rope import apply_rope
@@ -70,6 +71,8 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if mask is None and cache is None and blocks_pay(q):
+            return self.o_proj(block_attention(q, k, v).flatten(2))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)

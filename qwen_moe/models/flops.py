@@ -92,7 +92,8 @@ class TrainingBytes:
     optimizer: int
 
 
-DTYPE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
+# fp8: the gathered bf16 weights, and their FP8 copy that is kept between micro-batches.
+DTYPE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp8": 3}
 
 
 def training_bytes(config: ModelConfig, compute: str = "bf16", master: str = "fp32") -> TrainingBytes:

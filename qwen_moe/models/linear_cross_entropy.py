@@ -5,9 +5,25 @@ Shapes: T tokens, D hidden, V vocabulary.
 
 import torch
 
+from qwen_moe.models.fused import fused
 from qwen_moe.models.norm import statistics_dtype
 
 IGNORE = -100
+
+
+@fused
+def _losses_and_gradients(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of ``logits [T, V]``, which are used up: the summed loss, the gradient softmax(z) but for the labels' elements, and
+    those ``[T, 1]``: 1 is subtracted before they are rounded."""
+    wide = logits.to(statistics_dtype(logits.dtype))
+    counted = (labels != IGNORE).unsqueeze(1)
+    lse = wide.logsumexp(-1, keepdim=True)
+    of_label = wide.gather(1, labels.unsqueeze(1).clamp_min(0))
+    loss = ((lse - of_label) * counted).sum()
+    dz = wide.sub_(lse).exp_().mul_(counted).to(logits.dtype)
+    return loss, dz, (((of_label - lse).exp() - 1) * counted).to(logits.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -27,17 +43,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, x.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             x_c, labels_c = x[rows], labels[rows]
-            logits = (x_c @ weight.T).to(wide)
-            counted = labels_c != IGNORE
-            target = labels_c.masked_fill(~counted, 0).unsqueeze(1)
-            lse = logits.logsumexp(-1, keepdim=True)
-            total += ((lse - logits.gather(1, target)).squeeze(1) * counted).sum()
+            losses, dz, of_label = _losses_and_gradients(x_c @ weight.T, labels_c)
+            total += losses
             if not (need_x or need_weight):
                 continue
-            dz = logits.sub_(lse).exp_()
-            dz.scatter_add_(1, target, dz.new_full((), -1.0).expand_as(target))
-            dz.mul_(counted.unsqueeze(1))
-            dz = dz.to(x.dtype)
+            dz.scatter_(1, labels_c.unsqueeze(1).clamp_min(0), of_label)
             if dx is not None:
                 torch.mm(dz, weight, out=dx[rows])
             if dweight is not None:

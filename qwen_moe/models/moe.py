@@ -14,6 +14,7 @@ from torch import nn
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.experts import Experts
 from qwen_moe.models.feed_forward import FeedForward
+from qwen_moe.models.fused import fused
 from qwen_moe.models.router import Router, RouterStatistics
 
 Dispatcher = Callable[..., tuple[torch.Tensor, Any]]
@@ -43,7 +44,7 @@ def sort_by_expert(indices: torch.Tensor, num_experts: int) -> Permutation:
 
 
 class _Permute(torch.autograd.Function):
-    """x [T, D] -> rows [N, D]; backward sums each token's K rows by gathering them (no scatter, so deterministic)."""
+    """x [T, D] -> rows [N, D]; backward sums each token's K rows where they lie (no scatter, so deterministic)."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, token: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
@@ -53,8 +54,15 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (row,) = ctx.saved_tensors
-        gathered = grad_outputs[0].index_select(0, row.flatten()).view(*row.shape, -1)
-        return gathered.sum(1), None, None
+        return F.embedding_bag(row, grad_outputs[0], mode="sum"), None, None
+
+
+@fused
+def _combine_gradients(
+    dy: torch.Tensor, rows: torch.Tensor, row_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of rows ``[N, D]`` and of their weights ``[N]``, from the output's gradient at each row's token."""
+    return dy * row_weights.unsqueeze(1), torch.linalg.vecdot(dy, rows)
 
 
 class _Combine(torch.autograd.Function):
@@ -63,17 +71,16 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: torch.Tensor, weights: torch.Tensor, token: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(rows, weights, token, row)
-        gathered = rows.index_select(0, row.flatten()).view(*row.shape, -1)
-        return torch.bmm(weights.unsqueeze(1), gathered).squeeze(1)
+        return F.embedding_bag(row, rows, mode="sum", per_sample_weights=weights)
 
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         rows, weights, token, row = ctx.saved_tensors
         dy = grad_outputs[0].index_select(0, token)
-        dot = torch.linalg.vecdot(dy, rows)
-        row_weights = torch.empty_like(dot)
+        row_weights = torch.empty_like(weights.flatten())
         row_weights[row.flatten()] = weights.flatten()
-        return dy.mul_(row_weights.unsqueeze(1)), dot[row], None, None
+        drows, dot = _combine_gradients(dy, rows, row_weights)
+        return drows, dot[row], None, None
 
 
 def permute(x: torch.Tensor, order: Permutation) -> torch.Tensor:

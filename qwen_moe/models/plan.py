@@ -4,9 +4,11 @@ The table below is the whole plan. Applying it happens on the meta device: no ra
 """
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,13 +16,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from parallel.expert import Exchange, reorder
+from parallel.kernels.interface import ExpertPart, Kernels, swap
 from parallel.mesh import Axis, Grids, Layout, LayoutError
 from parallel.tensor import (
-    RowParallelLinear,
     VocabParallelEmbedding,
-    column_parallel,
     gather_prefix,
     local_shape,
+    split_range,
     vocab_parallel_cross_entropy,
 )
 from qwen_moe.config import ModelConfig
@@ -29,6 +31,7 @@ from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.experts import Experts
 from qwen_moe.models.feed_forward import FeedForward
 from qwen_moe.models.moe import MoE, Permutation, combine, permute, sort_by_expert
+from qwen_moe.models.norm import RMSNorm
 
 # Parameter path -> {dim: axis it is split over}. Axes are attributes of Grids. What is not listed is whole on every
 # rank. `kv` is tp, or the part of it that holds different KV heads where tp exceeds their number.
@@ -171,6 +174,7 @@ class TrainingPart(DecoderLM):
 
     chunk_tokens = 1024
     attach: Callable[..., torch.Tensor] | None = None
+    around_forward: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def forward(  # type: ignore[override]
         self,
@@ -179,7 +183,8 @@ class TrainingPart(DecoderLM):
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        out, router = self.hidden_states(x, position_ids, document_ids)
+        with self.around_forward():
+            out, router = self.hidden_states(x, position_ids, document_ids)
         if self.last:
             out = torch.stack([self.cross_entropy(out, self.head_weight, labels, self.chunk_tokens)])
         if self.attach is not None and router is not None and torch.is_grad_enabled():
@@ -187,20 +192,28 @@ class TrainingPart(DecoderLM):
         return out
 
 
-def _swap(parent: nn.Module, name: str, replacement: nn.Module) -> None:
-    replacement.load_state_dict(getattr(parent, name).state_dict(), assign=True)
-    setattr(parent, name, replacement)
+def _ask_for_kernels(path: str, module: nn.Module, kernels: Kernels, grids: Grids) -> None:
+    """Let ``kernels`` supply the products and norms of one block. Router, embedding and head are never asked for."""
+    if isinstance(module, Attention):
+        module.project = kernels.column(path, module, ("q_proj", "k_proj", "v_proj")) or module.project
+        kernels.row(path, module, "o_proj")
+    elif isinstance(module, FeedForward):
+        module.project = kernels.column(path, module, ("gate_proj", "up_proj")) or module.project
+        kernels.row(path, module, "down_proj")
+    elif isinstance(module, Experts):
+        total = module.down_proj.shape[0]
+        first, count = split_range(total, grids.ep)
+        experts = ExpertPart(total=total, first=first, count=count)
+        module.up_mm = kernels.grouped(f"{path}.gate_up_proj", experts) or module.up_mm
+        module.down_mm = kernels.grouped(f"{path}.down_proj", experts) or module.down_mm
+    for name, child in list(module.named_children()):
+        if isinstance(child, RMSNorm):
+            kernels.norm(path, module, name)
 
 
-def _row_parallel(parent: nn.Module, name: str, axis: Axis) -> None:
-    old = getattr(parent, name)
-    new = RowParallelLinear(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
-    new.axis = axis
-    _swap(parent, name, new)
-
-
-def parallelise(part: DecoderLM, grids: Grids) -> dict[str, Placement]:
-    """Cut ``part`` (on the meta device) to this rank's share and swap in parallel modules. Placements by parameter name."""
+def parallelise(part: DecoderLM, grids: Grids, kernels: Kernels, plain_layers: Collection[int]) -> dict[str, Placement]:
+    """Cut ``part`` (on the meta device) to this rank's share and swap in parallel modules, with products by ``kernels``
+    but in ``plain_layers``. Placements by parameter name."""
     config, tp = part.config, grids.tp
     placements = {name: placement(name, p.shape, grids) for name, p in part.named_parameters()}
     if tp.size > 1:
@@ -208,23 +221,22 @@ def parallelise(part: DecoderLM, grids: Grids) -> dict[str, Placement]:
         if hasattr(part.model, "embed_tokens"):
             embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, device="meta")
             embedding.axis, embedding.first = tp, placements["model.embed_tokens.weight"].offsets[0]
-            _swap(part.model, "embed_tokens", embedding)
+            swap(part.model, "embed_tokens", embedding)
         if part.last:
             head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
             part.cross_entropy = partial(vocab_parallel_cross_entropy, first=placements[head].offsets[0], axis=tp)
-    for module in list(part.modules()):
-        if tp.size > 1 and isinstance(module, Attention):
-            module.project = partial(column_parallel, tp)
-            _row_parallel(module, "o_proj", tp)
-        elif tp.size > 1 and isinstance(module, FeedForward):
-            module.project = partial(column_parallel, tp)
-            _row_parallel(module, "down_proj", tp)
-        elif isinstance(module, MoE):
-            if tp.size > 1:
-                module.sequence_parts = tp.size
-                module.earlier_counts = partial(gather_prefix, axis=tp)
-            if grids.exchange.size > 1:
-                module.dispatcher = AllToAllDispatcher(grids, config.num_experts)
+    plain = Kernels(tp)
+    for layer in part.model.layers:
+        index = layer.self_attn.layer
+        chosen = plain if index in plain_layers else kernels
+        for name, module in list(layer.named_modules(prefix=f"model.layers.{index}")):
+            _ask_for_kernels(name, module, chosen, grids)
+            if isinstance(module, MoE):
+                if tp.size > 1:
+                    module.sequence_parts = tp.size
+                    module.earlier_counts = partial(gather_prefix, axis=tp)
+                if grids.exchange.size > 1:
+                    module.dispatcher = AllToAllDispatcher(grids, config.num_experts)
     for name, place in placements.items():
         path, _, leaf = name.rpartition(".")
         module = part.get_submodule(path)
@@ -246,6 +258,7 @@ class ParallelModel:
     parts: list[TrainingPart]
     stages: list[int]
     num_stages: int
+    kernels: Kernels
     placements: dict[str, Placement] = field(default_factory=dict)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -303,8 +316,11 @@ def build_parts(
     *,
     recompute: bool,
     dtype: torch.dtype,
+    kernels: Kernels,
+    plain_layers: Collection[int] = (),
 ) -> ParallelModel:
-    """The parts ``stages`` of the model on the meta device, cut to this rank's share. ``layers[s]`` are those of stage s."""
+    """The parts ``stages`` of the model on the meta device, cut to this rank's share. ``layers[s]`` are those of stage s;
+    products are by ``kernels`` but in ``plain_layers``."""
     stages = list(stages)
     parts = []
     with torch.device("meta"):
@@ -312,5 +328,6 @@ def build_parts(
             parts.append(TrainingPart(config, recompute=recompute, layers=layers[stage]).to(dtype))
     placements: dict[str, Placement] = {}
     for part in parts:
-        placements |= parallelise(part, grids)
-    return ParallelModel(config, grids, parts, stages, len(layers), placements)
+        part.around_forward = kernels.forward
+        placements |= parallelise(part, grids, kernels, plain_layers)
+    return ParallelModel(config, grids, parts, stages, len(layers), kernels, placements)

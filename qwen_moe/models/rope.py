@@ -2,6 +2,7 @@
 
 import torch
 
+from qwen_moe.models.fused import fused
 from qwen_moe.models.norm import statistics_dtype
 
 
@@ -18,13 +19,10 @@ def rope_tables(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+@fused
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = x.chunk(2, dim=-1)
-    out = torch.empty_like(x)
-    out_first, out_second = out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
-    return out
+    return torch.cat([torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)], -1)
 
 
 class _Rope(torch.autograd.Function):

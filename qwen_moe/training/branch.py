@@ -5,6 +5,7 @@ from typing import Any
 
 from qwen_moe.config import OptimizerConfig, RunConfig, ScheduleConfig
 from qwen_moe.errors import UserError
+from qwen_moe.training.kernels import precision_settings
 from qwen_moe.training.schedule import learning_rate
 
 
@@ -20,7 +21,7 @@ def check_branch(config: RunConfig, saved: dict[str, Any], step: int, where: Pat
         ("training.global_batch_size", saved["training"]["global_batch_size"], config.training.global_batch_size)
     )
     for section in ("optimizer", "balance", "precision"):
-        for key, value in now[section].items():
+        for key, value in (now[section] if section != "precision" else precision_settings(config)).items():
             pairs.append((f"{section}.{key}", saved[section].get(key), value))
     problems += [f"{name} was {before!r}, is now {after!r}" for name, before, after in pairs if before != after]
     if not problems:

@@ -13,9 +13,11 @@ from qwen_moe.models.init import initialise, keep_statistics_dtypes
 from qwen_moe.models.moe import MoE
 from qwen_moe.models.norm import statistics_dtype
 from qwen_moe.models.plan import ParallelModel, build_parts
+from qwen_moe.training.kernels import choose_kernels
 from qwen_moe.training.layout import RunLayout
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+# fp8 is the operands of some products only: what lies between them is bf16.
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 def make_grids(config: RunConfig, layout: RunLayout, device: torch.device) -> Grids:
@@ -31,7 +33,16 @@ def plan_model(config: RunConfig, layout: RunLayout, grids: Grids) -> ParallelMo
         [0] if grids.pp.size == 1 else stages_of_rank(pipeline.schedule, grids.pp.size, layout.per_rank, grids.pp.index)
     )
     recompute = config.training.recompute == "full"
-    model = build_parts(config.model, grids, layout.layers, stages, recompute=recompute, dtype=master)
+    model = build_parts(
+        config.model,
+        grids,
+        layout.layers,
+        stages,
+        recompute=recompute,
+        dtype=master,
+        kernels=choose_kernels(config, grids),
+        plain_layers=config.precision.fp8.plain_layers(config.model.num_hidden_layers),
+    )
     for part in model.parts:
         part.chunk_tokens = config.training.loss_chunk_tokens
         for module in part.modules():
@@ -59,6 +70,7 @@ def build_model(config: RunConfig, layout: RunLayout, grids: Grids, device: torc
     for part in model.parts:
         part.to_empty(device=device)
         keep_statistics_dtypes(part)
+    model.kernels.materialise(device)
     initialise(model, config.seed, config.model.initializer_range)
     return model
 

@@ -23,7 +23,9 @@ from qwen_moe.models.flops import flops_per_token
 from qwen_moe.training.balance import maximum_violation
 from qwen_moe.training.branch import check_branch
 from qwen_moe.training.build import DTYPES, build_model, make_grids
+from qwen_moe.training.compilation import choose_compilation
 from qwen_moe.training.inputs import RunInputs, open_inputs
+from qwen_moe.training.kernels import precision_settings
 from qwen_moe.training.layout import run_layout
 from qwen_moe.training.metrics import Recorder, measure_matmul_peak, peak_memory
 from qwen_moe.training.optimizer import build_optimizer
@@ -55,6 +57,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     """What decides the trajectory of a run; the rest (intervals, logging, placement) may change on resume."""
     dump = config.model_dump(mode="json")
     training = {key: dump["training"][key] for key in ("train_tokens", "global_batch_size")}
+    dump["precision"] = precision_settings(config)
     return {key: dump[key] for key in ("seed", "optimizer", "schedule", "balance", "precision")} | {
         "training": training
     }
@@ -204,6 +207,12 @@ def train(
     if info.rank == 0:
         check_disk_space(config, root)
     inputs = open_inputs(config, grids.dp)
+
+    def say(message: str) -> None:
+        if info.rank == 0:
+            print(message, file=sys.stderr, flush=True)
+
+    say(choose_compilation(config, device))
     model = build_model(config, layout, grids, device)
     trainer = Trainer(config, layout, model, build_optimizer(model, config.optimizer), device)
     writer = CheckpointWriter(
@@ -212,14 +221,9 @@ def train(
         keep_steps=config.checkpoint.keep_steps,
         asynchronous=config.checkpoint.asynchronous,
         config=config.model,
-        compute_dtype=config.precision.compute,
+        compute_dtype="bf16" if config.precision.compute == "fp8" else config.precision.compute,
         hf_files=inputs.tokenizer,
     )
-
-    def say(message: str) -> None:
-        if info.rank == 0:
-            print(message, file=sys.stderr, flush=True)
-
     done, history = _restore(config, trainer, inputs, say)
     if info.rank == 0:
         record_attempt(config, info, device, resumed_step=done)

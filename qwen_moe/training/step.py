@@ -151,6 +151,7 @@ class Trainer:
     def begin_step(self, loss_tokens: int) -> None:
         """Make ready for micro-batches whose losses are shares of a mean over ``loss_tokens``."""
         self._loss_tokens, self._auxiliary = loss_tokens, []
+        self.model.kernels.begin_step()
         for part in self.model.parts:
             part.train()
 
@@ -175,7 +176,8 @@ class Trainer:
 
     def finalise_gradients(self) -> None:
         """Sum what is still partial: replicated parameters over the axis that splits their inputs, and tied embeddings
-        over the two stages that hold them. Once per step."""
+        over the two stages that hold them, and let the kernels reduce their statistics. Once per step."""
+        self.model.kernels.end_step()
         placements = self.model.placements
         sum_replicas([(p, placements[name].replicas) for name, p in self.model.named_parameters()])
         if not self.model.tied_apart:

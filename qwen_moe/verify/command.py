@@ -124,6 +124,8 @@ def run(args: argparse.Namespace) -> int:
 
     preload(["qwen_moe.verify.ranks"])
     cases = _cases(args, config)
+    if config.precision.compute == "fp8":
+        print("note: the recipe computes in fp8; layouts are compared in float64, without it", file=sys.stderr)
     rows: list[dict[str, Any]] = []
     out = sys.stderr if args.json else sys.stdout
     print(

@@ -52,6 +52,7 @@ def run_shapes(config: RunConfig, world_size: int, rank: int) -> ShapeReport:
             for part in model.parts:
                 part.to_empty(device=device)
                 keep_statistics_dtypes(part)
+            model.kernels.materialise(device)
             trainer = Trainer(config, layout, model, build_optimizer(model, config.optimizer), device)
             trainer.begin_step(loss_tokens=rows * sequence)
             ids = torch.zeros(rows, sequence, dtype=torch.int64)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from qwen_moe.config import ModelConfig
-from qwen_moe.models.experts import grouped_mm, loop_mm
 from qwen_moe.models.feed_forward import swiglu
+from qwen_moe.models.grouped_matmul import grouped_mm, loop_mm
 from qwen_moe.models.init import build_model, initial_value
 from qwen_moe.models.linear_cross_entropy import linear_cross_entropy
 from qwen_moe.models.moe import MoE, _Combine, _Permute, sort_by_expert

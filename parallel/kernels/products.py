@@ -1,0 +1,66 @@
+"""Products of FP8 matrices on any device: torch's FP8 kernel where one is exact, else the values in bfloat16 or float32.
+
+Products of two FP8 values are exact in float32, in which all of these accumulate; the result is rounded once.
+Shapes: ``a [M, K]`` and ``b [N, K]`` are contracted over K; rows of E experts follow each other.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
+
+from parallel.kernels.formats import E5M2, Quantised
+
+
+def _has_kernel(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """`torch._scaled_mm` with one scale per tensor: any shape on CPU; on GPUs FP8 units, multiples of 16, one E4M3."""
+    if a.device.type == "cpu":
+        return True
+    if a.device.type != "cuda" or torch.cuda.get_device_capability(a.device) < (8, 9):
+        return False
+    return not (a.shape[1] % 16 or b.shape[0] % 16 or b.shape[1] % 16 or a.dtype == b.dtype == E5M2)
+
+
+def mm(a: Quantised, b: Quantised, dtype: torch.dtype) -> torch.Tensor:
+    """``a b^T [M, N]``."""
+    if a.exact_in_bf16 and b.exact_in_bf16:
+        return _values(a, dtype) @ _values(b, dtype).T
+    if not a.data.shape[0]:
+        return a.data.new_empty(0, b.data.shape[0], dtype=dtype)
+    if _has_kernel(a.data, b.data):
+        left, right = a.data.contiguous(), b.data.contiguous()  # on GPUs the one order of strides that has a kernel
+        return torch._scaled_mm(left, right.T, a.inverse.reshape(()), b.inverse.reshape(()), out_dtype=dtype)
+    return (a.values(torch.float32) @ b.values(torch.float32).T).to(dtype)
+
+
+def _values(x: Quantised, dtype: torch.dtype) -> torch.Tensor:
+    return x.values(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+
+
+def transposed(x: Quantised) -> Quantised:
+    block = None if x.block is None else (x.block[1], x.block[0])
+    inverse = x.inverse.mT if x.inverse.ndim > 1 else x.inverse
+    return Quantised(x.data.mT, inverse, block)
+
+
+def sizes_of(counts: torch.Tensor, rows: int) -> list[int]:
+    """Rows of each expert as numbers; in a shape-only run, which has none, balanced ones."""
+    if isinstance(counts, FakeTensor):
+        experts = counts.shape[0]
+        return [rows // experts + (i < rows % experts) for i in range(experts)]
+    return counts.tolist()
+
+
+def expert(x: Quantised, index: int) -> Quantised:
+    """Matrix ``index`` of a stack ``[E, R, C]``."""
+    return Quantised(x.data[index], x.inverse[index], x.block)
+
+
+def grouped_mm(x: torch.Tensor, weight: torch.Tensor, sizes: Sequence[int], counts: torch.Tensor) -> torch.Tensor:
+    """``x [N, K]`` by ``weight [E, O, K]``, rows split by ``sizes``: ``[N, O]``; bfloat16 values that are exact."""
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    if not aligned or not x.shape[0]:
+        parts = x.split(list(sizes))
+        return torch.cat([F.linear(part, weight[index]) for index, part in enumerate(parts)])
+    return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0).to(torch.int32))

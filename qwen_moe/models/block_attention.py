@@ -1,0 +1,124 @@
+"""Causal attention in blocks of queries, for CPUs: what lies above the diagonal is never computed.
+
+As in FlashAttention (arXiv 2205.14135), the scores of a block exist only while they are used and backward computes them
+again from the row statistics; here a block is as large as fast matrix products like it. Scores are float32.
+torch's own CPU kernel computes the whole square, at a fraction of the matmul rate (`benchmarks/README.md`).
+
+Shapes: B batch, S sequence, H query heads, G key/value heads, R = H / G, C head dim, N = B * G. The queries of one
+key/value head are rows of one product: row s * R + r is query s of head g * R + r.
+"""
+
+import torch
+
+from qwen_moe.models.fused import compiling, fused
+
+QUERIES = 64  # of a block
+SCORE_BYTES = 16 << 20  # of one block's scores over all heads that are worked on at a time
+LONGEST = 1024  # beyond it torch's kernel, which keeps scores in its caches, is as fast
+
+
+@fused
+def _exponentials(scores: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """exp(s - max) in ``like``'s dtype, the row maxima and the row sums."""
+    top = scores.amax(-1, keepdim=True)
+    p = (scores - top).exp()
+    return p.to(like.dtype), top, p.sum(-1, keepdim=True)
+
+
+@fused
+def _score_gradients(scores: torch.Tensor, lse: torch.Tensor, dp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """p = exp(s - lse) and ds = p * (dp - sum over keys of p * dp), in dp's dtype. The sum is of dp as rounded, not dy * y
+    summed over C, so that a row of ds adds up to nothing."""
+    p = (scores - lse).exp()
+    wide = dp.to(p.dtype)
+    return p.to(dp.dtype), (p * (wide - (p * wide).sum(-1, keepdim=True))).to(dp.dtype)
+
+
+@fused
+def _normalised(y: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """``y [B, G, S, R, C] / total [B, G, S, R, 1]`` as ``[B, S, G, R, C]``."""
+    return (y / total).to(y.dtype).transpose(1, 2).contiguous()
+
+
+class _BlockAttention(torch.autograd.Function):
+    """y = softmax(q k^T / sqrt(C)) v below the diagonal.
+
+    With p = exp(s - lse) and dp = dy v^T: ds = p * (dp - sum of p * dp), dv = p^T dy, dq = ds k / sqrt(C),
+    dk = ds^T q / sqrt(C). What is saved: q, k, v and lse.
+    """
+
+    @staticmethod
+    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        batch, groups, seq, repeats, dim = q.shape
+        rows_q, rows_k, rows_v = _rows(q), _rows(k), _rows(v)
+        n = rows_q.shape[0]
+        y = torch.empty_like(rows_q)
+        top = torch.empty(n, seq * repeats, 1, dtype=torch.float32)
+        total = torch.empty_like(top)
+        wide_q, wide_k = rows_q.float() * dim**-0.5, rows_k.float().transpose(1, 2)
+        for heads, begin, end, rows in _blocks(n, seq, repeats):
+            scores = torch.bmm(wide_q[heads, rows], wide_k[heads, :, :end])
+            scores[:, :, begin:].add_(_mask(begin, end, repeats))
+            p, top[heads, rows], total[heads, rows] = _exponentials(scores, q)
+            y[heads, rows] = torch.bmm(p, rows_v[heads, :end])
+        shape = (batch, groups, seq, repeats, 1)
+        ctx.save_for_backward(q, k, v, top.add_(total.log()))
+        return _normalised(y.view_as(q), total.view(shape))
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v, lse = ctx.saved_tensors
+        _, _, seq, repeats, dim = q.shape
+        dy = _rows(grad_outputs[0].transpose(1, 2).contiguous())
+        rows_q, rows_k, rows_v = _rows(q), _rows(k), _rows(v)
+        n, scale = rows_q.shape[0], dim**-0.5
+        dq = torch.empty_like(rows_q)
+        dk = torch.zeros(rows_k.shape, dtype=torch.float32)
+        dv = torch.zeros_like(dk)
+        wide_q, wide_k = rows_q.float() * scale, rows_k.float().transpose(1, 2)
+        for heads, begin, end, rows in _blocks(n, seq, repeats):
+            scores = torch.bmm(wide_q[heads, rows], wide_k[heads, :, :end])
+            scores[:, :, begin:].add_(_mask(begin, end, repeats))
+            dp = torch.bmm(dy[heads, rows], rows_v[heads, :end].transpose(1, 2))
+            p, ds = _score_gradients(scores, lse[heads, rows], dp)
+            dq[heads, rows] = torch.bmm(ds, rows_k[heads, :end])
+            dv[heads, :end] += torch.bmm(p.transpose(1, 2), dy[heads, rows])
+            dk[heads, :end] += torch.bmm(ds.transpose(1, 2), rows_q[heads, rows])
+        return dq.view_as(q).mul_(scale), dk.mul_(scale).to(k.dtype).view_as(k), dv.to(v.dtype).view_as(v)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """``[B, G, S, (R,) C] -> [N, S (* R), C]``."""
+    return x.view(x.shape[0] * x.shape[1], -1, x.shape[-1])
+
+
+def _blocks(n: int, seq: int, repeats: int) -> list[tuple[slice, int, int, slice]]:
+    """(heads, first query, query after the last, rows of these queries) of every block."""
+    found = []
+    for begin in range(0, seq, QUERIES):
+        end = min(seq, begin + QUERIES)
+        rows = slice(begin * repeats, end * repeats)
+        most = max(1, SCORE_BYTES // (4 * (end - begin) * repeats * end))
+        at_a_time = max(size for size in range(1, min(n, most) + 1) if n % size == 0)
+        for first in range(0, n, at_a_time):
+            found.append((slice(first, first + at_a_time), begin, end, rows))
+    return found
+
+
+def _mask(begin: int, end: int, repeats: int) -> torch.Tensor:
+    """``[(end - begin) * R, end - begin]`` to add to the scores on the diagonal: 0 where a query may look, else -inf."""
+    size = end - begin
+    return torch.full((size, size), float("-inf")).triu_(1).repeat_interleave(repeats, 0)
+
+
+def blocks_pay(q: torch.Tensor) -> bool:
+    """Whether `block_attention` is faster than torch's for ``q [B, S, H, C]`` (measured: `benchmarks/README.md`)."""
+    return compiling() and q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.shape[1] <= LONGEST
+
+
+def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of ``q [B, S, H, C]`` to ``k, v [B, S, G, C]``, head h to key/value head h // (H / G):
+    ``[B, S, H, C]``."""
+    grouped = q.unflatten(2, (k.shape[2], -1)).transpose(1, 2).contiguous()
+    keys, values = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
+    return _BlockAttention.apply(grouped, keys, values).flatten(2, 3)
