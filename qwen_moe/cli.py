@@ -20,6 +20,7 @@ VERBS = (
     "qwen_moe.scaling",
     "qwen_moe.launch.command",
     "qwen_moe.launch.observe",
+    "qwen_moe.planning.command",
 )
 
 

@@ -1,0 +1,225 @@
+"""`qwen-moe plan` as a user meets it."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import qwen_moe.planning
+from qwen_moe.cli import main
+from qwen_moe.config import load_config
+from qwen_moe.planning.hardware import known, load_gpu, load_network
+from qwen_moe.planning.layouts import legal_choices
+from qwen_moe.planning.memory import MemoryModel
+from qwen_moe.planning.recipe_edit import edit_recipe
+from qwen_moe.planning.search import Search, changes
+from qwen_moe.training.layout import run_layout
+
+RECIPE = """\
+# A model for the test.
+run_dir: runs/test
+model:
+  preset: demo
+  num_hidden_layers: 4      # fewer
+data:
+  train:
+    - prefix: data/tokens
+  sequence_length: 512
+training:
+  train_tokens: 1.0e+9      # a billion
+  micro_batch_size: 1       # sequences
+  global_batch_size: 64
+optimizer: {learning_rate: 1.0e-3}
+
+# Layout
+parallel:
+  tp: 1  # tensor
+  # experts:
+  ep: 2
+
+precision:
+  compute: bf16
+"""
+# A GPU that is too small for most layouts of the demo.
+TINY = """\
+name: tiny
+memory_gib: 0.25
+reserved_gib: 0.0
+peak_tflops: {bf16: 100}
+memory_gb_per_second: 1000
+nvlink_gb_per_second: 100
+price_per_gpu_hour: 2.0
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def plan(*arguments: object) -> int:
+    return main(["plan", *map(str, arguments)])
+
+
+def test_the_table_and_the_json_say_the_same(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(recipe, "--gpus", 8, "--top", 2, "--price", 3) == 0
+    text = capsys.readouterr().out
+    assert plan(recipe, "--gpus", 8, "--top", 2, "--price", 3, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert len(facts["best"]) == 2 and f"{facts['legal_layouts']:,} legal layouts" in text
+    first = facts["best"][0]
+    assert f"{first['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU" in text
+    assert first["gpu_hours"] == pytest.approx(1e9 / first["tokens_per_second_per_gpu"] / 3600)
+    assert first["cost"] == pytest.approx(3 * first["gpu_hours"])
+    assert first["step_seconds"]["total"] == pytest.approx(
+        sum(seconds for part, seconds in first["step_seconds"].items() if part != "total")
+    )
+    assert first["step_seconds"]["total"] <= facts["best"][1]["step_seconds"]["total"]
+
+
+def test_what_is_written_keeps_comments_and_runs(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(recipe, "--gpus", 8, "--gpu", "h100-80gb", "--global-batch", 32, "--write") == 0
+    said, text = capsys.readouterr().out, recipe.read_text()
+    assert "training.global_batch_size 64 -> 32" in said
+    for comment in (
+        "# A model for the test.",
+        "# fewer",
+        "# a billion",
+        "# sequences",
+        "# Layout",
+        "# tensor",
+        "# experts:",
+    ):
+        assert comment in text
+    config = load_config(recipe)
+    assert run_layout(config, 8) and config.training.global_batch_size == 32
+    assert text.index("parallel:") < text.index("schedule:") < text.index("precision:")
+    assert plan(recipe, "--gpus", 8, "--write") == 0
+    assert "as it was" in capsys.readouterr().out and recipe.read_text() == text
+
+
+def test_editing_is_exact_or_starts_anew() -> None:
+    settings = {"parallel": {"tp": 2, "schedule": "zbv"}, "training": {"recompute": "full"}}
+    for text in (RECIPE, RECIPE.replace("parallel:\n  tp: 1  # tensor\n  # experts:\n  ep: 2\n", ""), "run_dir: x"):
+        edited, kept = edit_recipe(text, settings)
+        assert kept
+        expected = yaml.safe_load(text)
+        for section, entries in settings.items():
+            expected[section] = expected.get(section, {}) | entries
+        assert yaml.safe_load(edited) == expected
+    edited, kept = edit_recipe("parallel: {tp: 1, ep: 2}  # flow\n", settings)
+    assert kept and "# flow" in edited
+    assert yaml.safe_load(edited)["parallel"] == {"tp": 2, "ep": 2, "schedule": "zbv"}
+    edited, kept = edit_recipe("parallel: {tp: 1,\n  ep: 2}\n", settings)
+    assert not kept and yaml.safe_load(edited)["parallel"] == {"tp": 2, "ep": 2, "schedule": "zbv"}
+
+
+def test_overrides_may_stand_anywhere(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(recipe, "data.sequence_length=256", "--gpus", 8, "training.global_batch_size=16", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["global_batch_size"] == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gpus", 8, "--gpu", "h100-80g"), "did you mean 'h100-80gb'?"),
+        (("--gpus", 8, "--network", "token-ring"), "known: "),
+        (("--gpus", 12), "not a multiple of --gpus-per-node 8"),
+        (("--gpus", 0), "must be at least 1"),
+        (("--gpus", 8, "--imbalance", 0.5), "at least 1"),
+        ((), "give a recipe and --gpus N"),
+        (("--gpus", 8, "--gpu", "missing.yaml"), "does not exist"),
+        (("--gpus", 7, "--gpus-per-node", 7), "no layout"),
+        (
+            ("--gpus", 8, "data.prepare.text_key=x", "--write"),
+            "there is nothing to read|cannot put override|is missing",
+        ),
+    ],
+)
+def test_mistakes_are_explained(
+    recipe: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...], message: str
+) -> None:
+    import re
+
+    assert plan(recipe, *arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_gpu_of_ones_own(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a file, by name in the user's folder, and with a mistake in it."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    assert load_gpu(str(path)).name == "tiny"
+    folder = tmp_path / "config" / "qwen-moe" / "hardware" / "gpus"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(TINY)
+    assert load_gpu("mine").memory_gib == 0.25
+    path.write_text(TINY.replace("peak_tflops", "peak"))
+    assert plan(recipe, "--gpus", 8, "--gpu", path) == 2
+    error = capsys.readouterr().err
+    assert "peak_tflops: Field required" in error and "peak: Extra inputs" in error
+
+
+def test_what_does_not_fit_is_named_with_what_would(recipe: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    config, gpu = load_config(recipe), load_gpu(str(path))
+    found = Search(config, 8, gpu, load_network("ib400"), 8).run(3)
+    assert found.best and found.misfits
+    for scored in found.best:
+        assert scored.memory.total <= gpu.usable_bytes
+    for misfit in found.misfits:
+        assert misfit.scored.memory.total > gpu.usable_bytes
+        assert misfit.scored.step.total <= found.best[0].step.total
+        assert misfit.nearest is not None and misfit.nearest.memory.total <= gpu.usable_bytes
+        assert 1 <= len(changes(misfit.scored.choice, misfit.nearest.choice)) <= 4
+
+
+def test_the_best_is_the_best_of_all(recipe: Path, tmp_path: Path) -> None:
+    """Against scoring every layout with its memory, on GPUs that just hold a layout and that just do not."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    config, gpu, network = load_config(recipe), load_gpu(str(path)), load_network("ib400")
+    memory, times = MemoryModel(config), Search(config, 4, gpu, network, 8).time
+    scored = [
+        (memory.fullest(choice, layout).total, times.step(choice, layout).total)
+        for choice, layout in legal_choices(config, 4)
+    ]
+    fastest, leanest = min(scored, key=lambda one: one[1]), min(scored)
+    for size in (gpu.usable_bytes, 1.000001 * fastest[0], 0.999999 * fastest[0], 1.000001 * leanest[0]):
+        limited = gpu.model_copy(update={"memory_gib": size / 2**30})
+        expected = min(seconds for held, seconds in scored if held <= limited.usable_bytes)
+        assert Search(config, 4, limited, network, 8).run(1).best[0].step.total == expected
+
+
+def test_nothing_fits(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.replace("0.25", "0.0625"))
+    before = recipe.read_text()
+    assert plan(recipe, "--gpus", 1, "--gpu", path) == 0
+    assert "nothing fits; " in capsys.readouterr().out
+    assert plan(recipe, "--gpus", 1, "--gpu", path, "--write") == 2
+    assert "nothing was written" in capsys.readouterr().err and recipe.read_text() == before
+
+
+def test_every_data_file_is_installed() -> None:
+    """The patterns of pyproject.toml take what the package reads; every file loads."""
+    root = Path(qwen_moe.planning.__file__).parents[1]
+    project = tomllib.loads((root.parent / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["qwen_moe"]
+    installed = {path for pattern in patterns for path in root.glob(pattern)}
+    assert installed == set((root / "planning").rglob("*.yaml"))
+    for name in known("gpus"):
+        load_gpu(name)
+    for name in known("networks"):
+        load_network(name)
+
+
+def test_the_check_of_published_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("--check-published") == 0
+    assert "held out" in capsys.readouterr().out

@@ -1,0 +1,81 @@
+"""What the search calls legal is what a run accepts, from plain values to `run_layout`."""
+
+import random
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from qwen_moe.config import RunConfig, parse_config
+from qwen_moe.errors import UserError
+from qwen_moe.planning.layouts import Choice, apply, legal, legal_choices
+from qwen_moe.training.layout import run_layout
+from tests.planning.recipes import random_model, values
+
+GPUS = 16
+
+
+def accepted(recipe: dict[str, Any], choice: Choice) -> bool:
+    """As a run would find out: a recipe's values with the choice written in, parsed and laid out."""
+    recipe = dict(recipe)
+    for section, entries in choice.settings().items():
+        recipe[section] = recipe.get(section, {}) | entries
+    try:
+        run_layout(parse_config(recipe, "test"), GPUS)
+    except UserError:
+        return False
+    return True
+
+
+def random_choice(rng: random.Random) -> Choice:
+    """Degrees that may or may not fit each other, the model and the batch."""
+    schedule = rng.choice(["1f1b", "interleaved_1f1b", "zbv", "dualpipev"])
+    pp = rng.choice([1, 2, 2, 3, 4])
+    return Choice(
+        tp=rng.choice([1, 2, 3, 4, 8]),
+        pp=pp,
+        cp=rng.choice([1, 1, 1, 2]),
+        ep=rng.choice([1, 2, 4, 8]),
+        etp=rng.choice([1, 1, 2, 4]),
+        schedule=schedule if pp > 1 else "1f1b",
+        per_rank=1 if pp == 1 or schedule == "1f1b" else rng.choice([2, 2, 3]) if schedule[0] == "i" else 2,
+        micro_batch=rng.choice([1, 2, 4]),
+        recompute=rng.choice(["none", "full"]),
+        sharding=rng.choice(["zero2", "zero3"]),
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_legality_is_that_of_run_layout(seed: int) -> None:
+    rng = random.Random(seed)
+    recipe = values(random_model(rng), 512, global_batch_size=rng.choice([24, 64]), micro_batch_size=1)
+    config = parse_config(recipe, "test")
+    found = {choice for choice, _ in legal_choices(config, GPUS, (1, 2, 4))}
+    assert all(accepted(recipe, choice) for choice in rng.sample(sorted(found, key=str), min(40, len(found))))
+    seen = {True: 0, False: 0}
+    for _ in range(400):
+        choice = random_choice(rng)
+        seen[choice in found] += 1
+        assert (choice in found) == accepted(recipe, choice), choice
+    assert min(seen.values()) > 5
+
+
+def test_layouts_are_those_that_the_run_has() -> None:
+    config = parse_config(values(random_model(random.Random(3)), 512, global_batch_size=64), "test")
+    for choice, layout in list(legal_choices(config, GPUS))[::97]:
+        assert layout == run_layout(apply(config, choice), GPUS)
+
+
+def test_what_is_refused_says_why() -> None:
+    config: RunConfig = parse_config(values({"preset": "turbo_style"}), "test")
+    assert "cp is 2" in str(legal(config, Choice(cp=2), GPUS))
+    assert "zero3" in str(legal(config, Choice(pp=2, schedule="zbv", per_rank=2, sharding="zero3"), GPUS))
+    with pytest.raises(ValidationError):
+        apply(config, Choice(recompute="half"))
+
+
+def test_a_split_of_the_recipe_is_not_used() -> None:
+    """`pipeline_split` belongs to another number of stages; a plan splits by cost."""
+    recipe = values({"preset": "turbo_style"}) | {"parallel": {"pp": 2, "pipeline_split": [20, 8]}}
+    layout = legal(parse_config(recipe, "test"), Choice(pp=4), GPUS)
+    assert not isinstance(layout, str) and len(layout.layers) == 4

@@ -1,0 +1,90 @@
+"""The model of time: published runs, closed forms, and the direction in which things must go."""
+
+from dataclasses import replace
+
+import pytest
+
+from qwen_moe.config import parse_model
+from qwen_moe.models.flops import flops_per_token
+from qwen_moe.planning.hardware import Gpu, Network, load_gpu, load_network
+from qwen_moe.planning.layouts import Choice, legal
+from qwen_moe.planning.published import median_error, rows
+from qwen_moe.planning.software import OURS
+from qwen_moe.planning.step_time import StepTime, StepTimeModel
+from qwen_moe.training.layout import RunLayout
+from tests.planning.recipes import turbo_style
+
+H100, IB400 = load_gpu("h100-80gb"), load_network("ib400")
+ASKED = 7  # the runs that the model of time was asked to predict
+
+
+def step(choice: Choice, gpus: int = 64, gpu: Gpu = H100, network: Network = IB400, imbalance: float = 1.0) -> StepTime:
+    config = turbo_style()
+    layout = legal(config, choice, gpus)
+    assert isinstance(layout, RunLayout), layout
+    return StepTimeModel(config.model, 4096, gpu, network, 8, OURS, imbalance).step(choice, layout)
+
+
+def test_published_runs_are_predicted() -> None:
+    found = list(rows())
+    asked = [row for row in found if not row.further]
+    assert len(asked) == ASKED
+    assert median_error(asked) < 0.15 and median_error(found) < 0.15
+    assert median_error([row for row in found if not row.fitted]) < 0.20
+    assert sum(row.fitted for row in found) < len(found) / 2
+
+
+def test_published_runs_count_flops_as_we_do() -> None:
+    """Tokens and FLOPs per second and GPU that Megatron-Bridge's page gives for one run are our FLOPs per token."""
+    for preset, tokens, tflops in (("qwen3-235b-a22b", 1575, 233), ("qwen3-30b-a3b", 10494, 241)):
+        model = parse_model({"preset": preset}, preset)
+        assert flops_per_token(model, 4096).training == pytest.approx(tflops * 1e12 / tokens, rel=0.01)
+
+
+def test_the_shapes_beside_the_published_runs_are_those_of_the_models() -> None:
+    """Published parameter counts, in billions: total and activated."""
+    import yaml
+
+    from qwen_moe.models.flops import count_parameters
+    from qwen_moe.planning import published
+
+    data = yaml.safe_load((published.Path(published.__file__).parent / "published.yaml").read_text())
+    for name, total, active in (("mixtral-8x22b", 141, 39), ("mixtral-8x7b", 46.7, 12.9), ("deepseek-v3", 671, 37)):
+        counts = count_parameters(parse_model(data["models"][name], name))
+        assert counts.total / 1e9 == pytest.approx(total, rel=0.01), name
+        assert counts.activated / 1e9 == pytest.approx(active, rel=0.02), name
+
+
+def test_the_bubble_is_the_textbooks() -> None:
+    """(pp - 1) / m of the busy time for 1F1B, divided by the stages per rank when interleaved (arXiv 2104.04473)."""
+    for schedule, per_rank in (("1f1b", 1), ("interleaved_1f1b", 2)):
+        choice = Choice(pp=4, schedule=schedule, per_rank=per_rank)
+        found = step(choice)
+        busy = found.compute + found.tp + found.ep
+        assert found.bubble / busy == pytest.approx(3 / 64 / per_rank)
+
+
+def test_nothing_is_faster_than_the_peak() -> None:
+    """Of the products' and the scores' FLOPs, which are all that is counted."""
+    for gpu in (H100, load_gpu("a100-80gb"), load_gpu("b200-180gb")):
+        for choice in (Choice(), Choice(tp=4, ep=8), Choice(micro_batch=8)):
+            work = flops_per_token(turbo_style().model, 4096).training * 1024 * 4096 / 64
+            assert step(choice, gpu=gpu).compute > work / (gpu.peak_tflops["bf16"] * 1e12)
+
+
+def test_what_costs_more_takes_longer() -> None:
+    base = Choice(ep=8)
+    plain = step(base)
+    assert step(replace(base, recompute="full")).compute == pytest.approx(plain.compute * 4 / 3, rel=0.05)
+    assert step(base, imbalance=1.5).imbalance > plain.imbalance == 0
+    slow = load_network("ib200")
+    wide = Choice(ep=32)
+    assert step(wide, network=slow).ep > 1.5 * step(wide).ep > 1.5 * plain.ep
+    assert step(base, network=slow).ep == plain.ep  # within a node
+    assert step(Choice(tp=8)).tp > step(Choice(tp=2)).tp > plain.tp == 0
+    assert step(Choice(sharding="zero3"), network=load_network("ethernet100")).dp > step(Choice(sharding="zero3")).dp
+
+
+def test_a_double_peak_halves_the_time_of_products_only() -> None:
+    twice = H100.model_copy(update={"peak_tflops": {"bf16": 2 * 989.4}})
+    assert 0.5 * step(Choice()).compute < step(Choice(), gpu=twice).compute < step(Choice()).compute
