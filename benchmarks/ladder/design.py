@@ -1,7 +1,7 @@
 """The recipes of the benchmark's ladder: python benchmarks/ladder/design.py LADDER_DIR [section.key=value ...]
 
-Three sizes, 8 and 32 experts (2 active), two durations each: trunks at the longer one in a star of learning rates and
-batches, and for the shorter one branches off some of them, where it decays.
+Three sizes, 8 and 32 experts (2 active): trunks in a star of learning rates and batches, and with 8 experts, for a third
+of the tokens, branches off some of them where it decays.
 `qwen-moe scaling ladder` chooses by itself; here sizes are far below those that its prior (Step Law) was fitted to.
 """
 
@@ -15,13 +15,18 @@ from qwen_moe.models.flops import count_parameters
 from qwen_moe.scaling.ladder import write_ladder, write_recipes
 from scaling_laws.ladder import Run
 
-# hidden size, layers, tokens of trunk and branch, learning rate in the middle of the grid
-SIZES = ((32, 2, 1_000_000, 333_000, 7e-3), (64, 3, 600_000, 200_000, 5e-3), (96, 4, 400_000, 133_000, 3.5e-3))
-# (factor of the learning rate, sequences in a batch); some are also run for the shorter duration
+# (factor of the learning rate, sequences in a batch); as many of the first as `branches` says also for the shorter duration
 STAR = ((1.0, 2), (0.5, 2), (2.0, 2), (1.0, 4), (2.0, 4), (1.0, 8))
-FEW = ((1.0, 2), (0.5, 2), (1.0, 4), (2.0, 2), (1.0, 8))
-# (place in SIZES, experts, grid, branches); a batch of one sequence takes longest, so one size has it
-GROUPS = ((0, 8, STAR, 4), (1, 8, (*STAR, (1.0, 1)), 4), (2, 8, STAR, 4), (0, 32, FEW, 3), (2, 32, FEW, 3))
+FOUR = ((1.0, 2), (0.5, 2), (1.0, 4), (2.0, 4))
+THREE = FOUR[:3]
+# hidden size, layers, experts, learning rate in the middle, tokens of trunks, tokens of branches, grid, branches
+GROUPS = (
+    (32, 2, 8, 7e-3, 1_000_000, 333_000, STAR, 4),
+    (64, 3, 8, 5e-3, 600_000, 200_000, FOUR, 3),
+    (96, 4, 8, 3.5e-3, 300_000, 100_000, THREE, 3),
+    (32, 2, 32, 7e-3, 333_000, 333_000, THREE, 0),
+    (96, 4, 32, 3.5e-3, 300_000, 300_000, THREE, 0),
+)
 DECAY_SHARE, WARMUP_SHARE = 0.2, 0.04  # of the run's tokens; of the shorter one's, for both
 
 
@@ -30,8 +35,7 @@ def main(output: Path, overrides: list[str]) -> None:
     models: list[ModelConfig] = []
     runs: list[Run] = []
     warmup: list[int] = []
-    for place, experts, grid, branches in GROUPS:
-        hidden, layers, long, short, rate = SIZES[place]
+    for hidden, layers, experts, rate, long, short, grid, branches in GROUPS:
         shape = {
             "hidden_size": hidden,
             "intermediate_size": 3 * hidden,
@@ -43,7 +47,8 @@ def main(output: Path, overrides: list[str]) -> None:
         }
         model = ModelConfig(**(config.model.model_dump() | shape))
         count = count_parameters(model)
-        first, group = len(runs), 1 + runs[-1].group if runs else 0
+        first = len(runs)
+        group = 1 + runs[-1].group if runs else 0
         for turn, (tokens, chosen) in enumerate(((long, grid), (short, grid[:branches]))):
             for number, (step, batch) in enumerate(chosen):
                 models.append(model)

@@ -17,6 +17,7 @@ from qwen_moe.launch.prepare import CODE_ROOT
 from qwen_moe.models.flops import flops_per_token
 
 LOGS = "logs"
+TRAIN = (sys.executable, "-m", "qwen_moe", "train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ def _task(entry: Entry, folder: Path, threads: int, overrides: list[str]) -> Tas
     per_token = flops_per_token(config.model, config.data.sequence_length).training
     return Task(
         name=entry.name,
-        command=(sys.executable, "-m", "qwen_moe", "train", str(entry.path), *overrides, *extra),
+        command=(*TRAIN, str(entry.path), *overrides, *extra),
         log=folder / LOGS / f"{entry.name}.log",
         complete=lambda: is_complete(entry),
         busy=lambda: locked(config.run_dir),

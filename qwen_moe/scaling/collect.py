@@ -136,7 +136,7 @@ def final_loss(records: Sequence[dict[str, Any]], config: RunConfig, loss: Loss)
     if len(losses) < 2:
         return mean, None
     variance = sum((value - mean) ** 2 for value in losses) / (len(losses) - 1)
-    return mean, math.sqrt(variance / len(losses))
+    return mean, math.sqrt(variance / len(losses)) or None
 
 
 def _settings(name: str, config: RunConfig) -> dict[str, Any]:
