@@ -52,7 +52,7 @@ def _one_forward_one_backward(pp: int, rank: int, micro_batches: int) -> list[tu
     return order
 
 
-def _actions(schedule: str, pp: int, micro_batches: int, per_rank: int) -> list[list[tuple[str, int, int]]]:
+def actions(schedule: str, pp: int, micro_batches: int, per_rank: int) -> list[list[tuple[str, int, int]]]:
     """(kind, stage, micro-batch) of every rank in order."""
     if schedule == "1f1b":
         return [_one_forward_one_backward(pp, rank, micro_batches) for rank in range(pp)]
@@ -75,7 +75,7 @@ def play(schedule: str, pp: int, micro_batches: int, per_rank: int, costs: Seque
     scale = pp / sum(costs)
     share = [cost * scale for cost in costs]
     factor = {FORWARD: 1.0, BACKWARD: 2.0, INPUT: 1.0, WEIGHT: 1.0}
-    queues = _actions(schedule, pp, micro_batches, per_rank)
+    queues = actions(schedule, pp, micro_batches, per_rank)
     done: dict[tuple[str, int, int], float] = {}
     clock, position, work = [0.0] * pp, [0] * pp, []
     remaining = sum(len(queue) for queue in queues)

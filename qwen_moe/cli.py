@@ -21,6 +21,7 @@ VERBS = (
     "qwen_moe.pipeline.command",
     "qwen_moe.launch.command",
     "qwen_moe.launch.observe",
+    "qwen_moe.planning.command",
 )
 
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from qwen_moe.config import RunConfig
+from qwen_moe.config import ModelConfig, RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.flops import layer_costs
 
@@ -65,13 +66,19 @@ def run_layout(config: RunConfig, world_size: int) -> RunLayout:
     return RunLayout(layout=layout, layers=tuple(map(tuple, layers)), per_rank=per_rank, micro_batches=micro_batches)
 
 
-def _stage_layers(config: RunConfig, stages: int) -> Sequence[Sequence[int]]:
+@lru_cache(maxsize=1024)
+def _split_by_cost(model: ModelConfig, sequence_length: int, stages: int) -> Sequence[Sequence[int]]:
+    """Cached: `qwen-moe plan` asks for the same few splits ten thousand times."""
     from parallel.pipeline import split_layers
 
+    costs = layer_costs(model, sequence_length)
+    return split_layers(costs.layers, stages, first=costs.embedding, last=costs.head)
+
+
+def _stage_layers(config: RunConfig, stages: int) -> Sequence[Sequence[int]]:
     given, layers = config.parallel.pipeline_split, config.model.num_hidden_layers
     if not given:
-        costs = layer_costs(config.model, config.data.sequence_length)
-        return split_layers(costs.layers, stages, first=costs.embedding, last=costs.head)
+        return _split_by_cost(config.model, config.data.sequence_length, stages)
     if len(given) != stages or sum(given) != layers:
         raise UserError(
             f"parallel.pipeline_split {list(given)} has {len(given)} stages with {sum(given)} layers, but there are "

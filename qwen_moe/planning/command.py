@@ -1,0 +1,132 @@
+"""`qwen-moe plan RECIPE --gpus N --gpu NAME`: the fastest layouts that fit, what they hold, how long they take."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from qwen_moe.config import RunConfig, load_config, parse_config
+from qwen_moe.errors import UserError
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser("plan", help="the fastest parallel layouts that fit on a cluster (docs/plan.md)")
+    parser.add_argument("recipe", type=Path, nargs="?")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--gpus", type=int, help="how many, in all")
+    parser.add_argument("--gpu", default="h100-80gb", help="a name, or a .yaml file (default: h100-80gb)")
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--network", default="ib400", help="a name, or a .yaml file (default: ib400)")
+    parser.add_argument("--global-batch", type=int, help="sequences per step (default: the recipe's)")
+    parser.add_argument("--imbalance", type=float, default=1.0, help="tokens of the busiest expert over the average one's")
+    parser.add_argument("--price", type=float, help="per GPU-hour (default: the GPU's file)")
+    parser.add_argument("--top", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--write", action="store_true", help="put the best layout into the recipe")
+    parser.add_argument("--check-published", action="store_true", help="the model of time against published runs")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.check_published:
+        return _check_published(args)
+    if args.recipe is None or args.gpus is None:
+        raise UserError("give a recipe and --gpus N, or --check-published")
+    for name in ("gpus", "gpus_per_node", "top"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    if args.imbalance < 1:
+        raise UserError(f"--imbalance {args.imbalance}: the busiest over the average is at least 1")
+    if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
+        raise UserError(f"--gpus {args.gpus} is not a multiple of --gpus-per-node {args.gpus_per_node}: give whole nodes")
+    from qwen_moe.planning.hardware import load_gpu, load_network
+
+    gpu, network = load_gpu(args.gpu), load_network(args.network)
+    overrides = list(args.overrides)
+    if args.global_batch is not None:
+        overrides.append(f"training.global_batch_size={args.global_batch}")
+    config = load_config(args.recipe, overrides)
+    from qwen_moe.planning.search import Search
+    from qwen_moe.planning.text import plan_text
+
+    search = Search(config, args.gpus, gpu, network, args.gpus_per_node, args.imbalance, args.price)
+    plan = search.run(args.top)
+    written: dict[str, Any] = {}
+    if args.write:
+        if not plan.best:
+            raise UserError(f"{args.recipe}: nothing fits on {args.gpus} x {gpu.name}, so nothing was written\n"
+                            + plan_text(plan, str(args.recipe)))  # fmt: skip
+        written = _write(args.recipe, overrides, config, plan.best[0].choice, args.gpus)
+    if args.json:
+        sys.stdout.write(json.dumps(_facts(plan) | ({"written": written} if args.write else {}), indent=1) + "\n")
+        return 0
+    sys.stdout.write(plan_text(plan, str(args.recipe)) + "\n")
+    if args.write:
+        for key, (old, new) in written["changed"].items():
+            sys.stdout.write(f"{args.recipe}: {key} {'(not given)' if old is None else old} -> {new}\n")
+        if not written["changed"]:
+            sys.stdout.write(f"{args.recipe}: as it was\n")
+        elif not written["comments_kept"]:
+            sys.stdout.write(f"{args.recipe}: its form could not be edited, so it was written anew, without comments\n")
+    return 0
+
+
+def _facts(plan: Any) -> dict[str, Any]:
+    return {
+        "gpus": plan.gpus,
+        "gpu": plan.gpu.model_dump(),
+        "network": plan.network.model_dump(),
+        "gpus_per_node": plan.gpus_per_node,
+        "global_batch_size": plan.config.training.global_batch_size,
+        "usable_bytes": plan.gpu.usable_bytes,
+        "legal_layouts": plan.legal,
+        "seconds": plan.seconds,
+        "best": [scored.facts() for scored in plan.best],
+        "too_large": [
+            {"layout": m.scored.facts(), "nearest_that_fits": m.nearest.facts() if m.nearest is not None else None}
+            for m in plan.misfits
+        ],
+        "gpus_needed": plan.gpus_needed,
+    }
+
+
+def _write(path: Path, overrides: list[str], config: RunConfig, choice: Any, gpus: int) -> dict[str, Any]:
+    """Put ``choice`` and the ``overrides`` it was planned with into the recipe, if a run would accept the result."""
+    import yaml
+
+    from qwen_moe.planning.recipe_edit import differences, edit_recipe, write_text
+    from qwen_moe.training.layout import run_layout
+
+    text = path.read_text(encoding="utf-8")
+    settings: dict[str, dict[str, Any]] = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        section, _, leaf = key.partition(".")
+        if not leaf or "." in leaf:
+            raise UserError(f"--write cannot put override {override!r} into the recipe: write it there yourself, then plan")
+        settings.setdefault(section, {})[leaf] = yaml.safe_load(value)
+    for section, entries in choice.settings().items():
+        settings.setdefault(section, {}).update(entries)
+    values = yaml.safe_load(text)
+    if (values.get("parallel") or {}).get("pipeline_split"):
+        settings["parallel"]["pipeline_split"] = []
+    changed = differences(values, settings)
+    edited, kept = edit_recipe(text, settings)
+    run_layout(parse_config(yaml.safe_load(edited), str(path)), gpus)
+    if changed:
+        write_text(path, edited)
+    return {"changed": changed, "comments_kept": kept}
+
+
+def _check_published(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from qwen_moe.planning.published import rows, table
+
+    found = list(rows())
+    if args.json:
+        sys.stdout.write(json.dumps([asdict(row) | {"error": row.error} for row in found], indent=1) + "\n")
+    else:
+        sys.stdout.write(table(found) + "\n")
+    return 0

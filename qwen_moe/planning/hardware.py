@@ -1,0 +1,110 @@
+"""GPUs and networks as data: one YAML file each, shipped with the package, in the user's own folder, or anywhere."""
+
+import difflib
+import os
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from qwen_moe.config import NonNegativeFloat, PositiveFloat, Section
+from qwen_moe.errors import UserError
+
+
+class Efficiency(Section):
+    """What share of a peak is reached, and the sizes at which half of that is. Defaults are those of an H100, calibrated
+    as `qwen_moe/planning/published.py` says.
+
+    A product of an ``m x k`` with a ``k x n`` matrix runs at ``peak * share * s(m) * s(n) * s(k)``, s(x) = x / (x + half):
+    small products leave a GPU's units idle at their edges.
+    """
+
+    gemm: PositiveFloat = 0.74
+    grouped_gemm: PositiveFloat = 0.65
+    fp8_gemm: PositiveFloat = 0.62
+    gemm_half_size: PositiveFloat = 160.0
+    attention: PositiveFloat = 0.43
+    memory: PositiveFloat = 0.76
+    nvlink: PositiveFloat = 0.75
+    network: PositiveFloat = 0.80
+    all_to_all: PositiveFloat = 0.70  # of what `nvlink` and `network` leave, where a token is sent once per expert
+
+
+class Gpu(Section):
+    """One kind of GPU. Bandwidths are of one GPU, in one direction."""
+
+    name: str
+    memory_gib: PositiveFloat
+    reserved_gib: NonNegativeFloat  # context, communication library, fragmentation
+    peak_tflops: dict[str, PositiveFloat]  # by precision (bf16, fp8), dense
+    memory_gb_per_second: PositiveFloat
+    nvlink_gb_per_second: PositiveFloat
+    nvlink_latency_us: PositiveFloat = 8.0
+    kernel_launch_us: PositiveFloat = 4.5
+    price_per_gpu_hour: NonNegativeFloat = 0.0
+    currency: str = "USD"
+    efficiency: Efficiency = Efficiency()
+
+    @property
+    def usable_bytes(self) -> float:
+        return (self.memory_gib - self.reserved_gib) * 2**30
+
+
+class Network(Section):
+    """What connects nodes. ``gb_per_second`` is of one GPU, in one direction."""
+
+    name: str
+    gb_per_second: PositiveFloat
+    latency_us: PositiveFloat
+
+
+def user_folder() -> Path:
+    """Where a user's own `gpus/NAME.yaml` and `networks/NAME.yaml` lie; they come before those of the package."""
+    base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    return Path(base) / "qwen-moe" / "hardware"
+
+
+Kind = TypeVar("Kind", Gpu, Network)
+
+
+def known(kind: str) -> dict[str, Path]:
+    """Names and files of all ``kind`` (gpus, networks); the user's own replace the package's."""
+    found: dict[str, Path] = {}
+    for folder in (Path(__file__).parent / kind, user_folder() / kind):
+        found |= {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return found
+
+
+def _load(schema: type[Kind], kind: str, option: str, name: str) -> Kind:
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        files = known(kind)
+        if name not in files:
+            near = difflib.get_close_matches(name, files, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(files)}"
+            raise UserError(f"{option} {name!r} is not known; {hint} (or give a .yaml file, see docs/plan.md)")
+        path = files[name]
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{option} {path} does not exist: give a .yaml file or one of {', '.join(known(kind))}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{option} {path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{option} {path} must be a mapping, found {type(values).__name__}")
+    try:
+        return schema(**values)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise UserError(f"{option} {path}: {problems}") from None
+
+
+def load_gpu(name: str) -> Gpu:
+    """The GPU of that name or file. Raises UserError naming the nearest one."""
+    return _load(Gpu, "gpus", "--gpu", name)
+
+
+def load_network(name: str) -> Network:
+    """The network of that name or file. Raises UserError naming the nearest one."""
+    return _load(Network, "networks", "--network", name)

@@ -1,0 +1,130 @@
+"""Every layout that a run may have on a number of GPUs, judged by the run's own check (`training.layout.run_layout`)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from qwen_moe.config import ParallelConfig, PrecisionConfig, RunConfig, TrainingConfig
+from qwen_moe.errors import UserError
+from qwen_moe.training.layout import RunLayout, run_layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What the search decides. ``per_rank``: pipeline stages on each rank (0 is never used here)."""
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    schedule: str = "1f1b"
+    per_rank: int = 1
+    micro_batch: int = 1
+    recompute: str = "none"
+    sharding: str = "zero2"
+    precision: str = "bf16"
+
+    def __str__(self) -> str:
+        degrees = [f"{name}={getattr(self, name)}" for name in ("tp", "pp", "cp", "ep", "etp") if getattr(self, name) > 1]
+        if self.pp > 1:
+            degrees.append(self.schedule + (f"x{self.per_rank}" if self.schedule == "interleaved_1f1b" else ""))
+        degrees += [f"mb={self.micro_batch}", self.sharding]
+        degrees += ["recompute"] if self.recompute == "full" else []
+        return " ".join([*degrees, self.precision])
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """The recipe's sections that it decides."""
+        per_rank = self.per_rank if self.pp > 1 and self.schedule == "interleaved_1f1b" else 0
+        degrees = {name: getattr(self, name) for name in ("tp", "pp", "cp", "ep", "etp")}
+        parallel = degrees | {"schedule": self.schedule, "stages_per_rank": per_rank, "sharding": self.sharding}
+        return {
+            "parallel": parallel,
+            "training": {"micro_batch_size": self.micro_batch, "recompute": self.recompute},
+            "precision": {"compute": self.precision},
+        }
+
+
+def apply(config: RunConfig, choice: Choice) -> RunConfig:
+    """``config`` with ``choice`` in it, through the config's own checks. Raises ValidationError when they refuse it."""
+    settings = choice.settings()
+    parallel = config.parallel.model_dump() | settings["parallel"] | {"pipeline_split": ()}
+    return RunConfig(
+        **{name: getattr(config, name) for name in RunConfig.model_fields}
+        | {
+            "parallel": ParallelConfig(**parallel),
+            "training": TrainingConfig(**config.training.model_dump() | settings["training"]),
+            "precision": PrecisionConfig(**config.precision.model_dump() | settings["precision"]),
+        }
+    )
+
+
+def legal(config: RunConfig, choice: Choice, gpus: int) -> RunLayout | str:
+    """The layout of ``choice`` on ``gpus`` processes, or why there is none."""
+    try:
+        return run_layout(apply(config, choice), gpus)
+    except (UserError, ValidationError) as error:
+        return str(error)
+
+
+def divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _degrees(config: RunConfig, gpus: int) -> Iterator[Choice]:
+    """Degrees that the number of GPUs and the model allow, by the checks that `run_layout` makes first."""
+    from parallel.mesh import LayoutError, layout_for
+    from qwen_moe.models.plan import check_layout
+
+    for pp in divisors(gpus):
+        if pp > config.model.num_hidden_layers:
+            continue
+        for tp in divisors(gpus // pp):
+            for cp in divisors(gpus // pp // tp):
+                for ep in divisors(gpus // pp):
+                    for etp in divisors(gpus // pp // ep):
+                        try:
+                            layout = layout_for(gpus, pp=pp, tp=tp, cp=cp, ep=ep, etp=etp)
+                            check_layout(config.model, layout, config.data.sequence_length)
+                        except LayoutError:
+                            continue
+                        yield Choice(tp=tp, pp=pp, cp=cp, ep=ep, etp=etp)
+
+
+def _schedules(pp: int, layers: int) -> Iterator[tuple[str, int]]:
+    """(schedule, stages per rank) to try."""
+    if pp == 1:
+        yield "1f1b", 1
+        return
+    for schedule in get_args(ParallelConfig.model_fields["schedule"].annotation):
+        if schedule == "interleaved_1f1b":
+            yield from ((schedule, count) for count in range(2, layers // pp + 1))
+        else:
+            yield schedule, 1 if schedule == "1f1b" else 2
+
+
+def precisions(wanted: tuple[str, ...] = ("bf16", "fp8")) -> list[str]:
+    """Those of ``wanted`` that the recipe's precision.compute takes."""
+    return [name for name in wanted if name in get_args(PrecisionConfig.model_fields["compute"].annotation)]
+
+
+def legal_choices(config: RunConfig, gpus: int, micro_batches: tuple[int, ...] = (1, 2, 4, 8)) -> Iterator[tuple[Choice, RunLayout]]:
+    """Every legal choice on ``gpus`` processes, with the layout that the run would have."""
+    layers, sizes = config.model.num_hidden_layers, sorted({*micro_batches, config.training.micro_batch_size})
+    shardings = get_args(ParallelConfig.model_fields["sharding"].annotation)
+    computes = precisions() or [config.precision.compute]
+    for degrees in _degrees(config, gpus):
+        for schedule, per_rank in _schedules(degrees.pp, layers):
+            for micro_batch in sizes:
+                for sharding in shardings:
+                    base = {**vars(degrees), "schedule": schedule, "per_rank": per_rank}
+                    first = Choice(**base | {"micro_batch": micro_batch, "sharding": sharding, "precision": computes[0]})
+                    found = legal(config, first, gpus)
+                    if isinstance(found, str):
+                        continue
+                    # Recomputation and precision change nothing of what the check looks at.
+                    for precision in computes:
+                        for recompute in ("none", "full"):
+                            yield Choice(**vars(first) | {"precision": precision, "recompute": recompute}), found

@@ -1,0 +1,109 @@
+"""Compares `step_time` with published runs: one set of constants for all rows, fitted to some and held out from others."""
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from parallel.mesh import layout_for
+from parallel.pipeline import split_layers
+from qwen_moe.config import ModelConfig, parse_model
+from qwen_moe.models.flops import layer_costs
+from qwen_moe.planning.hardware import Gpu, load_gpu, load_network
+from qwen_moe.planning.layouts import Choice
+from qwen_moe.planning.software import MEGATRON, Software
+from qwen_moe.planning.step_time import StepTime, StepTimeModel
+from qwen_moe.training.layout import RunLayout
+
+SEQUENCE = 4096
+# With other micro-batches to hide behind, Megatron's two streams hide about this share of the all-to-alls.
+EP_OVERLAP = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """TFLOP/s per GPU, published and predicted."""
+
+    name: str
+    published: float
+    predicted: float
+    fitted: bool
+    assumed: str
+    source: str
+    step: StepTime
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.published - 1
+
+
+def _model(name: str, shapes: dict[str, Any]) -> ModelConfig:
+    return parse_model(shapes.get(name, {"preset": name}), name)
+
+
+def _layout(run: dict[str, Any], model: ModelConfig, choice: Choice) -> RunLayout:
+    degrees = {name: getattr(choice, name) for name in ("pp", "cp", "tp", "ep", "etp")}
+    grid = layout_for(run["gpus"], **degrees)
+    costs = layer_costs(model, SEQUENCE)
+    stages = choice.pp * choice.per_rank
+    layers = split_layers(costs.layers, stages, first=costs.embedding, last=costs.head)
+    return RunLayout(
+        layout=grid,
+        layers=tuple(map(tuple, layers)),
+        per_rank=choice.per_rank,
+        micro_batches=run["global_batch"] // (grid.dp * choice.micro_batch),
+    )
+
+
+def rows(gpu: Gpu | None = None, software: Software = MEGATRON, ep_overlap: float = EP_OVERLAP) -> Iterator[Row]:
+    """Every published run with our prediction."""
+    data = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8"))
+    gpu = gpu or load_gpu("h100-80gb")
+    network = load_network("ib400")
+    for run in data["runs"]:
+        model, choice = _model(run["model"], data["models"]), Choice(**run["layout"])
+        used = replace(
+            software,
+            ep_overlap=ep_overlap if run.get("ep_overlap") else 0.0,
+            once_per_node=run.get("once_per_node", True),
+        )
+        factor = data["score_factors"].get(run["model"], 1.0)
+        recomputed = run.get("recomputed", 0.0)
+        times = StepTimeModel(
+            model, SEQUENCE, gpu, network, 8, used, score_factor=factor, recomputed=recomputed
+        )
+        step = times.step(choice, _layout(run, model, choice))
+        flops = times.flops() * run["global_batch"] * SEQUENCE / run["gpus"]
+        yield Row(
+            name=run["name"],
+            published=run.get("tflops") or run["mfu"] * gpu.peak_tflops["bf16"],
+            predicted=flops / step.total / 1e12,
+            fitted=run.get("fit", False),
+            assumed=run.get("assumed", ""),
+            source=run["source"],
+            step=step,
+        )
+
+
+def median_error(found: list[Row]) -> float:
+    """Median of the absolute relative errors."""
+    return statistics.median(abs(row.error) for row in found)
+
+
+def table(found: list[Row]) -> str:
+    """As Markdown."""
+    lines = ["| run (H100) | published | predicted | error | constants |", "|---|---|---|---|---|"]
+    for row in found:
+        kind = "fitted" if row.fitted else "held out"
+        kind += f"; assumed: {row.assumed}" if row.assumed else ""
+        lines.append(f"| {row.name} | {row.published:.0f} | {row.predicted:.0f} | {row.error:+.0%} | {kind} |")
+    held = [row for row in found if not row.fitted]
+    lines.append("")
+    lines.append(
+        f"TFLOP/s per GPU. Median absolute error {median_error(found):.1%} over all {len(found)}, "
+        f"{median_error(held):.1%} over the {len(held)} held out."
+    )
+    return "\n".join(lines)

@@ -1,0 +1,212 @@
+"""Scores every legal layout by its step time, then asks the fastest whether they fit, until enough do."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from qwen_moe.config import RunConfig
+from qwen_moe.errors import UserError
+from qwen_moe.planning.hardware import Gpu, Network
+from qwen_moe.planning.layouts import Choice, legal_choices
+from qwen_moe.planning.memory import Memory, MemoryModel
+from qwen_moe.planning.software import OURS
+from qwen_moe.planning.step_time import StepTime, StepTimeModel
+from qwen_moe.training.layout import RunLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """One layout. Rates are per GPU; ``mfu`` is against the peak of the layout's precision."""
+
+    choice: Choice
+    layout: RunLayout
+    memory: Memory
+    step: StepTime
+    tokens_per_second: float
+    tflops: float
+    mfu: float
+    gpu_hours: float
+    cost: float
+
+    def facts(self) -> dict[str, Any]:
+        grid = self.layout.layout
+        return {
+            **vars(self.choice),
+            "dp": grid.dp,
+            "edp": grid.edp,
+            "micro_batches": self.layout.micro_batches,
+            "layers_per_stage": [len(layers) for layers in self.layout.layers],
+            "memory_bytes": self.memory.facts(),
+            "step_seconds": asdict(self.step) | {"total": self.step.total},
+            "tokens_per_second_per_gpu": self.tokens_per_second,
+            "tflops_per_gpu": self.tflops,
+            "mfu": self.mfu,
+            "gpu_hours": self.gpu_hours,
+            "cost": self.cost,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Misfit:
+    """A layout that would be faster than the best but does not fit, and the nearest change of it that does."""
+
+    scored: Scored
+    nearest: Scored | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """``best``: the fastest that fit, no two with the same degrees. ``gpus_needed``: where nothing fits, the next number of
+    GPUs on which something does (0: none was found)."""
+
+    config: RunConfig
+    gpus: int
+    gpu: Gpu
+    network: Network
+    gpus_per_node: int
+    legal: int
+    seconds: float
+    best: list[Scored]
+    misfits: list[Misfit]
+    gpus_needed: int = 0
+
+
+FIELDS = ("recompute", "micro_batch", "sharding", "schedule", "per_rank", "pp", "tp", "ep", "etp", "cp", "precision")
+
+
+def changes(old: Choice, new: Choice) -> list[str]:
+    """``field old -> new`` of what differs, the stages of a schedule with it."""
+    found = []
+    for name in FIELDS:
+        before, after = getattr(old, name), getattr(new, name)
+        if before != after and not (name in ("schedule", "per_rank") and new.pp == 1):
+            found.append(f"{name} {before} -> {after}")
+    return found
+
+
+class Search:
+    """The models of memory and time of one recipe on one cluster."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        gpus: int,
+        gpu: Gpu,
+        network: Network,
+        gpus_per_node: int,
+        imbalance: float = 1.0,
+        price: float | None = None,
+    ) -> None:
+        self.config, self.gpus, self.gpu, self.network, self.gpus_per_node = config, gpus, gpu, network, gpus_per_node
+        self.price = gpu.price_per_gpu_hour if price is None else price
+        self.memory = MemoryModel(config)
+        sequence = config.data.sequence_length
+        self.time = StepTimeModel(config.model, sequence, gpu, network, gpus_per_node, OURS, imbalance)
+
+    def run(self, top: int) -> Plan:
+        """Raises UserError when no layout is legal."""
+        begin = time.monotonic()
+        known = [name for name in ("bf16", "fp8") if name in self.gpu.peak_tflops]
+        found = [
+            (self.time.step(choice, layout), choice, layout)
+            for choice, layout in legal_choices(self.config, self.gpus)
+            if choice.precision in known
+        ]
+        if not found:
+            raise UserError(
+                f"no layout of {self.config.model.num_hidden_layers} layers with a global batch of "
+                f"{self.config.training.global_batch_size} is legal on {self.gpus} GPUs: change --gpus, --global-batch or "
+                "training.micro_batch_size (data-parallel ranks x micro-batch must divide the global batch)"
+            )
+        found.sort(key=lambda item: (item[0].total, str(item[1])))
+        index = {choice: (step, layout) for step, choice, layout in found}
+        best: list[Scored] = []
+        faster: list[Scored] = []
+        seen: set[tuple[int, ...]] = set()
+        for step, choice, layout in found:
+            degrees = (choice.tp, choice.pp, choice.cp, choice.ep, choice.etp)
+            if degrees in seen:
+                continue
+            memory = self.memory.fullest(choice, layout)
+            scored = self._score(choice, layout, memory, step)
+            if memory.total <= self.gpu.usable_bytes:
+                seen.add(degrees)
+                best.append(scored)
+                if len(best) == top:
+                    break
+            elif not best:
+                faster.append(scored)
+        return Plan(
+            config=self.config,
+            gpus=self.gpus,
+            gpu=self.gpu,
+            network=self.network,
+            gpus_per_node=self.gpus_per_node,
+            legal=len(found),
+            seconds=time.monotonic() - begin,
+            best=best,
+            misfits=[Misfit(scored=s, nearest=self._nearest(s.choice, index)) for s in self._telling(faster, bool(best))],
+            gpus_needed=0 if best else self._enough_gpus(),
+        )
+
+    def _score(self, choice: Choice, layout: RunLayout, memory: Memory, step: StepTime) -> Scored:
+        rate = self.config.tokens_per_step / step.total / self.gpus
+        tflops = rate * self.time.flops() / 1e12
+        hours = self.config.training.train_tokens / rate / 3600
+        return Scored(
+            choice=choice,
+            layout=layout,
+            memory=memory,
+            step=step,
+            tokens_per_second=rate,
+            tflops=tflops,
+            mfu=tflops / self.gpu.peak_tflops[choice.precision],
+            gpu_hours=hours,
+            cost=hours * self.price,
+        )
+
+    @staticmethod
+    def _telling(misfits: Iterable[Scored], something_fits: bool) -> list[Scored]:
+        """The fastest of three different degrees; where nothing fits at all, the ones that need the least."""
+        ordered = list(misfits) if something_fits else sorted(misfits, key=lambda scored: scored.memory.total)
+        found: dict[tuple[int, ...], Scored] = {}
+        for scored in ordered:
+            choice = scored.choice
+            found.setdefault((choice.tp, choice.pp, choice.ep, choice.etp), scored)
+            if len(found) == 3:
+                break
+        return list(found.values())
+
+    def _nearest(self, choice: Choice, index: dict[Choice, tuple[StepTime, RunLayout]]) -> Scored | None:
+        """The fastest fitting layout that differs in one field; else in recomputation and one field."""
+        for start in (choice, replace(choice, recompute="full")):
+            near = [other for other in index if _distance(start, other) <= 1]
+            for other in sorted(near, key=lambda c: index[c][0].total):
+                step, layout = index[other]
+                memory = self.memory.fullest(other, layout)
+                if memory.total <= self.gpu.usable_bytes:
+                    return self._score(other, layout, memory, step)
+        return None
+
+    def _enough_gpus(self) -> int:
+        """The smallest of twice, four, ... 32 times the GPUs on which the leanest layout fits."""
+        for times in (2, 4, 8, 16, 32):
+            gpus = times * self.gpus
+            fits = (
+                choice.recompute == "full"
+                and self.memory.fullest(choice, layout).total <= self.gpu.usable_bytes
+                for choice, layout in legal_choices(self.config, gpus, (1,))
+            )
+            if any(fits):
+                return gpus
+        return 0
+
+
+def _distance(one: Choice, other: Choice) -> int:
+    """Fields that differ; a schedule and its stages count once."""
+    names = ("recompute", "micro_batch", "sharding", "pp", "tp", "ep", "etp", "cp", "precision")
+    same_schedule = (one.schedule, one.per_rank) == (other.schedule, other.per_rank)
+    # A pipeline begins or ends with the schedule that goes with it.
+    free = (one.pp == 1) != (other.pp == 1)
+    return sum(getattr(one, name) != getattr(other, name) for name in names) + (not same_schedule and not free)

@@ -1,0 +1,55 @@
+"""How a training program uses the hardware: what it overlaps and fuses. Ours, and Megatron's for the published runs."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Software:
+    """Shares are of a communication's time that is hidden behind computation, if there is that much of it."""
+
+    name: str
+    tp_overlap: float
+    ep_overlap: float  # of the all-to-alls, behind other micro-batches
+    shared_expert_overlap: bool  # dispatch in forward, combine in backward, behind the shared expert
+    once_per_node: bool  # a token travels once to each node that has experts for it (DeepEP), not once per expert
+    pp_overlap: float
+    dp_overlap: float  # without a pipeline, or with one that reduces during its last backward
+    pipeline_reduces_at_end: bool  # gradients are reduced after a stage's last backward, behind nothing
+    elementwise: float  # bytes moved by unfused operations, relative to the counts in step_time.py
+    dense_kernels: int  # launched by one layer in forward and backward, experts' products not counted
+    moe_kernels: int
+    fp8_matrix_us: float  # to launch and run what finds the largest value of one matrix and casts it
+    gathers_each_micro_batch: bool  # weights, without a pipeline (FSDP2 reshards after each backward)
+
+
+OURS = Software(
+    name="qwen-moe",
+    tp_overlap=0.0,
+    ep_overlap=0.0,
+    shared_expert_overlap=True,
+    once_per_node=False,
+    pp_overlap=0.3,
+    dp_overlap=0.7,
+    pipeline_reduces_at_end=True,
+    elementwise=1.0,
+    dense_kernels=110,
+    moe_kernels=240,
+    fp8_matrix_us=20.0,
+    gathers_each_micro_batch=True,
+)
+
+MEGATRON = Software(
+    name="Megatron-Core",
+    tp_overlap=0.0,
+    ep_overlap=0.0,
+    shared_expert_overlap=False,
+    once_per_node=True,
+    pp_overlap=0.7,
+    dp_overlap=0.8,
+    pipeline_reduces_at_end=False,
+    elementwise=0.8,
+    dense_kernels=80,
+    moe_kernels=160,
+    fp8_matrix_us=20.0,
+    gathers_each_micro_batch=False,
+)

@@ -1,0 +1,323 @@
+"""Seconds of a training step by part: products, attention and memory traffic of each layer, what is communicated and not
+hidden behind them, the pipeline's idle time, the optimizer.
+
+Nothing here was measured by us on a GPU. The constants (`hardware.Efficiency`, `software.Software`) are the same for every
+model and layout, and are compared with published runs (`published.py`).
+Shapes: T tokens of a micro-batch, N rows (token, expert) of a rank, D hidden, F expert hidden, S sequence, V vocabulary.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+from parallel.pipeline import V_SHAPED, stages_of_rank
+from qwen_moe.config import ModelConfig
+from qwen_moe.models.flops import flops_per_token
+from qwen_moe.planning.hardware import Gpu, Network
+from qwen_moe.planning.layouts import Choice
+from qwen_moe.planning.schedules import idle_micro_batches
+from qwen_moe.planning.shares import Shares, add
+from qwen_moe.planning.software import Software
+
+from qwen_moe.training.layout import RunLayout
+
+BF16 = 2  # bytes
+
+
+@dataclass(frozen=True)
+class Part:
+    """Seconds of a forward and backward of one micro-batch through something; ``experts`` grow with their imbalance."""
+
+    compute: float = 0.0
+    tp: float = 0.0
+    ep: float = 0.0
+    experts: float = 0.0  # of compute and ep together, not in addition
+
+    def __add__(self, other: "Part") -> "Part":
+        return Part(self.compute + other.compute, self.tp + other.tp, self.ep + other.ep, self.experts + other.experts)
+
+    def __mul__(self, times: float) -> "Part":
+        return Part(self.compute * times, self.tp * times, self.ep * times, self.experts * times)
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.tp + self.ep
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds. ``tp``, ``ep``, ``pp`` and ``dp`` are communication that nothing hides; ``imbalance``: the costliest pipeline
+    rank above the average one, and the busiest expert above the average one."""
+
+    compute: float
+    tp: float
+    ep: float
+    pp: float
+    dp: float
+    bubble: float
+    imbalance: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+
+class StepTimeModel:
+    """Time of ``model`` on one kind of GPU and network. ``imbalance``: rows of the busiest expert rank over the average
+    one's. For published runs: ``score_factor`` is attention's scores relative to those of ``model``, ``recomputed`` the share
+    of a forward that backward repeats."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        sequence: int,
+        gpu: Gpu,
+        network: Network,
+        gpus_per_node: int,
+        software: Software,
+        imbalance: float = 1.0,
+        score_factor: float = 1.0,
+        recomputed: float = 0.0,
+    ) -> None:
+        self.model, self.sequence, self.gpu, self.network = model, sequence, gpu, network
+        self.gpus_per_node, self.software, self.imbalance = gpus_per_node, software, imbalance
+        self.score_factor, self.recomputed = score_factor, recomputed
+        self.shares = Shares(model)
+        self.memory_rate = gpu.memory_gb_per_second * 1e9 * gpu.efficiency.memory
+        self._layers: dict[tuple[object, ...], Part] = {}
+        self._ranks: dict[tuple[object, ...], list[tuple[int, int, bool, bool]]] = {}
+        self._elements: dict[tuple[object, ...], tuple[float, float, float]] = {}
+
+    # Elements of time
+
+    def _product(self, m: float, n: float, k: float, precision: str, count: float = 1, grouped: bool = False) -> float:
+        """``count`` products of ``[m, k] x [k, n]``, their input's and their weight's gradients (s is symmetric)."""
+        e = self.gpu.efficiency
+        share = e.grouped_gemm if grouped else e.gemm
+        half = e.gemm_half_size
+        filled = m / (m + half) * n / (n + half) * k / (k + half)
+        peak, quantise = self.gpu.peak_tflops["bf16"] * 1e12 * share, 0.0
+        if precision == "fp8":
+            peak = self.gpu.peak_tflops["fp8"] * 1e12 * share * e.fp8_gemm / e.gemm
+            # Largest value, then cast and transpose, of what comes in and of its gradient: 2 + 2 read, 1 + 1 written.
+            quantise = 6 * count * m * (k + n) / self.memory_rate
+            # Each matrix by kernels of its own: input, gradient and weight, found the largest of and cast.
+            quantise += 6 * count * self.software.fp8_matrix_us * 1e-6
+        time = 2 * m * n * k * count / (peak * filled)
+        bytes_ = count * (m * k + k * n + m * n) * BF16
+        return 3 * max(time, bytes_ / self.memory_rate) + quantise
+
+    def _moved(self, elements: float, times: float, bytes_per_element: float = BF16) -> float:
+        """Memory traffic of elementwise work: ``elements`` read or written ``times`` times in forward and backward."""
+        return elements * times * bytes_per_element * self.software.elementwise / self.memory_rate
+
+    def _group_rate(self, ranks: int, stride: int) -> float:
+        """Bytes per second of a ring over ``ranks`` that are ``stride`` apart; its members on a node share their adapters."""
+        e = self.gpu.efficiency
+        nvlink = self.gpu.nvlink_gb_per_second * 1e9 * e.nvlink
+        here = min(ranks, max(1, self.gpus_per_node // stride))
+        return nvlink if ranks <= here else min(nvlink, self.network.gb_per_second * 1e9 * e.network * here)
+
+    def _latency(self, ranks: int, stride: int) -> float:
+        across = ranks * stride > self.gpus_per_node
+        return (self.network.latency_us if across else self.gpu.nvlink_latency_us) * 1e-6
+
+    def _ring(self, bytes_: float, ranks: int, stride: int) -> float:
+        """An all-gather or reduce-scatter of ``bytes_`` in all."""
+        return bytes_ * (ranks - 1) / ranks / self._group_rate(ranks, stride) if ranks > 1 else 0.0
+
+    def _tp(self, tp: int, tokens: float, times: float) -> float:
+        """``times`` gathers or reduce-scatters of hidden states over tp."""
+        if tp == 1:
+            return 0.0
+        time = self._ring(tokens * self.model.hidden_size * BF16, tp, 1) * (1 - self.software.tp_overlap)
+        return times * (time + self._latency(tp, 1))
+
+    def _all_to_all(self, rows: float, ep: int, etp: int) -> float:
+        """One direction of ``rows`` (after copies for etp) of hidden size."""
+        ranks = ep * etp
+        if ranks == 1:
+            return 0.0
+        e, top_k = self.gpu.efficiency, self.model.num_experts_per_tok
+        here = min(ranks, self.gpus_per_node)
+        nodes = ranks / here
+        bytes_ = rows * self.model.hidden_size * BF16
+        within = bytes_ * (here - 1) / here / nodes
+        across = bytes_ * (nodes - 1) / nodes
+        if self.software.once_per_node and nodes > 1:
+            across *= min(1.0, nodes * (1 - (1 - 1 / nodes) ** top_k) / top_k)
+            within = bytes_ * (here - 1) / here  # what has arrived is spread over the node
+        slowest = max(
+            within / (self.gpu.nvlink_gb_per_second * 1e9 * e.nvlink),
+            across / (self.network.gb_per_second * 1e9 * e.network),
+        )
+        share = 1.0 if self.software.once_per_node else e.all_to_all
+        return slowest / share + self._latency(ranks, 1) * (1 + math.log2(ranks) / 2)
+
+    # Parts of the model
+
+    def layer(self, choice: Choice, moe: bool) -> Part:
+        """A layer, forward and backward of one micro-batch, with a second forward where it is recomputed."""
+        key = (choice.tp, choice.cp, choice.ep, choice.etp, choice.micro_batch, choice.recompute, choice.precision, moe)
+        if key not in self._layers:
+            part = self._attention(choice) + (self._moe(choice) if moe else self._feed_forward(choice))
+            if choice.recompute == "full":
+                part = part * (4 / 3)
+            part += Part(compute=part.compute * self.recomputed / 3)
+            kernels = self.software.moe_kernels if moe else self.software.dense_kernels
+            if choice.precision == "fp8":
+                kernels *= 1.5
+            launch = kernels * self.gpu.kernel_launch_us * 1e-6
+            # The host cannot run ahead of a layer that waits for the sizes of what it will receive.
+            waits = max(0.0, launch - part.total)
+            self._layers[key] = part + Part(compute=waits)
+        return self._layers[key]
+
+    def _attention(self, choice: Choice) -> Part:
+        m, tp, precision = self.model, choice.tp, choice.precision
+        tokens = choice.micro_batch * self.sequence / choice.cp
+        d, c = m.hidden_size, m.head_dim
+        heads, kv = m.num_attention_heads / tp, max(1.0, m.num_key_value_heads / tp)
+        products = self._product(tokens, (heads + 2 * kv) * c, d, precision) + self._product(tokens, d, heads * c, precision)
+        scores = 2 * heads * c * (self.sequence + 1) * tokens * self.score_factor
+        # Backward has five products where forward has two.
+        scores_time = 3.5 * scores / (self.gpu.peak_tflops["bf16"] * 1e12 * self.gpu.efficiency.attention)
+        # Two norms and two residual sums on this rank's tokens; rope, and copies to the kernel's layout.
+        moved = self._moved(tokens / tp * d, 24) + self._moved(tokens * (heads + 2 * kv) * c, 14)
+        moved += self._moved(tokens * (heads + kv) * c, 8) if m.qk_norm else 0.0
+        return Part(compute=products + scores_time + moved, tp=self._tp(tp, tokens, 5))
+
+    def _feed_forward(self, choice: Choice, hidden: int = 0) -> Part:
+        d, f = self.model.hidden_size, (hidden or self.model.intermediate_size) / choice.tp
+        tokens = choice.micro_batch * self.sequence / choice.cp
+        products = self._product(tokens, 2 * f, d, choice.precision) + self._product(tokens, d, f, choice.precision)
+        moved = self._moved(tokens * f, 8) + self._moved(tokens / choice.tp * d, 4)
+        return Part(compute=products + moved, tp=self._tp(choice.tp, tokens, 5))
+
+    def _moe(self, choice: Choice) -> Part:
+        m, tp, ep, etp = self.model, choice.tp, choice.ep, choice.etp
+        d, f, local = m.hidden_size, m.moe_intermediate_size / etp, m.num_experts / ep
+        tokens = choice.micro_batch * self.sequence / choice.cp / tp
+        rows = tokens * m.num_experts_per_tok * etp
+        each = rows / local
+        experts = self._product(each, 2 * f, d, choice.precision, local, grouped=True)
+        experts += self._product(each, d, f, choice.precision, local, grouped=True)
+        experts += self._moved(rows * f, 8)
+        # Sort and weighted sum, and with an exchange two more orders of the rows.
+        moved = self._moved(rows * d, 10 if ep * etp == 1 else 18) + self._moved(tokens * m.num_experts, 10, 4)
+        shared = Part()
+        if m.shared_expert_intermediate_size:
+            shared = self._feed_forward(choice, m.shared_expert_intermediate_size)
+        exchange = 4 * self._all_to_all(rows, ep, etp)
+        hidden = min(exchange * self.software.ep_overlap, experts + moved)
+        if self.software.shared_expert_overlap:
+            hidden += min(exchange / 2, shared.compute)
+        exposed = exchange - hidden
+        return Part(experts + moved, 0.0, exposed, experts + exposed) + shared
+
+    def _ends(self, choice: Choice, first: bool, last: bool) -> Part:
+        tokens = choice.micro_batch * self.sequence / choice.cp
+        d, part = self.model.hidden_size, Part()
+        if first:
+            part += Part(compute=self._moved(tokens / choice.tp * d, 6), tp=self._tp(choice.tp, tokens, 2))
+        if last:
+            v = self.model.vocab_size / choice.tp
+            head = self._product(tokens, v, d, "bf16") + self._moved(tokens * v, 9, 4)
+            part += Part(compute=head, tp=self._tp(choice.tp, tokens, 2))
+        return part
+
+    # The step
+
+    def _stages(self, choice: Choice, layout: RunLayout) -> list[tuple[int, int, bool, bool]]:
+        """(MoE layers, dense layers, embedding?, head?) of each pipeline rank."""
+        key = (choice.pp, layout.per_rank, choice.schedule in V_SHAPED, layout.layers if choice.pp > 1 else ())
+        if key not in self._ranks:
+            found = []
+            for rank in range(choice.pp):
+                stages = stages_of_rank(choice.schedule, choice.pp, layout.per_rank, rank) if choice.pp > 1 else [0]
+                layers = [layer for stage in stages for layer in layout.layers[stage]]
+                moe = sum(self.model.is_moe_layer(layer) for layer in layers)
+                found.append((moe, len(layers) - moe, 0 in stages, len(layout.layers) - 1 in stages))
+            self._ranks[key] = found
+        return self._ranks[key]
+
+    def step(self, choice: Choice, layout: RunLayout) -> StepTime:
+        """One step of ``layout.micro_batches`` micro-batches on every data-parallel rank."""
+        ranks = self._stages(choice, layout)
+        zero = Part()
+        moe = self.layer(choice, True) if any(r[0] for r in ranks) else zero
+        dense = self.layer(choice, False) if any(r[1] for r in ranks) else zero
+        parts = [moe * r[0] + dense * r[1] + self._ends(choice, r[2], r[3]) for r in ranks]
+        mean = sum(parts, zero) * (1 / len(parts))
+        worst = max(part.total for part in parts)
+        busiest = (self.imbalance - 1) * mean.experts
+        count = layout.micro_batches
+        idle = idle_micro_batches(choice.schedule, choice.pp, count, layout.per_rank)
+        forward = mean.compute / 3
+        dp, optimizer = self._data_parallel(choice, layout, forward)
+        return StepTime(
+            compute=count * mean.compute,
+            tp=count * mean.tp,
+            ep=count * mean.ep,
+            pp=self._pipeline_messages(choice, layout),
+            dp=dp,
+            bubble=idle * (mean.total + busiest),
+            imbalance=count * (worst - mean.total + busiest),
+            optimizer=optimizer,
+        )
+
+    def _pipeline_messages(self, choice: Choice, layout: RunLayout) -> float:
+        if choice.pp == 1:
+            return 0.0
+        bytes_ = choice.micro_batch * self.sequence / choice.cp / choice.tp * self.model.hidden_size * BF16
+        stride = layout.layout.stage_size
+        one = bytes_ / self._group_rate(2, stride) + self._latency(2, stride)
+        return 2 * one * layout.per_rank * layout.micro_batches * (1 - self.software.pp_overlap)
+
+    def _data_parallel(self, choice: Choice, layout: RunLayout, forward: float) -> tuple[float, float]:
+        """(exposed communication, optimizer): of the average rank. ``forward`` of a micro-batch is what hides a gather."""
+        dense, experts, sharded = self._elements_of(choice, layout)
+        grid, software = layout.layout, self.software
+        width = 1 if choice.precision == "fp8" else BF16
+
+        def over(bytes_per_element: int) -> float:
+            return self._ring(dense * bytes_per_element, grid.dp, grid.tp * grid.cp) + self._ring(
+                experts * bytes_per_element, grid.edp, grid.ep * grid.etp
+            )
+
+        gather, reduce, count = over(width), over(4), layout.micro_batches
+        hide = software.dp_overlap
+        if choice.sharding == "zero3":
+            gathers = count * (max(0.0, gather - hide * forward) + max(0.0, gather - hide * 2 * forward))
+        elif choice.pp == 1 and software.gathers_each_micro_batch:
+            gathers = count * max(0.0, gather - hide * forward)
+        else:
+            gathers = max(0.0, gather - hide * forward)
+        if choice.pp > 1 and software.pipeline_reduces_at_end:
+            reduces = reduce
+        else:
+            reduces = max(reduce * (1 - hide), reduce - hide * 2 * forward)
+        # AdamW reads four and writes three numbers of four bytes; the norm and clipping read and write the gradient.
+        return gathers + reduces, sharded * 40 / self.memory_rate
+
+    def _elements_of(self, choice: Choice, layout: RunLayout) -> tuple[float, float, float]:
+        """(dense, experts) that an average rank gathers, and what its optimizer updates."""
+        key = (layout.layout, choice.pp)
+        if key not in self._elements:
+            moe, layers = len(self.model.moe_layers), self.model.num_hidden_layers
+            dense = [self.shares.root(layout.layout, True, True)]
+            experts = []
+            for kind, times in ((True, moe), (False, layers - moe)):
+                if times:
+                    units = self.shares.layer(layout.layout, kind)
+                    dense += [units[0]] * times
+                    experts += [*units[1:]] * times
+            total = add(dense), add(experts)
+            sharded = total[0].sharded + total[1].sharded
+            self._elements[key] = (total[0].whole / choice.pp, total[1].whole / choice.pp, sharded / choice.pp)
+        return self._elements[key]
+
+    def flops(self) -> float:
+        """Training FLOPs per token by the convention of `models/flops.py`, scores scaled by ``score_factor``."""
+        found = flops_per_token(self.model, self.sequence)
+        return found.training + 3 * (self.score_factor - 1) * found.attention_scores

@@ -1,0 +1,71 @@
+"""The plan as a table for people."""
+
+from qwen_moe.planning.memory import Memory
+from qwen_moe.planning.search import Misfit, Plan, Scored, changes
+
+GIB = 2**30
+
+
+def _memory(memory: Memory) -> str:
+    parts = ("weights", "gradients", "optimizer", "activations", "working", "buffers")
+    return "  ".join(f"{name} {getattr(memory, name) / GIB:.1f}" for name in parts)
+
+
+def _time(scored: Scored) -> str:
+    step = scored.step
+    parts = ("compute", "tp", "ep", "pp", "dp", "bubble", "imbalance", "optimizer")
+    return "  ".join(f"{name} {getattr(step, name) / step.total:.1%}" for name in parts)
+
+
+def _one(number: int, scored: Scored, plan: Plan) -> list[str]:
+    grid, usable = scored.layout.layout, plan.gpu.usable_bytes / GIB
+    cost = f"   {scored.cost:,.0f} {plan.gpu.currency}" if scored.cost else ""
+    stages = [len(layers) for layers in scored.layout.layers]
+    layers = f"{min(stages)}-{max(stages)}" if min(stages) != max(stages) else f"{stages[0]}"
+    pipeline = f", {scored.layout.per_rank} stages per rank of {layers} layers" if scored.choice.pp > 1 else ""
+    return [
+        f"{number}. {scored.choice}",
+        f"   dp={grid.dp} edp={grid.edp}, {scored.layout.micro_batches} micro-batches{pipeline}",
+        f"   step {scored.step.total:.3f} s   {scored.tokens_per_second:,.0f} tokens/s/GPU   {scored.tflops:.0f} TFLOP/s/GPU"
+        f"   MFU {scored.mfu:.1%}   {scored.gpu_hours:,.0f} GPU-hours{cost}",
+        f"   time     {_time(scored)}",
+        f"   memory   {scored.memory.total / GIB:.1f} of {usable:.1f} GiB: {_memory(scored.memory)}",
+    ]
+
+
+def _misfit(misfit: Misfit, plan: Plan) -> list[str]:
+    scored, usable = misfit.scored, plan.gpu.usable_bytes / GIB
+    faster = f", {plan.best[0].step.total / scored.step.total - 1:.1%} faster" if plan.best else ""
+    lines = [
+        f"   {scored.choice}: {scored.memory.total / GIB:.1f} of {usable:.1f} GiB{faster}",
+        f"     {_memory(scored.memory)}",
+    ]
+    if misfit.nearest is not None:
+        near = misfit.nearest
+        lines.append(
+            f"     fits with {', '.join(changes(scored.choice, near.choice))}: {near.memory.total / GIB:.1f} GiB, "
+            f"{near.step.total / scored.step.total:.2f} times its step"
+        )
+    return lines
+
+
+def plan_text(plan: Plan, name: str) -> str:
+    """What `qwen-moe plan` prints."""
+    config = plan.config
+    lines = [
+        f"{name} on {plan.gpus} x {plan.gpu.name}, {plan.gpus_per_node} per node, {plan.network.name}",
+        f"global batch {config.training.global_batch_size:,} x {config.data.sequence_length:,} tokens, "
+        f"{config.training.train_tokens / 1e9:,.1f} billion tokens in all",
+        f"{plan.legal:,} legal layouts, {plan.seconds:.1f} s; times are estimates (docs/plan.md), memory is counted",
+        "",
+    ]
+    for number, scored in enumerate(plan.best, start=1):
+        lines += [*_one(number, scored, plan), ""]
+    if not plan.best:
+        more = f"something fits on {plan.gpus_needed} GPUs" if plan.gpus_needed else "nor on 32 times as many GPUs"
+        lines += [f"nothing fits; {more}. The leanest layouts:"]
+    elif plan.misfits:
+        lines += ["faster, but too large:"]
+    for misfit in plan.misfits:
+        lines += _misfit(misfit, plan)
+    return "\n".join(lines).rstrip()
