@@ -105,8 +105,8 @@ def _recommend(at: Context, facts: dict[str, Any]) -> list[str]:
         f"{interval('batch_size_tokens', ',.0f')} tokens |",
         "",
         f"The laws' minimum at this size and duration is a batch of {batch:,} tokens ({facts['batch_size_sequences']:,} "
-        f"sequences; written: {written['global_batch_size']:,}, so that many layouts divide it). Expected cost of not knowing "
-        f"the minimum exactly: {facts['predicted_excess_loss']:.3%} of the loss. Batches up to "
+        f"sequences; written: {written['global_batch_size']:,}, so that many layouts divide it). Expected cost of not "
+        f"knowing the minimum exactly: {facts['predicted_excess_loss']:.3%} of the loss. Batches up to "
         f"{facts['widest_batch_tokens']:,.0f} tokens cost less than 0.1%.",
     ]
     if loss is not None:

@@ -91,8 +91,8 @@ def _prepare(at: Context) -> dict[str, Any]:
     for dataset in (*data.train, *data.validation):
         if not dataset.prefix.with_name(dataset.prefix.name + ".bin").is_file():
             raise UserError(
-                f"data.train names {dataset.prefix}, and {dataset.prefix}.bin does not exist: `qwen-moe data prepare --input "
-                f"YOUR_FILES --output {dataset.prefix} --tokenizer DIR` makes it, or give the prefix of other data"
+                f"data.train names {dataset.prefix}, and {dataset.prefix}.bin does not exist: `qwen-moe data prepare "
+                f"--input YOUR_FILES --output {dataset.prefix} --tokenizer DIR` makes it, or give the prefix of other data"
             )
         found.append(json.loads(at.call("data", "info", str(dataset.prefix), "--json")))
     return {"data": [{k: v for k, v in facts.items() if k in ("prefix", "documents", "tokens")} for facts in found]}
@@ -151,18 +151,18 @@ def _run_cost(at: Context) -> list[str]:
 
 
 def _run(at: Context) -> dict[str, Any]:
-    """The ladder's runs, here or on Slurm. Raises Stopped where they are not all done and failed ones may not be left out."""
+    """The ladder's runs, here or on Slurm. Raises UserError where some failed and may not be left out."""
     from qwen_moe.scaling.collect import collect
 
     folder = at.path(LADDER)
     if at.args.slurm:
-        left = [entry for entry in collect_or_nothing(at) if entry[1] in ("missing", "unfinished")]
+        left = _not_done(at)
         if left:
             time = ["--time", at.args.time] if at.args.time else []
             at.call("launch", folder, "--array", *time, *_site(at), captured=False)
             raise UserError(
-                f"the ladder is in the queue ({len(left)} runs): `qwen-moe status {folder}/runs` shows how it goes; the same "
-                "command goes on when it is done"
+                f"the ladder is in the queue ({left} runs): `qwen-moe status {folder}/runs` shows how it goes; the "
+                "same command goes on when it is done"
             )
     else:
         numbers = {"--parallel": at.args.parallel, "--threads": at.args.threads}
@@ -176,23 +176,19 @@ def _run(at: Context) -> dict[str, Any]:
     if found.left_out and not at.args.skip_failed:
         names = "; ".join(f"{name} {state}: {why}" for name, state, why in found.left_out[:3])
         raise UserError(
-            f"{len(found.left_out)} runs of the ladder are not done ({names}): see {folder}/logs, then run this command again; "
-            "or --skip-failed goes on without them"
+            f"{len(found.left_out)} runs of the ladder are not done ({names}): see {folder}/logs, then run this command "
+            "again; or --skip-failed goes on without them"
         )
     return {"runs": len(found.rows), "left_out": len(found.left_out)}
 
 
-def collect_or_nothing(at: Context) -> list[tuple[str, str, str]]:
-    """(run, state, why) of what is not done."""
+def _not_done(at: Context) -> int:
+    """Runs that are neither complete nor diverged."""
     from qwen_moe.launch.folder import open_folder
     from qwen_moe.training.outcome import read_outcome
 
-    found = []
-    for entry in open_folder(at.folder / LADDER, []):
-        outcome = read_outcome(entry.config, entry.config.run_dir)
-        if outcome.state != "complete":
-            found.append((entry.name, outcome.state, outcome.why))
-    return found
+    outcomes = [read_outcome(entry.config, entry.config.run_dir) for entry in open_folder(at.folder / LADDER, [])]
+    return sum(outcome.state in ("missing", "unfinished") for outcome in outcomes)
 
 
 def _collect_inputs(at: Context) -> dict[str, Any]:

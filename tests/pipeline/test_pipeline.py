@@ -108,8 +108,9 @@ def test_from_recipe_to_recommended_recipe(recipe: Path, tmp_path: Path, capsys:
 def test_nobody_to_ask_is_an_error_and_not_a_hang(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", open(os.devnull))
-    assert pipeline(recipe) == 2
+    with open(os.devnull) as nobody:
+        monkeypatch.setattr(sys, "stdin", nobody)
+        assert pipeline(recipe) == 2
     message = capsys.readouterr().err
     assert "add --yes" in message and "--until ladder" in message and "FLOPs" in message
     assert done(tmp_path) == ["prepare", "ladder"] and not (tmp_path / "out" / "ladder" / "runs").exists()
