@@ -19,13 +19,15 @@ from scaling_laws.ladder import Run
 STAR = ((1.0, 2), (0.5, 2), (2.0, 2), (1.0, 4), (2.0, 4), (1.0, 8))
 FOUR = ((1.0, 2), (0.5, 2), (1.0, 4), (2.0, 4))
 THREE = FOUR[:3]
+LOWER = ((0.5, 2), (1.0, 4))  # added when the middle size was seen to want a lower rate than was expected
 # hidden size, layers, experts, learning rate in the middle, tokens of trunks, tokens of branches, grid, branches
 GROUPS = (
     (32, 2, 8, 7e-3, 1_000_000, 333_000, STAR, 4),
     (64, 3, 8, 5e-3, 600_000, 200_000, FOUR, 3),
-    (96, 4, 8, 3.5e-3, 300_000, 100_000, THREE, 3),
+    (96, 4, 8, 1.75e-3, 300_000, 100_000, THREE, 3),
     (32, 2, 32, 7e-3, 333_000, 333_000, THREE, 0),
-    (96, 4, 32, 3.5e-3, 300_000, 300_000, THREE, 0),
+    (96, 4, 32, 1.75e-3, 300_000, 300_000, THREE, 0),
+    (64, 3, 8, 2.5e-3, 600_000, 200_000, LOWER, 0),
 )
 DECAY_SHARE, WARMUP_SHARE = 0.2, 0.04  # of the run's tokens; of the shorter one's, for both
 
