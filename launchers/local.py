@@ -2,7 +2,7 @@
 
 The command is expected to resume by itself from what it saved. It tells how it is doing through a file ``progress`` in
 the run folder (any text that changes when durable progress is made), a failure file, which should lie on another disk
-(an error that a restart cannot mend: ``{"message": ...}``), and exit code 2 (the same, already told on stderr).
+(an error that a restart cannot mend: ``{"message": ..., "kind": ...}``), and exit code 2 (the same, already told on stderr).
 """
 
 import json
@@ -33,11 +33,12 @@ class LaunchError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a supervised run ended. ``message`` is set when the worker reported an error of its own."""
+    """How a supervised run ended. ``message`` (and ``kind``) are set when the worker reported an error of its own."""
 
     code: int
     restarts: int
     message: str = ""
+    kind: str = ""
 
 
 class RunLock:
@@ -118,8 +119,8 @@ class Supervisor:
             code = self._wait()
             failure = _read(self.failure_file)
             if failure or code == USER_ERROR:
-                message = json.loads(failure)["message"] if failure else ""
-                return Outcome(code=USER_ERROR, restarts=restarts, message=message)
+                told = json.loads(failure) if failure else {"message": ""}
+                return Outcome(code=USER_ERROR, restarts=restarts, message=told["message"], kind=told.get("kind", ""))
             if self._stopping:
                 return Outcome(code=INTERRUPTED, restarts=restarts)
             if code == 0:

@@ -18,6 +18,7 @@ VERBS = (
     "qwen_moe.checkpoint.convert_cli",
     "qwen_moe.generate",
     "qwen_moe.scaling",
+    "qwen_moe.pipeline.command",
     "qwen_moe.launch.command",
     "qwen_moe.launch.observe",
     "qwen_moe.planning.command",

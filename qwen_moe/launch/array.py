@@ -14,23 +14,15 @@ from launchers.site import Site
 from launchers.status import queue_by_id, row
 from qwen_moe.config import load_config
 from qwen_moe.launch import prepare
+from qwen_moe.launch.folder import recipes, trunk_of
 from qwen_moe.launch.prepare import Plan
-
-
-def _recipes(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise LaunchError(f"{folder} is not a folder: --array takes a folder of recipes (*.yaml)")
-    found = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
-    if not found:
-        raise LaunchError(f"{folder} has no recipes (*.yaml)")
-    return found
 
 
 def launch_array(args: argparse.Namespace, site: Site) -> int:
     """Submit the recipes that are neither complete nor in the queue."""
     if args.local or args.then:
         raise LaunchError("--array goes to Slurm: it takes neither --local nor --then")
-    plans = [prepare.plan_run(load_config(path, args.overrides), site, args) for path in _recipes(args.recipe)]
+    plans = [prepare.plan_run(load_config(path, args.overrides), site, args) for path in recipes(args.recipe)]
     folders = [plan.run.run_dir for plan in plans]
     for folder in folders:
         if folders.count(folder) > 1:
@@ -67,12 +59,6 @@ def launch_array(args: argparse.Namespace, site: Site) -> int:
     return 0
 
 
-def _trunk(plan: Plan) -> Path | None:
-    """The run folder whose checkpoint this run goes on from."""
-    start = plan.config.checkpoint.branch_from
-    return (Path.cwd() / start).resolve().parents[1] if start is not None else None
-
-
 def _waves(chosen: list[Plan], plans: list[Plan]) -> tuple[list[Plan], list[Plan], list[str]]:
     """Runs that need no other of the folder; those that branch off one that is not complete; jobs of such trunks that are
     in the queue already."""
@@ -83,9 +69,9 @@ def _waves(chosen: list[Plan], plans: list[Plan]) -> tuple[list[Plan], list[Plan
         job = str((read_json(plan.run.facts_file) or {}).get("job") or "")
         if job in jobs and jobs[job].state in slurm.ACTIVE:
             queued[plan.run.run_dir.resolve()] = job
-    first = [plan for plan in chosen if _trunk(plan) not in waiting | queued.keys()]
-    second = [plan for plan in chosen if _trunk(plan) in waiting | queued.keys()]
-    needed = {queued[trunk] for plan in second if (trunk := _trunk(plan)) in queued}
+    first = [plan for plan in chosen if trunk_of(plan.config) not in waiting | queued.keys()]
+    second = [plan for plan in chosen if trunk_of(plan.config) in waiting | queued.keys()]
+    needed = {queued[trunk] for plan in second if (trunk := trunk_of(plan.config)) in queued}
     return first, second, sorted(needed)
 
 

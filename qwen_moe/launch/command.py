@@ -18,7 +18,7 @@ from qwen_moe.config import load_config
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser("launch", help="run a recipe on a Slurm cluster (docs/slurm.md); again to go on")
-    parser.add_argument("recipe", type=Path, help="a recipe, or with --array a folder of them")
+    parser.add_argument("recipe", type=Path, help="a recipe, or with --array or --local a folder of them")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--site", type=Path, help="site file (default: ~/.config/qwen-moe/slurm.toml, if it is there)")
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch script and the estimates, do nothing")
@@ -46,6 +46,11 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--array", action="store_true", help="every recipe of a folder, as one job array")
     parser.add_argument("--max-parallel", type=_positive, help="array tasks that run at a time")
     parser.add_argument("--local", action="store_true", help="the same on this machine, without Slurm")
+    parser.add_argument("--parallel", type=_positive, help="with --local and a folder: runs at a time (1)")
+    parser.add_argument("--threads", type=_positive, help="with --local and a folder: threads of each process")
+    parser.add_argument(
+        "--retries", type=int, help="with --local and a folder: how often a failed run is tried again (2)"
+    )
     parser.set_defaults(func=run)
 
 
@@ -66,11 +71,33 @@ def run(args: argparse.Namespace) -> int:
         return launch_array(args, site)
     if args.max_parallel:
         raise LaunchError("--max-parallel is for --array")
+    if args.local and args.recipe.is_dir():
+        from qwen_moe.launch import folder
+
+        _refuse_with_folder(args)
+        return folder.run(args)
+    for name in ("parallel", "threads", "retries"):
+        if getattr(args, name) is not None:
+            raise LaunchError(f"--{name} is for a folder of recipes with --local")
     if args.recipe.is_dir():
-        raise LaunchError(f"{args.recipe} is a folder: give a recipe, or --array to run every recipe in it")
+        raise LaunchError(
+            f"{args.recipe} is a folder: add --local to run its recipes on this machine, or --array for a Slurm job array"
+        )
     if args.local:
         return _launch_here(args, site)
     return _launch_slurm(args, site)
+
+
+def _refuse_with_folder(args: argparse.Namespace) -> None:
+    """Runs of a folder are started with `qwen-moe train` and the recipe's own number of processes."""
+    if args.retries is not None and args.retries < 0:
+        raise LaunchError(f"--retries {args.retries}: give 0 or more")
+    given = [name for name in ("nodes", "gpus_per_node", "nproc", "then") if getattr(args, name)]
+    if given:
+        shown = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise LaunchError(
+            f"{shown}: not with --local and a folder; launch.nproc of each recipe says how many processes"
+        )
 
 
 def _say(*lines: str) -> None:

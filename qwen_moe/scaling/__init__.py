@@ -2,7 +2,7 @@
 
 import argparse
 
-from qwen_moe.scaling import ladder, predict
+from qwen_moe.scaling import collect, ladder, predict
 from scaling_laws.cli import register as register_scaling_laws
 
 
@@ -10,4 +10,5 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Add `scaling` and all its verbs."""
     verbs = register_scaling_laws(subparsers)
     ladder.register(verbs)
+    collect.register(verbs)
     predict.register(verbs)

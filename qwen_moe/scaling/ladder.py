@@ -87,7 +87,7 @@ def _recipe(config: RunConfig, model: ModelConfig, run: Any, shortest: float) ->
     return values
 
 
-def _write_recipes(
+def write_recipes(
     config: RunConfig, models: list[ModelConfig], runs: list[Any], output: Path
 ) -> tuple[dict[str, str], list]:
     """(file name -> text, rows of the table)."""
@@ -162,8 +162,8 @@ def run(args: argparse.Namespace) -> int:
     prior = load_fit(args.fit).surface if args.fit is not None else None
     design = design_ladder(target, sizes, DURATIONS, args.flops_budget, prior, _decay_share(config))
     chosen = [models[sizes.index((small.n_total, small.n_active))] for small in design.runs]
-    recipes, rows = _write_recipes(config, chosen, design.runs, args.output)
-    _write(args.output, recipes, rows)
+    recipes, rows = write_recipes(config, chosen, design.runs, args.output)
+    write_ladder(args.output, recipes, rows)
     facts = {
         "runs": len(rows),
         "groups": len({small.group for small in design.runs}),
@@ -178,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write(output: Path, recipes: dict[str, str], rows: list[dict[str, Any]]) -> None:
+def write_ladder(output: Path, recipes: dict[str, str], rows: list[dict[str, Any]]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     table = io.StringIO()
     writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
@@ -211,8 +211,7 @@ def _text(facts: dict[str, Any], rows: list[dict[str, Any]], target: tuple[float
         f"alone, {facts['expected_excess_after']:.3%} with these runs",
         f"(learning rate known to a factor of {2.718281828 ** deviation['learning_rate']:.2f}, batch size to "
         f"{2.718281828 ** deviation['batch_size']:.2f}, one standard deviation)",
-        f"recipes and {TABLE} in {facts['output']}; run each with `qwen-moe train`"
-        + (", those named in the column `after` first" if facts["branches"] else "")
-        + ", add its final loss to the table, then `qwen-moe scaling fit`",
+        f"recipes and {TABLE} in {facts['output']}. Next: `qwen-moe launch {facts['output']} --local` (or --array), "
+        f"`qwen-moe scaling collect {facts['output']} --output runs.csv`, `qwen-moe scaling fit runs.csv --output fit`",
     ]
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """`qwen-moe train RECIPE.yaml [section.key=value ...]`: prepare data, start processes, export what was trained."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -8,10 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from launchers.run_folder import write_json
 from qwen_moe.config import RunConfig, dump_config, load_config
 from qwen_moe.errors import UserError
-
-RESOLVED = "config.yaml"
+from qwen_moe.training.outcome import FAILURE, RESOLVED
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -67,6 +68,7 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
         temporary = resolved.with_suffix(".partial")
         temporary.write_text(dump_config(config), encoding="utf-8")
         os.replace(temporary, resolved)
+        (config.run_dir / FAILURE).unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(prefix="qwen-moe-") as folder:
             # Not in the run folder: the failure to be told may be that its disk is full.
             failure = Path(folder) / "failure.json"
@@ -76,6 +78,7 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
             outcome = Supervisor(command, config.run_dir, failure, _environment(config, nproc), limit).run()
         if outcome.message:
             print(file=sys.stderr)  # the progress bar of a run that failed has no line end
+            _note_failure(config.run_dir / FAILURE, outcome.kind, outcome.message)
             raise UserError(outcome.message)
         if outcome.code != 0:
             return outcome.code
@@ -84,6 +87,12 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
         return finish_run(config) | {"restarts": outcome.restarts}
     finally:
         lock.close()
+
+
+def _note_failure(path: Path, kind: str, message: str) -> None:
+    """For those who ask later how the run ended; a full disk must not hide the message itself."""
+    with contextlib.suppress(OSError):
+        write_json(path, {"kind": kind, "message": message})
 
 
 def _environment(config: RunConfig, nproc: int) -> dict[str, str]:

@@ -7,17 +7,18 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from launchers.decide import BAD_STEP, DISK, USER
 from launchers.heartbeat import Heartbeat
 from launchers.local import USER_ERROR
 from qwen_moe.config import RunConfig, load_config
 from qwen_moe.errors import UserError, explain_os_error
 
 
-def report_failure(failure_file: Path, message: str) -> None:
+def report_failure(failure_file: Path, message: str, kind: str = USER) -> None:
     """Leave the message for the supervisor; the first process to fail is the one that is reported."""
     temporary = failure_file.with_name(f"{failure_file.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps({"message": message}), encoding="utf-8")
+        temporary.write_text(json.dumps({"message": message, "kind": kind}), encoding="utf-8")
         os.link(temporary, failure_file)
     except FileExistsError:
         pass  # another rank failed first and is the one to be reported
@@ -56,10 +57,10 @@ def main(config_path: Path, failure_file: Path) -> int:
     try:
         return run_worker(config)
     except UserError as error:
-        report_failure(failure_file, str(error))
+        report_failure(failure_file, str(error), BAD_STEP if type(error).__name__ == "BadStep" else USER)
         return USER_ERROR
     except OSError as error:
-        report_failure(failure_file, explain_os_error(error))
+        report_failure(failure_file, explain_os_error(error), DISK)
         return USER_ERROR
     except Exception:
         # When another rank has failed and said why, a broken connection to it is only the echo.

@@ -1,0 +1,191 @@
+"""`qwen-moe launch FOLDER --local`: every recipe of a folder on this machine, some at a time; again for the rest."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launchers.fleet import Fleet, Result, Task
+from launchers.local import INTERRUPTED, LaunchError, RunLock
+from launchers.run_folder import RunFolder
+from launchers.status import last_metrics, locked
+from qwen_moe.config import RunConfig, load_config
+from qwen_moe.launch.prepare import CODE_ROOT
+from qwen_moe.models.flops import flops_per_token
+
+LOGS = "logs"
+TRAIN = (sys.executable, "-m", "qwen_moe", "train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A recipe of the folder, the run that it makes, and the name of the one whose checkpoint it goes on from."""
+
+    path: Path
+    config: RunConfig
+    after: str
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+
+def recipes(folder: Path) -> list[Path]:
+    """In order of their names. Raises LaunchError when there are none."""
+    if not folder.is_dir():
+        raise LaunchError(f"{folder} is not a folder: give a folder of recipes (*.yaml), or one recipe")
+    found = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
+    if not found:
+        raise LaunchError(f"{folder} has no recipes (*.yaml): `qwen-moe scaling ladder` writes some")
+    return found
+
+
+def trunk_of(config: RunConfig) -> Path | None:
+    """The run folder whose checkpoint ``config`` goes on from."""
+    start = config.checkpoint.branch_from
+    return (Path.cwd() / start).resolve().parents[1] if start is not None else None
+
+
+def open_folder(folder: Path, overrides: Iterable[str]) -> list[Entry]:
+    """Every recipe; each must have a run folder of its own. Raises LaunchError, UserError."""
+    loaded = [(path, load_config(path, list(overrides))) for path in recipes(folder)]
+    owners: dict[Path, str] = {}
+    for path, config in loaded:
+        where = (Path.cwd() / config.run_dir).resolve()
+        if where in owners:
+            raise LaunchError(f"several recipes of {folder} have the run_dir {config.run_dir}: give each its own")
+        owners[where] = path.stem
+    return [
+        Entry(path=path, config=config, after=owners.get(trunk, "") if (trunk := trunk_of(config)) else "")
+        for path, config in loaded
+    ]
+
+
+def is_complete(entry: Entry) -> bool:
+    """Every step is done and saved, with the recipe's settings. Raises LaunchError when a finished run had others."""
+    from qwen_moe.training.outcome import difference
+
+    config = entry.config
+    if RunFolder(config.run_dir).saved_step() < config.train_steps:
+        return False
+    if different := difference(config, config.run_dir):
+        raise LaunchError(
+            f"{config.run_dir} holds a finished run with other settings than {entry.path}: {different}. Give the recipe "
+            "another run_dir, or move that run away"
+        )
+    return True
+
+
+def has_diverged(entry: Entry) -> str:
+    """Why the run stopped for good, where it did: another attempt would meet the same step again."""
+    from qwen_moe.training.outcome import difference, read_outcome
+
+    found = read_outcome(entry.config, entry.config.run_dir)
+    return found.why if found.state == "diverged" and not difference(entry.config, entry.config.run_dir) else ""
+
+
+def _progress(config: RunConfig) -> tuple[float, str]:
+    record, _ = last_metrics(config.run_dir)
+    if not record:
+        return 0.0, ""
+    return min(1.0, record["step"] / config.train_steps), f"loss {record['loss']:.3f}"
+
+
+def _task(entry: Entry, folder: Path, threads: int, overrides: list[str]) -> Task:
+    config = entry.config
+    extra = [f"launch.threads={threads}"] if threads else []
+    per_token = flops_per_token(config.model, config.data.sequence_length).training
+    return Task(
+        name=entry.name,
+        command=(*TRAIN, str(entry.path), *overrides, *extra),
+        log=folder / LOGS / f"{entry.name}.log",
+        complete=lambda: is_complete(entry),
+        busy=lambda: locked(config.run_dir),
+        progress=lambda: _progress(config),
+        after=entry.after,
+        work=per_token * config.training.train_tokens,
+    )
+
+
+def _prepare_data(entries: list[Entry]) -> None:
+    """Once, before runs side by side would all begin to. Raises UserError."""
+    wanted: dict[str, RunConfig] = {}
+    for entry in entries:
+        if entry.config.data.prepare is not None:
+            wanted.setdefault(entry.config.data.prepare.model_dump_json(), entry.config)
+    if wanted:
+        from qwen_moe.training.inputs import prepare_inputs
+
+        for config in wanted.values():
+            prepare_inputs(config)
+
+
+def launch_folder(
+    folder: Path, *, overrides: list[str], parallel: int, threads: int, retries: int, dry_run: bool = False
+) -> dict[str, Result]:
+    """Run what is not complete; a result for every recipe. ``threads`` 0: the machine's cores divided among the runs."""
+    entries = open_folder(folder, overrides)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not threads and parallel > 1:
+        threads = max(1, cores // (parallel * max(entry.config.launch.nproc for entry in entries)))
+    complete = [entry for entry in entries if is_complete(entry)]
+    if dry_run:
+        _show(entries, complete)
+        return {}
+    lock = RunLock(folder)
+    try:
+        results: dict[str, Result] = {}
+        for entry in entries:
+            if entry not in complete and (why := has_diverged(entry)):
+                results[entry.name] = Result(state="failed", why=why)
+        left = [entry for entry in entries if entry not in complete and entry.name not in results]
+        if left:
+            print(
+                f"{folder}: {len(entries)} runs, {len(complete)} complete, {len(left)} to do, {parallel} at a time; "
+                f"logs in {folder / LOGS}",
+                file=sys.stderr,
+            )
+            _prepare_data(left)
+        for name in results:
+            print(f"{name} diverged before and is not run again: {results[name].why}", file=sys.stderr)
+        path = os.pathsep.join(filter(None, [str(CODE_ROOT), os.environ.get("PYTHONPATH", "")]))
+        tasks = [_task(entry, folder, threads, overrides) for entry in entries if entry.name not in results]
+        fleet = Fleet(tasks, parallel=parallel, retries=retries, environment=os.environ | {"PYTHONPATH": path})
+        fleet.results |= results
+        found = fleet.run() if tasks else {}
+        return {entry.name: found.get(entry.name) or results[entry.name] for entry in entries}
+    finally:
+        lock.close()
+
+
+def _show(entries: list[Entry], complete: list[Entry]) -> None:
+    left = [entry for entry in entries if entry not in complete]
+    for entry in left:
+        after = f", after {entry.after}" if entry.after else ""
+        print(f"{entry.name}: {entry.config.train_steps:,} steps in {entry.config.run_dir}{after}")
+    print(f"{len(left)} runs to do, {len(complete)} complete; nothing was started", file=sys.stderr)
+
+
+def run(args: argparse.Namespace) -> int:
+    results = launch_folder(
+        args.recipe,
+        overrides=list(args.overrides),
+        parallel=args.parallel or 1,
+        threads=args.threads or 0,
+        retries=2 if args.retries is None else args.retries,
+        dry_run=args.dry_run,
+    )
+    if args.dry_run:
+        return 0
+    states = [result.state for result in results.values()]
+    print(json.dumps({state: states.count(state) for state in dict.fromkeys(states)}))
+    for name, result in results.items():
+        if result.state in ("failed", "blocked"):
+            print(f"{name} {result.state}: {result.why}", file=sys.stderr)
+    if "stopped" in states:
+        print("stopped; the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
+    return 1 if set(states) - {"complete"} else 0

@@ -1,0 +1,164 @@
+"""`qwen-moe pipeline RECIPE`: prepare, ladder, run, collect, fit, recommend, plan, launch; again to go on.
+
+Every step is recorded when it is done, with what it was made from. The same command goes on after the last one; a step
+whose inputs have changed is done again, with all after it, and what changed is named.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launchers.local import INTERRUPTED, RunLock
+from qwen_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from qwen_moe.pipeline.steps import Context, Step
+
+NAMES = ("prepare", "ladder", "run", "collect", "fit", "recommend", "plan", "launch")
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser("pipeline", help="from a recipe to its job, by way of small runs; again to go on")
+    parser.add_argument("recipe", type=Path, help="of the large run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="everything is kept there (runs/RECIPE-pipeline)")
+    parser.add_argument("--flops-budget", type=float, help="of all small runs together, 6 N_active D")
+    parser.add_argument("--until", choices=NAMES, metavar="STEP", help=f"stop after it: {', '.join(NAMES)}")
+    parser.add_argument("--redo", choices=NAMES, metavar="STEP", help="do it again, and all after it")
+    parser.add_argument("--yes", action="store_true", help="do not ask before what is expensive")
+    parser.add_argument(
+        "--loss", choices=("train", "validation"), default="train", help="of the small runs, for the fit"
+    )
+    parser.add_argument("--parallel", type=int, help="small runs at a time on this machine (1)")
+    parser.add_argument("--threads", type=int, help="threads of each of their processes")
+    parser.add_argument("--slurm", action="store_true", help="the small runs as a Slurm job array instead")
+    parser.add_argument("--skip-failed", action="store_true", help="fit without the small runs that failed")
+    parser.add_argument("--accept-extrapolation", action="store_true", help="see `scaling recommend`")
+    parser.add_argument("--gpus", type=int, default=0, help="of the large run: plan its layout and its job")
+    parser.add_argument("--gpu", default="h100-80gb")
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--time", default="", help="time limit of jobs")
+    parser.add_argument("--site", type=Path, help="site file, see docs/slurm.md")
+    parser.add_argument("--submit", action="store_true", help="submit the job, instead of writing its script")
+    parser.set_defaults(func=run)
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("parallel", "threads", "gpus_per_node"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    if args.gpus < 0 or (args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node):
+        raise UserError(f"--gpus {args.gpus}: give a multiple of --gpus-per-node {args.gpus_per_node} (whole nodes)")
+    if args.submit and not args.gpus:
+        raise UserError("--submit needs --gpus: how many the job shall have")
+
+
+def run(args: argparse.Namespace) -> int:
+    from qwen_moe.cli import build_parser
+    from qwen_moe.config import load_config
+    from qwen_moe.pipeline.page import write_page
+    from qwen_moe.pipeline.state import State
+    from qwen_moe.pipeline.steps import NAMES as STEPS_IN_ORDER
+    from qwen_moe.pipeline.steps import STEPS, Context, Stopped
+
+    assert STEPS_IN_ORDER == NAMES
+    _check(args)
+    config = load_config(args.recipe, args.overrides)
+    folder = args.output or Path("runs") / f"{args.recipe.stem}-pipeline"
+    state = State.open(folder)
+    lock = RunLock(folder)
+    try:
+        at = Context(args=args, config=config, state=state, parser=build_parser())
+        if args.redo:
+            _redo(at, args.redo)
+        for number, step in enumerate(STEPS, start=1):
+            try:
+                if not _one(at, step, f"[{number}/{len(STEPS)}] {step.name}"):
+                    return 0
+            except Stopped as stopped:
+                code = int(stopped.args[0])
+                again = "the same command goes on with it"
+                print(f"stopped in step {step.name} ({again})", file=sys.stderr)
+                return INTERRUPTED if code == INTERRUPTED else code
+            finally:
+                write_page(at)
+            if args.until == step.name:
+                print(
+                    f"stopped after {step.name}, as --until says; the same command without it goes on", file=sys.stderr
+                )
+                break
+        print(folder / "pipeline.md")
+        return 0
+    finally:
+        lock.close()
+
+
+def _redo(at: "Context", first: str) -> None:
+    """Forget a step and all after it; a ladder that is there is moved aside, not deleted."""
+    from qwen_moe.pipeline.steps import LADDER
+
+    at.state.forget(list(NAMES[NAMES.index(first) :]))
+    if NAMES.index(first) <= NAMES.index("ladder"):
+        _move_aside(at.folder / LADDER)
+
+
+def _move_aside(folder: Path) -> None:
+    if not folder.exists():
+        return
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    os.replace(folder, aside)
+    print(f"{folder} was moved to {aside}", file=sys.stderr)
+
+
+def _one(at: "Context", step: "Step", title: str) -> bool:
+    """Do a step, unless it is done. False: the user does not want to go on. Raises UserError, Stopped."""
+    from qwen_moe.pipeline.state import shown
+
+    inputs = step.inputs(at)
+    changes = at.state.changes(step.name, inputs)
+    if changes == []:
+        print(f"{title}: done before", file=sys.stderr)
+        return True
+    if changes and step.keeps:
+        raise UserError(
+            f"the {step.name} of {at.folder} was made from other inputs: {shown(changes)}. Put them back to go on with it; "
+            f"--redo {step.name} makes a new one (the old is kept beside it); or give another --output"
+        )
+    again = f" again, because {shown(changes)}" if changes else ""
+    print(f"{title}: {step.what}{again}", file=sys.stderr)
+    if changes is None and step.keeps:
+        _move_aside(at.folder / step.name)  # half made: a step that is done is recorded
+    if step.cost is not None and (step.name == "run" or at.args.submit) and not _confirmed(at, step):
+        return False
+    at.commands = []
+    begun = time.monotonic()
+    facts = step.do(at)
+    # Asked again: a step may have written what it counts among its inputs.
+    at.state.finish(step.name, step.inputs(at), facts, at.commands, time.monotonic() - begun)
+    return True
+
+
+def _confirmed(at: "Context", step: "Step") -> bool:
+    """Say what the step will cost; ask, unless --yes. Raises UserError where there is nobody to ask."""
+    assert step.cost is not None
+    lines = step.cost(at)
+    for line in lines:
+        print(f"  {line}", file=sys.stderr)
+    if at.args.yes:
+        return True
+    if not sys.stdin.isatty():
+        raise UserError(
+            f"step {step.name} is expensive ({'; '.join(lines)}) and there is no terminal to ask on: add --yes to agree, or "
+            f"--until {NAMES[NAMES.index(step.name) - 1]} to stop before it"
+        )
+    print("  go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() in ("y", "yes"):
+        return True
+    print(f"stopped before {step.name}; the same command asks again", file=sys.stderr)
+    return False

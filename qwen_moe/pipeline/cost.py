@@ -1,0 +1,51 @@
+"""What a ladder's runs will take on this machine: from the speed of those that ran, else from a matmul timed now."""
+
+from pathlib import Path
+
+from launchers.status import last_metrics
+from qwen_moe.launch.folder import is_complete, open_folder
+from qwen_moe.models.flops import flops_per_token
+
+START_SECONDS = 10.0  # of a process, before its first step and after its last
+UTILISATION = 0.1  # of the matmul speed, that small models reach on a CPU
+
+
+def span(seconds: float) -> str:
+    """For people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def ladder_cost(folder: Path, parallel: int, slurm: bool) -> list[str]:
+    """Lines: how many runs, their FLOPs, and how long that takes here."""
+    work, left, speeds = 0.0, 0, []
+    entries = open_folder(folder, [])
+    for entry in entries:
+        config = entry.config
+        if is_complete(entry):
+            record, _ = last_metrics(config.run_dir)
+            speeds.append(float(record.get("model_flops_per_second", 0.0)))
+            continue
+        left += 1
+        start = config.checkpoint.branch_from
+        step = int(start.name.removeprefix("step_")) if start is not None else 0
+        tokens = (config.train_steps - step) * config.tokens_per_step
+        work += flops_per_token(config.model, config.data.sequence_length).training * tokens
+    lines = [f"{left} of {len(entries)} runs are to be trained, {work:.3g} FLOPs with embedding and head"]
+    if slurm:
+        return [*lines, "on Slurm, as a job array"]
+    if not left:
+        return lines
+    speeds = sorted(speed for speed in speeds if speed)
+    if speeds:
+        speed, source = speeds[len(speeds) // 2], "measured in the runs that are complete"
+    else:
+        from torch import device, float32
+
+        from qwen_moe.training.metrics import measure_matmul_peak
+
+        speed = UTILISATION * measure_matmul_peak(float32, device("cpu"))
+        source = f"assuming {UTILISATION:.0%} of the matmul speed of this machine's CPU"
+    seconds = (work / speed + START_SECONDS * left) / parallel
+    return [*lines, f"expected time here about {span(seconds)}, {parallel} at a time ({source})"]

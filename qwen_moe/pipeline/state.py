@@ -1,0 +1,107 @@
+"""What a pipeline has done: for each step what it was made from and what it found; one JSON file, written whole."""
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launchers.run_folder import read_json, write_json
+from qwen_moe.errors import UserError
+
+STATE = "state.json"
+SHOWN = 6  # changed inputs in one message
+
+
+@dataclass
+class State:
+    """``steps``: name -> {"inputs", "facts", "commands", "finished", "seconds"}, in the order they were done."""
+
+    folder: Path
+    steps: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, folder: Path) -> "State":
+        """Raises UserError for a file that is damaged, or a folder that holds something else."""
+        path = folder / STATE
+        if not path.exists():
+            others = [entry.name for entry in folder.iterdir() if entry.name != "lock"] if folder.is_dir() else []
+            if others:
+                raise UserError(
+                    f"--output {folder} holds {others[0]} and no {STATE}: give a new folder, or that of an earlier pipeline"
+                )
+            return cls(folder)
+        found = read_json(path)
+        if not isinstance(found, dict) or not isinstance(found.get("steps"), dict):
+            raise UserError(f"{path} is damaged: move it away to begin again (runs that are complete are not repeated)")
+        return cls(folder, found["steps"])
+
+    def facts(self, step: str) -> dict[str, Any]:
+        """What ``step`` found; empty when it is not done."""
+        return dict(self.steps.get(step, {}).get("facts", {}))
+
+    def changes(self, step: str, inputs: Mapping[str, Any]) -> list[str] | None:
+        """None: not done. Else what differs from the inputs that ``step`` was done with, by name."""
+        if step not in self.steps:
+            return None
+        before = self.steps[step]["inputs"]
+        names = dict.fromkeys([*before, *inputs])
+        return [_changed(n, before.get(n), inputs.get(n)) for n in names if before.get(n) != inputs.get(n)]
+
+    def finish(
+        self, step: str, inputs: Mapping[str, Any], facts: Mapping[str, Any], commands: list[str], seconds: float
+    ) -> None:
+        """Record a step that is done; written before this returns."""
+        self.steps.pop(step, None)  # the order is that of doing
+        self.steps[step] = {
+            "inputs": dict(inputs),
+            "facts": dict(facts),
+            "commands": commands,
+            "finished": time.time(),
+            "seconds": seconds,
+        }
+        self.write()
+
+    def forget(self, steps: list[str]) -> None:
+        for step in steps:
+            self.steps.pop(step, None)
+        self.write()
+
+    def write(self) -> None:
+        write_json(self.folder / STATE, {"steps": self.steps})
+
+
+def _changed(name: str, before: Any, now: Any) -> str:
+    if name.endswith("(content)"):
+        return f"{name.removesuffix(' (content)')} has changed"
+    return f"{name} was {before!r}, is now {now!r}"
+
+
+def content(path: Path) -> str:
+    """A hash of a file, or of every recipe and table of a folder; empty when there is nothing."""
+    if path.is_dir():
+        files = sorted([*path.glob("*.yaml"), *path.glob("*.csv"), *path.glob("*.json")])
+    else:
+        files = [path] if path.is_file() else []
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest() if files else ""
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            found |= flat(value, f"{name}.")
+        else:
+            found[name] = value
+    return found
+
+
+def shown(changes: list[str]) -> str:
+    more = f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
+    return "; ".join(changes[:SHOWN]) + more

@@ -1,0 +1,342 @@
+"""The steps of a pipeline: what each is made from, which commands it is, and what is kept of what they find.
+
+A step is commands of `qwen-moe`, called as from a shell: whatever the pipeline does can be done, and repeated, by hand.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launchers.local import INTERRUPTED
+from launchers.run_folder import write_text
+from qwen_moe.config import RunConfig, dump_config
+from qwen_moe.errors import UserError
+from qwen_moe.pipeline.state import State, content, flat
+
+RUNS, FIT, LADDER, RECOMMENDED, RECIPE, SCRIPT = (
+    "runs.csv",
+    "fit",
+    "ladder",
+    "recommended.yaml",
+    "recipe.yaml",
+    "job.sbatch",
+)
+
+
+class Stopped(Exception):
+    """A command ended without finishing its step; the exit code."""
+
+
+@dataclass
+class Context:
+    """What steps work with. ``commands``: those that the current step has called."""
+
+    args: argparse.Namespace
+    config: RunConfig
+    state: State
+    parser: argparse.ArgumentParser
+    commands: list[str] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        return self.state.folder
+
+    def call(self, *arguments: str, captured: bool = True) -> str:
+        """Run a command of `qwen-moe` in this process; its stdout. Raises Stopped unless it ends well."""
+        self.commands.append(shlex.join(["qwen-moe", *arguments]))
+        parsed = self.parser.parse_args(list(arguments))
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output) if captured else contextlib.nullcontext():
+            code = parsed.func(parsed)
+        if code:
+            raise Stopped(code)
+        return output.getvalue()
+
+    def path(self, name: str) -> str:
+        return str(self.folder / name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """``costly``: asks before it begins. ``keeps``: what it made is worth more than to be made again unasked."""
+
+    name: str
+    what: str
+    inputs: Callable[[Context], dict[str, Any]]
+    do: Callable[[Context], dict[str, Any]]
+    cost: Callable[[Context], list[str]] | None = None
+    keeps: bool = False
+
+
+def _prepare_inputs(at: Context) -> dict[str, Any]:
+    return flat(at.config.data.model_dump(mode="json", exclude_none=True), "data.")
+
+
+def _prepare(at: Context) -> dict[str, Any]:
+    """Tokenise what the recipe asks for, or look at what is there."""
+    data, found = at.config.data, []
+    if data.prepare is not None:
+        wanted = data.prepare
+        tokenizer = ["--tokenizer", str(data.tokenizer)] if data.tokenizer is not None else ["--train-tokenizer"]
+        size = ["--vocab-size", str(wanted.vocab_size)] if wanted.vocab_size else []
+        output = ["--output", str(wanted.output), *tokenizer, *size, "--text-key", wanted.text_key]
+        found.append(json.loads(at.call("data", "prepare", "--input", *wanted.input, *output, "--json")))
+    for dataset in (*data.train, *data.validation):
+        if not dataset.prefix.with_name(dataset.prefix.name + ".bin").is_file():
+            raise UserError(
+                f"data.train names {dataset.prefix}, and {dataset.prefix}.bin does not exist: `qwen-moe data prepare "
+                f"--input YOUR_FILES --output {dataset.prefix} --tokenizer DIR` makes it, or give the prefix of other data"
+            )
+        found.append(json.loads(at.call("data", "info", str(dataset.prefix), "--json")))
+    return {"data": [{k: v for k, v in facts.items() if k in ("prefix", "documents", "tokens")} for facts in found]}
+
+
+def _ladder_inputs(at: Context) -> dict[str, Any]:
+    values = at.config.model_dump(mode="json", exclude_none=True)
+    kept = ("seed", "model", "data", "training", "optimizer", "schedule", "balance", "precision")
+    return {"--flops-budget": at.args.flops_budget, **flat({key: values[key] for key in kept})}
+
+
+def _ladder(at: Context) -> dict[str, Any]:
+    if at.args.flops_budget is None:
+        raise UserError(
+            "give --flops-budget: the FLOPs of all small runs together (6 N_active D); a hundredth of the large run's is "
+            f"{_large_flops(at.config) / 100:.1g}"
+        )
+    budget = f"{at.args.flops_budget:g}"
+    # The resolved recipe: with the overrides in it, so that by hand it is one file too.
+    recipe = at.folder / "target.yaml"
+    write_text(recipe, dump_config(at.config))
+    output = at.call("scaling", "ladder", str(recipe), "--flops-budget", budget, "--output", at.path(LADDER), "--json")
+    facts = json.loads(output)
+    with (at.folder / LADDER / "ladder.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    groups: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    facts["table"] = [
+        {
+            "n_total": float(mine[0]["n_total"]),
+            "n_active": float(mine[0]["n_active"]),
+            "tokens": float(mine[0]["tokens"]),
+            "runs": len(mine),
+            "flops": sum(float(row["flops"]) for row in mine),
+        }
+        for mine in groups.values()
+    ]
+    return facts
+
+
+def _large_flops(config: RunConfig) -> float:
+    from qwen_moe.models.flops import count_parameters
+
+    return 6.0 * count_parameters(config.model).non_vocabulary_activated * config.training.train_tokens
+
+
+def _run_inputs(at: Context) -> dict[str, Any]:
+    return {f"{at.path(LADDER)} (content)": content(at.folder / LADDER)}
+
+
+def _run_cost(at: Context) -> list[str]:
+    from qwen_moe.pipeline.cost import ladder_cost
+
+    return ladder_cost(at.folder / LADDER, at.args.parallel or 1, at.args.slurm)
+
+
+def _run(at: Context) -> dict[str, Any]:
+    """The ladder's runs, here or on Slurm. Raises UserError where some failed and may not be left out."""
+    from qwen_moe.scaling.collect import collect
+
+    folder = at.path(LADDER)
+    if at.args.slurm:
+        left = _not_done(at)
+        if left:
+            time = ["--time", at.args.time] if at.args.time else []
+            at.call("launch", folder, "--array", *time, *_site(at), captured=False)
+            raise UserError(
+                f"the ladder is in the queue ({left} runs): `qwen-moe status {folder}/runs` shows how it goes; the "
+                "same command goes on when it is done"
+            )
+    else:
+        numbers = {"--parallel": at.args.parallel, "--threads": at.args.threads}
+        options = [text for name, value in numbers.items() if value for text in (name, str(value))]
+        try:
+            at.call("launch", folder, "--local", *options)
+        except Stopped as stopped:
+            if stopped.args[0] == INTERRUPTED:
+                raise
+    found = collect([at.folder / LADDER], at.args.loss)
+    if found.left_out and not at.args.skip_failed:
+        names = "; ".join(f"{name} {state}: {why}" for name, state, why in found.left_out[:3])
+        raise UserError(
+            f"{len(found.left_out)} runs of the ladder are not done ({names}): see {folder}/logs, then run this command "
+            "again; or --skip-failed goes on without them"
+        )
+    return {"runs": len(found.rows), "left_out": len(found.left_out)}
+
+
+def _not_done(at: Context) -> int:
+    """Runs that are neither complete nor diverged."""
+    from qwen_moe.launch.folder import open_folder
+    from qwen_moe.training.outcome import read_outcome
+
+    outcomes = [read_outcome(entry.config, entry.config.run_dir) for entry in open_folder(at.folder / LADDER, [])]
+    return sum(outcome.state in ("missing", "unfinished") for outcome in outcomes)
+
+
+def _collect_inputs(at: Context) -> dict[str, Any]:
+    # The runs are what they are once `run` is done; when that was done again, so is this.
+    return {"--loss": at.args.loss, "when the runs ended": at.state.steps.get("run", {}).get("finished")}
+
+
+def _collect(at: Context) -> dict[str, Any]:
+    output = at.call("scaling", "collect", at.path(LADDER), "--output", at.path(RUNS), "--loss", at.args.loss, "--json")
+    return json.loads(output)
+
+
+def _fit_inputs(at: Context) -> dict[str, Any]:
+    return {f"{at.path(RUNS)} (content)": content(at.folder / RUNS)}
+
+
+def _fit(at: Context) -> dict[str, Any]:
+    fit = json.loads(at.call("scaling", "fit", at.path(RUNS), "--output", at.path(FIT), "--json"))
+    pictures = at.call("scaling", "report", at.path(FIT)).split()
+    kept = ("runs", "groups", "sizes", "ranges", "warnings", "validation", "loss_law")
+    return {key: fit[key] for key in kept} | {"pictures": [Path(p).name for p in pictures if p.endswith(".png")]}
+
+
+def _recommend_inputs(at: Context) -> dict[str, Any]:
+    target = _ladder_inputs(at)
+    return {
+        f"{at.path(FIT)} (content)": content(at.folder / FIT / "fit.json"),
+        "--accept-extrapolation": at.args.accept_extrapolation,
+        **{key: value for key, value in target.items() if key != "--flops-budget"},
+    }
+
+
+def round_batch(sequences: int) -> int:
+    """To a multiple of the largest power of two that changes it by 6% at most, so that many layouts divide it: the loss is
+    flat there (a change of 6% costs less than 0.01% of it on the public sweeps)."""
+    power = 1
+    while round(sequences / (2 * power)) and abs(round(sequences / (2 * power)) * 2 * power / sequences - 1) <= 0.06:
+        power *= 2
+    return round(sequences / power) * power
+
+
+def _recommend(at: Context) -> dict[str, Any]:
+    from qwen_moe.models.flops import count_parameters
+
+    config, size = at.config, count_parameters(at.config.model)
+    target = {
+        "--n-total": size.non_vocabulary_total,
+        "--n-active": size.non_vocabulary_activated,
+        "--tokens": config.training.train_tokens,
+        "--seq-len": config.data.sequence_length,
+    }
+    accept = ["--accept-extrapolation"] if at.args.accept_extrapolation else []
+    options = [text for name, value in target.items() for text in (name, str(value))]
+    found = json.loads(at.call("scaling", "recommend", at.path(FIT), *options, *accept, "--json"))
+    batch = round_batch(found["batch_size_sequences"])
+    rate = float(f"{found['learning_rate']:.3g}")
+    training = config.training
+    micro = max(m for m in range(1, training.micro_batch_size + 1) if batch % m == 0)
+    changes = {
+        "training": training.model_copy(update={"global_batch_size": batch, "micro_batch_size": micro}),
+        "optimizer": config.optimizer.model_copy(update={"learning_rate": rate}),
+        "schedule": config.schedule.model_copy(
+            update={"min_learning_rate": config.schedule.min_learning_rate * rate / config.optimizer.learning_rate}
+        ),
+    }
+    write_text(at.folder / RECOMMENDED, dump_config(config.model_copy(update=changes)))
+    before = {
+        "learning_rate": config.optimizer.learning_rate,
+        "global_batch_size": training.global_batch_size,
+        "micro_batch_size": training.micro_batch_size,
+    }
+    return found | {
+        "written": {"learning_rate": rate, "global_batch_size": batch, "micro_batch_size": micro},
+        "before": before,
+    }
+
+
+def _plan_inputs(at: Context) -> dict[str, Any]:
+    return {
+        f"{at.path(RECOMMENDED)} (content)": content(at.folder / RECOMMENDED),
+        "--gpus": at.args.gpus,
+        "--gpu": at.args.gpu,
+        "--gpus-per-node": at.args.gpus_per_node,
+    }
+
+
+def _plan(at: Context) -> dict[str, Any]:
+    """The recipe with a layout, where GPUs are named; else the recommended recipe as it is."""
+    write_text(at.folder / RECIPE, (at.folder / RECOMMENDED).read_text(encoding="utf-8"))
+    if not at.args.gpus:
+        return {"skipped": "no --gpus was given: the recipe keeps its own layout"}
+    options = ["--gpus", str(at.args.gpus), "--gpu", at.args.gpu, "--gpus-per-node", str(at.args.gpus_per_node)]
+    return {"text": at.call("plan", at.path(RECIPE), *options, "--write")}
+
+
+def _launch_inputs(at: Context) -> dict[str, Any]:
+    return {
+        f"{at.path(RECIPE)} (content)": content(at.folder / RECIPE),
+        "--gpus": at.args.gpus,
+        "--gpus-per-node": at.args.gpus_per_node,
+        "--time": at.args.time,
+        "--submit": at.args.submit,
+        "--site": str(at.args.site or ""),
+    }
+
+
+def _site(at: Context) -> list[str]:
+    return ["--site", str(at.args.site)] if at.args.site else []
+
+
+def launch_arguments(at: Context) -> list[str]:
+    """`launch` of the final recipe, without --dry-run."""
+    per_node = min(at.args.gpus_per_node, at.args.gpus)
+    time = ["--time", at.args.time] if at.args.time else []
+    nodes = ["--nodes", str(at.args.gpus // per_node), "--gpus-per-node", str(per_node)]
+    return ["launch", at.path(RECIPE), *nodes, *time, *_site(at)]
+
+
+def dry_run(at: Context) -> tuple[str, list[str]]:
+    """(the script, what launch says about cost)."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        script = at.call(*launch_arguments(at), "--dry-run")
+    return script, said.getvalue().splitlines()
+
+
+def _launch_cost(at: Context) -> list[str]:
+    return dry_run(at)[1]
+
+
+def _launch(at: Context) -> dict[str, Any]:
+    if not at.args.gpus:
+        return {"skipped": f"no --gpus was given; here: qwen-moe train {at.path(RECIPE)}"}
+    if at.args.submit:
+        return {"text": at.call(*launch_arguments(at)), "submitted": True}
+    script, said = dry_run(at)
+    write_text(at.folder / SCRIPT, script)
+    return {"text": "\n".join(said), "submitted": False}
+
+
+STEPS = (
+    Step(name="prepare", what="tokenise the corpus", inputs=_prepare_inputs, do=_prepare),
+    Step(name="ladder", what="choose the small runs", inputs=_ladder_inputs, do=_ladder, keeps=True),
+    Step(name="run", what="train the small runs", inputs=_run_inputs, do=_run, cost=_run_cost),
+    Step(name="collect", what="make the table of runs", inputs=_collect_inputs, do=_collect),
+    Step(name="fit", what="fit the laws", inputs=_fit_inputs, do=_fit),
+    Step(name="recommend", what="learning rate and batch", inputs=_recommend_inputs, do=_recommend),
+    Step(name="plan", what="the parallel layout", inputs=_plan_inputs, do=_plan),
+    Step(name="launch", what="the job of the large run", inputs=_launch_inputs, do=_launch, cost=_launch_cost),
+)
+NAMES = tuple(step.name for step in STEPS)

@@ -1,0 +1,193 @@
+"""`qwen-moe scaling collect`: from run folders to the table that `scaling fit` reads, and what is not in it and why.
+
+The loss of a run is its training loss, averaged over the last 2% of its steps (10 at least): the final smoothed training
+loss that public sweeps (Step Law, arXiv 2503.04715) give, whose window is not published; or with ``--loss validation``
+the loss on the validation sequences after the last step, the better one where they are many and batches small.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qwen_moe.config import RunConfig, load_config
+from qwen_moe.errors import UserError
+
+WINDOW_SHARE, LEAST_STEPS = 0.02, 10
+Loss = Literal["train", "validation"]
+
+
+def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    collect = verbs.add_parser("collect", help="make the table of runs that fit reads, from run folders")
+    collect.add_argument(
+        "runs", nargs="+", type=Path, metavar="LADDER_DIR|RUN_DIR", help="a folder of recipes, or run folders"
+    )
+    collect.add_argument("--output", type=Path, required=True, metavar="RUNS.csv")
+    collect.add_argument(
+        "--loss",
+        choices=("train", "validation"),
+        default="train",
+        help="train: mean of the last 2%% of steps; validation: after the last step (default: train)",
+    )
+    collect.add_argument("--json", action="store_true")
+    collect.set_defaults(func=run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """``rows`` of the table; ``left_out``: (run, state, why) of those that are not in it; ``notes`` on those that are."""
+
+    rows: list[dict[str, Any]]
+    left_out: list[tuple[str, str, str]]
+    notes: list[str]
+
+
+def run(args: argparse.Namespace) -> int:
+    found = collect(args.runs, args.loss)
+    write_table(found, args.output)
+    diverged = sum(bool(row["diverged"]) for row in found.rows)
+    if args.json:
+        left_out = [{"run": name, "state": state, "why": why} for name, state, why in found.left_out]
+        facts = {"runs": len(found.rows), "diverged": diverged, "left_out": left_out, "notes": found.notes}
+        print(json.dumps(facts | {"output": str(args.output)}))
+        return 0
+    for line in text(found):
+        print(line)
+    print(f"{args.output}: {len(found.rows)} runs, {diverged} of them diverged; {len(found.left_out)} left out")
+    return 0
+
+
+def text(found: Collected) -> list[str]:
+    """What is not in the table and why, a line for each run; then what to know of those that are."""
+    lines = [f"{name}: {state}{': ' if why else ''}{why}" for name, state, why in found.left_out]
+    lines += [f"{row['run']}: diverged: {row['why']}" for row in found.rows if row["diverged"]]
+    return lines + [f"note: {note}" for note in found.notes]
+
+
+def _runs_of(path: Path) -> list[tuple[str, Path, RunConfig]]:
+    """(name, run folder, what was asked for) of a run folder, or of every recipe of a ladder."""
+    from qwen_moe.launch.folder import open_folder
+    from qwen_moe.training.outcome import RESOLVED
+
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder: give a folder of recipes that were run, or the run_dir of a run")
+    if (path / RESOLVED).is_file():
+        return [(str(path), path, load_config(path / RESOLVED))]
+    return [(entry.name, entry.config.run_dir, entry.config) for entry in open_folder(path, [])]
+
+
+def collect(paths: Sequence[Path], loss: Loss) -> Collected:
+    """Read every run. Raises UserError where none can be used, or where their losses cannot be compared."""
+    from qwen_moe.training.outcome import difference, read_outcome
+
+    rows: list[dict[str, Any]] = []
+    left_out: list[tuple[str, str, str]] = []
+    notes: list[str] = []
+    vocabularies: dict[int, str] = {}
+    repeated = []
+    for name, run_dir, config in [one for path in paths for one in _runs_of(path)]:
+        if changed := difference(config, run_dir):
+            left_out.append((name, "other settings", f"{run_dir} was not run with this recipe: {changed}"))
+            continue
+        outcome = read_outcome(config, run_dir)
+        if outcome.state in ("missing", "unfinished"):
+            left_out.append((name, outcome.state, outcome.why))
+            continue
+        row = _settings(name, config) | {"diverged": outcome.state == "diverged", "why": outcome.why}
+        if outcome.state == "complete":
+            measured = final_loss(outcome.records, config, loss)
+            if measured is None:
+                left_out.append((name, "no validation loss", "none after the last step: give --loss train"))
+                continue
+            row["loss"], row["loss_stderr"] = measured
+        rows.append(row)
+        vocabularies.setdefault(config.model.vocab_size, name)
+        if available := _repeats(config):
+            row["unique_tokens"] = available
+            repeated.append(name)
+    if len(vocabularies) > 1:
+        sizes = ", ".join(f"{size:,} ({name})" for size, name in vocabularies.items())
+        raise UserError(f"losses of different vocabularies cannot be compared: {sizes}; collect those apart")
+    if not any(not row["diverged"] for row in rows):
+        why = "; ".join(f"{name} {state}" for name, state, _ in left_out[:5]) or "all diverged"
+        raise UserError(
+            f"no run of {', '.join(map(str, paths))} has ended ({why}): `qwen-moe launch {paths[0]} --local` runs them"
+        )
+    if repeated:
+        notes.append(
+            f"{len(repeated)} runs read data more than once ({repeated[0]}, ...): see the column unique_tokens"
+        )
+    return Collected(rows=rows, left_out=left_out, notes=notes)
+
+
+def final_loss(records: Sequence[dict[str, Any]], config: RunConfig, loss: Loss) -> tuple[float, float | None] | None:
+    """(loss, its standard error where it can be told), nats per token; None where a validation loss is missing."""
+    if loss == "validation":
+        found = [r["validation_loss"] for r in records if "validation_loss" in r and r["step"] == config.train_steps]
+        return (float(found[-1]), None) if found else None
+    window = max(LEAST_STEPS, math.ceil(WINDOW_SHARE * config.train_steps))
+    losses = [float(record["loss"]) for record in records if "loss" in record][-window:]
+    mean = sum(losses) / len(losses)
+    if len(losses) < 2:
+        return mean, None
+    variance = sum((value - mean) ** 2 for value in losses) / (len(losses) - 1)
+    return mean, math.sqrt(variance / len(losses)) or None
+
+
+def _settings(name: str, config: RunConfig) -> dict[str, Any]:
+    from qwen_moe.models.flops import count_parameters
+
+    model, optimizer, size = config.model, config.optimizer, count_parameters(config.model)
+    return {
+        "run": name,
+        "n_total": size.non_vocabulary_total,
+        "n_active": size.non_vocabulary_activated,
+        "tokens": config.training.train_tokens,
+        "seq_len": config.data.sequence_length,
+        "learning_rate": optimizer.learning_rate,
+        "batch_size": config.training.global_batch_size,
+        "loss": None,
+        "diverged": False,
+        "loss_stderr": None,
+        "num_experts": model.num_experts or None,
+        "top_k": model.num_experts_per_tok or None,
+        "shared_hidden": model.shared_expert_intermediate_size,
+        "schedule": config.schedule.kind,
+        "min_learning_rate": config.schedule.min_learning_rate or None,
+        "warmup_tokens": config.schedule.warmup_tokens,
+        "weight_decay": optimizer.weight_decay,
+        "beta2": optimizer.beta2,
+        "seed": config.seed,
+        "n_convention": "non_vocabulary",
+    }
+
+
+def _repeats(config: RunConfig) -> int:
+    """Tokens that differ, where a run reads some more than once and its data says how many there are; else 0."""
+    from qwen_moe.data.prepare import read_manifest
+    from qwen_moe.training.inputs import train_datasets
+
+    manifests = [read_manifest(dataset.prefix) for dataset in train_datasets(config)]
+    if not manifests or any(manifest is None for manifest in manifests):
+        return 0
+    shares = [float(part) for part in config.data.split.split(",")]
+    available = int(sum(m.tokens for m in manifests if m is not None) * shares[0] / sum(shares))
+    return available if config.training.train_tokens > available else 0
+
+
+def write_table(found: Collected, output: Path) -> None:
+    """Atomically. Columns that no run has a value for are left out."""
+    from launchers.run_folder import write_text
+
+    columns = list(dict.fromkeys(key for row in found.rows for key in row if key != "why"))
+    kept = [c for c in columns if c in ("loss", "diverged") or any(row.get(c) is not None for row in found.rows)]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=kept, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found.rows)
+    write_text(output, table.getvalue())

@@ -1,0 +1,84 @@
+"""How a run is doing, or has ended, from what its folder holds; no torch."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from launchers.decide import BAD_STEP
+from launchers.run_folder import RunFolder, read_json
+from qwen_moe.config import RunConfig, load_config
+from qwen_moe.errors import UserError
+from qwen_moe.training.records import METRICS, read_lines
+
+FAILURE = "failure.json"  # why the last attempt gave up: {"kind", "message"}; gone when the next one starts
+RESOLVED = "config.yaml"
+# What makes two runs the same experiment; the rest (intervals, logging, placement) may differ.
+IDENTITY = ("seed", "model", "data", "training", "optimizer", "schedule", "balance", "precision")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOutcome:
+    """``state`` complete means: every step is recorded. ``why`` says more, unless complete. ``records``: metrics.jsonl."""
+
+    state: Literal["missing", "unfinished", "diverged", "complete"]
+    why: str
+    step: int
+    records: list[dict[str, Any]]
+
+
+def read_outcome(config: RunConfig, run_dir: Path) -> RunOutcome:
+    """The run of ``config`` in ``run_dir``. A step that was not finite, or losses that ended above those of guessing (log of
+    the vocabulary), count as diverged. Raises UserError for a damaged metrics.jsonl."""
+    path = run_dir / METRICS
+    try:
+        records = read_lines(path)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): a line other than the last is not JSON; run it again") from None
+    steps = [record for record in records if "loss" in record]
+    done, total = (int(steps[-1]["step"]) if steps else 0), config.train_steps
+    kind, message = _failure(run_dir)
+
+    def outcome(state: Any, why: str) -> RunOutcome:
+        return RunOutcome(state=state, why=why, step=done, records=records)
+
+    if kind == BAD_STEP:
+        return outcome("diverged", message)
+    if not steps:
+        return outcome("missing", message or "no step was taken")
+    if done < total:
+        return outcome("unfinished", f"step {done:,} of {total:,}" + (f"; {message}" if message else ""))
+    guess = math.log(config.model.vocab_size)
+    last = float(steps[-1]["loss"])
+    if not last < guess:
+        return outcome("diverged", f"it ended with loss {last:.3g}, and guessing gives {guess:.3g}")
+    return outcome("complete", "")
+
+
+def _failure(run_dir: Path) -> tuple[str, str]:
+    """(kind, message) of why the last attempt gave up: `train`'s, else the last decision of a launched run."""
+    found = read_json(run_dir / FAILURE)
+    if found is None:
+        decisions = [attempt.read("decision.json") for attempt in RunFolder(run_dir).attempts()]
+        found = next(({"kind": d.get("kind", ""), "message": d["reason"]} for d in decisions[-1:] if d), None)
+        if found is not None and decisions[-1]["action"] != "stop":
+            found = None
+    return (str(found.get("kind", "")), str(found["message"])) if found else ("", "")
+
+
+def difference(config: RunConfig, run_dir: Path) -> str:
+    """How the run in ``run_dir`` differs from ``config`` in what makes the experiment; empty where it does not, or is not
+    there."""
+    path = run_dir / RESOLVED
+    if not path.is_file():
+        return ""
+    saved, now = (found.model_dump(mode="json") for found in (load_config(path), config))
+    found = []
+    for section in IDENTITY:
+        before, after = saved[section], now[section]
+        if not isinstance(after, dict):
+            before, after = {"": before}, {"": after}
+        for key, value in after.items():
+            if before.get(key) != value:
+                found.append(f"{section}{'.' if key else ''}{key} was {before.get(key)!r}, is now {value!r}")
+    return "; ".join(found)
