@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen_moe.checkpoint.hf_fp8 import check_quantisation
-from qwen_moe.config import Family, ModelConfig, parse_model
+from qwen_moe.config import ModelConfig, parse_model
 from qwen_moe.errors import UserError
+from qwen_moe.model_config import Family
 
 ARCHITECTURES: dict[str, Family] = {
     "Qwen2ForCausalLM": "qwen2",

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen_moe.checkpoint.huggingface import convert_from_hf, convert_to_hf, from_pretrained, save_pretrained
-from qwen_moe.config import Family, ModelConfig
+from qwen_moe.model_config import Family, ModelConfig
 from tests.checkpoint.hf_directories import by_hand, by_transformers, convert, files_of, tensors_of, tensors_on_disk
 from tests.models.hf_reference import FAMILIES, draw_weights, model_configs, true_float64
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from qwen_moe.checkpoint.hf_config import HF_DEFAULTS, hf_config, interpret, model_config_from_hf
 from qwen_moe.checkpoint.name_map import expert_biases, parameters
-from qwen_moe.config import Family, ModelConfig
 from qwen_moe.errors import UserError
+from qwen_moe.model_config import Family, ModelConfig
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.presets import PRESETS
 from tests.models.hf_reference import FAMILIES, model_configs
