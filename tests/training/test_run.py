@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from qwen_moe.cli import main
+from qwen_moe.models.fused import missing_compiler
 from qwen_moe.training.records import read_lines
 
 STEPS = 12
@@ -73,7 +74,7 @@ def write_recipe(folder: Path, corpus: Path, **changes: Any) -> Path:
     }
     for dotted, value in changes.items():
         section, key = dotted.split("__")
-        values[section][key] = value
+        values.setdefault(section, {})[key] = value
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
@@ -205,6 +206,20 @@ def test_ten_kills_at_random_moments(tmp_path: Path, corpus: Path) -> None:
         assert _kill_workers_at_random_moments(write_recipe(folder, corpus, **longer), kills, seed=1) == kills
         found.append(losses(folder))
     assert len(found[0]) == 306 and found[0] == found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(missing_compiler("cpu") is not None, reason="no C++ compiler on this machine")
+def test_a_kill_does_not_change_a_compiled_run(tmp_path: Path, corpus: Path) -> None:
+    """Kernels that are compiled again, or taken from the compiler's cache, give the same bits."""
+    found = []
+    for name, kills in (("undisturbed", 0), ("killed", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        recipe = write_recipe(folder, corpus, training__train_tokens=60 * 8 * 32, precision__compile="always")
+        assert _kill_workers_at_random_moments(recipe, kills, seed=2) == kills
+        found.append(losses(folder))
+    assert len(found[0]) == 75 and found[0] == found[1]
 
 
 def test_a_killed_launcher_leaves_no_process_behind(tmp_path: Path, corpus: Path, undisturbed: Path) -> None:
