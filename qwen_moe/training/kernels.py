@@ -3,7 +3,8 @@
 from typing import Any
 
 from parallel.kernels.interface import Kernels
-from parallel.kernels.torch_fp8 import Recipe, TorchFp8
+from parallel.kernels.quantiser import Recipe
+from parallel.kernels.torch_fp8 import TorchFp8
 from parallel.mesh import Grids
 from qwen_moe.config import Fp8Config, RunConfig
 from qwen_moe.errors import UserError
