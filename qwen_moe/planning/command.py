@@ -22,6 +22,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--imbalance", type=float, default=1.0, help="tokens of the busiest expert over the average one's"
     )
+    parser.add_argument("--precision", choices=("bf16", "fp8", "any"), default="any", help="default: any")
     parser.add_argument("--price", type=float, help="per GPU-hour (default: the GPU's file)")
     parser.add_argument("--top", type=int, default=5)
     parser.add_argument("--json", action="store_true")
@@ -51,10 +52,12 @@ def run(args: argparse.Namespace) -> int:
     if args.global_batch is not None:
         overrides.append(f"training.global_batch_size={args.global_batch}")
     config = load_config(args.recipe, overrides)
+    from qwen_moe.planning.layouts import PRECISIONS
     from qwen_moe.planning.search import Search
     from qwen_moe.planning.text import plan_text
 
-    search = Search(config, args.gpus, gpu, network, args.gpus_per_node, args.imbalance, args.price)
+    precisions = PRECISIONS if args.precision == "any" else (args.precision,)
+    search = Search(config, args.gpus, gpu, network, args.gpus_per_node, args.imbalance, args.price, precisions)
     plan = search.run(args.top)
     written: dict[str, Any] = {}
     if args.write:

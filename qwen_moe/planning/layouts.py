@@ -10,6 +10,8 @@ from qwen_moe.config import ParallelConfig, PrecisionConfig, RunConfig, Training
 from qwen_moe.errors import UserError
 from qwen_moe.training.layout import RunLayout, run_layout
 
+PRECISIONS = ("bf16", "fp8")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -107,18 +109,30 @@ def _schedules(pp: int, layers: int) -> Iterator[tuple[str, int]]:
             yield schedule, 1 if schedule == "1f1b" else 2
 
 
-def precisions(wanted: tuple[str, ...] = ("bf16", "fp8")) -> list[str]:
-    """Those of ``wanted`` that the recipe's precision.compute takes."""
-    return [name for name in wanted if name in get_args(PrecisionConfig.model_fields["compute"].annotation)]
+def precisions(config: RunConfig, wanted: tuple[str, ...]) -> list[str]:
+    """Those of ``wanted`` that the recipe's other settings of precision go with."""
+    found = []
+    for name in wanted:
+        try:
+            PrecisionConfig(**config.precision.model_dump() | {"compute": name})
+        except ValidationError:
+            continue
+        found.append(name)
+    return found
 
 
 def legal_choices(
-    config: RunConfig, gpus: int, micro_batches: tuple[int, ...] = (1, 2, 4, 8)
+    config: RunConfig,
+    gpus: int,
+    micro_batches: tuple[int, ...] = (1, 2, 4, 8),
+    wanted: tuple[str, ...] = PRECISIONS,
 ) -> Iterator[tuple[Choice, RunLayout]]:
     """Every legal choice on ``gpus`` processes, with the layout that the run would have."""
     layers, sizes = config.model.num_hidden_layers, sorted({*micro_batches, config.training.micro_batch_size})
     shardings = get_args(ParallelConfig.model_fields["sharding"].annotation)
-    computes = precisions() or [config.precision.compute]
+    computes = precisions(config, wanted)
+    if not computes:
+        return
     for degrees in _degrees(config, gpus):
         for schedule, per_rank in _schedules(degrees.pp, layers):
             for micro_batch in sizes:

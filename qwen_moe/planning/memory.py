@@ -25,6 +25,7 @@ from qwen_moe.planning.layouts import Choice
 from qwen_moe.planning.saved import SavedActivations
 from qwen_moe.planning.schedules import Flight, flights
 from qwen_moe.planning.shares import FIRST, Place, Shares, UnitShare, add
+from qwen_moe.training.build import DTYPES
 from qwen_moe.training.layout import RunLayout
 
 
@@ -60,9 +61,16 @@ class MemoryModel:
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.model = config, config.model
-        self.shares, self.saved = Shares(config.model), SavedActivations(config)
+        self.shares = Shares(config.model)
+        self._saved: dict[str, SavedActivations] = {}
         self.master = DTYPE_BYTES[config.precision.master]
         self._layers: dict[tuple[object, ...], tuple[float, float]] = {}
+
+    def saved(self, precision: str) -> SavedActivations:
+        """The counts of layers in ``precision``."""
+        if precision not in self._saved:
+            self._saved[precision] = SavedActivations(self.config, precision)
+        return self._saved[precision]
 
     def fullest(self, choice: Choice, layout: RunLayout) -> Memory:
         """Of the pipeline rank that holds the most, at the place that holds the most."""
@@ -75,7 +83,7 @@ class MemoryModel:
         self, choice: Choice, layout: RunLayout, pipeline_rank: int, flight: Flight, place: Place = FIRST
     ) -> Memory:
         """Of pipeline rank ``pipeline_rank``, whose stages and micro-batches in flight are ``flight``."""
-        compute = DTYPE_BYTES.get(choice.precision, 2)
+        compute = DTYPES[choice.precision].itemsize
         reduce = max(4, compute)
         by_stage = [self._stage_units(layout, stage, place) for stage in flight.stages]
         total = add(unit for stage in by_stage for unit in stage)
@@ -90,7 +98,7 @@ class MemoryModel:
             gathered = min(total.padded, root + 2 * biggest)
         return Memory(
             sharded_weights=sharded,
-            gathered_weights=gathered * compute,
+            gathered_weights=gathered * compute + self._kept_weights(choice, total),
             gradients=max(sharded, total.whole * reduce) if accumulates else sharded + biggest * compute,
             sharded_gradients=sharded,
             optimizer=2 * sharded + 4 * total.tensors,
@@ -142,7 +150,7 @@ class MemoryModel:
         return self._layers[key]
 
     def _count_stage(self, choice: Choice, kinds: dict[bool, int], first: bool, last: bool) -> tuple[float, float]:
-        saved, tp, batch = self.saved, choice.tp, choice.micro_batch
+        saved, tp, batch = self.saved(choice.precision), choice.tp, choice.micro_batch
         kinds = {moe: times for moe, times in kinds.items() if times}
         layers = {moe: saved.layer(tp, choice.ep, choice.etp, moe, batch) for moe in kinds}
         held, working = saved.shared(tp, batch), max(layer.working for layer in layers.values())
@@ -158,6 +166,11 @@ class MemoryModel:
         return held, working
 
     @staticmethod
+    def _kept_weights(choice: Choice, total: UnitShare) -> float:
+        """With zero2, products keep their FP8 weights for a whole step: a byte for each, the embedding's and norms' too."""
+        return float(total.whole) if choice.precision == "fp8" and choice.sharding == "zero2" else 0.0
+
+    @staticmethod
     def _unit_buffers(layout: RunLayout, elements: int, bytes_per_element: int) -> float:
         """An all-gather or a reduction, or both, of one unit in flight."""
         return float(elements * bytes_per_element) if max(layout.layout.dp, layout.layout.edp) > 1 else 0.0
@@ -167,4 +180,6 @@ class MemoryModel:
             return 0.0
         last = len(layout.layers) - 1
         neighbours: Sequence[int] = [(stage > 0) + (stage < last) for stage in flight.stages]
-        return sum(neighbours) * layout.micro_batches * choice.micro_batch * self.saved.hidden(choice.tp)
+        return (
+            sum(neighbours) * layout.micro_batches * choice.micro_batch * self.saved(choice.precision).hidden(choice.tp)
+        )

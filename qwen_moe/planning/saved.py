@@ -23,6 +23,7 @@ from qwen_moe.models.moe import MoE
 from qwen_moe.models.plan import build_parts
 from qwen_moe.planning.live_bytes import LiveBytes
 from qwen_moe.training.build import DTYPES
+from qwen_moe.training.kernels import choose_kernels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ class Run:
     micro_batch: int = 1
     middle: bool = False
     recompute: bool = False
+    precision: str = "bf16"
     forward_only: bool = False
 
 
@@ -65,27 +67,26 @@ def _smallest_factor(number: int) -> int:
 
 
 class SavedActivations:
-    """Activations of ``config``'s layers, counted when first asked for.
+    """Activations of ``config``'s layers in ``precision``, counted when first asked for.
 
     Bytes are ``constant + slope * micro_batch``: where the constant matters (tables of RoPE, the head's gradient that is
     formed in forward), micro-batches of one and of two sequences are counted.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config, self.model = config, config.model
+    def __init__(self, config: RunConfig, precision: str = "bf16") -> None:
+        self.config, self.model, self.precision = config, config.model, precision
         self.sequence = config.data.sequence_length
-        self.dtype = DTYPES.get(config.precision.compute, torch.bfloat16)
         self._counted: dict[Run, Saved] = {}
         # A layer of each kind (MoE or not), to be counted in the middle of a model.
         self._middle = {self.model.is_moe_layer(i): i for i in range(self.model.num_hidden_layers)}
 
     def hidden(self, tp: int) -> int:
         """Bytes of a rank's hidden states of one sequence, as they travel between layers and stages."""
-        return self.sequence // tp * self.model.hidden_size * self.dtype.itemsize
+        return self.sequence // tp * self.model.hidden_size * DTYPES[self.precision].itemsize
 
     def _count(self, run: Run) -> Saved:
         if run not in self._counted:
-            self._counted[run] = count(self.config, run, self.dtype)
+            self._counted[run] = count(self.config, replace(run, precision=self.precision))
         return self._counted[run]
 
     def _at(self, run: Run, micro_batch: int) -> Saved:
@@ -137,10 +138,13 @@ class SavedActivations:
         return Saved(held=part.held - inner.held, working=part.working)
 
 
-def count(config: RunConfig, run: Run, dtype: torch.dtype) -> Saved:
+def count(config: RunConfig, run: Run) -> Saved:
     """Run a part forward and backward on fake tensors. Parameters, their gradients and the input do not count; the output
     does. Raises UserError for sizes whose experts only run one by one, which needs real numbers."""
-    model, layers = config.model, run.layers
+    model, layers, dtype = config.model, run.layers, DTYPES[run.precision]
+    config = config.model_copy(
+        update={"precision": config.precision.model_copy(update={"compute": run.precision, "kernels": "auto"})}
+    )
     sequence, tp = config.data.sequence_length, run.tp
     if run.middle:
         # The same kind of layer, repeated in the middle of a model that is long enough.
@@ -150,7 +154,16 @@ def count(config: RunConfig, run: Run, dtype: torch.dtype) -> Saved:
         model, layers = model.model_copy(update=changes), tuple(range(1, len(layers) + 1))
     layout = Layout(dp=math.lcm(tp, run.ep * run.etp) // tp, tp=tp, ep=run.ep, etp=run.etp)
     with fake_grids(layout, model.num_key_value_heads) as grids:
-        part = build_parts(model, grids, [layers], [0], recompute=run.recompute, dtype=dtype).parts[0]
+        built = build_parts(
+            model,
+            grids,
+            [layers],
+            [0],
+            recompute=run.recompute,
+            dtype=dtype,
+            kernels=choose_kernels(config, grids),
+        )
+        (part,) = built.parts
         part.chunk_tokens = config.training.loss_chunk_tokens
         for module in part.modules():
             if isinstance(module, MoE):
@@ -158,6 +171,7 @@ def count(config: RunConfig, run: Run, dtype: torch.dtype) -> Saved:
         with FakeTensorMode(allow_non_fake_inputs=True):
             part.to_empty(device="cpu")
             keep_statistics_dtypes(part)
+            built.kernels.materialise(torch.device("cpu"))
             for parameter in part.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             ids = torch.zeros(run.micro_batch, sequence, dtype=torch.int64)

@@ -8,7 +8,7 @@ from typing import Any
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.planning.hardware import Gpu, Network
-from qwen_moe.planning.layouts import Choice, legal_choices
+from qwen_moe.planning.layouts import PRECISIONS, Choice, legal_choices
 from qwen_moe.planning.memory import Memory, MemoryModel
 from qwen_moe.planning.software import OURS
 from qwen_moe.planning.step_time import StepTime, StepTimeModel
@@ -97,9 +97,11 @@ class Search:
         gpus_per_node: int,
         imbalance: float = 1.0,
         price: float | None = None,
+        precisions: tuple[str, ...] = PRECISIONS,
     ) -> None:
         self.config, self.gpus, self.gpu, self.network, self.gpus_per_node = config, gpus, gpu, network, gpus_per_node
         self.price = gpu.price_per_gpu_hour if price is None else price
+        self.precisions = tuple(name for name in precisions if name in gpu.peak_tflops)
         self.memory = MemoryModel(config)
         sequence = config.data.sequence_length
         self.time = StepTimeModel(config.model, sequence, gpu, network, gpus_per_node, OURS, imbalance)
@@ -107,17 +109,17 @@ class Search:
     def run(self, top: int) -> Plan:
         """Raises UserError when no layout is legal."""
         begin = time.monotonic()
-        known = [name for name in ("bf16", "fp8") if name in self.gpu.peak_tflops]
         found = [
             (self.time.step(choice, layout), choice, layout)
-            for choice, layout in legal_choices(self.config, self.gpus)
-            if choice.precision in known
+            for choice, layout in legal_choices(self.config, self.gpus, wanted=self.precisions)
         ]
         if not found:
+            named = " or ".join(self.precisions) or "a precision that this GPU has"
             raise UserError(
                 f"no layout of {self.config.model.num_hidden_layers} layers with a global batch of "
-                f"{self.config.training.global_batch_size} is legal on {self.gpus} GPUs: change --gpus, --global-batch or "
-                "training.micro_batch_size (data-parallel ranks x micro-batch must divide the global batch)"
+                f"{self.config.training.global_batch_size} is legal on {self.gpus} GPUs in {named}: change --gpus, "
+                "--global-batch, --precision or training.micro_batch_size (data-parallel ranks x micro-batch must divide "
+                "the global batch)"
             )
         found.sort(key=lambda item: item[0].total)
         index = {choice: (step, layout) for step, choice, layout in found}
@@ -197,7 +199,7 @@ class Search:
             gpus = times * self.gpus
             fits = (
                 choice.recompute == "full" and self.memory.fullest(choice, layout).total <= self.gpu.usable_bytes
-                for choice, layout in legal_choices(self.config, gpus, (1,))
+                for choice, layout in legal_choices(self.config, gpus, (1,), self.precisions)
             )
             if any(fits):
                 return gpus

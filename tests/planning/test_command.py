@@ -133,6 +133,7 @@ def test_overrides_may_stand_anywhere(recipe: Path, capsys: pytest.CaptureFixtur
         (("--gpus", 0), "must be at least 1"),
         (("--gpus", 8, "--imbalance", 0.5), "at least 1"),
         ((), "give a recipe and --gpus N"),
+        (("--gpus", 8, "--precision", "fp8", "--gpu", "a100-80gb"), "a precision that this GPU has"),
         (("--gpus", 8, "--gpu", "missing.yaml"), "does not exist"),
         (("--gpus", 7, "--gpus-per-node", 7), "no layout"),
         (
@@ -184,11 +185,11 @@ def test_the_best_is_the_best_of_all(recipe: Path, tmp_path: Path) -> None:
     """Against scoring every layout with its memory, on GPUs that just hold a layout and that just do not."""
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY)
-    config, gpu, network = load_config(recipe), load_gpu(str(path)), load_network("ib400")
+    config, gpu, network = load_config(recipe), load_gpu(str(path)), load_network("ib400")  # a GPU without FP8
     memory, times = MemoryModel(config), Search(config, 4, gpu, network, 8).time
     scored = [
         (memory.fullest(choice, layout).total, times.step(choice, layout).total)
-        for choice, layout in legal_choices(config, 4)
+        for choice, layout in legal_choices(config, 4, wanted=("bf16",))
     ]
     fastest, leanest = min(scored, key=lambda one: one[1]), min(scored)
     for size in (gpu.usable_bytes, 1.000001 * fastest[0], 0.999999 * fastest[0], 1.000001 * leanest[0]):

@@ -42,6 +42,7 @@ def random_choice(rng: random.Random) -> Choice:
         micro_batch=rng.choice([1, 2, 4]),
         recompute=rng.choice(["none", "full"]),
         sharding=rng.choice(["zero2", "zero3"]),
+        precision=rng.choice(["bf16", "fp8"]),
     )
 
 
@@ -79,3 +80,9 @@ def test_a_split_of_the_recipe_is_not_used() -> None:
     recipe = values({"preset": "turbo_style"}) | {"parallel": {"pp": 2, "pipeline_split": [20, 8]}}
     layout = legal(parse_config(recipe, "test"), Choice(pp=4), GPUS)
     assert not isinstance(layout, str) and len(layout.layers) == 4
+
+
+def test_settings_of_fp8_leave_fp8_only() -> None:
+    recipe = values({"preset": "turbo_style"}) | {"precision": {"compute": "fp8", "fp8": {"recipe": "current"}}}
+    found = {choice.precision for choice, _ in legal_choices(parse_config(recipe, "test"), 2)}
+    assert found == {"fp8"}

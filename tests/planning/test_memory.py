@@ -63,6 +63,7 @@ def counted(config: RunConfig, layout: RunLayout, choice: Choice, rank: int) -> 
         with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(peaks=False) as live:
             for part in model.parts:
                 part.to_empty(device="cpu")
+            model.kernels.materialise(torch.device("cpu"))
             found["sharded_weights"] = sum(bytes_of(p) for p in model.parameters())
             ids = torch.zeros(choice.micro_batch, config.data.sequence_length, dtype=torch.int64)
             shape = (choice.micro_batch, config.data.sequence_length // grids.tp.size, config.model.hidden_size)
@@ -102,7 +103,7 @@ def test_predicted_bytes_are_those_of_a_built_rank(seed: int) -> None:
     assert predicted.optimizer == found["optimizer"]
     if layout.micro_batches > 1:
         assert predicted.gradients == max(found["gradients"], found["sharded_gradients"])
-    if choice.sharding == "zero2":
+    if choice.sharding == "zero2" and choice.precision != "fp8":  # which keeps weights within a step besides
         assert predicted.gathered_weights == found["gathered_weights"]
     # The gathered root of zero3 stays, the other units do not; they are seen as weights above either way.
     assert predicted.activations == pytest.approx(found["activations"], rel=0.05)
@@ -176,7 +177,7 @@ def test_experts_rows_grow_in_proportion_to_etp() -> None:
     config = small()
     saved = SavedActivations(config)
     for ep, etp in ((2, 4), (8, 1), (1, 4)):
-        whole = count(config, Run(ep=ep, etp=etp, layers=(1,), middle=True, forward_only=True), torch.bfloat16)
+        whole = count(config, Run(ep=ep, etp=etp, layers=(1,), middle=True, forward_only=True))
         assert saved.layer(1, ep, etp, True).held + saved.shared(1) == pytest.approx(whole.held, rel=0.01)
 
 
