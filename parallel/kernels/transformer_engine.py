@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from parallel.collectives import gather_sequence, reduce_scatter_sequence
 from parallel.kernels.interface import ExpertPart, GroupedMM, Kernels, Project, swap
-from parallel.kernels.torch_fp8 import Recipe
+from parallel.kernels.quantiser import Recipe
 from parallel.mesh import Axis
 
 # The releases whose sources were checked; one patch release for each.

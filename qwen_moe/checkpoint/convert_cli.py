@@ -25,7 +25,9 @@ def register(subparsers: Any) -> None:
     )
     to_hf.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="new or empty")
     to_hf.add_argument(
-        "--dtype", choices=("bf16", "fp16", "fp32"), help="convert all weights (default: as stored or computed)"
+        "--dtype",
+        choices=("bf16", "fp16", "fp32", "fp8"),
+        help="convert all weights (default: as stored or computed); fp8: linears in blocks of 128 x 128, the rest bf16",
     )
     to_hf.add_argument(
         "--max-shard-size", metavar="SIZE", help="such as 5GB or 500MiB (default: the files the model came in, or 5GB)"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from qwen_moe.checkpoint.hf_fp8 import check_quantisation
 from qwen_moe.config import Family, ModelConfig, parse_model
 from qwen_moe.errors import UserError
 
@@ -147,10 +148,7 @@ def _refuse_unsupported(values: dict[str, Any], where: str) -> None:
     if values.get("hidden_act", "silu") != "silu":
         raise UserError(f"{where}: hidden_act is {values['hidden_act']!r}: only 'silu' is supported")
     if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method", "unknown")
-        raise UserError(
-            f"{where}: the weights are quantised ({method}), which is not supported: use the original model"
-        )
+        check_quantisation(values["quantization_config"], where)
 
 
 def _num_experts(values: dict[str, Any], where: str) -> Any:
@@ -171,6 +169,8 @@ def interpret(values: dict[str, Any], where: str = "config.json") -> Interpretat
     family = _family(values, where)
     _refuse_unsupported(values, where)
     notes: list[str] = []
+    if values.get("quantization_config"):
+        notes.append("matrices in FP8 are dequantised")
     fields: dict[str, Any] = {"family": family, "rope_theta": _rope_theta(values, where, notes)}
     defaults = HF_DEFAULTS[family]
     given = dict(values)

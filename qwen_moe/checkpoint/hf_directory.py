@@ -167,7 +167,7 @@ def plan_shards(pieces: list[Piece], dtypes: dict[str, torch.dtype], max_shard_b
     groups: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
     used = 0
     for piece in pieces:
-        dtype = dtypes[piece.parameter]
+        dtype = piece.dtype(dtypes)
         size = dtype.itemsize * int(torch.Size(piece.shape).numel())
         if groups[-1] and used + size > max_shard_bytes:
             groups.append([])
@@ -229,20 +229,29 @@ class _Recent:
 
 
 def write_shards(
-    directory: Path, shards: Shards, source: TensorSource, pieces: dict[str, Piece], progress: Callable[[int], Any]
+    directory: Path,
+    shards: Shards,
+    source: TensorSource,
+    pieces: dict[str, Piece],
+    progress: Callable[[int], Any],
+    part: Callable[[Piece, torch.Tensor], torch.Tensor],
 ) -> None:
-    """Write all files into ``directory``; ``progress`` is called with the bytes of every tensor written."""
+    """Write all files into ``directory``; ``progress`` is called with the bytes of every tensor written. ``part`` gives
+    what a piece that does not hold plain values holds of them."""
     recent = _Recent(source)
 
     def tensors(header: Header) -> Iterator[torch.Tensor]:
         for name, entry in header.entries.items():
             piece = pieces[name]
             if piece.index:
-                whole = recent.read(piece.parameter)
-                yield whole[piece.index].to(entry.dtype)
+                values = recent.read(piece.parameter)[piece.index]
             else:
                 recent.forget()
-                yield source.read(piece.parameter).reshape(piece.shape).to(entry.dtype)
+                values = source.read(piece.parameter)
+            if piece.holds == "values":
+                yield values.reshape(piece.shape).to(entry.dtype)
+            else:
+                yield part(piece, values)
             progress(entry.end - entry.start)
 
     for name, header in shards.files.items():

@@ -23,6 +23,7 @@ from qwen_moe.checkpoint.hf_directory import (
     same_shards,
     write_shards,
 )
+from qwen_moe.checkpoint.hf_fp8 import fp8_part, fp8_pieces
 from qwen_moe.checkpoint.name_map import expert_biases, hf_pieces, parameters
 from qwen_moe.checkpoint.resolve import MODEL_CONFIG
 from qwen_moe.checkpoint.tensor_store import TensorSource
@@ -113,12 +114,17 @@ def export(
     write_side_files: Callable[[Path], None],
     tokens: dict[str, Any],
     progress: bool,
+    fp8: bool = False,
 ) -> Shards:
-    """Write a whole Hugging Face directory; ``dtypes`` of every parameter as exported."""
+    """Write a whole Hugging Face directory; ``dtypes`` of every parameter as exported, but for linears with ``fp8``."""
     pieces = hf_pieces(config)
+    ordered = [piece for parameter in parameters(config).values() for piece in parameter.pieces]
+    quantisation: dict[str, Any] = {}
+    if fp8:
+        ordered, quantisation = fp8_pieces(ordered)
+        pieces, layout = {piece.hf_name: piece for piece in ordered}, None
     shards = same_shards(layout, pieces, dtypes) if layout is not None and max_shard_size is None else None
     if shards is None:
-        ordered = [piece for parameter in parameters(config).values() for piece in parameter.pieces]
         limit = DEFAULT_MAX_SHARD_BYTES if max_shard_size is None else parse_size(max_shard_size)
         shards = plan_shards(ordered, dtypes, limit)
     old = json.loads(original) if original is not None else None
@@ -126,9 +132,12 @@ def export(
     values = hf_config(config, old, None if old is not None and original_dtypes else dtype_name(main))
     if old is None:
         values |= tokens
+    values.pop("quantization_config", None)  # of the original, whose weights were dequantised
+    if fp8:
+        values["quantization_config"] = quantisation
     require_free(hf_dir, shards.data_bytes + (1 << 20))
     with written_aside(hf_dir) as partial, progress_bar(shards.data_bytes, "exporting", progress) as bar:
-        write_shards(partial, shards, source, pieces, bar.update)
+        write_shards(partial, shards, source, pieces, bar.update, fp8_part)
         write_side_files(partial)
         (partial / CONFIG).write_bytes(original if original is not None and values == old else config_bytes(values))
         for file in files_in(partial):

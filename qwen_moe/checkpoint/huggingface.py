@@ -33,6 +33,7 @@ from qwen_moe.checkpoint.hf_export import (
     progress_bar,
     token_ids,
 )
+from qwen_moe.checkpoint.hf_fp8 import Fp8Tensors, split_scales
 from qwen_moe.checkpoint.name_map import expert_biases, match, parameters
 from qwen_moe.checkpoint.resolve import HF_FOLDER, MODEL_CONFIG, is_ours, model_config, resolve_checkpoint
 from qwen_moe.checkpoint.safetensors_file import Header, read_into
@@ -93,10 +94,13 @@ def _open_directory(hf_dir: Path) -> _OpenDirectory:
     """Everything about a Hugging Face directory but the data of its tensors, checked. Raises UserError."""
     if not hf_dir.is_dir():
         raise UserError(f"{hf_dir} is not a directory: give a local Hugging Face model directory or a checkpoint")
-    interpretation = interpret(read_json(hf_dir / CONFIG), str(hf_dir / CONFIG))
+    values = read_json(hf_dir / CONFIG)
+    interpretation = interpret(values, str(hf_dir / CONFIG))
     config = interpretation.config
     headers = open_shards(hf_dir)
     shapes = {name: entry.shape for header in headers.values() for name, entry in header.entries.items()}
+    block = (values.get("quantization_config") or {}).get("weight_block_size")
+    shapes = split_scales(shapes, headers, block, str(hf_dir))
     found = match(config, shapes, str(hf_dir))
     notes = list(interpretation.notes)
     if found.tied_head:
@@ -104,7 +108,12 @@ def _open_directory(hf_dir: Path) -> _OpenDirectory:
     if found.ignored:
         notes.append(f"{len(found.ignored)} buffers that are computed anew are not kept: {found.ignored[0]}, ...")
     ours = {name: parameter.shape for name, parameter in parameters(config).items()}
-    return _OpenDirectory(config, headers, HuggingFaceTensors(headers, found.pieces, ours), tuple(notes))
+    tensors = HuggingFaceTensors(headers, found.pieces, ours)
+    if block is not None:
+        wide = str(values.get("dtype") or values.get("torch_dtype"))
+        dtype = torch.float32 if wide == "float32" else torch.bfloat16
+        tensors = Fp8Tensors(headers, found.pieces, ours, (block[0], block[1]), dtype)
+    return _OpenDirectory(config, headers, tensors, tuple(notes))
 
 
 def _bytes(source: TensorSource, shapes: dict[str, tuple[int, ...]]) -> int:
@@ -178,12 +187,14 @@ def convert_to_hf(
     """Write the weights of a checkpoint as a Hugging Face directory ``hf_dir`` (new or empty).
 
     ``checkpoint``: a checkpoint, a run directory or its `checkpoints/` (then its newest valid one). ``dtype`` None
-    keeps every tensor's, but fp32 master weights of a bf16 run are exported as bf16. ``max_shard_size`` None gives the
+    keeps every tensor's, but fp32 master weights of a bf16 run are exported as bf16; "fp8" gives linears in FP8 blocks
+    (qwen_moe/checkpoint/hf_fp8.py) and bf16 for the rest. ``max_shard_size`` None gives the
     files the model came in, or files of at most 5 GB. Raises UserError.
     """
     path = resolve_checkpoint(Path(checkpoint))
     hf_dir = Path(hf_dir)
-    wanted = export_dtype(dtype)
+    fp8 = dtype == "fp8"
+    wanted = export_dtype("bf16" if fp8 else dtype)
     config = model_config(path)
     source = CheckpointTensors(path)
     check_source(source, config, str(path))
@@ -206,6 +217,7 @@ def convert_to_hf(
         write_side_files=lambda partial: copy_files(side, kept, partial),
         tokens=token_ids(side),
         progress=progress,
+        fp8=fp8,
     )
     return Conversion(
         source=str(path),
@@ -213,7 +225,11 @@ def convert_to_hf(
         family=config.family,
         tensors=sum(len(header.entries) for header in shards.files.values()),
         bytes=shards.data_bytes,
-        dtypes=_count_dtypes(list(dtypes.values())),
+        dtypes=_count_dtypes(
+            [entry.dtype for header in shards.files.values() for entry in header.entries.values()]
+            if fp8
+            else list(dtypes.values())
+        ),
         files=len(files_in(hf_dir)),
         notes=notes,
     )

@@ -11,6 +11,9 @@ feed-forward width, E experts, F expert width, S shared expert width.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+import torch
 
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
@@ -75,12 +78,19 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of a Hugging Face file and the part ``parameter[index]`` of ours it holds, reshaped to ``shape``."""
+    """A tensor of a Hugging Face file and the part ``parameter[index]`` of ours it holds, reshaped to ``shape``; or its
+    FP8 values, or their scales (qwen_moe/checkpoint/hf_fp8.py)."""
 
     hf_name: str
     parameter: str
     index: Shape
     shape: Shape
+    holds: Literal["values", "fp8", "scale"] = "values"
+
+    def dtype(self, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+        """Its dtype on disk where the parameters' are ``dtypes``."""
+        fixed = {"fp8": torch.float8_e4m3fn, "scale": torch.float32}
+        return fixed.get(self.holds) or dtypes[self.parameter]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,13 @@ import torch
 from qwen_moe.errors import UserError
 
 # In the library's order of dtypes: wider first is also the order of tensors within a file it writes.
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ORDER = list(DTYPES.values())
 _LARGEST_HEADER = 100_000_000

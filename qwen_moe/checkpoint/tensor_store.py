@@ -7,7 +7,7 @@ while it copies it into place.
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -57,6 +57,9 @@ class HuggingFaceTensors:
     def _entry_dtype(self, hf_name: str) -> torch.dtype:
         return self._found[hf_name][1].entries[hf_name].dtype
 
+    def _read_piece(self, file: BinaryIO, header: Header, hf_name: str, out: torch.Tensor) -> None:
+        read_into(file, header, hf_name, out)
+
     def shapes(self) -> dict[str, Shape]:
         return self._shapes
 
@@ -72,7 +75,7 @@ class HuggingFaceTensors:
             with path.open("rb", buffering=0) as file:
                 while position < len(pieces) and self._found[pieces[position].hf_name][0] == path:
                     piece = pieces[position]
-                    read_into(file, header, piece.hf_name, out[piece.index])
+                    self._read_piece(file, header, piece.hf_name, out[piece.index])
                     position += 1
         return out
 

@@ -194,21 +194,18 @@ class TrainingPart(DecoderLM):
 
 def _ask_for_kernels(path: str, module: nn.Module, kernels: Kernels, grids: Grids) -> None:
     """Let ``kernels`` supply the products and norms of one block. Router, embedding and head are never asked for."""
-    projections: tuple[str, ...] = ()
-    output = ""
     if isinstance(module, Attention):
-        projections, output = ("q_proj", "k_proj", "v_proj"), "o_proj"
+        module.project = kernels.column(path, module, ("q_proj", "k_proj", "v_proj")) or module.project
+        kernels.row(path, module, "o_proj")
     elif isinstance(module, FeedForward):
-        projections, output = ("gate_proj", "up_proj"), "down_proj"
+        module.project = kernels.column(path, module, ("gate_proj", "up_proj")) or module.project
+        kernels.row(path, module, "down_proj")
     elif isinstance(module, Experts):
         total = module.down_proj.shape[0]
         first, count = split_range(total, grids.ep)
         experts = ExpertPart(total=total, first=first, count=count)
         module.up_mm = kernels.grouped(f"{path}.gate_up_proj", experts) or module.up_mm
         module.down_mm = kernels.grouped(f"{path}.down_proj", experts) or module.down_mm
-    if projections:
-        module.project = kernels.column(path, module, projections) or module.project
-        kernels.row(path, module, output)
     for name, child in list(module.named_children()):
         if isinstance(child, RMSNorm):
             kernels.norm(path, module, name)

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from parallel.kernels.interface import Kernels
-from parallel.kernels.torch_fp8 import Recipe, TorchFp8
+from parallel.kernels.quantiser import Recipe
+from parallel.kernels.torch_fp8 import TorchFp8
 from parallel.kernels.transformer_engine import KernelsUnavailable, TransformerEngineKernels
 from parallel.mesh import Grids
 from qwen_moe.config import Fp8Config, RunConfig

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel.kernels.interface import ExpertPart
-from parallel.kernels.torch_fp8 import Recipe, TorchFp8
+from parallel.kernels.quantiser import Recipe
+from parallel.kernels.torch_fp8 import TorchFp8
 from parallel.mesh import Axis, Grids, Layout
 from tests.distributed import run_distributed
 from tests.parallel.kernels.products import HYBRID, ONE

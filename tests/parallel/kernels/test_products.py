@@ -13,13 +13,18 @@ N, A, O = 150, 200, 72  # noqa: E741
 
 
 def operands(outliers: bool = False) -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
+    """x, w and dy; with ``outliers``, features of all three in which neighbours differ so much that a block across them
+    loses the small one's bits: a block along the wrong dim shows in the product of that feature."""
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(N, A, generator=generator)
+    x, w = torch.randn(N, A, generator=generator), torch.randn(O, A, generator=generator) * 0.05
+    dy = torch.randn(N, O, generator=generator) * 1e-4
     if outliers:
         x[:, [5, 77]] *= 1000
+        w[:, ::2] *= 1e-5
+        dy[:, ::2] *= 1e-5
     linear = nn.Linear(A, O, bias=False).bfloat16()
-    linear.weight.data = (torch.randn(O, A, generator=generator) * 0.05).bfloat16()
-    return x.bfloat16(), linear, (torch.randn(N, O, generator=generator) * 1e-4).bfloat16()
+    linear.weight.data = w.bfloat16()
+    return x.bfloat16(), linear, dy.bfloat16()
 
 
 def by_the_book(recipe: str, x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 
 from parallel.data import local
 from parallel.kernels.interface import ExpertPart
-from parallel.kernels.torch_fp8 import Recipe
+from parallel.kernels.quantiser import Recipe
 from parallel.kernels.transformer_engine import (
     KernelsUnavailable,
     TransformerEngineKernels,
