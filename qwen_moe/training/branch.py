@@ -15,7 +15,7 @@ def check_branch(config: RunConfig, saved: dict[str, Any], step: int, where: Pat
     problems = []
     if step >= config.train_steps:
         problems.append(f"it is at step {step:,} and this run ends at {config.train_steps:,}")
-    now = config.model_dump(mode="json")
+    now = config.model_dump(mode="json", exclude={"optimizer": {"provider"}})
     pairs = [("seed", saved["seed"], config.seed)]
     pairs.append(
         ("training.global_batch_size", saved["training"]["global_batch_size"], config.training.global_batch_size)

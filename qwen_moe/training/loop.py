@@ -55,9 +55,8 @@ class StopRequest:
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     """What decides the trajectory of a run; the rest (intervals, logging, placement) may change on resume."""
-    dump = config.model_dump(mode="json")
+    dump = config.model_dump(mode="json", exclude={"optimizer": {"provider"}})  # whose kernel, not what it computes
     training = {key: dump["training"][key] for key in ("train_tokens", "global_batch_size")}
-    del dump["optimizer"]["provider"]  # whose kernel, not what it computes
     dump["precision"] = precision_settings(config)
     return {key: dump[key] for key in ("seed", "optimizer", "schedule", "balance", "precision")} | {
         "training": training

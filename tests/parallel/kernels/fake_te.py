@@ -179,6 +179,7 @@ class _Base(nn.Module):
 
     def _run(self, x: torch.Tensor, names: list[str], splits: list[int], first: bool | None) -> Any:
         """Input and weights as the product sees them, after what the real one does before it."""
+        assert _Global.depth, "a product outside of every autocast"
         given = dict(self.named_parameters())
         # Release 2.9 asks its first parameter for the device.
         assert next(iter(given.values())).device.type != "meta", "weights were not lent"
@@ -192,7 +193,8 @@ class _Base(nn.Module):
                 _Global.modules.append((self, recipe, _Global.group))
             self._note("forward", 0, x, splits)
             for group, weight in enumerate(weights):
-                self.fp8_meta["scaling_fwd"].amax_history[0, 3 * group + 1] = weight.detach().abs().max()
+                place = self.fp8_meta["scaling_fwd"].amax_history[0, 3 * group + 1]
+                place.copy_(torch.maximum(place, weight.detach().abs().max()))
             if _Global.first_module and x.requires_grad:
                 _Global.first_module = False
                 x = _AtEnd.apply(x)
