@@ -49,6 +49,8 @@ class Kernels:
     and in the compute dtype; within one step they do not change, and after it they do.
     """
 
+    name = "torch"  # for people
+
     def __init__(self, tp: Axis) -> None:
         self.tp = tp
 

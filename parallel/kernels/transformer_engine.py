@@ -97,6 +97,8 @@ class TransformerEngineKernels(Kernels):
     do so under an autocast of their own; delayed scaling cannot (its histories would advance twice).
     """
 
+    name = "Transformer Engine"
+
     def __init__(
         self, tp: Axis, stage: Axis, recipe: Recipe | None, *, keep_weights: bool, recompute: bool = False
     ) -> None:

@@ -28,15 +28,19 @@ def choose_kernels(config: RunConfig, grids: Grids) -> Kernels:
     """The provider that `precision.kernels` names, for this rank's layers. Raises UserError where it is not there."""
     precision = config.precision
     recipe = fp8_recipe(precision.fp8) if precision.compute == "fp8" else None
+    missing = ""
     if precision.kernels == "te" or (precision.kernels == "auto" and recipe is not None and torch.cuda.is_available()):
         try:
             return _transformer_engine(config, grids, recipe)
         except KernelsUnavailable as error:
             if precision.kernels == "te":
                 raise UserError(f"precision.kernels te: {error}") from None
+            missing = f" ({error})"
     if recipe is None:
         return Kernels(grids.tp)
-    return TorchFp8(grids.tp, grids.stage, recipe, keep_weights=_keeps_weights(config))
+    kernels = TorchFp8(grids.tp, grids.stage, recipe, keep_weights=_keeps_weights(config))
+    kernels.name += missing
+    return kernels
 
 
 def _keeps_weights(config: RunConfig) -> bool:

@@ -214,6 +214,8 @@ def train(
 
     say(choose_compilation(config, device))
     model = build_model(config, layout, grids, device)
+    if config.precision.compute == "fp8":
+        say(f"FP8 products, recipe {config.precision.fp8.recipe}, by {model.kernels.name}")
     trainer = Trainer(config, layout, model, build_optimizer(model, config.optimizer), device)
     writer = CheckpointWriter(
         root,
