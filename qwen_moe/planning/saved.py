@@ -1,8 +1,7 @@
 """Activations by counting: a layer runs on shapes alone and what stays alive for its backward is added up.
 
 No formula of what a module saves can go stale here. What is counted is a part of one layer, of two, the first and the
-last, for each (tp, kind of dispatch); the rest follows because bytes are proportional to the micro-batch and the rows of
-experts to etp. `tests/planning/test_memory.py` compares with whole models under FSDP2 and with real tensors.
+last, for each (tp, etp, experts shared or not), with micro-batches of one and two sequences. `tests/planning/test_memory.py` compares with whole models under FSDP2 and with real tensors.
 """
 
 import math
@@ -112,17 +111,12 @@ class SavedActivations:
     def layer(self, tp: int, ep: int, etp: int, moe: bool, micro_batch: int = 1, recompute: bool = False) -> Saved:
         """One layer, its output included (which is the next one's input)."""
         run = Run(tp=tp, layers=(self._middle[moe],), middle=True, recompute=recompute, forward_only=recompute)
-        found = self._count(run)
-        if moe and ep * etp > 1:
-            found = self._count(replace(run, ep=_smallest_factor(self.model.num_experts)))
-            if etp > 1:
-                slices = _smallest_factor(self.model.moe_intermediate_size)
-                two, grow = self._count(replace(run, etp=slices)), (etp - 1) / (slices - 1)
-                found = Saved(
-                    held=found.held + grow * (two.held - found.held),
-                    working=max(found.working, found.working + grow * (two.working - found.working)),
-                )
-        return Saved(held=micro_batch * (found.held - self.shared(tp)), working=micro_batch * found.working)
+        if moe and etp > 1:
+            run = replace(run, etp=etp)
+        elif moe and ep > 1:  # how many ranks share the experts changes nothing but the length of lists of counts
+            run = replace(run, ep=_smallest_factor(self.model.num_experts))
+        found = self._at(run, micro_batch)
+        return Saved(held=found.held - self.shared(tp, micro_batch), working=found.working)
 
     def first(self, tp: int, micro_batch: int = 1) -> float:
         """What the embedding adds."""

@@ -172,8 +172,8 @@ def test_a_whole_step_peaks_where_predicted() -> None:
     assert memory.total - memory.sharded_weights - memory.optimizer == pytest.approx(peak, rel=0.10)
 
 
-def test_experts_rows_grow_in_proportion_to_etp() -> None:
-    """What is derived for etp 4 and for other ep is what counting them gives."""
+def test_other_expert_parallel_degrees_hold_the_same() -> None:
+    """What is taken for one number of ranks that share experts is what counting another gives."""
     config = small()
     saved = SavedActivations(config)
     for ep, etp in ((2, 4), (8, 1), (1, 4)):
