@@ -1,7 +1,8 @@
 """Activations by counting: a layer runs on shapes alone and what stays alive for its backward is added up.
 
 No formula of what a module saves can go stale here. What is counted is a part of one layer, of two, the first and the
-last, for each (tp, etp, experts shared or not), with micro-batches of one and two sequences. `tests/planning/test_memory.py` compares with whole models under FSDP2 and with real tensors.
+last, for each (tp, etp, experts shared or not), with micro-batches of one and two sequences.
+`tests/planning/test_memory.py` compares with whole models under FSDP2 and with real tensors.
 """
 
 import math
@@ -112,7 +113,7 @@ class SavedActivations:
         """One layer, its output included (which is the next one's input)."""
         run = Run(tp=tp, layers=(self._middle[moe],), middle=True, recompute=recompute, forward_only=recompute)
         if moe and etp > 1:
-            run = replace(run, etp=etp)
+            run = replace(run, ep=ep, etp=etp)
         elif moe and ep > 1:  # how many ranks share the experts changes nothing but the length of lists of counts
             run = replace(run, ep=_smallest_factor(self.model.num_experts))
         found = self._at(run, micro_batch)
