@@ -2,6 +2,7 @@
 
     python benchmarks/fp8_loss.py            # trains what is not trained yet, then the table and the picture
     python benchmarks/fp8_loss.py --only mxfp8
+    python benchmarks/fp8_loss.py --table
 
 Writes benchmarks/fp8_loss.json and docs/images/fp8_loss.png. One process, one thread, the torch provider; same weights,
 same batches in every run. The global batch is a quarter of the demo's (2 sequences of 256 tokens): six runs take long.
@@ -115,10 +116,11 @@ def draw(runs: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=[*RUNS], action="append")
+    parser.add_argument("--table", action="store_true", help="table and picture of what is there; trains nothing")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "fp8_loss")
     args = parser.parse_args()
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"runs": {}}
-    for name in args.only or RUNS:
+    for name in () if args.table else args.only or RUNS:
         known["runs"][name] = summary(train(name, args.folder))
         known |= {"steps": STEPS, "tokens_per_step": BATCH * SEQUENCE, "machine": platform.processor() or "CPU"}
         RESULTS.write_text(json.dumps(known) + "\n", encoding="utf-8")
