@@ -112,6 +112,7 @@ class Search:
         found = [
             (self.time.step(choice, layout), choice, layout)
             for choice, layout in legal_choices(self.config, self.gpus, wanted=self.precisions)
+            if self._countable(choice)
         ]
         if not found:
             named = " or ".join(self.precisions) or "a precision that this GPU has"
@@ -153,6 +154,12 @@ class Search:
             ],
             gpus_needed=0 if best else self._enough_gpus(),
         )
+
+    def _countable(self, choice: Choice) -> bool:
+        """Whether each slice of an expert is whole in the 16 bytes of grouped products (`planning.saved`), where the experts
+        are at all. Thinner slices are legal, but run one expert at a time, and nobody wants them."""
+        model = self.config.model
+        return choice.etp == 1 or (model.moe_intermediate_size // choice.etp) % 8 == 0
 
     def _score(self, choice: Choice, layout: RunLayout, memory: Memory, step: StepTime) -> Scored:
         rate = self.config.tokens_per_step / step.total / self.gpus
@@ -200,6 +207,7 @@ class Search:
             fits = (
                 choice.recompute == "full" and self.memory.fullest(choice, layout).total <= self.gpu.usable_bytes
                 for choice, layout in legal_choices(self.config, gpus, (1,), self.precisions)
+                if self._countable(choice)
             )
             if any(fits):
                 return gpus

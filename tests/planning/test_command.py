@@ -16,6 +16,7 @@ from qwen_moe.planning.memory import MemoryModel
 from qwen_moe.planning.recipe_edit import edit_recipe
 from qwen_moe.planning.search import Search, changes
 from qwen_moe.training.layout import run_layout
+from tests.planning import recipes
 
 RECIPE = """\
 # A model for the test.
@@ -196,6 +197,14 @@ def test_the_best_is_the_best_of_all(recipe: Path, tmp_path: Path) -> None:
         limited = gpu.model_copy(update={"memory_gib": size / 2**30})
         expected = min(seconds for held, seconds in scored if held <= limited.usable_bytes)
         assert Search(config, 4, limited, network, 8).run(1).best[0].step.total == expected
+
+
+def test_slices_of_experts_too_thin_to_count_are_left_out() -> None:
+    """1408 / 32 = 44 features are legal, but no whole number of the 16 bytes that grouped products need."""
+    config = recipes.turbo_style(global_batch_size=64)
+    assert any(choice.etp == 32 for choice, _ in legal_choices(config, 32))
+    search = Search(config, 32, load_gpu("h100-80gb"), load_network("ib400"), 8, precisions=("bf16",))
+    assert all(scored.choice.etp < 32 for scored in search.run(1).best)
 
 
 def test_nothing_fits(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
