@@ -12,7 +12,7 @@ test: install lint slurm
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: install slurm
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_OPTIONS)
 
 # On one GPU, unattended, within ten minutes; writes runs/gpu/report.md (docs/gpu.md). Installs nothing: it runs in the
 # environment of PYTHON, so that the torch that was built for the machine's CUDA is the one that is tested.
