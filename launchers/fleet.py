@@ -1,6 +1,6 @@
 """Many commands on this machine, a few at a time: in order, retried, with one line of progress, and stopped together.
 
-Each command is expected to go on by itself from what it saved when it is started again, to end in order on SIGINT, and to
+Each command is expected to go on by itself from what it saved when it is started again, to end in order on SIGTERM, and to
 leave exit code 2 for an error that another attempt would meet again.
 """
 
@@ -109,7 +109,7 @@ class Fleet:
             return
         self._stopping = True
         print("\nstopping: every run saves a checkpoint (interrupt again to stop at once) ...", file=sys.stderr)
-        self._end_all(signal.SIGINT)
+        self._end_all(signal.SIGTERM)
 
     def _end_all(self, number: int) -> None:
         for running in self._running:
@@ -150,6 +150,8 @@ class Fleet:
                     preexec_fn=_end_with_parent,
                 )
             self._running.append(_Running(task, process, attempt))
+            if self._stopping:  # asked while the process was being started
+                process.send_signal(signal.SIGTERM)
 
     def _reap(self) -> None:
         for running in list(self._running):

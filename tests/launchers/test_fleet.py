@@ -129,3 +129,19 @@ def test_when_the_fleet_is_killed_its_commands_end(tmp_path: Path) -> None:
         assert time.monotonic() < end
         time.sleep(0.05)
     assert not (tmp_path / "a.done").exists()
+
+
+def test_an_interrupt_while_a_command_is_being_started_reaches_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = subprocess.Popen
+
+    def start(*args: Any, **options: Any) -> Any:
+        process = real(*args, **options)
+        os.kill(os.getpid(), signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    started = time.monotonic()
+    assert fleet([task(tmp_path, "a", seconds=60)]).run()["a"].state == "stopped"
+    assert time.monotonic() - started < 20
