@@ -173,7 +173,14 @@ def _ask_cluster(partition: str, dry_run: bool) -> tuple[Any, Any, list[slurm.Jo
     if dry_run and shutil.which("sbatch") is None:
         _say("note: there is no Slurm here; nothing was checked against a cluster")
         return None, None, []
-    return slurm.partition(partition), slurm.accounts(), slurm.queue()
+    try:
+        return slurm.partition(partition), slurm.accounts(), slurm.queue()
+    except slurm.SlurmError as error:
+        if not dry_run:
+            raise
+        # Its commands are installed, but no cluster is configured or up.
+        _say(f"note: Slurm does not answer here ({str(error).splitlines()[0]}); nothing was checked against a cluster")
+        return None, None, []
 
 
 def _submit_then(command: str, spec: Any, job: str) -> str:

@@ -38,15 +38,25 @@ def recipe(folder: Path, corpus: Path) -> Path:
     return path
 
 
-def test_a_spike_is_left_out_and_a_resume_agrees(poisoned: Path, tmp_path: Path) -> None:
-    plain, whole, parts = tmp_path / "plain", tmp_path / "whole", tmp_path / "parts"
-    assert run_to_end(recipe(plain, poisoned)).returncode == 0
-    before = [record["loss"] for record in read_lines(plain / "run" / "metrics.jsonl")]
+@pytest.fixture(scope="module")
+def before(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of a run that takes every step."""
+    folder = tmp_path_factory.mktemp("plain")
+    assert run_to_end(recipe(folder, poisoned)).returncode == 0
+    return [record["loss"] for record in read_lines(folder / "run" / "metrics.jsonl")]
+
+
+def limit_below_the_worst(before: list[float]) -> tuple[int, str]:
+    """The step of the poison, and a limit that it alone exceeds."""
     worst = max(range(LEAST, STEPS), key=lambda step: before[step])
     rest = sorted(before[LEAST:worst] + before[worst + 1 :])
     assert before[worst] > rest[-1] + 0.2, "the poison is seen in the losses"
-    limit = f"training.spike_nats={before[worst] - median(before[:worst]) - 0.2:.3f}"
+    return worst, f"training.spike_nats={before[worst] - median(before[:worst]) - 0.2:.3f}"
 
+
+def test_a_spike_is_left_out_and_a_resume_agrees(poisoned: Path, before: list[float], tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    worst, limit = limit_below_the_worst(before)
     outcome = run_to_end(recipe(whole, poisoned), limit)
     assert outcome.returncode == 0, outcome.stderr
     records = read_lines(whole / "run" / "metrics.jsonl")
@@ -71,8 +81,9 @@ def test_a_spike_is_left_out_and_a_resume_agrees(poisoned: Path, tmp_path: Path)
     assert [r["loss"] for r in read_lines(parts / "run" / "metrics.jsonl") if "loss" in r] == losses
 
 
-def test_it_is_tried_only_so_often(poisoned: Path, tmp_path: Path) -> None:
-    outcome = run_to_end(recipe(tmp_path / "x", poisoned), "training.spike_nats=0.5", "training.max_skips=0")
+def test_it_is_tried_only_so_often(poisoned: Path, before: list[float], tmp_path: Path) -> None:
+    _, limit = limit_below_the_worst(before)
+    outcome = run_to_end(recipe(tmp_path / "x", poisoned), limit, "training.max_skips=0")
     assert outcome.returncode == 2, outcome.stderr
     assert "Batches were skipped 0 times before; training.max_skips allows no more" in outcome.stderr
     assert "Traceback" not in outcome.stderr
