@@ -171,6 +171,7 @@ def test_failed_runs_stop_it_and_the_same_command_mends_it(
     assert pipeline(recipe, "--yes") == 0 and done(tmp_path) == list(STEPS)
 
 
+@pytest.mark.slow
 def test_a_kill_in_every_step_changes_nothing(recipe: Path, tmp_path: Path) -> None:
     """The process dies with SIGKILL when a step's work is done and not yet recorded, the worst moment; in each step once."""
     state = tmp_path / "out" / "state.json"
