@@ -15,6 +15,8 @@ from launchers.script import render
 from launchers.site import Site, load_site
 from qwen_moe.config import load_config
 
+NO_CLUSTER = "note: no Slurm answers here; nothing was checked against a cluster"
+
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser("launch", help="run a recipe on a Slurm cluster (docs/slurm.md); again to go on")
@@ -171,15 +173,15 @@ def _ask_cluster(partition: str, dry_run: bool) -> tuple[Any, Any, list[slurm.Jo
     import shutil
 
     if dry_run and shutil.which("sbatch") is None:
-        _say("note: there is no Slurm here; nothing was checked against a cluster")
+        _say(NO_CLUSTER)
         return None, None, []
     try:
         return slurm.partition(partition), slurm.accounts(), slurm.queue()
-    except slurm.SlurmError as error:
+    except slurm.SlurmError:
         if not dry_run:
             raise
         # Its commands are installed, but no cluster is configured or up.
-        _say(f"note: Slurm does not answer here ({str(error).splitlines()[0]}); nothing was checked against a cluster")
+        _say(NO_CLUSTER)
         return None, None, []
 
 
