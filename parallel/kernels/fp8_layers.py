@@ -16,9 +16,9 @@ from parallel.collectives import (
     start_reduce_scatter_sequence,
 )
 from parallel.kernels.formats import E4M3, Quantised
-from parallel.kernels.interface import ExpertPart
+from parallel.kernels.interface import ExpertPart, GroupedMM
 from parallel.kernels.padding import Padding
-from parallel.kernels.products import expert, grouped_mm, mm, sizes_of, transposed
+from parallel.kernels.products import expert, mm, sizes_of, transposed
 from parallel.kernels.quantiser import Quantiser
 from parallel.mesh import Axis
 
@@ -129,19 +129,20 @@ class _Grouped(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         quantiser: Quantiser,
+        grouped_mm: GroupedMM,
         path: str,
         part: ExpertPart,
         padding: Padding,
         counts: torch.Tensor,
     ) -> torch.Tensor:
         operand = quantiser.rows(f"{path}.input", x, E4M3, part, padding)
-        ctx.quantiser, ctx.path, ctx.part, ctx.padding = quantiser, path, part, padding
+        ctx.quantiser, ctx.path, ctx.part, ctx.padding, ctx.grouped_mm = quantiser, path, part, padding, grouped_mm
         saved = []
         if ctx.needs_input_grad[1]:
             saved, ctx.block = [operand.over_rows.data, operand.over_rows.inverse], operand.over_rows.block
         ctx.save_for_backward(weight, counts, *saved)
         quantised = quantiser.weight(f"{path}.weight", weight, False, part.first)
-        return _by_expert(operand.over_features, quantised, padding.sizes, counts, x.dtype)
+        return _by_expert(grouped_mm, operand.over_features, quantised, padding.sizes, counts, x.dtype)
 
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
@@ -152,18 +153,23 @@ class _Grouped(torch.autograd.Function):
         dx = dw = None
         if ctx.needs_input_grad[0]:
             across = transposed(quantiser.weight(f"{path}.weight", weight, True, part.first))
-            dx = _by_expert(gradient.over_features, across, padding.sizes, counts, dy.dtype)
+            dx = _by_expert(ctx.grouped_mm, gradient.over_features, across, padding.sizes, counts, dy.dtype)
         if ctx.needs_input_grad[1]:
             dw = _outer_by_expert(gradient.over_rows, Quantised(saved[0], saved[1], ctx.block), padding, dy.dtype)
-        return dx, dw, None, None, None, None, None
+        return dx, dw, None, None, None, None, None, None
 
 
 def _by_expert(
-    x: Quantised, weight: Quantised, sizes: Sequence[int], counts: torch.Tensor, dtype: torch.dtype
+    grouped_mm: GroupedMM,
+    x: Quantised,
+    weight: Quantised,
+    sizes: Sequence[int],
+    counts: torch.Tensor,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """``x [N, K]`` by ``weight [E, O, K]``: ``[N, O]``."""
     if x.exact_in_bf16:
-        return grouped_mm(x.values(dtype), weight.values(dtype), sizes, counts)
+        return grouped_mm(x.values(dtype), weight.values(dtype), counts)
     parts = x.data.split(list(sizes))
     return torch.cat([mm(Quantised(p, x.inverse[e]), expert(weight, e), dtype) for e, p in enumerate(parts)])
 
@@ -184,7 +190,13 @@ def _outer_by_expert(dy: Quantised, x: Quantised, padding: Padding, dtype: torch
 
 
 def grouped(
-    quantiser: Quantiser, path: str, part: ExpertPart, x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor
+    quantiser: Quantiser,
+    grouped_mm: GroupedMM,
+    path: str,
+    part: ExpertPart,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    counts: torch.Tensor,
 ) -> torch.Tensor:
     padding = Padding(sizes_of(counts, x.shape[0]), quantiser.recipe.row_alignment, x.device)
-    return _Grouped.apply(x, weight, quantiser, path, part, padding, counts)
+    return _Grouped.apply(x, weight, quantiser, grouped_mm, path, part, padding, counts)

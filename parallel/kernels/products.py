@@ -4,10 +4,7 @@ Products of two FP8 values are exact in float32, in which all of these accumulat
 Shapes: ``a [M, K]`` and ``b [N, K]`` are contracted over K; rows of E experts follow each other.
 """
 
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
 from parallel.kernels.formats import E5M2, Quantised
@@ -55,12 +52,3 @@ def sizes_of(counts: torch.Tensor, rows: int) -> list[int]:
 def expert(x: Quantised, index: int) -> Quantised:
     """Matrix ``index`` of a stack ``[E, R, C]``."""
     return Quantised(x.data[index], x.inverse[index], x.block)
-
-
-def grouped_mm(x: torch.Tensor, weight: torch.Tensor, sizes: Sequence[int], counts: torch.Tensor) -> torch.Tensor:
-    """``x [N, K]`` by ``weight [E, O, K]``, rows split by ``sizes``: ``[N, O]``; bfloat16 values that are exact."""
-    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    if not aligned or not x.shape[0]:
-        parts = x.split(list(sizes))
-        return torch.cat([F.linear(part, weight[index]) for index, part in enumerate(parts)])
-    return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0).to(torch.int32))

@@ -13,10 +13,12 @@ from parallel.mesh import Axis
 
 
 class TorchFp8(Kernels):
-    """All projections and experts with FP8 operands by ``recipe``; norms and attention are the model's own."""
+    """All projections and experts with FP8 operands by ``recipe``; norms and attention are the model's own, and so is
+    ``grouped_mm``, which multiplies experts' values where those are exact in bfloat16."""
 
-    def __init__(self, tp: Axis, stage: Axis, recipe: Recipe, *, keep_weights: bool) -> None:
+    def __init__(self, tp: Axis, stage: Axis, recipe: Recipe, *, keep_weights: bool, grouped_mm: GroupedMM) -> None:
         super().__init__(tp)
+        self.grouped_mm = grouped_mm
         self.quantiser = Quantiser(stage, recipe, keep_weights=keep_weights)
 
     def column(self, path: str, parent: nn.Module, names: Sequence[str]) -> Project | None:
@@ -33,7 +35,7 @@ class TorchFp8(Kernels):
 
     def grouped(self, path: str, part: ExpertPart) -> GroupedMM | None:
         self.quantiser.add(path, part.total)
-        return partial(grouped, self.quantiser, path, part)
+        return partial(grouped, self.quantiser, self.grouped_mm, path, part)
 
     def materialise(self, device: torch.device) -> None:
         if self.quantiser.scaling is not None:

@@ -56,9 +56,10 @@ class _BlockAttention(torch.autograd.Function):
         top = torch.empty(n, seq * repeats, 1, dtype=torch.float32)
         total = torch.empty_like(top)
         wide_q, wide_k = rows_q.float() * dim**-0.5, rows_k.float().transpose(1, 2)
+        mask = _mask(min(QUERIES, seq), repeats)
         for heads, begin, end, rows in _blocks(n, seq, repeats):
             scores = torch.bmm(wide_q[heads, rows], wide_k[heads, :, :end])
-            scores[:, :, begin:].add_(_mask(begin, end, repeats))
+            scores[:, :, begin:].add_(mask[: (end - begin) * repeats, : end - begin])
             p, top[heads, rows], total[heads, rows] = _exponentials(scores, q)
             y[heads, rows] = torch.bmm(p, rows_v[heads, :end])
         shape = (batch, groups, seq, repeats, 1)
@@ -76,9 +77,10 @@ class _BlockAttention(torch.autograd.Function):
         dk = torch.zeros(rows_k.shape, dtype=torch.float32)
         dv = torch.zeros_like(dk)
         wide_q, wide_k = rows_q.float() * scale, rows_k.float().transpose(1, 2)
+        mask = _mask(min(QUERIES, seq), repeats)
         for heads, begin, end, rows in _blocks(n, seq, repeats):
             scores = torch.bmm(wide_q[heads, rows], wide_k[heads, :, :end])
-            scores[:, :, begin:].add_(_mask(begin, end, repeats))
+            scores[:, :, begin:].add_(mask[: (end - begin) * repeats, : end - begin])
             dp = torch.bmm(dy[heads, rows], rows_v[heads, :end].transpose(1, 2))
             p, ds = _score_gradients(scores, lse[heads, rows], dp)
             dq[heads, rows] = torch.bmm(ds, rows_k[heads, :end])
@@ -105,9 +107,9 @@ def _blocks(n: int, seq: int, repeats: int) -> list[tuple[slice, int, int, slice
     return found
 
 
-def _mask(begin: int, end: int, repeats: int) -> torch.Tensor:
-    """``[(end - begin) * R, end - begin]`` to add to the scores on the diagonal: 0 where a query may look, else -inf."""
-    size = end - begin
+def _mask(size: int, repeats: int) -> torch.Tensor:
+    """``[size * R, size]`` to add to the scores of ``size`` queries on the diagonal: 0 where one may look, else -inf. Of
+    fewer queries, the upper left corner."""
     return torch.full((size, size), float("-inf")).triu_(1).repeat_interleave(repeats, 0)
 
 

@@ -16,14 +16,16 @@ def _forward(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return F.silu(g).mul_(u)
 
 
-@fused
-def _backward(g: torch.Tensor, u: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _gradients(g: torch.Tensor, u: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ops.aten.silu_backward(dy * u, g), F.silu(g).mul_(dy)
+
+
+_backward = fused(_gradients)
 
 
 @fused
 def _backward_joined(g: torch.Tensor, u: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
-    return torch.cat([torch.ops.aten.silu_backward(dy * u, g), F.silu(g).mul_(dy)], -1)
+    return torch.cat(_gradients(g, u, dy), -1)
 
 
 class _SwiGLU(torch.autograd.Function):

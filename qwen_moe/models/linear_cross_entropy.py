@@ -11,6 +11,19 @@ from qwen_moe.models.norm import statistics_dtype
 IGNORE = -100
 
 
+def _statistics(wide: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The losses ``[T, 1]`` of logits ``wide [T, V]`` (0 where not counted), their logsumexp and the label's logit."""
+    lse = wide.logsumexp(-1, keepdim=True)
+    of_label = wide.gather(1, labels.unsqueeze(1).clamp_min(0))
+    return (lse - of_label) * (labels != IGNORE).unsqueeze(1), lse, of_label
+
+
+@fused
+def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The summed loss of ``logits [T, V]``."""
+    return _statistics(logits.to(statistics_dtype(logits.dtype)), labels)[0].sum()
+
+
 @fused
 def _losses_and_gradients(
     logits: torch.Tensor, labels: torch.Tensor
@@ -18,10 +31,8 @@ def _losses_and_gradients(
     """Of ``logits [T, V]``, which are used up: the summed loss, the gradient softmax(z) but for the labels' elements, and
     those ``[T, 1]``: 1 is subtracted before they are rounded."""
     wide = logits.to(statistics_dtype(logits.dtype))
-    counted = (labels != IGNORE).unsqueeze(1)
-    lse = wide.logsumexp(-1, keepdim=True)
-    of_label = wide.gather(1, labels.unsqueeze(1).clamp_min(0))
-    loss = ((lse - of_label) * counted).sum()
+    losses, lse, of_label = _statistics(wide, labels)
+    loss, counted = losses.sum(), (labels != IGNORE).unsqueeze(1)
     dz = wide.sub_(lse).exp_().mul_(counted).to(logits.dtype)
     return loss, dz, (((of_label - lse).exp() - 1) * counted).to(logits.dtype)
 
@@ -43,10 +54,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, x.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             x_c, labels_c = x[rows], labels[rows]
+            if not (need_x or need_weight):
+                total += _losses(x_c @ weight.T, labels_c)
+                continue
             losses, dz, of_label = _losses_and_gradients(x_c @ weight.T, labels_c)
             total += losses
-            if not (need_x or need_weight):
-                continue
             dz.scatter_(1, labels_c.unsqueeze(1).clamp_min(0), of_label)
             if dx is not None:
                 torch.mm(dz, weight, out=dx[rows])

@@ -1,8 +1,6 @@
 """Writes settings into a recipe as text, so that its comments and its order stay."""
 
-import os
 import re
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -78,10 +76,3 @@ def differences(values: dict[str, Any], settings: Settings) -> dict[str, tuple[A
             if own.get(key) != plain:
                 found[f"{section}.{key}"] = (own.get(key), plain)
     return found
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` at once."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

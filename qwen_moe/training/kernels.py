@@ -11,6 +11,7 @@ from parallel.kernels.transformer_engine import KernelsUnavailable, TransformerE
 from parallel.mesh import Grids
 from qwen_moe.config import Fp8Config, RunConfig
 from qwen_moe.errors import UserError
+from qwen_moe.models.grouped_matmul import grouped_mm
 
 
 def fp8_recipe(config: Fp8Config) -> Recipe:
@@ -38,7 +39,7 @@ def choose_kernels(config: RunConfig, grids: Grids) -> Kernels:
             missing = f" ({error})"
     if recipe is None:
         return Kernels(grids.tp)
-    kernels = TorchFp8(grids.tp, grids.stage, recipe, keep_weights=_keeps_weights(config))
+    kernels = TorchFp8(grids.tp, grids.stage, recipe, keep_weights=_keeps_weights(config), grouped_mm=grouped_mm)
     kernels.name += missing
     return kernels
 

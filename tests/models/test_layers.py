@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
+import qwen_moe.models.linear_cross_entropy as linear_cross_entropy_file
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.feed_forward import swiglu
 from qwen_moe.models.grouped_matmul import grouped_mm, loop_mm
@@ -54,6 +55,14 @@ def test_rms_norm_backward() -> None:
 def test_rope_backward() -> None:
     cos, sin = rope_tables(torch.arange(5)[None], 6, 100.0, torch.float64)
     assert gradcheck(lambda x: apply_rope(x, cos, sin), (rand(2, 5, 3, 6).requires_grad_(),))
+
+
+def test_a_loss_without_gradients_forms_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, labels = rand(7, 4), rand(9, 4, seed=1), torch.tensor([1, -100, 3, 8, 0, -100, 2])
+    with_gradient = linear_cross_entropy(x.requires_grad_(), weight, labels, 3)
+    monkeypatch.setattr(linear_cross_entropy_file, "_losses_and_gradients", lambda *_: pytest.fail("formed"))
+    assert linear_cross_entropy(x.detach(), weight, labels, 3) == with_gradient
+    torch.testing.assert_close(with_gradient, F.cross_entropy(x @ weight.T, labels, reduction="sum"))
 
 
 def test_swiglu_backward() -> None:

@@ -9,6 +9,7 @@ from parallel.kernels.interface import ExpertPart
 from parallel.kernels.quantiser import Recipe
 from parallel.kernels.torch_fp8 import TorchFp8
 from parallel.mesh import Axis
+from qwen_moe.models.grouped_matmul import grouped_mm
 
 ONE = Axis("one", 1, 0, None)
 RECIPES = ("delayed", "current", "blockwise", "mxfp8")
@@ -17,7 +18,7 @@ HYBRID = {"delayed": True, "current": True, "blockwise": False, "mxfp8": False}
 
 def provider(recipe: str, *, keep_weights: bool = True, **settings: Any) -> TorchFp8:
     settings = {"hybrid": HYBRID[recipe]} | settings
-    return TorchFp8(ONE, ONE, Recipe(name=recipe, **settings), keep_weights=keep_weights)  # type: ignore[arg-type]
+    return TorchFp8(ONE, ONE, Recipe(name=recipe, **settings), keep_weights=keep_weights, grouped_mm=grouped_mm)  # type: ignore[arg-type]
 
 
 def linear_through(kernels: TorchFp8, x: torch.Tensor, linear: nn.Linear, dy: torch.Tensor) -> dict[str, torch.Tensor]:

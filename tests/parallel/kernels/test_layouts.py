@@ -16,6 +16,7 @@ from parallel.kernels.interface import ExpertPart
 from parallel.kernels.quantiser import Recipe
 from parallel.kernels.torch_fp8 import TorchFp8
 from parallel.mesh import Axis, Grids, Layout
+from qwen_moe.models.grouped_matmul import grouped_mm
 from tests.distributed import run_distributed
 from tests.parallel.kernels.products import HYBRID, ONE
 
@@ -47,7 +48,7 @@ def problem(step: int, stage: int) -> Tensors:
 
 def run(recipe: str, tp: Axis, group: Axis, pick: Callable[[Tensors], Tensors], part: ExpertPart, stage: int) -> Any:
     """Steps of up -> relu -> down and of grouped experts on what ``pick`` takes of each; the last step's tensors."""
-    kernels = TorchFp8(tp, group, Recipe(name=recipe, hybrid=HYBRID[recipe]), keep_weights=True)  # type: ignore[arg-type]
+    kernels = TorchFp8(tp, group, Recipe(name=recipe, hybrid=HYBRID[recipe]), keep_weights=True, grouped_mm=grouped_mm)  # type: ignore[arg-type]
     parent = nn.Module()
     parent.up = nn.Linear(A, F, bias=False, device="meta")
     parent.down = nn.Linear(F, A, bias=False, device="meta")
