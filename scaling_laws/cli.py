@@ -134,7 +134,8 @@ def _text(found: dict[str, Any]) -> str:
         f"  learning rate      {found['learning_rate']:.3e}{interval('learning_rate', '.2e')}",
         f"  batch size         {found['batch_size_tokens']:,} tokens = {found['batch_size_sequences']:,} sequences"
         f"{interval('batch_size_tokens', ',.0f')}",
-        f"  expected excess    {found['predicted_excess_loss']:.3%} of loss, for not knowing the optimum exactly",
+        f"  expected excess    {found['predicted_excess_loss']:.3%} of loss, for not knowing the optimum exactly"
+        f"{interval('predicted_excess_loss', '.3%')}",
         f"  widest batch       {found['widest_batch_tokens']:,.0f} tokens cost less than 0.1% (at their own learning rate)",
     ]
     if found["predicted_loss"] is not None:

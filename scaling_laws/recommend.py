@@ -9,7 +9,7 @@ from scaling_laws.errors import InputError
 from scaling_laws.fitting import Fit
 from scaling_laws.forms import points
 from scaling_laws.loss_law import compute_optimal
-from scaling_laws.surface import PUBLISHED, Surface
+from scaling_laws.surface import PUBLISHED, WINDOW, Surface
 
 WIDE = 1e-3  # excess loss that a wide batch may cost
 LEAST_GROUPS = 5  # groups below which resamples are too much alike to tell anything
@@ -66,21 +66,20 @@ def _refuse(fit: Fit, beyond: dict[str, float], accepted: bool) -> list[str]:
     return [f"extrapolation: {reason}" for reason in reasons]
 
 
-def _expected_excess(
-    samples: list[Surface], n_total: float, n_active: float, tokens: float, rate: Any, batch: Any
-) -> Any:
-    """Mean over resampled surfaces of the excess loss that (rate, batch) has in them."""
-    return np.mean([s.excess(n_total, n_active, tokens, rate, batch) for s in samples], axis=0)
+def _excesses(samples: list[Surface], n_total: float, n_active: float, tokens: float, rate: Any, batch: Any) -> Any:
+    """[samples, points]: the excess loss of each point (rate, batch) in each resampled surface, from 0 to `WINDOW`: beyond
+    it a cubic is any number, and one resample that is far off would be the mean of all."""
+    return np.clip([s.excess(n_total, n_active, tokens, rate, batch) for s in samples], 0.0, WINDOW)
 
 
 def _widest(samples: list[Surface], surface: Surface, n_total: float, n_active: float, tokens: float) -> float:
-    """The largest batch, in tokens, whose expected excess at its own best learning rate is under `WIDE`."""
+    """The largest batch, in tokens, whose mean excess over resamples at its own best learning rate is under `WIDE`."""
     best_rate, best_batch = (float(x[0]) for x in surface.optimum(n_total, n_active, tokens))
     widest = best_batch
     for factor in np.geomspace(1, 30, 60):
         rates = best_rate * np.geomspace(0.3, 6, 40)
         batch = np.full_like(rates, best_batch * factor)
-        if float(np.min(_expected_excess(samples, n_total, n_active, tokens, rates, batch))) > WIDE:
+        if float(np.min(np.mean(_excesses(samples, n_total, n_active, tokens, rates, batch), axis=0))) > WIDE:
             break
         widest = best_batch * factor
     return widest
@@ -129,7 +128,12 @@ def recommend(fit: Fit, request: Request) -> dict[str, Any]:
         warnings.append(
             f"one micro-batch on every rank ({unit * request.seq_len:,} tokens) is more than the best batch"
         )
-    excess = float(_expected_excess(samples, n_total, n_active, tokens, np.array([rate]), np.array([batch_tokens]))[0])
+    excesses = _excesses(samples, n_total, n_active, tokens, np.array([rate]), np.array([batch_tokens]))[:, 0]
+    excess = float(np.mean(excesses))
+    if np.median(excesses) >= WINDOW:
+        warnings.append(
+            f"the excess is {WINDOW:.0%} or more, for which the surface is not trusted: the loss will be higher than predicted"
+        )
     widest = _widest(samples, fit.surface, n_total, n_active, tokens)
     critical = bool(batch_tokens > widest)
     if critical:
@@ -140,7 +144,7 @@ def recommend(fit: Fit, request: Request) -> dict[str, Any]:
     if fit.loss_law is not None:
         others = {"granularity": request.granularity or fit.granularity, "unique_tokens": request.unique_tokens}
         where = points(n_total, n_active, tokens, **others)
-        predicted = float(fit.loss_law.at(where)[0]) * (1 + max(0.0, excess))
+        predicted = float(fit.loss_law.at(where)[0]) * (1 + excess)
         losses = [float(law.at(where)[0]) for law in fit.loss_samples]
         loss_interval = _interval(losses) if told else None
     result: dict[str, Any] = {
@@ -159,6 +163,7 @@ def recommend(fit: Fit, request: Request) -> dict[str, Any]:
             "learning_rate": _interval([float(x[0][0]) for x in optima]) if told else None,
             "batch_size_tokens": _interval([float(x[1][0]) for x in optima]) if told else None,
             "predicted_loss": loss_interval,
+            "predicted_excess_loss": _interval(list(excesses)) if told else None,
         },
         "extrapolation": beyond,
         "warnings": warnings,

@@ -3,12 +3,17 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import scaling_laws.recommend as laws
 from qwen_moe.cli import main
+from scaling_laws.fitting import load_fit
+from scaling_laws.recommend import Request
+from scaling_laws.surface import WINDOW
 from tests.scaling_laws.data import best_loss, optimum, synthetic
 
 ROOT = Path(__file__).parents[2]
@@ -49,12 +54,25 @@ def test_known_laws_are_found_beyond_the_runs(fit_dir: Path, capsys: pytest.Capt
         assert 0.9 * low < truth < 1.1 * high, key
 
 
+def test_a_refit_that_ran_away_counts_no_more_than_is_trusted(fit_dir: Path) -> None:
+    fit = load_fit(fit_dir)
+    request = Request(n_total=2e8, tokens=4e9, seq_len=1024)
+    found = laws.recommend(fit, request)
+    first, *others = fit.surface_samples
+    wild = replace(first, learning_rate=[first.learning_rate[0] - 6, *first.learning_rate[1:]])
+    with_wild = laws.recommend(replace(fit, surface_samples=[wild, *others]), request)
+    added = with_wild["predicted_excess_loss"] - found["predicted_excess_loss"]
+    assert 0.9 * WINDOW < added * len(fit.surface_samples) <= WINDOW
+    assert with_wild["predicted_loss"] == pytest.approx(found["predicted_loss"] * (1 + added), rel=1e-4)
+
+
 def test_a_batch_that_the_cluster_forces_is_flagged(fit_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = recommend(
         fit_dir, capsys, "--n-total", "2e8", "--tokens", "4e9", "--data-parallel", "4096", "--micro-batch", "4"
     )
     assert found["past_critical_batch"] and found["batch_size_sequences"] == 4096 * 4
     assert any("past the critical size" in note for note in found["warnings"])
+    assert any("higher than predicted" in note for note in found["warnings"])
 
 
 def test_compute_optimal_sizes(fit_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
