@@ -1,8 +1,10 @@
 """`run_local(fn, world_size, *args)`: call ``fn(*args)`` in real gloo processes of this machine, for every rank's result."""
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -15,8 +17,15 @@ from typing import Any
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
+ECHO_SECONDS = 1.0  # after the first failure, for the other ranks to say what they saw
+
+
 class RankFailed(RuntimeError):
-    """A rank raised, died or ran past the limit; the message has its traceback."""
+    """Ranks raised, died or ran past the limit. The message has their tracebacks; ``cause`` is one line."""
+
+    def __init__(self, message: str, cause: str) -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 def preload(modules: Sequence[str]) -> None:
@@ -41,6 +50,7 @@ def _run_rank(fn: Callable[..., Any], rank: int, world_size: int, folder: str, a
 
     die_with_parent()
     torch.set_num_threads(1)
+    faulthandler.enable((Path(folder) / f"{rank}.fault").open("w"), all_threads=False)
     try:
         store = dist.FileStore(f"{folder}/store", world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
@@ -56,8 +66,8 @@ def _run_rank(fn: Callable[..., Any], rank: int, world_size: int, folder: str, a
 
 
 def run_local(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300) -> list[Any]:
-    """Results by rank. ``fn`` must be importable. Raises RankFailed with the traceback of the first rank that failed;
-    the others, who may wait for it for ever, are killed."""
+    """Results by rank. ``fn`` must be importable. Raises RankFailed with what every rank that failed has to say, the cause
+    before its echoes; ranks that still run, and may wait for a lost one for ever, are killed."""
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             _CONTEXT.Process(target=_run_rank, args=(fn, rank, world_size, folder, args)) for rank in range(world_size)
@@ -66,26 +76,32 @@ def run_local(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
             process.start()
         deadline = time.monotonic() + timeout
         failed = False
-        while not failed and any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
             for process in processes:
                 process.join(0.02)
-                failed = failed or process.exitcode not in (None, 0)
-        if failed:
-            time.sleep(0.2)  # whoever failed of itself, not for a lost peer, has written its result by then
+            if not failed and any(process.exitcode not in (None, 0) for process in processes):
+                failed, deadline = True, min(deadline, time.monotonic() + ECHO_SECONDS)
         hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
         for process in processes:
             process.kill()
             process.join()
-        outcomes = {}
-        files = sorted(Path(folder).glob("*.pkl"), key=lambda file: file.stat().st_mtime_ns)
-        for file in files:
-            outcomes[int(file.stem)] = pickle.loads(file.read_bytes())
-    failures = [text for good, text in outcomes.values() if not good]
+        outcomes = {int(file.stem): pickle.loads(file.read_bytes()) for file in Path(folder).glob("*.pkl")}
+        failures = []
+        for rank, process in enumerate(processes):
+            if rank in outcomes and not outcomes[rank][0]:
+                text = outcomes[rank][1].strip()
+                failures.append((f"rank {rank} of {world_size}: {text}", text.splitlines()[-1]))
+            elif rank not in outcomes and rank not in hung:
+                cause = f"rank {rank} of {world_size} died without a result ({_end(process.exitcode)})"
+                failures.append((f"{cause}\n{(Path(folder) / f'{rank}.fault').read_text()}", cause))
     if failures:
-        raise RankFailed(failures[0])
+        failures.sort(key=lambda failure: "by peer" in failure[1])  # a lost peer is an echo of what came before
+        raise RankFailed("\n".join(text for text, _ in failures), failures[0][1])
     if hung:
-        raise RankFailed(f"ranks {hung} of {world_size} still ran after {timeout} s")
-    missing = sorted(set(range(world_size)) - outcomes.keys())
-    if missing:
-        raise RankFailed(f"ranks {missing} of {world_size} died without a result")
+        cause = f"ranks {hung} of {world_size} still ran after {timeout} s"
+        raise RankFailed(cause, cause)
     return [outcomes[rank][1] for rank in range(world_size)]
+
+
+def _end(exitcode: int | None) -> str:
+    return signal.Signals(-exitcode).name if exitcode is not None and exitcode < 0 else f"exit code {exitcode}"

@@ -132,7 +132,7 @@ def recommend(fit: Fit, request: Request) -> dict[str, Any]:
     excess = float(np.mean(excesses))
     if np.median(excesses) >= WINDOW:
         warnings.append(
-            f"the excess is {WINDOW:.0%} or more, for which the surface is not trusted: the loss will be higher than predicted"
+            f"the excess is {WINDOW:.0%} or more, where the surface is not trusted: the loss will be higher than predicted"
         )
     widest = _widest(samples, fit.surface, n_total, n_active, tokens)
     critical = bool(batch_tokens > widest)

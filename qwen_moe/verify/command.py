@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
             reports = run_local(train_rank, layout.world_size, small, timeout=300)
         except RankFailed as error:
             rows.append(row | {"equal": False, "error": str(error)})
-            print(f"{label:44s} FAILED: {str(error).strip().splitlines()[-1]}", file=out, flush=True)
+            print(f"{label:44s} FAILED: {error.cause}", file=out, flush=True)
             continue
         found = compare(reports, train_reference(small, layout.dp))
         rows.append(

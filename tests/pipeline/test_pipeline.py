@@ -3,13 +3,16 @@
 The small runs are `fake_train`'s, whose best learning rate and batch are known; everything else is the real thing.
 """
 
+import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +32,11 @@ STEPS = ("prepare", "ladder", "run", "collect", "fit", "recommend", "plan", "lau
 BUDGET = "1e12"
 
 
-@pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(launch_folder, "TRAIN", FAKE)
-    monkeypatch.chdir(tmp_path)
+def write_recipe(folder: Path) -> None:
     rng = random.Random(0)
     words = ["router", "expert", "token", "gradient", "tensor", "pipeline", "batch", "loss"]
     documents = [" ".join(rng.choices(words, k=200)) for _ in range(20)]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     values: dict[str, Any] = {
         "run_dir": "large",
         "model": {
@@ -60,24 +60,49 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "schedule": {"kind": "wsd", "decay_tokens": 400_000, "min_learning_rate": 0.001},
         "checkpoint": {"export_hf": False},
     }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
 
 
-def pipeline(recipe: Path, *options: str) -> int:
-    return main(["pipeline", str(recipe), "--output", "out", "--flops-budget", BUDGET, "--parallel", "2", *options])
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of the test holds a recipe and its text, and is where commands run."""
+    monkeypatch.setattr(launch_folder, "TRAIN", FAKE)
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A folder where the pipeline went through, and what it printed."""
+    folder, out, err = tmp_path_factory.mktemp("whole"), io.StringIO(), io.StringIO()
+    write_recipe(folder)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(launch_folder, "TRAIN", FAKE)
+        patch.chdir(folder)
+        assert pipeline("--yes") == 0
+    return folder, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def finished(recipe: None, whole: tuple[Path, str, str], tmp_path: Path) -> None:
+    """The folder of the test is a copy of one where the pipeline went through."""
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+
+
+def pipeline(*options: str) -> int:
+    return main(["pipeline", "recipe.yaml", "--output", "out", "--flops-budget", BUDGET, "--parallel", "2", *options])
 
 
 def done(folder: Path) -> list[str]:
     return list(read_json(folder / "out" / "state.json")["steps"])
 
 
-def test_from_recipe_to_recommended_recipe(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert pipeline(recipe, "--yes") == 0
-    shown = capsys.readouterr()
-    assert shown.out.split()[-1] == "out/pipeline.md" and done(tmp_path) == list(STEPS)
-    assert "runs are to be trained" in shown.err and "expected time here about" in shown.err
+def test_from_recipe_to_recommended_recipe(
+    finished: None, whole: tuple[Path, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, printed, told = whole
+    assert printed.split()[-1] == "out/pipeline.md" and done(tmp_path) == list(STEPS)
+    assert "runs are to be trained" in told and "expected time here about" in told
     config = load_config(tmp_path / "out" / "recipe.yaml")
     size = float(count_parameters(config.model).non_vocabulary_total)
     rate, batch = fake_train.optimum(size, 2e6)
@@ -100,22 +125,22 @@ def test_from_recipe_to_recommended_recipe(recipe: Path, tmp_path: Path, capsys:
     assert json.loads(capsys.readouterr().out)["left_out"] == []
     # Again: nothing is done twice.
     before = read_json(tmp_path / "out" / "state.json")
-    assert pipeline(recipe) == 0
+    assert pipeline() == 0
     assert capsys.readouterr().err.count("done before") == len(STEPS)
     assert read_json(tmp_path / "out" / "state.json") == before
 
 
 def test_nobody_to_ask_is_an_error_and_not_a_hang(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with open(os.devnull) as nobody:
         monkeypatch.setattr(sys, "stdin", nobody)
-        assert pipeline(recipe) == 2
+        assert pipeline() == 2
     message = capsys.readouterr().err
     assert "add --yes" in message and "--until ladder" in message and "FLOPs" in message
     assert done(tmp_path) == ["prepare", "ladder"] and not (tmp_path / "out" / "ladder" / "runs").exists()
     assert "| run | train the small runs | not yet |" in (tmp_path / "out" / "pipeline.md").read_text()
-    assert pipeline(recipe, "--until", "ladder") == 0
+    assert pipeline("--until", "ladder") == 0
 
 
 class Terminal:
@@ -129,50 +154,48 @@ class Terminal:
         return self.answer
 
 
-def test_the_answer_decides(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_answer_decides(recipe: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", Terminal("\n"))
-    assert pipeline(recipe) == 0 and done(tmp_path) == ["prepare", "ladder"]
+    assert pipeline() == 0 and done(tmp_path) == ["prepare", "ladder"]
     monkeypatch.setattr(sys, "stdin", Terminal("y\n"))
-    assert pipeline(recipe, "--until", "run") == 0 and done(tmp_path) == ["prepare", "ladder", "run"]
+    assert pipeline("--until", "run") == 0 and done(tmp_path) == ["prepare", "ladder", "run"]
 
 
-def test_changed_inputs_are_named(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert pipeline(recipe, "--yes") == 0
-    capsys.readouterr()
+def test_changed_inputs_are_named(finished: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Of the ladder, whose runs are worth something: refused, until asked for.
-    assert pipeline(recipe, "model.num_experts=8", "--yes") == 2
+    assert pipeline("model.num_experts=8", "--yes") == 2
     message = capsys.readouterr().err
     assert "model.num_experts was 4, is now 8" in message and "--redo ladder" in message
-    assert main(["pipeline", str(recipe), "--output", "out", "--flops-budget", "9e12"]) == 2
+    assert main(["pipeline", "recipe.yaml", "--output", "out", "--flops-budget", "9e12"]) == 2
     assert "--flops-budget was 1000000000000.0, is now 9000000000000.0" in capsys.readouterr().err
     # Of what is cheap: done again, with what depends on it, and no more.
     runs = tmp_path / "out" / "runs.csv"
     runs.write_text(runs.read_text().replace("\nrun_000,", "\nrun_xyz,"))
-    assert pipeline(recipe, "--yes") == 0
+    assert pipeline("--yes") == 0
     message = capsys.readouterr().err
     assert "fit: fit the laws again, because out/runs.csv has changed" in message
     assert "run: done before" in message and "collect: done before" in message
-    assert pipeline(recipe, "--redo", "ladder", "--yes", "--until", "ladder") == 0
+    assert pipeline("--redo", "ladder", "--yes", "--until", "ladder") == 0
     assert (tmp_path / "out" / "ladder.old-1" / "runs").is_dir() and not (tmp_path / "out" / "ladder" / "runs").exists()
     assert done(tmp_path) == ["prepare", "ladder"]
 
 
 def test_failed_runs_stop_it_and_the_same_command_mends_it(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert pipeline(recipe, "--until", "ladder") == 0
+    assert pipeline("--until", "ladder") == 0
     runs = tmp_path / "out" / "ladder" / "runs"
     runs.mkdir()
     (runs / "fail").write_text("2")
-    assert pipeline(recipe, "--yes") == 2
+    assert pipeline("--yes") == 2
     message = capsys.readouterr().err
     assert "runs of the ladder are not done" in message or "no run of" in message
     (runs / "fail").unlink()
-    assert pipeline(recipe, "--yes") == 0 and done(tmp_path) == list(STEPS)
+    assert pipeline("--yes", "--until", "collect") == 0 and done(tmp_path) == list(STEPS[:4])
 
 
 @pytest.mark.slow
-def test_a_kill_in_every_step_changes_nothing(recipe: Path, tmp_path: Path) -> None:
+def test_a_kill_in_every_step_changes_nothing(recipe: None, tmp_path: Path) -> None:
     """The process dies with SIGKILL when a step's work is done and not yet recorded, the worst moment; in each step once."""
     state = tmp_path / "out" / "state.json"
     for number, step in enumerate(STEPS):
@@ -195,12 +218,12 @@ main(["pipeline", "recipe.yaml", "--output", "out", "--flops-budget", {BUDGET!r}
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert list((read_json(state) or {"steps": {}})["steps"]) == list(STEPS[:number])
         assert all(path.stat().st_mtime_ns == at for path, at in metrics.items()), "no small run was made twice"
-    assert pipeline(recipe, "--yes") == 0 and done(tmp_path) == list(STEPS)
+    assert pipeline("--yes") == 0 and done(tmp_path) == list(STEPS)
     assert (tmp_path / "out" / "ladder.old-1").is_dir(), "the ladder that was not recorded was made again"
     assert load_config(tmp_path / "out" / "recipe.yaml").optimizer.learning_rate != 0.01
 
 
-def test_an_interrupt_of_the_small_runs_stops_in_order(recipe: Path, tmp_path: Path) -> None:
+def test_an_interrupt_of_the_small_runs_stops_in_order(recipe: None, tmp_path: Path) -> None:
     script = f"""
 import sys
 from qwen_moe.cli import main
@@ -217,12 +240,12 @@ sys.exit(main(["pipeline", "recipe.yaml", "--output", "out", "--flops-budget", {
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and "stopped in step run" in errors and "Traceback" not in errors
     assert done(tmp_path) == ["prepare", "ladder"]
-    assert pipeline(recipe, "--yes", "--until", "run") == 0
+    assert pipeline("--yes", "--until", "run") == 0
 
 
-def test_mistakes_are_refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_refused(recipe: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(*arguments: str) -> str:
-        assert main(["pipeline", str(recipe), "--output", "out", *arguments]) == 2
+        assert main(["pipeline", "recipe.yaml", "--output", "out", *arguments]) == 2
         return capsys.readouterr().err
 
     assert "multiple of --gpus-per-node 8" in refused("--gpus", "12")
@@ -231,7 +254,7 @@ def test_mistakes_are_refused(recipe: Path, tmp_path: Path, capsys: pytest.Captu
     assert "nothing.bin does not exist" in refused("data.prepare=null", "data.train=[{prefix: nothing}]")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
-    assert main(["pipeline", str(recipe), "--output", "full"]) == 2
+    assert main(["pipeline", "recipe.yaml", "--output", "full"]) == 2
     assert "holds thesis.tex and no state.json" in capsys.readouterr().err
 
 

@@ -8,7 +8,7 @@ from tests.training.test_run import STEPS, corpus, losses, run_to_end, write_rec
 
 __all__ = ["corpus"]
 TOKENS = 8 * 32
-TRUNK = ("schedule.kind=wsd", f"schedule.decay_tokens={2 * TOKENS}", "checkpoint.keep=1", "checkpoint.export_hf=false")
+TRUNK = ("schedule.kind=wsd", f"schedule.decay_tokens={2 * TOKENS}", "checkpoint.keep=1")
 BRANCH = (*TRUNK, f"training.train_tokens={8 * TOKENS}", f"data.order_tokens={STEPS * TOKENS}")
 
 
@@ -25,9 +25,7 @@ def trunk(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 def _recipe(folder: Path, corpus: Path) -> Path:
     folder.mkdir(exist_ok=True)
-    path = write_recipe(folder, corpus)
-    path.write_text(path.read_text().replace("sample_prompt: router expert\n", ""))
-    return path
+    return write_recipe(folder, corpus)
 
 
 def test_a_branch_ends_where_its_own_run_would(trunk: Path, corpus: Path, tmp_path: Path) -> None:
@@ -55,6 +53,7 @@ def test_a_trunk_that_does_not_fit_is_refused(
     step: int, changes: list[str], message: str, trunk: Path, corpus: Path, tmp_path: Path
 ) -> None:
     start = trunk / "run" / "checkpoints" / f"step_{step:08d}"
-    outcome = run_to_end(_recipe(tmp_path / "x", corpus), *BRANCH, f"checkpoint.branch_from={start}", *changes)
+    alone = "launch.nproc=1"
+    outcome = run_to_end(_recipe(tmp_path / "x", corpus), *BRANCH, f"checkpoint.branch_from={start}", alone, *changes)
     assert outcome.returncode == 2 and message in outcome.stderr, outcome.stderr
     assert "Traceback" not in outcome.stderr

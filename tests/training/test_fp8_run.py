@@ -29,8 +29,7 @@ def write(folder: Path, corpus: Path, **changes: Any) -> Path:  # noqa: F811
 
     recipe = write_recipe(folder, corpus, **changes)
     values = yaml.safe_load(recipe.read_text())
-    values |= {"precision": FP8, "parallel": LAYOUT, "sample_prompt": "", "launch": {"nproc": 4, "threads": 1}}
-    values["checkpoint"]["export_hf"] = False
+    values |= {"precision": FP8, "parallel": LAYOUT, "launch": {"nproc": 4, "threads": 1}}
     values["training"]["validation_sequences"] = 4
     recipe.write_text(yaml.safe_dump(values))
     return recipe
@@ -96,6 +95,7 @@ def test_another_layout_goes_on_with_its_scales(tmp_path: Path, corpus: Path, un
         assert loss == pytest.approx(expected, rel=0.02), step
 
 
+@pytest.mark.slow
 def test_other_fp8_settings_are_another_run(undisturbed: Path, corpus: Path) -> None:  # noqa: F811
     recipe = write(undisturbed, corpus)
     outcome = run_to_end(recipe, "precision.fp8.recipe=mxfp8", "precision.fp8.amax_history_len=1024")

@@ -33,9 +33,7 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(folder: Path, corpus: Path) -> Path:
     folder.mkdir(exist_ok=True)
     changes = {"training__train_tokens": STEPS * 8 * 32, "training__validation_interval": 0, "data__split": "100,0,0"}
-    path = write_recipe(folder, corpus, **changes, checkpoint__interval=5, checkpoint__export_hf=False)
-    path.write_text(path.read_text().replace("sample_prompt: router expert\n", ""))
-    return path
+    return write_recipe(folder, corpus, **changes, checkpoint__interval=5)
 
 
 @pytest.fixture(scope="module")

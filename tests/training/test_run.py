@@ -20,6 +20,7 @@ from qwen_moe.models.fused import missing_compiler
 from qwen_moe.training.records import read_lines
 
 STEPS = 12
+EXPORT = ("checkpoint.export_hf=true", "sample_prompt=router expert")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_recipe(folder: Path, corpus: Path, **changes: Any) -> Path:
     values: dict[str, Any] = {
         "run_dir": str(folder / "run"),
-        "sample_prompt": "router expert",
         "model": {
             "family": "qwen2_moe",
             "vocab_size": 300,
@@ -68,7 +68,7 @@ def write_recipe(folder: Path, corpus: Path, **changes: Any) -> Path:
         },
         "optimizer": {"learning_rate": 0.01},
         "balance": {"z_loss_coefficient": 1e-4},
-        "checkpoint": {"interval": 2, "keep": 2},
+        "checkpoint": {"interval": 2, "keep": 2, "export_hf": False},
         "logging": {"expert_load_interval": 4},
         "launch": {"nproc": 2},
     }
@@ -97,7 +97,7 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    outcome = run_to_end(write_recipe(folder, corpus), "logging.tensorboard=true")
+    outcome = run_to_end(write_recipe(folder, corpus), *EXPORT, "logging.tensorboard=true")
     assert outcome.returncode == 0, outcome.stderr
     return folder
 
@@ -120,7 +120,7 @@ def test_a_run_learns_and_leaves_everything_it_promises(undisturbed: Path) -> No
 
 def test_running_again_changes_nothing(undisturbed: Path, corpus: Path) -> None:
     before = losses(undisturbed)
-    outcome = run_to_end(write_recipe(undisturbed, corpus))
+    outcome = run_to_end(write_recipe(undisturbed, corpus), *EXPORT)
     assert outcome.returncode == 0, outcome.stderr
     assert losses(undisturbed) == before
 
@@ -279,7 +279,7 @@ def test_torchrun_can_start_the_command_itself(tmp_path: Path, corpus: Path, und
     recipe = write_recipe(tmp_path, corpus)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     outcome = subprocess.run(
-        [*torchrun, "-m", "qwen_moe", "train", str(recipe)],
+        [*torchrun, "-m", "qwen_moe", "train", str(recipe), EXPORT[0]],
         capture_output=True,
         text=True,
         timeout=300,
