@@ -37,6 +37,7 @@ preload(["parallel.pipeline"])
 
 
 def _run_rank(fn: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple[Any, ...]) -> None:
+    faulthandler.enable((Path(folder) / f"{rank}.fault").open("w"), all_threads=False)
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -50,7 +51,6 @@ def _run_rank(fn: Callable[..., Any], rank: int, world_size: int, folder: str, a
 
     die_with_parent()
     torch.set_num_threads(1)
-    faulthandler.enable((Path(folder) / f"{rank}.fault").open("w"), all_threads=False)
     try:
         store = dist.FileStore(f"{folder}/store", world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
@@ -93,7 +93,8 @@ def run_local(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
                 failures.append((f"rank {rank} of {world_size}: {text}", text.splitlines()[-1]))
             elif rank not in outcomes and rank not in hung:
                 cause = f"rank {rank} of {world_size} died without a result ({_end(process.exitcode)})"
-                failures.append((f"{cause}\n{(Path(folder) / f'{rank}.fault').read_text()}", cause))
+                fault = Path(folder) / f"{rank}.fault"
+                failures.append((f"{cause}\n{fault.read_text() if fault.exists() else ''}", cause))
     if failures:
         failures.sort(key=lambda failure: "by peer" in failure[1])  # a lost peer is an echo of what came before
         raise RankFailed("\n".join(text for text, _ in failures), failures[0][1])
