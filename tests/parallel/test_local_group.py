@@ -4,16 +4,21 @@ import ctypes
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from parallel.local_group import RankFailed, run_local
+from tests.distributed import run_distributed
 
 
-def meet(mistake: str) -> int:
-    """Two collectives, with rank 1's mistake between them."""
+def meet(mistake: str, tries: Path | None = None) -> int:
+    """Two collectives, with rank 1's mistake between them; with ``tries`` (a folder), the first time only."""
+    if tries is not None and dist.get_rank() == 1:
+        mistake = "" if (tries / "tried").exists() else mistake
+        (tries / "tried").touch()
     dist.all_reduce(torch.ones(4))
     if dist.get_rank() == 1:
         if mistake == "raise":
@@ -47,6 +52,15 @@ def test_the_cause_comes_before_its_echoes(mistake: str, cause: str, detail: str
     told = str(failure.value)
     assert told.startswith("rank 1 of 3") and cause in told and detail in told
     assert "rank 0 of 3: Traceback" in told[told.index(cause) :] and "by peer" in told
+
+
+def test_a_crash_is_tried_once_more_by_the_tests_and_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"meet is run once more: rank 1 of 2 died without a result \(SIGSEGV\)"):
+        assert run_distributed(meet, 2, "segmentation fault", tmp_path) == [0, 1]
+    with pytest.warns(UserWarning), pytest.raises(RankFailed):
+        run_distributed(meet, 2, "segmentation fault")
+    with pytest.raises(RankFailed, match="rank 1's own words"):
+        run_distributed(meet, 2, "raise")
 
 
 def test_a_rank_that_hangs_is_named_and_killed() -> None:
