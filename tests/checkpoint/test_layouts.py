@@ -123,6 +123,7 @@ def test_stale_expert_momentum_would_be_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # minutes on a quiet machine
 def test_twenty_random_pairs(tmp_path: Path) -> None:
     rng = random.Random(0)
     bad = []

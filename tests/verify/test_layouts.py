@@ -43,6 +43,7 @@ def test_random_layouts(index: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # minutes on a quiet machine
 def test_two_hundred_random_layouts() -> None:
     bad = []
     for index in range(200):
