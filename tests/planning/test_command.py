@@ -182,6 +182,7 @@ def test_what_does_not_fit_is_named_with_what_would(recipe: Path, tmp_path: Path
         assert 1 <= len(changes(misfit.scored.choice, misfit.nearest.choice)) <= 4
 
 
+@pytest.mark.slow
 def test_the_best_is_the_best_of_all(recipe: Path, tmp_path: Path) -> None:
     """Against scoring every layout with its memory, on GPUs that just hold a layout and that just do not."""
     path = tmp_path / "tiny.yaml"

@@ -30,6 +30,7 @@ def test_every_group_helps_and_more_money_helps_more() -> None:
     assert rich.excess[-1] < poor.excess[-1] and rich.excess[0] == poor.excess[0]
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_ladder_give_the_precision_that_it_promises(tmp_path: Path) -> None:
     """Synthetic losses at the ladder's own points, 40 times, where the published law is the truth: the spread of what is
     found at the target is the promised one."""

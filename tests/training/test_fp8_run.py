@@ -77,6 +77,7 @@ def test_killed_it_goes_on_to_the_same_bits(tmp_path: Path, corpus: Path, undist
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_another_layout_goes_on_with_its_scales(tmp_path: Path, corpus: Path, undisturbed: Path) -> None:  # noqa: F811
     """Half of the steps in tp, pp and ep, the others in one process; bf16 between the products rounds differently."""
     half = STEPS // 2
