@@ -19,6 +19,7 @@ from parallel.collectives import (
     start_gather_sequence,
     start_reduce_scatter_sequence,
 )
+from parallel.gemm import affine, linear, widen
 from parallel.mesh import Axis
 
 IGNORE = -100
@@ -43,8 +44,8 @@ class _ColumnParallel(torch.autograd.Function):
         weights, biases = parameters[::2], parameters[1::2]
         ctx.axis = axis
         ctx.save_for_backward(x, *weights)
-        full = join_sequence(start_gather_sequence(x, axis).wait())
-        return tuple(F.linear(full, w, b) for w, b in zip(weights, biases, strict=True) if w is not None)
+        full = widen(join_sequence(start_gather_sequence(x, axis).wait()))
+        return tuple(affine(full, w, b) for w, b in zip(weights, biases, strict=True) if w is not None)
 
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -53,26 +54,28 @@ class _ColumnParallel(torch.autograd.Function):
         need_weights, need_biases = need[2::2], need[3::2]
         gather = start_gather_sequence(x, ctx.axis) if any(need_weights) else None
         scatter = None
+        grad_wide = [widen(dy) for dy in grad_outputs]
         if need[0]:
-            dx = grad_outputs[0] @ weights[0]
-            for dy, weight in zip(grad_outputs[1:], weights[1:], strict=True):
-                dx += dy @ weight
-        full = join_sequence(gather.wait()).flatten(0, 1) if gather is not None else None
+            dx = grad_wide[0] @ widen(weights[0])
+            for dy, weight in zip(grad_wide[1:], weights[1:], strict=True):
+                dx += dy @ widen(weight)
+            dx = dx.to(x.dtype)
+        full = widen(join_sequence(gather.wait()).flatten(0, 1)) if gather is not None else None
         if need[0]:
             scatter = start_reduce_scatter_sequence(dx, ctx.axis)
         found: list[torch.Tensor | None] = []
-        for dy, need_weight, need_bias in zip(grad_outputs, need_weights, need_biases, strict=True):
+        for dy, need_weight, need_bias in zip(grad_wide, need_weights, need_biases, strict=True):
             rows = dy.flatten(0, 1)
-            found.append(rows.T @ full if need_weight and full is not None else None)
-            found.append(rows.sum(0) if need_bias else None)
+            found.append((rows.T @ full).to(x.dtype) if need_weight and full is not None else None)
+            found.append(rows.sum(0).to(x.dtype) if need_bias else None)
         return (scatter.wait() if scatter is not None else None, None, *found)
 
 
-def column_parallel(axis: Axis, x: torch.Tensor, *linears: nn.Linear) -> tuple[torch.Tensor, ...]:
-    """``x [B, S / n, A]`` -> ``[B, S, O_i / n]`` for each of ``linears``, which hold this rank's output features."""
+def column_parallel(axis: Axis, x: torch.Tensor, *layers: nn.Linear) -> tuple[torch.Tensor, ...]:
+    """``x [B, S / n, A]`` -> ``[B, S, O_i / n]`` for each of ``layers``, which hold this rank's output features."""
     parameters: list[torch.Tensor | None] = []
-    for linear in linears:
-        parameters += [linear.weight, linear.bias]
+    for layer in layers:
+        parameters += [layer.weight, layer.bias]
     return _ColumnParallel.apply(x, axis, *parameters)
 
 
@@ -82,7 +85,7 @@ class RowParallelLinear(nn.Linear):
     axis: Axis
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        y = reduce_scatter_sequence(F.linear(input, self.weight), self.axis)
+        y = reduce_scatter_sequence(linear(input, self.weight), self.axis)
         return y if self.bias is None else y + self.bias
 
 
@@ -119,13 +122,15 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x) if need_x else None
         dweight = torch.zeros(weight.shape, dtype=wide, device=x.device) if need_weight else None
         step = max(1, chunk_tokens // n)
+        operand = widen(weight)
         for start in range(0, x.shape[0], step):
             x_c = x[start : start + step]
             rows = x_c.shape[0]
             labels_c = labels[:, start : start + rows].flatten()
             full = x_c.new_empty(n * rows, x.shape[1])
             all_gather_single(full, x_c.contiguous(), group=axis.group)
-            logits = (full @ weight.T).to(wide)
+            full = widen(full)
+            logits = (full @ operand.T).to(x.dtype).to(wide)
             counted = labels_c != IGNORE
             local = labels_c - first
             mine = counted & (local >= 0) & (local < held)
@@ -141,10 +146,10 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
                 continue
             dz = exponentials.div_(sums[0].unsqueeze(1))
             dz.scatter_add_(1, target, -mine.to(wide).unsqueeze(1))
-            dz = dz.mul_(counted.unsqueeze(1)).to(x.dtype)
+            dz = widen(dz.mul_(counted.unsqueeze(1)).to(x.dtype))
             if dx is not None:
                 part = torch.empty_like(x_c)
-                reduce_scatter_single(part, dz @ weight, group=axis.group)
+                reduce_scatter_single(part, (dz @ operand).to(x.dtype), group=axis.group)
                 dx[start : start + rows] = part
             if dweight is not None:
                 dweight += dz.T @ full

@@ -80,9 +80,9 @@ def generate(
     longest needs. Raises UserError for values out of range and beyond the model's max_position_embeddings.
     """
     import torch
-    from torch.nn import functional
     from tqdm import tqdm
 
+    from parallel.gemm import linear
     from qwen_moe.models.attention import KeyValueCache
 
     _check_sampling(max_new_tokens, temperature, top_p)
@@ -100,7 +100,7 @@ def generate(
         with torch.no_grad():
             for _ in tqdm(range(max_new_tokens), desc="generating", unit="token", disable=not progress):
                 states, _ = model.hidden_states(new, cache=cache)
-                logits = functional.linear(states[:, -1], model.head_weight)
+                logits = linear(states[:, -1], model.head_weight)
                 token = sample(logits, temperature, top_p, generator)
                 if ends:
                     token = torch.where(ended, end_tensor[0], token)

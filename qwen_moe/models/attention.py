@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from parallel.gemm import widen
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.block_attention import block_attention, blocks_pay
-from qwen_moe.models.feed_forward import Project, project
+from qwen_moe.models.linear import Linear, Project, project
 from qwen_moe.models.norm import RMSNorm
 from qwen_moe.models.rope import apply_rope
 
@@ -48,10 +49,10 @@ class Attention(nn.Module):
         super().__init__()
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.layer, self.head_dim = layer, dim
-        self.q_proj = nn.Linear(config.hidden_size, heads * dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads * dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads * dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(heads * dim, config.hidden_size, bias=config.o_bias)
+        self.q_proj = Linear(config.hidden_size, heads * dim, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_heads * dim, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_heads * dim, bias=config.qkv_bias)
+        self.o_proj = Linear(heads * dim, config.hidden_size, bias=config.o_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(dim, config.rms_norm_eps)
@@ -78,6 +79,6 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v)
         causal = mask is None and q.shape[2] > 1
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+            widen(q), widen(k), widen(v), attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
         )
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return self.o_proj(y.to(x.dtype).transpose(1, 2).flatten(2))

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from parallel.gemm import linear
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.attention import Attention, KeyValueCache
 from qwen_moe.models.feed_forward import FeedForward
+from qwen_moe.models.linear import Linear
 from qwen_moe.models.linear_cross_entropy import linear_cross_entropy
 from qwen_moe.models.moe import MoE
 from qwen_moe.models.norm import RMSNorm
@@ -103,7 +105,7 @@ class DecoderLM(nn.Module):
         tied = config.tie_word_embeddings
         self.model = Decoder(config, layers, embedding=self.first or (self.last and tied), norm=self.last)
         if self.last and not tied:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         # What a plan replaces when the sequence and the vocabulary are split over ranks.
         self.sequence_parts = 1
         self.cross_entropy: CrossEntropy = linear_cross_entropy
@@ -153,7 +155,7 @@ class DecoderLM(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         x, _ = self.hidden_states(input_ids, position_ids, document_ids, cache)
-        return nn.functional.linear(x, self.head_weight)
+        return linear(x, self.head_weight)
 
     def loss_sums(
         self,

@@ -1,14 +1,11 @@
 """SwiGLU feed-forward (arXiv 2002.05202), dense layers and the shared expert."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from qwen_moe.models.fused import fused
-
-Project = Callable[..., tuple[torch.Tensor, ...]]
+from qwen_moe.models.linear import Linear, Project, project
 
 
 @fused
@@ -70,50 +67,14 @@ def joined_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return _JoinedSwiGLU.apply(gate_up)
 
 
-class _Project(torch.autograd.Function):
-    """y_i = x W_i^T + b_i. backward: dx = sum_i dy_i W_i, added up inside the products; dW_i = dy_i^T x."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        weights, biases = parameters[::2], parameters[1::2]
-        ctx.save_for_backward(x, *weights)
-        return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True) if w is not None)
-
-    @staticmethod
-    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        rows = [dy.flatten(0, -2) for dy in grad_outputs]
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = rows[0] @ weights[0]
-            for dy, weight in zip(rows[1:], weights[1:], strict=True):
-                dx.addmm_(dy, weight)
-            dx = dx.view_as(x)
-        found: list[torch.Tensor | None] = []
-        for dy, need_weight, need_bias in zip(
-            rows, ctx.needs_input_grad[1::2], ctx.needs_input_grad[2::2], strict=True
-        ):
-            found.append(dy.T @ x.flatten(0, -2) if need_weight else None)
-            found.append(dy.sum(0) if need_bias else None)
-        return dx, *found
-
-
-def project(x: torch.Tensor, *linears: nn.Linear) -> tuple[torch.Tensor, ...]:
-    """Each of ``linears`` applied to ``x``. A plan replaces it where one gather of a split sequence serves them all."""
-    parameters: list[torch.Tensor | None] = []
-    for linear in linears:
-        parameters += [linear.weight, linear.bias]
-    return _Project.apply(x, *parameters)
-
-
 class FeedForward(nn.Module):
     """``down(silu(gate(x)) * up(x))``: ``[..., D] -> [..., D]``."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
         self.project: Project = project
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

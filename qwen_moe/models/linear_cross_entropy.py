@@ -5,6 +5,7 @@ Shapes: T tokens, D hidden, V vocabulary.
 
 import torch
 
+from parallel.gemm import mm_into, widen
 from qwen_moe.models.fused import fused
 from qwen_moe.models.norm import statistics_dtype
 
@@ -51,17 +52,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=x.device)
         dx = torch.empty_like(x) if need_x else None
         dweight = torch.zeros(weight.shape, dtype=wide, device=x.device) if need_weight else None
+        operand = widen(weight)
         for start in range(0, x.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            x_c, labels_c = x[rows], labels[rows]
+            x_c, labels_c = widen(x[rows]), labels[rows]
+            logits = (x_c @ operand.T).to(x.dtype)
             if not (need_x or need_weight):
-                total += _losses(x_c @ weight.T, labels_c)
+                total += _losses(logits, labels_c)
                 continue
-            losses, dz, of_label = _losses_and_gradients(x_c @ weight.T, labels_c)
+            losses, dz, of_label = _losses_and_gradients(logits, labels_c)
             total += losses
             dz.scatter_(1, labels_c.unsqueeze(1).clamp_min(0), of_label)
+            dz = widen(dz)
             if dx is not None:
-                torch.mm(dz, weight, out=dx[rows])
+                mm_into(dx[rows], dz, operand)
             if dweight is not None:
                 dweight += dz.T @ x_c
         ctx.save_for_backward(dx, dweight)

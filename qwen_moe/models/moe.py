@@ -15,6 +15,7 @@ from qwen_moe.config import ModelConfig
 from qwen_moe.models.experts import Experts
 from qwen_moe.models.feed_forward import FeedForward
 from qwen_moe.models.fused import fused
+from qwen_moe.models.linear import Linear
 from qwen_moe.models.router import Router, RouterStatistics
 
 Dispatcher = Callable[..., tuple[torch.Tensor, Any]]
@@ -155,7 +156,7 @@ class MoE(nn.Module):
         self.has_shared_expert = config.shared_expert_intermediate_size > 0
         if self.has_shared_expert:
             self.shared_expert = FeedForward(config.hidden_size, config.shared_expert_intermediate_size)
-            self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+            self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False)
         # What a plan replaces when tokens, experts or the sequence are split over ranks.
         self.dispatcher: Dispatcher = LocalDispatcher(config.num_experts)
         self.sequence_parts = 1

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from launchers.heartbeat import Heartbeat
 from launchers.local import INTERRUPTED, PROGRESS
+from parallel.gemm import description
 from parallel.process import ProcessInfo
 from parallel.watch import MismatchError, compare_collectives
 from qwen_moe.checkpoint.distributed import CheckpointWriter, TrainState, load_weights, newest_valid, resume, valid_one
@@ -20,6 +21,7 @@ from qwen_moe.checkpoint.preflight import check_disk_space
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.flops import flops_per_token
+from qwen_moe.models.fused import compiling
 from qwen_moe.training.balance import maximum_violation
 from qwen_moe.training.branch import check_branch
 from qwen_moe.training.build import DTYPES, build_model, make_grids
@@ -30,6 +32,7 @@ from qwen_moe.training.layout import run_layout
 from qwen_moe.training.metrics import Recorder, measure_matmul_peak, peak_memory
 from qwen_moe.training.optimizer import build_optimizer
 from qwen_moe.training.rollback import History
+from qwen_moe.training.slow_step import SlowStepNotice
 from qwen_moe.training.step import BadStep, StepResult, Trainer
 
 CHECKPOINTS = "checkpoints"
@@ -152,9 +155,12 @@ class _Clock:
         dist.all_reduce(peak)
         self.peak = float(peak)
         self.smooth: float | None = None
+        self.steps = 0
 
     def record(self, seconds: float) -> dict[str, float]:
-        self.smooth = seconds if self.smooth is None else 0.9 * self.smooth + 0.1 * seconds
+        """``seconds`` of one more step. The first, which may compile, does not enter the mean of those that follow."""
+        self.steps += 1
+        self.smooth = seconds if self.smooth is None or self.steps == 2 else 0.9 * self.smooth + 0.1 * seconds
         rate = self.tokens / self.smooth
         return {
             "step_seconds": seconds,
@@ -213,6 +219,8 @@ def train(
             print(message, file=sys.stderr, flush=True)
 
     say(choose_compilation(config, device))
+    if device.type == "cpu" and DTYPES[config.precision.compute] == torch.bfloat16:
+        say(description(torch.bfloat16))
     model = build_model(config, layout, grids, device)
     if config.precision.compute == "fp8":
         say(f"FP8 products, recipe {config.precision.fp8.recipe}, by {model.kernels.name}")
@@ -233,9 +241,12 @@ def train(
         config.run_dir, resumed_step=done, train_steps=config.train_steps, tensorboard=config.logging.tensorboard
     )
     clock = _Clock(config, device)
+    recorder.begin("compiling" if compiling() else "first step")
+    slow = SlowStepNotice(recorder.say, config, clock.peak)
     stopped = False
     while done < config.train_steps:
         start = time.perf_counter()
+        slow.begin_step(done + 1, compiling() and clock.steps == 0)
         batches = inputs.train_micro_batches(history.data_step(done, inputs.ordered_steps))
         try:
             result = trainer.step(done, batches, history.highest_loss(config.training.spike_nats))
@@ -253,7 +264,10 @@ def train(
                 compare_collectives()
             except MismatchError as error:
                 raise UserError(f"step {done}: collectives of ranks do not match: {error}") from None
+        slow.end_step()
         recorder.step(_step_record(config, done, result, device) | clock.record(time.perf_counter() - start))
+        if clock.steps == 1:
+            recorder.first_step_done()
         last = done == config.train_steps
         interval = config.training.validation_interval
         if inputs.has_validation and (last or (interval and done % interval == 0)):
@@ -267,6 +281,7 @@ def train(
                 _note_progress(config.run_dir, done)
         if stopped:
             break
+    slow.close()
     writer.finish()
     recorder.close()
     if stopped:
