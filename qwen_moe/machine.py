@@ -20,7 +20,7 @@ def machine_facts() -> dict[str, Any]:
     import torch
 
     from parallel.gemm import description, has_hardware
-    from qwen_moe.models.fused import missing_compiler
+    from qwen_moe.models.ops.compiled import missing_compiler
     from qwen_moe.training.metrics import measure_matmul_peak
 
     cpu = torch.device("cpu")

@@ -21,7 +21,7 @@ from qwen_moe.checkpoint.preflight import check_disk_space
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.flops import flops_per_token
-from qwen_moe.models.fused import compiling
+from qwen_moe.models.ops.compiled import compiling
 from qwen_moe.training.balance import maximum_violation
 from qwen_moe.training.branch import check_branch
 from qwen_moe.training.build import DTYPES, build_model, make_grids

@@ -14,7 +14,7 @@ from benchmarks.gpu_contenders import TINY, Session, Size
 from parallel.kernels.interface import ExpertPart, Kernels
 from qwen_moe.config import RunConfig, parse_config
 from qwen_moe.errors import UserError
-from qwen_moe.models.grouped_matmul import loop_mm
+from qwen_moe.models.ops.grouped_matmul import loop_mm
 from qwen_moe.training.kernels import choose_kernels
 from tests.gpu.rows import Row, Where, check, error_of, skipped
 

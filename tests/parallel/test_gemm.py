@@ -13,11 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from parallel import gemm
 from parallel.kernels.formats import E4M3, quantise_by, scale_of
 from parallel.kernels.products import mm as fp8_mm
-from qwen_moe.models.attention import Attention
-from qwen_moe.models.grouped_matmul import grouped_mm
+from qwen_moe.models.attention.gqa import Attention
+from qwen_moe.models.attention.mask import Visibility
+from qwen_moe.models.head.cross_entropy import linear_cross_entropy
 from qwen_moe.models.linear import Linear, project
-from qwen_moe.models.linear_cross_entropy import linear_cross_entropy
-from qwen_moe.models.rope import rope_tables
+from qwen_moe.models.ops.grouped_matmul import grouped_mm
+from qwen_moe.models.rope import Rope
 from tests.models.test_layers import small_config
 
 HALF = (torch.bfloat16, torch.float16)
@@ -103,8 +104,8 @@ def test_widened_attention_and_loss_are_as_near_to_float64_as_native_ones(monkey
         module = Attention(config, 0).to(dtype)
         module.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()})
         hidden, head = x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
-        cos, sin = rope_tables(torch.arange(33).unsqueeze(0), config.head_dim, 1e4, dtype)
-        y = module(hidden, cos, sin)
+        rotary = Rope(config.head_dim, 1e4).tables(torch.arange(33).unsqueeze(0), dtype)
+        y = module(hidden, rotary, Visibility())
         loss = linear_cross_entropy(y, head, labels, 20) / 66
         loss.backward()
         found = [y, loss, hidden.grad, head.grad, *(p.grad for p in module.parameters())]

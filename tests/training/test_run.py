@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from qwen_moe.cli import main
-from qwen_moe.models.fused import missing_compiler
+from qwen_moe.models.ops.compiled import missing_compiler
 from qwen_moe.training.records import read_lines
 
 STEPS = 12

@@ -6,8 +6,8 @@ Shapes: T tokens, D hidden, V vocabulary.
 import torch
 
 from parallel.gemm import mm_into, widen
-from qwen_moe.models.fused import fused
-from qwen_moe.models.norm import statistics_dtype
+from qwen_moe.models.ops.compiled import fused
+from qwen_moe.models.ops.dtypes import statistics_dtype
 
 IGNORE = -100
 
