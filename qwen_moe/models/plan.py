@@ -18,13 +18,8 @@ from torch.distributed.tensor import DTensor
 from parallel.expert import Exchange, reorder
 from parallel.kernels.interface import ExpertPart, Kernels, swap
 from parallel.mesh import Axis, Grids, Layout, LayoutError
-from parallel.tensor import (
-    VocabParallelEmbedding,
-    gather_prefix,
-    local_shape,
-    split_range,
-    vocab_parallel_cross_entropy,
-)
+from parallel.tensor import VocabParallelEmbedding, gather_prefix, local_shape, split_range
+from parallel.vocab_head import vocab_parallel_cross_entropy
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.attention.gqa import Attention
 from qwen_moe.models.decoder import DecoderLM
