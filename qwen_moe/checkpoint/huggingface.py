@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qwen_moe.checkpoint.aside import require_free, written_aside
-from qwen_moe.checkpoint.directory import commit, file_entry, files_in, read_manifest
+from qwen_moe.checkpoint.directory import commit, file_entry, files_in
 from qwen_moe.checkpoint.hf_config import interpret
 from qwen_moe.checkpoint.hf_directory import (
     CONFIG,
@@ -34,6 +34,7 @@ from qwen_moe.checkpoint.hf_export import (
     token_ids,
 )
 from qwen_moe.checkpoint.hf_fp8 import Fp8Tensors, split_scales
+from qwen_moe.checkpoint.manifest import read_manifest
 from qwen_moe.checkpoint.name_map import expert_biases, match, parameters
 from qwen_moe.checkpoint.resolve import HF_FOLDER, MODEL_CONFIG, is_ours, model_config, resolve_checkpoint
 from qwen_moe.checkpoint.safetensors_file import Header, read_into

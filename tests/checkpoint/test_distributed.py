@@ -41,7 +41,7 @@ def _train(trainer: Any, steps: range) -> list[tuple[float, float]]:
 
 
 def _state(step: int) -> Any:
-    from qwen_moe.checkpoint.distributed import TrainState
+    from qwen_moe.checkpoint.train_state import TrainState
 
     return TrainState(
         step=step, consumed_samples=8 * step, consumed_tokens=8 * step * SEQ, data_fingerprint="none", settings={}
@@ -72,7 +72,8 @@ def _train_and_save(config: RunConfig, root: Path, asynchronous: bool) -> dict[s
 
 
 def _resume_and_train(config: RunConfig, root: Path) -> dict[str, Any]:
-    from qwen_moe.checkpoint.distributed import newest_valid, resume
+    from qwen_moe.checkpoint.distributed import resume
+    from qwen_moe.checkpoint.valid import newest_valid
 
     trainer, _ = _setup(config, root)
     path, problems = newest_valid(root)
