@@ -238,20 +238,20 @@ def _first_cause(error: CheckpointException, where: Path) -> str:
     return str(error)
 
 
-def _load(path: Path, tensors: dict[str, Any]) -> None:
+def _load(reader: SafeReader, tensors: dict[str, Any]) -> None:
     """Read ``tensors`` in place. Raises UserError on every rank when one of them cannot."""
     try:
-        dcp.load(tensors, storage_reader=SafeReader(path), planner=TensorsOnly())
+        dcp.load(tensors, storage_reader=reader, planner=TensorsOnly())
     except CheckpointException as error:
         causes = [found[0] if isinstance(found, tuple) else found for found in error.failures.values()]
-        raise UserError(f"checkpoint {path} cannot be loaded: {causes[0] if causes else error}") from None
+        raise UserError(f"checkpoint {reader.path} cannot be loaded: {causes[0] if causes else error}") from None
 
 
 def load_weights(path: Path, model: ParallelModel, config: ModelConfig) -> None:
     """Load weights and buffers of a checkpoint into a model of any layout and dtype. Raises UserError when the
     checkpoint is of another model."""
     check_same_model(path, config)
-    _load(path, {"model": model_state(model)})
+    _load(SafeReader(path), {"model": model_state(model)})
     _copy_to_twins(model, None)
 
 
@@ -290,12 +290,13 @@ def resume(path: Path, model: ParallelModel, optimizer: torch.optim.Optimizer, c
     state = read_train_state(path)
     tensors: dict[str, Any] = {"model": model_state(model), "optimizer": _optimizer_pieces(model, optimizer)}
     rank = dist.get_rank()
-    known = SafeReader(path).read_metadata().state_dict_metadata
+    reader = SafeReader(path)
+    known = reader.read_metadata().state_dict_metadata
     if all(f"rng.rank_{rank}.{device}" in known for device in _rng_state()):
         tensors["rng"] = {f"rank_{rank}": _rng_state()}
     tensors |= _kernels_state(model)
     _check_kernels_state(path, tensors.get(KERNELS, {}), known, state.settings)
-    _load(path, tensors)
+    _load(reader, tensors)
     set_optimizer_step(model, optimizer, state.step)
     _copy_to_twins(model, optimizer)
     if "rng" in tensors:

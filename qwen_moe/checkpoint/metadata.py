@@ -58,8 +58,12 @@ class _Record:
         self.state = state
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows the names above and dtypes, and makes a `_Record` of a class of its own for each name."""
+class _Unpickler(pickle._Unpickler):
+    """Knows the names above and dtypes, and makes a `_Record` of a class of its own for each name.
+
+    Python's own implementation, not the one in C, which is five times as fast but takes 64 GB for a memo whose index is
+    damaged; this takes about 0.1 s for a thousand stored chunks.
+    """
 
     def __init__(self, content: bytes) -> None:
         super().__init__(io.BytesIO(content))
@@ -167,8 +171,11 @@ def _metadata(record: Any, path: Path) -> Metadata:
 class SafeReader(dcp.FileSystemReader):
     """DCP's reader of files with metadata that was checked. Its tensors are read by torch.load(weights_only=True)."""
 
+    _read: Metadata | None = None
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return read_metadata(Path(self.path))
+        self._read = self._read or read_metadata(Path(self.path))
+        return self._read
 
 
 class TensorsOnly(DefaultLoadPlanner):
