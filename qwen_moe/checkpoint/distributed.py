@@ -28,6 +28,7 @@ from qwen_moe.checkpoint.directory import (
     remove_directory,
     step_directory,
 )
+from qwen_moe.checkpoint.finite import count_not_finite, not_finite_message
 from qwen_moe.checkpoint.manifest import MODEL_CONFIG, read_object
 from qwen_moe.checkpoint.metadata import SafeReader, TensorsOnly
 from qwen_moe.checkpoint.pieces import Piece, piece_of
@@ -247,11 +248,30 @@ def _load(reader: SafeReader, tensors: dict[str, Any]) -> None:
         raise UserError(f"checkpoint {reader.path} cannot be loaded: {causes[0] if causes else error}") from None
 
 
+def _check_finite(path: Path, tensors: dict[str, Any]) -> None:
+    """Raise UserError on every rank when a tensor that was loaded holds NaN or infinite values anywhere."""
+    found: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}
+    for name, value in tensors.items():
+        held = value.held if isinstance(value, Piece) else value
+        if count := count_not_finite(held):
+            # By place: ranks may hold the same part.
+            found[name, tuple(value.offsets) if isinstance(value, Piece) else ()] = (count, value.numel())
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, found)
+    everywhere = {key: value for part in gathered for key, value in part.items()}
+    if everywhere:
+        name = next(iter(everywhere))[0]
+        parts = [value for (other, _), value in everywhere.items() if other == name]
+        raise UserError(not_finite_message(name, sum(count for count, _ in parts), parts[0][1], f"checkpoint {path}"))
+
+
 def load_weights(path: Path, model: ParallelModel, config: ModelConfig) -> None:
     """Load weights and buffers of a checkpoint into a model of any layout and dtype. Raises UserError when the
     checkpoint is of another model."""
     check_same_model(path, config)
-    _load(SafeReader(path), {"model": model_state(model)})
+    state = model_state(model)
+    _load(SafeReader(path), {"model": state})
+    _check_finite(path, state)
     _copy_to_twins(model, None)
 
 
@@ -297,6 +317,8 @@ def resume(path: Path, model: ParallelModel, optimizer: torch.optim.Optimizer, c
     tensors |= _kernels_state(model)
     _check_kernels_state(path, tensors.get(KERNELS, {}), known, state.settings)
     _load(reader, tensors)
+    moments = {f"{name} ({key})": held for key, part in tensors["optimizer"].items() for name, held in part.items()}
+    _check_finite(path, tensors["model"] | moments)
     set_optimizer_step(model, optimizer, state.step)
     _copy_to_twins(model, optimizer)
     if "rng" in tensors:
