@@ -186,7 +186,7 @@ def test_a_stop_after_a_fall_back_keeps_what_the_same_command_goes_on_from(
     (root / "step_00000010" / "train_state.json").write_text("{}")
     ((code, said),) = run_distributed(_stop_after_one_step, 1, recipe)
     assert code == 130 and any("step_00000012 is not a complete checkpoint: it has no manifest.json" in s for s in said)
-    assert any("train_state.json has 2 bytes, expected" in line for line in said)
+    assert any("train_state.json has 2 bytes, expected" in line for line in said), said
     assert "falling back to step 0: no checkpoint of this run is whole" in said
     ((code, said),) = run_distributed(_stop_after_one_step, 1, recipe)
     assert any("resumed from" in line and "(step 1 of 12)" in line for line in said), said
