@@ -188,8 +188,11 @@ def generate_text(
     folder = tokenizer_folder(directory)
     from transformers import AutoTokenizer
 
-    # Never code of the folder's own, and no question whether to run it.
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        # Never code of the folder's own, and no question whether to run it.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the library raises plain Exception, KeyError, ... for files that are damaged
+        raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from None
     tokens = tokenizer(prompt)["input_ids"]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = (load_checkpoint if ours else from_pretrained)(directory, dtype=dtype, device=device)

@@ -202,3 +202,43 @@ def test_a_checkpoint_of_another_model_is_refused_by_name_of_the_field(tmp_path:
     other = make_config(**CHANGES, training__micro_batch_size=4, model__rope_theta=5000.0)
     for message in run_distributed(_resume_wrong_model, 2, other, tmp_path):
         assert "rope_theta" in message and "5000.0" in message
+
+
+def _save_and_load_not_finite(config: RunConfig, root: Path, where: str) -> list[str]:
+    """NaN in one rank's part of a weight, or of a moment, and what loading says to it."""
+    from parallel.data import local
+    from qwen_moe.checkpoint.distributed import load_weights, resume
+    from qwen_moe.errors import UserError
+
+    trainer, writer = _setup(config, root)
+    _train(trainer, range(1))
+    parameter = dict(trainer.model.named_parameters())["model.layers.1.self_attn.q_proj.weight"]
+    victim = local(parameter if where == "weight" else trainer.optimizer.state[parameter]["exp_avg"])
+    with torch.no_grad():
+        victim.flatten()[:2] = float("nan")
+        victim.flatten()[2] = float("inf")
+    writer.save(trainer.model, trainer.optimizer, _state(1))
+    found = []
+    for load in (
+        lambda: load_weights(root / "step_00000001", trainer.model, config.model),
+        lambda: resume(root / "step_00000001", trainer.model, trainer.optimizer, config.model),
+    ):
+        try:
+            load()
+        except UserError as error:
+            found.append(str(error))
+        else:
+            found.append("")
+    return found
+
+
+@pytest.mark.parametrize("where", ["weight", "moment"])
+def test_what_is_not_finite_is_named_and_counted_on_every_rank(tmp_path: Path, where: str) -> None:
+    config = make_config(**CHANGES, training__micro_batch_size=4)
+    outcomes = run_distributed(_save_and_load_not_finite, 2, config, tmp_path, where)
+    assert outcomes[0] == outcomes[1]
+    weights, whole = outcomes[0]
+    name = "model.layers.1.self_attn.q_proj.weight" + (" (exp_avg)" if where == "moment" else "")
+    # Three values in the part of each of two ranks.
+    assert f"tensor {name} of checkpoint" in whole and "holds 6 of " in whole
+    assert (weights == whole) if where == "weight" else weights == ""
