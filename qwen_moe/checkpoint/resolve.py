@@ -5,8 +5,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from qwen_moe.checkpoint.directory import list_checkpoints, step_directories, verify
-from qwen_moe.checkpoint.manifest import MANIFEST, MODEL_CONFIG, CheckpointDamaged
+from qwen_moe.checkpoint.directory import step_directories, verify
+from qwen_moe.checkpoint.manifest import MANIFEST, METADATA, MODEL_CONFIG, CheckpointDamaged
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
 
@@ -21,7 +21,9 @@ def _steps(path: Path) -> list[Path]:
 
 def is_ours(path: Path) -> bool:
     """Whether ``path`` is a checkpoint, a run directory or its `checkpoints/`, rather than a Hugging Face directory."""
-    return (path / MANIFEST).is_file() or bool(list_checkpoints(path) or list_checkpoints(path / _CHECKPOINTS))
+    found = [path, *_steps(path)]
+    # One that lost its manifest is a damaged checkpoint, and to be told of as that.
+    return any((place / name).is_file() for place in found for name in (MANIFEST, METADATA))
 
 
 def resolve_checkpoint(path: Path) -> Path:
