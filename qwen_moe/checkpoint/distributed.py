@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from parallel.data import local
 from qwen_moe.checkpoint.directory import (
@@ -295,8 +296,9 @@ def _check_kernels_state(
     """Raise UserError unless the checkpoint holds all the state that this run's kernels need, in the same shapes."""
     for name, tensor in wanted.items():
         found = known.get(f"{KERNELS}.{name}")
-        if found is None or tuple(found.size) != tuple(tensor.shape):
-            there = "it is not there" if found is None else f"it has shape {tuple(found.size)}"
+        shape = tuple(found.size) if isinstance(found, TensorStorageMetadata) else None
+        if shape != tuple(tensor.shape):
+            there = "it is not there" if shape is None else f"it has shape {shape}"
             raise UserError(
                 f"checkpoint {path} has no FP8 state {name} {tuple(tensor.shape)} ({there}): it was trained with "
                 f"precision {settings.get('precision')}. Put that and its provider (precision.kernels) back, or "

@@ -155,6 +155,20 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tmp_pat
         assert len(resumed["problems"]) == 1 and victim.name in resumed["problems"][0]
 
 
+def _newest(root: Path, at_most: int) -> str:
+    from qwen_moe.checkpoint.valid import newest_valid
+
+    path, problems = newest_valid(root, at_most)
+    return "" if path is None else path.name + "".join(problems)
+
+
+def test_going_back_looks_at_nothing_past_the_step(tmp_path: Path) -> None:
+    """A checkpoint past it may be whole again, and is of another trajectory."""
+    run_distributed(_save_several, 1, make_config(**CHANGES, training__micro_batch_size=8), tmp_path)
+    found = [run_distributed(_newest, 1, tmp_path, at_most)[0] for at_most in (3, 2, 1)]
+    assert found == ["step_00000003", "step_00000002", ""]
+
+
 def _resume_wrong_model(config: RunConfig, root: Path) -> str:
     from qwen_moe.errors import UserError
 
