@@ -177,19 +177,22 @@ def _stop_after_one_step(recipe: Path) -> tuple[int, list[str]]:
 def test_a_stop_after_a_fall_back_keeps_what_the_same_command_goes_on_from(
     tmp_path: Path, corpus: Path, undisturbed: Path
 ) -> None:
-    """Both later checkpoints damaged, each in another file: the run falls back, is stopped, and goes on from there."""
+    """The last checkpoint is damaged: the run falls back to the one before, is stopped, and goes on from what it wrote."""
     root = tmp_path / "run" / "checkpoints"
     shutil.copytree(undisturbed / "run", tmp_path / "run")
-    recipe = write_recipe(tmp_path, corpus, checkpoint__keep=1, precision__compile="never", launch__nproc=1)
-    (root / "step_00000012" / "manifest.json").unlink()
-    (root / "step_00000010" / "train_state.json").write_text("{}")
+    recipe = write_recipe(tmp_path, corpus, checkpoint__keep=2, precision__compile="never", launch__nproc=1)
+    (root / "step_00000012" / "train_state.json").write_text("{}")
     ((code, said),) = run_distributed(_stop_after_one_step, 1, recipe)
-    assert code == 130 and any("step_00000012 is not a complete checkpoint: it has no manifest.json" in s for s in said)
+    assert code == 130 and "falling back to step_00000010" in said
     assert any("train_state.json has 2 bytes, expected" in line for line in said), said
-    assert "falling back to step 0: no checkpoint of this run is whole" in said
+    assert sorted(path.name for path in root.iterdir()) == [
+        "step_00000010",
+        "step_00000011",
+        "step_00000012.abandoned",
+    ]
     ((code, said),) = run_distributed(_stop_after_one_step, 1, recipe)
-    assert any("resumed from" in line and "(step 1 of 12)" in line for line in said), said
-    assert [path.name for path in root.iterdir() if not path.name.endswith(".abandoned")] == ["step_00000002"]
+    assert code == 0 and any("resumed from" in line and "(step 11 of 12)" in line for line in said), said
+    assert sorted(path.name for path in root.iterdir()) == ["step_00000011", "step_00000012"]
 
 
 def _workers(launcher: int) -> list[psutil.Process]:
