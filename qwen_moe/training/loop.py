@@ -16,8 +16,10 @@ from launchers.local import INTERRUPTED, PROGRESS
 from parallel.gemm import description
 from parallel.process import ProcessInfo
 from parallel.watch import MismatchError, compare_collectives
-from qwen_moe.checkpoint.distributed import CheckpointWriter, TrainState, load_weights, newest_valid, resume, valid_one
+from qwen_moe.checkpoint.distributed import CheckpointWriter, load_weights, resume
 from qwen_moe.checkpoint.preflight import check_disk_space
+from qwen_moe.checkpoint.train_state import TrainState
+from qwen_moe.checkpoint.valid import newest_valid, valid_one
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.flops import flops_per_token
@@ -70,11 +72,13 @@ def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found = []
     for section, values in now.items():
         if isinstance(values, dict):
+            before = saved.get(section)
+            before = before if isinstance(before, dict) else {}
             for key, value in values.items():
-                if saved[section].get(key) != value:
-                    found.append(f"{section}.{key} was {saved[section].get(key)!r}, is now {value!r}")
-        elif saved[section] != values:
-            found.append(f"{section} was {saved[section]!r}, is now {values!r}")
+                if before.get(key) != value:
+                    found.append(f"{section}.{key} was {before.get(key)!r}, is now {value!r}")
+        elif saved.get(section) != values:
+            found.append(f"{section} was {saved.get(section)!r}, is now {values!r}")
     return found
 
 
@@ -84,7 +88,9 @@ def _restore(config: RunConfig, trainer: Trainer, inputs: RunInputs, say: Any) -
     root = config.run_dir / CHECKPOINTS
     path, problems = newest_valid(root)
     for problem in problems:
-        say(f"warning: checkpoint ignored: {problem}")
+        say(f"warning: this checkpoint is damaged and not used: {problem}")
+    if problems:
+        say(f"falling back to {path.name if path else 'step 0: no checkpoint of this run is whole'}")
     if path is not None:
         state = resume(path, trainer.model, trainer.optimizer, config.model)
         changed = _differences(state.settings, _settings(config))
@@ -124,11 +130,13 @@ def _roll_back(
             f"{bad}. Batches were skipped {len(history.skips)} times before; training.max_skips allows no more"
         )
     writer.finish()
-    path, _ = newest_valid(config.run_dir / CHECKPOINTS)
+    # Up to here only: one past it was damaged when the run fell back, and is not of this trajectory should it be read now.
+    path, _ = newest_valid(config.run_dir / CHECKPOINTS, at_most=step)
     if path is None:
         raise bad
     trainer.abandon_step()
     state = resume(path, trainer.model, trainer.optimizer, config.model)
+    writer.retention.went_back_to(state.step)
     history.skip(state.step, step)
     history.losses = History.restored([], state.recent_losses).losses
     return state.step
@@ -235,6 +243,7 @@ def train(
         hf_files=inputs.tokenizer,
     )
     done, history = _restore(config, trainer, inputs, say)
+    writer.retention.went_back_to(done)
     if info.rank == 0:
         record_attempt(config, info, device, resumed_step=done)
     recorder = Recorder(
@@ -296,7 +305,7 @@ def _train_state(config: RunConfig, step: int, inputs: RunInputs, history: Histo
         consumed_tokens=step * config.tokens_per_step,
         data_fingerprint=inputs.fingerprint,
         settings=_settings(config),
-        skips=[list(skip) for skip in history.skips],
+        skips=list(history.skips),
         recent_losses=list(history.losses),
     )
 

@@ -108,7 +108,8 @@ def training(where: Where) -> Iterator[Row]:
 
 def checkpoint(where: Where) -> Iterator[Row]:
     """Save, go on; resume, go on: the same loss to the bit."""
-    from qwen_moe.checkpoint.distributed import CheckpointWriter, TrainState, resume
+    from qwen_moe.checkpoint.distributed import CheckpointWriter, resume
+    from qwen_moe.checkpoint.train_state import TrainState
 
     cases = {"bf16": {"compute": "bf16"}} | {
         f"fp8 delayed by {provider}": fp8(provider, "delayed") for provider in PROVIDERS
