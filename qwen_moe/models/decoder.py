@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel.gemm import linear
 from qwen_moe.config import ModelConfig
-from qwen_moe.models.attention.cache import KeyValueCache
+from qwen_moe.models.attention.gqa.cache import KeyValueCache
 from qwen_moe.models.attention.gqa import Attention
-from qwen_moe.models.attention.mask import Visibility
+from qwen_moe.models.attention.gqa.mask import Visibility
 from qwen_moe.models.feed_forward import FeedForward
 from qwen_moe.models.head.cross_entropy import linear_cross_entropy
 from qwen_moe.models.linear import Linear

@@ -13,7 +13,7 @@ from qwen_moe.models.ops.dtypes import statistics_dtype
 
 @fused
 def _log_probs(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The labels' log-probabilities ``[T]`` (0 where the label is negative) and logsumexp ``[T, 1]`` of ``logits [T, V]``."""
+    """The labels' log-probabilities ``[T]`` (0 where a label is negative) and logsumexp ``[T, 1]`` of ``logits [T, V]``."""
     wide = logits.to(statistics_dtype(logits.dtype))
     lse = wide.logsumexp(-1, keepdim=True)
     of_label = wide.gather(1, labels.unsqueeze(1).clamp_min(0))
