@@ -91,9 +91,10 @@ class Axis:
 class Grids:
     """The groups of this rank on both grids. All ranks make it together (it creates process groups).
 
-    ``stage``: all ranks with this rank's layers. ``exchange``: the ep x etp ranks among which tokens travel (index =
-    ep_index * etp + etp_index). ``kv``: where tp exceeds the KV heads, the tp ranks that hold different heads, and
-    ``kv_replica`` those that hold the same one.
+    ``data``: the ranks (dp x cp) that hold the same dense parameters and other tokens; FSDP shards over them
+    (``dense_shard``). ``stage``: all ranks with this rank's layers. ``exchange``: the ep x etp ranks among which tokens
+    travel (index = ep_index * etp + etp_index). ``kv``: where tp exceeds the KV heads, the tp ranks that hold different
+    heads, and ``kv_replica`` those that hold the same one.
     """
 
     def __init__(self, layout: Layout, device_type: str, kv_heads: int = 1) -> None:
@@ -106,6 +107,11 @@ class Grids:
         exchange = layout.ep * layout.etp
         self.expert = self._mesh(device_type, {"pp": layout.pp, "edp": layout.edp, "exchange": exchange})
         self.pp, self.dp, self.cp, self.tp = (self._axis(self.dense, name) for name in ("pp", "dp", "cp", "tp"))
+        if layout.cp == 1:
+            self.dense_shard, self.data = self.dense["dp"], self.dp
+        else:  # dp and cp lie side by side, so the two axes can be one
+            joint = self._mesh(device_type, {"pp": layout.pp, "data": layout.dp * layout.cp, "tp": layout.tp})
+            self.dense_shard, self.data = joint["data"], self._axis(joint, "data")
         self.edp, self.exchange = self._axis(self.expert, "edp"), self._axis(self.expert, "exchange")
         # An axis inside a group that is never communicated over by itself needs no group of its own.
         self.ep = Axis("ep", layout.ep, self.exchange.index // layout.etp, None)
@@ -126,11 +132,6 @@ class Grids:
     def _axis(mesh: DeviceMesh, name: str) -> Axis:
         sub = mesh[name]
         return Axis(name, sub.size(), sub.get_local_rank(), sub.get_group())
-
-    @property
-    def dense_shard(self) -> DeviceMesh:
-        """The mesh over which FSDP shards dense parameters."""
-        return self.dense["dp"]
 
     @property
     def expert_shard(self) -> DeviceMesh:

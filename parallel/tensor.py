@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from parallel.collectives import (
-    all_gather_single,
     join_sequence,
     reduce_scatter_sequence,
     start_gather_sequence,
@@ -96,13 +95,6 @@ class VocabParallelEmbedding(nn.Embedding):
         held = (local >= 0) & (local < self.weight.shape[0])
         rows = F.embedding(local.masked_fill(~held, 0), self.weight)
         return reduce_scatter_sequence(rows * held.unsqueeze(-1), self.axis)
-
-
-def gather_prefix(counts: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Sum of ``counts`` over the ranks before this one on ``axis`` (zeros on the first). Not differentiable."""
-    gathered = counts.new_empty(axis.size, *counts.shape)
-    all_gather_single(gathered.flatten(0, 1), counts.contiguous(), group=axis.group)
-    return gathered[: axis.index].sum(0)
 
 
 def local_shape(shape: Sequence[int], splits: dict[int, Axis]) -> tuple[list[int], list[int]]:

@@ -83,7 +83,7 @@ def generate(
     from tqdm import tqdm
 
     from parallel.gemm import linear
-    from qwen_moe.models.attention.gqa.cache import KeyValueCache
+    from qwen_moe.models.attention.cache import KeyValueCache
 
     _check_sampling(max_new_tokens, temperature, top_p)
     smallest, largest = (int(input_ids.min()), int(input_ids.max())) if input_ids.numel() else (0, 0)

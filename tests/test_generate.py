@@ -62,7 +62,7 @@ def test_cache_changes_nothing(config: ModelConfig, seed: int, temperature: floa
 
 def test_cache_takes_several_tokens_at_once() -> None:
     """Prefill in pieces: every split gives the logits of the whole."""
-    from qwen_moe.models.attention.gqa.cache import KeyValueCache
+    from qwen_moe.models.attention.cache import KeyValueCache
 
     model = draw_weights(_config(), 1).eval()
     ids = torch.arange(12).view(1, 12)

@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel.gemm import linear
 from qwen_moe.config import ModelConfig
-from qwen_moe.models.attention.gqa.cache import KeyValueCache
+from qwen_moe.models.attention.cache import KeyValueCache
 from qwen_moe.models.attention.gqa import Attention
-from qwen_moe.models.attention.gqa.mask import Visibility
+from qwen_moe.models.attention.mask import Visibility
 from qwen_moe.models.feed_forward import FeedForward
 from qwen_moe.models.head.cross_entropy import linear_cross_entropy
 from qwen_moe.models.linear import Linear
@@ -22,6 +22,7 @@ from qwen_moe.models.moe.block import MoE
 from qwen_moe.models.moe.router import RouterStatistics
 from qwen_moe.models.norm import RMSNorm
 from qwen_moe.models.rope import Rope, RotaryTables
+from qwen_moe.models.sequence import SequencePart, WholeSequence
 
 CrossEntropy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
@@ -108,8 +109,8 @@ class DecoderLM(nn.Module):
         self.model = Decoder(config, layers, embedding=self.first or (self.last and tied), norm=self.last)
         if self.last and not tied:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        # What a plan replaces when the sequence and the vocabulary are split over ranks.
-        self.sequence_parts = 1
+        # Replaced where sequences and the vocabulary are split over ranks.
+        self.sequence: SequencePart = WholeSequence()
         self.cross_entropy: CrossEntropy = linear_cross_entropy
 
     @property
@@ -130,9 +131,9 @@ class DecoderLM(nn.Module):
         model, ``input_ids`` may be hidden states, and the states returned are those that the next part takes.
         """
         past = cache.length if cache is not None else 0
-        seq = input_ids.shape[1] * (1 if self.first else self.sequence_parts)
+        seq = input_ids.shape[1] if self.first else self.sequence.given_length(input_ids.shape[1])
         if position_ids is None:
-            position_ids = torch.arange(past, past + seq, device=input_ids.device).unsqueeze(0)
+            position_ids = self.sequence.positions(seq, past, input_ids.device).unsqueeze(0)
         x = self.model.embed_tokens(input_ids) if self.first else input_ids
         rotary = self.rope.tables(position_ids, x.dtype)
         visible = Visibility(past, document_ids)

@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from parallel.expert import Exchange, reorder
 from parallel.kernels.interface import ExpertPart, Kernels, swap
 from parallel.mesh import Axis, Grids, Layout, LayoutError
-from parallel.tensor import VocabParallelEmbedding, gather_prefix, local_shape, split_range
+from parallel.sequence import SequenceShard
+from parallel.tensor import VocabParallelEmbedding, local_shape, split_range
 from parallel.vocab_head import vocab_parallel_cross_entropy
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.attention.gqa import Attention
@@ -212,8 +213,9 @@ def parallelise(part: DecoderLM, grids: Grids, kernels: Kernels, plain_layers: C
     but in ``plain_layers``. Placements by parameter name."""
     config, tp = part.config, grids.tp
     placements = {name: placement(name, p.shape, grids) for name, p in part.named_parameters()}
+    sequence = SequenceShard.of(grids)
+    part.sequence = sequence
     if tp.size > 1:
-        part.sequence_parts = tp.size
         if hasattr(part.model, "embed_tokens"):
             embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, device="meta")
             embedding.axis, embedding.first = tp, placements["model.embed_tokens.weight"].offsets[0]
@@ -228,9 +230,7 @@ def parallelise(part: DecoderLM, grids: Grids, kernels: Kernels, plain_layers: C
         for name, module in list(layer.named_modules(prefix=f"model.layers.{index}")):
             _ask_for_kernels(name, module, chosen, grids)
             if isinstance(module, MoE):
-                if tp.size > 1:
-                    module.sequence_parts = tp.size
-                    module.earlier_counts = partial(gather_prefix, axis=tp)
+                module.sequence = sequence
                 if grids.exchange.size > 1:
                     module.dispatcher = AllToAllDispatcher(grids, config.num_experts)
     for name, place in placements.items():

@@ -24,6 +24,7 @@ import torch
 
 from parallel.collectives import all_reduce_sum
 from parallel.mesh import Axis
+from parallel.sequence import SequenceShard
 from qwen_moe.config import BalanceConfig
 from qwen_moe.models.moe.router import RouterStatistics
 
@@ -32,14 +33,14 @@ from qwen_moe.models.moe.router import RouterStatistics
 class Balancer:
     """Forms the auxiliary losses of one part of the model; `end_step` returns this rank's own counts of the step.
 
-    ``sequence``: the axis over which tokens of a sequence are split (tp). ``stage``: all ranks with these layers, over
+    ``sequence``: how tokens of a sequence are split over ranks. ``stage``: all ranks with these layers, over
     which a global batch is split.
     """
 
     config: BalanceConfig
     num_experts: int
     top_k: int
-    sequence: Axis
+    sequence: SequenceShard
     stage: Axis
     _local: list[torch.Tensor] = field(default_factory=list)
     _dropped: list[torch.Tensor] = field(default_factory=list)
@@ -60,7 +61,7 @@ class Balancer:
         scope, experts, k = self.config.scope, self.num_experts, self.top_k
         dtype = router.prob_sum.dtype
         if scope == "sequence":
-            counts = all_reduce_sum(router.counts, self.sequence)
+            counts = self.sequence.sum(router.counts)
             per_sequence = tokens // router.counts.shape[1]
             fraction = counts.to(dtype) / (per_sequence * k)
             return experts * (fraction * router.prob_sum).sum()
@@ -70,7 +71,7 @@ class Balancer:
             self._buffer = seen if self._buffer is None else self._buffer + seen
             counts = self._buffer
         else:
-            counts = all_reduce_sum(router.counts.sum(1), self.sequence)
+            counts = self.sequence.sum(router.counts.sum(1))
         if scope == "huggingface":
             layers = prob_sum.shape[0]
             fraction = counts.sum(0).to(dtype) / (layers * tokens)

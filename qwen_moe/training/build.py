@@ -9,6 +9,7 @@ from parallel.data import shard
 from parallel.kernels.transformer_engine import KernelsUnavailable
 from parallel.mesh import Grids
 from parallel.pipeline import Pipeline, Sequential, stages_of_rank
+from parallel.sequence import SequenceShard
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.init import initialise, keep_statistics_dtypes
@@ -88,7 +89,8 @@ def build_engine(
     if grids.pp.size == 1:
         return Sequential(model.parts[0], "input_ids", loss)
     compute = DTYPES[config.precision.compute]
-    shape = (config.training.micro_batch_size, sequence // grids.tp.size, config.model.hidden_size)
+    part = SequenceShard.of(grids)
+    shape = (config.training.micro_batch_size, part.length(sequence), config.model.hidden_size)
     return Pipeline(
         model.parts,
         model.stages,
@@ -97,7 +99,7 @@ def build_engine(
         config.parallel.schedule,
         micro_batches=layout.micro_batches,
         hidden=torch.empty(shape, dtype=compute, device="meta"),
-        sequence_length=sequence,
+        sequence_length=sequence // part.cp.size,
         first_input="input_ids",
         loss=loss,
         loss_dtype=statistics_dtype(compute),

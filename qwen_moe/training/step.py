@@ -7,6 +7,7 @@ import torch
 
 from parallel.collectives import all_reduce_sum, attach_loss
 from parallel.data import clip_by_norm, exchange_and_add, global_norm, local, sum_replicas
+from parallel.sequence import SequenceShard
 from qwen_moe.config import RunConfig
 from qwen_moe.data.batches import IGNORE
 from qwen_moe.errors import UserError
@@ -57,6 +58,7 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.optimizer, self.device = config, model, optimizer, device
         self.grids, self.on_gradients = model.grids, on_gradients
+        self.sequence = SequenceShard.of(model.grids)
         self.engine = build_engine(config, layout, model, self._objective, device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._counted = [
@@ -72,7 +74,7 @@ class Trainer:
             experts, top_k = config.model.num_experts, config.model.num_experts_per_tok
             for part in model.parts:
                 part.attach = self._attach
-                self._balancers[id(part)] = Balancer(config.balance, experts, top_k, self.grids.tp, self.grids.stage)
+                self._balancers[id(part)] = Balancer(config.balance, experts, top_k, self.sequence, self.grids.stage)
 
     def routers(self) -> list[tuple[int, Router]]:
         """(place among all MoE layers, router) of each MoE layer on this rank."""
@@ -88,8 +90,7 @@ class Trainer:
         """Forward, backward and update of optimizer step ``step`` (from 0) on this data-parallel rank's micro-batches.
         Raises BadStep, on every rank, when the loss is not finite or above ``highest_loss``."""
         config = self.config
-        counted = torch.stack([(batch["labels"] != IGNORE).sum() for batch in micro_batches]).sum()
-        loss_tokens = int(all_reduce_sum(counted.to(self.device), self.grids.dp))
+        loss_tokens = self._valid_tokens(micro_batches)
         if loss_tokens == 0:
             raise UserError(f"step {step}: no token of the global batch counts in the loss; check the data's labels")
         sums = self.forward_backward(micro_batches, loss_tokens)
@@ -155,8 +156,16 @@ class Trainer:
         for part in self.model.parts:
             part.train()
 
+    def _valid_tokens(self, micro_batches: Sequence[Batch]) -> int:
+        """Valid labels of all ranks' micro-batches."""
+        labels = [self.sequence.of_batch(batch)["labels"] for batch in micro_batches]
+        valid = torch.stack([(part != IGNORE).sum() for part in labels]).sum()
+        return int(all_reduce_sum(valid.to(self.device), self.grids.data))
+
     def _to_device(self, batch: Batch) -> Batch:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        """This rank's cp part of a micro-batch, on its device."""
+        part = self.sequence.of_batch(batch)
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in part.items()}
 
     def _objective(self, out: torch.Tensor) -> torch.Tensor:
         """The last part's output (summed cross-entropy of this rank's tokens) as its share of the mean."""
@@ -167,7 +176,8 @@ class Trainer:
     ) -> torch.Tensor:
         """Tie a part's auxiliary losses to its output: their gradient is added in backward, scaled by nothing."""
         balance = self.config.balance
-        balance_loss, z_loss = self._balancers[id(part)].loss(router, labels.numel(), self.config.tokens_per_step)
+        tokens = self.sequence.tokens(labels)
+        balance_loss, z_loss = self._balancers[id(part)].loss(router, tokens, self.config.tokens_per_step)
         self._auxiliary.append(torch.stack([balance_loss.detach().double(), z_loss.detach().double()]))
         loss = balance.z_loss_coefficient * z_loss
         if balance.scope != "none":
@@ -223,11 +233,10 @@ class Trainer:
         of micro-batches (their forward passes communicate)."""
         for part in self.model.parts:
             part.eval()
-        counted = torch.stack([(batch["labels"] != IGNORE).sum() for batch in micro_batches]).sum()
-        tokens = all_reduce_sum(counted.to(self.device), self.grids.dp)
+        tokens = self._valid_tokens(micro_batches)
         outputs = self.engine.forward([self._to_device(batch) for batch in micro_batches])
         self.model.reshard()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for out in outputs:
             total += out.sum().double()
-        return float(all_reduce_sum(total, self.grids.world)) / int(tokens)
+        return float(all_reduce_sum(total, self.grids.world)) / tokens

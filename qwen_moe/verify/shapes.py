@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from parallel.data import local
 from parallel.pipeline import Sequential
+from parallel.sequence import SequenceShard
 from qwen_moe.config import RunConfig
 from qwen_moe.models.init import keep_statistics_dtypes
 from qwen_moe.training.build import DTYPES, make_grids, plan_model
@@ -56,7 +57,7 @@ def run_shapes(config: RunConfig, world_size: int, rank: int) -> ShapeReport:
             trainer = Trainer(config, layout, model, build_optimizer(model, config.optimizer), device)
             trainer.begin_step(loss_tokens=rows * sequence)
             ids = torch.zeros(rows, sequence, dtype=torch.int64)
-            hidden_shape = (rows, sequence // grids.tp.size, config.model.hidden_size)
+            hidden_shape = (rows, SequenceShard.of(grids).length(sequence), config.model.hidden_size)
             for part in model.parts:
                 engine = Sequential(part, "input_ids", lambda out: out.sum())
                 hidden = torch.zeros(hidden_shape, dtype=DTYPES[config.precision.compute], requires_grad=True)

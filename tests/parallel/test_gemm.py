@@ -14,7 +14,7 @@ from parallel import gemm
 from parallel.kernels.formats import E4M3, quantise_by, scale_of
 from parallel.kernels.products import mm as fp8_mm
 from qwen_moe.models.attention.gqa import Attention
-from qwen_moe.models.attention.gqa.mask import Visibility
+from qwen_moe.models.attention.mask import Visibility
 from qwen_moe.models.head.cross_entropy import linear_cross_entropy
 from qwen_moe.models.linear import Linear, project
 from qwen_moe.models.ops.grouped_matmul import grouped_mm

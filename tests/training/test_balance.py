@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
+from parallel.sequence import SequenceShard
 from qwen_moe.config import BalanceConfig
 from qwen_moe.models.moe.router import RouterStatistics
 from qwen_moe.training.balance import Balancer, maximum_violation, update_expert_bias
@@ -35,7 +36,7 @@ def evaluate(scope: str, rank_count: int, micro_batches: int) -> dict[str, Any]:
     from parallel.mesh import Grids, Layout
 
     grids = Grids(Layout(dp=rank_count), "cpu")
-    balancer = Balancer(BalanceConfig(scope=scope), EXPERTS, TOP_K, grids.tp, grids.stage)
+    balancer = Balancer(BalanceConfig(scope=scope), EXPERTS, TOP_K, SequenceShard.of(grids), grids.stage)
     values = logits().requires_grad_()
     size = BATCH // (rank_count * micro_batches)
     total = z_total = 0.0
@@ -117,7 +118,7 @@ def test_perfect_balance_costs_one_per_layer() -> None:
         dropped=torch.zeros(LAYERS, 1, dtype=torch.int64),
     )
     alone = Axis("tp", 1, 0, None)
-    loss, _ = Balancer(BalanceConfig(scope="sequence"), EXPERTS, TOP_K, alone, alone).loss(router, 12, 12)
+    loss, _ = Balancer(BalanceConfig(scope="sequence"), EXPERTS, TOP_K, SequenceShard(), alone).loss(router, 12, 12)
     assert loss.item() == pytest.approx(LAYERS)
 
 

@@ -258,9 +258,9 @@ def _rows_in_order_of_arrival(patch: Any) -> None:
 
 def _capacity_of_own_part(patch: Any) -> None:
     """Every tp rank counts capacity from the beginning of its own part of the sequence."""
-    from qwen_moe.models import plan
+    from parallel.sequence import SequenceShard
 
-    patch(plan, "gather_prefix", lambda counts, axis: torch.zeros_like(counts))
+    patch(SequenceShard, "earlier", lambda shard, counts: torch.zeros_like(counts))
 
 
 TP, EP, PP = Layout(tp=2, dp=2), Layout(dp=4, ep=2), Layout(pp=2, dp=2)

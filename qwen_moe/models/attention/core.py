@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from parallel.gemm import widen
-from qwen_moe.models.attention.gqa.mask import Visibility
+from qwen_moe.models.attention.mask import Visibility
 from qwen_moe.models.ops.block_attention import block_attention, blocks_pay
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from qwen_moe.config import ModelConfig
-from qwen_moe.models.attention.gqa.cache import KeyValueCache
-from qwen_moe.models.attention.gqa.core import Attend, attend
-from qwen_moe.models.attention.gqa.mask import Visibility
+from qwen_moe.models.attention.cache import KeyValueCache
+from qwen_moe.models.attention.core import Attend, attend
+from qwen_moe.models.attention.mask import Visibility
 from qwen_moe.models.linear import Linear, Project, project
 from qwen_moe.models.norm import RMSNorm
 from qwen_moe.models.rope import RotaryTables, apply_rope

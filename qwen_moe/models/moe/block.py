@@ -16,6 +16,7 @@ from qwen_moe.models.linear import Linear
 from qwen_moe.models.moe.dispatch import Dispatcher, LocalDispatcher
 from qwen_moe.models.moe.experts import Experts
 from qwen_moe.models.moe.router import Router, RouterStatistics
+from qwen_moe.models.sequence import SequencePart, WholeSequence
 
 
 def within_capacity(
@@ -50,10 +51,9 @@ class MoE(nn.Module):
         if self.has_shared_expert:
             self.shared_expert = FeedForward(config.hidden_size, config.shared_expert_intermediate_size)
             self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False)
-        # What a plan replaces when tokens, experts or the sequence are split over ranks.
+        # Replaced where experts or sequences are split over ranks.
         self.dispatcher: Dispatcher = LocalDispatcher(config.num_experts)
-        self.sequence_parts = 1
-        self.earlier_counts: Callable[[torch.Tensor], torch.Tensor] = torch.zeros_like
+        self.sequence: SequencePart = WholeSequence()
 
     def _shared(self, x: torch.Tensor) -> torch.Tensor | None:
         if not self.has_shared_expert:
@@ -64,10 +64,10 @@ class MoE(nn.Module):
         weights, indices, statistics = self.gate(x)
         drops = self.capacity_factor > 0 and self.training
         if drops:
-            sequence = x.shape[1] * self.sequence_parts
-            capacity = math.ceil(self.capacity_factor * sequence * self.top_k / self.num_experts)
+            length = self.sequence.whole_length(x.shape[1])
+            capacity = math.ceil(self.capacity_factor * length * self.top_k / self.num_experts)
             per_sequence = indices.view(*x.shape[:2], -1)
-            kept = within_capacity(per_sequence, self.num_experts, capacity, self.earlier_counts)
+            kept = within_capacity(per_sequence, self.num_experts, capacity, self.sequence.earlier)
             statistics = statistics._replace(dropped=(~kept).flatten(1).sum(1))
             kept = kept.view_as(indices)
             weights, indices = weights * kept, indices.masked_fill(~kept, self.num_experts)
