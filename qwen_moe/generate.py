@@ -9,7 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_moe.documents import json_object, read_text
 from qwen_moe.errors import UserError
+from qwen_moe.fields import LARGEST, LARGEST_SIZE
+from qwen_moe.options import number, whole
 
 if TYPE_CHECKING:
     import torch
@@ -18,13 +21,15 @@ if TYPE_CHECKING:
     from qwen_moe.models.decoder import DecoderLM
 
 
-def _check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+def _check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: give a positive number")
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature is {temperature}: give 0 (greedy) or a positive number")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p}: give a number above 0 and at most 1")
+    if not 0 <= seed <= LARGEST:
+        raise UserError(f"seed is {seed:.10g}: give a whole number from 0 to 2^63 - 1")
 
 
 def _check_prompt(length: int, smallest: int, largest: int, max_new_tokens: int, config: "ModelConfig") -> None:
@@ -55,7 +60,9 @@ def sample(logits: "torch.Tensor", temperature: float, top_p: float, generator: 
     if temperature == 0:
         return logits.argmax(-1)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    probabilities = (logits.to(wide) / temperature).softmax(-1).cpu()
+    # The largest is taken off first: divided by a temperature near 0, the others alone may overflow, to probability 0.
+    logits = logits.to(wide)
+    probabilities = ((logits - logits.amax(-1, keepdim=True)).double() / temperature).softmax(-1).to(wide).cpu()
     if top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         # A token stays while those before it have not reached top_p; the first always stays.
@@ -85,7 +92,7 @@ def generate(
 
     from qwen_moe.models.attention import KeyValueCache
 
-    _check_sampling(max_new_tokens, temperature, top_p)
+    _check_sampling(max_new_tokens, temperature, top_p, seed)
     smallest, largest = (int(input_ids.min()), int(input_ids.max())) if input_ids.numel() else (0, 0)
     _check_prompt(input_ids.shape[1], smallest, largest, max_new_tokens, model.config)
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
@@ -101,6 +108,11 @@ def generate(
             for _ in tqdm(range(max_new_tokens), desc="generating", unit="token", disable=not progress):
                 states, _ = model.hidden_states(new, cache=cache)
                 logits = functional.linear(states[:, -1], model.head_weight)
+                if not bool(logits.isfinite().all()):
+                    raise UserError(
+                        "the model's outputs are NaN or infinite: its weights are damaged, or its sizes need a wider dtype "
+                        "(--dtype fp32)"
+                    )
                 token = sample(logits, temperature, top_p, generator)
                 if ends:
                     token = torch.where(ended, end_tensor[0], token)
@@ -142,10 +154,16 @@ def tokenizer_folder(directory: Path) -> Path:
 def end_tokens(folder: Path, tokenizer: Any) -> list[int]:
     """End tokens as Hugging Face chooses them: generation_config.json, else config.json, else the tokenizer's."""
     for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            found = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-            if found is not None:
-                return [found] if isinstance(found, int) else list(found)
+        if not (folder / name).is_file():
+            continue
+        values = json_object(read_text(folder / name, "the model's", "the model's own directory"), str(folder / name))
+        found = values.get("eos_token_id")
+        if found is None:
+            continue
+        ends = found if isinstance(found, list) else [found]
+        if not all(isinstance(end, int) and not isinstance(end, bool) and 0 <= end < 2**31 for end in ends):
+            raise UserError(f"{folder / name}: eos_token_id is {found!r}, expected an id or a list of ids")
+        return ends
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
@@ -165,7 +183,7 @@ def generate_text(
 
     ``dtype`` None: as stored, or the run's compute dtype. ``device`` None: the GPU where there is one. Raises UserError.
     """
-    _check_sampling(max_new_tokens, temperature, top_p)
+    _check_sampling(max_new_tokens, temperature, top_p, seed)
     if not prompt:
         raise UserError("the prompt is empty: give --prompt some text")
     if not directory.is_dir():
@@ -223,10 +241,14 @@ def register(subparsers: Any) -> None:
         help="a checkpoint, a run directory (its newest checkpoint) or a Hugging Face directory",
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
-    parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0 is greedy; default: 0.7")
-    parser.add_argument("--top-p", type=float, default=0.8, metavar="P", help="nucleus sampling; default: 0.8")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--max-new-tokens", type=whole(1, LARGEST_SIZE), default=128, metavar="N", help="default: 128")
+    parser.add_argument(
+        "--temperature", type=number(least=0), default=0.7, metavar="T", help="0 is greedy; default: 0.7"
+    )
+    parser.add_argument(
+        "--top-p", type=number(above=0, most=1), default=0.8, metavar="P", help="nucleus sampling; default: 0.8"
+    )
+    parser.add_argument("--seed", type=whole(), default=0, help="default: 0")
     parser.add_argument(
         "--dtype", choices=("bf16", "fp16", "fp32", "fp64"), help="default: as stored, or the run's compute dtype"
     )

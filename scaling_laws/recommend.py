@@ -69,16 +69,16 @@ def _refuse(fit: Fit, beyond: dict[str, float], accepted: bool) -> list[str]:
 
 def _check_sense(rate: float, batch: float, batch_tokens: int, tokens: float) -> None:
     """InputError for a learning rate or a batch that no run could use, whatever extrapolation was accepted."""
-    if not (0 < rate < 1 and 0 < batch):
+    if not (0 < rate < 1 and batch > 0):
         raise InputError(
-            f"not recommended: the laws give a learning rate of {rate:.3g} and a batch of {batch:.3g} tokens there, which is "
-            "no answer: the runs do not tell what happens at this size; add runs closer to it"
+            f"not recommended: the laws give a learning rate of {rate:.3g} and a batch of {batch:.3g} tokens there, which "
+            "is no answer: the runs do not tell what happens at this size; add runs closer to it"
         )
     if batch > tokens / LEAST_STEPS:
         raise InputError(
             f"not recommended: the laws give a batch of {batch:,.0f} tokens, and a run of {tokens:.3g} tokens would have "
-            f"{tokens / batch:.3g} steps, fewer than {LEAST_STEPS}: check that batch_size of the table counts sequences, not "
-            "tokens (then fit again), and that --tokens is in tokens"
+            f"{tokens / batch:.3g} steps, fewer than {LEAST_STEPS}: check that batch_size of the table counts sequences, "
+            "not tokens (then fit again), and that --tokens is in tokens"
         )
     if batch_tokens > tokens / LEAST_STEPS:
         raise InputError(

@@ -14,6 +14,7 @@ import torch
 from qwen_moe.checkpoint.name_map import Piece
 from qwen_moe.checkpoint.safetensors_file import Header, build_header, parse_header, read_header, write_file
 from qwen_moe.checkpoint.tensor_store import TensorSource
+from qwen_moe.documents import json_object, read_text
 from qwen_moe.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -36,17 +37,7 @@ def parse_size(text: str | int) -> int:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError when the file is absent or is not one."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give a Hugging Face model directory") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object, found {type(values).__name__}")
-    return values
+    return json_object(read_text(path, "file", "a Hugging Face model directory"), str(path))
 
 
 def open_shards(directory: Path) -> dict[Path, Header]:
@@ -62,6 +53,9 @@ def open_shards(directory: Path) -> dict[Path, Header]:
         weight_map = read_json(directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise UserError(f"{directory / INDEX} has no weight_map: download it again")
+        odd = next((name for name, file in weight_map.items() if not isinstance(file, str)), None)
+        if odd is not None:
+            raise UserError(f"{directory / INDEX} places {odd} in {weight_map[odd]!r}, expected a file's name")
         named = set(weight_map.values())
     elif present == {SINGLE}:
         weight_map, named = None, {SINGLE}

@@ -5,11 +5,11 @@ import os
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
 from pydantic import ValidationError
 
-from qwen_moe.config import NonNegativeFloat, PositiveFloat, Section
+from qwen_moe.documents import read_text, yaml_mapping
 from qwen_moe.errors import UserError
+from qwen_moe.fields import NonNegativeFloat, PositiveFloat, Section
 
 
 class Efficiency(Section):
@@ -81,20 +81,12 @@ def _load(schema: type[Kind], kind: str, option: str, name: str) -> Kind:
     if path.suffix not in (".yaml", ".yml"):
         files = known(kind)
         if name not in files:
-            near = difflib.get_close_matches(name, files, n=1)
+            near = difflib.get_close_matches(name[:100].lower(), files, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(files)}"
             raise UserError(f"{option} {name!r} is not known; {hint} (or give a .yaml file, see docs/plan.md)")
         path = files[name]
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{option} {path} does not exist: give a .yaml file or one of {', '.join(known(kind))}"
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{option} {path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{option} {path} must be a mapping, found {type(values).__name__}")
+    where = f"{option} {path}"
+    values = yaml_mapping(read_text(path, option, f"a .yaml file or one of {', '.join(known(kind))}"), where)
     try:
         return schema(**values)
     except ValidationError as error:

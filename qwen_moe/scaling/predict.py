@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_moe.errors import UserError
+from qwen_moe.options import number
 
 if TYPE_CHECKING:
     from scaling_laws.curves import Curve
@@ -24,7 +25,7 @@ def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "--like", nargs="+", type=Path, default=[], metavar="RUN", help="finished runs to learn from; give a few"
     )
     predict.add_argument(
-        "--hopeless-above", type=float, metavar="LOSS", help="call runs hopeless that surely end above it"
+        "--hopeless-above", type=number(above=0), metavar="LOSS", help="call runs hopeless that surely end above it"
     )
     predict.add_argument("--json", action="store_true")
     predict.set_defaults(func=run)
@@ -66,8 +67,6 @@ def open_curve(path: Path) -> tuple["Curve", tuple[Any, ...] | None]:
 def run(args: argparse.Namespace) -> int:
     from scaling_laws.curves import predict_final_loss
 
-    if args.hopeless_above is not None and not 0 < args.hopeless_above < math.inf:
-        raise UserError(f"--hopeless-above {args.hopeless_above}: expected a loss in nats per token")
     like = [open_curve(path)[0] for path in args.like]
     for curve in like:
         if curve.done < 1:

@@ -286,6 +286,15 @@ def test_jsonl_is_read_too(tmp_path: Path) -> None:
         (["fit", "nowhere.csv", "--output", "x", "--samples", "-3"], "--samples -3"),
         (["recommend", "x", "--seq-len", "1024", "--flops", "1e20", "--n-total", "1e9"], "not both"),
         (["recommend", "x", "--seq-len", "1024", "--n-total", "-1", "--tokens", "1e9"], "--n-total -1.0"),
+        (
+            ["recommend", "x", "--seq-len", "1024", "--n-total", "1e9", "--tokens", "1e19"],
+            "--tokens 1e+19: expected a number",
+        ),
+        (["recommend", "x", "--seq-len", "1024", "--n-total", "nan", "--tokens", "1e9"], "argument --n-total: 'nan'"),
+        (["recommend", "x", "--seq-len", "0", "--flops", "1e20"], "--seq-len 0: expected a number from 1"),
+        (["recommend", "x", "--seq-len", "9", "--activated-share", "0.5"], "--activated-share is for --flops"),
+        (["fit", "nowhere.csv", "--output", "x", "--seed", "-1"], "--seed -1: give 0 or more"),
+        (["fit", "nowhere.csv", "--output", ""], "argument --output: '': expected a path"),
     ],
 )
 def test_bad_requests(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
