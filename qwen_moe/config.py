@@ -303,6 +303,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        self.check()
+        return self
+
+    def check(self) -> None:
+        """Raise ValueError for settings of different sections that do not go together."""
         training, schedule = self.training, self.schedule
         kept = self.precision.fp8.plain_layers(self.model.num_hidden_layers)
         if self.precision.compute == "fp8" and len(kept) == self.model.num_hidden_layers:
@@ -362,7 +367,6 @@ class RunConfig(Section):
                 )
         if self.sample_prompt and not self.checkpoint.export_hf:
             raise ValueError("sample_prompt is sampled from the exported model: set checkpoint.export_hf to true")
-        return self
 
     @property
     def tokens_per_step(self) -> int:

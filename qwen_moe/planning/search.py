@@ -12,6 +12,7 @@ from qwen_moe.planning.layouts import PRECISIONS, Choice, legal_choices
 from qwen_moe.planning.memory import Memory, MemoryModel
 from qwen_moe.planning.software import OURS
 from qwen_moe.planning.step_time import StepTime, StepTimeModel
+from qwen_moe.progress import bar
 from qwen_moe.training.layout import RunLayout
 
 
@@ -111,7 +112,9 @@ class Search:
         begin = time.monotonic()
         found = [
             (self.time.step(choice, layout), choice, layout)
-            for choice, layout in legal_choices(self.config, self.gpus, wanted=self.precisions)
+            for choice, layout in bar(
+                legal_choices(self.config, self.gpus, wanted=self.precisions), "plan: time of layouts", " layouts"
+            )
             if self._countable(choice)
         ]
         if not found:
@@ -127,7 +130,7 @@ class Search:
         best: list[Scored] = []
         faster: list[Scored] = []
         seen: set[tuple[int, ...]] = set()
-        for step, choice, layout in found:
+        for step, choice, layout in bar(found, "plan: memory of the fastest", " layouts"):
             degrees = (choice.tp, choice.pp, choice.cp, choice.ep, choice.etp)
             if degrees in seen:
                 continue
