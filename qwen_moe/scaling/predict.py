@@ -50,12 +50,14 @@ def open_curve(path: Path) -> tuple["Curve", tuple[Any, ...] | None]:
         if not (path / name).is_file():
             raise UserError(f"{path} holds no {name}: give the run_dir of a run that has trained some steps")
     config = load_config(path / "config.yaml")
-    try:
-        records = read_lines(path / METRICS)
-    except ValueError as error:
-        raise UserError(f"{path / METRICS} is damaged ({error})") from None
+    records = read_lines(path / METRICS)
     found = {record["step"]: record["loss"] for record in records if "loss" in record}
-    loss = np.full(max(found, default=0), np.nan)
+    last = max(found, default=0)
+    if last > config.train_steps or min(found, default=1) < 1:
+        raise UserError(
+            f"{path / METRICS} records step {last}, but the run has {config.train_steps}: is it another run's?"
+        )
+    loss = np.full(last, np.nan)
     for step, value in found.items():
         loss[step - 1] = value
     rates = np.array([learning_rate(config, step) for step in range(config.train_steps)])
