@@ -66,7 +66,9 @@ def sample(logits: "torch.Tensor", temperature: float, top_p: float, generator: 
     if top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         # A token stays while those before it have not reached top_p; the first always stays.
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)
+        beyond = ordered.cumsum(-1) - ordered >= top_p
+        beyond[..., 0] = False
+        ordered = ordered.masked_fill(beyond, 0)
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1).to(logits.device)
 
@@ -186,6 +188,8 @@ def generate_text(
     _check_sampling(max_new_tokens, temperature, top_p, seed)
     if not prompt:
         raise UserError("the prompt is empty: give --prompt some text")
+    if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise UserError("the prompt is not valid UTF-8 text: leave its broken characters out")
     if not directory.is_dir():
         raise UserError(f"{directory} does not exist: give a checkpoint, a run directory or a Hugging Face directory")
     import torch

@@ -115,6 +115,11 @@ def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
     assert {row[0] for row in drawn} == {1} and {row[1] for row in drawn} == {0, 2}
 
 
+def test_the_smallest_top_p_keeps_the_most_likely() -> None:
+    logits = torch.tensor([[1.0, 4.0, 3.9, -2.0]])
+    assert {sample(logits, 1.0, 1e-300, torch.Generator().manual_seed(seed)).item() for seed in range(20)} == {1}
+
+
 def test_outputs_that_are_no_numbers_are_named() -> None:
     model = draw_weights(_config(), 4, torch.float32)
     with torch.no_grad():
@@ -221,6 +226,7 @@ def test_text_equals_transformers(folders: tuple[Path, Path]) -> None:
         ({"top_p": 0}, "top_p is 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"prompt": "a\ud800"}, "prompt is not valid UTF-8"),
         ({"seed": -1}, "seed is -1: give a whole number from 0"),
         ({"seed": 2**64}, "seed is 1.844674407e[+]19: give a whole number from 0"),
         ({"max_new_tokens": 60}, "65, more than the model's max_position_embeddings 64.*at most 59"),

@@ -29,9 +29,12 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "K
 def parse_size(text: str | int) -> int:
     """Bytes of "5GB", "200MiB" or a plain number. Raises UserError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
-    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found and found[2].upper() in _UNITS else 0
-    if size <= 0:
-        raise UserError(f"shard size {text!r} is not a size: give a number of bytes or one with a unit, such as 5GB")
+    known = found is not None and found[2].upper() in _UNITS and len(str(text)) <= 40
+    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found is not None and known else 0
+    if not 0 < size < 2**63:
+        raise UserError(
+            f"shard size {str(text)[:40]!r} is not a size: give a number of bytes or one with a unit, such as 5GB"
+        )
     return size
 
 

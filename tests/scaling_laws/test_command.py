@@ -251,6 +251,27 @@ def test_what_is_no_number_in_jsonl(line: str, message: str, tmp_path: Path) -> 
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("damage", ["digit", "flip", "cut", "list", "unsigned"])
+def test_a_damaged_fit_is_not_read(damage: str, fit_dir: Path, tmp_path: Path) -> None:
+    """One digit of a coefficient would be another recommendation in silence."""
+    from scaling_laws.errors import InputError
+
+    text = (fit_dir / "fit.json").read_text()
+    values = json.loads(text)
+    rate = repr(values["surface"]["learning_rate"][0])
+    damaged = {
+        "digit": text.replace(rate, rate[:-1] + str((int(rate[-1]) + 1) % 10)),
+        "flip": text.replace('"ranges"', '"rangeS"'),
+        "cut": text[: len(text) // 2],
+        "list": "[1, 2]",
+        "unsigned": json.dumps({key: value for key, value in values.items() if key != "sha256"}),
+    }[damage]
+    assert damaged != text
+    (tmp_path / "fit.json").write_text(damaged)
+    with pytest.raises(InputError, match=r"is damaged or of another version .*: fit again"):
+        load_fit(tmp_path)
+
+
 def test_a_batch_that_leaves_a_run_without_steps_is_refused(fit_dir: Path) -> None:
     """Accepted extrapolation or not: a fit of a table whose batches were tokens answers so."""
     from scaling_laws.errors import InputError
