@@ -4,7 +4,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -15,8 +15,11 @@ from qwen_moe.fields import (
     Degree,
     GivenPath,
     GivenPrefix,
+    Layers,
     NonNegativeFloat,
     NonNegativeInt,
+    OptionalLayers,
+    OptionalSize,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -40,7 +43,7 @@ class Prepare(Section):
     input: tuple[str, ...] = Field(min_length=1)
     output: GivenPrefix
     train_tokenizer: bool = False
-    vocab_size: NonNegativeInt = 0
+    vocab_size: OptionalSize = 0
     text_key: str = "text"
 
 
@@ -92,11 +95,11 @@ class TrainingConfig(Section):
     micro_batch_size: Size
     global_batch_size: Size
     validation_interval: NonNegativeInt = 200
-    validation_sequences: PositiveInt = 64
+    validation_sequences: Size = 64
     max_skips: NonNegativeInt = 3
     spike_nats: NonNegativeFloat = 0.0
     recompute: Literal["none", "full"] = "none"
-    loss_chunk_tokens: PositiveInt = 1024
+    loss_chunk_tokens: Size = 1024
 
 
 class OptimizerConfig(Section):
@@ -106,11 +109,11 @@ class OptimizerConfig(Section):
     moments in host memory (docs/optimizers.md)."""
 
     provider: Literal["torch", "apex", "deepspeed"] = "torch"
-    learning_rate: PositiveFloat
+    learning_rate: Annotated[PositiveFloat, Field(le=100)]
     beta1: ShareBelowOne = 0.9
     beta2: ShareBelowOne = 0.95
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.1
+    eps: Annotated[PositiveFloat, Field(le=1)] = 1e-8
+    weight_decay: Annotated[NonNegativeFloat, Field(le=100)] = 0.1
     clip_grad_norm: NonNegativeFloat = 1.0
 
 
@@ -140,10 +143,10 @@ class BalanceConfig(Section):
     """
 
     scope: Literal["none", "micro_batch", "sequence", "global_batch", "huggingface"] = "global_batch"
-    coefficient: NonNegativeFloat = 1e-3
-    z_loss_coefficient: NonNegativeFloat = 0.0
-    bias_update_rate: NonNegativeFloat = 0.0
-    capacity_factor: NonNegativeFloat = 0.0
+    coefficient: Annotated[NonNegativeFloat, Field(le=1e6)] = 1e-3
+    z_loss_coefficient: Annotated[NonNegativeFloat, Field(le=1e6)] = 0.0
+    bias_update_rate: Annotated[NonNegativeFloat, Field(le=1e6)] = 0.0
+    capacity_factor: Annotated[NonNegativeFloat, Field(le=1e6)] = 0.0
 
 
 class Fp8Config(Section):
@@ -158,11 +161,11 @@ class Fp8Config(Section):
 
     recipe: Literal["delayed", "current", "blockwise", "mxfp8"] = "blockwise"
     format: Literal["auto", "hybrid", "e4m3"] = "auto"
-    amax_history_len: PositiveInt = 1024
+    amax_history_len: Annotated[PositiveInt, Field(le=1_000_000)] = 1024
     amax_compute_algo: Literal["max", "most_recent"] = "max"
-    margin: NonNegativeInt = 0
-    first_layers_in_bf16: NonNegativeInt = 0
-    last_layers_in_bf16: NonNegativeInt = 0
+    margin: Annotated[NonNegativeInt, Field(le=64)] = 0
+    first_layers_in_bf16: OptionalLayers = 0
+    last_layers_in_bf16: OptionalLayers = 0
 
     @property
     def hybrid(self) -> bool:
@@ -231,10 +234,10 @@ class ParallelConfig(Section):
     ep: Degree = 1
     etp: Degree = 1
     schedule: Literal["1f1b", "interleaved_1f1b", "zbv", "dualpipev"] = "1f1b"
-    stages_per_rank: NonNegativeInt = 0
-    pipeline_split: tuple[PositiveInt, ...] = ()
+    stages_per_rank: OptionalLayers = 0
+    pipeline_split: tuple[Layers, ...] = ()
     sharding: Literal["zero2", "zero3"] = "zero2"
-    collective_timeout_minutes: PositiveFloat = 30.0
+    collective_timeout_minutes: Annotated[PositiveFloat, Field(le=60 * 24 * 30)] = 30.0
     check_collectives: bool = False
 
     @model_validator(mode="after")
@@ -279,7 +282,7 @@ class LaunchConfig(Section):
     layout needs more."""
 
     nproc: Degree = 1
-    threads: NonNegativeInt = 0
+    threads: Annotated[NonNegativeInt, Field(le=4096)] = 0
     max_restarts_without_progress: NonNegativeInt = 10
 
 

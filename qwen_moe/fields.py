@@ -63,6 +63,7 @@ NonNegativeInt = Annotated[int, BeforeValidator(whole_number), Field(ge=0, le=LA
 Size = Annotated[int, BeforeValidator(whole_number), Field(gt=0, le=LARGEST_SIZE, strict=True)]
 OptionalSize = Annotated[int, BeforeValidator(whole_number), Field(ge=0, le=LARGEST_SIZE, strict=True)]
 Layers = Annotated[int, BeforeValidator(whole_number), Field(gt=0, le=MOST_LAYERS, strict=True)]
+OptionalLayers = Annotated[int, BeforeValidator(whole_number), Field(ge=0, le=MOST_LAYERS, strict=True)]
 Degree = Annotated[int, BeforeValidator(whole_number), Field(gt=0, le=MOST_PROCESSES, strict=True)]
 Seed = Annotated[int, BeforeValidator(whole_number), Field(ge=0, le=LARGEST_SEED, strict=True)]
 PositiveFloat = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]

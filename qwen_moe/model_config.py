@@ -1,8 +1,8 @@
 """The shape of a model."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from qwen_moe.fields import Layers, NonNegativeInt, OptionalSize, PositiveFloat, Section, Size, whole_number
 
@@ -26,10 +26,10 @@ class ModelConfig(Section):
     num_key_value_heads: Size
     head_dim: Size
     max_position_embeddings: Size = 32768
-    rope_theta: PositiveFloat = 1_000_000.0
-    rms_norm_eps: PositiveFloat = 1e-6
+    rope_theta: Annotated[PositiveFloat, Field(le=1e15)] = 1_000_000.0
+    rms_norm_eps: Annotated[PositiveFloat, Field(le=1)] = 1e-6
     tie_word_embeddings: bool = False
-    initializer_range: PositiveFloat = 0.02
+    initializer_range: Annotated[PositiveFloat, Field(le=100)] = 0.02
     qkv_bias: bool = False
     num_experts: OptionalSize = 0
     num_experts_per_tok: OptionalSize = 0
