@@ -11,12 +11,12 @@ def explain_os_error(error: OSError) -> str:
     """The message for an error of the operating system that reached the top."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error}: free some space, then run the same command again; what was complete before is not harmed"
-    name = error.filename if isinstance(error.filename, str) else None
-    if name is not None and isinstance(error, IsADirectoryError):
+    name = getattr(error, "filename2", None) or error.filename  # the second is what was to be replaced
+    if name and isinstance(error, IsADirectoryError):
         return f"{name} is a folder: give a file"
-    if name is not None and isinstance(error, NotADirectoryError):
+    if name and isinstance(error, NotADirectoryError):
         return f"{name}: a part of this path is a file, not a folder: give another path"
-    if name is not None and isinstance(error, PermissionError):
+    if name and isinstance(error, PermissionError):
         return f"{name}: this user may not read or write there: change its permissions, or give another path"
     return str(error)
 

@@ -76,6 +76,7 @@ def test_a_mistake_in_the_command_is_one_line(capsys: pytest.CaptureFixture[str]
     ("failure", "message"),
     [
         (IsADirectoryError(errno.EISDIR, "Is a directory", "runs"), "runs is a folder: give a file"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "x.partial", None, "x"), "error: x is a folder: give a file"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "a part of this path is a file"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), "x: this user may not read or write there"),
         (OSError(errno.ENOSPC, "No space left on device"), "free some space"),
