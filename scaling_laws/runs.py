@@ -31,6 +31,7 @@ CONVENTIONS = ("non_vocabulary", "with_vocabulary")
 GROUP = ("n_total", "n_active", "tokens", "num_experts", "top_k", "granularity", "shared_hidden", "unique_tokens")
 TRUE, FALSE = ("1", "true", "yes", "1.0"), ("", "0", "false", "no", "0.0", "none", "nan")
 SHOWN = 20  # problems in one message
+LEAST_RATIO, MOST_RATIO = 0.01, 1e5  # tokens per activated parameter of the median run: beyond them, units are mixed
 LEAST_STEPS = 20  # of the median run: below it, batch sizes are not what they are taken for
 
 
@@ -178,13 +179,19 @@ def _table(frame: pd.DataFrame) -> RunTable:
 def _check_units(frame: pd.DataFrame) -> list[str]:
     """Warnings on medians that are small; InputError for those that no run has."""
     warnings = []
-    for column, never, seldom, unit in (("n_total", 1e4, 1e5, "parameters"), ("tokens", 1e5, 1e6, "tokens")):
+    for column, never, seldom, unit in (("n_total", 1e3, 1e5, "parameters"), ("tokens", 1e4, 1e6, "tokens")):
         median = frame[column].median()
         told = f"the median of {column} is {median:g}: is it in millions or billions? It counts {unit}"
         if median < never:
             raise InputError(f"{told}: multiply the column by 1e6 or 1e9")
         if median < seldom:
             warnings.append(told)
+    ratio = (frame["tokens"] / frame["n_active"]).median()
+    if not LEAST_RATIO <= ratio <= MOST_RATIO:
+        raise InputError(
+            f"the median run has {ratio:.3g} tokens per activated parameter, which no run has: is one of n_total, n_active "
+            "and tokens in millions or billions? They count parameters and tokens"
+        )
     return warnings
 
 
