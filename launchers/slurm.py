@@ -91,7 +91,7 @@ def parse_minutes(text: str) -> float | None:
     if text.upper() in ("UNLIMITED", "INFINITE", "NONE"):
         return None
     match = _DAYS.fullmatch(text.strip())
-    if not match:
+    if not match or len(text) > 32:
         raise LaunchError(f"time {text!r} is not a time of Slurm's: use minutes, HH:MM:SS, or D-HH:MM:SS")
     days, *rest = match.groups()
     numbers = [int(part) for part in rest if part is not None]

@@ -1,12 +1,15 @@
 """The `qwen-moe` command: one verb per capability, each defined beside its implementation."""
 
 import argparse
+import contextlib
+import os
 import sys
 import traceback
 from importlib import import_module
 
 from qwen_moe import __version__
-from qwen_moe.errors import UserError, explain_os_error
+from qwen_moe.errors import UserError, explain_failure
+from qwen_moe.options import Parser
 
 # Modules with a `register(subparsers)`; they import nothing heavy at the top, so that --help is quick.
 VERBS = (
@@ -26,7 +29,7 @@ VERBS = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="qwen-moe", description="Train Qwen Mixture-of-Experts models.")
+    parser = Parser(prog="qwen-moe", description="Train Qwen Mixture-of-Experts models.")
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -35,8 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Exit code: 0, 2 for an error the user can fix, 130 when interrupted, the verb's own otherwise."""
+def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     # argparse takes overrides only in one run of arguments; they may also stand after options.
@@ -44,20 +46,39 @@ def main(argv: list[str] | None = None) -> int:
         args.overrides += rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Exit code: 0, 2 for an error the user can fix, 130 when interrupted, the verb's own otherwise.
+
+    What the user or the machine did wrong is one line. Any other exception is a mistake of ours and keeps its traceback.
+    """
     from launchers.local import LaunchError
     from scaling_laws.errors import InputError
 
+    args = None
     try:
-        return (getattr(args, "func", None) or args.run)(args)
-    except (UserError, LaunchError, InputError, OSError) as error:
-        if args.traceback:
-            traceback.print_exc()
-        message = explain_os_error(error) if isinstance(error, OSError) else error
-        print(f"error: {message}", file=sys.stderr)
-        return 2
+        args = _parse(argv)
+        code = (getattr(args, "func", None) or args.run)(args)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # `qwen-moe ... | head`: who read has seen enough. What Python would still write at exit goes nowhere.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        message = str(error) if isinstance(error, (UserError, LaunchError, InputError)) else explain_failure(error)
+        if message is None:
+            raise
+        if args is not None and args.traceback:
+            traceback.print_exc()
+        print(f"error: {message}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -2,21 +2,38 @@
 
 import difflib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from qwen_moe.documents import read_text, yaml_mapping, yaml_value
 from qwen_moe.errors import UserError
-from qwen_moe.fields import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from qwen_moe.fields import (
+    Degree,
+    GivenPath,
+    GivenPrefix,
+    Layers,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OptionalLayers,
+    OptionalSize,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Seed,
+    ShareBelowOne,
+    Size,
+)
 from qwen_moe.model_config import ModelConfig
 
 
 class Dataset(Section):
     """One `.bin/.idx` pair (`prefix`, without the ending) and its weight in the blend."""
 
-    prefix: Path
+    prefix: GivenPrefix
     weight: PositiveFloat = 1.0
 
 
@@ -24,9 +41,9 @@ class Prepare(Section):
     """What `qwen-moe train` prepares first, when it is not there yet: the same as `qwen-moe data prepare`."""
 
     input: tuple[str, ...] = Field(min_length=1)
-    output: Path
+    output: GivenPrefix
     train_tokenizer: bool = False
-    vocab_size: NonNegativeInt = 0
+    vocab_size: OptionalSize = 0
     text_key: str = "text"
 
 
@@ -37,13 +54,24 @@ class DataConfig(Section):
     prepare: Prepare | None = None
     train: tuple[Dataset, ...] = ()
     validation: tuple[Dataset, ...] = ()
-    tokenizer: Path | None = None
-    sequence_length: PositiveInt
+    tokenizer: GivenPath | None = None
+    sequence_length: Size
     split: str = "99,1,0"
-    seed: NonNegativeInt = 1234
+    seed: Seed = 1234
     order_tokens: NonNegativeInt = 0
     respect_document_boundaries: bool = False
     mask_end_of_document: bool = False
+
+    @field_validator("split")
+    @classmethod
+    def _check_split(cls, split: str) -> str:
+        try:
+            weights = [float(part) for part in split.split(",")]
+        except ValueError:
+            weights = []
+        if not (1 <= len(weights) <= 3 and all(0 <= w < math.inf for w in weights) and weights[0] > 0):
+            raise ValueError(f"{split!r} is not of the form 'train,validation,test': numbers, that of train above 0")
+        return split
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -64,14 +92,14 @@ class TrainingConfig(Section):
     """
 
     train_tokens: PositiveInt
-    micro_batch_size: PositiveInt
-    global_batch_size: PositiveInt
+    micro_batch_size: Size
+    global_batch_size: Size
     validation_interval: NonNegativeInt = 200
-    validation_sequences: PositiveInt = 64
+    validation_sequences: Size = 64
     max_skips: NonNegativeInt = 3
     spike_nats: NonNegativeFloat = 0.0
     recompute: Literal["none", "full"] = "none"
-    loss_chunk_tokens: PositiveInt = 1024
+    loss_chunk_tokens: Size = 1024
 
 
 class OptimizerConfig(Section):
@@ -81,11 +109,11 @@ class OptimizerConfig(Section):
     moments in host memory (docs/optimizers.md)."""
 
     provider: Literal["torch", "apex", "deepspeed"] = "torch"
-    learning_rate: PositiveFloat
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.1
+    learning_rate: Annotated[PositiveFloat, Field(le=100)]
+    beta1: ShareBelowOne = 0.9
+    beta2: ShareBelowOne = 0.95
+    eps: Annotated[PositiveFloat, Field(le=1)] = 1e-8
+    weight_decay: Annotated[NonNegativeFloat, Field(le=100)] = 0.1
     clip_grad_norm: NonNegativeFloat = 1.0
 
 
@@ -115,10 +143,10 @@ class BalanceConfig(Section):
     """
 
     scope: Literal["none", "micro_batch", "sequence", "global_batch", "huggingface"] = "global_batch"
-    coefficient: NonNegativeFloat = 1e-3
-    z_loss_coefficient: NonNegativeFloat = 0.0
-    bias_update_rate: NonNegativeFloat = 0.0
-    capacity_factor: NonNegativeFloat = 0.0
+    coefficient: Annotated[NonNegativeFloat, Field(le=1e6)] = 1e-3
+    z_loss_coefficient: Annotated[NonNegativeFloat, Field(le=1e6)] = 0.0
+    bias_update_rate: Annotated[NonNegativeFloat, Field(le=1e6)] = 0.0
+    capacity_factor: Annotated[NonNegativeFloat, Field(le=1e6)] = 0.0
 
 
 class Fp8Config(Section):
@@ -133,11 +161,11 @@ class Fp8Config(Section):
 
     recipe: Literal["delayed", "current", "blockwise", "mxfp8"] = "blockwise"
     format: Literal["auto", "hybrid", "e4m3"] = "auto"
-    amax_history_len: PositiveInt = 1024
+    amax_history_len: Annotated[PositiveInt, Field(le=1_000_000)] = 1024
     amax_compute_algo: Literal["max", "most_recent"] = "max"
-    margin: NonNegativeInt = 0
-    first_layers_in_bf16: NonNegativeInt = 0
-    last_layers_in_bf16: NonNegativeInt = 0
+    margin: Annotated[NonNegativeInt, Field(le=64)] = 0
+    first_layers_in_bf16: OptionalLayers = 0
+    last_layers_in_bf16: OptionalLayers = 0
 
     @property
     def hybrid(self) -> bool:
@@ -200,16 +228,16 @@ class ParallelConfig(Section):
     (arXiv 1910.02054). ``check_collectives`` compares every rank's collectives with its group's after each step.
     """
 
-    tp: PositiveInt = 1
-    pp: PositiveInt = 1
-    cp: PositiveInt = 1
-    ep: PositiveInt = 1
-    etp: PositiveInt = 1
+    tp: Degree = 1
+    pp: Degree = 1
+    cp: Degree = 1
+    ep: Degree = 1
+    etp: Degree = 1
     schedule: Literal["1f1b", "interleaved_1f1b", "zbv", "dualpipev"] = "1f1b"
-    stages_per_rank: NonNegativeInt = 0
-    pipeline_split: tuple[PositiveInt, ...] = ()
+    stages_per_rank: OptionalLayers = 0
+    pipeline_split: tuple[Layers, ...] = ()
     sharding: Literal["zero2", "zero3"] = "zero2"
-    collective_timeout_minutes: PositiveFloat = 30.0
+    collective_timeout_minutes: Annotated[PositiveFloat, Field(le=60 * 24 * 30)] = 30.0
     check_collectives: bool = False
 
     @model_validator(mode="after")
@@ -231,8 +259,8 @@ class CheckpointConfig(Section):
     keep: PositiveInt = 2
     keep_steps: tuple[PositiveInt, ...] = ()
     asynchronous: bool = False
-    load_from: Path | None = None
-    branch_from: Path | None = None
+    load_from: GivenPath | None = None
+    branch_from: GivenPath | None = None
     export_hf: bool = True
 
     @model_validator(mode="after")
@@ -253,16 +281,16 @@ class LaunchConfig(Section):
     """``nproc``: processes that `qwen-moe train` starts on this machine, unless torchrun or Slurm started it; more, if the
     layout needs more."""
 
-    nproc: PositiveInt = 1
-    threads: NonNegativeInt = 0
+    nproc: Degree = 1
+    threads: Annotated[NonNegativeInt, Field(le=4096)] = 0
     max_restarts_without_progress: NonNegativeInt = 10
 
 
 class RunConfig(Section):
     """One run. ``run_dir`` holds everything it writes."""
 
-    run_dir: Path
-    seed: NonNegativeInt = 1234
+    run_dir: GivenPath
+    seed: Seed = 1234
     sample_prompt: str = ""
     model: ModelConfig
     data: DataConfig
@@ -278,6 +306,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        self.check()
+        return self
+
+    def check(self) -> None:
+        """Raise ValueError for settings of different sections that do not go together."""
         training, schedule = self.training, self.schedule
         kept = self.precision.fp8.plain_layers(self.model.num_hidden_layers)
         if self.precision.compute == "fp8" and len(kept) == self.model.num_hidden_layers:
@@ -337,7 +370,6 @@ class RunConfig(Section):
                 )
         if self.sample_prompt and not self.checkpoint.export_hf:
             raise ValueError("sample_prompt is sampled from the exported model: set checkpoint.export_hf to true")
-        return self
 
     @property
     def tokens_per_step(self) -> int:
@@ -346,6 +378,11 @@ class RunConfig(Section):
     @property
     def train_steps(self) -> int:
         return math.ceil(self.training.train_tokens / self.tokens_per_step)
+
+
+def shorten(text: str) -> str:
+    """``text`` for a message: its beginning, where it is long."""
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"
 
 
 def _valid_keys(path: tuple[str | int, ...]) -> list[str]:
@@ -377,7 +414,7 @@ def _explain(error: ValidationError, source: str, root: tuple[str, ...] = ()) ->
             message = item["msg"].removeprefix("Value error, ")
             lines.append(f"{dotted}: {message}" if dotted else message)
         else:
-            lines.append(f"{dotted} = {item['input']!r}: {item['msg']}")
+            lines.append(f"{dotted} = {shorten(repr(item['input']))}: {item['msg']}")
     return UserError(f"{source}: " + "; ".join(lines))
 
 
@@ -412,10 +449,16 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise UserError(f"override {override!r}: {part!r} is a value, not a section")
         node = child
-    try:
-        node[leaf] = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML ({error})") from None
+    node[leaf] = yaml_value(text, f"override {shorten(override)!r}") if text else ""
+
+
+def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    given: dict[str, str] = {}
+    for override in overrides:
+        key = override.partition("=")[0]
+        if given.setdefault(key, override) != override:
+            raise UserError(f"{key} is given twice, as {shorten(given[key])} and as {shorten(override)}: keep one")
+        _apply_override(values, override)
 
 
 def parse_config(values: dict[str, Any], source: str) -> RunConfig:
@@ -429,24 +472,12 @@ def parse_config(values: dict[str, Any], source: str) -> RunConfig:
         raise _explain(error, source) from None
 
 
-def load_config(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe and apply `section.key=value` overrides (values are YAML). Raises UserError naming every problem."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(
-            f"recipe {path} does not exist: give the path of a YAML file, such as recipes/demo.yaml"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} cannot be read: {error}") from None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"recipe {path} must be a mapping of sections, found {type(values).__name__}")
-    for override in overrides:
-        _apply_override(values, override)
+    values = yaml_mapping(
+        read_text(path, "recipe", "the path of a YAML file, such as recipes/demo.yaml"), f"recipe {path}"
+    )
+    _apply_overrides(values, overrides)
     return parse_config(values, str(path))
 
 

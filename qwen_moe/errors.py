@@ -11,4 +11,31 @@ def explain_os_error(error: OSError) -> str:
     """The message for an error of the operating system that reached the top."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error}: free some space, then run the same command again; what was complete before is not harmed"
+    name = getattr(error, "filename2", None) or error.filename  # the second is what was to be replaced
+    if name and isinstance(error, IsADirectoryError):
+        return f"{name} is a folder: give a file"
+    if name and isinstance(error, NotADirectoryError):
+        return f"{name}: a part of this path is a file, not a folder: give another path"
+    if name and isinstance(error, PermissionError):
+        return f"{name}: this user may not read or write there: change its permissions, or give another path"
     return str(error)
+
+
+def explain_failure(error: BaseException) -> str | None:
+    """One line for what input or the machine brings about anywhere; None for everything else, which is a mistake of ours."""
+    if isinstance(error, OSError):
+        return explain_os_error(error)
+    if isinstance(error, UnicodeDecodeError):
+        return f"a file is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
+    if isinstance(error, UnicodeEncodeError):
+        return (
+            f"{error.object[error.start : error.end]!r} cannot be written as {error.encoding}: set PYTHONUTF8=1, or leave "
+            "the character out"
+        )
+    if isinstance(error, RecursionError):
+        return "the input is nested too deeply to be read (--traceback shows where)"
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return (
+            f"out of memory ({str(error)[:200] or 'no more was given'}): use a smaller model or batch, or more machines"
+        )
+    return None

@@ -1,13 +1,29 @@
-"""Kinds of numbers in settings, and the frozen section that settings are grouped in."""
+"""Kinds of values in settings, and the frozen section that settings are grouped in.
 
+Every number is finite and no boolean (Python counts ``true`` as 1), every path is one. Limits are far above anything that is
+trained; beyond them sums overflow or nothing ever answers.
+"""
+
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+LARGEST = 2**63 - 1
+# Ids of tokens are stored in at most 32 bits, and sizes of one tensor's dimension are no larger.
+LARGEST_SIZE = 2**31 - 1
+LARGEST_SEED = 2**32 - 1  # megatron-core draws orders of documents with numpy's RandomState, which takes 32 bits
+MOST_LAYERS = 10_000
+MOST_PROCESSES = 2**20
+
 
 def whole_number(value: Any) -> Any:
     """YAML reads 2e6 as text and 2.0e+6 as a float; both are counts here."""
-    if isinstance(value, str):
+    if isinstance(value, str) and value.isascii():
+        try:
+            return int(value)
+        except ValueError:
+            pass
         try:
             value = float(value.replace("_", ""))
         except ValueError:
@@ -18,18 +34,43 @@ def whole_number(value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is not a number: give one")
     if isinstance(value, str):
         try:
-            return float(value)
+            return float(value) if value.isascii() else value
         except ValueError:
             return value
     return value
 
 
-PositiveInt = Annotated[int, BeforeValidator(whole_number), Field(gt=0, strict=True)]
-NonNegativeInt = Annotated[int, BeforeValidator(whole_number), Field(ge=0, strict=True)]
+def _path(value: Any) -> Any:
+    if isinstance(value, str) and (not value.strip() or "\0" in value):
+        raise ValueError(f"{value!r} is not a path: give one (. for the current folder), or leave it out")
+    return value
+
+
+def _prefix(value: Any) -> Any:
+    if isinstance(value, (str, Path)) and not Path(value).name:
+        raise ValueError(
+            f"{str(value)!r} is not a prefix: give a folder and the beginning of a name, such as data/train"
+        )
+    return _path(value)
+
+
+PositiveInt = Annotated[int, BeforeValidator(whole_number), Field(gt=0, le=LARGEST, strict=True)]
+NonNegativeInt = Annotated[int, BeforeValidator(whole_number), Field(ge=0, le=LARGEST, strict=True)]
+Size = Annotated[int, BeforeValidator(whole_number), Field(gt=0, le=LARGEST_SIZE, strict=True)]
+OptionalSize = Annotated[int, BeforeValidator(whole_number), Field(ge=0, le=LARGEST_SIZE, strict=True)]
+Layers = Annotated[int, BeforeValidator(whole_number), Field(gt=0, le=MOST_LAYERS, strict=True)]
+OptionalLayers = Annotated[int, BeforeValidator(whole_number), Field(ge=0, le=MOST_LAYERS, strict=True)]
+Degree = Annotated[int, BeforeValidator(whole_number), Field(gt=0, le=MOST_PROCESSES, strict=True)]
+Seed = Annotated[int, BeforeValidator(whole_number), Field(ge=0, le=LARGEST_SEED, strict=True)]
 PositiveFloat = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
+ShareBelowOne = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1, allow_inf_nan=False)]
+GivenPath = Annotated[Path, BeforeValidator(_path)]
+GivenPrefix = Annotated[Path, BeforeValidator(_prefix)]
 
 
 class Section(BaseModel):

@@ -9,7 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_moe.documents import json_object, read_text
 from qwen_moe.errors import UserError
+from qwen_moe.fields import LARGEST, LARGEST_SIZE
+from qwen_moe.options import number, whole
 
 if TYPE_CHECKING:
     import torch
@@ -18,13 +21,15 @@ if TYPE_CHECKING:
     from qwen_moe.models.decoder import DecoderLM
 
 
-def _check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+def _check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: give a positive number")
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature is {temperature}: give 0 (greedy) or a positive number")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p}: give a number above 0 and at most 1")
+    if not 0 <= seed <= LARGEST:
+        raise UserError(f"seed is {seed:.10g}: give a whole number from 0 to 2^63 - 1")
 
 
 def _check_prompt(length: int, smallest: int, largest: int, max_new_tokens: int, config: "ModelConfig") -> None:
@@ -55,11 +60,15 @@ def sample(logits: "torch.Tensor", temperature: float, top_p: float, generator: 
     if temperature == 0:
         return logits.argmax(-1)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    probabilities = (logits.to(wide) / temperature).softmax(-1).cpu()
+    # The largest is taken off first: divided by a temperature near 0, the others alone may overflow, to probability 0.
+    logits = logits.to(wide)
+    probabilities = ((logits - logits.amax(-1, keepdim=True)).double() / temperature).softmax(-1).to(wide).cpu()
     if top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         # A token stays while those before it have not reached top_p; the first always stays.
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)
+        beyond = ordered.cumsum(-1) - ordered >= top_p
+        beyond[..., 0] = False
+        ordered = ordered.masked_fill(beyond, 0)
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1).to(logits.device)
 
@@ -85,7 +94,7 @@ def generate(
     from parallel.gemm import linear
     from qwen_moe.models.attention.cache import KeyValueCache
 
-    _check_sampling(max_new_tokens, temperature, top_p)
+    _check_sampling(max_new_tokens, temperature, top_p, seed)
     smallest, largest = (int(input_ids.min()), int(input_ids.max())) if input_ids.numel() else (0, 0)
     _check_prompt(input_ids.shape[1], smallest, largest, max_new_tokens, model.config)
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
@@ -101,6 +110,11 @@ def generate(
             for _ in tqdm(range(max_new_tokens), desc="generating", unit="token", disable=not progress):
                 states, _ = model.hidden_states(new, cache=cache)
                 logits = linear(states[:, -1], model.head_weight)
+                if not bool(logits.isfinite().all()):
+                    raise UserError(
+                        "the model's outputs are NaN or infinite: its weights are damaged, or its sizes need a wider dtype "
+                        "(--dtype fp32)"
+                    )
                 token = sample(logits, temperature, top_p, generator)
                 if ends:
                     token = torch.where(ended, end_tensor[0], token)
@@ -141,18 +155,17 @@ def tokenizer_folder(directory: Path) -> Path:
 
 def end_tokens(folder: Path, tokenizer: Any) -> list[int]:
     """End tokens as Hugging Face chooses them: generation_config.json, else config.json, else the tokenizer's."""
-    from qwen_moe.checkpoint.hf_directory import read_json
-
     for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            found = read_json(folder / name).get("eos_token_id")
-            ids: list[Any] = found if isinstance(found, list) else [found]
-            if found is not None:
-                if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
-                    raise UserError(
-                        f"{folder / name}: eos_token_id is {found!r}, expected a token's number, or several"
-                    )
-                return ids
+        if not (folder / name).is_file():
+            continue
+        values = json_object(read_text(folder / name, "the model's", "the model's own directory"), str(folder / name))
+        found = values.get("eos_token_id")
+        if found is None:
+            continue
+        ends = found if isinstance(found, list) else [found]
+        if not all(isinstance(end, int) and not isinstance(end, bool) and 0 <= end < 2**31 for end in ends):
+            raise UserError(f"{folder / name}: eos_token_id is {found!r}, expected an id or a list of ids")
+        return ends
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
@@ -172,9 +185,11 @@ def generate_text(
 
     ``dtype`` None: as stored, or the run's compute dtype. ``device`` None: the GPU where there is one. Raises UserError.
     """
-    _check_sampling(max_new_tokens, temperature, top_p)
+    _check_sampling(max_new_tokens, temperature, top_p, seed)
     if not prompt:
         raise UserError("the prompt is empty: give --prompt some text")
+    if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise UserError("the prompt is not valid UTF-8 text: leave its broken characters out")
     if not directory.is_dir():
         raise UserError(f"{directory} does not exist: give a checkpoint, a run directory or a Hugging Face directory")
     import torch
@@ -234,10 +249,14 @@ def register(subparsers: Any) -> None:
         help="a checkpoint, a run directory (its newest checkpoint) or a Hugging Face directory",
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
-    parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0 is greedy; default: 0.7")
-    parser.add_argument("--top-p", type=float, default=0.8, metavar="P", help="nucleus sampling; default: 0.8")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--max-new-tokens", type=whole(1, LARGEST_SIZE), default=128, metavar="N", help="default: 128")
+    parser.add_argument(
+        "--temperature", type=number(least=0), default=0.7, metavar="T", help="0 is greedy; default: 0.7"
+    )
+    parser.add_argument(
+        "--top-p", type=number(above=0, most=1), default=0.8, metavar="P", help="nucleus sampling; default: 0.8"
+    )
+    parser.add_argument("--seed", type=whole(), default=0, help="default: 0")
     parser.add_argument(
         "--dtype", choices=("bf16", "fp16", "fp32", "fp64"), help="default: as stored, or the run's compute dtype"
     )

@@ -8,24 +8,36 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe.config import ModelConfig, load_config, parse_model
+from qwen_moe.documents import json_object, read_text
 from qwen_moe.errors import UserError
+from qwen_moe.fields import LARGEST_SIZE
 from qwen_moe.models.flops import count_parameters, flops_per_token, training_bytes
-from qwen_moe.presets import PRESETS, preset_values
+from qwen_moe.options import whole
+from qwen_moe.presets import PRESETS, is_preset, preset_values
 
 
 def resolve_model(name: str) -> ModelConfig:
     """The ModelConfig behind ``name``: a preset, a recipe (.yaml), a Hugging Face directory or a checkpoint."""
     if name in PRESETS:
         return parse_model({"preset": name}, name)
+    if not name.strip() or "\0" in name:
+        raise UserError(
+            f"{name!r} names no model: give a preset ({', '.join(PRESETS)}), recipe, directory or checkpoint"
+        )
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         return load_config(path).model
-    if (path / "config.json").is_file():
+    for file in ("config.json", "model_config.json"):
+        if not (path / file).is_file():
+            continue
+        values = json_object(read_text(path / file, "the model's", "another directory"), str(path / file))
+        if file == "model_config.json":
+            return parse_model(values, str(path / file))
         from qwen_moe.checkpoint.hf_config import model_config_from_hf
 
-        return model_config_from_hf(json.loads((path / "config.json").read_text(encoding="utf-8")))
-    if (path / "model_config.json").is_file():
-        return parse_model(json.loads((path / "model_config.json").read_text(encoding="utf-8")), str(path))
+        return model_config_from_hf(values, str(path / file))
+    if is_preset(name):
+        return parse_model({"preset": name}, name)
     if path.exists():
         raise UserError(f"{path} holds no config.json (Hugging Face) and no model_config.json (checkpoint)")
     preset_values(name)  # raises, naming the nearest preset
@@ -83,7 +95,9 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "name", nargs="?", help=f"a preset ({', '.join(PRESETS)}), recipe.yaml, HF directory or checkpoint"
     )
-    parser.add_argument("--seq-len", type=int, default=4096, help="sequence length for attention's FLOPs")
+    parser.add_argument(
+        "--seq-len", type=whole(1, LARGEST_SIZE), default=4096, help="sequence length for attention's FLOPs"
+    )
     parser.add_argument("--compute", choices=("bf16", "fp32", "fp64"), default="bf16")
     parser.add_argument("--master", choices=("bf16", "fp32", "fp64"), default="fp32")
     parser.add_argument("--json", action="store_true")
@@ -98,9 +112,13 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="draw a schedule (1f1b, interleaved_1f1b, zbv, dualpipev; without a name, the recipe's) with its idle share "
         "and peak activations per rank",
     )
-    schedule.add_argument("--pp", type=int, help="pipeline ranks (default: the recipe's)")
-    schedule.add_argument("--micro-batches", type=int, help="per step and data-parallel rank (default: the recipe's)")
-    schedule.add_argument("--stages-per-rank", type=int, default=0, help="default: the schedule's own number")
+    schedule.add_argument("--pp", type=whole(1, 4096), help="pipeline ranks (default: the recipe's)")
+    schedule.add_argument(
+        "--micro-batches", type=whole(1, 100_000), help="per step and data-parallel rank (default: the recipe's)"
+    )
+    schedule.add_argument(
+        "--stages-per-rank", type=whole(0, 10_000), default=0, help="default: the schedule's own number"
+    )
     schedule.add_argument("--output", type=Path, default=Path("schedule.png"), help="the picture (schedule.png)")
     parser.set_defaults(func=run)
 
@@ -118,8 +136,6 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "give a preset, recipe.yaml, HF directory or checkpoint, or --schedule NAME --pp N --micro-batches M"
         )
-    if args.seq_len < 1:
-        raise UserError(f"--seq-len {args.seq_len} must be at least 1")
     facts = describe(resolve_model(args.name), args.seq_len, args.compute, args.master)
     sys.stdout.write((json.dumps(facts, indent=1) if args.json else _text(args.name, facts)) + "\n")
     return 0

@@ -1,10 +1,10 @@
 """The shape of a model."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from qwen_moe.fields import NonNegativeInt, PositiveFloat, PositiveInt, Section, whole_number
+from qwen_moe.fields import Layers, NonNegativeInt, OptionalSize, PositiveFloat, Section, Size, whole_number
 
 Family = Literal["qwen2", "qwen2_moe", "qwen3", "qwen3_moe"]
 
@@ -18,25 +18,25 @@ class ModelConfig(Section):
     """
 
     family: Family
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt
-    head_dim: PositiveInt
-    max_position_embeddings: PositiveInt = 32768
-    rope_theta: PositiveFloat = 1_000_000.0
-    rms_norm_eps: PositiveFloat = 1e-6
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    max_position_embeddings: Size = 32768
+    rope_theta: Annotated[PositiveFloat, Field(le=1e15)] = 1_000_000.0
+    rms_norm_eps: Annotated[PositiveFloat, Field(le=1)] = 1e-6
     tie_word_embeddings: bool = False
-    initializer_range: PositiveFloat = 0.02
+    initializer_range: Annotated[PositiveFloat, Field(le=100)] = 0.02
     qkv_bias: bool = False
-    num_experts: NonNegativeInt = 0
-    num_experts_per_tok: NonNegativeInt = 0
-    moe_intermediate_size: NonNegativeInt = 0
-    shared_expert_intermediate_size: NonNegativeInt = 0
+    num_experts: OptionalSize = 0
+    num_experts_per_tok: OptionalSize = 0
+    moe_intermediate_size: OptionalSize = 0
+    shared_expert_intermediate_size: OptionalSize = 0
     norm_topk_prob: bool = False
-    decoder_sparse_step: PositiveInt = 1
+    decoder_sparse_step: Size = 1
     mlp_only_layers: tuple[NonNegativeInt, ...] = ()
 
     @model_validator(mode="before")

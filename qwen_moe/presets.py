@@ -162,10 +162,37 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+_SHORT = {"max_position_embeddings": 32768}
+# Published variants of a preset: the same parameters, and what else their config.json says.
+_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"{name}-base": (name, {}) for name in PRESETS if name.startswith(("qwen1.5", "qwen2"))},
+    **{f"{name}-instruct": (name, _SHORT | {"rms_norm_eps": 1e-6}) for name in PRESETS if name.startswith("qwen2.5")},
+    "qwen2-57b-a14b-instruct": ("qwen2-57b-a14b", _SHORT),
+    "qwen3-30b-a3b-base": ("qwen3-30b-a3b", _SHORT),
+}
+
+
+def _plain(name: str) -> str:
+    """As presets are written: of a pasted name or address the model's own part, in small letters."""
+    name = name.strip().lower().removeprefix("https://").removeprefix("huggingface.co/").strip("/")
+    return name.removeprefix("qwen/")
+
+
+def is_preset(name: str) -> bool:
+    """Whether `preset_values` knows ``name``."""
+    return _plain(name) in PRESETS or _plain(name) in _VARIANTS
+
+
 def preset_values(name: str) -> dict[str, Any]:
-    """A copy of the named preset's fields. Raises UserError naming the nearest preset."""
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name.lower(), PRESETS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PRESETS)}"
-        raise UserError(f"unknown preset {name!r}; {hint}")
-    return dict(PRESETS[name])
+    """A copy of the named preset's fields, in any case, with or without `Qwen/`. Raises UserError naming the nearest."""
+    plain = _plain(name)
+    if plain in _VARIANTS:
+        base, changes = _VARIANTS[plain]
+        return PRESETS[base] | changes
+    if plain not in PRESETS:
+        known = [*PRESETS, *_VARIANTS]
+        near = [one for one in known if plain.startswith(one)] or difflib.get_close_matches(plain[:100], known, n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(PRESETS)}"
+        shown = repr(name) if len(name) <= 100 else f"{name[:100]!r}..."
+        raise UserError(f"unknown preset {shown}; {hint}")
+    return dict(PRESETS[plain])

@@ -8,6 +8,20 @@ from pathlib import Path
 from typing import Any
 
 RUNS = "runs.csv"
+MOST_SAMPLES = 1_000_000
+# What a request may be made of: far beyond what is trained, and nothing that overflows.
+LIMITS: dict[str, tuple[float, float]] = {
+    "n_total": (1, 1e18),
+    "n_active": (1, 1e18),
+    "tokens": (1, 1e18),
+    "unique_tokens": (1, 1e18),
+    "flops": (1, 1e40),
+    "activated_share": (1e-6, 1),
+    "granularity": (1e-3, 1e6),
+    "seq_len": (1, 2**31 - 1),
+    "data_parallel": (1, 2**20),
+    "micro_batch": (1, 2**20),
+}
 
 
 def register(
@@ -62,8 +76,12 @@ def _fit(args: argparse.Namespace) -> int:
     from scaling_laws.report import report_text
     from scaling_laws.runs import read_runs
 
-    if args.samples < 0:
-        raise InputError(f"--samples {args.samples}: give 0 or more")
+    if not 0 <= args.samples <= MOST_SAMPLES:
+        raise InputError(f"--samples {args.samples}: give 0 or more, at most {MOST_SAMPLES:,}")
+    if args.seed < 0:
+        raise InputError(f"--seed {args.seed}: give 0 or more")
+    if args.output.exists() and not args.output.is_dir():
+        raise InputError(f"--output {args.output} is a file: give a folder")
     table = read_runs(args.runs)
     fit = fit_table(table, samples=args.samples, seed=args.seed, progress=_progress)
     fit.save(args.output)
@@ -84,23 +102,12 @@ def _recommend(args: argparse.Namespace) -> int:
     from scaling_laws.fitting import load_fit
     from scaling_laws.recommend import Request, recommend
 
-    for name in (
-        "n_total",
-        "n_active",
-        "tokens",
-        "flops",
-        "activated_share",
-        "granularity",
-        "unique_tokens",
-        "seq_len",
-        "data_parallel",
-        "micro_batch",
-    ):
+    for name, (low, high) in LIMITS.items():
         value = getattr(args, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected a positive number")
-    if args.activated_share is not None and args.activated_share > 1:
-        raise InputError(f"--activated-share {args.activated_share}: at most 1, N_active / N_total")
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected a number from {low:g} to {high:g}")
+    if args.flops is None and args.activated_share is not None:
+        raise InputError("--activated-share is for --flops: with sizes, give --n-active")
     if args.flops is not None and (args.n_total is not None or args.tokens is not None):
         raise InputError("give --flops or sizes (--n-total, --tokens), not both")
     found = recommend(

@@ -11,7 +11,6 @@ A run whose learning rate has not fallen yet says nothing of B and G: they come 
 was published, with the width that this leaves. Both laws are fitted, and their difference is part of the interval.
 """
 
-import csv
 import itertools
 import math
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from scaling_laws.errors import InputError
+from scaling_laws.table_file import read_rows
 
 LAWS = ("tissue", "multi_power")
 KNOTS, BINS = 300, 50
@@ -227,26 +227,34 @@ def _backtest(curve: Curve, priors: dict[str, tuple[np.ndarray, np.ndarray]]) ->
     return float(guess / np.nanmean(tail) - 1)
 
 
+def _finite(value: object) -> float:
+    number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
 def read_curve(path: Path) -> Curve:
     """A CSV with columns step, learning_rate and loss, one row for every step of the whole run (loss empty for those to
     come). Raises InputError."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    missing = [name for name in ("step", "learning_rate", "loss") if not rows or name not in rows[0]]
+    rows = list(read_rows(path))
+    missing = [name for name in ("step", "learning_rate", "loss") if not rows or name not in rows[0][1]]
     if missing:
         raise InputError(f"{path} has no column {', '.join(missing)}: expected step, learning_rate, loss")
-    rates, losses = [], []
-    for line, row in enumerate(rows, start=2):
+    rates, losses, before = [], [], -math.inf
+    for line, row in rows:
         try:
-            rates.append(float(row["learning_rate"]))
-            losses.append(float(row["loss"]) if (row["loss"] or "").strip() else math.nan)
-            if float(row["step"]) < 0 or rates[-1] < 0 or not math.isfinite(rates[-1]):
+            rates.append(_finite(row["learning_rate"]))
+            empty = row["loss"] is None or not str(row["loss"]).strip() or str(row["loss"]).strip().lower() == "nan"
+            losses.append(math.nan if empty else _finite(row["loss"]))
+            step = _finite(row["step"])
+            if step < 0 or rates[-1] < 0:
                 raise ValueError
-        except (TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise InputError(f"{path}:{line}: expected numbers for step, learning_rate and loss, not {row}") from None
+        if step <= before:
+            raise InputError(f"{path}:{line}: step {step:g} comes after step {before:g}: give each step once, in order")
+        before = step
     loss = np.array(losses)
     known = np.flatnonzero(np.isfinite(loss))
     end = int(known[-1]) + 1 if len(known) else 0

@@ -1,5 +1,6 @@
 """From a table of runs to everything that a recommendation needs, resampled and held out, as one JSON file."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -26,6 +27,7 @@ from scaling_laws.validation import (
 )
 
 FIT = "fit.json"
+DIGEST = "sha256"  # of the other values
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
@@ -53,8 +55,13 @@ class Fit:
         """Write fit.json, whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{FIT}.partial"
-        partial.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        values = asdict(self)
+        partial.write_text(json.dumps(values | {DIGEST: _digest(values)}, indent=1), encoding="utf-8")
         os.replace(partial, folder / FIT)
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def load_fit(folder: Path) -> Fit:
@@ -62,6 +69,9 @@ def load_fit(folder: Path) -> Fit:
     path = folder / FIT
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        # One changed digit would be another recommendation.
+        if values.pop(DIGEST) != _digest(values):
+            raise ValueError("its contents are not those that were written")
         for key in ("surface", "step_law"):
             values[key] = Surface(**values[key]) if values[key] else None
         values["surface_samples"] = [Surface(**sample) for sample in values["surface_samples"]]
@@ -72,7 +82,7 @@ def load_fit(folder: Path) -> Fit:
         raise InputError(
             f"{path} does not exist: run `qwen-moe scaling fit RUNS.csv --output {folder}` first"
         ) from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is damaged or of another version ({error}): fit again") from None
 
 

@@ -14,6 +14,7 @@ from scaling_laws.surface import PUBLISHED, WINDOW, Surface
 WIDE = 1e-3  # excess loss that a wide batch may cost
 LEAST_GROUPS = 5  # groups below which resamples are too much alike to tell anything
 MOST_COMPUTE, MOST_OTHER = 1000.0, 30.0  # how far outside the runs a request may lie without being asked twice
+LEAST_STEPS = 50  # of a run: with fewer no batch size is a recommendation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,27 @@ def _refuse(fit: Fit, beyond: dict[str, float], accepted: bool) -> list[str]:
             "--accept-extrapolation"
         )
     return [f"extrapolation: {reason}" for reason in reasons]
+
+
+def _check_sense(rate: float, batch: float, batch_tokens: int, tokens: float) -> None:
+    """InputError for a learning rate or a batch that no run could use, whatever extrapolation was accepted."""
+    if not (0 < rate < 1 and batch > 0):
+        raise InputError(
+            f"not recommended: the laws give a learning rate of {rate:.3g} and a batch of {batch:.3g} tokens there, which "
+            "is no answer: the runs do not tell what happens at this size; add runs closer to it"
+        )
+    if batch > tokens / LEAST_STEPS:
+        raise InputError(
+            f"not recommended: the laws give a batch of {batch:,.0f} tokens, and a run of {tokens:.3g} tokens would have "
+            f"{tokens / batch:.3g} steps, fewer than {LEAST_STEPS}: check that batch_size of the table counts sequences, "
+            "not tokens (then fit again), and that --tokens is in tokens"
+        )
+    if batch_tokens > tokens / LEAST_STEPS:
+        raise InputError(
+            f"not recommended: --data-parallel x --micro-batch x --seq-len make steps of {batch_tokens:,} tokens, and a run "
+            f"of {tokens:.3g} tokens would have {tokens / batch_tokens:.3g} of them, fewer than {LEAST_STEPS}: use fewer "
+            "ranks, or train longer"
+        )
 
 
 def _excesses(samples: list[Surface], n_total: float, n_active: float, tokens: float, rate: Any, batch: Any) -> Any:
@@ -124,6 +146,7 @@ def recommend(fit: Fit, request: Request) -> dict[str, Any]:
     unit = request.data_parallel * request.micro_batch
     sequences = max(unit, round(batch / request.seq_len / unit) * unit)
     batch_tokens = sequences * request.seq_len
+    _check_sense(rate, batch, batch_tokens, tokens)
     if unit * request.seq_len > 1.5 * batch:
         warnings.append(
             f"one micro-batch on every rank ({unit * request.seq_len:,} tokens) is more than the best batch"

@@ -1,9 +1,8 @@
 """The table of runs: one typed schema from CSV or JSONL, every bad row reported with its line."""
 
-import csv
-import json
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from scaling_laws.errors import InputError
+from scaling_laws.table_file import OTHER_NAMES, hint_of_names, read_rows
 
 POSITIVE = ("n_total", "n_active", "tokens", "seq_len", "learning_rate", "batch_size", "loss")
 HYPERPARAMETERS = ("learning_rate", "batch_size", "seq_len")
@@ -29,7 +29,10 @@ OPTIONAL_NUMBERS = ("shared_hidden", "weight_decay", "warmup_tokens", "seed")
 OPTIONAL_TEXT = ("schedule", "n_convention")
 CONVENTIONS = ("non_vocabulary", "with_vocabulary")
 GROUP = ("n_total", "n_active", "tokens", "num_experts", "top_k", "granularity", "shared_hidden", "unique_tokens")
+TRUE, FALSE = ("1", "true", "yes", "1.0"), ("", "0", "false", "no", "0.0", "none", "nan")
 SHOWN = 20  # problems in one message
+LEAST_RATIO, MOST_RATIO = 0.01, 1e5  # tokens per activated parameter of the median run: beyond them, units are mixed
+LEAST_STEPS = 20  # of the median run: below it, batch sizes are not what they are taken for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,54 +54,48 @@ class RunTable:
         return self.frame[~self.frame["diverged"]]
 
 
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, values) of each row."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            if path.suffix in (".jsonl", ".ndjson"):
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        try:
-                            record = json.loads(line)
-                        except json.JSONDecodeError as error:
-                            raise InputError(f"{path}:{number}: not valid JSON ({error.msg})") from None
-                        if not isinstance(record, dict):
-                            raise InputError(f"{path}:{number}: a row must be an object of column: value")
-                        yield number, record
-            else:
-                reader = csv.DictReader(file)
-                for record in reader:
-                    yield reader.line_num, {key: value for key, value in record.items() if key is not None}
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: give a CSV or JSONL table of runs") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-
-
 def _number(value: Any) -> float | None:
-    """None for an empty cell; NaN for what is no number."""
+    """None for an empty cell; NaN for what is no number (a boolean of JSON is none)."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
+    if isinstance(value, bool):
+        return math.nan
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
-def _truth(value: Any) -> bool:
-    return str(value).strip().lower() in ("1", "true", "yes", "1.0")
+def _wrong(column: str, given: Any, hint: str = "", expected: str = "a positive number") -> str:
+    shown = repr(given) if len(repr(given)) <= 60 else repr(given)[:60] + "..."
+    if isinstance(given, str) and "," in given:
+        without = given.replace(",", "") if re.fullmatch(r"\s*\d{1,3}(,\d{3})+(\.\d*)?\s*", given) else None
+        hint = (
+            f" (write {without.strip()}, without thousands separators)"
+            if without
+            else " (a decimal point, not a comma)"
+        )
+    return f"{column} is {shown}, expected {expected}{hint}"
+
+
+def _truth(value: Any) -> bool | None:
+    """None for what is neither."""
+    text = str(value).strip().lower()
+    return True if text in TRUE else False if text in FALSE else None
 
 
 def _row(record: dict[str, Any], hyperparameters: bool) -> tuple[dict[str, Any], list[str]]:
     """Typed values of a row and what is wrong with it."""
-    row: dict[str, Any] = {"diverged": _truth(record.get("diverged", False))}
-    problems = []
+    diverged = _truth(record.get("diverged"))
+    row: dict[str, Any] = {"diverged": bool(diverged)}
+    problems = [] if diverged is not None else [_wrong("diverged", record["diverged"], expected="true or false")]
     for column in POSITIVE:
         if column in HYPERPARAMETERS and not hyperparameters:
             continue
         value = _number(record.get(column))
         if column == "n_active" and value is None:
-            value = _number(record.get("n_total"))
+            row[column] = row["n_total"]  # dense; what is wrong with n_total has been said
+            continue
         if column == "loss" and row["diverged"]:
             row[column] = math.nan
             continue
@@ -106,14 +103,14 @@ def _row(record: dict[str, Any], hyperparameters: bool) -> tuple[dict[str, Any],
             problems.append(f"{column} is empty")
         elif not math.isfinite(value) or value <= 0:
             hint = " (set diverged to true for a run that blew up)" if column == "loss" else ""
-            problems.append(f"{column} is {record.get(column)!r}, expected a positive number{hint}")
+            problems.append(_wrong(column, record[column], hint))
         row[column] = value
     for column in (*OPTIONAL_POSITIVE, *OPTIONAL_NUMBERS):
         value = _number(record.get(column))
         if value is None:
             continue
         if not math.isfinite(value) or value < 0 or (value == 0 and column in OPTIONAL_POSITIVE):
-            problems.append(f"{column} is {record.get(column)!r}, expected a positive number")
+            problems.append(_wrong(column, record[column]))
         row[column] = value
     for column in OPTIONAL_TEXT:
         if record.get(column):
@@ -127,18 +124,19 @@ def read_runs(paths: Sequence[Path]) -> RunTable:
     """Read and check tables of runs. Raises InputError that lists every bad row by file and line."""
     rows, problems = [], []
     for path in paths:
-        records = list(_records(path))
+        records = list(read_rows(path))
         if not records:
             raise InputError(f"{path} has no rows")
         columns = {key for _, record in records for key in record}
         known = {*POSITIVE, *OPTIONAL_POSITIVE, *OPTIONAL_NUMBERS, *OPTIONAL_TEXT, "diverged"}
-        hyperparameters = any(column in columns for column in ("learning_rate", "batch_size"))
+        named = {other for name in ("learning_rate", "batch_size") for other in (name, *OTHER_NAMES[name])}
+        hyperparameters = not named.isdisjoint(column.lower() for column in columns)
         needed = [c for c in POSITIVE if c != "n_active" and (hyperparameters or c not in HYPERPARAMETERS)]
         missing = [column for column in needed if column not in columns]
         if missing:
             raise InputError(
                 f"{path} has no column {', '.join(missing)}: expected {', '.join(needed)} (and n_active for MoE); it has "
-                f"{', '.join(sorted(columns & known)) or 'none of these'}"
+                f"{', '.join(sorted(columns & known)) or 'none of these'}{hint_of_names(missing, columns)}"
             )
         for line, record in records:
             row, found = _row(record, hyperparameters)
@@ -169,13 +167,48 @@ def _table(frame: pd.DataFrame) -> RunTable:
         frame = frame[~twice]
     if frame["diverged"].all():
         raise InputError("every run diverged: there is no loss to fit; add runs at lower learning rates")
-    for column, least, unit in (("n_total", 1e5, "parameters"), ("tokens", 1e6, "tokens")):
-        if frame[column].median() < least:
-            warnings.append(
-                f"the median of {column} is {frame[column].median():g}: is it in millions or billions? It counts {unit}"
-            )
+    warnings += _check_units(frame)
     frame = frame.reset_index(drop=True)
     if "learning_rate" in frame:
         frame["batch_tokens"] = frame["batch_size"] * frame["seq_len"]
+        _check_steps(frame)
     frame["group"] = frame.groupby([column for column in GROUP if column in frame], dropna=False).ngroup()
     return RunTable(frame=frame, convention=given.pop(), warnings=warnings)
+
+
+def _check_units(frame: pd.DataFrame) -> list[str]:
+    """Warnings on medians that are small; InputError for those that no run has."""
+    warnings = []
+    for column, never, seldom, unit in (("n_total", 1e3, 1e5, "parameters"), ("tokens", 1e4, 1e6, "tokens")):
+        median = frame[column].median()
+        told = f"the median of {column} is {median:g}: is it in millions or billions? It counts {unit}"
+        if median < never:
+            raise InputError(f"{told}: multiply the column by 1e6 or 1e9")
+        if median < seldom:
+            warnings.append(told)
+    ratio = (frame["tokens"] / frame["n_active"]).median()
+    if not LEAST_RATIO <= ratio <= MOST_RATIO:
+        raise InputError(
+            f"the median run has {ratio:.3g} tokens per activated parameter, which no run has: is one of n_total, n_active "
+            "and tokens in millions or billions? They count parameters and tokens"
+        )
+    return warnings
+
+
+def _check_steps(frame: pd.DataFrame) -> None:
+    """Raise InputError where a step would be longer than its run, or runs have next to no steps: batch_size is in tokens."""
+    steps = frame["tokens"] / frame["batch_tokens"]
+    worst = frame.loc[steps.idxmin()]
+    told = (
+        f"{worst['source']}: one step of batch_size {worst['batch_size']:g} sequences x seq_len {worst['seq_len']:g} = "
+        f"{worst['batch_tokens']:.3g} tokens"
+    )
+    fix = "batch_size counts sequences: where it is in tokens, divide it by seq_len"
+    if steps.min() < 1:
+        rows = f" (and {int((steps < 1).sum()) - 1} more rows)" if (steps < 1).sum() > 1 else ""
+        raise InputError(f"{told} is more than the whole run of {worst['tokens']:.3g} tokens{rows}; {fix}")
+    if steps.median() < LEAST_STEPS:
+        raise InputError(
+            f"half of the runs have fewer than {steps.median():.3g} steps, too few to be runs ({told}, of a run of "
+            f"{worst['tokens']:.3g}); {fix}"
+        )

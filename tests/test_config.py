@@ -104,6 +104,84 @@ def test_impossible_values_are_named_with_what_was_expected(changes: dict[str, A
     assert all(part in text for part in parts), text
 
 
+@pytest.mark.parametrize(
+    "value", [True, False, "nan", "inf", float("nan"), float("inf"), "1e999", 10**400, "x" * 10_000]
+)
+@pytest.mark.parametrize(
+    "key",
+    ["optimizer__learning_rate", "optimizer__beta1", "optimizer__weight_decay", "training__train_tokens", "seed",
+     "training__spike_nats", "balance__coefficient", "parallel__tp", "model__rope_theta", "data__seed", "launch__nproc",
+     "parallel__collective_timeout_minutes", "model__num_hidden_layers", "checkpoint__keep"],
+)  # fmt: skip
+def test_a_number_is_finite_and_no_boolean(key: str, value: object) -> None:
+    changes = {"model": {**parse_config(minimal(), "x").model.model_dump()}} if key.startswith("model") else {}
+    found = message(**changes, **{key: value})
+    assert key.replace("__", ".") in found and len(found) < 1000
+
+
+def test_every_number_of_a_recipe_refuses_booleans_and_what_is_not_finite() -> None:
+    """By the schema, for fields that nobody has thought of yet too."""
+    from typing import get_args
+
+    from pydantic import BaseModel
+
+    seen = 0
+
+    def numbers(section: type[BaseModel]) -> None:
+        nonlocal seen
+        for name, field in section.model_fields.items():
+            for kind in (field.annotation, *get_args(field.annotation)):
+                if isinstance(kind, type) and issubclass(kind, BaseModel):
+                    numbers(kind)
+            if field.annotation not in (int, float):
+                continue
+            seen += 1
+            for value in (True, float("nan"), float("inf"), 10**400, -(10**30)):
+                with pytest.raises(ValidationError):
+                    section.__pydantic_validator__.validate_assignment(section.model_construct(), name, value)
+                    pytest.fail(f"{section.__name__}.{name} took {value!r:.30}")
+
+    numbers(RunConfig)
+    assert seen > 50
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"data__split": "nan,1,0"}, "data.split: 'nan,1,0' is not of the form"),
+        ({"data__split": "inf"}, "is not of the form"),
+        ({"data__split": "99,nan"}, "is not of the form"),
+        ({"data__split": "-1,1"}, "is not of the form"),
+        ({"data__split": "0,1"}, "is not of the form"),
+        ({"data__split": "a"}, "is not of the form"),
+        ({"run_dir": ""}, "run_dir: '' is not a path"),
+        ({"run_dir": "a\0b"}, "is not a path"),
+        ({"checkpoint__load_from": ""}, "checkpoint.load_from: '' is not a path"),
+        ({"data__train": [{"prefix": "."}]}, "is not a prefix"),
+        ({"optimizer__learning_rate": 1e300}, "optimizer.learning_rate = 1e+300: Input should be less than or equal to 100"),
+        ({"parallel__collective_timeout_minutes": 1e300}, "less than or equal to 43200"),
+        ({"parallel__stages_per_rank": 10**9}, "less than or equal to 10000"),
+        ({"launch__threads": 10**18}, "less than or equal to 4096"),
+        ({"data__seed": 2**32}, "less than or equal to 4294967295"),
+        ({"training__train_tokens": 2**63}, "less than or equal to"),
+    ],
+)  # fmt: skip
+def test_values_that_would_be_taken_for_others(changes: dict[str, Any], part: str) -> None:
+    assert part in message(**changes)
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(DEMO.read_text() + "\noptimizer:\n  learning_rate: 1.0e-4\n")
+    with pytest.raises(UserError, match=r"recipe.yaml: 'optimizer' is given twice, in lines \d+ and \d+: keep one"):
+        load_config(recipe)
+    with pytest.raises(UserError, match="seed is given twice, as seed=1 and as seed=2: keep one"):
+        load_config(DEMO, ["seed=1", "training.micro_batch_size=2", "seed=2"])
+    assert load_config(DEMO, ["seed=7", "seed=7"]).seed == 7
+    with pytest.raises(UserError, match="'a' is given twice"):
+        load_config(DEMO, ["parallel={a: 1, a: 2}"])
+
+
 def test_all_problems_are_in_one_message() -> None:
     text = message(optimizer__lr=1, training__micro_batch_size=0, balance__scope="everywhere")
     assert "optimizer.lr" in text and "training.micro_batch_size" in text and "balance.scope" in text

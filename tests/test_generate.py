@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qwen_moe.checkpoint.huggingface import convert_from_hf, save_pretrained
 from qwen_moe.errors import UserError
-from qwen_moe.generate import generate, generate_text, register, sample
+from qwen_moe.generate import end_tokens, generate, generate_text, register, sample
 from qwen_moe.model_config import Family, ModelConfig
 from tests.models.hf_reference import FAMILIES, draw_weights, hf_model, model_configs, true_float64
 
@@ -107,6 +107,34 @@ def test_sampling_follows_the_probabilities() -> None:
             found,
         )
         assert all((count == 0) == (want == 0) for count, want in zip(found.tolist(), expected, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-30])
+def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
+    """Logits over it overflow; equal largest ones still share."""
+    logits = torch.tensor([[1.0, 4.0, 3.999, -2.0], [5.0, 0.0, 5.0, 1.0]])
+    drawn = [sample(logits, temperature, 0.9, torch.Generator().manual_seed(seed)).tolist() for seed in range(40)]
+    assert {row[0] for row in drawn} == {1} and {row[1] for row in drawn} == {0, 2}
+
+
+def test_the_smallest_top_p_keeps_the_most_likely() -> None:
+    logits = torch.tensor([[1.0, 4.0, 3.9, -2.0]])
+    assert {sample(logits, 1.0, 1e-300, torch.Generator().manual_seed(seed)).item() for seed in range(20)} == {1}
+
+
+def test_outputs_that_are_no_numbers_are_named() -> None:
+    model = draw_weights(_config(), 4, torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="outputs are NaN or infinite"):
+        generate(model, torch.zeros(1, 3, dtype=torch.int64), 2)
+
+
+@pytest.mark.parametrize("value", [["x"], True, 2**40, -1, {}, "2"])
+def test_end_tokens_that_are_no_ids(value: Any, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(UserError, match=r"eos_token_id is .*, expected an id or a list of ids"):
+        end_tokens(tmp_path, None)
 
 
 def test_seed_decides() -> None:
@@ -200,6 +228,9 @@ def test_text_equals_transformers(folders: tuple[Path, Path]) -> None:
         ({"top_p": 0}, "top_p is 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"prompt": "a\ud800"}, "prompt is not valid UTF-8"),
+        ({"seed": -1}, "seed is -1: give a whole number from 0"),
+        ({"seed": 2**64}, "seed is 1.844674407e[+]19: give a whole number from 0"),
         ({"max_new_tokens": 60}, "65, more than the model's max_position_embeddings 64.*at most 59"),
         ({"prompt": ""}, "prompt is empty"),
     ],

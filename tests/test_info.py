@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from qwen_moe.cli import main
+from qwen_moe.info import resolve_model
 
 DEMO = Path(__file__).parents[1] / "recipes" / "demo.yaml"
 
@@ -47,3 +48,49 @@ def test_info_says_how_this_machine_multiplies(capsys: pytest.CaptureFixture[str
     assert main(["info", "--machine"]) == 0
     text = capsys.readouterr().out
     assert "GFLOP/s  bfloat16 products" in text and f"{facts['cores']} cores" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "positions", "eps"),
+    [
+        ("Qwen3-30B-A3B", "qwen3-30b-a3b", 40960, 1e-6),
+        ("Qwen/Qwen3-30B-A3B", "qwen3-30b-a3b", 40960, 1e-6),
+        (" qwen/QWEN3-30b-a3b ", "qwen3-30b-a3b", 40960, 1e-6),
+        ("https://huggingface.co/Qwen/Qwen3-30B-A3B/", "qwen3-30b-a3b", 40960, 1e-6),
+        ("Qwen3-30B-A3B-Base", "qwen3-30b-a3b", 32768, 1e-6),
+        ("Qwen/Qwen2.5-72B-Instruct", "qwen2.5-72b", 32768, 1e-6),
+        ("Qwen2.5-72B", "qwen2.5-72b", 131072, 1e-5),
+        ("Turbo_Style", "turbo_style", 32768, 1e-6),
+    ],
+)
+def test_names_as_people_paste_them(name: str, preset: str, positions: int, eps: float) -> None:
+    """The same parameters; what the published config.json of a variant says otherwise is the variant's."""
+    from qwen_moe.config import parse_model
+
+    config = parse_model({"preset": name}, "recipe")
+    assert resolve_model(name) == config
+    base = parse_model({"preset": preset}, "recipe")
+    assert config.max_position_embeddings == positions and config.rms_norm_eps == eps
+    changed = {"max_position_embeddings": positions, "rms_norm_eps": eps}
+    assert config == base.model_copy(update=changed)
+
+
+def test_a_version_that_is_not_known_names_its_own_family(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "Qwen/Qwen3-30B-A3B-Instruct-2507"]) == 2
+    assert "did you mean 'qwen3-30b-a3b'?" in capsys.readouterr().err
+
+
+def test_a_directory_goes_before_a_preset_of_another_spelling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen3-30B-A3B").mkdir()
+    (tmp_path / "Qwen3-30B-A3B" / "config.json").write_text('{"a": 1, "a": 2}')
+    assert main(["info", "Qwen3-30B-A3B"]) == 2
+    assert "config.json is not valid JSON: 'a' is given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_no_name_is_not_this_folder(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", name]) == 2
+    assert "names no model" in capsys.readouterr().err

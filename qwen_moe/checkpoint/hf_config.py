@@ -1,7 +1,7 @@
 """Hugging Face's config.json to ModelConfig and back, with transformers' meaning of every absent key."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from qwen_moe.checkpoint.hf_fp8 import check_quantisation
 from qwen_moe.config import ModelConfig, parse_model
@@ -100,6 +100,52 @@ class Interpretation:
     notes: tuple[str, ...]
 
 
+_MAPPING, _LIST, _TEXT, _TRUTH = (dict, "a mapping"), (list, "a list"), (str, "a text"), (bool, "true or false")
+_TYPES: dict[str, tuple[type, str]] = {
+    "architectures": _LIST,
+    "model_type": _TEXT,
+    "hidden_act": _TEXT,
+    "dtype": _TEXT,
+    "torch_dtype": _TEXT,
+    "layer_types": _LIST,
+    "mlp_only_layers": _LIST,
+    "quantization_config": _MAPPING,
+    "rope_parameters": _MAPPING,
+    "rope_scaling": _MAPPING,
+    "use_sliding_window": _TRUTH,
+}
+_NUMBERS = ("rope_theta", "num_experts", "num_local_experts", "attention_dropout")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_types(values: dict[str, Any], where: str) -> None:
+    """Raise UserError for a key that is read here and is not of its kind; sizes are checked by ModelConfig."""
+
+    def refuse(key: str, value: Any, expected: str) -> NoReturn:
+        shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}..."
+        raise UserError(f"{where}: {key} is {shown}, expected {expected}")
+
+    for key, (kind, expected) in _TYPES.items():
+        if values.get(key) is not None and not isinstance(values[key], kind):
+            refuse(key, values[key], expected)
+    for key in _NUMBERS:
+        if values.get(key) is not None and not _is_number(values[key]):
+            refuse(key, values[key], "a number")
+    for key in ("architectures", "layer_types"):
+        if not all(isinstance(item, str) for item in values.get(key) or []):
+            refuse(key, values[key], "a list of names")
+    for layer in values.get("mlp_only_layers") or []:
+        if not isinstance(layer, int) or isinstance(layer, bool):
+            refuse("mlp_only_layers", values["mlp_only_layers"], "a list of layers' indices")
+    for key in ("rope_parameters", "rope_scaling"):
+        theta = (values.get(key) or {}).get("rope_theta")
+        if theta is not None and not _is_number(theta):
+            refuse(f"{key}.rope_theta", theta, "a number")
+
+
 def _family(values: dict[str, Any], where: str) -> Family:
     supported = ", ".join(ARCHITECTURES)
     named = values.get("architectures") or []
@@ -131,7 +177,7 @@ def _rope_theta(values: dict[str, Any], where: str, notes: list[str]) -> float:
             "config.json to convert the model at its native context length"
         )
     inner, outer = inside.get("rope_theta"), values.get("rope_theta")
-    if inner is not None and outer is not None and float(inner) != float(outer):
+    if inner is not None and outer is not None and inner != outer:
         notes.append(f"{key}.rope_theta {inner} is used, rope_theta {outer} is not (as in transformers)")
     theta = outer if inner is None else inner
     if theta is None:
@@ -167,6 +213,7 @@ def interpret(values: dict[str, Any], where: str = "config.json") -> Interpretat
 
     Raises UserError for architectures and features that are not supported and for sizes that contradict each other.
     """
+    _check_types(values, where)
     family = _family(values, where)
     _refuse_unsupported(values, where)
     notes: list[str] = []
@@ -192,7 +239,8 @@ def interpret(values: dict[str, Any], where: str = "config.json") -> Interpretat
         fields["head_dim"] = head_dim
     if family.endswith("_moe"):
         only = given.get("mlp_only_layers") or []
-        beyond = [layer for layer in only if not 0 <= layer < fields["num_hidden_layers"]]
+        layers = fields["num_hidden_layers"]
+        beyond = [layer for layer in only if isinstance(layers, int) and not 0 <= layer < layers]
         if beyond:
             notes.append(f"mlp_only_layers names {beyond}, which do not exist: without effect, as in transformers")
         fields["mlp_only_layers"] = [layer for layer in only if layer not in beyond]

@@ -15,6 +15,7 @@ from qwen_moe.checkpoint.finite import check_cast, check_finite
 from qwen_moe.checkpoint.name_map import Piece
 from qwen_moe.checkpoint.safetensors_file import Header, build_header, parse_header, read_header, write_file
 from qwen_moe.checkpoint.tensor_store import TensorSource
+from qwen_moe.documents import json_object, read_text
 from qwen_moe.errors import UserError
 from qwen_moe.paths import check_name, leads_out
 
@@ -30,25 +31,18 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "K
 def parse_size(text: str | int) -> int:
     """Bytes of "5GB", "200MiB" or a plain number. Raises UserError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
-    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found and found[2].upper() in _UNITS else 0
-    if size <= 0:
-        raise UserError(f"shard size {text!r} is not a size: give a number of bytes or one with a unit, such as 5GB")
+    known = found is not None and found[2].upper() in _UNITS and len(str(text)) <= 40
+    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found is not None and known else 0
+    if not 0 < size < 2**63:
+        raise UserError(
+            f"shard size {str(text)[:40]!r} is not a size: give a number of bytes or one with a unit, such as 5GB"
+        )
     return size
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError when the file is absent or is not one."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give a Hugging Face model directory") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object, found {type(values).__name__}")
-    return values
+    return json_object(read_text(path, "file", "a Hugging Face model directory"), str(path))
 
 
 def _shard_name(name: Any, where: str) -> str:

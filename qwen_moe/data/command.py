@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from qwen_moe.errors import UserError
+from qwen_moe.fields import LARGEST_SIZE
+from qwen_moe.options import given_prefix, whole
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -16,19 +18,21 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     prepare.add_argument(
         "--input", nargs="+", required=True, metavar="PATH", help="files, directories or python-stdlib"
     )
-    prepare.add_argument("--output", type=Path, required=True, metavar="PREFIX")
+    prepare.add_argument("--output", type=given_prefix, required=True, metavar="PREFIX")
     which = prepare.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer", type=Path, metavar="DIR")
     which.add_argument("--train-tokenizer", action="store_true", help="train one on the input, into PREFIX-tokenizer")
-    prepare.add_argument("--vocab-size", type=int, default=0, help="of the trained tokenizer, control tokens included")
+    prepare.add_argument(
+        "--vocab-size", type=whole(0, LARGEST_SIZE), default=0, help="of the trained tokenizer, control tokens included"
+    )
     prepare.add_argument("--text-key", default="text", help="the key of the text in JSONL")
     prepare.add_argument("--on-bad-utf8", choices=("error", "skip", "replace"), default="error")
-    prepare.add_argument("--workers", type=int, default=0, help="processes; 0 is one per core")
+    prepare.add_argument("--workers", type=whole(0, 4096), default=0, help="processes; 0 is one per core")
     prepare.add_argument("--overwrite", action="store_true")
     prepare.add_argument("--json", action="store_true")
     prepare.set_defaults(func=run_prepare)
     info = verbs.add_parser("info", help="describe a .bin/.idx pair")
-    info.add_argument("prefix", type=Path)
+    info.add_argument("prefix", type=given_prefix)
     info.add_argument("--json", action="store_true")
     info.set_defaults(func=run_info)
 
@@ -38,8 +42,6 @@ def run_prepare(args: argparse.Namespace) -> int:
 
     if args.train_tokenizer and not args.vocab_size:
         raise UserError("--train-tokenizer needs --vocab-size N")
-    if args.workers < 0:
-        raise UserError(f"--workers {args.workers} must be 0 or more")
     prepared, done = prepare(
         args.input,
         args.output,

@@ -14,6 +14,7 @@ from launchers.run_folder import write_json, write_text
 from launchers.script import render
 from launchers.site import Site, load_site
 from qwen_moe.config import load_config
+from qwen_moe.options import whole
 
 NO_CLUSTER = "note: no Slurm answers here; nothing was checked against a cluster"
 
@@ -24,13 +25,13 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--site", type=Path, help="site file (default: ~/.config/qwen-moe/slurm.toml, if it is there)")
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch script and the estimates, do nothing")
-    parser.add_argument("--nodes", type=_positive)
-    parser.add_argument("--gpus-per-node", type=_positive)
-    parser.add_argument("--nproc", type=_positive, help="processes per node (default: one per GPU, or one)")
-    parser.add_argument("--cpus-per-task", type=_positive, help="CPUs of each node's processes together (default: all)")
+    parser.add_argument("--nodes", type=whole(1))
+    parser.add_argument("--gpus-per-node", type=whole(1))
+    parser.add_argument("--nproc", type=whole(1), help="processes per node (default: one per GPU, or one)")
+    parser.add_argument("--cpus-per-task", type=whole(1), help="CPUs of each node's processes together (default: all)")
     for name in ("time", "partition", "account", "qos", "constraint", "exclude"):
         parser.add_argument(f"--{name}", default="")
-    parser.add_argument("--signal-seconds", type=_positive, help="how long before the time limit to checkpoint")
+    parser.add_argument("--signal-seconds", type=whole(1), help="how long before the time limit to checkpoint")
     parser.add_argument("--shared", action="store_true", help="do not ask for whole nodes")
     parser.add_argument("--container-image", default="")
     parser.add_argument("--container-mounts", type=lambda text: text.split(","), default=[], metavar="FROM:TO,...")
@@ -46,21 +47,14 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--preflight", choices=("full", "quick", "off"), help="test the nodes first (site file, or full)"
     )
     parser.add_argument("--array", action="store_true", help="every recipe of a folder, as one job array")
-    parser.add_argument("--max-parallel", type=_positive, help="array tasks that run at a time")
+    parser.add_argument("--max-parallel", type=whole(1), help="array tasks that run at a time")
     parser.add_argument("--local", action="store_true", help="the same on this machine, without Slurm")
-    parser.add_argument("--parallel", type=_positive, help="with --local and a folder: runs at a time (1)")
-    parser.add_argument("--threads", type=_positive, help="with --local and a folder: threads of each process")
+    parser.add_argument("--parallel", type=whole(1), help="with --local and a folder: runs at a time (1)")
+    parser.add_argument("--threads", type=whole(1), help="with --local and a folder: threads of each process")
     parser.add_argument(
-        "--retries", type=int, help="with --local and a folder: how often a failed run is tried again (2)"
+        "--retries", type=whole(), help="with --local and a folder: how often a failed run is tried again (2)"
     )
     parser.set_defaults(func=run)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,8 +86,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _refuse_with_folder(args: argparse.Namespace) -> None:
     """Runs of a folder are started with `qwen-moe train` and the recipe's own number of processes."""
-    if args.retries is not None and args.retries < 0:
-        raise LaunchError(f"--retries {args.retries}: give 0 or more")
     given = [name for name in ("nodes", "gpus_per_node", "nproc", "then") if getattr(args, name)]
     if given:
         shown = ", ".join(f"--{name.replace('_', '-')}" for name in given)

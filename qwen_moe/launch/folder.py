@@ -97,6 +97,7 @@ def _progress(config: RunConfig) -> tuple[float, str]:
 def _task(entry: Entry, folder: Path, threads: int, overrides: list[str]) -> Task:
     config = entry.config
     extra = [f"launch.threads={threads}"] if threads else []
+    overrides = [given for given in overrides if not (extra and given.startswith("launch.threads="))]
     per_token = flops_per_token(config.model, config.data.sequence_length).training
     return Task(
         name=entry.name,

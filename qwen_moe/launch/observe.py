@@ -10,6 +10,7 @@ from pathlib import Path
 from launchers import logs, status
 from launchers.local import LaunchError
 from launchers.run_folder import RunFolder
+from qwen_moe.options import whole
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -21,8 +22,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = subparsers.add_parser("logs", help="the ranks' logs of a launched run, oldest line first")
     parser.add_argument("run", type=Path)
     parser.add_argument("--follow", action="store_true", help="go on with what comes, until the run has ended")
-    parser.add_argument("--rank", type=int)
-    parser.add_argument("--attempt", type=int, help="default: the last one")
+    parser.add_argument("--rank", type=whole())
+    parser.add_argument("--attempt", type=whole(), help="default: the last one")
     parser.set_defaults(func=show_logs)
 
     parser = subparsers.add_parser("cancel", help="cancel the job of a launched run; it is not requeued")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from launchers.local import INTERRUPTED, RunLock
 from qwen_moe.errors import UserError
+from qwen_moe.fields import MOST_PROCESSES
+from qwen_moe.options import number, whole
 
 if TYPE_CHECKING:
     from qwen_moe.pipeline.steps import Context, Step
@@ -25,21 +27,23 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("recipe", type=Path, help="of the large run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--output", type=Path, metavar="DIR", help="everything is kept there (runs/RECIPE-pipeline)")
-    parser.add_argument("--flops-budget", type=float, help="of all small runs together, 6 N_active D")
+    parser.add_argument("--flops-budget", type=number(above=0), help="of all small runs together, 6 N_active D")
     parser.add_argument("--until", choices=NAMES, metavar="STEP", help=f"stop after it: {', '.join(NAMES)}")
     parser.add_argument("--redo", choices=NAMES, metavar="STEP", help="do it again, and all after it")
     parser.add_argument("--yes", action="store_true", help="do not ask before what is expensive")
     parser.add_argument(
         "--loss", choices=("train", "validation"), default="train", help="of the small runs, for the fit"
     )
-    parser.add_argument("--parallel", type=int, help="small runs at a time on this machine (1)")
-    parser.add_argument("--threads", type=int, help="threads of each of their processes")
+    parser.add_argument("--parallel", type=whole(1), help="small runs at a time on this machine (1)")
+    parser.add_argument("--threads", type=whole(1), help="threads of each of their processes")
     parser.add_argument("--slurm", action="store_true", help="the small runs as a Slurm job array instead")
     parser.add_argument("--skip-failed", action="store_true", help="fit without the small runs that failed")
     parser.add_argument("--accept-extrapolation", action="store_true", help="see `scaling recommend`")
-    parser.add_argument("--gpus", type=int, default=0, help="of the large run: plan its layout and its job")
+    parser.add_argument(
+        "--gpus", type=whole(0, MOST_PROCESSES), default=0, help="of the large run: plan its layout and its job"
+    )
     parser.add_argument("--gpu", default="h100-80gb")
-    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--gpus-per-node", type=whole(1, MOST_PROCESSES), default=8)
     parser.add_argument("--time", default="", help="time limit of jobs")
     parser.add_argument("--site", type=Path, help="site file, see docs/slurm.md")
     parser.add_argument("--submit", action="store_true", help="submit the job, instead of writing its script")
@@ -47,11 +51,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("parallel", "threads", "gpus_per_node"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
-    if args.gpus < 0 or (args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node):
+    if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
         raise UserError(f"--gpus {args.gpus}: give a multiple of --gpus-per-node {args.gpus_per_node} (whole nodes)")
     if args.submit and not args.gpus:
         raise UserError("--submit needs --gpus: how many the job shall have")

@@ -7,24 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe.config import RunConfig, load_config, parse_config
+from qwen_moe.documents import yaml_mapping
 from qwen_moe.errors import UserError
+from qwen_moe.fields import LARGEST_SIZE, MOST_PROCESSES
+from qwen_moe.options import number, whole
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser("plan", help="the fastest parallel layouts that fit on a cluster (docs/plan.md)")
     parser.add_argument("recipe", type=Path, nargs="?")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--gpus", type=int, help="how many, in all")
+    parser.add_argument("--gpus", type=whole(1, MOST_PROCESSES), help="how many, in all")
     parser.add_argument("--gpu", default="h100-80gb", help="a name, or a .yaml file (default: h100-80gb)")
-    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--gpus-per-node", type=whole(1, MOST_PROCESSES), default=8)
     parser.add_argument("--network", default="ib400", help="a name, or a .yaml file (default: ib400)")
-    parser.add_argument("--global-batch", type=int, help="sequences per step (default: the recipe's)")
     parser.add_argument(
-        "--imbalance", type=float, default=1.0, help="tokens of the busiest expert over the average one's"
+        "--global-batch", type=whole(1, LARGEST_SIZE), help="sequences per step (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--imbalance", type=number(least=1), default=1.0, help="tokens of the busiest expert over the average one's"
     )
     parser.add_argument("--precision", choices=("bf16", "fp8", "any"), default="any", help="default: any")
-    parser.add_argument("--price", type=float, help="per GPU-hour (default: the GPU's file)")
-    parser.add_argument("--top", type=int, default=5)
+    parser.add_argument("--price", type=number(least=0), help="per GPU-hour (default: the GPU's file)")
+    parser.add_argument("--top", type=whole(1), default=5)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--write", action="store_true", help="put the best layout into the recipe")
     parser.add_argument("--check-published", action="store_true", help="the model of time against published runs")
@@ -36,11 +41,6 @@ def run(args: argparse.Namespace) -> int:
         return _check_published(args)
     if args.recipe is None or args.gpus is None:
         raise UserError("give a recipe and --gpus N, or --check-published")
-    for name in ("gpus", "gpus_per_node", "top"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    if args.imbalance < 1:
-        raise UserError(f"--imbalance {args.imbalance}: the busiest over the average is at least 1")
     if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
         raise UserError(
             f"--gpus {args.gpus} is not a multiple of --gpus-per-node {args.gpus_per_node}: give whole nodes"
@@ -118,12 +118,12 @@ def _write(path: Path, overrides: list[str], config: RunConfig, choice: Any, gpu
         settings.setdefault(section, {})[leaf] = yaml.safe_load(value)
     for section, entries in choice.settings().items():
         settings.setdefault(section, {}).update(entries)
-    values = yaml.safe_load(text)
+    values = yaml_mapping(text, str(path))
     if (values.get("parallel") or {}).get("pipeline_split"):
         settings["parallel"]["pipeline_split"] = []
     changed = differences(values, settings)
     edited, kept = edit_recipe(text, settings)
-    run_layout(parse_config(yaml.safe_load(edited), str(path)), gpus)
+    run_layout(parse_config(yaml_mapping(edited, str(path)), str(path)), gpus)
     if changed:
         write_text(path, edited)
     return {"changed": changed, "comments_kept": kept}

@@ -3,13 +3,15 @@
 import difflib
 import os
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Self, TypeVar
 
-import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from qwen_moe.config import NonNegativeFloat, PositiveFloat, Section
+from qwen_moe.documents import read_text, yaml_mapping
 from qwen_moe.errors import UserError
+from qwen_moe.fields import NonNegativeFloat, PositiveFloat, Section
+
+Share = Annotated[PositiveFloat, Field(le=1)]
 
 
 class Efficiency(Section):
@@ -20,15 +22,15 @@ class Efficiency(Section):
     small products leave a GPU's units idle at their edges.
     """
 
-    gemm: PositiveFloat = 0.74
-    grouped_gemm: PositiveFloat = 0.65
-    fp8_gemm: PositiveFloat = 0.62
+    gemm: Share = 0.74
+    grouped_gemm: Share = 0.65
+    fp8_gemm: Share = 0.62
     gemm_half_size: PositiveFloat = 160.0
-    attention: PositiveFloat = 0.43
-    memory: PositiveFloat = 0.76
-    nvlink: PositiveFloat = 0.75
-    network: PositiveFloat = 0.80
-    all_to_all: PositiveFloat = 0.70  # of what `nvlink` and `network` leave, where a token is sent once per expert
+    attention: Share = 0.43
+    memory: Share = 0.76
+    nvlink: Share = 0.75
+    network: Share = 0.80
+    all_to_all: Share = 0.70  # of what `nvlink` and `network` leave, where a token is sent once per expert
 
 
 class Gpu(Section):
@@ -45,6 +47,16 @@ class Gpu(Section):
     price_per_gpu_hour: NonNegativeFloat = 0.0
     currency: str = "USD"
     efficiency: Efficiency = Efficiency()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "bf16" not in self.peak_tflops or self.peak_tflops.keys() - {"bf16", "fp8"}:
+            raise ValueError(
+                f"peak_tflops has {', '.join(self.peak_tflops) or 'nothing'}: give bf16, and fp8 if it has that"
+            )
+        if self.reserved_gib >= self.memory_gib:
+            raise ValueError(f"reserved_gib {self.reserved_gib:g} leaves nothing of memory_gib {self.memory_gib:g}")
+        return self
 
     @property
     def usable_bytes(self) -> float:
@@ -80,25 +92,21 @@ def _load(schema: type[Kind], kind: str, option: str, name: str) -> Kind:
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         files = known(kind)
+        name = name if name in files else name.strip().lower()
         if name not in files:
-            near = difflib.get_close_matches(name, files, n=1)
+            near = difflib.get_close_matches(name[:100].lower(), files, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(files)}"
             raise UserError(f"{option} {name!r} is not known; {hint} (or give a .yaml file, see docs/plan.md)")
         path = files[name]
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{option} {path} does not exist: give a .yaml file or one of {', '.join(known(kind))}"
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{option} {path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{option} {path} must be a mapping, found {type(values).__name__}")
+    where = f"{option} {path}"
+    values = yaml_mapping(read_text(path, option, f"a .yaml file or one of {', '.join(known(kind))}"), where)
     try:
         return schema(**values)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        problems = "; ".join(
+            ": ".join(filter(None, [".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")]))
+            for item in error.errors()
+        )
         raise UserError(f"{option} {path}: {problems}") from None
 
 

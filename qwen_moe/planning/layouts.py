@@ -1,7 +1,9 @@
 """Every layout that a run may have on a number of GPUs, judged by the run's own check (`training.layout.run_layout`)."""
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from pydantic import ValidationError
@@ -52,29 +54,40 @@ class Choice:
 
 
 def apply(config: RunConfig, choice: Choice) -> RunConfig:
-    """``config`` with ``choice`` in it, through the config's own checks. Raises ValidationError when they refuse it."""
+    """``config`` with ``choice`` in it, through the config's own checks. Raises ValueError when they refuse it."""
     settings = choice.settings()
-    parallel = config.parallel.model_dump() | settings["parallel"] | {"pipeline_split": ()}
-    return RunConfig(
-        **{name: getattr(config, name) for name in RunConfig.model_fields}
-        | {
-            "parallel": ParallelConfig(**parallel),
-            "training": TrainingConfig(**config.training.model_dump() | settings["training"]),
-            "precision": PrecisionConfig(**config.precision.model_dump() | settings["precision"]),
+    changed = config.model_copy(
+        update={
+            "parallel": ParallelConfig(**vars(config.parallel) | settings["parallel"] | {"pipeline_split": ()}),
+            "training": TrainingConfig(**vars(config.training) | settings["training"]),
+            "precision": PrecisionConfig(**vars(config.precision) | settings["precision"]),
         }
     )
+    changed.check()  # the other sections have been checked and are as they were
+    return changed
 
 
 def legal(config: RunConfig, choice: Choice, gpus: int) -> RunLayout | str:
     """The layout of ``choice`` on ``gpus`` processes, or why there is none."""
     try:
         return run_layout(apply(config, choice), gpus)
-    except (UserError, ValidationError) as error:
+    except (UserError, ValueError) as error:
         return str(error)
 
 
+def _shardings(choice: Choice) -> list[Choice]:
+    """``choice`` with every sharding that goes with its schedule; the layout is the same."""
+    found = []
+    for sharding in get_args(ParallelConfig.model_fields["sharding"].annotation):
+        with suppress(ValidationError):
+            ParallelConfig(pp=choice.pp, schedule=choice.schedule, sharding=sharding)
+            found.append(replace(choice, sharding=sharding))
+    return found
+
+
 def divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def _degrees(config: RunConfig, gpus: int) -> Iterator[Choice]:
@@ -129,22 +142,19 @@ def legal_choices(
 ) -> Iterator[tuple[Choice, RunLayout]]:
     """Every legal choice on ``gpus`` processes, with the layout that the run would have."""
     layers, sizes = config.model.num_hidden_layers, sorted({*micro_batches, config.training.micro_batch_size})
-    shardings = get_args(ParallelConfig.model_fields["sharding"].annotation)
     computes = precisions(config, wanted)
     if not computes:
         return
     for degrees in _degrees(config, gpus):
         for schedule, per_rank in _schedules(degrees.pp, layers):
             for micro_batch in sizes:
-                for sharding in shardings:
-                    base = {**vars(degrees), "schedule": schedule, "per_rank": per_rank}
-                    first = Choice(
-                        **base | {"micro_batch": micro_batch, "sharding": sharding, "precision": computes[0]}
-                    )
-                    found = legal(config, first, gpus)
-                    if isinstance(found, str):
-                        continue
-                    # Recomputation and precision change nothing of what the check looks at.
+                base = {**vars(degrees), "schedule": schedule, "per_rank": per_rank, "micro_batch": micro_batch}
+                first = Choice(**base | {"precision": computes[0]})
+                found = legal(config, first, gpus)
+                if isinstance(found, str):
+                    continue
+                # Recomputation and precision change nothing of what the check looks at.
+                for choice in _shardings(first):
                     for precision in computes:
                         for recompute in ("none", "full"):
-                            yield Choice(**vars(first) | {"precision": precision, "recompute": recompute}), found
+                            yield Choice(**vars(choice) | {"precision": precision, "recompute": recompute}), found

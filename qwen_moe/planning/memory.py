@@ -79,29 +79,53 @@ class MemoryModel:
             (self.of_rank(choice, layout, r, f) for r, f in enumerate(per_rank)), key=lambda memory: memory.total
         )
 
+    def floor(self, choice: Choice, layout: RunLayout) -> float:
+        """Bytes of weights, gradients and optimizer of the fullest pipeline rank: what does not fit so needs no counting of
+        activations, which takes most of the time."""
+        per_rank = flights(choice.schedule, choice.pp, layout.micro_batches, layout.per_rank)
+        return max(sum(self._standing(choice, layout, self._units(layout, flight, FIRST))[:3]) for flight in per_rank)
+
+    def _units(self, layout: RunLayout, flight: Flight, place: Place) -> tuple[UnitShare, int, int]:
+        """(all units of a rank together, the largest root, the largest layer's unit), of which buffers are made."""
+        by_stage = [self._stage_units(layout, stage, place) for stage in flight.stages]
+        total = add(unit for stage in by_stage for unit in stage)
+        root = max(stage[0].padded for stage in by_stage)
+        return total, root, max(unit.padded for stage in by_stage for unit in stage[1:])
+
+    def _standing(
+        self, choice: Choice, layout: RunLayout, units: tuple[UnitShare, int, int]
+    ) -> tuple[float, float, float, float]:
+        """(weights beyond the sharded ones, gradients at most, sharded weights and optimizer, sharded weights alone)."""
+        total, root, biggest = units
+        compute = DTYPES[choice.precision].itemsize
+        sharded = total.sharded * self.master
+        if choice.sharding == "zero2" or choice.pp > 1:
+            gathered = total.padded
+        else:
+            gathered = min(total.padded, root + 2 * biggest)
+        if layout.micro_batches > 1:
+            gradients = max(sharded, total.whole * max(4, compute))
+        else:
+            gradients = sharded + biggest * compute
+        held = gathered * compute + self._kept_weights(choice, total)
+        return held, gradients, 3 * sharded + 4 * total.tensors, sharded
+
     def of_rank(
         self, choice: Choice, layout: RunLayout, pipeline_rank: int, flight: Flight, place: Place = FIRST
     ) -> Memory:
         """Of pipeline rank ``pipeline_rank``, whose stages and micro-batches in flight are ``flight``."""
         compute = DTYPES[choice.precision].itemsize
         reduce = max(4, compute)
-        by_stage = [self._stage_units(layout, stage, place) for stage in flight.stages]
-        total = add(unit for stage in by_stage for unit in stage)
-        root = max(stage[0].padded for stage in by_stage)
-        biggest = max(unit.padded for stage in by_stage for unit in stage[1:])
+        units = self._units(layout, flight, place)
+        _, root, biggest = units
+        gathered, gradients, _, sharded = self._standing(choice, layout, units)
         held, working = self._activations(choice, layout, flight)
-        accumulates = layout.micro_batches > 1
-        sharded = total.sharded * self.master
-        if choice.sharding == "zero2" or choice.pp > 1:
-            gathered = total.padded
-        else:
-            gathered = min(total.padded, root + 2 * biggest)
         return Memory(
             sharded_weights=sharded,
-            gathered_weights=gathered * compute + self._kept_weights(choice, total),
-            gradients=max(sharded, total.whole * reduce) if accumulates else sharded + biggest * compute,
+            gathered_weights=gathered,
+            gradients=gradients,
             sharded_gradients=sharded,
-            optimizer=2 * sharded + 4 * total.tensors,
+            optimizer=2 * sharded + 4 * units[0].tensors,
             activations=held,
             working=working,
             buffers=max(

@@ -1,8 +1,8 @@
 """Scores every legal layout by its step time, then asks the fastest whether they fit, until enough do."""
 
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter, ne
 from typing import Any
 
 from qwen_moe.config import RunConfig
@@ -12,6 +12,7 @@ from qwen_moe.planning.layouts import PRECISIONS, Choice, legal_choices
 from qwen_moe.planning.memory import Memory, MemoryModel
 from qwen_moe.planning.software import OURS
 from qwen_moe.planning.step_time import StepTime, StepTimeModel
+from qwen_moe.progress import bar
 from qwen_moe.training.layout import RunLayout
 
 
@@ -72,6 +73,7 @@ class Plan:
     gpus_needed: int = 0
 
 
+Timed = tuple[StepTime, Choice, RunLayout]
 FIELDS = ("recompute", "micro_batch", "sharding", "schedule", "per_rank", "pp", "tp", "ep", "etp", "cp", "precision")
 
 
@@ -111,7 +113,9 @@ class Search:
         begin = time.monotonic()
         found = [
             (self.time.step(choice, layout), choice, layout)
-            for choice, layout in legal_choices(self.config, self.gpus, wanted=self.precisions)
+            for choice, layout in bar(
+                legal_choices(self.config, self.gpus, wanted=self.precisions), "plan: time of layouts", " layouts"
+            )
             if self._countable(choice)
         ]
         if not found:
@@ -125,21 +129,20 @@ class Search:
         found.sort(key=lambda item: item[0].total)
         index = {choice: (step, layout) for step, choice, layout in found}
         best: list[Scored] = []
-        faster: list[Scored] = []
+        faster: list[Timed] = []
         seen: set[tuple[int, ...]] = set()
-        for step, choice, layout in found:
+        for step, choice, layout in bar(found, "plan: memory of the fastest", " layouts"):
             degrees = (choice.tp, choice.pp, choice.cp, choice.ep, choice.etp)
             if degrees in seen:
                 continue
-            memory = self.memory.fullest(choice, layout)
-            scored = self._score(choice, layout, memory, step)
-            if memory.total <= self.gpu.usable_bytes:
+            scored = self._fitting(step, choice, layout)
+            if scored is not None:
                 seen.add(degrees)
                 best.append(scored)
                 if len(best) == top:
                     break
             elif not best:
-                faster.append(scored)
+                faster.append((step, choice, layout))
         return Plan(
             config=self.config,
             gpus=self.gpus,
@@ -150,7 +153,8 @@ class Search:
             seconds=time.monotonic() - begin,
             best=best,
             misfits=[
-                Misfit(scored=s, nearest=self._nearest(s.choice, index)) for s in self._telling(faster, bool(best))
+                Misfit(scored=scored, nearest=self._nearest(scored.choice, index))
+                for scored in bar(self._telling(faster, bool(best)), "plan: what would fit")
             ],
             gpus_needed=0 if best else self._enough_gpus(),
         )
@@ -177,14 +181,29 @@ class Search:
             cost=hours * self.price,
         )
 
-    @staticmethod
-    def _telling(misfits: Iterable[Scored], something_fits: bool) -> list[Scored]:
+    def _whole(self, timed: Timed) -> Scored:
+        step, choice, layout = timed
+        return self._score(choice, layout, self.memory.fullest(choice, layout), step)
+
+    def _fitting(self, step: StepTime, choice: Choice, layout: RunLayout) -> Scored | None:
+        """The layout with its memory; None where it does not fit."""
+        if self.memory.floor(choice, layout) > self.gpu.usable_bytes:
+            return None
+        scored = self._whole((step, choice, layout))
+        return scored if scored.memory.total <= self.gpu.usable_bytes else None
+
+    def _telling(self, misfits: list[Timed], something_fits: bool) -> list[Scored]:
         """The fastest of three different degrees; where nothing fits at all, the ones that need the least."""
-        ordered = list(misfits) if something_fits else sorted(misfits, key=lambda scored: scored.memory.total)
         found: dict[tuple[int, ...], Scored] = {}
-        for scored in ordered:
-            choice = scored.choice
-            found.setdefault((choice.tp, choice.pp, choice.ep, choice.etp), scored)
+        ordered = misfits
+        if not something_fits:
+            needed = {choice: self.memory.fullest(choice, layout).total for _, choice, layout in misfits}
+            ordered = sorted(misfits, key=lambda timed: needed[timed[1]])
+        for timed in ordered:
+            choice = timed[1]
+            degrees = (choice.tp, choice.pp, choice.ep, choice.etp)
+            if degrees not in found:
+                found[degrees] = self._whole(timed)
             if len(found) == 3:
                 break
         return list(found.values())
@@ -194,10 +213,9 @@ class Search:
         for start in (choice, replace(choice, recompute="full")):
             near = [other for other in index if _distance(start, other) <= 1]
             for other in sorted(near, key=lambda c: index[c][0].total):
-                step, layout = index[other]
-                memory = self.memory.fullest(other, layout)
-                if memory.total <= self.gpu.usable_bytes:
-                    return self._score(other, layout, memory, step)
+                found = self._fitting(index[other][0], other, index[other][1])
+                if found is not None:
+                    return found
         return None
 
     def _enough_gpus(self) -> int:
@@ -205,7 +223,9 @@ class Search:
         for times in (2, 4, 8, 16, 32):
             gpus = times * self.gpus
             fits = (
-                choice.recompute == "full" and self.memory.fullest(choice, layout).total <= self.gpu.usable_bytes
+                choice.recompute == "full"
+                and self.memory.floor(choice, layout) <= self.gpu.usable_bytes
+                and self.memory.fullest(choice, layout).total <= self.gpu.usable_bytes
                 for choice, layout in legal_choices(self.config, gpus, (1,), self.precisions)
                 if self._countable(choice)
             )
@@ -214,10 +234,12 @@ class Search:
         return 0
 
 
+_degrees_of = attrgetter("recompute", "micro_batch", "sharding", "pp", "tp", "ep", "etp", "cp", "precision")
+
+
 def _distance(one: Choice, other: Choice) -> int:
     """Fields that differ; a schedule and its stages count once."""
-    names = ("recompute", "micro_batch", "sharding", "pp", "tp", "ep", "etp", "cp", "precision")
     same_schedule = (one.schedule, one.per_rank) == (other.schedule, other.per_rank)
     # A pipeline begins or ends with the schedule that goes with it.
     free = (one.pp == 1) != (other.pp == 1)
-    return sum(getattr(one, name) != getattr(other, name) for name in names) + (not same_schedule and not free)
+    return sum(map(ne, _degrees_of(one), _degrees_of(other))) + (not same_schedule and not free)

@@ -83,6 +83,7 @@ class StepTimeModel:
         self.gpus_per_node, self.software, self.imbalance = gpus_per_node, software, imbalance
         self.score_factor, self.recomputed = score_factor, recomputed
         self.shares = Shares(model)
+        self._moe_layers = frozenset(model.moe_layers)
         self.memory_rate = gpu.memory_gb_per_second * 1e9 * gpu.efficiency.memory
         self._layers: dict[tuple[object, ...], Part] = {}
         self._means: dict[tuple[object, ...], tuple[Part, float]] = {}
@@ -236,7 +237,7 @@ class StepTimeModel:
         for rank in range(choice.pp):
             stages = stages_of_rank(choice.schedule, choice.pp, layout.per_rank, rank) if choice.pp > 1 else [0]
             layers = [layer for stage in stages for layer in layout.layers[stage]]
-            moe = sum(self.model.is_moe_layer(layer) for layer in layers)
+            moe = len(self._moe_layers.intersection(layers))
             found.append((moe, len(layers) - moe, 0 in stages, len(layout.layers) - 1 in stages))
         return found
 
@@ -308,7 +309,7 @@ class StepTimeModel:
         """(dense, experts) that an average rank gathers, and what its optimizer updates."""
         key = (layout.layout, choice.pp)
         if key not in self._elements:
-            moe, layers = len(self.model.moe_layers), self.model.num_hidden_layers
+            moe, layers = len(self._moe_layers), self.model.num_hidden_layers
             dense = [self.shares.root(layout.layout, True, True)]
             experts = []
             for kind, times in ((True, moe), (False, layers - moe)):

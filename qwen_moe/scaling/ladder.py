@@ -11,6 +11,7 @@ from typing import Any
 from qwen_moe.config import ModelConfig, RunConfig, dump_config, load_config, parse_config
 from qwen_moe.errors import UserError
 from qwen_moe.models.flops import count_parameters
+from qwen_moe.options import number
 
 TABLE = "ladder.csv"
 DURATIONS = (10.0, 20.0, 40.0, 80.0, 160.0)  # tokens per activated parameter
@@ -22,7 +23,9 @@ def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "recipe", type=Path, metavar="RECIPE.yaml", help="of the large run: its model and train_tokens are the target"
     )
     ladder.add_argument("overrides", nargs="*", metavar="section.key=value")
-    ladder.add_argument("--flops-budget", type=float, required=True, help="6 N_active D of all small runs together")
+    ladder.add_argument(
+        "--flops-budget", type=number(above=0), required=True, help="6 N_active D of all small runs together"
+    )
     ladder.add_argument("--output", type=Path, required=True, metavar="LADDER_DIR")
     ladder.add_argument(
         "--fit", type=Path, metavar="FIT_DIR", help="a fit of earlier runs to start from (else Step Law)"
@@ -142,8 +145,8 @@ def run(args: argparse.Namespace) -> int:
     from scaling_laws.ladder import design_ladder
 
     config = load_config(args.recipe, args.overrides)
-    if not 0 < args.flops_budget < float("inf"):
-        raise UserError(f"--flops-budget {args.flops_budget}: expected a positive number of FLOPs")
+    if args.output.exists() and not args.output.is_dir():
+        raise UserError(f"--output {args.output} is a file: give a new or empty folder")
     if args.output.exists() and any(args.output.iterdir()):
         raise UserError(f"--output {args.output} is not empty: give another folder, so that no recipe is mixed up")
     models = smaller_models(config.model)

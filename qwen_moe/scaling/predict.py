@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_moe.errors import UserError
+from qwen_moe.options import number
 
 if TYPE_CHECKING:
     from scaling_laws.curves import Curve
@@ -24,7 +25,7 @@ def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "--like", nargs="+", type=Path, default=[], metavar="RUN", help="finished runs to learn from; give a few"
     )
     predict.add_argument(
-        "--hopeless-above", type=float, metavar="LOSS", help="call runs hopeless that surely end above it"
+        "--hopeless-above", type=number(above=0), metavar="LOSS", help="call runs hopeless that surely end above it"
     )
     predict.add_argument("--json", action="store_true")
     predict.set_defaults(func=run)
@@ -49,12 +50,14 @@ def open_curve(path: Path) -> tuple["Curve", tuple[Any, ...] | None]:
         if not (path / name).is_file():
             raise UserError(f"{path} holds no {name}: give the run_dir of a run that has trained some steps")
     config = load_config(path / "config.yaml")
-    try:
-        records = read_lines(path / METRICS)
-    except ValueError as error:
-        raise UserError(f"{path / METRICS} is damaged ({error})") from None
+    records = read_lines(path / METRICS)
     found = {record["step"]: record["loss"] for record in records if "loss" in record}
-    loss = np.full(max(found, default=0), np.nan)
+    last = max(found, default=0)
+    if last > config.train_steps or min(found, default=1) < 1:
+        raise UserError(
+            f"{path / METRICS} records step {last}, but the run has {config.train_steps}: is it another run's?"
+        )
+    loss = np.full(last, np.nan)
     for step, value in found.items():
         loss[step - 1] = value
     rates = np.array([learning_rate(config, step) for step in range(config.train_steps)])
@@ -66,8 +69,6 @@ def open_curve(path: Path) -> tuple["Curve", tuple[Any, ...] | None]:
 def run(args: argparse.Namespace) -> int:
     from scaling_laws.curves import predict_final_loss
 
-    if args.hopeless_above is not None and not 0 < args.hopeless_above < math.inf:
-        raise UserError(f"--hopeless-above {args.hopeless_above}: expected a loss in nats per token")
     like = [open_curve(path)[0] for path in args.like]
     for curve in like:
         if curve.done < 1:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 from launchers.decide import BAD_STEP
 from launchers.run_folder import RunFolder, read_json
 from qwen_moe.config import RunConfig, load_config
-from qwen_moe.errors import UserError
 from qwen_moe.training.records import METRICS, read_lines
 
 FAILURE = "failure.json"  # why the last attempt gave up: {"kind", "message"}; gone when the next one starts
@@ -31,10 +30,7 @@ def read_outcome(config: RunConfig, run_dir: Path) -> RunOutcome:
     """The run of ``config`` in ``run_dir``. A step that was not finite, or losses that ended above those of guessing (log of
     the vocabulary), count as diverged. Raises UserError for a damaged metrics.jsonl."""
     path = run_dir / METRICS
-    try:
-        records = read_lines(path)
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): a line other than the last is not JSON; run it again") from None
+    records = read_lines(path)
     steps = [record for record in records if "loss" in record]
     done, total = (int(steps[-1]["step"]) if steps else 0), config.train_steps
     kind, message = _failure(run_dir)

@@ -4,19 +4,70 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qwen_moe.errors import UserError
+
 METRICS = "metrics.jsonl"
+# What readers compute with, where a record has it.
+NUMBERS = (
+    "loss",
+    "validation_loss",
+    "tokens",
+    "learning_rate",
+    "step_seconds",
+    "tokens_per_second",
+    "model_flops_per_second",
+    "share_of_peak",
+    "memory_bytes",
+    "expert_imbalance_max",
+    "balance_loss",
+)
+
+
+class DamagedRecords(UserError, ValueError):
+    """A line of a metrics.jsonl is not what a run writes."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _problem(record: Any) -> str:
+    """What is wrong with a parsed line; empty for nothing."""
+    if not isinstance(record, dict):
+        return f"it is not an object but {type(record).__name__}"
+    step = record.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        return f"its step is {step!r}"
+    wrong = [name for name in NUMBERS if name in record and not _is_number(record[name])]
+    if wrong:
+        return f"its {wrong[0]} is {record[wrong[0]]!r:.60}"
+    counts = record.get("expert_counts")
+    rows: list[Any] = counts if isinstance(counts, list) else [counts]
+    if counts is not None and not all(
+        isinstance(row, list) and len(row) == len(rows[0]) and all(map(_is_number, row)) for row in rows
+    ):
+        return "its expert_counts are not rows of equal length"
+    return ""
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line cut off by a crash is left out."""
+    """The records of a metrics.jsonl; a last line cut off by a crash is left out. Raises DamagedRecords."""
     if not path.exists():
         return []
     records = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DamagedRecords(f"{path} is damaged: byte {error.start} is not UTF-8 text") from None
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number != len(lines) - 1:
-                raise
+            record = json.loads(line)
+            problem = _problem(record)
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                continue
+            problem = "it is not JSON"
+        if problem:
+            raise DamagedRecords(f"{path}:{number} is damaged ({problem}): remove the line to read the others")
+        records.append(record)
     return records

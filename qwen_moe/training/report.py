@@ -8,6 +8,15 @@ from typing import Any
 
 from qwen_moe.errors import UserError
 
+NEEDED = (
+    "tokens",
+    "learning_rate",
+    "step_seconds",
+    "tokens_per_second",
+    "model_flops_per_second",
+    "share_of_peak",
+    "memory_bytes",
+)
 LOSS_PICTURE = "loss.png"
 LOAD_PICTURE = "expert_load.png"
 
@@ -32,12 +41,16 @@ def _records(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / METRICS
     if not path.exists():
         raise UserError(f"{run_dir} holds no {METRICS}: give the run_dir of a run that has trained at least one step")
-    try:
-        records = read_lines(path)
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): a line other than the last is not JSON") from None
+    records = read_lines(path)
     if not any("loss" in record for record in records):
         raise UserError(f"{path} has no training step yet: wait for the first one")
+    for record in records:
+        absent = [name for name in NEEDED if "loss" in record and name not in record]
+        if absent or ("loss" in record and (record["step"] < 1 or record["tokens_per_second"] <= 0)):
+            wrong = f"lacks {', '.join(absent)}" if absent else "has no step or speed"
+            raise UserError(
+                f"{path}: the record of step {record['step']} {wrong}: it was not written by `qwen-moe train`"
+            )
     return records
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_moe.config import RunConfig, load_config
 from qwen_moe.errors import UserError
+from qwen_moe.fields import MOST_PROCESSES
+from qwen_moe.options import whole
 
 if TYPE_CHECKING:
     from parallel.mesh import Layout
@@ -32,12 +34,12 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="tp=2,pp=2,ep=4",
         help=f"axes {', '.join(AXES)} and {', '.join(OPTIONS)}; dp is as small as possible unless given; repeatable",
     )
-    parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="N random layouts of random small models")
-    parser.add_argument("--seed", type=int, default=0, help="of --fuzz")
-    parser.add_argument("--max-ranks", type=int, default=8, help="largest number of processes (default 8)")
+    parser.add_argument("--fuzz", type=whole(), default=0, metavar="N", help="N random layouts of random small models")
+    parser.add_argument("--seed", type=whole(), default=0, help="of --fuzz")
+    parser.add_argument("--max-ranks", type=whole(2, 1024), default=8, help="largest number of processes (default 8)")
     parser.add_argument(
         "--shapes",
-        type=int,
+        type=whole(0, MOST_PROCESSES),
         default=0,
         metavar="PROCESSES",
         help="build the recipe itself, at full size, as ranks of that many processes and run a step on shapes alone",
@@ -111,10 +113,6 @@ def _cases(args: argparse.Namespace, config: RunConfig) -> list[tuple[str, RunCo
 
 def run(args: argparse.Namespace) -> int:
     config = load_config(args.recipe, args.overrides)
-    if args.max_ranks < 2:
-        raise UserError(f"--max-ranks {args.max_ranks}: a layout to verify has at least 2 processes")
-    if args.fuzz < 0:
-        raise UserError(f"--fuzz {args.fuzz}: give the number of random layouts, 0 or more")
     if args.shapes:
         return _shapes(args, config)
     if not args.layout and not args.fuzz:

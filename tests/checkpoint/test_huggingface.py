@@ -156,6 +156,12 @@ def _wrong_index(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def _number_in_index(directory: Path) -> None:
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = 7
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def _overlapping(directory: Path) -> None:
     file = directory / "part-1.safetensors"
     content = file.read_bytes()
@@ -190,6 +196,7 @@ def _cut_config(directory: Path) -> None:
         (_stray, r"consolidated\.safetensors of .* is not listed"),
         (_no_index, r"3 \.safetensors files but no model\.safetensors\.index\.json"),
         (_wrong_index, r"places tensor model\.norm\.weight in part-"),
+        (_number_in_index, "places model.norm.weight in 7, expected a file's name"),
         (_overlapping, r"does not fit its shape"),
         (_no_weights, r"no \.safetensors file, only part-0\.bin"),
         (_no_config, r"config\.json does not exist"),

@@ -10,6 +10,7 @@ import yaml
 import qwen_moe.planning
 from qwen_moe.cli import main
 from qwen_moe.config import load_config
+from qwen_moe.errors import UserError
 from qwen_moe.planning.hardware import known, load_gpu, load_network
 from qwen_moe.planning.layouts import legal_choices
 from qwen_moe.planning.memory import MemoryModel
@@ -131,8 +132,21 @@ def test_overrides_may_stand_anywhere(recipe: Path, capsys: pytest.CaptureFixtur
         (("--gpus", 8, "--gpu", "h100-80g"), "did you mean 'h100-80gb'?"),
         (("--gpus", 8, "--network", "token-ring"), "known: "),
         (("--gpus", 12), "not a multiple of --gpus-per-node 8"),
-        (("--gpus", 0), "must be at least 1"),
-        (("--gpus", 8, "--imbalance", 0.5), "at least 1"),
+        (("--gpus", 0), "argument --gpus: '0': expected a whole number, 1 or more"),
+        (("--gpus", 8, "--imbalance", "nan"), "argument --imbalance: 'nan': expected a number, 1 or more"),
+        (("--gpus", 8, "--imbalance", "inf"), "argument --imbalance: 'inf': expected a number"),
+        (("--gpus", 8, "--price", "-1"), "argument --price: '-1': expected a number, 0 or more"),
+        (("--gpus", 8, "--price", "1e999"), "argument --price: '1e999': expected a number"),
+        (("--gpus", "9" * 400), r"argument --gpus: '9{60}'... .400 characters.: expected a whole number"),
+        (
+            ("--gpus", 8, "training.micro_batch_size=1", "training.micro_batch_size=2"),
+            "training.micro_batch_size is given twice",
+        ),
+        (
+            ("--gpus", 8, "--global-batch", 8, "training.global_batch_size=16"),
+            "training.global_batch_size is given twice",
+        ),
+        (("--gpus", 8, "--imbalance", 0.5), "'0.5': expected a number, 1 or more"),
         ((), "give a recipe and --gpus N"),
         (("--gpus", 8, "--precision", "fp8", "--gpu", "a100-80gb"), "a precision that this GPU has"),
         (("--gpus", 8, "--gpu", "missing.yaml"), "does not exist"),
@@ -165,6 +179,35 @@ def test_a_gpu_of_ones_own(recipe: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert plan(recipe, "--gpus", 8, "--gpu", path) == 2
     error = capsys.readouterr().err
     assert "peak_tflops: Field required" in error and "peak: Extra inputs" in error
+
+
+H100 = {"name": "x", "memory_gib": 80, "reserved_gib": 4, "peak_tflops": {"bf16": 989.0}, "memory_gb_per_second": 3350,
+        "nvlink_gb_per_second": 450}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"memory_gib": float("nan")}, "memory_gib: Input should be greater than 0"),
+        ({"memory_gib": True}, "memory_gib: true is not a number"),
+        ({"memory_gb_per_second": float("inf")}, "memory_gb_per_second: Input should be a finite number"),
+        ({"reserved_gib": 80}, "reserved_gib 80 leaves nothing of memory_gib 80"),
+        ({"peak_tflops": {"fp8": 1.0}}, "peak_tflops has fp8: give bf16"),
+        ({"peak_tflops": {"bf16": 1.0, "bf-16": 2.0}}, "peak_tflops has bf-16, bf16: give bf16"),
+        ({"efficiency": {"gemm": 74}}, "efficiency.gemm: Input should be less than or equal to 1"),
+        ({"price_per_gpu_hour": -1}, "price_per_gpu_hour: Input should be greater than or equal to 0"),
+    ],
+)
+def test_a_gpu_that_is_none(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "gpu.yaml"
+    path.write_text(yaml.safe_dump(H100 | changes))
+    with pytest.raises(UserError) as error:
+        load_gpu(str(path))
+    assert message in str(error.value)
+    path.write_text(yaml.safe_dump(H100) + "name: y\n")
+    with pytest.raises(UserError, match="'name' is given twice, in lines"):
+        load_gpu(str(path))
+    assert load_gpu(" H100-80GB ") == load_gpu("h100-80gb")
 
 
 def test_what_does_not_fit_is_named_with_what_would(recipe: Path, tmp_path: Path) -> None:

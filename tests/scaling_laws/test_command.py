@@ -151,6 +151,25 @@ def table(path: Path, rows: list[dict[str, str]]) -> Path:
         ([GOOD], "0 runs lie within 5%"),
         ([GOOD | {"n_convention": "non_vocabulary"}, GOOD | {"n_convention": "with_vocabulary"}], "the same one of"),
         ([GOOD | {"n_convention": "embeddings"}], "n_convention is embeddings"),
+        (
+            [GOOD | {"batch_size": "65536", "tokens": "5e7"}],
+            "runs.csv:2: one step of batch_size 65536 sequences x seq_len 1024"
+            " = 6.71e+07 tokens is more than the whole run of 5e+07 tokens; batch_size counts sequences",
+        ),
+        ([GOOD | {"batch_size": "262144"}], "half of the runs have fewer than 7.45 steps"),
+        ([GOOD | {"n_total": "0.1", "tokens": "2"}], "median of n_total is 0.1: is it in millions or billions?"),
+        ([GOOD | {"n_total": "5000"}], "4e+05 tokens per activated parameter, which no run has"),
+        ([GOOD | {"n_total": "1e12", "batch_size": "1"}], "0.002 tokens per activated parameter"),
+        ([GOOD | {"tokens": "2000"}], "the median of tokens is 2000: is it in millions or billions?"),
+        ([GOOD | {"diverged": "perhaps"}], "runs.csv:2: diverged is 'perhaps', expected true or false"),
+        (
+            [{"N" if k == "n_total" else "lr" if k == "learning_rate" else k: v for k, v in GOOD.items()}],
+            "rename 'N' to n_total, 'lr' to learning_rate",
+        ),
+        (
+            [{"tokens_per_step" if k == "batch_size" else k: v for k, v in GOOD.items()}],
+            "batch_size is 'tokens_per_step' divided by the sequence length",
+        ),
     ],
 )
 def test_bad_tables(
@@ -164,10 +183,113 @@ def test_bad_tables(
 def test_suspicious_units_and_repeated_rows_are_told(tmp_path: Path) -> None:
     from scaling_laws.runs import read_runs
 
-    rows = [GOOD | {"n_total": "100", "learning_rate": f"{rate}e-4"} for rate in range(1, 9)]
+    rows = [GOOD | {"n_total": "50000", "learning_rate": f"{rate}e-4"} for rate in range(1, 9)]
     notes = read_runs([table(tmp_path / "runs.csv", [*rows, rows[0]])]).warnings
     assert any("is it in millions or billions" in note for note in notes)
     assert any("1 rows repeat another" in note and "runs.csv:10" in note for note in notes)
+
+
+HEADER = ",".join(GOOD)
+VALUES = ",".join(GOOD.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"{HEADER},tokens\n{VALUES},1e9\n", "the column tokens is given twice (columns 2 and 7)"),
+        (f"{HEADER}\n{VALUES}\n".replace(",", ";"), "separated by semicolons, expected commas"),
+        (f"{HEADER}\n{VALUES}\n".replace(",", "\t"), "separated by tabs, expected commas"),
+        (f"{HEADER}\n{VALUES},7\n", "runs.csv:2: the row has 7 cells and the header 6 columns"),
+        (f"{HEADER}\n{VALUES}\n1e8,2e9\n", "runs.csv:3: the row has 2 cells"),
+        (f"{HEADER}\n" + VALUES.replace("1e8", '"100,000,000"'), "write 100000000, without thousands separators"),
+        (f"{HEADER}\n" + VALUES.replace("3.1", '"3,1"'), "loss is '3,1', expected a positive number (a decimal point"),
+        (f"{HEADER}\n{VALUES}\n" + "1" * 200_000, "is not a CSV table"),
+    ],
+)
+def test_what_would_be_read_wrongly_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    from scaling_laws.errors import InputError
+    from scaling_laws.runs import read_runs
+
+    path = tmp_path / "runs.csv"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        read_runs([path])
+    assert message in str(error.value) and "None" not in str(error.value)
+
+
+def test_a_spreadsheets_file_is_read_the_same(tmp_path: Path) -> None:
+    """Excel puts a byte order mark first and ends lines in CR LF; people put spaces after commas."""
+    from scaling_laws.runs import read_runs
+
+    path = tmp_path / "runs.csv"
+    path.write_bytes(
+        b"\xef\xbb\xbf" + HEADER.replace(",", ", ").encode() + b"\r\n" + VALUES.encode() + b"\r\n,,,,,\r\n"
+    )
+    row = read_runs([path]).frame.iloc[0]
+    assert (row["n_total"], row["n_active"], row["batch_tokens"], row["loss"]) == (1e8, 1e8, 65536, 3.1)
+    path.write_bytes(HEADER.encode("utf-16"))
+    with pytest.raises(ValueError, match="save the table as CSV UTF-8"):
+        read_runs([path])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"loss": 3.1, "loss": 3.2}', "'loss' is given twice"),
+        (json.dumps(GOOD | {"loss": True}), "loss is True, expected a positive number"),
+        (json.dumps(GOOD | {"loss": [3]}), "loss is [3], expected a positive number"),
+        ("[" * 100_000, "runs.jsonl:1:"),
+        (json.dumps(GOOD | {"tokens": 0}).replace(": 0", ": " + "9" * 400), "expected a positive number"),
+    ],
+)
+def test_what_is_no_number_in_jsonl(line: str, message: str, tmp_path: Path) -> None:
+    from scaling_laws.errors import InputError
+    from scaling_laws.runs import read_runs
+
+    path = tmp_path / "runs.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(InputError) as error:
+        read_runs([path])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["digit", "flip", "cut", "list", "unsigned"])
+def test_a_damaged_fit_is_not_read(damage: str, fit_dir: Path, tmp_path: Path) -> None:
+    """One digit of a coefficient would be another recommendation in silence."""
+    from scaling_laws.errors import InputError
+
+    text = (fit_dir / "fit.json").read_text()
+    values = json.loads(text)
+    rate = repr(values["surface"]["learning_rate"][0])
+    damaged = {
+        "digit": text.replace(rate, rate[:-1] + str((int(rate[-1]) + 1) % 10)),
+        "flip": text.replace('"ranges"', '"rangeS"'),
+        "cut": text[: len(text) // 2],
+        "list": "[1, 2]",
+        "unsigned": json.dumps({key: value for key, value in values.items() if key != "sha256"}),
+    }[damage]
+    assert damaged != text
+    (tmp_path / "fit.json").write_text(damaged)
+    with pytest.raises(InputError, match=r"is damaged or of another version .*: fit again"):
+        load_fit(tmp_path)
+
+
+def test_a_batch_that_leaves_a_run_without_steps_is_refused(fit_dir: Path) -> None:
+    """Accepted extrapolation or not: a fit of a table whose batches were tokens answers so."""
+    from scaling_laws.errors import InputError
+
+    fit = load_fit(fit_dir)
+    assert fit.surface is not None
+    batch = [fit.surface.batch[0] + 7.6, *fit.surface.batch[1:]]  # times 2,000
+    wrong = replace(fit, surface=replace(fit.surface, batch=batch))
+    request = Request(n_total=2e8, tokens=4e9, seq_len=1024, accept_extrapolation=True)
+    with pytest.raises(InputError, match="check that batch_size of the table counts sequences"):
+        laws.recommend(wrong, request)
+    with pytest.raises(InputError, match="use fewer ranks, or train longer"):
+        laws.recommend(fit, replace(request, data_parallel=100_000))
+    rate = [fit.surface.learning_rate[0] + 9, *fit.surface.learning_rate[1:]]
+    with pytest.raises(InputError, match="which is no answer"):
+        laws.recommend(replace(fit, surface=replace(fit.surface, learning_rate=rate)), request)
 
 
 def test_jsonl_is_read_too(tmp_path: Path) -> None:
@@ -187,6 +309,15 @@ def test_jsonl_is_read_too(tmp_path: Path) -> None:
         (["fit", "nowhere.csv", "--output", "x", "--samples", "-3"], "--samples -3"),
         (["recommend", "x", "--seq-len", "1024", "--flops", "1e20", "--n-total", "1e9"], "not both"),
         (["recommend", "x", "--seq-len", "1024", "--n-total", "-1", "--tokens", "1e9"], "--n-total -1.0"),
+        (
+            ["recommend", "x", "--seq-len", "1024", "--n-total", "1e9", "--tokens", "1e19"],
+            "--tokens 1e+19: expected a number",
+        ),
+        (["recommend", "x", "--seq-len", "1024", "--n-total", "nan", "--tokens", "1e9"], "argument --n-total: 'nan'"),
+        (["recommend", "x", "--seq-len", "0", "--flops", "1e20"], "--seq-len 0: expected a number from 1"),
+        (["recommend", "x", "--seq-len", "9", "--activated-share", "0.5"], "--activated-share is for --flops"),
+        (["fit", "nowhere.csv", "--output", "x", "--seed", "-1"], "--seed -1: give 0 or more"),
+        (["fit", "nowhere.csv", "--output", ""], "argument --output: '': expected a path"),
     ],
 )
 def test_bad_requests(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

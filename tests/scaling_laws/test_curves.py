@@ -121,8 +121,16 @@ def test_a_csv_of_another_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         ("step,loss\n1,2\n", "has no column learning_rate"),
         ("step,learning_rate,loss\n1,fast,2\n", "curve.csv:2: expected numbers"),
-        ("step,learning_rate,loss\n" + "1,1e-3,2\n" * 12, "12 losses in 100.0% of the run are too few"),
-        ("step,learning_rate,loss\n" + "1,1e-3,-2\n" * 50, "a loss is -2"),
+        ("step,learning_rate,loss\n1,1e-3,inf\n", "curve.csv:2: expected numbers"),
+        ("step,learning_rate,loss\n1,1e-3,2\n1,1e-3,3\n", "curve.csv:3: step 1 comes after step 1"),
+        ("step,loss,learning_rate,loss\n1,1,1e-3,2\n", "the column loss is given twice (columns 2 and 4)"),
+        ("step;learning_rate;loss\n1;0,001;2\n", "separated by semicolons"),
+        ("step,learning_rate,loss\n1,1e-3,2,1\n", "curve.csv:2: the row has 4 cells and the header 3 columns"),
+        (
+            "step,learning_rate,loss\n" + "".join(f"{t},1e-3,2\n" for t in range(12)),
+            "12 losses in 100.0% of the run are too few",
+        ),
+        ("step,learning_rate,loss\n" + "".join(f"{t},1e-3,-2\n" for t in range(50)), "a loss is -2"),
     ],
 )
 def test_bad_curves(content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,3 +73,28 @@ def test_room_for_checkpoints_is_asked_before_work(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * each - 1))
     with pytest.raises(UserError, match=r"room for 5 .* checkpoint.keep \(now 4\)"):
         preflight.check_disk_space(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", "metrics.jsonl:2 is damaged (it is not JSON): remove the line"),
+        ("[1]", "it is not an object but list"),
+        ('{"loss": 1.0}', "its step is None"),
+        ('{"step": true, "loss": 1.0}', "its step is True"),
+        ('{"step": -3}', "its step is -3"),
+        ('{"step": 2, "loss": "2.5"}', "its loss is '2.5'"),
+        ('{"step": 2, "validation_loss": null}', "its validation_loss is None"),
+        ('{"step": 2, "expert_counts": [[1], [1, 2]]}', "expert_counts are not rows of equal length"),
+        ('{"step": 2, "expert_counts": 7}', "expert_counts are not rows of equal length"),
+        ('{"step": 2, "loss": 2.5}', "the record of step 2 lacks tokens"),
+        ("[" * 100_000, "it is not JSON"),
+    ],
+)
+def test_a_damaged_line_is_named(line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path, [record(1)], line + "\n" + json.dumps(record(3)) + "\n")
+    assert main(["report", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\n")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "byte 0 is not UTF-8" in capsys.readouterr().err

@@ -1,0 +1,25 @@
+"""A progress bar on stderr for work that may take more than a second."""
+
+import sys
+from collections.abc import Iterable
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def bar(items: Iterable[Item], what: str, unit: str = "", total: int | None = None) -> Iterable[Item]:
+    """``items``, counted on stderr after the first second: often on a terminal, every ten seconds in a log."""
+    from tqdm import tqdm
+
+    often = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        items,
+        desc=what,
+        unit=unit,
+        total=total,
+        file=sys.stderr,
+        leave=False,
+        delay=1.0,
+        mininterval=often,
+        unit_scale=True,
+    )
