@@ -59,14 +59,15 @@ def _encode(texts: list[str]) -> list[list[int]]:
     encodings = _tokenizer.encode_batch(texts, add_special_tokens=False)
     found = []
     for encoding in encodings:
-        if not _control.keys().isdisjoint(encoding.ids):
+        ids = encoding.ids
+        if not _control.keys().isdisjoint(ids):
             # Its model itself has the control token as a word, so that no setting keeps the text apart from it.
-            number = next(number for number in encoding.ids if number in _control)
+            number = next(number for number in ids if number in _control)
             raise UserError(
                 f"tokenizer {_directory} makes the control token {_control[number]!r} ({number}) of text that spells it: "
                 "use a byte-level BPE tokenizer, or take that text out of the corpus"
             )
-        found.append([*encoding.ids, _end_of_document])
+        found.append([*ids, _end_of_document])
     return found
 
 

@@ -20,7 +20,8 @@ class PreparedData:
     ``request`` is a hash of what was asked for by the inputs' paths, sizes and times of change; ``content`` of the same
     by the inputs' content; ``settings`` of the same without the inputs. ``tokenizer_identity`` is a hash of what decides
     a tokenizer's tokens. ``bin_sample_sha256`` is of pieces spread over the file (`content.sample_sha256`) and
-    ``bin_mtime_ns`` its time of change when it was hashed as a whole. ``left_out`` counts files and documents that were not read.
+    ``bin_mtime_ns`` its time of change when it was hashed as a whole. ``left_out`` counts files and documents that were
+    not read.
     """
 
     documents: int
