@@ -109,9 +109,11 @@ def prepare(
     try:
         corpus = find_corpus(request.inputs)
     except MissingInput as error:
-        existing = _whole(prefix, request)
+        existing = read_manifest(prefix)
         if not without_inputs or existing is None or existing.settings != request.settings():
             raise
+        if problem := _damage(prefix, existing, request):
+            raise UserError(f"{error}, and it is needed: {problem}") from None
         print(f"{error}; {bin_path(prefix)}, made of it before, is used", file=sys.stderr)
         return existing, False
     if (existing := _settled(request, corpus, prefix, overwrite)) is not None:
@@ -121,6 +123,8 @@ def prepare(
         # Another process may have prepared it meanwhile.
         if (existing := _settled(request, corpus, prefix, overwrite)) is not None:
             return existing, False
+        if bin_path(prefix).exists() and not overwrite and (existing := read_manifest(prefix)) is not None:
+            print(f"made again: {_damage(prefix, existing, request)}", file=sys.stderr)
         print(f"reading {corpus}", file=sys.stderr)
         directory = request.tokenizer
         if directory is None:
@@ -134,26 +138,34 @@ def prepare(
 def _settled(request: Request, corpus: Corpus, prefix: Path, overwrite: bool) -> PreparedData | None:
     """What is there, if it is what is asked for; None if it is to be made. Raises OtherDataThere."""
     try:
-        existing = _whole(prefix, request)
+        existing = read_manifest(prefix)
     except UserError:
         if not overwrite:
             raise
         return None
-    if existing is not None:
-        by_status = request.by_status(corpus.sources)
-        if existing.request == by_status:
-            return existing
-        if existing.content and existing.settings == request.settings():
-            digests = [sha256(source.path) for source in corpus.sources]
-            if request.by_content(corpus.sources, digests) == existing.content:
-                return _found_again(prefix, existing, by_status)
-        if not overwrite:
-            raise OtherDataThere(
-                f"{prefix}.bin was prepared from other inputs or with other settings: use --overwrite, or another output"
-            )
-    elif read_manifest(prefix) is None and bin_path(prefix).exists() and not (overwrite or was_interrupted(prefix)):
+    if not bin_path(prefix).exists():
+        return None
+    if existing is None:
+        if overwrite or was_interrupted(prefix):
+            return None
         raise OtherDataThere(f"{bin_path(prefix)} exists and has no manifest: use --overwrite, or another output")
-    return None
+    by_status = request.by_status(corpus.sources)
+    if existing.request != by_status and not _is_of_content(existing, request, corpus):
+        if overwrite:
+            return None
+        raise OtherDataThere(
+            f"{prefix}.bin was prepared from other inputs or with other settings: use --overwrite, or another output"
+        )
+    if _damage(prefix, existing, request):
+        return None
+    return existing if existing.request == by_status else _found_again(prefix, existing, by_status)
+
+
+def _is_of_content(existing: PreparedData, request: Request, corpus: Corpus) -> bool:
+    """True when the inputs hold what they held, whatever their names and times of change. Reads all of them."""
+    if not existing.content or existing.settings != request.settings() or existing.files != len(corpus.sources):
+        return False
+    return existing.content == request.by_content(corpus.sources, [sha256(s.path) for s in corpus.sources])
 
 
 def _found_again(prefix: Path, existing: PreparedData, request: str) -> PreparedData:
@@ -166,23 +178,18 @@ def _found_again(prefix: Path, existing: PreparedData, request: str) -> Prepared
     return known
 
 
-def _whole(prefix: Path, request: Request) -> PreparedData | None:
-    """What lies behind a prefix, where all of it is there and as it was written. Raises UserError for a manifest that
-    cannot be read."""
-    manifest = read_manifest(prefix)
-    if manifest is None:
-        return None
+def _damage(prefix: Path, manifest: PreparedData, request: Request) -> str | None:
+    """Why what lies behind a prefix is not what was written, or None where it is."""
     try:
         verify_content(prefix)
         trained = trained_tokenizer_path(prefix)
-        if request.tokenizer is None and manifest.tokenizer == str(trained):
+        if request.tokenizer is None:
             load_tokenizer(trained)
             if tokenizer_hash(trained) != manifest.tokenizer_sha256:
                 raise UserError(f"tokenizer {trained} is not the one that was trained with the data")
     except UserError as error:
-        print(f"not whole any more: {error}", file=sys.stderr)
-        return None
-    return manifest
+        return str(error)
+    return None
 
 
 def _sample(corpus: Corpus, reading: Reading) -> Iterator[str]:

@@ -240,6 +240,20 @@ def test_damaged_output_is_made_again(tmp_path: Path, tokenizer: Path, capsys: p
         assert contents(tmp_path / "out") == before
 
 
+def test_damaged_output_is_not_replaced_by_that_of_another_request(tmp_path: Path, tokenizer: Path) -> None:
+    corpus, _ = write_corpus(tmp_path)
+    prepare([str(corpus)], tmp_path / "out", tokenizer=tokenizer)
+    damaged = bin_path(tmp_path / "out").read_bytes()[:-2]
+    bin_path(tmp_path / "out").write_bytes(damaged)
+    write_corpus(tmp_path, seed=5)
+    with pytest.raises(OtherDataThere):
+        prepare([str(corpus)], tmp_path / "out", tokenizer=tokenizer)
+    assert bin_path(tmp_path / "out").read_bytes() == damaged
+    corpus.unlink()
+    with pytest.raises(UserError, match=r"does not exist.*needed: .*out\.bin has"):
+        prepare([str(corpus)], tmp_path / "out", tokenizer=tokenizer, gone=True)
+
+
 def test_every_bit_of_the_manifest_counts(tmp_path: Path, tokenizer: Path) -> None:
     corpus, _ = write_corpus(tmp_path)
     prepared, _ = prepare([str(corpus)], tmp_path / "out", tokenizer=tokenizer)
