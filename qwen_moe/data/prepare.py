@@ -214,7 +214,7 @@ def _alone(prefix: Path) -> Iterator[None]:
     path = prefix.with_name(prefix.name + ".lock")
     file = _lock(path)
     # The one before deletes the file when it is done; a lock on a file without a name keeps nobody apart.
-    while not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+    while not _is_named(file, path):
         file.close()
         file = _lock(path)
     try:
@@ -222,6 +222,13 @@ def _alone(prefix: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         file.close()
+
+
+def _is_named(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _lock(path: Path) -> IO[str]:
