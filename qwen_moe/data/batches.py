@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from qwen_moe.config import DataConfig, Dataset
-from qwen_moe.data.prepare import bin_path, idx_path, read_manifest
+from qwen_moe.data.content import Content, check_prefix, verify_content
+from qwen_moe.data.index_cache import IndexCache
+from qwen_moe.data.manifest import bin_path, idx_path, read_manifest
+from qwen_moe.data.ranks import same_on_all_ranks, verified_on_all_ranks
 from qwen_moe.errors import UserError
 
 Batch = dict[str, torch.Tensor]
 IGNORE = -100
-_INDEX_MAGIC = b"MMIDIDX\x00\x00"
 
 
 class _MegatronTokenizer:
@@ -33,61 +34,24 @@ class _MegatronTokenizer:
         self.unique_identifiers = {"eod": eod}
 
 
-def _read_index(prefix: Path) -> tuple[int, int, np.ndarray]:
-    """(bytes per token, documents, tokens of each sequence) from the .idx header. Raises UserError when damaged."""
-    path = idx_path(prefix)
-    for needed in (path, bin_path(prefix)):
-        if not needed.is_file():
-            raise UserError(
-                f"{needed} does not exist: give data prefixes without the ending, made by `qwen-moe data prepare`"
-            )
-    content = np.memmap(path, mode="r", dtype=np.uint8) if path.stat().st_size else np.zeros(0, np.uint8)
-    header = len(_INDEX_MAGIC) + 8 + 1 + 16
-    if content.size < header or content[: len(_INDEX_MAGIC)].tobytes() != _INDEX_MAGIC:
-        raise UserError(f"{path} is not a Megatron index file, or is cut off: prepare the data again")
-    code = int(content[len(_INDEX_MAGIC) + 8])
-    widths = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
-    sequences, documents = np.frombuffer(content[header - 16 : header].tobytes(), dtype="<u8").tolist()
-    if code not in widths or content.size != header + 4 * sequences + 8 * sequences + 8 * documents:
-        raise UserError(f"{path} has {content.size} bytes, not what its header says: prepare the data again")
-    lengths = np.frombuffer(content[header : header + 4 * sequences].tobytes(), dtype="<i4")
-    return widths[code], documents - 1, lengths
-
-
-def check_prefix(prefix: Path, vocab_size: int | None = None) -> tuple[int, int]:
-    """(documents, tokens) of a `.bin/.idx` pair. Raises UserError when a file is missing, cut off or does not fit the
-    other, or holds token ids that a model of ``vocab_size`` does not have."""
-    width, documents, lengths = _read_index(prefix)
-    tokens = int(lengths.sum(dtype=np.int64))
-    size = bin_path(prefix).stat().st_size
-    if size != tokens * width:
-        raise UserError(
-            f"{bin_path(prefix)} has {size} bytes, expected {tokens * width} ({tokens} tokens of {width} bytes): it is "
-            "cut off or belongs to another index; prepare the data again"
-        )
-    manifest = read_manifest(prefix)
-    if manifest is not None and vocab_size is not None and manifest.max_token_id >= vocab_size:
-        raise UserError(
-            f"{prefix} holds token id {manifest.max_token_id} but model.vocab_size is {vocab_size}: raise it to at least "
-            f"{manifest.vocab_size}, the size of the tokenizer {manifest.tokenizer}"
-        )
-    return documents, tokens
-
-
-def describe_prefix(prefix: Path) -> dict[str, Any]:
-    """Documents, tokens and, where there is a manifest, the tokenizer behind a prefix."""
+def describe_prefix(prefix: Path, check: bool = False) -> dict[str, Any]:
+    """Documents, tokens and, where there is a manifest, the tokenizer behind a prefix. ``check``: hash all of it."""
     documents, tokens = check_prefix(prefix)
     facts: dict[str, Any] = {"prefix": str(prefix), "documents": documents, "tokens": tokens}
     manifest = read_manifest(prefix)
     if manifest is not None:
         facts |= {"tokenizer": manifest.tokenizer, "vocab_size": manifest.vocab_size, "text_bytes": manifest.text_bytes}
+    if check:
+        content = verify_content(prefix, whole=True)
+        facts |= {"bin_sha256": content.bin_sha256, "idx_sha256": content.idx_sha256}
+        facts["checked"] = "as prepared" if manifest is not None else "no manifest to compare with"
     return facts
 
 
-def _fingerprint_of(prefix: Path) -> str:
-    manifest = read_manifest(prefix)
-    if manifest is not None:
-        return manifest.bin_sha256
+def _fingerprint_of_earlier_versions(prefix: Path, content: Content) -> str:
+    """Of the .bin as the manifest has it; without one, of the .idx and the size of the .bin."""
+    if read_manifest(prefix) is not None:
+        return content.bin_sha256
     digest = hashlib.sha256(idx_path(prefix).read_bytes())
     digest.update(str(bin_path(prefix).stat().st_size).encode())
     return digest.hexdigest()
@@ -132,23 +96,32 @@ class TokenBatches:
                 "give data.tokenizer"
             )
         self.end_of_document = -1 if end_of_document is None else end_of_document
-        sizes = {d.prefix: check_prefix(d.prefix, vocab_size) for d in (*train, *config.validation)}
-        self.fingerprint = self._fingerprint(train, train_samples)
-        self.train_tokens = sum(sizes[d.prefix][1] for d in train)
-        self._train, self._validation = self._build(
-            train, train_samples, validation_samples, cache / self.fingerprint[:16], sizes
-        )
+        prefixes = list(dict.fromkeys(d.prefix for d in (*train, *config.validation)))
+        self._contents = verified_on_all_ranks(prefixes, vocab_size, cache / "verified.json")
+        self.fingerprint = self._fingerprint([self._contents[d.prefix].sha256 for d in train], train, train_samples)
+        earlier = [_fingerprint_of_earlier_versions(d.prefix, self._contents[d.prefix]) for d in train]
+        self._earlier_fingerprint = self._fingerprint(earlier, train, train_samples)
+        self.train_tokens = sum(self._contents[d.prefix].tokens for d in train)
+        folder = cache / self.fingerprint[:16]
+        index_cache = IndexCache(folder, [content.sha256 for content in self._contents.values()])
+        same_on_all_ranks(index_cache.clear_unless_whole)
+        self._train, self._validation = self._build(train, train_samples, validation_samples, folder)
+        same_on_all_ranks(index_cache.seal)
         self.validation_samples = 0
         if self._validation is not None:
             self.validation_samples = min(validation_samples, self._samples_in_validation())
 
-    def _fingerprint(self, train: Sequence[Dataset], train_samples: int) -> str:
+    def _fingerprint(self, contents: list[str], train: Sequence[Dataset], train_samples: int) -> str:
         """Decides the content of every training sample; in checkpoints, so that a resume on other data is refused."""
         config = self.config
         parts: list[Any] = [config.sequence_length, config.seed, config.split, train_samples]
         parts += [config.respect_document_boundaries, config.mask_end_of_document, bool(config.validation)]
-        parts += [(_fingerprint_of(dataset.prefix), dataset.weight) for dataset in train]
+        parts += [(content, dataset.weight) for content, dataset in zip(contents, train, strict=True)]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+    def is_of_this_data(self, fingerprint: str) -> bool:
+        """True for the fingerprint of this data, also as earlier versions computed it."""
+        return fingerprint in (self.fingerprint, self._earlier_fingerprint)
 
     def _build(
         self,
@@ -156,7 +129,6 @@ class TokenBatches:
         train_samples: int,
         validation_samples: int,
         cache: Path,
-        sizes: dict[Path, tuple[int, int]],
     ) -> tuple[Any, Any]:
         from qwen_moe.data.megatron import BlendedMegatronDatasetBuilder, GPTDataset, GPTDatasetConfig
 
@@ -165,7 +137,7 @@ class TokenBatches:
             where: dict[str, Any] = {"blend_per_split": [_blend(train), _blend(config.validation), None]}
         else:
             where = {"blend": _blend(train), "split": _split(config.split)}
-            if not _has_validation(config.split, [sizes[d.prefix][0] for d in train]):
+            if not _has_validation(config.split, [self._contents[d.prefix].documents for d in train]):
                 where["split"] = "1,0,0"
                 validation_samples = 0
         settings = GPTDatasetConfig(
@@ -180,9 +152,14 @@ class TokenBatches:
             mid_level_dataset_surplus=0.02,
             **where,
         )
-        built = BlendedMegatronDatasetBuilder(
-            GPTDataset, [train_samples, validation_samples, 0], lambda: True, settings
-        ).build()
+        sizes = [train_samples, validation_samples, 0]
+        try:
+            built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, settings).build()
+        except Exception as error:
+            # It hides a full disk behind an exception of no type.
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            raise
         return built[0], built[1] if validation_samples else None
 
     def _samples_in_validation(self) -> int:
@@ -213,7 +190,9 @@ class TokenBatches:
         respect_document_boundaries also ``position_ids`` (from 0 in each document) and ``document_ids``."""
         tokens = torch.stack([sample["tokens"] for sample in samples])
         labels = torch.stack([sample["labels"] for sample in samples])
-        largest = int(tokens.max().maximum(labels.max()))
+        smallest, largest = int(tokens.min().minimum(labels.min())), int(tokens.max().maximum(labels.max()))
+        if smallest < 0:
+            raise UserError(f"the data holds token id {smallest}: no token id is negative; prepare the data again")
         if largest >= self.vocab_size:
             raise UserError(f"the data holds token id {largest} but model.vocab_size is {self.vocab_size}: raise it")
         counted = torch.stack([sample["loss_mask"] for sample in samples]) > 0

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,53 +12,74 @@ from qwen_moe.fields import LARGEST_SIZE
 from qwen_moe.options import given_prefix, whole
 
 
+def _output_prefix(text: str) -> Path:
+    """A prefix of files' names, not a folder: a trailing slash would be dropped in silence."""
+    if text.endswith(("/", os.sep)):
+        raise argparse.ArgumentTypeError(f"{text} is a folder: give the beginning of file names, such as {text}data")
+    return given_prefix(text)
+
+
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser("data", help="turn text into token files for training, or describe such files")
     verbs = parser.add_subparsers(dest="data_verb", required=True, metavar="VERB")
-    prepare = verbs.add_parser("prepare", help="tokenise text, JSONL (.gz, .zst) and directories into .bin/.idx files")
+    prepare = verbs.add_parser(
+        "prepare", help="tokenise text, JSONL (.gz, .zst, .bz2, .xz) and directories into .bin/.idx files"
+    )
     prepare.add_argument(
         "--input", nargs="+", required=True, metavar="PATH", help="files, directories or python-stdlib"
     )
-    prepare.add_argument("--output", type=given_prefix, required=True, metavar="PREFIX")
+    prepare.add_argument("--output", type=_output_prefix, required=True, metavar="PREFIX")
     which = prepare.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer", type=Path, metavar="DIR")
     which.add_argument("--train-tokenizer", action="store_true", help="train one on the input, into PREFIX-tokenizer")
     prepare.add_argument(
-        "--vocab-size", type=whole(0, LARGEST_SIZE), default=0, help="of the trained tokenizer, control tokens included"
+        "--vocab-size", type=whole(0, LARGEST_SIZE), help="of the trained tokenizer, control tokens included"
     )
     prepare.add_argument("--text-key", default="text", help="the key of the text in JSONL")
-    prepare.add_argument("--on-bad-utf8", choices=("error", "skip", "replace"), default="error")
+    prepare.add_argument(
+        "--on-bad-utf8",
+        choices=("error", "skip", "replace"),
+        default="error",
+        help="what to do with text that is not Unicode",
+    )
+    prepare.add_argument(
+        "--on-bad-line",
+        choices=("error", "skip"),
+        default="error",
+        help="what to do with a line of JSONL that is no object with text under the key",
+    )
     prepare.add_argument("--workers", type=whole(0, 4096), default=0, help="processes; 0 is one per core")
     prepare.add_argument("--overwrite", action="store_true")
     prepare.add_argument("--json", action="store_true")
     prepare.set_defaults(func=run_prepare)
     info = verbs.add_parser("info", help="describe a .bin/.idx pair")
     info.add_argument("prefix", type=given_prefix)
+    info.add_argument("--check", action="store_true", help="hash all of both files, and compare with what was prepared")
     info.add_argument("--json", action="store_true")
     info.set_defaults(func=run_info)
 
 
 def run_prepare(args: argparse.Namespace) -> int:
-    from qwen_moe.data.prepare import prepare
+    from qwen_moe.data.corpus import Reading
+    from qwen_moe.data.prepare import Request, prepare
 
-    if args.train_tokenizer and not args.vocab_size:
+    if args.train_tokenizer and args.vocab_size is None:
         raise UserError("--train-tokenizer needs --vocab-size N")
-    prepared, done = prepare(
-        args.input,
-        args.output,
+    if not args.train_tokenizer and args.vocab_size is not None:
+        raise UserError(f"--vocab-size {args.vocab_size} is of a trained tokenizer: leave it out with --tokenizer")
+    request = Request(
+        inputs=tuple(args.input),
         tokenizer=args.tokenizer,
-        vocab_size=args.vocab_size,
-        text_key=args.text_key,
-        on_bad_utf8=args.on_bad_utf8,
-        workers=args.workers,
-        overwrite=args.overwrite,
+        vocab_size=args.vocab_size or 0,
+        reading=Reading(text_key=args.text_key, on_bad_utf8=args.on_bad_utf8, on_bad_line=args.on_bad_line),
     )
+    prepared, done = prepare(request, args.output, workers=args.workers, overwrite=args.overwrite)
     facts = {"prefix": str(args.output), "done": done} | asdict(prepared)
     if args.json:
         print(json.dumps(facts))
     else:
         verb = "prepared" if done else "already prepared"
-        print(f"{verb} {args.output}.bin: {prepared.documents:,} documents, {prepared.tokens:,} tokens")
+        print(f"{verb} {prefix}.bin: {prepared.documents:,} documents, {prepared.tokens:,} tokens")
         print(f"tokenizer {prepared.tokenizer} ({prepared.vocab_size:,} tokens)")
     return 0
 
@@ -65,7 +87,7 @@ def run_prepare(args: argparse.Namespace) -> int:
 def run_info(args: argparse.Namespace) -> int:
     from qwen_moe.data.batches import describe_prefix
 
-    facts = describe_prefix(args.prefix)
+    facts = describe_prefix(args.prefix, check=args.check)
     if args.json:
         sys.stdout.write(json.dumps(facts) + "\n")
     else:

@@ -1,202 +1,189 @@
-"""Documents of a corpus: text, JSONL, either compressed, directories of them, or the interpreter's own library."""
+"""Documents of a corpus's files, each with its place, and what cannot be read named with file and line."""
 
-import gzip
-import hashlib
 import io
 import json
-import sysconfig
+import re
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal
 
+from qwen_moe.data.packed import HashedFile, open_packed
+from qwen_moe.data.sources import Source, Tally
 from qwen_moe.errors import UserError
 
-PYTHON_STDLIB = "python-stdlib"
 BadUtf8 = Literal["error", "skip", "replace"]
-_TEXT_ENDINGS = (".txt", ".md", ".rst", ".py", ".text")
-_JSONL_ENDINGS = (".jsonl", ".ndjson")
-_PACKED_ENDINGS = (".gz", ".zst")
+BadLine = Literal["error", "skip"]
+# A document has its token ids in memory several times over.
+LONGEST_DOCUMENT = 1 << 30
+BAD_LINE = "malformed lines"
+BAD_TEXT = "not decodable"
+EMPTY = "empty"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """One file of the corpus. ``kind`` says how it is cut into documents."""
+class Reading:
+    """How documents are cut out of files. ``on_bad_utf8``: what to do with text that is not Unicode; ``on_bad_line``:
+    with a line of JSONL that is not an object with text under ``text_key``."""
 
-    path: Path
-    kind: Literal["text", "jsonl", "python"]
-    bytes: int
+    text_key: str = "text"
+    on_bad_utf8: BadUtf8 = "error"
+    on_bad_line: BadLine = "error"
 
 
 @dataclass
 class ReadCounts:
-    """What reading met so far; ``bytes`` are of the files as they lie on disk."""
+    """What reading met so far. ``bytes`` are of the files as they lie on disk; ``digests`` the SHA-256 of each file that
+    was read to its end."""
 
     bytes: int = 0
-    skipped: list[str] = field(default_factory=list)
+    left_out: Tally = field(default_factory=Tally)
+    digests: list[str] = field(default_factory=list)
+
+    @property
+    def skipped(self) -> int:
+        """Documents that were left out although there was something in them."""
+        return sum(count for reason, count in self.left_out.counts.items() if reason != EMPTY)
 
 
-def find_sources(inputs: Sequence[str]) -> list[Source]:
-    """Every file behind ``inputs`` (paths of files and directories, or ``python-stdlib``), in a fixed order.
-
-    Raises UserError for a path that does not exist, an ending that is not known, or when there is nothing to read.
-    """
-    sources: list[Source] = []
-    for name in inputs:
-        path = Path(name)
-        if name == PYTHON_STDLIB:
-            sources.extend(_standard_library())
-        elif path.is_dir():
-            found = [_source(file) for file in sorted(path.rglob("*")) if file.is_file() and _kind(file)]
-            if not found:
-                raise UserError(
-                    f"{path} holds no text: expected files ending in {_endings()} (or these with .gz, .zst)"
-                )
-            sources.extend(found)
-        elif path.is_file():
-            sources.append(_source(path))
-        else:
-            raise UserError(f"input {name} does not exist: give files, directories or {PYTHON_STDLIB!r}")
-    if sum(source.bytes for source in sources) == 0:
-        raise UserError(f"the corpus is empty: {', '.join(inputs)} hold no byte of text")
-    return sources
+class _BadLine(UserError):
+    """A line that ``on_bad_line: skip`` leaves out."""
 
 
-def _endings() -> str:
-    return " ".join(_TEXT_ENDINGS + _JSONL_ENDINGS)
+class _NotUnicode(UserError):
+    """A text that ``on_bad_utf8: skip`` leaves out."""
 
 
-def _kind(path: Path) -> Literal["text", "jsonl"] | None:
-    name = path.name.lower()
-    for ending in _PACKED_ENDINGS:
-        name = name.removesuffix(ending)
-    if name.endswith(_JSONL_ENDINGS):
-        return "jsonl"
-    return "text" if name.endswith(_TEXT_ENDINGS) else None
-
-
-def _source(path: Path) -> Source:
-    kind = _kind(path)
-    if kind is None:
-        raise UserError(f"{path}: the ending is not known; expected one of {_endings()} (or these with .gz, .zst)")
-    return Source(path=path, kind=kind, bytes=path.stat().st_size)
-
-
-def _standard_library() -> list[Source]:
-    """Every .py file of the running interpreter's library, without installed packages, in an order shuffled by a hash
-    of the path, so that a validation tail is not all from the end of the alphabet."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = []
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        if not {"site-packages", "dist-packages", "__pycache__"} & set(relative.parts) and path.is_file():
-            files.append((hashlib.sha256(relative.as_posix().encode()).digest(), path))
-    if not files:
-        raise UserError(f"{root} holds no .py file: this interpreter ships its library compiled; give another input")
-    return [Source(path=path, kind="python", bytes=path.stat().st_size) for _, path in sorted(files)]
-
-
-def read_documents(
-    source: Source, counts: ReadCounts, text_key: str = "text", on_bad_utf8: BadUtf8 = "error"
-) -> Iterator[str]:
+def read_documents(source: Source, counts: ReadCounts, reading: Reading | None = None) -> Iterator[str]:
     """The documents of one file, empty ones left out. Raises UserError naming file and place of what is unreadable."""
+    reading = reading or Reading()
     start = counts.bytes
-    if source.kind == "jsonl":
-        yield from _read_jsonl(source.path, counts, text_key, on_bad_utf8)
-    else:
-        text = _read_python(source.path) if source.kind == "python" else None
-        if source.kind == "text":
-            text = _decode(_read_all(source.path), str(source.path), 0, on_bad_utf8)
-        if text is None:
-            counts.skipped.append(str(source.path))
-        elif text.strip():
-            yield text
+    with source.path.open("rb") as raw:
+        hashed = HashedFile(raw)
+        file = open_packed(source.path, io.BufferedReader(hashed, 1 << 18))
+        found = _of_lines(file, source.path, reading) if source.kind == "jsonl" else _of_file(file, source, reading)
+        for where, get in found:
+            try:
+                text = get()
+            except _BadLine:
+                if reading.on_bad_line == "error":
+                    raise
+                counts.left_out.add(BAD_LINE, where)
+                text = None
+            except _NotUnicode:
+                if source.kind != "python" and reading.on_bad_utf8 != "skip":
+                    raise
+                counts.left_out.add(BAD_TEXT, where)
+                text = None
+            counts.bytes = start + hashed.taken
+            if text is not None and text.strip():
+                yield text
+            elif text is not None:
+                counts.left_out.add(EMPTY, where)
+        counts.digests.append(hashed.digest.hexdigest())
     counts.bytes = start + source.bytes
 
 
-def _read_python(path: Path) -> str | None:
-    """A source file decoded as PEP 263 says; None for the few that are not decodable on purpose (tests of the parser)."""
-    try:
-        with tokenize.open(path) as file:
-            return file.read()
-    except (SyntaxError, UnicodeDecodeError):
-        return None
+class _Text:
+    """Bytes that are still to be decoded. Not decoded where they are found, so that the search goes on after bad ones."""
 
+    def __init__(self, content: bytes, where: str, offset: int, reading: Reading) -> None:
+        self.content, self.where, self.offset, self.reading = content, where, offset, reading
 
-def _open(path: Path, raw: IO[bytes]) -> IO[bytes]:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(raw)  # type: ignore[return-value]
-    if path.suffix.lower() == ".zst":
-        import zstandard
+    def document(self) -> str:
+        """The whole as one document."""
+        if len(self.content) > LONGEST_DOCUMENT:
+            raise UserError(f"{self.where} is a document of more than {LONGEST_DOCUMENT:,} bytes: cut it into several")
+        return self._decode()
 
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
-    return raw
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} cannot be unpacked ({error}): the file is damaged or cut off; fetch it again")
-
-
-def _read_all(path: Path) -> bytes:
-    import zstandard
-
-    with path.open("rb") as raw:
+    def python(self) -> str:
+        """Decoded as PEP 263 says; the few of the standard library that are not decodable on purpose are not Unicode."""
         try:
-            return _open(path, raw).read()
-        except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
-            raise _damaged(path, error) from None
+            encoding, _ = tokenize.detect_encoding(io.BytesIO(self.content).readline)
+            return io.TextIOWrapper(io.BytesIO(self.content), encoding).read()
+        except (SyntaxError, UnicodeDecodeError) as error:
+            raise _NotUnicode(f"{self.where} is not decodable ({error})") from None
+
+    def line(self) -> str:
+        """The text of a line of JSONL."""
+        if len(self.content) > LONGEST_DOCUMENT:
+            raise _BadLine(
+                f"{self.where} has more than {LONGEST_DOCUMENT:,} bytes: JSONL has one object a line; cut it, or leave it "
+                "out with --on-bad-line skip"
+            )
+        line = self._decode()
+        key, where = self.reading.text_key, self.where
+        advice = "use --on-bad-line skip to leave such lines out"
+        try:
+            value = json.loads(line)
+        except RecursionError:
+            raise _BadLine(f"{where} is nested too deeply for an object with text; {advice}") from None
+        except ValueError as error:
+            raise _BadLine(
+                f"{where} is not JSON ({error}): each line must be an object with the text; {advice}"
+            ) from None
+        if not isinstance(value, dict) or key not in value:
+            keys = ", ".join(list(value)[:20]) if isinstance(value, dict) else type(value).__name__
+            raise _BadLine(f"{where} has no {key!r} (found: {keys}); name the key with --text-key, or {advice}")
+        if not isinstance(value[key], str):
+            raise _BadLine(f"{where}: {key!r} is {type(value[key]).__name__}, expected text; {advice}")
+        return self._unicode(value[key])
+
+    def _decode(self) -> str:
+        policy = self.reading.on_bad_utf8
+        try:
+            text = self.content.decode("utf-8")
+            # Text has no NUL bytes: they are of UTF-16, of a binary file, or of a file that was never written to its end.
+            if "\0" not in text:
+                return text
+            start, what = self.content.index(0), "(0x00) is a NUL, which no text has"
+        except UnicodeDecodeError as error:
+            start, what = error.start, f"(0x{self.content[error.start]:02x}) is not UTF-8"
+        if policy == "replace":
+            return self.content.decode("utf-8", errors="replace").replace("\0", "\ufffd")
+        raise _NotUnicode(
+            f"{self.where}: byte {self.offset + start} {what}; convert the file, or use --on-bad-utf8 skip or replace"
+        )
+
+    def _unicode(self, text: str) -> str:
+        """JSON can spell halves of a surrogate pair, which are no characters."""
+        if text.isascii() or not (found := _SURROGATE.search(text)):
+            return text
+        if self.reading.on_bad_utf8 == "replace":
+            return _SURROGATE.sub("\ufffd", text)
+        raise _NotUnicode(
+            f"{self.where}: \\u{ord(found[0]):04x} is half of a surrogate pair, which is no character; mend the line, "
+            "or use --on-bad-utf8 skip or replace"
+        )
 
 
-def _decode(content: bytes, where: str, offset: int, on_bad_utf8: BadUtf8) -> str | None:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if on_bad_utf8 == "skip":
-            return None
-        if on_bad_utf8 == "replace":
-            return content.decode("utf-8", errors="replace")
-        raise UserError(
-            f"{where}: byte {offset + error.start} (0x{content[error.start]:02x}) is not UTF-8; convert the file, or "
-            "use --on-bad-utf8 skip or replace"
-        ) from None
+Found = Iterator[tuple[str, Callable[[], str]]]
 
 
-def _read_jsonl(path: Path, counts: ReadCounts, text_key: str, on_bad_utf8: BadUtf8) -> Iterator[str]:
-    import zstandard
-
-    start = counts.bytes
-    with path.open("rb") as raw:
-        number = offset = 0
-        file = _open(path, raw)
-        while True:
-            try:
-                line = file.readline()
-            except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
-                raise _damaged(path, error) from None
-            if not line:
-                return
-            number += 1
-            where = f"{path}, line {number}"
-            text = _decode(line, where, offset, on_bad_utf8)
-            offset += len(line)
-            counts.bytes = start + raw.tell()
-            if text is None:
-                counts.skipped.append(where)
-            elif text.strip():
-                document = _document_of_line(text, where, text_key)
-                if document.strip():
-                    yield document
+def _of_file(file: IO[bytes], source: Source, reading: Reading) -> Found:
+    where = str(source.path)
+    # One byte more than is allowed tells a document that is too long.
+    content = file.read(LONGEST_DOCUMENT + 1) if source.kind == "text" else file.read()
+    if source.kind == "python":
+        yield where, _Text(content, where, 0, reading).python
+    else:
+        offset = len(_BYTE_ORDER_MARK) if content.startswith(_BYTE_ORDER_MARK) else 0
+        yield where, _Text(content[offset:], where, offset, reading).document
 
 
-def _document_of_line(line: str, where: str, text_key: str) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}): each line must be an object with the text") from None
-    if not isinstance(value, dict) or text_key not in value:
-        keys = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-        raise UserError(f"{where} has no {text_key!r} (found: {keys}); name the key with --text-key")
-    if not isinstance(value[text_key], str):
-        raise UserError(f"{where}: {text_key!r} is {type(value[text_key]).__name__}, expected text")
-    return value[text_key]
+def _of_lines(file: IO[bytes], path: Path, reading: Reading) -> Found:
+    number = offset = 0
+    while line := file.readline(LONGEST_DOCUMENT + 1):
+        number += 1
+        where = f"{path}, line {number}"
+        content = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+        if content.strip():
+            yield where, _Text(content, where, offset + len(line) - len(content), reading).line
+        offset += len(line)
+        while len(line) > LONGEST_DOCUMENT and not line.endswith(b"\n") and (rest := file.readline(1 << 24)):
+            offset += len(rest)
+            if rest.endswith(b"\n"):
+                break

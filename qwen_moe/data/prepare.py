@@ -2,148 +2,246 @@
 
 import contextlib
 import hashlib
-import itertools
-import json
-import multiprocessing
 import os
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from tqdm import tqdm
 
-from qwen_moe.data.corpus import BadUtf8, ReadCounts, Source, find_sources, read_documents
+from qwen_moe.data.content import sample_sha256, sha256, verify_content
+from qwen_moe.data.corpus import ReadCounts, Reading, read_documents
+from qwen_moe.data.encode import check_workers, encoded
+from qwen_moe.data.manifest import (
+    PreparedData,
+    bin_path,
+    check_prefix_name,
+    idx_path,
+    manifest_path,
+    partial_path,
+    read_manifest,
+    trained_tokenizer_path,
+    was_interrupted,
+    write_manifest,
+)
+from qwen_moe.data.sources import Corpus, MissingInput, Source, find_corpus
 from qwen_moe.data.tokenizer import (
+    check_vocabulary_size,
     end_of_document_id,
     load_tokenizer,
     tokenizer_hash,
+    tokenizer_identity,
     train_tokenizer,
     vocabulary_size,
 )
 from qwen_moe.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; two preparations of one output are then not kept apart
+    fcntl = None  # type: ignore[assignment]
+
 # The tokenizer is trained on at most this much text, taken evenly over the corpus.
 TOKENIZER_SAMPLE_BYTES = 200_000_000
-_BATCH_CHARACTERS = 400_000
+
+
+class OtherDataThere(UserError):
+    """The output was prepared from something else, and nobody said that it may be replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreparedData:
-    """What lies behind a prefix: the content of `PREFIX.json`."""
+class Request:
+    """What decides the tokens of an output, besides the content of its inputs."""
 
-    documents: int
-    tokens: int
-    text_bytes: int
-    max_token_id: int
-    end_of_document_id: int
-    vocab_size: int
-    tokenizer: str
-    tokenizer_sha256: str
-    skipped: int
-    bin_bytes: int
-    bin_sha256: str
-    idx_sha256: str
-    request: str
+    inputs: tuple[str, ...]
+    tokenizer: Path | None = None
+    vocab_size: int = 0
+    reading: Reading = field(default_factory=Reading)
 
+    def settings(self) -> str:
+        """A hash of all but the inputs."""
+        return self._digest([]).hexdigest()
 
-def manifest_path(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".json")
+    def by_status(self, sources: list[Source]) -> str:
+        """A hash of it with the files by path, size and time of change, as manifests have had it from the first version."""
+        lines = []
+        for source in sources:
+            stat = source.path.stat()
+            lines.append(os.fsencode(f"{source.path}|{stat.st_size}|{stat.st_mtime_ns}\n"))
+        return self._digest(lines).hexdigest()
 
+    def by_content(self, sources: list[Source], digests: list[str]) -> str:
+        """A hash of it with the files by kind and content."""
+        pairs = zip(sources, digests, strict=True)
+        return self._digest([f"{source.kind}|{digest}\n".encode() for source, digest in pairs]).hexdigest()
 
-def bin_path(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".bin")
-
-
-def idx_path(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".idx")
-
-
-def trained_tokenizer_path(prefix: Path) -> Path:
-    """Where a tokenizer trained with the data lies."""
-    return prefix.with_name(prefix.name + "-tokenizer")
-
-
-def read_manifest(prefix: Path) -> PreparedData | None:
-    """The manifest beside a prefix, or None where there is none (data made by other tools)."""
-    path = manifest_path(prefix)
-    if not path.is_file():
-        return None
-    try:
-        return PreparedData(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a manifest of prepared data ({error}): delete it and prepare again") from None
+    def _digest(self, lines: list[bytes]) -> "hashlib._Hash":
+        reading = self.reading
+        settings: tuple[object, ...] = (self.vocab_size, reading.text_key, reading.on_bad_utf8)
+        if reading.on_bad_line != "error":
+            settings += (reading.on_bad_line,)
+        digest = hashlib.sha256(b"".join(lines))
+        digest.update((tokenizer_hash(self.tokenizer) if self.tokenizer else "trained").encode())
+        digest.update(repr(settings).encode())
+        return digest
 
 
 def prepare(
-    inputs: Sequence[str],
-    prefix: Path,
-    *,
-    tokenizer: Path | None = None,
-    vocab_size: int = 0,
-    text_key: str = "text",
-    on_bad_utf8: BadUtf8 = "error",
-    workers: int = 0,
-    overwrite: bool = False,
+    request: Request, prefix: Path, *, workers: int = 0, overwrite: bool = False, without_inputs: bool = False
 ) -> tuple[PreparedData, bool]:
-    """Tokenise ``inputs`` into ``prefix``.bin/.idx; (what is there now, whether anything was done).
+    """Tokenise ``request``'s inputs into ``prefix``.bin/.idx; (what is there now, whether anything was done).
 
-    With ``tokenizer`` None, one of ``vocab_size`` is trained first, into ``prefix``-tokenizer. Every document is closed
-    by <|endoftext|>. The output does not depend on ``workers`` (0: one per core). Nothing is done when the same request
-    is already there; another one is refused unless ``overwrite``. Files appear under their names only when whole.
+    Without a tokenizer, one of ``vocab_size`` is trained first, into ``prefix``-tokenizer. Every document is closed by
+    <|endoftext|>. The output does not depend on ``workers`` (0: one per core). Nothing is done when the same request
+    is already there, wherever its inputs lie and whenever they were written; another one is refused (OtherDataThere)
+    unless ``overwrite``. ``without_inputs``: what is there is taken where its inputs are gone. Files appear under their
+    names only when whole.
     """
-    sources = find_sources(inputs)
-    if tokenizer is not None:
-        load_tokenizer(tokenizer)
-    request = _request(sources, tokenizer, vocab_size, text_key, on_bad_utf8)
-    existing = read_manifest(prefix)
-    if existing is not None and _is_whole(prefix, existing):
-        if existing.request == request:
-            return existing, False
-        if not overwrite:
-            raise UserError(
-                f"{prefix}.bin was prepared from other inputs or with other settings: use --overwrite, or another output"
-            )
-    elif existing is None and bin_path(prefix).exists() and not overwrite:
-        raise UserError(f"{bin_path(prefix)} exists and has no manifest: use --overwrite, or another output")
+    check_prefix_name(prefix)
+    workers = check_workers(workers)
+    if request.tokenizer is None:
+        check_vocabulary_size(request.vocab_size)
+    else:
+        load_tokenizer(request.tokenizer)
+    try:
+        corpus = find_corpus(request.inputs)
+    except MissingInput as error:
+        existing = read_manifest(prefix)
+        if not without_inputs or existing is None or existing.settings != request.settings():
+            raise
+        if problem := _damage(prefix, existing, request):
+            raise UserError(f"{error}, and it is needed: {problem}") from None
+        print(f"{error}; {bin_path(prefix)}, made of it before, is used", file=sys.stderr)
+        return existing, False
+    if (existing := _settled(request, corpus, prefix, overwrite)) is not None:
+        return existing, False
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    directory = tokenizer
-    if directory is None:
-        directory = trained_tokenizer_path(prefix)
-        print(f"training a tokenizer of {vocab_size:,} tokens into {directory}", file=sys.stderr)
-        train_tokenizer(_sample(sources, text_key, on_bad_utf8), vocab_size, directory)
-    with _no_partial_left(prefix):
-        return _tokenise(sources, prefix, directory, request, text_key, on_bad_utf8, workers), True
+    with _alone(prefix), _no_partial_left(prefix):
+        # Another process may have prepared it meanwhile.
+        if (existing := _settled(request, corpus, prefix, overwrite)) is not None:
+            return existing, False
+        if bin_path(prefix).exists() and not overwrite and (existing := read_manifest(prefix)) is not None:
+            print(f"made again: {_damage(prefix, existing, request)}", file=sys.stderr)
+        print(f"reading {corpus}", file=sys.stderr)
+        directory = request.tokenizer
+        if directory is None:
+            directory = trained_tokenizer_path(prefix)
+            print(f"training a tokenizer of {request.vocab_size:,} tokens into {directory}", file=sys.stderr)
+            directory = _being_made(directory)
+            train_tokenizer(_sample(corpus, request.reading), request.vocab_size, directory)
+        return _tokenise(request, corpus, prefix, directory, workers), True
 
 
-def _request(sources: list[Source], tokenizer: Path | None, *settings: Any) -> str:
-    """A hash of everything that decides the output: files by path, size and time of change, tokenizer, settings."""
-    digest = hashlib.sha256()
-    for source in sources:
-        stat = source.path.stat()
-        digest.update(f"{source.path}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
-    digest.update((tokenizer_hash(tokenizer) if tokenizer else "trained").encode())
-    digest.update(repr(settings).encode())
-    return digest.hexdigest()
+def _settled(request: Request, corpus: Corpus, prefix: Path, overwrite: bool) -> PreparedData | None:
+    """What is there, if it is what is asked for; None if it is to be made. Raises OtherDataThere."""
+    try:
+        existing = read_manifest(prefix)
+    except UserError:
+        if not overwrite:
+            raise
+        return None
+    if not bin_path(prefix).exists():
+        return None
+    if existing is None:
+        if overwrite or was_interrupted(prefix):
+            return None
+        raise OtherDataThere(f"{bin_path(prefix)} exists and has no manifest: use --overwrite, or another output")
+    by_status = request.by_status(corpus.sources)
+    if existing.request != by_status and not _is_of_content(existing, request, corpus):
+        if overwrite:
+            return None
+        raise OtherDataThere(
+            f"{prefix}.bin was prepared from other inputs or with other settings: use --overwrite, or another output"
+        )
+    if _damage(prefix, existing, request):
+        return None
+    return existing if existing.request == by_status else _found_again(prefix, existing, by_status)
 
 
-def _is_whole(prefix: Path, manifest: PreparedData) -> bool:
-    data = bin_path(prefix)
-    return data.is_file() and data.stat().st_size == manifest.bin_bytes and idx_path(prefix).is_file()
+def _is_of_content(existing: PreparedData, request: Request, corpus: Corpus) -> bool:
+    """True when the inputs hold what they held, whatever their names and times of change. Reads all of them."""
+    if not existing.content or existing.settings != request.settings() or existing.files != len(corpus.sources):
+        return False
+    return existing.content == request.by_content(corpus.sources, [sha256(s.path) for s in corpus.sources])
 
 
-def _sample(sources: list[Source], text_key: str, on_bad_utf8: BadUtf8) -> Iterator[str]:
+def _found_again(prefix: Path, existing: PreparedData, request: str) -> PreparedData:
+    """Remember where the inputs are now, so that they are not hashed at every start."""
+    known = replace(existing, request=request)
+    with contextlib.suppress(OSError):  # the folder may be read-only
+        temporary = manifest_path(prefix).with_name(f"{manifest_path(prefix).name}.{os.getpid()}")
+        write_manifest(temporary, known)
+        os.replace(temporary, manifest_path(prefix))
+    return known
+
+
+def _damage(prefix: Path, manifest: PreparedData, request: Request) -> str | None:
+    """Why what lies behind a prefix is not what was written, or None where it is."""
+    try:
+        verify_content(prefix)
+        trained = trained_tokenizer_path(prefix)
+        if request.tokenizer is None:
+            load_tokenizer(trained)
+            if tokenizer_hash(trained) != manifest.tokenizer_sha256:
+                raise UserError(f"tokenizer {trained} is not the one that was trained with the data")
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _sample(corpus: Corpus, reading: Reading) -> Iterator[str]:
     """Documents for training the tokenizer: all of a small corpus, every n-th file of a large one, up to the limit."""
-    total = sum(source.bytes for source in sources)
-    every = max(1, total // TOKENIZER_SAMPLE_BYTES)
+    every = max(1, corpus.bytes // TOKENIZER_SAMPLE_BYTES)
     given = 0
-    for source in sources[::every]:
-        for text in read_documents(source, ReadCounts(), text_key, on_bad_utf8):
+    for source in corpus.sources[::every]:
+        for text in read_documents(source, ReadCounts(), reading):
             yield text
             given += len(text)
             if given > TOKENIZER_SAMPLE_BYTES:
                 return
+
+
+def _being_made(directory: Path) -> Path:
+    return directory.with_name(directory.name + ".new")
+
+
+@contextlib.contextmanager
+def _alone(prefix: Path) -> Iterator[None]:
+    """Keeps two preparations of one output apart: the second waits, and then finds the first one's."""
+    path = prefix.with_name(prefix.name + ".lock")
+    file = _lock(path)
+    # The one before deletes the file when it is done; a lock on a file without a name keeps nobody apart.
+    while not _is_named(file, path):
+        file.close()
+        file = _lock(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _is_named(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock(path: Path) -> IO[str]:
+    file = path.open("a")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process prepares this ({path} is locked); waiting for it", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+    return file
 
 
 @contextlib.contextmanager
@@ -152,68 +250,15 @@ def _no_partial_left(prefix: Path) -> Iterator[None]:
         yield
     except BaseException:
         for path in (bin_path(prefix), idx_path(prefix)):
-            _partial(path).unlink(missing_ok=True)
+            partial_path(path).unlink(missing_ok=True)
+        if manifest_path(prefix).exists():
+            partial_path(manifest_path(prefix)).unlink(missing_ok=True)
+        shutil.rmtree(_being_made(trained_tokenizer_path(prefix)), ignore_errors=True)
         raise
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
-
-
-_tokenizer: Any = None
-_end_of_document = 0
-
-
-def _start_worker(directory: str) -> None:
-    global _tokenizer, _end_of_document
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _tokenizer = load_tokenizer(Path(directory))
-    _end_of_document = end_of_document_id(_tokenizer, Path(directory))
-
-
-def _encode(texts: list[str]) -> list[list[int]]:
-    return [[*encoding.ids, _end_of_document] for encoding in _tokenizer.encode_batch(texts, add_special_tokens=False)]
-
-
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in documents:
-        batch.append(text)
-        size += len(text)
-        if size > _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encoded(directory: Path, documents: Iterator[str], workers: int) -> Iterator[list[list[int]]]:
-    """Token ids of every document, in order; at most a few batches per worker are read ahead."""
-    workers = workers or os.cpu_count() or 1
-    if workers == 1:
-        _start_worker(str(directory))
-        yield from map(_encode, _batches(documents))
-        return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, initializer=_start_worker, initargs=(str(directory),)) as pool:
-        batches = _batches(documents)
-        pending = [pool.apply_async(_encode, (batch,)) for batch in itertools.islice(batches, 3 * workers)]
-        while pending:
-            done = pending.pop(0).get()
-            pending.extend(pool.apply_async(_encode, (batch,)) for batch in itertools.islice(batches, 1))
-            yield done
-
-
-def _tokenise(
-    sources: list[Source],
-    prefix: Path,
-    directory: Path,
-    request: str,
-    text_key: str,
-    on_bad_utf8: BadUtf8,
-    workers: int,
-) -> PreparedData:
+def _tokenise(request: Request, corpus: Corpus, prefix: Path, directory: Path, workers: int) -> PreparedData:
+    """Write everything beside its place, then put it there."""
     import torch
 
     from qwen_moe.data.megatron import DType, IndexedDatasetBuilder
@@ -221,62 +266,73 @@ def _tokenise(
     tokenizer = load_tokenizer(directory)
     vocabulary = vocabulary_size(tokenizer)
     counts = ReadCounts()
-    bar = tqdm(total=sum(s.bytes for s in sources), unit="B", unit_scale=True, desc="tokenise", file=sys.stderr)
+    bar = tqdm(total=corpus.bytes, unit="B", unit_scale=True, desc="tokenise", file=sys.stderr)
 
     def documents() -> Iterator[str]:
-        for source in sources:
-            yield from read_documents(source, counts, text_key, on_bad_utf8)
+        for source in corpus.sources:
+            yield from read_documents(source, counts, request.reading)
 
-    data, index = bin_path(prefix), idx_path(prefix)
-    builder = IndexedDatasetBuilder(str(_partial(data)), dtype=DType.optimal_dtype(vocabulary))
-    found = tokens = text_bytes = 0
+    data, index = partial_path(bin_path(prefix)), partial_path(idx_path(prefix))
+    builder = IndexedDatasetBuilder(str(data), dtype=DType.optimal_dtype(vocabulary))
+    found = tokens = 0
     largest = -1
     with bar:
-        for batch in _encoded(directory, documents(), workers):
+        for batch in encoded(directory, documents(), workers):
             for ids in batch:
                 builder.add_item(torch.tensor(ids, dtype=torch.int64))
                 builder.end_document()
                 found, tokens, largest = found + 1, tokens + len(ids), max(largest, max(ids))
             bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
             bar.update(counts.bytes - bar.n)
-        text_bytes = counts.bytes
+    if counts.left_out.counts:
+        print(f"documents left out: {counts.left_out}", file=sys.stderr)
     if not found:
         builder.data_file.close()
         raise UserError("the corpus has no document with text in it: all are empty or were skipped")
-    builder.finalize(str(_partial(index)))
+    builder.finalize(str(index))
+    trained = request.tokenizer is None
     prepared = PreparedData(
         documents=found,
         tokens=tokens,
-        text_bytes=text_bytes,
+        text_bytes=counts.bytes,
         max_token_id=largest,
         end_of_document_id=end_of_document_id(tokenizer, directory),
         vocab_size=vocabulary,
-        tokenizer=str(directory),
+        tokenizer=str(trained_tokenizer_path(prefix) if trained else directory),
         tokenizer_sha256=tokenizer_hash(directory),
-        skipped=len(counts.skipped),
-        bin_bytes=_partial(data).stat().st_size,
-        bin_sha256=_sha256(_partial(data)),
-        idx_sha256=_sha256(_partial(index)),
-        request=request,
+        tokenizer_identity=tokenizer_identity(tokenizer),
+        skipped=counts.skipped,
+        bin_bytes=data.stat().st_size,
+        bin_sha256=_synced(data),
+        bin_sample_sha256=sample_sha256(data),
+        bin_mtime_ns=data.stat().st_mtime_ns,
+        idx_sha256=_synced(index),
+        request=request.by_status(corpus.sources),
+        content=request.by_content(corpus.sources, counts.digests),
+        settings=request.settings(),
+        files=len(corpus.sources),
+        left_out=corpus.left_out.counts | counts.left_out.counts,
     )
-    # The manifest goes first and comes last: while it is away, the pair is not taken for prepared data.
-    manifest_path(prefix).unlink(missing_ok=True)
-    os.replace(_partial(index), index)
-    os.replace(_partial(data), data)
-    partial = _partial(manifest_path(prefix))
-    partial.write_text(json.dumps(asdict(prepared), indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, manifest_path(prefix))
-    if counts.skipped:
-        more = ", ..." if len(counts.skipped) > 3 else ""
-        named = ", ".join(counts.skipped[:3])
-        print(f"{len(counts.skipped)} documents skipped, not decodable: {named}{more}", file=sys.stderr)
+    _put_in_place(prefix, prepared, directory if trained else None)
     return prepared
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def _put_in_place(prefix: Path, prepared: PreparedData, tokenizer: Path | None) -> None:
+    """The manifest goes first and comes last. While it is away, its partial one says that the files are not to be read,
+    and that the next preparation may replace them."""
+    manifest = manifest_path(prefix)
+    write_manifest(partial_path(manifest), prepared)
+    manifest.unlink(missing_ok=True)
+    if tokenizer is not None:
+        target = trained_tokenizer_path(prefix)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(tokenizer, target)
+    for path in (idx_path(prefix), bin_path(prefix), manifest):
+        os.replace(partial_path(path), path)
+
+
+def _synced(path: Path) -> str:
+    """SHA-256 of a file that is then on the disk."""
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
         os.fsync(file.fileno())
-    return digest.hexdigest()
+    return sha256(path)

@@ -53,15 +53,30 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 MINIMUM_VOCABULARY = 256 + len(CONTROL_TOKENS)
+# The trainer reserves memory for as many tokens as it is asked for, and aborts the process where there is too little.
+MAXIMUM_VOCABULARY = 10_000_000
 _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja",
           "special_tokens_map.json", "added_tokens.json", "generation_config.json")  # fmt: skip
+
+
+def check_vocabulary_size(vocab_size: int) -> None:
+    """Raises UserError for a size that no tokenizer is trained to."""
+    if vocab_size < MINIMUM_VOCABULARY:
+        raise UserError(
+            f"vocabulary size {vocab_size} is too small: 256 bytes and {len(CONTROL_TOKENS)} control tokens need at "
+            f"least {MINIMUM_VOCABULARY}"
+        )
+    if vocab_size > MAXIMUM_VOCABULARY:
+        raise UserError(
+            f"vocabulary size {vocab_size} is too large: at most {MAXIMUM_VOCABULARY:,} (Qwen's is 151,669)"
+        )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, model_max_length: int = 32768) -> None:
     """Train on ``texts`` and write a directory that `transformers.AutoTokenizer` reads.
 
     ``vocab_size`` counts everything: 256 bytes, merges and the 22 control tokens, whose ids come last. The same texts
-    in the same order give the same tokenizer. Raises UserError when ``vocab_size`` is below 278.
+    in the same order give the same tokenizer. Raises UserError when ``vocab_size`` is below 278 or above 10 million.
     """
     from tokenizers import (
         AddedToken,
@@ -75,11 +90,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, model_m
         trainers,
     )
 
-    if vocab_size < MINIMUM_VOCABULARY:
-        raise UserError(
-            f"vocabulary size {vocab_size} is too small: 256 bytes and {len(CONTROL_TOKENS)} control tokens need at "
-            f"least {MINIMUM_VOCABULARY}"
-        )
+    check_vocabulary_size(vocab_size)
     tokenizer = Tokenizer(models.BPE(byte_fallback=False))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -150,8 +161,10 @@ def _save(tokenizer: "Tokenizer", output: Path, model_max_length: int) -> None:
 
 
 def load_tokenizer(directory: Path) -> "Tokenizer":
-    """The `tokenizers.Tokenizer` of a directory, set to read control tokens in a corpus as plain text.
+    """The `tokenizers.Tokenizer` of a directory, set to read whole documents and control tokens in them as plain text.
 
+    Truncation and padding that are saved with it are switched off. Added tokens of whatever kind are no part of a text,
+    but for those of white space alone, which some vocabularies have for indentation.
     Raises UserError when the directory or its tokenizer.json is not there or not readable.
     """
     from tokenizers import Tokenizer
@@ -163,11 +176,26 @@ def load_tokenizer(directory: Path) -> "Tokenizer":
             "--train-tokenizer` or by transformers' save_pretrained"
         )
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        content = json.loads(path.read_bytes())
+        # encode_special_tokens passes over those added tokens that are special.
+        for token in content.get("added_tokens") or []:
+            token["special"] = not token["content"].isspace()
+        tokenizer = Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
     except Exception as error:
         raise UserError(f"{path} is not a readable tokenizer: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def control_ids(tokenizer: "Tokenizer") -> dict[int, str]:
+    """The added tokens that no text may become."""
+    return {
+        number: token.content
+        for number, token in tokenizer.get_added_tokens_decoder().items()
+        if not token.content.isspace()
+    }
 
 
 def end_of_document_id(tokenizer: "Tokenizer", directory: Path) -> int:
@@ -188,9 +216,24 @@ def tokenizer_hash(directory: Path) -> str:
     return hashlib.sha256((directory / "tokenizer.json").read_bytes()).hexdigest()
 
 
+def tokenizer_identity(tokenizer: "Tokenizer") -> str:
+    """A hash of what decides which tokens a text becomes and back. Two files of one tokenizer that differ in layout,
+    truncation, padding or what is put around a text have the same."""
+    content = json.loads(tokenizer.to_str())
+    parts = {key: content.get(key) for key in ("normalizer", "pre_tokenizer", "model", "decoder")}
+    added = sorted((token["id"], token["content"]) for token in content.get("added_tokens") or [])
+    return hashlib.sha256(json.dumps([parts, added], sort_keys=True).encode()).hexdigest()
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the files of a tokenizer, and nothing else that lies beside them."""
+    """Make the tokenizer in ``target`` that of ``source``: its files, each whole, and nothing else that lies beside them."""
     target.mkdir(parents=True, exist_ok=True)
+    if target.samefile(source):
+        return
     for name in _FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        if not (source / name).is_file():
+            (target / name).unlink(missing_ok=True)
+            continue
+        partial = target / f"{name}.partial"
+        shutil.copyfile(source / name, partial)
+        os.replace(partial, target / name)

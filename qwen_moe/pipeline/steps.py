@@ -85,7 +85,7 @@ def _prepare(at: Context) -> dict[str, Any]:
     if data.prepare is not None:
         wanted = data.prepare
         tokenizer = ["--tokenizer", str(data.tokenizer)] if data.tokenizer is not None else ["--train-tokenizer"]
-        size = ["--vocab-size", str(wanted.vocab_size)] if wanted.vocab_size else []
+        size = ["--vocab-size", str(wanted.vocab_size)] if wanted.vocab_size and data.tokenizer is None else []
         output = ["--output", str(wanted.output), *tokenizer, *size, "--text-key", wanted.text_key]
         found.append(json.loads(at.call("data", "prepare", "--input", *wanted.input, *output, "--json")))
     for dataset in (*data.train, *data.validation):

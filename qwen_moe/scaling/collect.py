@@ -169,7 +169,7 @@ def _settings(name: str, config: RunConfig) -> dict[str, Any]:
 
 def _repeats(config: RunConfig) -> int:
     """Tokens that differ, where a run reads some more than once and its data says how many there are; else 0."""
-    from qwen_moe.data.prepare import read_manifest
+    from qwen_moe.data.manifest import read_manifest
     from qwen_moe.training.inputs import train_datasets
 
     manifests = [read_manifest(dataset.prefix) for dataset in train_datasets(config)]

@@ -9,7 +9,10 @@ import torch.distributed as dist
 from parallel.mesh import Axis
 from qwen_moe.config import Dataset, RunConfig
 from qwen_moe.data.batches import TokenBatches, rank_samples
-from qwen_moe.data.prepare import prepare, trained_tokenizer_path
+from qwen_moe.data.corpus import Reading
+from qwen_moe.data.made_with import check_tokenizers
+from qwen_moe.data.manifest import check_prefix_name, trained_tokenizer_path
+from qwen_moe.data.prepare import OtherDataThere, Request, prepare
 from qwen_moe.data.tokenizer import copy_tokenizer, end_of_document_id, load_tokenizer, vocabulary_size
 from qwen_moe.errors import UserError
 
@@ -38,14 +41,23 @@ def prepare_inputs(config: RunConfig) -> None:
                 f"data.prepare.vocab_size {wanted.vocab_size} is larger than model.vocab_size {config.model.vocab_size}: "
                 "the model needs a row for every token"
             )
-        prepare(
-            wanted.input,
-            wanted.output,
+        request = Request(
+            inputs=wanted.input,
             tokenizer=None if wanted.train_tokenizer else config.data.tokenizer,
-            vocab_size=wanted.vocab_size,
-            text_key=wanted.text_key,
+            vocab_size=wanted.vocab_size if wanted.train_tokenizer else 0,
+            reading=Reading(text_key=wanted.text_key),
         )
+        check_prefix_name(wanted.output, "data.prepare.output")
+        try:
+            prepare(request, wanted.output, without_inputs=True)
+        except OtherDataThere:
+            raise UserError(
+                f"{wanted.output}.bin was prepared from other inputs or with other settings than data.prepare names now: "
+                "give another data.prepare.output, or put back what it was made from; `qwen-moe data prepare ... "
+                f"--overwrite --output {wanted.output}` replaces it, for all runs that read it"
+            ) from None
     directory = tokenizer_directory(config)
+    check_tokenizers(directory, [*train_datasets(config), *config.data.validation])
     if directory is None:
         if config.sample_prompt:
             raise UserError(
@@ -72,6 +84,10 @@ class RunInputs:
     @property
     def fingerprint(self) -> str:
         return self.batches.fingerprint
+
+    def is_of_this_data(self, fingerprint: str) -> bool:
+        """True when a checkpoint with this fingerprint was trained on this data in this order."""
+        return self.batches.is_of_this_data(fingerprint)
 
     @property
     def ordered_steps(self) -> int:

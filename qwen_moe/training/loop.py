@@ -143,7 +143,7 @@ def _roll_back(
 
 
 def _check_data(state: TrainState, inputs: RunInputs, where: Path) -> None:
-    if state.data_fingerprint != inputs.fingerprint:
+    if not inputs.is_of_this_data(state.data_fingerprint):
         raise UserError(
             f"{where} was trained on other data, or in another order (fingerprint {state.data_fingerprint}, now "
             f"{inputs.fingerprint}): put the data section and files back (for a branch, data.order_tokens too), or give "

@@ -1,5 +1,6 @@
 """Batches: the right tokens, each once, the same for any number of ranks and after any resume."""
 
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_moe.config import DataConfig, Dataset
-from qwen_moe.data.batches import TokenBatches, check_prefix, rank_samples
+from qwen_moe.data.batches import TokenBatches, rank_samples
+from qwen_moe.data.content import check_prefix
 from qwen_moe.data.megatron import IndexedDatasetBuilder
 from qwen_moe.errors import UserError
 
@@ -210,3 +212,60 @@ def test_impossible_splits(tmp_path: Path, split: str) -> None:
 def test_boundaries_need_an_end_of_document_token(tmp_path: Path) -> None:
     prefix = write_tokens(tmp_path / "d", counting_documents(10, 50, 40))
     assert "data.tokenizer" in refused(tmp_path, prefix, respect_document_boundaries=True, end_of_document=None)
+
+
+def index_files(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache").rglob("*.npy"))
+
+
+def test_damaged_index_arrays_are_made_again(tmp_path: Path) -> None:
+    """One that is cut off, as a kill leaves it, one with another number in it, and one that is missing or too many."""
+    prefix = write_tokens(tmp_path / "d", counting_documents(10, 50, 40))
+    expected = batches(tmp_path, prefix).train_batch(0, 20)["input_ids"]
+    files = index_files(tmp_path)
+    assert len(files) >= 3
+    for path in files:
+        whole = path.read_bytes()
+        for damaged in (whole[:-5], whole[:20], b"", whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:]):
+            path.write_bytes(damaged)
+            assert torch.equal(batches(tmp_path, prefix).train_batch(0, 20)["input_ids"], expected)
+            assert path.read_bytes() == whole
+        path.unlink()
+        assert torch.equal(batches(tmp_path, prefix).train_batch(0, 20)["input_ids"], expected)
+    times = [path.stat().st_mtime_ns for path in files]
+    batches(tmp_path, prefix)
+    assert [path.stat().st_mtime_ns for path in files] == times, "arrays that are whole are not made again"
+
+
+def test_a_start_that_was_killed_while_it_wrote_indices_is_no_obstacle(tmp_path: Path) -> None:
+    prefix = write_tokens(tmp_path / "d", counting_documents(10, 50, 40))
+    expected = batches(tmp_path, prefix).train_batch(0, 20)["input_ids"]
+    (folder,) = {path.parent for path in index_files(tmp_path)}
+    for left in range(len(index_files(tmp_path)) + 1):
+        for seal in folder.glob("sealed*"):
+            seal.unlink()
+        for number, path in enumerate(index_files(tmp_path)):
+            if number == left:
+                path.write_bytes(path.read_bytes()[:100])
+            elif number > left:
+                path.unlink()
+        assert torch.equal(batches(tmp_path, prefix).train_batch(0, 20)["input_ids"], expected)
+    for content in ("", "{}", "[]", '{"contents": 1, "files": 5}'):
+        (folder / "sealed.json").write_text(content)
+        assert torch.equal(batches(tmp_path, prefix).train_batch(0, 20)["input_ids"], expected)
+
+
+def test_checkpoints_of_earlier_versions_know_their_data(tmp_path: Path) -> None:
+    prefix = write_tokens(tmp_path / "d", counting_documents(10, 50, 40))
+    loader = batches(tmp_path, prefix)
+    earlier = hashlib.sha256((tmp_path / "d.idx").read_bytes() + b"4000").hexdigest()
+    parts = [SEQ, 1234, "80,20,0", 20, False, False, False, (earlier, 1.0)]
+    assert loader.is_of_this_data(hashlib.sha256(repr(parts).encode()).hexdigest()[:32])
+    assert loader.is_of_this_data(loader.fingerprint) and not loader.is_of_this_data("0" * 32)
+
+
+def test_the_same_size_with_other_tokens_is_other_data(tmp_path: Path) -> None:
+    prefix = write_tokens(tmp_path / "d", counting_documents(10, 50, 40))
+    before = batches(tmp_path, prefix).fingerprint
+    write_tokens(prefix, counting_documents(11, 50, 40))
+    assert not batches(tmp_path, prefix).is_of_this_data(before)

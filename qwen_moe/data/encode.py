@@ -1,0 +1,110 @@
+"""Documents to token ids, in several processes, in order."""
+
+import itertools
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from qwen_moe.data.tokenizer import control_ids, end_of_document_id, load_tokenizer
+from qwen_moe.errors import UserError
+
+_BATCH_CHARACTERS = 400_000
+
+_tokenizer: Any = None
+_directory = ""
+_end_of_document = 0
+_control: dict[int, str] = {}
+
+
+def check_workers(workers: int) -> int:
+    """How many processes to use; 0 is one for each core that this process may use. Raises UserError when impossible."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = max(64, 4 * cores)
+    if not 0 <= workers <= most:
+        raise UserError(f"--workers {workers}: expected 0 (one for each of the {cores} cores here) to {most}")
+    return workers or cores
+
+
+def _start_worker(directory: str) -> None:
+    global _tokenizer, _directory, _end_of_document, _control
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _directory = directory
+    _tokenizer = load_tokenizer(Path(directory))
+    _end_of_document = end_of_document_id(_tokenizer, Path(directory))
+    _control = control_ids(_tokenizer)
+
+
+def _start_process(directory: str) -> None:
+    """Ctrl-C is the parent's to answer; and without a parent there is nobody to encode for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _start_worker(directory)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _encode(texts: list[str]) -> list[list[int]]:
+    encodings = _tokenizer.encode_batch(texts, add_special_tokens=False)
+    found = []
+    for encoding in encodings:
+        ids = encoding.ids
+        if not _control.keys().isdisjoint(ids):
+            # Its model itself has the control token as a word, so that no setting keeps the text apart from it.
+            number = next(number for number in ids if number in _control)
+            raise UserError(
+                f"tokenizer {_directory} makes the control token {_control[number]!r} ({number}) of text that spells it: "
+                "use a byte-level BPE tokenizer, or take that text out of the corpus"
+            )
+        found.append([*ids, _end_of_document])
+    return found
+
+
+def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in documents:
+        batch.append(text)
+        size += len(text)
+        if size > _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encoded(directory: Path, documents: Iterator[str], workers: int) -> Iterator[list[list[int]]]:
+    """Token ids of every document, closed by <|endoftext|>, in order; at most a few batches per worker are read ahead.
+
+    Raises UserError when a worker dies.
+    """
+    if workers == 1:
+        _start_worker(str(directory))
+        yield from map(_encode, _batches(documents))
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(str(directory),))
+    try:
+        batches = _batches(documents)
+        pending = [pool.submit(_encode, batch) for batch in itertools.islice(batches, 3 * workers)]
+        while pending:
+            done = pending.pop(0).result()
+            pending.extend(pool.submit(_encode, batch) for batch in itertools.islice(batches, 1))
+            yield done
+    except BrokenProcessPool:
+        raise UserError(
+            f"one of {workers} tokenising processes died, most likely for want of memory: use fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

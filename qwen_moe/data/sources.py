@@ -1,0 +1,207 @@
+"""Which files a corpus is made of, in a fixed order, and which of a folder's files are left out and why."""
+
+import hashlib
+import os
+import stat
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from qwen_moe.data.packed import PACKED_ENDINGS
+from qwen_moe.errors import UserError
+
+PYTHON_STDLIB = "python-stdlib"
+_TEXT_ENDINGS = (".txt", ".md", ".rst", ".py", ".text")
+_JSONL_ENDINGS = (".jsonl", ".ndjson")
+HIDDEN = "hidden"
+TWICE = "met before under another name"
+BROKEN_LINK = "link to nothing"
+SPECIAL = "no regular file"
+_NAMED = 3
+Seen = set[tuple[int, int] | str]
+
+
+class MissingInput(UserError):
+    """An input does not exist."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One file of the corpus. ``kind`` says how it is cut into documents."""
+
+    path: Path
+    kind: Literal["text", "jsonl", "python"]
+    bytes: int
+
+
+class Tally:
+    """Counts by reason, with the first few names of each."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self._first: dict[str, list[str]] = {}
+
+    def add(self, reason: str, name: str) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        if self.counts[reason] <= _NAMED:
+            self._first.setdefault(reason, []).append(name)
+
+    def __str__(self) -> str:
+        parts = []
+        for reason, count in self.counts.items():
+            more = ", ..." if count > _NAMED else ""
+            parts.append(f"{count:,} {reason} ({', '.join(self._first[reason])}{more})")
+        return "; ".join(parts)
+
+
+@dataclass
+class Corpus:
+    """The files that are read, in order, and those of its folders that are not."""
+
+    sources: list[Source] = field(default_factory=list)
+    left_out: Tally = field(default_factory=Tally)
+
+    @property
+    def bytes(self) -> int:
+        return sum(source.bytes for source in self.sources)
+
+    def __str__(self) -> str:
+        count = len(self.sources)
+        text = f"{count:,} file{'s' if count != 1 else ''}, {self.bytes:,} bytes"
+        return f"{text}; left out: {self.left_out}" if self.left_out.counts else text
+
+
+def find_corpus(inputs: Sequence[str]) -> Corpus:
+    """Every file behind ``inputs`` (paths of files and directories, or ``python-stdlib``), in a fixed order.
+
+    Links in directories are followed. What is hidden, has no known ending or was met before under another name is left
+    out and counted. Raises MissingInput for a path that does not exist; UserError for an ending that is not known, an
+    input given twice, a directory that cannot be read, or when there is nothing to read.
+    """
+    corpus = Corpus()
+    seen: Seen = set()
+    for number, name in enumerate(inputs):
+        path = Path(name)
+        if not name:
+            raise UserError(f"input {number + 1} is empty: give files, directories or {PYTHON_STDLIB!r}")
+        if name in inputs[:number]:
+            raise UserError(f"input {name} is given twice: each document would be read twice; give it once")
+        if name == PYTHON_STDLIB:
+            corpus.sources.extend(_standard_library())
+        elif path.is_dir():
+            before = len(corpus.sources)
+            _add_directory(corpus, path, seen)
+            if len(corpus.sources) == before:
+                left_out = f"; left out: {corpus.left_out}" if corpus.left_out.counts else ""
+                raise UserError(f"{path} holds no text: expected files ending in {_endings()}{left_out}")
+        elif path.is_file():
+            _add(corpus, _source(path), seen)
+        elif path.exists():
+            raise UserError(f"input {name} is a pipe or device: give files, directories or {PYTHON_STDLIB!r}")
+        else:
+            raise MissingInput(f"input {name} does not exist: give files, directories or {PYTHON_STDLIB!r}")
+    if corpus.bytes == 0:
+        raise UserError(f"the corpus is empty: {', '.join(inputs)} hold no byte of text")
+    return corpus
+
+
+def _endings() -> str:
+    return f"{' '.join(_TEXT_ENDINGS + _JSONL_ENDINGS)} (or these with {', '.join(PACKED_ENDINGS)})"
+
+
+def _kind(path: Path) -> Literal["text", "jsonl"] | None:
+    name = path.name.lower()
+    for ending in PACKED_ENDINGS:
+        if name.endswith(ending):
+            name = name.removesuffix(ending)
+            break
+    if name.endswith(_JSONL_ENDINGS):
+        return "jsonl"
+    return "text" if name.endswith(_TEXT_ENDINGS) else None
+
+
+def _source(path: Path) -> Source:
+    kind = _kind(path)
+    if kind is None:
+        hint = " (one JSON object a line? then name it .jsonl)" if ".json" in path.suffixes else ""
+        raise UserError(f"{path}: the ending is not known; expected one of {_endings()}{hint}")
+    return Source(path=path, kind=kind, bytes=path.stat().st_size)
+
+
+def _identity(path: Path) -> tuple[int, int] | str:
+    """The same for two names of one file. Some file systems number no files; there it is the name."""
+    status = path.stat()
+    return (status.st_dev, status.st_ino) if status.st_ino else str(path)
+
+
+def _add(corpus: Corpus, source: Source, seen: Seen) -> None:
+    identity = _identity(source.path)
+    if identity in seen:
+        corpus.left_out.add(TWICE, str(source.path))
+    else:
+        seen.add(identity)
+        corpus.sources.append(source)
+
+
+def _add_directory(corpus: Corpus, root: Path, seen: Seen) -> None:
+    """Add the files below ``root`` in the order of their paths. A directory that is met again (a link to a parent, two
+    links to one place) is left out."""
+    files: list[Path] = []
+    met: Seen = set()
+
+    def walk(folder: Path) -> None:
+        if _identity(folder) in met:
+            corpus.left_out.add(TWICE, f"{folder}/")
+            return
+        met.add(_identity(folder))
+        # What is no link comes first, so that a directory is known by its own path.
+        for entry in sorted(os.scandir(folder), key=lambda entry: (entry.is_symlink(), entry.name)):
+            path = folder / entry.name
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                corpus.left_out.add(HIDDEN, f"{path}/" if path.is_dir() else str(path))
+            elif path.is_dir():
+                walk(path)
+            elif _is_wanted(path, corpus.left_out):
+                files.append(path)
+
+    walk(root)
+    # Likewise a link to a file that is met by its own path is left out, wherever it sorts.
+    kept: dict[tuple[int, int] | str, Path] = {}
+    for path in sorted(files, key=lambda path: (path.is_symlink(), path)):
+        if kept.setdefault(_identity(path), path) != path:
+            corpus.left_out.add(TWICE, str(path))
+    for path in sorted(kept.values()):
+        _add(corpus, _source(path), seen)
+
+
+def _is_wanted(path: Path, left_out: Tally) -> bool:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        left_out.add(BROKEN_LINK, str(path))
+        return False
+    if not stat.S_ISREG(mode):
+        left_out.add(SPECIAL, str(path))
+    elif _kind(path) is None:
+        packed = path.suffix.lower() in PACKED_ENDINGS
+        ending = "".join(path.suffixes[-2:]) if packed else path.suffix
+        left_out.add(f"ending in {ending}" if ending else "without an ending", str(path))
+    else:
+        return True
+    return False
+
+
+def _standard_library() -> list[Source]:
+    """Every .py file of the running interpreter's library, without installed packages, in an order shuffled by a hash
+    of the path, so that a validation tail is not all from the end of the alphabet."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = []
+    for path in root.rglob("*.py"):
+        relative = path.relative_to(root)
+        if not {"site-packages", "dist-packages", "__pycache__"} & set(relative.parts) and path.is_file():
+            files.append((hashlib.sha256(relative.as_posix().encode()).digest(), path))
+    if not files:
+        raise UserError(f"{root} holds no .py file: this interpreter ships its library compiled; give another input")
+    return [Source(path=path, kind="python", bytes=path.stat().st_size) for _, path in sorted(files)]
