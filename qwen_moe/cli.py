@@ -23,6 +23,8 @@ VERBS = (
     "qwen_moe.launch.observe",
     "qwen_moe.planning.command",
 )
+# Verbs that compute in this process; what runs in several decides for them (`parallel.threads`).
+ONE_PROCESS = ("generate", "convert", "verify", "report")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,6 +46,10 @@ def main(argv: list[str] | None = None) -> int:
         args.overrides += rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.verb in ONE_PROCESS:
+        from parallel.threads import limit_threads
+
+        limit_threads()
     from launchers.local import LaunchError
     from scaling_laws.errors import InputError
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from parallel.process import ProcessInfo
+from parallel.threads import DECIDED
 from qwen_moe.config import RunConfig, dump_config
+from qwen_moe.training.records import ATTEMPTS
 
-ATTEMPTS = "attempts.jsonl"
 CONFIG = "config.yaml"
 _PACKAGES = ("qwen-moe", "torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
 
@@ -60,6 +61,7 @@ def record_attempt(config: RunConfig, info: ProcessInfo, device: torch.device, *
         "python": sys.version.split()[0],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
+        "threads_why": os.environ.get(DECIDED, "").partition(" ")[2],
         "packages": package_versions(),
         "code": code_commit(),
     }

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.jsonl"
+ATTEMPTS = "attempts.jsonl"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -20,3 +21,20 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             if number != len(lines) - 1:
                 raise
     return records
+
+
+def earlier_threads(run_dir: Path, world_size: int) -> int:
+    """CPU threads per process of the run's last attempt with as many processes; 0 when there is none, or its record is
+    damaged."""
+    try:
+        lines = (run_dir / ATTEMPTS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+            if int(record["world_size"]) == world_size and 0 < int(record["threads"]) < 10_000:
+                return int(record["threads"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return 0
