@@ -6,7 +6,6 @@ the run folder (any text that changes when durable progress is made), a failure 
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys

@@ -63,7 +63,11 @@ def _open(host: str, port: int, rank: int, world_size: int, end: float) -> dist.
         try:
             store = dist.TCPStore(host, port, world_size, False, timedelta(seconds=SAY_SECONDS), False)
             store.set_timeout(timedelta(minutes=5))
-            return dist.PrefixStore(f"meeting/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store) if agent else store
+            return (
+                dist.PrefixStore(f"meeting/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+                if agent
+                else store
+            )
         except (RuntimeError, ValueError) as error:
             now = time.monotonic()
             if now > end:
@@ -103,7 +107,9 @@ def _verdict(store: dist.Store, rank: int, host: str, port: int) -> str:
             time.sleep(_LOOK_SECONDS / 5)
         return store.get("verdict").decode("utf-8", errors="replace")
     except RuntimeError:
-        raise MeetingError(f"rank 0 at {host}:{port} ended before rank {rank} could join it; its own message says why") from None
+        raise MeetingError(
+            f"rank 0 at {host}:{port} ended before rank {rank} could join it; its own message says why"
+        ) from None
 
 
 def _where_from() -> str:

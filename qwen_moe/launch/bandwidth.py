@@ -32,7 +32,9 @@ def main(folder: str) -> int:
     attempt = Attempt(Path(folder))
     plan = attempt.read("plan.json")
     info = process_info()
-    device = start(info, Threads(count=1, why="preflight"), timeout_minutes=float(plan["preflight"]["timeout_seconds"]) / 60)
+    device = start(
+        info, Threads(count=1, why="preflight"), timeout_minutes=float(plan["preflight"]["timeout_seconds"]) / 60
+    )
     local, nodes = info.local_world_size, info.world_size // info.local_world_size
     node = info.rank // local
     elements = max(info.world_size, int(float(plan["preflight"]["message_mb"]) * 1e6 / 4))
