@@ -77,7 +77,7 @@ def check_environment(environment: Mapping[str, str]) -> None:
             raise LaunchError(f"environment variable {name!r}: a name has letters, digits and _ only")
         if hidden(name, value) == REMOVED:
             raise LaunchError(
-                f"environment variable {name} looks like a secret, by its name or its value, which is not written into "
+                f"environment variable {name} looks like a secret, by its name or its value, which is not "
                 "scripts: export it in the shell that runs `qwen-moe launch`, from where sbatch passes it on, or read it "
                 "from a file of yours in the site file's setup.commands"
             )
@@ -91,8 +91,8 @@ def check_texts(spec: JobSpec) -> None:
         for text in texts:
             if has_secret(text):
                 raise LaunchError(
-                    f"{what}: {text[:20]!r}... holds what looks like a key, a token or a password, which is not written into "
-                    "scripts: read it from a file of yours, `export NAME=$(cat FILE)`"
+                    f"{what}: {text[:20]!r}... holds what looks like a key, a token or a password, which is not "
+                    "written into scripts: read it from a file of yours, `export NAME=$(cat FILE)`"
                 )
 
 
@@ -187,7 +187,9 @@ def _checked(commands: tuple[str, ...]) -> list[str]:
     for command in commands:
         found.append(command)
         if not command.endswith("\\"):
-            text = f"error: the set-up command {command!r} of the site file failed; where that is expected, add `|| true` to it"
+            text = (
+                f"error: the set-up command {command!r} of the site file failed; add `|| true` where that is expected"
+            )
             found.append(f"[ $? -eq 0 ] || {{ printf '%s\\n' {shlex.quote(text)} >&2; exit 1; }}")
     return found
 

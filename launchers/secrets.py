@@ -12,7 +12,7 @@ _IN_NAMES = (
     r"deploy_?key|shared_?access|webhook|bearer|cookie|jwt|token(?!iz|s?_(?:per|count|limit|id)|s(?:_|$|[A-Z]))"
 )
 # Whole words of names.
-_WORDS = r"(?:^|_)(?:pass|pw|pwd)$|(?:^|_)(?:pat|pats|auth|oauth|authorization|sas|dsn|creds?|certs?|pin|signature|netrc)(?:_|$)"
+_WORDS = r"(?:^|_)(?:pass|pw|pwd)$|(?:^|_)(?:pat|pats|auth|oauth|authorization|sas|dsn|creds?|certs?|pin|netrc)(?:_|$)"
 _NAME = re.compile(f"{_IN_NAMES}|{_WORDS}", re.IGNORECASE)
 _KEY_WORD = re.compile(r"(?:^|_)keys?(?:_|$)", re.IGNORECASE)  # of variables only: in code, `key=` is no secret
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
@@ -68,7 +68,7 @@ _ASSIGNMENT = re.compile(
 )
 _OPTION = re.compile(rf"(?P<name>--[A-Za-z][\w-]*)(?P<sign>\s+)(?P<value>{_QUOTED}|[^\s-]\S*)")
 _PLAIN = re.compile(
-    r"[+-]?[\d_.]+(?:e[+-]?\d+)?|true|false|null|none|yes|no|on|off|str|int|bool|bytes|dict|list", re.IGNORECASE
+    r"[+-]?[\d_.]+(?:e[+-]?\d+)?|true|false|null|none|yes|no|on|off|str|int|bool|dict|list", re.IGNORECASE
 )
 _REFERENCE = re.compile(r"\$|<|\{\{|%\(|[\[({]|[A-Za-z_][\w.]*[(\[]")
 _STRONG = re.compile(r"passw|passphrase|secret|credential|(?:^|_)(?:pass|pwd|pw)$", re.IGNORECASE)

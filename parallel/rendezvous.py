@@ -55,8 +55,8 @@ def _open(host: str, port: int, rank: int, world_size: int, end: float) -> dist.
             return dist.TCPStore(host, port, world_size, True, timedelta(minutes=5), False, multi_tenant=True)
         except (RuntimeError, ValueError) as error:
             raise MeetingError(
-                f"rank 0 cannot listen on {host}:{port} ({_first_line(error)}): is another run on this port? Set MASTER_PORT to "
-                "a free one"
+                f"rank 0 cannot listen on {host}:{port} ({_first_line(error)}): is another run on it? Set MASTER_PORT "
+                "to a free one"
             ) from None
     start, said = time.monotonic(), 0.0
     while True:
@@ -72,8 +72,8 @@ def _open(host: str, port: int, rank: int, world_size: int, end: float) -> dist.
             now = time.monotonic()
             if now > end:
                 raise MeetingError(
-                    f"rank {rank} of {world_size} waited {now - start:.0f} s for rank 0 at {host}:{port}, and it did not come "
-                    f"({_first_line(error)}): was it started, and can this node ({socket.gethostname()}) reach it?"
+                    f"rank {rank} of {world_size} waited {now - start:.0f} s for rank 0 at {host}:{port}, and it did not "
+                    f"come ({_first_line(error)}): was it started, and can this node ({socket.gethostname()}) reach it?"
                 ) from None
             if now - said > 60:
                 said = now

@@ -1,4 +1,4 @@
-"""The launcher's own rules for secrets, and over them those of detect-secrets, for texts that are written on shared disks."""
+"""The launcher's own rules for secrets, and over them those of detect-secrets, for texts on shared disks."""
 
 from functools import cache
 from typing import Any
