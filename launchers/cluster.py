@@ -11,6 +11,7 @@ from typing import IO
 
 from launchers import slurm
 from launchers.local import LaunchError
+from launchers.orphans import before_exec
 
 
 class Here:
@@ -19,6 +20,7 @@ class Here:
     job = ""
     restarts = 0
     can_requeue = False
+    lock_fds: tuple[int, ...] = ()  # the run's lock, for what is started: it is held until the last of them has ended
 
     def nodes(self) -> list[str]:
         return ["localhost"]
@@ -35,7 +37,14 @@ class Here:
         return {}
 
     def start(self, command: list[str], output: IO[str]) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            pass_fds=self.lock_fds,
+            preexec_fn=before_exec(),
+        )
 
     def kill(self, process: "subprocess.Popen[bytes]") -> None:
         """The agent kills its ranks, which have sessions of their own, and ends."""
@@ -61,6 +70,7 @@ class SlurmAllocation:
     """The allocation that this process runs in, from Slurm's environment variables."""
 
     can_requeue = True
+    lock_fds: tuple[int, ...] = ()
 
     def __init__(self, environ: "os._Environ[str] | dict[str, str]") -> None:
         try:
@@ -91,7 +101,7 @@ class SlurmAllocation:
         return slurm.topology()
 
     def start(self, command: list[str], output: IO[str]) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen(command, stdout=output, stderr=output)
+        return subprocess.Popen(command, stdout=output, stderr=output, pass_fds=self.lock_fds)
 
     def kill(self, process: "subprocess.Popen[bytes]") -> None:
         """srun passes SIGTERM on as SIGKILL to every process of the step, stopped ones too, without slurmctld's help."""

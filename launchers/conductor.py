@@ -342,12 +342,12 @@ class _HangClock:
         return self.quiet() > (self._hang if training else self._startup)
 
 
-def _locked(run: RunFolder, patience: float = 180) -> RunLock:
+def _locked(run: RunFolder, what: str, patience: float = 180) -> RunLock:
     """The lock of the run folder; what held it may be a conductor on a failed node that has not noticed yet."""
     end = time.monotonic() + patience
     while True:
         try:
-            return RunLock(run.run_dir)
+            return RunLock(run.run_dir, what)
         except LaunchError:
             if time.monotonic() > end:
                 raise
@@ -371,7 +371,8 @@ def main(arguments: list[str]) -> int:
         conductor.listen()
         if cluster.job:
             write_json(run.launch / "job.json", {"job": cluster.job, "restarts": cluster.restarts})
-        lock = _locked(run)
+        lock = _locked(run, f"job {cluster.job}" if cluster.job else "qwen-moe launch --local")
+        cluster.lock_fds = lock.pass_fds
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

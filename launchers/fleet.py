@@ -4,7 +4,6 @@ Each command is expected to go on by itself from what it saved when it is starte
 leave exit code 2 for an error that another attempt would meet again.
 """
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from launchers.local import USER_ERROR
+from launchers.orphans import before_exec
 
 POLL_SECONDS = 0.2
 SHOWN_LINES = 5  # of a failed command's log
@@ -49,13 +49,6 @@ class _Running:
     task: Task
     process: subprocess.Popen[bytes]
     attempt: int
-
-
-def _end_with_parent() -> None:
-    """In the child, before its program: SIGTERM when the parent dies, so that no run goes on unseen (Linux)."""
-    if sys.platform.startswith("linux"):
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _span(seconds: float) -> str:
@@ -147,7 +140,7 @@ class Fleet:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    preexec_fn=_end_with_parent,
+                    preexec_fn=before_exec(),
                 )
             self._running.append(_Running(task, process, attempt))
             if self._stopping:  # asked while the process was being started

@@ -6,7 +6,6 @@ the run folder (any text that changes when durable progress is made), a failure 
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,19 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock; runs are then not locked
-    fcntl = None  # type: ignore[assignment]
+from launchers.errors import LaunchError as LaunchError
+from launchers.lock import RunLock as RunLock
+from launchers.orphans import before_exec
 
 PROGRESS = "progress"
 USER_ERROR = 2
 INTERRUPTED = 130
 GRACE_SECONDS = 60.0
-
-
-class LaunchError(ValueError):
-    """The run cannot be started here; the message says why and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,31 +33,6 @@ class Outcome:
     restarts: int
     message: str = ""
     kind: str = ""
-
-
-class RunLock:
-    """An exclusive lock on a run folder, let go by the kernel when this process ends, however it ends."""
-
-    def __init__(self, run_dir: Path) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = (run_dir / "lock").open("a+")
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "unknown"
-            self._file.close()
-            raise LaunchError(
-                f"run folder {run_dir} is in use by process {holder}: wait for it, stop it, or use another run_dir"
-            ) from None
-        self._file.truncate(0)
-        self._file.write(f"{os.getpid()}\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def _read(path: Path) -> str:
@@ -83,9 +52,11 @@ class Supervisor:
         failure_file: Path,
         environment: Mapping[str, str],
         max_restarts_without_progress: int,
+        pass_fds: Sequence[int] = (),
     ) -> None:
         self.command, self.run_dir, self.failure_file = list(command), run_dir, failure_file
         self.environment, self.limit = dict(environment), max_restarts_without_progress
+        self.pass_fds = tuple(pass_fds)  # the run folder's lock: who trains holds it, also when this process is killed
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = False
 
@@ -113,7 +84,13 @@ class Supervisor:
             self.failure_file.unlink(missing_ok=True)
             before = _read(self.run_dir / PROGRESS)
             # A session of its own: Ctrl-C in the terminal reaches only this process, which then asks for an orderly end.
-            self._process = subprocess.Popen(self.command, env=self.environment, start_new_session=True)
+            self._process = subprocess.Popen(
+                self.command,
+                env=self.environment,
+                start_new_session=True,
+                pass_fds=self.pass_fds,
+                preexec_fn=before_exec(),
+            )
             if self._stopping:
                 self._process.send_signal(signal.SIGTERM)
             code = self._wait()

@@ -13,7 +13,7 @@ from typing import Any
 
 from launchers.cluster import own_node_name
 from launchers.run_folder import Attempt, read_json
-from launchers.script import is_secret
+from launchers.secrets import hidden, is_secret
 
 PACKAGES = (
     "torch",
@@ -88,9 +88,9 @@ def gather(disk_folder: Path) -> dict[str, Any]:
     except OSError as error:
         free, disk_error = None, str(error)
     environment = {
-        name: value
+        name: hidden(name, value)
         for name, value in sorted(os.environ.items())
-        if name.startswith(_ENVIRONMENT) and not is_secret(name)
+        if name.startswith(_ENVIRONMENT) and not (is_secret(name) and hidden(name, value) != value)
     }
     return {
         "host": platform.node(),
@@ -124,7 +124,7 @@ def main(folder: str) -> int:
     probe.write_text("")
     facts["clock_skew"] = before - probe.stat().st_mtime
     probe.unlink()
-    attempt.write(f"facts/{name}.json", facts)
+    attempt.write(f"facts/{name}.json", facts, private=True)  # it holds variables
     return 0 if read_json(attempt.folder / "facts" / f"{name}.json") is not None else 1
 
 

@@ -1,7 +1,7 @@
 """Where a launched run keeps what it writes: `RUN/launch/`, with one numbered folder per attempt; all writes atomic.
 
 launch/
-  launch.json           what was asked for, the job id, the command; job.sbatch the script as submitted
+  launch.json           what was asked for, the job id; command.json the command; job.sbatch the script as submitted
   recipe.yaml           the resolved recipe; code/ the commit, diff and untracked files it was launched with
   excluded_nodes.json   nodes that this run does not want again, and why
   attempts/003/
@@ -24,13 +24,13 @@ from launchers.local import LaunchError
 _STEP = re.compile(r"step_(\d+)")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, private: bool = False) -> None:
     """Write atomically: a reader sees the old content or the new, never half of it."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_text(path, json.dumps(value, indent=1) + "\n", private=private)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write atomically, with the permissions that the user's umask gives."""
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
+    """Write atomically, with the permissions that the user's umask gives; ``private``: for this user alone (0600)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -38,7 +38,8 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes them private, which a team's shared run is not
+        if not private:
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes them private, which a team's shared run is not
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -76,8 +77,8 @@ class Attempt:
     def read(self, name: str) -> Any:
         return read_json(self.folder / name)
 
-    def write(self, name: str, value: Any) -> None:
-        write_json(self.folder / name, value)
+    def write(self, name: str, value: Any, *, private: bool = False) -> None:
+        write_json(self.folder / name, value, private=private)
 
     def read_all(self, subfolder: str) -> dict[str, Any]:
         """Every JSON file of a sub-folder, by its name without the ending."""

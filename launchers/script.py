@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launchers.local import LaunchError
+from launchers.secrets import REMOVED, has_secret, hidden
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./:,+@%=\[\]*-]+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_?KEY|AUTH", re.IGNORECASE)
 # Written by this file; the same option given freely would win or be ignored depending on Slurm's order: refused.
 _OURS = {
     "job-name",
@@ -59,11 +59,6 @@ class JobSpec:
     container_python: str = "python3"
 
 
-def is_secret(name: str) -> bool:
-    """True for names of environment variables that are likely to hold something secret."""
-    return bool(_SECRET.search(name))
-
-
 def parse_environment(pairs: list[str]) -> dict[str, str]:
     """`K=V` arguments. Raises LaunchError for a bad name, and for a name that looks like a secret's."""
     found = {}
@@ -80,13 +75,25 @@ def check_environment(environment: Mapping[str, str]) -> None:
     for name, value in environment.items():
         if not _VARIABLE.fullmatch(name):
             raise LaunchError(f"environment variable {name!r}: a name has letters, digits and _ only")
-        if is_secret(name):
+        if hidden(name, value) == REMOVED:
             raise LaunchError(
-                f"environment variable {name} looks like a secret, which is not written into scripts: export it in the "
-                "shell that runs `qwen-moe launch`, from where sbatch passes it on"
+                f"environment variable {name} looks like a secret, by its name or its value, which is not "
+                "scripts: export it in the shell that runs `qwen-moe launch`, from where sbatch passes it on, or read it "
+                "from a file of yours in the site file's setup.commands"
             )
         if "\0" in value:
             raise LaunchError(f"environment variable {name} holds a NUL character")
+
+
+def check_texts(spec: JobSpec) -> None:
+    """Raises LaunchError when a set-up command or a free option holds a key or token itself."""
+    for what, texts in (("setup.commands", spec.setup), ("--sbatch", spec.sbatch_args), ("srun_args", spec.srun_args)):
+        for text in texts:
+            if has_secret(text):
+                raise LaunchError(
+                    f"{what}: {text[:20]!r}... holds what looks like a key, a token or a password, which is not "
+                    "written into scripts: read it from a file of yours, `export NAME=$(cat FILE)`"
+                )
 
 
 def _header_value(option: str, value: str) -> str:
@@ -155,6 +162,7 @@ def _srun(spec: JobSpec) -> list[str]:
     """srun's arguments, quoted, one per line of the script."""
     found = [
         '--nodes="$SLURM_JOB_NUM_NODES"',
+        "--export=ALL",  # SBATCH_EXPORT=NONE, which sites set, would leave srun's processes without this script's variables
         "--ntasks-per-node=1",
         "--label",
         "--cpu-bind=none",  # the agent gives each of its processes a share of the node's CPUs
@@ -173,9 +181,23 @@ def _srun(spec: JobSpec) -> list[str]:
     return found + [shlex.quote(argument) for argument in spec.srun_args]
 
 
+def _checked(commands: tuple[str, ...]) -> list[str]:
+    """Each command, and after it the end of the job if its status is not 0. A line that goes on (``\\``) is not cut."""
+    found = []
+    for command in commands:
+        found.append(command)
+        if not command.endswith("\\"):
+            text = (
+                f"error: the set-up command {command!r} of the site file failed; add `|| true` where that is expected"
+            )
+            found.append(f"[ $? -eq 0 ] || {{ printf '%s\\n' {shlex.quote(text)} >&2; exit 1; }}")
+    return found
+
+
 def render(spec: JobSpec) -> str:
     """The script. Raises LaunchError for values that cannot be written safely."""
     check_environment(spec.environment)
+    check_texts(spec)
     lines = ["#!/bin/bash"]
     for comment, option, value in _options(spec):
         lines += [f"# {comment}"] if comment else []
@@ -190,7 +212,13 @@ def render(spec: JobSpec) -> str:
         f"cd -- {shlex.quote(str(spec.workdir))} || exit 1",
     ]
     if spec.setup:
-        lines += ["", "# From the site file.", "set +u", *spec.setup, "set -u"]
+        lines += [
+            "",
+            "# From the site file. A command that fails ends the job.",
+            "set +u",
+            *_checked(spec.setup),
+            "set -u",
+        ]
     lines += [
         "",
         f"export PYTHONPATH={shlex.quote(str(spec.code_root))}${{PYTHONPATH:+:$PYTHONPATH}}",

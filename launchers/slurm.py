@@ -88,7 +88,7 @@ def run(*command: str, timeout: float = 60, cwd: Path | None = None) -> str:
 
 def parse_minutes(text: str) -> float | None:
     """Slurm's time (`30`, `30:00`, `24:00:00`, `2-12`, `2-12:30:00`) in minutes; None for UNLIMITED. Raises LaunchError."""
-    if text.upper() in ("UNLIMITED", "INFINITE", "NONE"):
+    if text.upper() in ("UNLIMITED", "INFINITE", "NONE", "0"):
         return None
     match = _DAYS.fullmatch(text.strip())
     if not match or len(text) > 32:
@@ -113,7 +113,10 @@ def fields(line: str) -> dict[str, str]:
 
 def gpus_of(gres: str) -> int:
     """GPUs in a gres text such as `gpu:8`, `gpu:h100:8(S:0-1)` or `gpu:a:2,gpu:b:2`."""
-    return sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[A-Za-z][^:,()]*)?:(\d+)", gres))
+    entries = re.sub(r"\([^)]*\)", "", gres).split(",")  # in brackets: sockets
+    # The count is the last part; a type may begin with a digit (`gpu:1g.10gb:7`, `gpu:1080ti:4`).
+    parts = [entry.strip().split(":") for entry in entries]
+    return sum(int(part[-1]) for part in parts if part[0] == "gpu" and len(part) in (2, 3) and part[-1].isdecimal())
 
 
 def _limit(text: str) -> int | None:

@@ -1,6 +1,5 @@
 """How runs are doing: the queue, the run folder's attempts and the metrics, joined into one row for each run."""
 
-import fcntl
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -9,6 +8,8 @@ from typing import Any
 
 from launchers import slurm
 from launchers.local import LaunchError
+from launchers.lock import locked as locked
+from launchers.lock import read_holder
 from launchers.run_folder import RunFolder, write_json
 
 
@@ -32,18 +33,6 @@ def last_metrics(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if "loss" in record:
             return record, last
     return step, last
-
-
-def locked(run_dir: Path) -> bool:
-    """True when a process on this machine (or on a shared file system that passes locks on) holds the run."""
-    try:
-        with (run_dir / "lock").open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def find_runs(roots: Sequence[Path]) -> list[Path]:
@@ -182,10 +171,11 @@ def cancel(run_dir: Path) -> str:
     facts = run.facts()
     job = str(facts.get("job") or "")
     if facts.get("local"):
-        holder = (run_dir / "lock").read_text().strip() if locked(run_dir) else ""
-        if not holder:
+        if not locked(run_dir):
             raise LaunchError(f"{run_dir} is not running")
-        raise LaunchError(f"{run_dir} runs here, as process {holder}: interrupt it (kill -INT {holder})")
+        holder = read_holder(run_dir)
+        how = f" (kill -INT {holder.pid})" if holder.pid else ""
+        raise LaunchError(f"{run_dir} is run by {holder.text()}: interrupt it{how}")
     active = queue_by_id()
     if active is None:
         slurm.run("squeue", "-h")  # says why

@@ -6,12 +6,15 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from parallel.rendezvous import PATIENCE_SECONDS, MeetingError, meet
+from parallel.threads import Threads, available_cpus, choose_threads
 from parallel.trace import enable_recorder
 
 
@@ -79,29 +82,50 @@ def process_info(environ: dict[str, str] | None = None) -> ProcessInfo:
     return ProcessInfo(rank=0, world_size=1, local_rank=0, local_world_size=1)
 
 
-def start(info: ProcessInfo, threads: int = 0, timeout_minutes: float = 30) -> torch.device:
+def start(
+    info: ProcessInfo,
+    threads: Threads | None = None,
+    timeout_minutes: float = 30,
+    admit: Callable[[], None] | None = None,
+) -> torch.device:
     """Join the process group (NCCL with gloo for CPU tensors on GPUs, else gloo) and return this process's device.
 
-    ``threads``: CPU threads of this process; 0 means the node's cores divided by its processes.
+    ``threads``: CPU threads of this process (`own_threads` by default). ``admit``: called by rank 0 when all are there;
+    what it raises ends all. Raises ProcessError when some do not come, naming them.
     """
     die_with_parent()
     enable_recorder()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or max(1, cores // info.local_world_size))
+    torch.set_num_threads((threads or own_threads(info)).count)
     if torch.cuda.is_available():
         device = torch.device("cuda", info.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    dist.init_process_group(
-        backend, rank=info.rank, world_size=info.world_size, timeout=timedelta(minutes=timeout_minutes)
-    )
+    timeout = timedelta(minutes=timeout_minutes)
+    try:
+        patience = min(PATIENCE_SECONDS, 60 * timeout_minutes)
+        store = meet(info.rank, info.world_size, patience=patience, admit=admit)
+    except MeetingError as error:
+        raise ProcessError(str(error)) from None
+    dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.world_size, timeout=timeout)
     return device
 
 
+def own_threads(info: ProcessInfo, asked: int = 0, before: int = 0) -> Threads:
+    """CPU threads of this process. Several processes of a node that start together cannot tell each other's load from a
+    stranger's: the load counts for a process alone on its node (or for whoever starts them: `parallel.threads`)."""
+    environ = dict(os.environ)
+    shared = info.local_world_size
+    on_node = environ.get("SLURM_CPUS_ON_NODE", "")
+    if "RANK" not in environ and on_node.isdecimal() and available_cpus()[0] * shared <= int(on_node):
+        shared = 1  # srun has bound each task to CPUs of its own
+    return choose_threads(shared, asked, load=info.local_world_size == 1, before=before, environ=environ)
+
+
 def die_with_parent() -> None:
-    """Ask the kernel (Linux) to send SIGTERM here when the parent process dies, so that no rank is orphaned."""
+    """Ask the kernel (Linux) to kill this process when its parent dies, so that no rank is orphaned: what it would save
+    then is no longer under the run folder's lock."""
     if sys.platform.startswith("linux"):
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)

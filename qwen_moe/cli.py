@@ -26,6 +26,8 @@ VERBS = (
     "qwen_moe.launch.observe",
     "qwen_moe.planning.command",
 )
+# Verbs that compute in this process; what runs in several decides for them (`parallel.threads`).
+ONE_PROCESS = ("generate", "convert", "verify", "report")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,6 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     args = None
     try:
         args = _parse(argv)
+        if args.verb in ONE_PROCESS:
+            from parallel.threads import limit_threads
+
+            limit_threads()
         code = (getattr(args, "func", None) or args.run)(args)
         sys.stdout.flush()
         return code

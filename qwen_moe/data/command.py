@@ -79,7 +79,7 @@ def run_prepare(args: argparse.Namespace) -> int:
         print(json.dumps(facts))
     else:
         verb = "prepared" if done else "already prepared"
-        print(f"{verb} {prefix}.bin: {prepared.documents:,} documents, {prepared.tokens:,} tokens")
+        print(f"{verb} {args.output}.bin: {prepared.documents:,} documents, {prepared.tokens:,} tokens")
         print(f"tokenizer {prepared.tokenizer} ({prepared.vocab_size:,} tokens)")
     return 0
 

@@ -16,8 +16,11 @@ from types import FrameType
 from typing import Any
 
 from launchers.cluster import own_node_name
+from launchers.orphans import AGENT_PID
 from launchers.run_folder import Attempt
 from launchers.watch import NodeWatch, signal_number
+from parallel.threads import Threads, choose_threads
+from qwen_moe.training.records import earlier_threads
 
 _MODULES = {"train": "qwen_moe.launch.rank", "bandwidth": "qwen_moe.launch.bandwidth"}
 
@@ -72,6 +75,16 @@ def _launch(plan: dict[str, Any], node_rank: int, module: str, arguments: list[s
     return []
 
 
+def _threads(attempt: Attempt, plan: dict[str, Any]) -> Threads:
+    """Decided here, before the ranks run: each of them would see the others' start as load."""
+    from qwen_moe.config import load_config
+
+    each = plan["processes_per_node"]
+    run_dir = attempt.folder.parents[2]
+    before = earlier_threads(run_dir, each * len(plan["nodes"]))
+    return choose_threads(each, load_config(Path(plan["recipe"])).launch.threads, before=before)
+
+
 def main(folder: str, stage: str) -> int:
     attempt = Attempt(Path(folder))
     plan = attempt.read("plan.json")
@@ -79,10 +92,12 @@ def main(folder: str, stage: str) -> int:
     local = Path(tempfile.mkdtemp(prefix="qwen-moe-", dir=plan["local_folder"]))
     watch = NodeWatch(attempt, host, local, signal_number(plan["survive"]["stack_signal"]))
     os.environ["QWEN_MOE_NODE"] = host
+    os.environ[AGENT_PID] = str(os.getpid())
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT"
     _listen(watch, plan)
     try:
         if stage == "train":
+            os.environ |= _threads(attempt, plan).environment()
             watch.start()
         failures = _launch(plan, plan["nodes"].index(host), _MODULES[stage], [folder, str(local)])
         if failures and stage == "train":

@@ -114,7 +114,7 @@ def _submit(plans: list[Plan], site: Site, folder: Path, script: str) -> str:
         prepare.check_room(plan)
     facts = [prepare.write_run(plan, site, local=False) for plan in plans]
     write_json(folder / "tasks.json", [str(plan.run.run_dir) for plan in plans])
-    write_text(folder / "job.sbatch", script)
+    write_text(folder / "job.sbatch", script, private=True)
     try:
         job = slurm.submit(folder / "job.sbatch")
     except slurm.SlurmError as error:

@@ -27,11 +27,14 @@ def main(folder: str) -> int:
     import torch.distributed as dist
 
     from parallel.process import process_info, start
+    from parallel.threads import Threads
 
     attempt = Attempt(Path(folder))
     plan = attempt.read("plan.json")
     info = process_info()
-    device = start(info, threads=1, timeout_minutes=float(plan["preflight"]["timeout_seconds"]) / 60)
+    device = start(
+        info, Threads(count=1, why="preflight"), timeout_minutes=float(plan["preflight"]["timeout_seconds"]) / 60
+    )
     local, nodes = info.local_world_size, info.world_size // info.local_world_size
     node = info.rank // local
     elements = max(info.world_size, int(float(plan["preflight"]["message_mb"]) * 1e6 / 4))

@@ -138,7 +138,7 @@ def _launch_slurm(args: argparse.Namespace, site: Site) -> int:
     prepare.check_room(plan)
     facts = prepare.write_run(plan, site, local=False)
     path = plan.run.launch / "job.sbatch"
-    write_text(path, script)
+    write_text(path, script, private=True)
     try:
         job = slurm.submit(path)
     except slurm.SlurmError as error:
@@ -199,5 +199,5 @@ def _submit_then(command: str, spec: Any, job: str) -> str:
         "",
     ]
     path = spec.folder / "then.sbatch"
-    write_text(path, "\n".join(lines))
+    write_text(path, "\n".join(lines), private=True)
     return slurm.submit(path)

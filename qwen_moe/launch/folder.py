@@ -12,6 +12,7 @@ from launchers.fleet import Fleet, Result, Task
 from launchers.local import INTERRUPTED, LaunchError, RunLock
 from launchers.run_folder import RunFolder
 from launchers.status import last_metrics, locked
+from parallel.threads import choose_threads
 from qwen_moe.config import RunConfig, load_config
 from qwen_moe.launch.prepare import CODE_ROOT
 from qwen_moe.models.flops import flops_per_token
@@ -129,9 +130,10 @@ def launch_folder(
 ) -> dict[str, Result]:
     """Run what is not complete; a result for every recipe. ``threads`` 0: the machine's cores divided among the runs."""
     entries = open_folder(folder, overrides)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not threads and parallel > 1:
-        threads = max(1, cores // (parallel * max(entry.config.launch.nproc for entry in entries)))
+        # Not by the load of the moment: the folder runs for long, and its runs should all have the same.
+        most = parallel * max(entry.config.launch.nproc for entry in entries)
+        threads = choose_threads(most, load=False).count
     complete = [entry for entry in entries if is_complete(entry)]
     if dry_run:
         _show(entries, complete)

@@ -14,11 +14,13 @@ from launchers import refuse, slurm
 from launchers.local import LaunchError, RunLock
 from launchers.run_folder import RunFolder, read_json, write_json, write_text
 from launchers.script import JobSpec, parse_environment
+from launchers.secrets import redact_command
 from launchers.site import Site
 from launchers.snapshot import take
 from qwen_moe.config import RunConfig, dump_config
 from qwen_moe.errors import UserError
 from qwen_moe.launch.estimate import Estimate, estimate
+from qwen_moe.launch.redact import redact
 
 CODE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -150,14 +152,14 @@ def write_run(plan: Plan, site: Site, *, local: bool) -> dict[str, Any]:
     run, spec = plan.run, plan.spec
     (run.launch / "cancelled.json").unlink(missing_ok=True)
     write_text(run.launch / "recipe.yaml", dump_config(plan.config))
-    code = take(CODE_ROOT, run.launch / "code")
+    code = take(CODE_ROOT, run.launch / "code", redact)
+    write_json(run.launch / "command.json", redact_command(sys.argv), private=True)
     facts = {
         "name": spec.name,
         "job": "",
         "launched": time.time(),
         "user": getpass.getuser(),
         "local": local,
-        "command": sys.argv,
         "workdir": str(spec.workdir),
         "nodes": spec.nodes,
         "processes_per_node": spec.processes_per_node,

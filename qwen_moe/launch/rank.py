@@ -12,6 +12,7 @@ from launchers.decide import BAD_STEP, DISK, USER
 from launchers.evidence import describe_error
 from launchers.heartbeat import Heartbeat
 from launchers.local import INTERRUPTED, USER_ERROR
+from launchers.orphans import end_with_agent
 from launchers.run_folder import Attempt
 from launchers.watch import rank_name, signal_number
 
@@ -26,19 +27,18 @@ def take_output(path: Path) -> None:
     os.close(descriptor)
 
 
-def share_of_cpus(local_rank: int, local_world_size: int) -> int:
-    """Bind this process to its part of the node's CPUs where there are enough; how many it has."""
+def share_of_cpus(local_rank: int, local_world_size: int) -> None:
+    """Bind this process to its part of the node's CPUs where there are enough."""
     if not hasattr(os, "sched_getaffinity"):
-        return 1
+        return
     cpus = sorted(os.sched_getaffinity(0))
     each = len(cpus) // local_world_size
-    if each == 0:
-        return 1
-    os.sched_setaffinity(0, cpus[local_rank * each : (local_rank + 1) * each])
-    return each
+    if each:
+        os.sched_setaffinity(0, cpus[local_rank * each : (local_rank + 1) * each])
 
 
 def main(folder: str, local: str) -> int:
+    end_with_agent()
     attempt, rank = Attempt(Path(folder)), int(os.environ["RANK"])
     plan = attempt.read("plan.json")
     name = rank_name(rank)
@@ -50,23 +50,20 @@ def main(folder: str, local: str) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal_number(plan["survive"]["checkpoint_signal"]), signal.SIG_IGN)
     heart = Heartbeat(Path(local) / f"{name}.json", rank)
-    threads = share_of_cpus(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    share_of_cpus(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     try:
-        code = _train(plan, attempt, heart, rank, threads)
+        code = _train(plan, attempt, heart, rank)
     except Exception as error:
         return _last_words(attempt, rank, error)
     heart.phase("ended")
     return code
 
 
-def _train(plan: dict, attempt: Attempt, heart: Heartbeat, rank: int, threads: int) -> int:
+def _train(plan: dict, attempt: Attempt, heart: Heartbeat, rank: int) -> int:
     from qwen_moe.config import load_config
     from qwen_moe.training.worker import run_worker
 
     config = load_config(Path(plan["recipe"]))
-    if not config.launch.threads:
-        launch = config.launch.model_copy(update={"threads": threads})
-        config = config.model_copy(update={"launch": launch})
     warning = signal_number(plan["survive"]["checkpoint_signal"])
     code = run_worker(config, heart, stop_signals=(warning,))
     if code not in (0, INTERRUPTED):

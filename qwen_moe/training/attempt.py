@@ -14,9 +14,10 @@ import torch
 
 from parallel.gemm import description
 from parallel.process import ProcessInfo
+from parallel.threads import DECIDED
 from qwen_moe.config import RunConfig, dump_config
+from qwen_moe.training.records import ATTEMPTS
 
-ATTEMPTS = "attempts.jsonl"
 CONFIG = "config.yaml"
 _PACKAGES = ("qwen-moe", "torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
 
@@ -62,6 +63,7 @@ def record_attempt(config: RunConfig, info: ProcessInfo, device: torch.device, *
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "bf16_products": description(torch.bfloat16) if device.type == "cpu" else "by the device",
+        "threads_why": os.environ.get(DECIDED, "").partition(" ")[2],
         "packages": package_versions(),
         "code": code_commit(),
     }

@@ -39,14 +39,22 @@ def run(args: argparse.Namespace) -> int:
 
 def _join(config: RunConfig) -> int:
     """torchrun or Slurm started this process: be one rank of the run; rank 0 finishes it."""
+    from launchers.local import RunLock
     from parallel.process import process_info
     from qwen_moe.training.worker import run_worker
 
-    code = run_worker(config)
+    held: list[RunLock] = []  # by rank 0, until it ends; another run here is refused on every rank
+
+    def admit() -> None:
+        held.append(RunLock(config.run_dir, "rank 0 of qwen-moe train, started by torchrun or srun"))
+
+    code = run_worker(config, admit=admit)
     if code == 0 and process_info().rank == 0:
         from qwen_moe.training.finish import finish_run
 
         finish_run(config)
+    for lock in held:
+        lock.close()
     return code
 
 
@@ -75,7 +83,9 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
             command = [sys.executable, "-m", "qwen_moe.training.elastic"]
             command += [str(nproc), str(resolved), str(failure)]
             limit = config.launch.max_restarts_without_progress
-            outcome = Supervisor(command, config.run_dir, failure, _environment(config, nproc), limit).run()
+            outcome = Supervisor(
+                command, config.run_dir, failure, _environment(config, nproc), limit, lock.pass_fds
+            ).run()
         if outcome.message:
             print(file=sys.stderr)  # the progress bar of a run that failed has no line end
             _note_failure(config.run_dir / FAILURE, outcome.kind, outcome.message)
@@ -96,6 +106,8 @@ def _note_failure(path: Path, kind: str, message: str) -> None:
 
 
 def _environment(config: RunConfig, nproc: int) -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = config.launch.threads or max(1, cores // nproc)
-    return os.environ | {"OMP_NUM_THREADS": str(threads)}
+    from parallel.threads import choose_threads
+    from qwen_moe.training.records import earlier_threads
+
+    before = earlier_threads(config.run_dir, nproc)
+    return os.environ | choose_threads(nproc, config.launch.threads, before=before).environment()

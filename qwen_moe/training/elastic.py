@@ -1,6 +1,7 @@
 """`python -m qwen_moe.training.elastic NPROC CONFIG FAILURE_FILE`: NPROC workers under one elastic agent.
 
 The same agent as the `torchrun` command, without its traceback when a worker fails: the workers have said what is wrong.
+It holds the run folder's lock with the command that started it, and gets SIGTERM when that one dies (`launchers.local`).
 """
 
 import logging
@@ -12,11 +13,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from launchers.local import USER_ERROR
-from parallel.process import die_with_parent
+from launchers.orphans import AGENT_PID
 
 
 def main(nproc: int, config: str, failure_file: str) -> int:
-    die_with_parent()
+    os.environ[AGENT_PID] = str(os.getpid())
     logging.disable(logging.CRITICAL)  # what failed is told by the workers and by the supervisor
     launch = LaunchConfig(
         min_nodes=1,

@@ -7,6 +7,7 @@ from typing import Any
 from qwen_moe.errors import UserError
 
 METRICS = "metrics.jsonl"
+ATTEMPTS = "attempts.jsonl"
 # What readers compute with, where a record has it.
 NUMBERS = (
     "loss",
@@ -71,3 +72,20 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             raise DamagedRecords(f"{path}:{number} is damaged ({problem}): remove the line to read the others")
         records.append(record)
     return records
+
+
+def earlier_threads(run_dir: Path, world_size: int) -> int:
+    """CPU threads per process of the run's last attempt with as many processes; 0 when there is none, or its record is
+    damaged."""
+    try:
+        lines = (run_dir / ATTEMPTS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+            if int(record["world_size"]) == world_size and 0 < int(record["threads"]) < 10_000:
+                return int(record["threads"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return 0

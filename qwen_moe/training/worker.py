@@ -4,12 +4,13 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launchers.decide import BAD_STEP, DISK, USER
 from launchers.heartbeat import Heartbeat
 from launchers.local import USER_ERROR
+from launchers.orphans import end_with_agent
 from qwen_moe.config import RunConfig, load_config
 from qwen_moe.errors import UserError, explain_os_error
 
@@ -26,19 +27,30 @@ def report_failure(failure_file: Path, message: str, kind: str = USER) -> None:
         print(f"error: {message}", file=sys.stderr)  # no room even there
 
 
-def run_worker(config: RunConfig, heart: Heartbeat | None = None, stop_signals: Sequence[int] = ()) -> int:
-    """Train in this process as the rank that the environment says. Exit code: 0 done or stopped orderly, 2 user error."""
+def run_worker(
+    config: RunConfig,
+    heart: Heartbeat | None = None,
+    stop_signals: Sequence[int] = (),
+    admit: Callable[[], None] | None = None,
+) -> int:
+    """Train in this process as the rank that the environment says. Exit code: 0 done or stopped orderly, 2 user error.
+    ``admit``: rank 0 calls it when all ranks are there, before they begin; what it raises ends all of them."""
     import torch.distributed as dist
 
-    from parallel.process import ProcessError, process_info, start
+    from parallel.process import ProcessError, own_threads, process_info, start
     from parallel.watch import Watch
     from qwen_moe.training.loop import train
+    from qwen_moe.training.records import earlier_threads
 
     try:
         info = process_info()
         # The watch below ends a hung job first, with a better message than the process group's own limit.
         minutes = 1.5 * config.parallel.collective_timeout_minutes + 1
-        device = start(info, config.launch.threads, timeout_minutes=minutes)
+        threads = own_threads(info, config.launch.threads, earlier_threads(config.run_dir, info.world_size))
+        os.environ |= threads.environment()  # for the record of the attempt, and for what this process starts
+        if info.rank == 0:
+            print(threads.text(), file=sys.stderr, flush=True)
+        device = start(info, threads, timeout_minutes=minutes, admit=admit)
     except ProcessError as error:
         raise UserError(str(error)) from None
     watch = Watch(config.run_dir / "hang", info.rank, info.world_size, 60 * config.parallel.collective_timeout_minutes)
@@ -53,6 +65,7 @@ def run_worker(config: RunConfig, heart: Heartbeat | None = None, stop_signals: 
 
 
 def main(config_path: Path, failure_file: Path) -> int:
+    end_with_agent()
     config = load_config(config_path)
     try:
         return run_worker(config)

@@ -95,3 +95,32 @@ def test_a_run_folder_has_one_run_and_the_lock_dies_with_its_holder(tmp_path: Pa
     holder.wait()
     holder.stdout.close()
     RunLock(tmp_path).close()
+
+
+def test_what_a_killed_command_started_ends_and_holds_the_lock_until_then(tmp_path: Path) -> None:
+    child = "import pathlib, signal, sys, time; signal.signal(15, lambda *_: (time.sleep(1), sys.exit()))"
+    child += "; pathlib.Path(sys.argv[1], 'ready').touch(); time.sleep(60)"
+    script = f"""
+        import os, sys
+        from pathlib import Path
+        from launchers.local import RunLock, Supervisor
+        folder = Path(sys.argv[1])
+        lock = RunLock(folder, "a test")
+        Supervisor([sys.executable, "-c", {child!r}, str(folder)], folder, folder / "f", os.environ, 0, lock.pass_fds).run()
+    """
+    command = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), str(tmp_path)])
+    end = time.monotonic() + 30
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    command.kill()
+    command.wait()
+    with pytest.raises(LaunchError, match=rf"{command.pid} .*which has ended, and by what it started"):
+        RunLock(tmp_path)  # the child saves
+    while time.monotonic() < end:
+        try:
+            RunLock(tmp_path).close()
+            return
+        except LaunchError:
+            time.sleep(0.05)
+    raise AssertionError("the child lives on")

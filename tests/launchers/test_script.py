@@ -13,8 +13,9 @@ from launchers.logs import merged
 from launchers.placement import describe, order_nodes
 from launchers.run_folder import RunFolder
 from launchers.script import JobSpec, parse_environment, render
+from launchers.secrets import is_secret
 from launchers.site import Site, load_site, parse_site
-from launchers.snapshot import redact
+from qwen_moe.launch.redact import redact
 
 EVIL = "a b'c\"d$(touch pwned)`touch pwned`\n;&|*"
 
@@ -84,6 +85,53 @@ def test_options_are_sbatchs_own(tmp_path: Path) -> None:
     assert given["signal"] == "B:USR1@300" and given["open-mode"] == "append" and "requeue" in given
     assert given["dependency"] == "singleton,afterok:12" and given["kill-on-invalid-dep"] == "yes"
     assert given["output"] == "slurm-%A_%a.out" and given["array"] == "0-11%4"
+
+
+def test_the_steps_get_the_scripts_variables_whatever_the_site_exports(tmp_path: Path) -> None:
+    assert "  --export=ALL" in render(spec(tmp_path)).splitlines()
+
+
+def test_a_set_up_command_that_fails_ends_the_job_and_is_named(tmp_path: Path) -> None:
+    script = render(spec(tmp_path, setup=("true", "(exit 3)", "touch went-on")))
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, env={"PATH": "/bin"})
+    assert done.returncode == 1 and "set-up command '(exit 3)'" in done.stderr
+    assert not (tmp_path / "went-on").exists()
+
+
+@pytest.mark.parametrize("name", ["JWT", "GITHUB_PAT", "SSH_KEY", "PASSPHRASE", "HF_TOKEN", "DB_PASS", "accessToken"])
+def test_names_of_secrets(name: str) -> None:
+    assert is_secret(name)
+
+
+@pytest.mark.parametrize("name", ["PWD", "TOKENIZERS_PARALLELISM", "MAX_TOKENS", "NCCL_IB_PKEY", "pass_fds", "MONKEY"])
+def test_names_of_other_things(name: str) -> None:
+    assert not is_secret(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ('{"password": "hunter2"}', "hunter2"),
+        ("password: correcthorse", "correcthorse"),
+        ("postgres://me:s3cr3tpw@db/x", "s3cr3tpw"),
+        ("Authorization: Bearer abcdef123456", "abcdef123456"),
+        ("glpat-" + "a1" * 10, "a1a1a1"),
+        ("AKIA" + "A1B2" * 4, "A1B2A1B2"),
+        ("eyJhbGciOiJI.eyJzdWIiOiIx.abc_def", "eyJzdWIi"),
+        ("+-----BEGIN RSA PRIVATE KEY-----\n+MIIabc\n+-----END RSA PRIVATE KEY-----", "MIIabc"),
+        ("curl --token abcd1234efgh", "abcd1234efgh"),
+    ],
+)
+def test_shapes_of_secrets(text: str, secret: str) -> None:
+    assert secret not in redact(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["index 3f2a9c1d4e5b6f708192a3b4c5d6e7f8091a2b3c", "/data/corpus/tokens-0001.bin", "num_key_value_heads: 2",
+             'eos_token: "<|endoftext|>"', "token = text", "password = os.environ['X']"],
+)  # fmt: skip
+def test_other_texts_stay(text: str) -> None:
+    assert redact(text) == text
 
 
 def test_containers(tmp_path: Path) -> None:
@@ -163,6 +211,7 @@ def test_site_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("2-12:30", 3630),
         ("1-00:00:30", 1440.5),
         ("UNLIMITED", None),
+        ("0", None),
     ],
 )
 def test_times(text: str, minutes: float | None) -> None:
@@ -182,6 +231,8 @@ def test_texts_of_scontrol_and_sinfo() -> None:
         ("gpu:8", 8),
         ("gpu:h100:8(S:0-1)", 8),
         ("gpu:a100:2,gpu:v100:4,nic:2", 6),
+        ("gpu:1g.10gb:7", 7),
+        ("gpu:1080ti:4(S:0,1)", 4),
         ("(null)", 0),
         ("nic:4", 0),
     ):

@@ -80,6 +80,7 @@ import os, sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
 from parallel.process import process_info, start
+from parallel.threads import Threads
 from parallel.watch import Watch
 
 def never_comes():
@@ -88,7 +89,7 @@ def never_comes():
     os.kill(os.getpid(), 19)  # SIGSTOP
 
 info = process_info()
-start(info, 1)
+start(info, Threads(count=1, why="test"))
 watch = Watch(Path(sys.argv[1]), info.rank, info.world_size, limit=2.0, poll=0.2)
 watch.start()
 try:

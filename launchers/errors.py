@@ -1,0 +1,5 @@
+"""The error of this package that a user can mend."""
+
+
+class LaunchError(ValueError):
+    """The run cannot be started here; the message says why and what to do."""

@@ -1,0 +1,154 @@
+"""The lock of a run folder: one run at a time works there. Held by the kernel for a process and for what it hands it to."""
+
+import errno
+import os
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from launchers.errors import LaunchError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; runs are then not locked
+    fcntl = None  # type: ignore[assignment]
+
+NAME = "lock"
+# Someone who only asks whether the folder is locked (`locked`) holds it for an instant.
+_TRIES, _PAUSE_SECONDS = 5, 0.05
+_HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """What the lock file says of who has taken it. ``pid`` 0 and empty texts: it does not say."""
+
+    pid: int = 0
+    host: str = ""
+    what: str = ""
+
+    def text(self) -> str:
+        """`process 12 on node3 (qwen-moe train)`"""
+        if not self.pid:
+            return "an unknown process (the lock file does not say which)"
+        what = f" ({self.what})" if self.what else ""
+        return f"process {self.pid}" + (f" on {self.host}" if self.host else "") + what
+
+
+def read_holder(run_dir: Path) -> Holder:
+    """Reads `PID HOST WHAT`, or the pid alone; whatever else the file holds is an unknown holder."""
+    try:
+        words = (run_dir / NAME).read_text(encoding="utf-8", errors="replace").strip().split(" ", 2)
+    except OSError:
+        return Holder()
+    if not words[0].isascii() or not words[0].isdigit() or len(words[0]) > 10:
+        return Holder()
+    host, what = [*words[1:], "", ""][:2]
+    return Holder(pid=int(words[0]), host=host, what=what)
+
+
+class RunLock:
+    """An exclusive lock on a run folder, let go by the kernel when this process, and every process that was started with
+    ``pass_fds=lock.pass_fds``, has ended, however it ends. Raises LaunchError, which names the holder.
+
+    On NFS the kernel makes of it a lock of the server's, which other nodes see. A file system without locks is said.
+    """
+
+    def __init__(self, run_dir: Path, what: str = "") -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._file = (run_dir / NAME).open("a+", encoding="utf-8")
+        if fcntl is None:
+            return
+        try:
+            self._take(run_dir)
+        except BaseException:
+            self._file.close()
+            raise
+        self._file.truncate(0)
+        self._file.write(f"{os.getpid()} {socket.gethostname()} {what or _this_command()}\n")
+        self._file.flush()
+
+    def _take(self, run_dir: Path) -> None:
+        for left in reversed(range(_TRIES)):
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if error.errno not in _HELD:
+                    print(
+                        f"note: {run_dir} cannot be locked ({error.strerror}): start no second run in it meanwhile",
+                        file=sys.stderr,
+                    )
+                    return
+            if left:
+                time.sleep(_PAUSE_SECONDS)
+        raise LaunchError(
+            f"run folder {run_dir} is in use by {_who_holds(run_dir)}: wait for it, stop it, or use another run_dir"
+        )
+
+    @property
+    def pass_fds(self) -> tuple[int, ...]:
+        """Give these to `subprocess.Popen`: the child then holds the lock as well, until it ends."""
+        return (self._file.fileno(),)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def locked(run_dir: Path) -> bool:
+    """True when a process on this machine (or on a shared file system that passes locks on) holds the run."""
+    if fcntl is None:
+        return False
+    try:
+        file = (run_dir / NAME).open("rb")
+    except OSError:
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in _HELD
+    return False
+
+
+def _this_command() -> str:
+    words = [Path(sys.argv[0]).name or "python", *sys.argv[1:2]]
+    return " ".join(words).replace("\n", " ")[:60]
+
+
+def _who_holds(run_dir: Path) -> str:
+    """The holder that the lock file names; when that one is dead, what it has left running."""
+    holder = read_holder(run_dir)
+    if not holder.pid or holder.host not in ("", socket.gethostname()) or Path(f"/proc/{holder.pid}").exists():
+        return holder.text()
+    left = _open_in(run_dir / NAME)
+    if not left:
+        return holder.text()
+    listed = ", ".join(str(pid) for pid in left)
+    return f"{holder.text()}, which has ended, and by what it started and is still stopping (process {listed})"
+
+
+def _open_in(path: Path) -> list[int]:
+    """Pids of this machine's processes that have the file open, as far as this user may see (Linux)."""
+    try:
+        wanted = path.stat()
+        pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    except OSError:
+        return []
+    found = []
+    for pid in pids:
+        try:
+            entries = list(Path(f"/proc/{pid}/fd").iterdir())
+        except OSError:
+            continue  # another user's, or ended
+        for entry in entries:
+            try:
+                seen = entry.stat()
+            except OSError:
+                continue
+            if (seen.st_dev, seen.st_ino) == (wanted.st_dev, wanted.st_ino) and pid != os.getpid():
+                found.append(pid)
+                break
+    return sorted(found)
