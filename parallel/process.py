@@ -8,11 +8,10 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-
-from parallel.trace import enable_recorder
+if TYPE_CHECKING:  # torch is imported in `start`: who this process is, is asked before anything waits for it
+    import torch
 
 
 class ProcessError(ValueError):
@@ -79,12 +78,17 @@ def process_info(environ: dict[str, str] | None = None) -> ProcessInfo:
     return ProcessInfo(rank=0, world_size=1, local_rank=0, local_world_size=1)
 
 
-def start(info: ProcessInfo, threads: int = 0, timeout_minutes: float = 30) -> torch.device:
+def start(info: ProcessInfo, threads: int = 0, timeout_minutes: float = 30) -> "torch.device":
     """Join the process group (NCCL with gloo for CPU tensors on GPUs, else gloo) and return this process's device.
 
     ``threads``: CPU threads of this process; 0 means the node's cores divided by its processes.
     """
     die_with_parent()
+    import torch
+    import torch.distributed as dist
+
+    from parallel.trace import enable_recorder
+
     enable_recorder()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(threads or max(1, cores // info.local_world_size))
