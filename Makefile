@@ -9,7 +9,7 @@ train: install
 	$(BIN)/qwen-moe train $(RECIPE)
 
 test: install lint slurm
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_OPTIONS)
 
 test-slow: install slurm
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_OPTIONS)

@@ -5,9 +5,11 @@ Rank r of the world is ``((pp_index * dp + dp_index) * cp + cp_index) * tp + tp_
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+if TYPE_CHECKING:  # torch is imported where groups are made: degrees are checked before anything waits for it
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class LayoutError(ValueError):
@@ -85,7 +87,7 @@ class Axis:
     name: str
     size: int
     index: int
-    group: dist.ProcessGroup | None
+    group: "dist.ProcessGroup | None"
 
 
 class Grids:
@@ -98,6 +100,8 @@ class Grids:
     """
 
     def __init__(self, layout: Layout, device_type: str, kv_heads: int = 1) -> None:
+        import torch.distributed as dist
+
         world, rank = dist.get_world_size(), dist.get_rank()
         if world != layout.world_size:
             raise LayoutError(f"layout {layout} is for {layout.world_size} processes but there are {world}")
@@ -125,15 +129,17 @@ class Grids:
             self.kv, self.kv_replica = self._axis(heads, "kv"), self._axis(heads, "kv_replica")
 
     @staticmethod
-    def _mesh(device_type: str, degrees: dict[str, int]) -> DeviceMesh:
+    def _mesh(device_type: str, degrees: dict[str, int]) -> "DeviceMesh":
+        from torch.distributed.device_mesh import init_device_mesh
+
         return init_device_mesh(device_type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
 
     @staticmethod
-    def _axis(mesh: DeviceMesh, name: str) -> Axis:
+    def _axis(mesh: "DeviceMesh", name: str) -> Axis:
         sub = mesh[name]
         return Axis(name, sub.size(), sub.get_local_rank(), sub.get_group())
 
     @property
-    def expert_shard(self) -> DeviceMesh:
+    def expert_shard(self) -> "DeviceMesh":
         """The mesh over which FSDP shards experts."""
         return self.expert["edp"]

@@ -4,7 +4,6 @@ A part of the model is a module ``part(x, **batch)``: the first takes a tensor o
 that the part before gave; the last gives what the loss function takes. Losses are sums: nothing is divided here.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +19,8 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from parallel.mesh import Axis, LayoutError
+from parallel.mesh import Axis
+from parallel.stages import V_SHAPED
 
 Batch = dict[str, torch.Tensor]
 Loss = Callable[[torch.Tensor], torch.Tensor]
@@ -31,83 +31,6 @@ SCHEDULES: dict[str, Any] = {
     "zbv": ScheduleZBVZeroBubble,  # arXiv 2401.10241
     "dualpipev": ScheduleDualPipeV,  # arXiv 2412.19437
 }
-V_SHAPED = ("zbv", "dualpipev")
-
-
-def stages_per_rank(schedule: str, asked: int = 0) -> int:
-    """Stages on each rank: what was ``asked`` for, or (0) the schedule's own number."""
-    return asked or (1 if schedule == "1f1b" else 2)
-
-
-def check_schedule(schedule: str, pp: int, per_rank: int, micro_batches: int, layers: int) -> None:
-    """Raise LayoutError unless ``schedule`` can run ``micro_batches`` through ``pp * per_rank`` stages of ``layers``."""
-    stages = pp * per_rank
-    if schedule == "1f1b" and per_rank != 1:
-        raise LayoutError(
-            f"schedule 1f1b has one stage per rank, not {per_rank}: use interleaved_1f1b, or leave it out"
-        )
-    if schedule == "interleaved_1f1b" and per_rank < 2:
-        raise LayoutError("schedule interleaved_1f1b needs at least 2 stages per rank: use 1f1b for one")
-    if schedule in V_SHAPED and per_rank != 2:
-        raise LayoutError(f"schedule {schedule} has exactly 2 stages per rank, not {per_rank}: leave it out")
-    if layers < stages:
-        raise LayoutError(
-            f"{layers} layers cannot fill pp {pp} x {per_rank} stages per rank = {stages} stages: lower one of the two"
-        )
-    least = {"1f1b": pp, "dualpipev": 2 * pp}.get(schedule, 1)
-    if micro_batches < least:
-        raise LayoutError(
-            f"schedule {schedule} with pp {pp} needs at least {least} micro-batches per step and data-parallel rank, not "
-            f"{micro_batches}: raise the global batch, or lower the micro-batch size, pp or dp"
-        )
-    rounds = max(1, micro_batches // pp)
-    if schedule == "interleaved_1f1b" and micro_batches % rounds:
-        raise LayoutError(
-            f"schedule interleaved_1f1b with pp {pp} runs {micro_batches} micro-batches in {rounds} rounds, which must "
-            "divide them: choose a multiple of pp"
-        )
-
-
-def split_layers(costs: Sequence[float], num_stages: int, first: float = 0.0, last: float = 0.0) -> list[list[int]]:
-    """Layers of each stage, consecutive and never none, such that the costliest stage is as cheap as can be.
-
-    ``costs`` per layer; ``first`` and ``last`` are what the first stage (embedding) and the last (norm, head, loss) do
-    besides. Among such splits, the one with the least sum of squared stage costs. Exact, by dynamic programming.
-    """
-    layers = len(costs)
-    assert 1 <= num_stages <= layers
-    prefix = [0.0]
-    for cost in costs:
-        prefix.append(prefix[-1] + cost)
-
-    def cost_of(stage: int, begin: int, end: int) -> float:
-        return prefix[end] - prefix[begin] + first * (stage == 0) + last * (stage == num_stages - 1)
-
-    def best(objective: Callable[[float, float], float], limit: float) -> list[int]:
-        """First layers of stages 1, 2, ... and the end, minimising ``objective`` folded over the stages' costs."""
-        table: dict[tuple[int, int], tuple[float, list[int]]] = {(num_stages, layers): (0.0, [])}
-        for stage in range(num_stages - 1, -1, -1):
-            for begin in range(stage, layers - (num_stages - stage) + 1):
-                found = [
-                    (objective(cost_of(stage, begin, end), table[stage + 1, end][0]), [end, *table[stage + 1, end][1]])
-                    for end in range(begin + 1, layers + 1)
-                    if (stage + 1, end) in table and cost_of(stage, begin, end) <= limit
-                ]
-                if found:
-                    table[stage, begin] = min(found)
-        return table[0, 0][1]
-
-    ends = best(max, math.inf)
-    peak = max(cost_of(s, begin, end) for s, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)))
-    ends = best(lambda cost, rest: cost * cost + rest, peak * (1 + 1e-12))
-    return [list(range(begin, end)) for begin, end in zip([0, *ends], ends, strict=False)]
-
-
-def stages_of_rank(schedule: str, pp: int, per_rank: int, rank: int) -> list[int]:
-    """Stages that pipeline rank ``rank`` holds, in order: looped, or V-shaped (the first and the last meet on rank 0)."""
-    if schedule in V_SHAPED:
-        return [rank, 2 * pp - 1 - rank]
-    return [rank + pp * turn for turn in range(per_rank)]
 
 
 class Sequential:

@@ -9,13 +9,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-
-from parallel.rendezvous import PATIENCE_SECONDS, MeetingError, meet
 from parallel.threads import Threads, available_cpus, choose_threads
-from parallel.trace import enable_recorder
+
+if TYPE_CHECKING:  # torch is imported in `start`: who this process is, is asked before anything waits for it
+    import torch
 
 
 class ProcessError(ValueError):
@@ -87,13 +86,19 @@ def start(
     threads: Threads | None = None,
     timeout_minutes: float = 30,
     admit: Callable[[], None] | None = None,
-) -> torch.device:
+) -> "torch.device":
     """Join the process group (NCCL with gloo for CPU tensors on GPUs, else gloo) and return this process's device.
 
     ``threads``: CPU threads of this process (`own_threads` by default). ``admit``: called by rank 0 when all are there;
     what it raises ends all. Raises ProcessError when some do not come, naming them.
     """
     die_with_parent()
+    import torch
+    import torch.distributed as dist
+
+    from parallel.rendezvous import PATIENCE_SECONDS, MeetingError, meet
+    from parallel.trace import enable_recorder
+
     enable_recorder()
     torch.set_num_threads((threads or own_threads(info)).count)
     if torch.cuda.is_available():

@@ -43,7 +43,8 @@ def describe_schedule(
 ) -> Schedule:
     """Play ``schedule`` through: with a recipe, by its layers' costs; what is not given is the recipe's."""
     from parallel.mesh import LayoutError
-    from parallel.pipeline import SCHEDULES, check_schedule, split_layers, stages_per_rank
+    from parallel.pipeline import SCHEDULES
+    from parallel.stages import check_schedule, split_layers, stages_per_rank
     from parallel.timeline import play
     from qwen_moe.models.flops import layer_costs
     from qwen_moe.training.layout import processes, run_layout

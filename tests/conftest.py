@@ -4,6 +4,7 @@ import os
 import signal
 
 import hypothesis
+import pytest
 
 # Ranks, tokenizers and BLAS share two cores: threads beyond one only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,3 +16,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("default")
+
+# What takes long is begun first where two processes share the tests. A file is not split: its tests share trained runs
+# and prepared corpora. Nor is what shares the Slurm cluster.
+_LONG = ("cluster", "training/test_run.py", "pipeline/test_pipeline.py", "training/test_fp8_run.py")
+
+
+def _group(item: pytest.Item) -> str:
+    shared = {"cluster", "undisturbed"} & set(getattr(item, "fixturenames", ()))
+    launchers = item.path.parent.name == "launchers"
+    return "cluster" if launchers and shared else str(item.path.relative_to(item.config.rootpath / "tests"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For pytest-xdist's ``--dist loadgroup``: what belongs together, and the longest first."""
+    if not hasattr(config, "workerinput"):
+        return
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    items.sort(key=lambda item: _LONG.index(_group(item)) if _group(item) in _LONG else len(_LONG))

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.expert import Exchange, reorder
 from parallel.kernels.interface import ExpertPart, Kernels, swap
-from parallel.mesh import Axis, Grids, Layout, LayoutError
+from parallel.mesh import Axis, Grids
 from parallel.sequence import SequenceShard
 from parallel.tensor import VocabParallelEmbedding, local_shape, split_range
 from parallel.vocab_head import vocab_parallel_cross_entropy
@@ -75,39 +75,6 @@ def placement(name: str, shape: Sequence[int], grids: Grids) -> Placement:
         whole = grids.kv_replica if axes == ["kv"] else None if axes else grids.tp
         replicas = (whole,) if whole is not None and whole.size > 1 else ()
     return Placement(tuple(shape), tuple(offsets), tuple(sizes), replicas, is_expert(name))
-
-
-def check_layout(config: ModelConfig, layout: Layout, sequence_length: int) -> None:
-    """Raise LayoutError, naming every size that does not divide, unless the model can be split as ``layout`` asks."""
-    tp, ep, etp = layout.tp, layout.ep, layout.etp
-    problems = []
-
-    def need(what: str, size: int, axis: str, degree: int) -> None:
-        if size % degree:
-            problems.append(f"{what} {size} is not a multiple of {axis} {degree}")
-
-    if layout.cp > 1:
-        problems.append(
-            f"cp is {layout.cp}, but context-parallel attention is not implemented yet: use tp for long sequences"
-        )
-    need("model.num_attention_heads", config.num_attention_heads, "tp", tp)
-    kv = config.num_key_value_heads
-    if kv % tp and tp % kv:
-        problems.append(f"model.num_key_value_heads {kv} and tp {tp}: one must be a multiple of the other")
-    need("data.sequence_length", sequence_length, "tp", tp)
-    if config.vocab_size < tp:
-        problems.append(f"model.vocab_size {config.vocab_size} is smaller than tp {tp}")
-    if len(config.moe_layers) < config.num_hidden_layers:
-        need("model.intermediate_size", config.intermediate_size, "tp", tp)
-    if config.is_moe_family:
-        need("model.num_experts", config.num_experts, "ep", ep)
-        need("model.moe_intermediate_size", config.moe_intermediate_size, "etp", etp)
-        if config.shared_expert_intermediate_size:
-            need("model.shared_expert_intermediate_size", config.shared_expert_intermediate_size, "tp", tp)
-    elif ep * etp > 1:
-        problems.append(f"ep {ep} x etp {etp} split experts, but the model is dense: leave them at 1")
-    if problems:
-        raise LayoutError("; ".join(problems))
 
 
 class AllToAllDispatcher:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from parallel.mesh import layout_for
-from parallel.pipeline import split_layers
+from parallel.stages import split_layers
 from qwen_moe.config import ModelConfig, parse_model
 from qwen_moe.models.flops import layer_costs
 from qwen_moe.planning.hardware import Gpu, load_gpu, load_network

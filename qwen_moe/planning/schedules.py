@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-from parallel.pipeline import stages_of_rank
+from parallel.stages import stages_of_rank
 from parallel.timeline import BACKWARD, FORWARD, INPUT, WEIGHT, actions, play
 
 

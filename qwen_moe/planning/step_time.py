@@ -9,7 +9,7 @@ Shapes: T tokens of a micro-batch, N rows (token, expert) of a rank, D hidden, F
 import math
 from dataclasses import dataclass
 
-from parallel.pipeline import V_SHAPED, stages_of_rank
+from parallel.stages import V_SHAPED, stages_of_rank
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.flops import flops_per_token
 from qwen_moe.planning.hardware import Gpu, Network

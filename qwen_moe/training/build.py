@@ -8,8 +8,9 @@ import torch
 from parallel.data import shard
 from parallel.kernels.transformer_engine import KernelsUnavailable
 from parallel.mesh import Grids
-from parallel.pipeline import Pipeline, Sequential, stages_of_rank
+from parallel.pipeline import Pipeline, Sequential
 from parallel.sequence import SequenceShard
+from parallel.stages import stages_of_rank
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.init import initialise, keep_statistics_dtypes

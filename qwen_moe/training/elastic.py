@@ -2,22 +2,63 @@
 
 The same agent as the `torchrun` command, without its traceback when a worker fails: the workers have said what is wrong.
 It holds the run folder's lock with the command that started it, and gets SIGTERM when that one dies (`launchers.local`).
+Without a GPU it forks its workers, so that one process imports what all of them need.
 """
 
 import logging
 import os
+import signal
 import sys
-
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from pathlib import Path
+from typing import Any
 
 from launchers.local import USER_ERROR
 from launchers.orphans import AGENT_PID
 
 
+def _may_fork() -> bool:
+    """Whether workers may be forked from here: a GPU's driver does not survive it, and macOS's own libraries do not."""
+    import torch
+
+    return sys.platform.startswith("linux") and not torch.cuda.is_available()
+
+
+def _forked_worker(config: str, failure_file: str) -> int:
+    """A worker in a process forked from the agent. Returns 0; any other exit code ends the process here."""
+    from qwen_moe.training import worker
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)  # the agent's own handlers
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    logging.disable(logging.NOTSET)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True)
+    code = worker.main(Path(config), Path(failure_file))
+    if code:
+        worker.leave(code)
+    return code
+
+
+def _entry(config: str, failure_file: str) -> tuple[Any, tuple[str, ...], str]:
+    """What elastic is to run, its arguments, and the method by which processes are started."""
+    if not _may_fork():
+        return sys.executable, ("-u", "-m", "qwen_moe.training.worker", config, failure_file), "spawn"
+    # What every worker needs, imported once.
+    import qwen_moe.training.attempt
+    import qwen_moe.training.loop  # noqa: F401
+
+    return _forked_worker, (config, failure_file), "fork"
+
+
 def main(nproc: int, config: str, failure_file: str) -> int:
     os.environ[AGENT_PID] = str(os.getpid())
+    # Imported only now: the command is watched from the first line on.
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    entry, arguments, start_method = _entry(config, failure_file)
     logging.disable(logging.CRITICAL)  # what failed is told by the workers and by the supervisor
     launch = LaunchConfig(
         min_nodes=1,
@@ -27,10 +68,11 @@ def main(nproc: int, config: str, failure_file: str) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,  # the supervisor restarts: it knows whether there was progress
+        start_method=start_method,
         shutdown_timeout=50,
     )
     try:
-        elastic_launch(launch, sys.executable)("-u", "-m", "qwen_moe.training.worker", config, failure_file)
+        elastic_launch(launch, entry)(*arguments)
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         return USER_ERROR if USER_ERROR in codes else 1

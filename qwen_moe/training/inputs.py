@@ -2,13 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from parallel.mesh import Axis
 from qwen_moe.config import Dataset, RunConfig
-from qwen_moe.data.batches import TokenBatches, rank_samples
 from qwen_moe.data.corpus import Reading
 from qwen_moe.data.made_with import check_tokenizers
 from qwen_moe.data.manifest import check_prefix_name, trained_tokenizer_path
@@ -16,8 +13,13 @@ from qwen_moe.data.prepare import OtherDataThere, Request, prepare
 from qwen_moe.data.tokenizer import copy_tokenizer, end_of_document_id, load_tokenizer, vocabulary_size
 from qwen_moe.errors import UserError
 
+if TYPE_CHECKING:  # the command prepares inputs before it starts the processes that need torch
+    import torch
+
+    from qwen_moe.data.batches import TokenBatches
+
 TOKENIZER = "tokenizer"
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, "torch.Tensor"]
 
 
 def tokenizer_directory(config: RunConfig) -> Path | None:
@@ -78,7 +80,7 @@ class RunInputs:
 
     config: RunConfig
     dp: Axis
-    batches: TokenBatches
+    batches: "TokenBatches"
     tokenizer: Path | None
 
     @property
@@ -100,6 +102,8 @@ class RunInputs:
 
     def train_micro_batches(self, step: int) -> list[Batch]:
         """All micro-batches of this rank in optimizer step ``step``."""
+        from qwen_moe.data.batches import rank_samples
+
         training = self.config.training
         ranges = rank_samples(step, training.global_batch_size, training.micro_batch_size, self.dp.index, self.dp.size)
         return [self.batches.train_batch(first, count) for first, count in ranges]
@@ -114,6 +118,10 @@ class RunInputs:
 
 def open_inputs(config: RunConfig, dp: Axis) -> RunInputs:
     """Open the data on every rank; rank 0 prepares it first where that is not done yet."""
+    import torch.distributed as dist
+
+    from qwen_moe.data.batches import TokenBatches
+
     problem: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:

@@ -3,21 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
+from parallel.mesh import Layout, LayoutError, layout_for, smallest_world
+from parallel.stages import check_schedule, split_layers, stages_per_rank
 from qwen_moe.config import ModelConfig, RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.flops import layer_costs
-
-if TYPE_CHECKING:
-    from parallel.mesh import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunLayout:
     """Degrees, and which layers each pipeline stage has."""
 
-    layout: "Layout"
+    layout: Layout
     layers: tuple[tuple[int, ...], ...]  # of each stage
     per_rank: int  # stages
     micro_batches: int  # per step and data-parallel rank
@@ -30,17 +28,44 @@ def _degrees(config: RunConfig) -> dict[str, int]:
 
 def processes(config: RunConfig) -> int:
     """Processes to start on this machine: ``launch.nproc``, or the next number that the layout divides."""
-    from parallel.mesh import smallest_world
-
     return smallest_world(config.launch.nproc, **_degrees(config))
+
+
+def check_layout(config: ModelConfig, layout: Layout, sequence_length: int) -> None:
+    """Raise LayoutError, naming every size that does not divide, unless the model can be split as ``layout`` asks."""
+    tp, ep, etp = layout.tp, layout.ep, layout.etp
+    problems = []
+
+    def need(what: str, size: int, axis: str, degree: int) -> None:
+        if size % degree:
+            problems.append(f"{what} {size} is not a multiple of {axis} {degree}")
+
+    if layout.cp > 1:
+        problems.append(
+            f"cp is {layout.cp}, but context-parallel attention is not implemented yet: use tp for long sequences"
+        )
+    need("model.num_attention_heads", config.num_attention_heads, "tp", tp)
+    kv = config.num_key_value_heads
+    if kv % tp and tp % kv:
+        problems.append(f"model.num_key_value_heads {kv} and tp {tp}: one must be a multiple of the other")
+    need("data.sequence_length", sequence_length, "tp", tp)
+    if config.vocab_size < tp:
+        problems.append(f"model.vocab_size {config.vocab_size} is smaller than tp {tp}")
+    if len(config.moe_layers) < config.num_hidden_layers:
+        need("model.intermediate_size", config.intermediate_size, "tp", tp)
+    if config.is_moe_family:
+        need("model.num_experts", config.num_experts, "ep", ep)
+        need("model.moe_intermediate_size", config.moe_intermediate_size, "etp", etp)
+        if config.shared_expert_intermediate_size:
+            need("model.shared_expert_intermediate_size", config.shared_expert_intermediate_size, "tp", tp)
+    elif ep * etp > 1:
+        problems.append(f"ep {ep} x etp {etp} split experts, but the model is dense: leave them at 1")
+    if problems:
+        raise LayoutError("; ".join(problems))
 
 
 def run_layout(config: RunConfig, world_size: int) -> RunLayout:
     """The layout of ``config`` on ``world_size`` processes. Raises UserError naming every factor that does not fit."""
-    from parallel.mesh import LayoutError, layout_for
-    from parallel.pipeline import check_schedule, stages_per_rank
-    from qwen_moe.models.plan import check_layout
-
     parallel, training, model = config.parallel, config.training, config.model
     try:
         layout = layout_for(world_size, **_degrees(config))
@@ -69,8 +94,6 @@ def run_layout(config: RunConfig, world_size: int) -> RunLayout:
 @lru_cache(maxsize=1024)
 def _split_by_cost(model: ModelConfig, sequence_length: int, stages: int) -> Sequence[Sequence[int]]:
     """Cached: `qwen-moe plan` asks for the same few splits ten thousand times."""
-    from parallel.pipeline import split_layers
-
     costs = layer_costs(model, sequence_length)
     return split_layers(costs.layers, stages, first=costs.embedding, last=costs.head)
 

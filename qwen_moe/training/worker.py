@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from launchers.decide import BAD_STEP, DISK, USER
 from launchers.heartbeat import Heartbeat
@@ -82,9 +83,12 @@ def main(config_path: Path, failure_file: Path) -> int:
         return 1
 
 
-if __name__ == "__main__":
-    code = main(Path(sys.argv[1]), Path(sys.argv[2]))
+def leave(code: int) -> NoReturn:
+    """End this process at once: threads of gloo or of a checkpoint in flight must not keep a failed one alive."""
     sys.stdout.flush()
     sys.stderr.flush()
-    # Threads of gloo or of a checkpoint in flight must not keep a failed process alive.
     os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from parallel.mesh import Layout
-from parallel.pipeline import V_SHAPED, stages_per_rank
+from parallel.stages import V_SHAPED, stages_per_rank
 from qwen_moe.config import ModelConfig, RunConfig, parse_config
 from qwen_moe.errors import UserError
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from parallel.mesh import LayoutError
-from parallel.pipeline import check_schedule, split_layers, stages_of_rank
+from parallel.stages import check_schedule, split_layers, stages_of_rank
 from parallel.timeline import play
 
 

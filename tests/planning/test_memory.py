@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from parallel.data import local
-from parallel.pipeline import stages_of_rank
+from parallel.stages import stages_of_rank
 from parallel.timeline import play
 from qwen_moe.config import RunConfig, parse_config
 from qwen_moe.models.decoder import DecoderLM

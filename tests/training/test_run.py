@@ -196,11 +196,12 @@ def test_a_stop_after_a_fall_back_keeps_what_the_same_command_goes_on_from(
 
 
 def _workers(launcher: int) -> list[psutil.Process]:
+    """The processes that train: children of the elastic agent, which the command has started."""
     found = []
-    for process in psutil.Process(launcher).children(recursive=True):
+    for agent in psutil.Process(launcher).children():
         try:
-            if "qwen_moe.training.worker" in process.cmdline():
-                found.append(process)
+            if "qwen_moe.training.elastic" in agent.cmdline():
+                found += agent.children()
         except psutil.NoSuchProcess:
             continue
     return found
