@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import yaml
@@ -52,53 +53,83 @@ _TOML = {"nan": "nan", "infinite": "inf", "null": '"null"', "object": "{a = 1}"}
 NEVER_A_VALUE = ("nan", "infinite", "beyond_float", "digits", "deep", "surrogate", "bool_for_number", "list_for_number",
                  "object_for_number", "text_for_number", "twice")  # fmt: skip
 
-_place = st.integers(0, BIG)
-BYTES: st.SearchStrategy[Damage] = st.one_of(
-    st.tuples(st.just("flip"), _place, st.integers(0, 7)),
-    st.tuples(st.just("flip"), _place, st.integers(0, 7)),
-    st.tuples(st.just("cut"), _place),
-    st.tuples(st.just("append"), st.sampled_from(["\n", "{}", "\0", "x", "\n\n[", '{"step": 1', "ÿþ"])),
-    st.tuples(st.just("zero_block"), _place, st.integers(1, 64)),
-    st.tuples(st.just("swap_bytes"), _place, _place),
-    st.tuples(st.just("drop_block"), _place, st.integers(1, 64)),
-    st.tuples(st.just("double_block"), _place, st.integers(1, 64)),
-).map(list)
-PATHS: st.SearchStrategy[Damage] = st.sampled_from([["empty"], ["missing"], ["directory"], ["loop"], ["dangling"]])
-TEXT: st.SearchStrategy[Damage] = st.one_of(
-    st.tuples(st.just("swap_lines"), _place, _place),
-    st.tuples(st.just("double_line"), _place),
-    st.tuples(st.just("drop_line"), _place),
-    st.tuples(st.just("insert"), _place, st.sampled_from(["\0", "\r", "\udcff", "\ufeff", "\t", "\n", "\u2028", '"', "{"])),
-    st.sampled_from([["bom"], ["crlf"], ["utf16"], ["only", "null"], ["only", "[]"], ["only", "5"], ["only", '"x"'],
-                     ["only", "[" * 20000], ["only", '{"a":' * 20000]]),
-).map(list)  # fmt: skip
-STRUCTURE: st.SearchStrategy[Damage] = st.one_of(
-    st.tuples(st.just("value"), _place, st.sampled_from(sorted(VALUES))),
-    st.tuples(st.just("value"), _place, st.sampled_from(sorted(VALUES))),
-    st.tuples(st.just("twice"), _place),
-    st.tuples(st.just("without"), _place),
-    st.tuples(st.just("unknown"), _place),
-    st.tuples(st.just("key"), _place, st.sampled_from(["", "1", "~", "true", "a.b", "../x", "x" * 3000])),
-).map(list)
-CELLS: st.SearchStrategy[Damage] = st.one_of(
-    st.tuples(st.just("cell"), _place, st.sampled_from(["", "nan", "inf", "-1", "0", "1e400", "1e308", "1e-320", "true",
-                                                        "seven", "1,5", '"', "9" * 400, "0x10", "1_000", " 1 ", "٣"])),
-    st.tuples(st.just("column_twice"), _place),
-    st.tuples(st.just("column_renamed"), _place, st.sampled_from(["", "x", "loss"])),
-    st.tuples(st.just("row_long"), _place),
-    st.tuples(st.just("row_short"), _place),
-).map(list)  # fmt: skip
+_APPENDED = ("\n", "{}", "\0", "x", "\n\n[", '{"step": 1', "ÿþ")
+_INSERTED = ("\0", "\r", "\udcff", "\ufeff", "\t", "\n", "\u2028", '"', "{")
+_INSTEAD = ("null", "[]", "5", '"x"', "[" * 20000, '{"a":' * 20000)
+_KEYS = ("", "1", "~", "true", "a.b", "../x", "x" * 3000)
+_CELLS = ("", "nan", "inf", "-1", "0", "1e400", "1e308", "1e-320", "true", "seven", "1,5", '"', "9" * 400, "0x10", "1_000",
+          " 1 ", "٣")  # fmt: skip
+
+
+def _bytes(rng: Random) -> Damage:
+    place, size = rng.randrange(BIG), rng.randint(1, 64)
+    return rng.choice(
+        (
+            ["flip", place, rng.randrange(8)],
+            ["flip", place, rng.randrange(8)],
+            ["cut", place],
+            ["append", rng.choice(_APPENDED)],
+            ["zero_block", place, size],
+            ["swap_bytes", place, rng.randrange(BIG)],
+            ["drop_block", place, size],
+            ["double_block", place, size],
+        )
+    )
+
+
+def _path(rng: Random) -> Damage:
+    return [rng.choice(list(_ON_PATHS))]
+
+
+def _text(rng: Random) -> Damage:
+    place = rng.randrange(BIG)
+    return rng.choice(
+        (
+            ["swap_lines", place, rng.randrange(BIG)],
+            ["double_line", place],
+            ["drop_line", place],
+            ["insert", place, rng.choice(_INSERTED)],
+            ["only", rng.choice(_INSTEAD)],
+            [rng.choice(("bom", "crlf", "utf16"))],
+        )
+    )
+
+
+def _structure(rng: Random) -> Damage:
+    place = rng.randrange(BIG)
+    value = ["value", place, rng.choice(sorted(VALUES))]
+    return rng.choice(
+        (
+            value,
+            value,
+            value,
+            ["twice", place],
+            ["without", place],
+            ["unknown", place],
+            ["key", place, rng.choice(_KEYS)],
+        )
+    )
+
+
+def _cells(rng: Random) -> Damage:
+    place = rng.randrange(BIG)
+    cell = ["cell", place, rng.choice(_CELLS)]
+    column = ["column_renamed", place, rng.choice(("", "x", "loss"))]
+    return rng.choice((cell, cell, cell, ["column_twice", place], column, ["row_long", place], ["row_short", place]))
+
+
+_OF_FORM: dict[str, tuple[Callable[[Random], Damage], ...]] = {
+    "bytes": (_bytes, _bytes, _bytes, _bytes, _bytes, _path),
+    "text": (_bytes, _bytes, _bytes, _text, _text, _path),
+    "csv": (_bytes, _bytes, _text, _cells, _cells, _cells, _path),
+}
+_NESTED = (_bytes, _bytes, _bytes, _text, _structure, _structure, _structure, _path)
 
 
 def strategy(form: str) -> st.SearchStrategy[Damage]:
-    """Damages for a file of ``form``: json, jsonl, yaml, toml, csv, text or bytes."""
-    common = st.one_of(BYTES, BYTES, BYTES, PATHS)
-    if form == "bytes":
-        return common
-    text = st.one_of(common, TEXT)
-    if form == "text":
-        return text
-    return st.one_of(text, CELLS, CELLS) if form == "csv" else st.one_of(text, STRUCTURE, STRUCTURE)
+    """Damages for a file of ``form``: json, jsonl, yaml, toml, csv, text or bytes; its own kinds as often as bytes."""
+    kinds = _OF_FORM.get(form, _NESTED)
+    return st.randoms(use_true_random=True).map(lambda rng: rng.choice(kinds)(rng))
 
 
 def damage_file(path: Path, form: str, damage: Damage) -> str:
@@ -295,7 +326,9 @@ def _containers(value: Any) -> list[Any]:
 def _document(text: str, form: str, kind: str, arguments: list[Any]) -> tuple[str, str]:
     """Change one place of a JSON or YAML document."""
     value = yaml.safe_load(text) if form == "yaml" else json.loads(text)
-    places = [(node, key) for node in _containers(value) for key in (node if isinstance(node, dict) else range(len(node)))]
+    places = [
+        (node, key) for node in _containers(value) for key in (node if isinstance(node, dict) else range(len(node)))
+    ]
     if not places:
         return "null", "only"
     node, key = places[arguments[0] % len(places)]
@@ -330,7 +363,14 @@ def _document(text: str, form: str, kind: str, arguments: list[Any]) -> tuple[st
 def _exact(kind: str, was_number: bool) -> str:
     if not was_number:
         return kind
-    simple = {"bool": "bool", "text": "text", "empty_text": "text", "long_text": "text", "list": "list", "object": "object"}
+    simple = {
+        "bool": "bool",
+        "text": "text",
+        "empty_text": "text",
+        "long_text": "text",
+        "list": "list",
+        "object": "object",
+    }
     return f"{simple[kind]}_for_number" if kind in simple else kind
 
 

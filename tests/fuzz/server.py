@@ -2,6 +2,7 @@
 is an answer as well. The server has imported what is slow once, so that a call costs what the command itself does.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -112,10 +113,8 @@ class _Forked:
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(OSError, ValueError):
             stream.flush()
-        except (OSError, ValueError):
-            pass
 
 
 def _popen(command: Any, *args: Any, **kwargs: Any) -> Any:
@@ -149,7 +148,7 @@ def _child(request: Request, out: str, err: str) -> None:
         for path, number in ((out, 1), (err, 2), ("/dev/null", 0)):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             os.dup2(descriptor, number)
-        sys.stdin = open(0, encoding="utf-8", closefd=False)
+        sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
         os.chdir(request.folder)
         os.environ.update(request.environment)
         sys.argv = ["qwen-moe", *request.argv]
@@ -183,6 +182,10 @@ def _wait(pid: int, seconds: float) -> tuple[int, bool]:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), True
 
 
+def _read(path: Path) -> str:
+    return path.read_bytes()[-1_000_000:].decode("utf-8", "replace") if path.exists() else ""
+
+
 def serve(modules: Sequence[str]) -> None:
     """Answer requests, a JSON object a line, until stdin ends."""
     import torch
@@ -204,11 +207,9 @@ def serve(modules: Sequence[str]) -> None:
             if pid == 0:
                 _child(request, out, err)
             code, timed_out = _wait(pid, request.seconds)
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)  # what it may have left running
-            except ProcessLookupError:
-                pass
-            said = [Path(p).read_bytes()[-1_000_000:].decode("utf-8", "replace") if Path(p).exists() else "" for p in (out, err)]
+            said = [_read(Path(path)) for path in (out, err)]
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
             answer = [code, *said, time.monotonic() - start, timed_out, cpu]

@@ -41,12 +41,18 @@ def _trained(answer: Answer, folder: Path) -> Any:
         except ValueError:
             continue
         if isinstance(record, dict) and record.get("step") in (5, 6):
-            found |= {f"{key} {record['step']}": record[key] for key in ("loss", "grad_norm", "validation_loss") if key in record}
+            found |= {
+                f"{key} {record['step']}": record[key]
+                for key in ("loss", "grad_norm", "validation_loss")
+                if key in record
+            }
     return found
 
 
 def hashes(folder: Path, pattern: str) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob(pattern))}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob(pattern))
+    }
 
 
 def _exported(answer: Answer, folder: Path) -> Any:
@@ -54,14 +60,12 @@ def _exported(answer: Answer, folder: Path) -> Any:
 
 
 def _imported(answer: Answer, folder: Path) -> Any:
-    """Tensors of the checkpoint, without the archive around them."""
-    import torch
-
-    found = {}
-    for path in sorted((folder / "out").glob("*.distcp")):
-        found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    del torch
-    return found | hashes(folder / "out", "model_config.json") | hashes(folder / "out", "hf/**/*.json")
+    """The tensors' files and what is kept beside them."""
+    return {
+        name: digest
+        for pattern in ("*.distcp", "model_config.json", "hf/**/*.json")
+        for name, digest in hashes(folder / "out", pattern).items()
+    }
 
 
 def _prepared(answer: Answer, folder: Path) -> Any:
@@ -111,7 +115,8 @@ READERS = {
         needs=("data", "text.jsonl"), result=_json("done", "request"),
     ),
     "fit": Reader(
-        argv=("scaling", "fit", "runs.csv", "--output", "new", "--samples", "0", "--json"), needs=("runs.csv",), result=_json()
+        argv=("scaling", "fit", "runs.csv", "--output", "new", "--samples", "0", "--json"), needs=("runs.csv",),
+        result=_json(),
     ),
     "recommend": Reader(
         argv=("scaling", "recommend", "fit", "--n-total", "1e9", "--tokens", "2e10", "--seq-len", "1024", "--json"),
@@ -161,15 +166,17 @@ DRAWN_ONLY = "a record for people; nothing is computed from it that goes on into
 class Target:
     """A kind of file: where it lies, its form, who reads it, other valid files of its kind.
 
-    ``silent``: why a changed value cannot be told ("" where everything must be). ``equal``: damage after which the result
-    may differ for a reason of its own, by kind.
+    ``silent``: why a changed value cannot be told ("" where everything must be). ``hashed``: readers that must say
+    something whatever the damage, for the file is covered by a hash. ``allowed``: damage after which the result may
+    differ for a reason of its own, by kind.
     """
 
     paths: tuple[str, ...]
     form: str
     readers: tuple[str, ...]
     silent: str = ""
-    equal: dict[str, str] = field(default_factory=dict)
+    hashed: tuple[str, ...] = ()
+    allowed: dict[str, str] = field(default_factory=dict)
 
 
 _LAST = "stopped/checkpoints/step_00000004/"
@@ -182,22 +189,29 @@ TARGETS: dict[str, Target] = {
     "checkpoint metadata": Target(
         paths=(_LAST + ".metadata", _ONLY + ".metadata", "ckpt/.metadata"), form="bytes",
         readers=("train", "to-hf", "generate", "to-hf of an import"),
+        hashed=("train", "to-hf", "generate", "to-hf of an import"),
     ),
     "checkpoint tensors": Target(
         paths=(_LAST + "__0_0.distcp", _ONLY + "__0_0.distcp", "ckpt/__0_0.distcp"), form="bytes",
         readers=("train", "to-hf", "generate", "to-hf of an import"),
+        hashed=("train", "to-hf", "generate", "to-hf of an import"),
     ),
     "checkpoint train_state": Target(
         paths=(_LAST + "train_state.json", _ONLY + "train_state.json"), form="json", readers=("train", "to-hf"),
+        hashed=("train", "to-hf"),
     ),
     "checkpoint model_config": Target(
         paths=(_LAST + "model_config.json", _ONLY + "model_config.json", "ckpt/model_config.json"), form="json",
         readers=("train", "to-hf", "generate", "to-hf of an import", "info of a run"),
+        hashed=("train", "to-hf", "generate", "to-hf of an import"),
     ),
-    "checkpoint hf_shards": Target(paths=("ckpt/hf_shards.json",), form="json", readers=("to-hf of an import",)),
+    "checkpoint hf_shards": Target(
+        paths=("ckpt/hf_shards.json",), form="json", readers=("to-hf of an import",), hashed=("to-hf of an import",),
+    ),
     "checkpoint hf": Target(
         paths=("ckpt/hf/config.json", "ckpt/hf/tokenizer.json", "ckpt/hf/tokenizer_config.json"), form="json",
         readers=("to-hf of an import",),
+        hashed=("to-hf of an import",),
     ),
     "recipe": Target(
         paths=("recipe.yaml", "stopped.yaml", "large.yaml", "launched.yaml"), form="yaml",
@@ -208,8 +222,12 @@ TARGETS: dict[str, Target] = {
         readers=("predict", "train", "collect"), silent=NOBODY_KNOWS,
     ),
     "data manifest": Target(paths=("data/corpus.json",), form="json", readers=("train", "data info", "prepared")),
-    "data index": Target(paths=("data/corpus.idx",), form="bytes", readers=("train", "data info", "prepared")),
-    "data tokens": Target(paths=("data/corpus.bin",), form="bytes", readers=("train", "data info", "prepared")),
+    "data index": Target(
+        paths=("data/corpus.idx",), form="bytes", readers=("train", "data info", "prepared"), hashed=("train",),
+    ),
+    "data tokens": Target(
+        paths=("data/corpus.bin",), form="bytes", readers=("train", "data info", "prepared"), hashed=("train",),
+    ),
     "data cache": Target(paths=("stopped/data_cache",), form="bytes", readers=("train",)),
     "tokenizer": Target(
         paths=("data/corpus-tokenizer/tokenizer.json", "data/corpus-tokenizer/tokenizer_config.json"), form="json",

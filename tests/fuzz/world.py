@@ -134,9 +134,8 @@ class World:
         return {"PATH": f"{root}/bin{os.pathsep}{os.environ['PATH']}", "XDG_CONFIG_HOME": f"{root}/config"}
 
 
-def build_light(root: Path, server: Server) -> World:
-    """What needs no training: texts, recipes, tables, a site, a Hugging Face directory and a checkpoint made of it, run
-    folders written by hand."""
+def begin(root: Path, server: Server) -> World:
+    """Texts, recipes, tables, a site and a cluster's commands."""
     world = World(root, server)
     (root / "bin").mkdir(parents=True)
     for name, body in COMMANDS.items():
@@ -219,8 +218,34 @@ def add_launched(world: World) -> None:
         (attempt / name).write_text(json.dumps(value))
     (attempt / "ranks" / "rank-0000.log").write_text("2026-11-26T10:00:00.000 step 1\n2026-11-26T10:00:01.000 step 2\n")
     (launch / "excluded_nodes.json").write_text(json.dumps({"n2": "failed twice"}))
-    shutil.copy(world.root / "run" / "metrics.jsonl", world.root / "launched" / "metrics.jsonl")
+    _write_metrics(world.root / "launched")
     (world.root / "launched" / "checkpoints").mkdir(exist_ok=True)
+
+
+def _write_metrics(run: Path) -> None:
+    run.mkdir(exist_ok=True)
+    lines = [
+        {
+            "step": step, "time": 2e9 + step, "tokens": step * TOKENS_PER_STEP, "loss": 6 - step / 10, "grad_norm": 1.0,
+            "learning_rate": 0.01, "memory_bytes": 5e8, "step_seconds": 0.1, "tokens_per_second": 320.0,
+            "model_flops_per_second": 2e7, "share_of_peak": 0.01,
+        }
+        for step in range(1, STEPS + 1)
+    ]  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def add_weights(world: World) -> None:
+    """A Hugging Face directory of a model that was never trained, and a checkpoint made of it."""
+    import torch
+
+    import qwen_moe
+    from qwen_moe.config import ModelConfig
+    from qwen_moe.models.decoder import DecoderLM
+
+    torch.manual_seed(0)
+    qwen_moe.save_pretrained(DecoderLM(ModelConfig(**MODEL)), world.root / "hf", max_shard_size="20KB")
+    world.run("convert", "from-hf", "hf", "ckpt")
 
 
 def add_ladder_runs(world: World) -> None:
@@ -235,9 +260,19 @@ def add_ladder_runs(world: World) -> None:
         (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def build_light(root: Path, server: Server) -> World:
+    """What needs no training: the run folders are written by hand."""
+    world = begin(root, server)
+    _write_metrics(root / "run")
+    add_weights(world)
+    world.run("scaling", "fit", "runs.csv", "--output", "fit", "--samples", "0")
+    add_launched(world)
+    return world
+
+
 def build(root: Path, server: Server) -> World:
     """Everything."""
-    world = build_light(root, server)
+    world = begin(root, server)
     for part in (add_data, add_run, add_exports, add_scaling, add_ladder_runs, add_launched):
         part(world)
     return world
