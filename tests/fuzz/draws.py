@@ -41,7 +41,7 @@ class Fuzz:
     world: World
     scratch: Path
     known: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
+    last: Answer = field(default_factory=lambda: Answer(0, "", "", 0, False, 0))
 
     def copy(self, needs: tuple[str, ...]) -> Path:
         folder = Path(tempfile.mkdtemp(dir=self.scratch)) / "world"
@@ -78,8 +78,7 @@ class Fuzz:
             kind = damage_file(path, target.form, draw.damage)
             if path.is_file() and path.read_bytes() == before:
                 return None
-            answer = self.call(reader, folder)
-            self.seconds = answer.cpu
+            answer = self.last = self.call(reader, folder)
             if show:
                 print(
                     f"{kind} of {path}\nexit code {answer.code} after {answer.seconds:.1f} s\n{answer.out}\n{answer.err}"
@@ -105,8 +104,8 @@ class Fuzz:
 
 def wrong_answer(answer: Answer) -> str | None:
     """What is wrong with how a command ended, whatever it was to say."""
-    said = answer.out + answer.err
-    last = [line for line in answer.err.strip().splitlines() if line.strip()][-1:] or [""]
+    said, err = answer.out + answer.err, answer.err.replace("\r", "\n")  # a progress bar stands before the message
+    last = [line for line in err.splitlines() if line.strip()][-1:] or [""]
     if answer.timed_out:
         return f"no answer after {answer.seconds:.0f} s"
     if answer.code < 0:
@@ -118,8 +117,8 @@ def wrong_answer(answer: Answer) -> str | None:
         return f"exit code {answer.code}: {last[0][:200]}"
     if answer.code and not said.strip():
         return "failed without a word"
-    if answer.code == 2 and len(re.findall(r"^(?:error|qwen-moe[^:\n]*: error): ", answer.err, re.MULTILINE)) != 1:
-        return f"not one message: {answer.err.strip()[-300:]}"
+    if answer.code == 2 and len(re.findall(r"^(?:error|qwen-moe[^:\n]*: error): ", err, re.MULTILINE)) != 1:
+        return f"not one message: {err.strip()[-300:]}"
     if answer.code == 1:
         return f"exit code 1: {last[0][:200]}"
     return None

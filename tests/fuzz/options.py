@@ -132,8 +132,7 @@ def _draw(verb: Verb, rng: Random) -> OptionDraw:
     if positional and (not optional or rng.random() < 0.2):
         argv[0] = _value(positional[0], rng)
         return OptionDraw(list(verb), argv, ["the empty path"] if _is_path(positional[0]) and not argv[0] else [])
-    for _ in range(rng.randint(1, 2)):
-        action = rng.choice(optional)
+    for action in rng.sample(optional, min(len(optional), rng.randint(1, 2))):
         if action.nargs == 0:
             argv.append(action.option_strings[-1])
             continue
@@ -186,7 +185,7 @@ def judge_options(fuzz: Fuzz, draw: OptionDraw, show: bool = False) -> str | Non
         (folder / "loop").symlink_to("loop")
         (folder / "empty").mkdir()
         answer = fuzz.world.server.run([*draw.verb, *draw.argv], folder, SLOW_SECONDS, **World.environment(folder))
-        fuzz.seconds = answer.cpu
+        fuzz.last = answer
         if show:
             print(f"exit code {answer.code} after {answer.seconds:.1f} s\n{answer.out}\n{answer.err}")
         wrong = wrong_answer(answer)

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from tests.fuzz.damage import strategy
 from tests.fuzz.draws import Draw, Fuzz
-from tests.fuzz.options import BASE, PARSERS, judge_options, option_draws, override_draws
+from tests.fuzz.options import BASE, judge_options, option_draws, override_draws
 from tests.fuzz.server import HEAVY, Server
-from tests.fuzz.targets import READERS, TARGETS
+from tests.fuzz.targets import TARGETS
 from tests.fuzz.world import build
 
 SEED = os.environ.get("QWEN_MOE_FUZZ_SEED", "1")
@@ -83,8 +83,5 @@ def test_an_odd_setting_is_answered(fuzz: Fuzz) -> None:
     _all_right("settings", override_draws(), OF_SETTINGS, lambda draw: judge_options(fuzz, draw))
 
 
-def test_nothing_is_left_out() -> None:
-    """Every verb has a base to draw options for, every reader is used; and there are 500 draws."""
-    assert BASE.keys() == PARSERS.keys()
-    assert {reader for target in TARGETS.values() for reader in target.readers} == READERS.keys()
+def test_there_are_500_draws() -> None:
     assert len(TARGETS) * OF_A_FILE + len(BASE) * OF_A_VERB + OF_SETTINGS >= 500
