@@ -19,16 +19,16 @@ from torch import nn
 from train_step import SHAPE, adamw
 
 from qwen_moe.config import ModelConfig, parse_model
-from qwen_moe.models.attention import Attention
+from qwen_moe.models.attention.gqa import Attention
 from qwen_moe.models.decoder import DecoderLM
-from qwen_moe.models.experts import Experts
 from qwen_moe.models.feed_forward import FeedForward
 from qwen_moe.models.flops import flops_per_token
-from qwen_moe.models.fused import compile_kernels
 from qwen_moe.models.init import build_model
-from qwen_moe.models.moe import MoE
+from qwen_moe.models.moe.block import MoE
+from qwen_moe.models.moe.experts import Experts
+from qwen_moe.models.moe.router import Router
 from qwen_moe.models.norm import RMSNorm
-from qwen_moe.models.router import Router
+from qwen_moe.models.ops.compiled import compile_kernels
 from qwen_moe.training.metrics import measure_matmul_peak
 
 PARTS = {Attention: "attention", Experts: "experts", Router: "router", FeedForward: "shared expert", RMSNorm: "norms"}

@@ -31,8 +31,8 @@ import torch.distributed as dist
 from qwen_moe.config import ModelConfig, parse_model
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.flops import flops_per_token
-from qwen_moe.models.fused import compile_kernels, compiling
 from qwen_moe.models.init import build_model
+from qwen_moe.models.ops.compiled import compile_kernels, compiling
 from qwen_moe.training.metrics import measure_matmul_peak
 
 BATCH, SEQUENCE = 4, 512

@@ -80,10 +80,10 @@ def generate(
     longest needs. Raises UserError for values out of range and beyond the model's max_position_embeddings.
     """
     import torch
-    from torch.nn import functional
     from tqdm import tqdm
 
-    from qwen_moe.models.attention import KeyValueCache
+    from parallel.gemm import linear
+    from qwen_moe.models.attention.gqa.cache import KeyValueCache
 
     _check_sampling(max_new_tokens, temperature, top_p)
     smallest, largest = (int(input_ids.min()), int(input_ids.max())) if input_ids.numel() else (0, 0)
@@ -100,7 +100,7 @@ def generate(
         with torch.no_grad():
             for _ in tqdm(range(max_new_tokens), desc="generating", unit="token", disable=not progress):
                 states, _ = model.hidden_states(new, cache=cache)
-                logits = functional.linear(states[:, -1], model.head_weight)
+                logits = linear(states[:, -1], model.head_weight)
                 token = sample(logits, temperature, top_p, generator)
                 if ends:
                     token = torch.where(ended, end_tensor[0], token)
@@ -141,11 +141,18 @@ def tokenizer_folder(directory: Path) -> Path:
 
 def end_tokens(folder: Path, tokenizer: Any) -> list[int]:
     """End tokens as Hugging Face chooses them: generation_config.json, else config.json, else the tokenizer's."""
+    from qwen_moe.checkpoint.hf_directory import read_json
+
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            found = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            found = read_json(folder / name).get("eos_token_id")
+            ids: list[Any] = found if isinstance(found, list) else [found]
             if found is not None:
-                return [found] if isinstance(found, int) else list(found)
+                if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+                    raise UserError(
+                        f"{folder / name}: eos_token_id is {found!r}, expected a token's number, or several"
+                    )
+                return ids
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
@@ -181,7 +188,11 @@ def generate_text(
     folder = tokenizer_folder(directory)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        # Never code of the folder's own, and no question whether to run it.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the library raises plain Exception, KeyError, ... for files that are damaged
+        raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from None
     tokens = tokenizer(prompt)["input_ids"]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = (load_checkpoint if ours else from_pretrained)(directory, dtype=dtype, device=device)

@@ -87,6 +87,9 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--compute", choices=("bf16", "fp32", "fp64"), default="bf16")
     parser.add_argument("--master", choices=("bf16", "fp32", "fp64"), default="fp32")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--machine", action="store_true", help="this machine: cores, memory, how it multiplies matrices and how fast"
+    )
     schedule = parser.add_argument_group("pipeline schedules")
     schedule.add_argument(
         "--schedule",
@@ -105,6 +108,12 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(args: argparse.Namespace) -> int:
     if args.schedule is not None:
         return _schedule(args)
+    if args.machine:
+        from qwen_moe.machine import machine_facts, machine_text
+
+        about = machine_facts()
+        sys.stdout.write((json.dumps(about, indent=1) if args.json else machine_text(about)) + "\n")
+        return 0
     if args.name is None:
         raise UserError(
             "give a preset, recipe.yaml, HF directory or checkpoint, or --schedule NAME --pp N --micro-batches M"

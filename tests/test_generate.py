@@ -1,7 +1,9 @@
 """Generation with the cache equals generation without it and transformers' own; sampling follows its definition."""
 
 import argparse
+import contextlib
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,7 @@ def test_cache_changes_nothing(config: ModelConfig, seed: int, temperature: floa
 
 def test_cache_takes_several_tokens_at_once() -> None:
     """Prefill in pieces: every split gives the logits of the whole."""
-    from qwen_moe.models.attention import KeyValueCache
+    from qwen_moe.models.attention.gqa.cache import KeyValueCache
 
     model = draw_weights(_config(), 1).eval()
     ids = torch.arange(12).view(1, 12)
@@ -220,3 +222,37 @@ def test_tokenizer_of_another_model(tmp_path: Path) -> None:
     tokenizer().save_pretrained(str(tmp_path / "small"))
     with pytest.raises(UserError, match="token 25 but the model's vocabulary has 5"):
         generate_text(tmp_path / "small", "z", max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", "{", "the tokenizer in .* cannot be read"),
+        ("tokenizer.json", '{"model": 3}', "the tokenizer in .* cannot be read"),
+        ("generation_config.json", "{", r"generation_config\.json is not valid JSON"),
+        ("generation_config.json", "[]", r"generation_config\.json must hold a JSON object"),
+        ("generation_config.json", '{"eos_token_id": "a"}', "eos_token_id is 'a', expected a token's number"),
+        ("generation_config.json", '{"eos_token_id": [1, null]}', r"eos_token_id is \[1, None\], expected a token's"),
+    ],
+)
+def test_damaged_files_beside_the_weights(
+    folders: tuple[Path, Path], tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    shutil.copytree(folders[0], tmp_path / "hf")
+    (tmp_path / "hf" / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        generate_text(tmp_path / "hf", "abc", max_new_tokens=2)
+
+
+def test_code_in_a_strangers_directory_is_not_run(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    directory = tmp_path / "hf"
+    shutil.copytree(folders[0], directory)
+    (directory / "code.py").write_text(f"open({str(tmp_path / 'made')!r}, 'w')\nclass Own: pass\n")
+    for name in ("tokenizer_config.json", "config.json"):
+        values = json.loads((directory / name).read_text())
+        values["auto_map"] = {"AutoTokenizer": ["code.Own", None], "AutoConfig": "code.Own", "AutoModel": "code.Own"}
+        values.pop("tokenizer_class", None)
+        (directory / name).write_text(json.dumps(values))
+    with contextlib.suppress(UserError):
+        generate_text(directory, "abc", max_new_tokens=2)
+    assert not (tmp_path / "made").exists()

@@ -55,11 +55,12 @@ def test_folders_import_only_what_they_may(folder: str, allowed: set[str]) -> No
 
 
 def test_of_the_models_only_the_plan_knows_of_parallelism() -> None:
-    """And no other file of the model but the initial values names the plan, for its type."""
+    """How this CPU multiplies (`parallel.gemm`) apart. And no other file of the model but the initial values names the plan,
+    for its type."""
     for path in files("qwen_moe/models"):
         names = set(imports(path))
         if path.name != "plan.py":
-            assert not {name for name in names if name.split(".")[0] == "parallel"}, path
+            assert not {name for name in names if name.split(".")[0] == "parallel"} - {"parallel.gemm"}, path
             assert "qwen_moe.models.plan" not in names or path.name == "init.py", path
 
 

@@ -34,3 +34,16 @@ def test_an_unknown_name_suggests_one(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_folder_that_is_no_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["info", str(tmp_path)]) == 2
     assert "no config.json" in capsys.readouterr().err
+
+
+def test_info_says_how_this_machine_multiplies(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--machine", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert set(facts["products"]) == {"float32", "bfloat16", "float16"}
+    for name, entry in facts["products"].items():
+        assert entry["flops_per_second"] > 1e8
+        assert entry["in_hardware"] == ("rounded to" not in entry["how"])
+        assert entry["how"].startswith(name)
+    assert main(["info", "--machine"]) == 0
+    text = capsys.readouterr().out
+    assert "GFLOP/s  bfloat16 products" in text and f"{facts['cores']} cores" in text

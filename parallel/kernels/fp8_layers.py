@@ -15,6 +15,7 @@ from parallel.collectives import (
     start_gather_sequence,
     start_reduce_scatter_sequence,
 )
+from parallel.gemm import widens
 from parallel.kernels.formats import E4M3, Quantised
 from parallel.kernels.interface import ExpertPart, GroupedMM
 from parallel.kernels.padding import Padding
@@ -177,9 +178,10 @@ def _by_expert(
 def _outer_by_expert(dy: Quantised, x: Quantised, padding: Padding, dtype: torch.dtype) -> torch.Tensor:
     """``dy [N, O]``, ``x [N, A]`` (padded rows where in blocks) -> ``[E, O, A]``."""
     if dy.exact_in_bf16:
-        left, right = dy.values(dtype), x.values(dtype)
+        wide = torch.float32 if widens(dy.data, dtype) else dtype
+        left, right = dy.values(wide), x.values(wide)
         pairs = zip(left.split(padding.padded), right.split(padding.padded), strict=True)
-        return torch.stack([a.T @ b for a, b in pairs])
+        return torch.stack([(a.T @ b).to(dtype) for a, b in pairs])
     parts = zip(dy.data.split(padding.sizes), x.data.split(padding.sizes), strict=True)
     return torch.stack(
         [

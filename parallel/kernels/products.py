@@ -7,13 +7,14 @@ Shapes: ``a [M, K]`` and ``b [N, K]`` are contracted over K; rows of E experts f
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from parallel.kernels.formats import E5M2, Quantised
+from parallel.gemm import widens
+from parallel.kernels.formats import E5M2, Quantised, widen
 
 
 def _has_kernel(a: torch.Tensor, b: torch.Tensor) -> bool:
     """`torch._scaled_mm` with one scale per tensor: any shape on CPU; on GPUs FP8 units, multiples of 16, one E4M3."""
     if a.device.type == "cpu":
-        return True
+        return not widens(a, torch.bfloat16)  # oneDNN has FP8 products where it has bfloat16's
     if a.device.type != "cuda" or torch.cuda.get_device_capability(a.device) < (8, 9):
         return False
     return not (a.shape[1] % 16 or b.shape[0] % 16 or b.shape[1] % 16 or a.dtype == b.dtype == E5M2)
@@ -22,17 +23,18 @@ def _has_kernel(a: torch.Tensor, b: torch.Tensor) -> bool:
 def mm(a: Quantised, b: Quantised, dtype: torch.dtype) -> torch.Tensor:
     """``a b^T [M, N]``."""
     if a.exact_in_bf16 and b.exact_in_bf16:
-        return _values(a, dtype) @ _values(b, dtype).T
+        return (_values(a, dtype) @ _values(b, dtype).T).to(dtype)
     if not a.data.shape[0]:
         return a.data.new_empty(0, b.data.shape[0], dtype=dtype)
     if _has_kernel(a.data, b.data):
         left, right = a.data.contiguous(), b.data.contiguous()  # on GPUs the one order of strides that has a kernel
         return torch._scaled_mm(left, right.T, a.inverse.reshape(()), b.inverse.reshape(()), out_dtype=dtype)
-    return (a.values(torch.float32) @ b.values(torch.float32).T).to(dtype)
+    sums = widen(a.data, torch.float32) @ widen(b.data, torch.float32).T
+    return (sums * (a.inverse * b.inverse).reshape(())).to(dtype)
 
 
 def _values(x: Quantised, dtype: torch.dtype) -> torch.Tensor:
-    return x.values(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    return x.values(torch.float32 if dtype != torch.bfloat16 or widens(x.data, dtype) else torch.bfloat16)
 
 
 def transposed(x: Quantised) -> Quantised:

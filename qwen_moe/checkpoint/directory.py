@@ -5,7 +5,6 @@ size and SHA-256. It is written as `NAME.partial` and renamed when whole.
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -13,13 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+from qwen_moe.checkpoint.manifest import MANIFEST, CheckpointDamaged, manifest_text, read_manifest
+from qwen_moe.paths import inside
+
 _STEP = re.compile(r"step_(\d+)")
-
-
-class CheckpointDamaged(Exception):
-    """A checkpoint that is incomplete or does not match its manifest; the message says what and where."""
 
 
 def partial_path(path: Path) -> Path:
@@ -51,9 +47,8 @@ def commit(path: Path, entries: dict[str, dict[str, Any]], facts: dict[str, Any]
     partial = partial_path(path)
     listed, present = set(entries), {file.as_posix() for file in files_in(partial)}
     assert listed == present, f"manifest and directory differ: {sorted(listed ^ present)}"
-    manifest = {"format": FORMAT_VERSION, **facts, "files": entries}
     with (partial / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
+        file.write(manifest_text(entries, facts))
         file.flush()
         os.fsync(file.fileno())
     _sync_directory(partial)
@@ -69,30 +64,25 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises CheckpointDamaged when there is none, or a half-written one."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointDamaged(f"{path} is not a complete checkpoint: it has no {MANIFEST}") from None
-    except ValueError as error:
-        raise CheckpointDamaged(f"{path / MANIFEST} is not readable: {error}") from None
-    if manifest.get("format") != FORMAT_VERSION:
-        raise CheckpointDamaged(f"{path} has checkpoint format {manifest.get('format')!r}, expected {FORMAT_VERSION}")
-    return manifest
-
-
 def verify(path: Path, only: Iterable[str] | None = None) -> None:
-    """Check sizes of all files and hashes of ``only`` (all when None). Raises CheckpointDamaged naming the first fault."""
+    """Check sizes of all files and hashes of ``only`` (all when None). Raises CheckpointDamaged naming the first fault,
+    which may be that a file cannot be read."""
     entries = read_manifest(path)["files"]
     for name, entry in entries.items():
-        file = path / name
+        try:
+            file = inside(path, name)
+        except ValueError as error:
+            raise CheckpointDamaged(f"{path} is not whole: {error}") from None
         if not file.is_file():
             raise CheckpointDamaged(f"{file} is missing")
         if file.stat().st_size != entry["bytes"]:
             raise CheckpointDamaged(f"{file} has {file.stat().st_size} bytes, expected {entry['bytes']}: truncated?")
     for name in entries if only is None else only:
-        if file_entry(path / name)["sha256"] != entries[name]["sha256"]:
+        try:
+            found = file_entry(path / name)["sha256"]
+        except OSError as error:
+            raise CheckpointDamaged(f"{path / name} cannot be read: {error.strerror or error}") from None
+        if found != entries[name]["sha256"]:
             raise CheckpointDamaged(f"{path / name} does not match its SHA-256 in {MANIFEST}: its content changed")
 
 
@@ -101,23 +91,25 @@ def step_directory(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
-def list_checkpoints(root: Path) -> list[Path]:
-    """The step directories under ``root`` that have a manifest, oldest first."""
-    found = []
+def step_directories(root: Path) -> dict[int, Path]:
+    """Every step directory under ``root`` by its step, oldest first, whole or not: one without a manifest has lost it."""
+    found = {}
     if root.is_dir():
         for path in root.iterdir():
             match = _STEP.fullmatch(path.name)
-            if match and (path / MANIFEST).is_file():
-                found.append((int(match[1]), path))
-    return [path for _, path in sorted(found)]
+            if match and path.is_dir():
+                found[int(match[1])] = path
+    return dict(sorted(found.items()))
 
 
-def remove_old(root: Path, keep: int, keep_steps: Iterable[int] = ()) -> None:
-    """Delete all but the newest ``keep`` checkpoints and those of ``keep_steps``, and what an interrupted write left. A
-    deletion that is itself interrupted leaves a `.partial`, never a damaged checkpoint."""
-    kept = {step_directory(root, step) for step in keep_steps}
-    for path in list_checkpoints(root)[:-keep]:
-        if path not in kept:
-            os.replace(path, partial_path(path))
-    for path in root.glob("step_*.partial"):
+def list_checkpoints(root: Path) -> list[Path]:
+    """The step directories under ``root`` that have a manifest, oldest first."""
+    return [path for path in step_directories(root).values() if (path / MANIFEST).is_file()]
+
+
+def remove_directory(path: Path) -> None:
+    """Delete a checkpoint, or what is left of one; of one that is a link, the link."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
         shutil.rmtree(path)

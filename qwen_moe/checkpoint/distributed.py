@@ -7,11 +7,10 @@ moments under ``optimizer.``, random states under ``rng.``, scales of FP8 under 
 """
 
 import errno
-import json
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,45 +18,30 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from parallel.data import local
 from qwen_moe.checkpoint.directory import (
-    MANIFEST,
-    CheckpointDamaged,
     commit,
     file_entry,
     files_in,
-    list_checkpoints,
     partial_path,
-    read_manifest,
-    remove_old,
+    remove_directory,
     step_directory,
-    verify,
 )
+from qwen_moe.checkpoint.finite import count_not_finite, not_finite_message
+from qwen_moe.checkpoint.manifest import MODEL_CONFIG, read_object
+from qwen_moe.checkpoint.metadata import SafeReader, TensorsOnly
 from qwen_moe.checkpoint.pieces import Piece, piece_of
+from qwen_moe.checkpoint.resolve import HF_FOLDER
+from qwen_moe.checkpoint.retention import Retention
+from qwen_moe.checkpoint.train_state import TRAIN_STATE, TrainState, read_train_state
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.plan import ParallelModel
 from qwen_moe.training.optimizer import MOMENTS, optimizer_state, set_optimizer_step
 
-TRAIN_STATE = "train_state.json"
-MODEL_CONFIG = "model_config.json"
-HF_FOLDER = "hf"
 KERNELS = "kernels"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainState:
-    """What is not a tensor. ``step``: optimizer steps done, which fixes the schedule and, with ``skips``, the next sample
-    (`qwen_moe.training.rollback.History`, of which ``recent_losses`` are too)."""
-
-    step: int
-    consumed_samples: int
-    consumed_tokens: int
-    data_fingerprint: str
-    settings: dict[str, Any]
-    skips: list[list[int]] = field(default_factory=list)
-    recent_losses: list[float] = field(default_factory=list)
 
 
 def model_state(model: ParallelModel) -> dict[str, torch.Tensor]:
@@ -146,7 +130,8 @@ class CheckpointWriter:
         compute_dtype: str,
         hf_files: Path | None = None,
     ) -> None:
-        self.root, self.keep, self.keep_steps, self.asynchronous = root, keep, keep_steps, asynchronous
+        self.root, self.asynchronous = root, asynchronous
+        self.retention = Retention(root, keep, keep_steps)
         self.config, self.compute_dtype, self.hf_files = config, compute_dtype, hf_files
         self.group = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
@@ -185,8 +170,7 @@ class CheckpointWriter:
         if rank == 0:
             # A checkpoint of this step that is already there failed its check on resume, or it would not be rewritten.
             for stale in (partial, path):
-                if stale.exists():
-                    shutil.rmtree(stale)
+                remove_directory(stale)
             partial.mkdir(parents=True)
         dist.barrier(self.group)
         entries: dict[str, Any] = {}
@@ -215,13 +199,16 @@ class CheckpointWriter:
         if agreed[0]:
             raise UserError(f"checkpoint of step {state.step} could not be written: {agreed[0][0]}")
         if rank == 0:
-            remove_old(self.root, self.keep, self.keep_steps)
+            try:
+                self.retention.written(state.step)
+            except OSError as error:
+                print(f"warning: old checkpoints in {self.root} could not be deleted: {error}", file=sys.stderr)
         dist.barrier(self.group)
 
     def _commit(self, path: Path, gathered: list[dict[str, Any]], state: TrainState) -> None:
         partial = partial_path(path)
         entries = {name: entry for part in gathered for name, entry in part.items()}
-        (partial / TRAIN_STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+        (partial / TRAIN_STATE).write_text(state.dumps(), encoding="utf-8")
         (partial / MODEL_CONFIG).write_text(self.config.model_dump_json(indent=1), encoding="utf-8")
         if self.hf_files is not None:
             shutil.copytree(self.hf_files, partial / HF_FOLDER)
@@ -253,51 +240,45 @@ def _first_cause(error: CheckpointException, where: Path) -> str:
     return str(error)
 
 
-def _verified(path: Path) -> str | None:
-    """None when the checkpoint is whole, else what is wrong. All ranks call; each hashes its share of the files."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    problem: str | None = None
+def _load(reader: SafeReader, tensors: dict[str, Any]) -> None:
+    """Read ``tensors`` in place. Raises UserError on every rank when one of them cannot."""
     try:
-        names = sorted(read_manifest(path)["files"])
-        verify(path, only=names[rank::world])
-    except (CheckpointDamaged, OSError) as error:
-        problem = str(error)
-    gathered: list[str | None] = [None] * world
-    dist.all_gather_object(gathered, problem)
-    return next((found for found in gathered if found), None)
+        dcp.load(tensors, storage_reader=reader, planner=TensorsOnly())
+    except CheckpointException as error:
+        causes = [found[0] if isinstance(found, tuple) else found for found in error.failures.values()]
+        raise UserError(f"checkpoint {reader.path} cannot be loaded: {causes[0] if causes else error}") from None
 
 
-def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint under ``root`` that passes its check, and what was wrong with newer ones. All ranks call."""
-    agreed: list[Any] = [[str(path) for path in reversed(list_checkpoints(root))]]
-    dist.broadcast_object_list(agreed, src=0)
-    problems: list[str] = []
-    for path in map(Path, agreed[0]):
-        problem = _verified(path)
-        if problem is None:
-            return path, problems
-        problems.append(problem)
-    return None, problems
-
-
-def valid_one(path: Path) -> str | None:
-    """What is wrong with the checkpoint ``path``, or nothing. All ranks call."""
-    found = [str(path) if (path / MANIFEST).is_file() else None]
-    dist.broadcast_object_list(found, src=0)
-    return _verified(path) if found[0] else "it is not there, or not a whole checkpoint"
+def _check_finite(path: Path, tensors: dict[str, Any]) -> None:
+    """Raise UserError on every rank when a tensor that was loaded holds NaN or infinite values anywhere."""
+    found: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}
+    for name, value in tensors.items():
+        held = value.held if isinstance(value, Piece) else value
+        if count := count_not_finite(held):
+            # By place: ranks may hold the same part.
+            found[name, tuple(value.offsets) if isinstance(value, Piece) else ()] = (count, value.numel())
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, found)
+    everywhere = {key: value for part in gathered for key, value in part.items()}
+    if everywhere:
+        name = next(iter(everywhere))[0]
+        parts = [value for (other, _), value in everywhere.items() if other == name]
+        raise UserError(not_finite_message(name, sum(count for count, _ in parts), parts[0][1], f"checkpoint {path}"))
 
 
 def load_weights(path: Path, model: ParallelModel, config: ModelConfig) -> None:
     """Load weights and buffers of a checkpoint into a model of any layout and dtype. Raises UserError when the
     checkpoint is of another model."""
     check_same_model(path, config)
-    dcp.load({"model": model_state(model)}, storage_reader=dcp.FileSystemReader(path))
+    state = model_state(model)
+    _load(SafeReader(path), {"model": state})
+    _check_finite(path, state)
     _copy_to_twins(model, None)
 
 
 def check_same_model(path: Path, config: ModelConfig) -> None:
     """Raise UserError naming the fields in which the checkpoint's model differs from ``config``."""
-    saved = json.loads((path / MODEL_CONFIG).read_text(encoding="utf-8"))
+    saved = read_object(path / MODEL_CONFIG)
     wanted = config.model_dump(mode="json")
     differing = [
         f"{key} is {saved.get(key)!r} there, {wanted[key]!r} here" for key in wanted if saved.get(key) != wanted[key]
@@ -315,8 +296,9 @@ def _check_kernels_state(
     """Raise UserError unless the checkpoint holds all the state that this run's kernels need, in the same shapes."""
     for name, tensor in wanted.items():
         found = known.get(f"{KERNELS}.{name}")
-        if found is None or tuple(found.size) != tuple(tensor.shape):
-            there = "it is not there" if found is None else f"it has shape {tuple(found.size)}"
+        shape = tuple(found.size) if isinstance(found, TensorStorageMetadata) else None
+        if shape != tuple(tensor.shape):
+            there = "it is not there" if shape is None else f"it has shape {shape}"
             raise UserError(
                 f"checkpoint {path} has no FP8 state {name} {tuple(tensor.shape)} ({there}): it was trained with "
                 f"precision {settings.get('precision')}. Put that and its provider (precision.kernels) back, or "
@@ -327,16 +309,18 @@ def _check_kernels_state(
 def resume(path: Path, model: ParallelModel, optimizer: torch.optim.Optimizer, config: ModelConfig) -> TrainState:
     """Load everything a training checkpoint holds. A random state exists for the ranks that saved; others keep theirs."""
     check_same_model(path, config)
-    state = TrainState(**json.loads((path / TRAIN_STATE).read_text(encoding="utf-8")))
+    state = read_train_state(path)
     tensors: dict[str, Any] = {"model": model_state(model), "optimizer": _optimizer_pieces(model, optimizer)}
     rank = dist.get_rank()
-    reader = dcp.FileSystemReader(path)
+    reader = SafeReader(path)
     known = reader.read_metadata().state_dict_metadata
     if all(f"rng.rank_{rank}.{device}" in known for device in _rng_state()):
         tensors["rng"] = {f"rank_{rank}": _rng_state()}
     tensors |= _kernels_state(model)
     _check_kernels_state(path, tensors.get(KERNELS, {}), known, state.settings)
-    dcp.load(tensors, storage_reader=reader)
+    _load(reader, tensors)
+    moments = {f"{name} ({key})": held for key, part in tensors["optimizer"].items() for name, held in part.items()}
+    _check_finite(path, tensors["model"] | moments)
     set_optimizer_step(model, optimizer, state.step)
     _copy_to_twins(model, optimizer)
     if "rng" in tensors:

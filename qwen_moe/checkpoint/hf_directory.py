@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from qwen_moe.checkpoint.finite import check_cast, check_finite
 from qwen_moe.checkpoint.name_map import Piece
 from qwen_moe.checkpoint.safetensors_file import Header, build_header, parse_header, read_header, write_file
 from qwen_moe.checkpoint.tensor_store import TensorSource
 from qwen_moe.errors import UserError
+from qwen_moe.paths import check_name, leads_out
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -42,11 +44,22 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist: give a Hugging Face model directory") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object, found {type(values).__name__}")
     return values
+
+
+def _shard_name(name: Any, where: str) -> str:
+    """``name``, read from the file ``where``, when it is that of a safetensors file in one directory. Raises UserError."""
+    try:
+        check_name(name)
+    except ValueError as error:
+        raise UserError(f"{where} names a shard that is none: {error}; download it again") from None
+    if "/" in name or not name.endswith(".safetensors"):
+        raise UserError(f"{where} names shard {name!r}, expected a .safetensors file beside it: download it again")
+    return name
 
 
 def open_shards(directory: Path) -> dict[Path, Header]:
@@ -62,7 +75,7 @@ def open_shards(directory: Path) -> dict[Path, Header]:
         weight_map = read_json(directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise UserError(f"{directory / INDEX} has no weight_map: download it again")
-        named = set(weight_map.values())
+        named = {_shard_name(name, str(directory / INDEX)) for name in weight_map.values()}
     elif present == {SINGLE}:
         weight_map, named = None, {SINGLE}
     else:
@@ -106,15 +119,30 @@ class ShardLayout:
         return json.dumps({"headers": self.headers, "index": self.index}, indent=1)
 
     @classmethod
-    def loads(cls, text: str) -> "ShardLayout":
-        values = json.loads(text)
-        return cls(values["headers"], values["index"])
+    def read(cls, path: Path) -> "ShardLayout":
+        """From a file that `dumps` wrote. Raises UserError when it holds anything else, or a name that is not a shard's."""
+        values = read_json(path)
+        headers, index = values.get("headers"), values.get("index")
+        if not isinstance(headers, dict) or not all(isinstance(text, str) for text in headers.values()):
+            raise UserError(f"{path} does not say how tensors lie in files: remove the checkpoint and convert it again")
+        names = [_shard_name(name, str(path)) for name in headers]
+        if len({name.casefold() for name in names}) != len(names) or not isinstance(index, str | None):
+            raise UserError(f"{path} does not say how tensors lie in files: remove the checkpoint and convert it again")
+        return cls(headers, index)
+
+
+def _holds(directory: Path) -> Path:
+    """Where files of ``directory`` may really lie: in it, or in the Hugging Face cache that it is a snapshot of."""
+    whole = directory.resolve()
+    return whole.parents[1] if whole.parent.name == "snapshots" and (whole.parents[1] / "blobs").is_dir() else whole
 
 
 def side_files(directory: Path) -> tuple[list[Path], list[str]]:
     """Files below ``directory`` that are kept with the weights (tokenizer, templates, licence; relative), and notes on
-    what is left behind. Hidden folders, such as a download cache, are not looked at."""
+    what is left behind. Hidden folders, such as a download cache, are not looked at, and a link to elsewhere is not
+    followed: who made the directory could have any file of the reader's copied."""
     kept, notes = [], []
+    root = _holds(directory)
     for path in sorted(directory.rglob("*")):
         relative = path.relative_to(directory)
         if not path.is_file() or any(part.startswith(".") for part in relative.parts[:-1]):
@@ -122,6 +150,8 @@ def side_files(directory: Path) -> tuple[list[Path], list[str]]:
         if _WEIGHT_FILES.fullmatch(path.name):
             if len(relative.parts) > 1 or not path.name.endswith((".safetensors", ".safetensors.index.json")):
                 notes.append(f"{relative} holds weights in another format and is not kept")
+        elif leads_out(path, root):
+            notes.append(f"{relative} is a link to a file outside of {directory} and is not kept: copy the file there")
         elif path.stat().st_size > _LARGEST_SIDE_FILE:
             notes.append(f"{relative} is larger than {_LARGEST_SIDE_FILE // 10**6} MB and is not kept")
         else:
@@ -207,7 +237,17 @@ def same_shards(layout: ShardLayout, pieces: dict[str, Piece], dtypes: dict[str,
     for parameter in dtypes:
         if () not in covered[parameter] and not (parts[parameter] and parts[parameter] <= covered[parameter]):
             return None
+    verbatim = verbatim and _describes(layout.index, files)
     return Shards(files, layout.index if verbatim or layout.index is None else _index_text(files))
+
+
+def _describes(index: str | None, files: dict[str, Header]) -> bool:
+    """Whether the text of an index places exactly the tensors of ``files`` where they are."""
+    try:
+        found = json.loads(index or "{}").get("weight_map")
+    except (ValueError, AttributeError, RecursionError):
+        return False
+    return found == {name: file for file, header in files.items() for name in header.entries}
 
 
 class _Recent:
@@ -248,8 +288,9 @@ def write_shards(
             else:
                 recent.forget()
                 values = source.read(piece.parameter)
+            check_finite(name, values, "the weights to export")
             if piece.holds == "values":
-                yield values.reshape(piece.shape).to(entry.dtype)
+                yield check_cast(name, values, values.reshape(piece.shape).to(entry.dtype))
             else:
                 yield part(piece, values)
             progress(entry.end - entry.start)

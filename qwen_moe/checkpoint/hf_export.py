@@ -59,15 +59,29 @@ def token_ids(directory: Path) -> dict[str, Any]:
         return {}
     named = read_json(directory / "tokenizer_config.json")
     tokenizer = read_json(directory / "tokenizer.json")
-    ids = dict(tokenizer.get("model", {}).get("vocab", {})) if isinstance(tokenizer.get("model"), dict) else {}
-    ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, dict) and isinstance(token.get("content"), str):
+            ids[token["content"]] = token.get("id")
     found = {}
     for key in ("bos_token", "eos_token", "pad_token"):
         token = named.get(key)
         content = token.get("content") if isinstance(token, dict) else token
-        if content in ids:
+        if isinstance(content, str) and isinstance(ids.get(content), int):
             found[key + "_id"] = ids[content]
     return found
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the {CONFIG} kept with the weights is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"the {CONFIG} kept with the weights is a {type(values).__name__}, expected a JSON object")
+    return values
 
 
 def check_source(source: TensorSource, config: ModelConfig, where: str) -> None:
@@ -127,7 +141,7 @@ def export(
     if shards is None:
         limit = DEFAULT_MAX_SHARD_BYTES if max_shard_size is None else parse_size(max_shard_size)
         shards = plan_shards(ordered, dtypes, limit)
-    old = json.loads(original) if original is not None else None
+    old = _object(original) if original is not None else None
     main = dtypes["model.embed_tokens.weight"]
     values = hf_config(config, old, None if old is not None and original_dtypes else dtype_name(main))
     if old is None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from qwen_moe.checkpoint.aside import require_free, written_aside
-from qwen_moe.checkpoint.directory import commit, file_entry, files_in, read_manifest
+from qwen_moe.checkpoint.directory import commit, file_entry, files_in
+from qwen_moe.checkpoint.finite import check_cast, check_finite
 from qwen_moe.checkpoint.hf_config import interpret
 from qwen_moe.checkpoint.hf_directory import (
     CONFIG,
@@ -34,6 +35,7 @@ from qwen_moe.checkpoint.hf_export import (
     token_ids,
 )
 from qwen_moe.checkpoint.hf_fp8 import Fp8Tensors, split_scales
+from qwen_moe.checkpoint.manifest import read_manifest
 from qwen_moe.checkpoint.name_map import expert_biases, match, parameters
 from qwen_moe.checkpoint.resolve import HF_FOLDER, MODEL_CONFIG, is_ours, model_config, resolve_checkpoint
 from qwen_moe.checkpoint.safetensors_file import Header, read_into
@@ -146,7 +148,7 @@ def convert_from_hf(hf_dir: Path | str, checkpoint_dir: Path | str, *, progress:
         def produce(name: str) -> torch.Tensor:
             if name in biases:
                 return torch.zeros(biases[name])
-            tensor = tensors.read(name)
+            tensor = check_finite(name, tensors.read(name), str(hf_dir))
             bar.update(tensor.nbytes)
             return tensor
 
@@ -202,17 +204,16 @@ def convert_to_hf(
     names = parameters(config)
     dtypes = {name: wanted or stored_dtype(path, source.dtype(name)) for name in names}
     side = path / HF_FOLDER
-    kept = [name for name in side_files(side)[0] if name != Path(CONFIG)] if side.is_dir() else []
+    found, left = side_files(side) if side.is_dir() else ([], [])
+    kept = [name for name in found if name != Path(CONFIG)]
     shards = export(
         source,
         config,
         hf_dir,
         dtypes=dtypes,
         max_shard_size=max_shard_size,
-        layout=ShardLayout.loads((path / HF_SHARDS).read_text(encoding="utf-8"))
-        if (path / HF_SHARDS).is_file()
-        else None,
-        original=(side / CONFIG).read_bytes() if (side / CONFIG).is_file() else None,
+        layout=ShardLayout.read(path / HF_SHARDS) if (path / HF_SHARDS).is_file() else None,
+        original=(side / CONFIG).read_bytes() if Path(CONFIG) in found else None,
         original_dtypes=(path / HF_SHARDS).is_file() and all(dtypes[name] == source.dtype(name) for name in names),
         write_side_files=lambda partial: copy_files(side, kept, partial),
         tokens=token_ids(side),
@@ -231,11 +232,13 @@ def convert_to_hf(
             else list(dtypes.values())
         ),
         files=len(files_in(hf_dir)),
-        notes=notes,
+        notes=notes + tuple(left),
     )
 
 
-def _load(config: ModelConfig, source: TensorSource, dtype: torch.dtype, device: str | torch.device) -> DecoderLM:
+def _load(
+    config: ModelConfig, source: TensorSource, dtype: torch.dtype, device: str | torch.device, where: Path
+) -> DecoderLM:
     with torch.device("meta"):
         model = DecoderLM(config)
     model = model.to(dtype).to_empty(device=device)
@@ -244,7 +247,8 @@ def _load(config: ModelConfig, source: TensorSource, dtype: torch.dtype, device:
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name in available:
-                tensor.copy_(source.read(name))
+                stored = check_finite(name, source.read(name), str(where))
+                check_cast(name, stored, tensor.copy_(stored))
             else:
                 tensor.zero_()  # only expert biases: every parameter was checked to be there
     return model.eval()
@@ -258,7 +262,7 @@ def load_checkpoint(
     source = CheckpointTensors(path)
     check_source(source, config, str(path))
     default = stored_dtype(path, source.dtype("model.embed_tokens.weight"))
-    return _load(config, source, export_dtype(dtype) or default, device)
+    return _load(config, source, export_dtype(dtype) or default, device, path)
 
 
 def from_pretrained(
@@ -273,7 +277,7 @@ def from_pretrained(
         return load_checkpoint(resolve_checkpoint(directory), dtype, device)
     opened = _open_directory(directory)
     default = opened.tensors.dtype("model.embed_tokens.weight")
-    return _load(opened.config, opened.tensors, export_dtype(dtype) or default, device)
+    return _load(opened.config, opened.tensors, export_dtype(dtype) or default, device, directory)
 
 
 def save_pretrained(

@@ -5,22 +5,25 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from qwen_moe.checkpoint.directory import MANIFEST, CheckpointDamaged, list_checkpoints, verify
+from qwen_moe.checkpoint.directory import step_directories, verify
+from qwen_moe.checkpoint.manifest import MANIFEST, METADATA, MODEL_CONFIG, CheckpointDamaged
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
 
-MODEL_CONFIG = "model_config.json"
 HF_FOLDER = "hf"
 _CHECKPOINTS = "checkpoints"
 
 
 def _steps(path: Path) -> list[Path]:
-    return list_checkpoints(path) or list_checkpoints(path / _CHECKPOINTS)
+    """Step directories of a run or of its `checkpoints/`, oldest first; those without a manifest are damaged ones."""
+    return list((step_directories(path) or step_directories(path / _CHECKPOINTS)).values())
 
 
 def is_ours(path: Path) -> bool:
     """Whether ``path`` is a checkpoint, a run directory or its `checkpoints/`, rather than a Hugging Face directory."""
-    return (path / MANIFEST).is_file() or bool(_steps(path))
+    found = [path, *_steps(path)]
+    # One that lost its manifest is a damaged checkpoint, and to be told of as that.
+    return any((place / name).is_file() for place in found for name in (MANIFEST, METADATA))
 
 
 def resolve_checkpoint(path: Path) -> Path:

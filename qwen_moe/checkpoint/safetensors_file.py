@@ -66,15 +66,33 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _whole_numbers(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 2**62 for value in values):
+        raise ValueError(f"{str(values)[:60]} is not a list of sizes")
+    return tuple(values)
+
+
+def _described(value: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, shape, start and end as the header says them."""
+    if not isinstance(value, dict) or not isinstance(value.get("dtype"), str):
+        raise ValueError("a tensor has no dtype")
+    shape, offsets = _whole_numbers(value.get("shape")), _whole_numbers(value.get("data_offsets"))
+    if len(offsets) != 2:
+        raise ValueError("a tensor has no begin and end")
+    return value["dtype"], shape, offsets[0], offsets[1]
+
+
 def parse_header(text: str, where: str) -> Header:
     """Raises UserError when ``text`` is not a header, has gaps, or holds a dtype that no weight has."""
     try:
         values = json.loads(text, object_pairs_hook=_no_duplicates)
+        if not isinstance(values, dict):
+            raise ValueError("it is not a JSON object")
         metadata = values.pop("__metadata__", None)
-        plain = {
-            name: (value["dtype"], tuple(value["shape"]), *value["data_offsets"]) for name, value in values.items()
-        }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if metadata is not None and not isinstance(metadata, dict):
+            raise ValueError("__metadata__ is not a JSON object")
+        plain = {name: _described(value) for name, value in values.items()}
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not a safetensors file (header: {error}): download it again") from None
     entries = {}
     position = 0

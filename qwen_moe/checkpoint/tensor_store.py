@@ -12,10 +12,11 @@ from typing import Any, BinaryIO, Protocol
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 
+from qwen_moe.checkpoint.metadata import SafeReader, TensorsOnly
 from qwen_moe.checkpoint.name_map import Piece, Shape
 from qwen_moe.checkpoint.safetensors_file import Header, read_into
 from qwen_moe.errors import UserError
@@ -100,7 +101,8 @@ class CheckpointTensors:
     """The weights of a DCP checkpoint, saved in any layout. Optimizer state and the rest are not looked at."""
 
     def __init__(self, path: Path) -> None:
-        self._reader = dcp.FileSystemReader(path)
+        self._path = path
+        self._reader = SafeReader(path)
         self._metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self._metadata, True)
         prefix = MODEL_KEY + "."
@@ -119,10 +121,15 @@ class CheckpointTensors:
     def read(self, name: str) -> torch.Tensor:
         out = torch.empty(self._known[name].size, dtype=self.dtype(name))
         # What dcp.load does for one process, without reading the metadata again for every tensor.
-        planner = DefaultLoadPlanner(flatten_state_dict=False)
+        planner = TensorsOnly(flatten_state_dict=False)
         planner.set_up_planner({f"{MODEL_KEY}.{name}": out}, self._metadata, True)
-        plan = self._reader.prepare_local_plan(planner.create_local_plan())
-        self._reader.read_data(planner.finish_plan(plan), planner).wait()
+        try:
+            plan = self._reader.prepare_local_plan(planner.create_local_plan())
+            self._reader.read_data(planner.finish_plan(plan), planner).wait()
+        except UserError:
+            raise
+        except Exception as error:  # torch's reader of what is not what the metadata says raises nearly anything
+            raise UserError(f"{name} of checkpoint {self._path} cannot be read: {error}") from None
         return out
 
 

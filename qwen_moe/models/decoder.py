@@ -10,14 +10,18 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from parallel.gemm import linear
 from qwen_moe.config import ModelConfig
-from qwen_moe.models.attention import Attention, KeyValueCache
+from qwen_moe.models.attention.gqa.cache import KeyValueCache
+from qwen_moe.models.attention.gqa import Attention
+from qwen_moe.models.attention.gqa.mask import Visibility
 from qwen_moe.models.feed_forward import FeedForward
-from qwen_moe.models.linear_cross_entropy import linear_cross_entropy
-from qwen_moe.models.moe import MoE
+from qwen_moe.models.head.cross_entropy import linear_cross_entropy
+from qwen_moe.models.linear import Linear
+from qwen_moe.models.moe.block import MoE
+from qwen_moe.models.moe.router import RouterStatistics
 from qwen_moe.models.norm import RMSNorm
-from qwen_moe.models.rope import rope_tables
-from qwen_moe.models.router import RouterStatistics
+from qwen_moe.models.rope import Rope, RotaryTables
 
 CrossEntropy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
@@ -44,12 +48,11 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        rotary: RotaryTables,
+        visible: Visibility,
         cache: KeyValueCache | None = None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rotary, visible, cache)
         y = self.mlp(self.post_attention_layernorm(x))
         if self.is_moe:
             y, statistics = y
@@ -99,11 +102,12 @@ class DecoderLM(nn.Module):
         super().__init__()
         layers = range(config.num_hidden_layers) if layers is None else layers
         self.config, self.recompute = config, recompute
+        self.rope = Rope(config.head_dim, config.rope_theta)
         self.first, self.last = layers[0] == 0, layers[-1] == config.num_hidden_layers - 1
         tied = config.tie_word_embeddings
         self.model = Decoder(config, layers, embedding=self.first or (self.last and tied), norm=self.last)
         if self.last and not tied:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         # What a plan replaces when the sequence and the vocabulary are split over ranks.
         self.sequence_parts = 1
         self.cross_entropy: CrossEntropy = linear_cross_entropy
@@ -125,19 +129,19 @@ class DecoderLM(nn.Module):
         ``document_ids [B, S]`` (equal within a document) keep attention from looking across documents. Of a part of the
         model, ``input_ids`` may be hidden states, and the states returned are those that the next part takes.
         """
-        config, past = self.config, cache.length if cache is not None else 0
+        past = cache.length if cache is not None else 0
         seq = input_ids.shape[1] * (1 if self.first else self.sequence_parts)
         if position_ids is None:
             position_ids = torch.arange(past, past + seq, device=input_ids.device).unsqueeze(0)
         x = self.model.embed_tokens(input_ids) if self.first else input_ids
-        cos, sin = rope_tables(position_ids, config.head_dim, config.rope_theta, x.dtype)
-        mask = _attention_mask(seq, past, document_ids, input_ids.device)
+        rotary = self.rope.tables(position_ids, x.dtype)
+        visible = Visibility(past, document_ids)
         collected = []
         for layer in self.model.layers:
             if self.recompute and self.training:
-                x, statistics = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False)
+                x, statistics = checkpoint(layer, x, rotary, visible, cache, use_reentrant=False)
             else:
-                x, statistics = layer(x, cos, sin, mask, cache)
+                x, statistics = layer(x, rotary, visible, cache)
             if statistics is not None:
                 collected.append(statistics)
         if cache is not None:
@@ -153,7 +157,7 @@ class DecoderLM(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         x, _ = self.hidden_states(input_ids, position_ids, document_ids, cache)
-        return nn.functional.linear(x, self.head_weight)
+        return linear(x, self.head_weight)
 
     def loss_sums(
         self,
@@ -167,15 +171,3 @@ class DecoderLM(nn.Module):
         x, router = self.hidden_states(input_ids, position_ids, document_ids)
         loss = self.cross_entropy(x, self.head_weight, labels, chunk_tokens)
         return LossSums(loss, (labels != -100).sum(), router)
-
-
-def _attention_mask(
-    seq: int, past: int, document_ids: torch.Tensor | None, device: torch.device
-) -> torch.Tensor | None:
-    """None where plain causal (or a single new token) says it all, else boolean [B or 1, 1, S, past + S]."""
-    if document_ids is None and (past == 0 or seq == 1):
-        return None
-    causal = torch.ones(seq, past + seq, dtype=torch.bool, device=device).tril(past)
-    if document_ids is None:
-        return causal[None, None]
-    return (causal & (document_ids[:, :, None] == document_ids[:, None, :])).unsqueeze(1)

@@ -18,20 +18,16 @@ from torch.distributed.tensor import DTensor
 from parallel.expert import Exchange, reorder
 from parallel.kernels.interface import ExpertPart, Kernels, swap
 from parallel.mesh import Axis, Grids, Layout, LayoutError
-from parallel.tensor import (
-    VocabParallelEmbedding,
-    gather_prefix,
-    local_shape,
-    split_range,
-    vocab_parallel_cross_entropy,
-)
+from parallel.tensor import VocabParallelEmbedding, gather_prefix, local_shape, split_range
+from parallel.vocab_head import vocab_parallel_cross_entropy
 from qwen_moe.config import ModelConfig
-from qwen_moe.models.attention import Attention
+from qwen_moe.models.attention.gqa import Attention
 from qwen_moe.models.decoder import DecoderLM
-from qwen_moe.models.experts import Experts
 from qwen_moe.models.feed_forward import FeedForward
-from qwen_moe.models.moe import MoE, Permutation, combine, permute, sort_by_expert
+from qwen_moe.models.moe.block import MoE
+from qwen_moe.models.moe.experts import Experts
 from qwen_moe.models.norm import RMSNorm
+from qwen_moe.models.ops.permute import Permutation, combine, permute, sort_by_expert
 
 # Parameter path -> {dim: axis it is split over}. Axes are attributes of Grids. What is not listed is whole on every
 # rank. `kv` is tp, or the part of it that holds different KV heads where tp exceeds their number.
@@ -114,7 +110,7 @@ def check_layout(config: ModelConfig, layout: Layout, sequence_length: int) -> N
 
 
 class AllToAllDispatcher:
-    """Sends each choice to the ranks that hold its expert and brings the results back; ``meanwhile`` runs in between.
+    """Sends each choice to the ranks that hold its expert and brings the results back; ``overlap`` runs in between.
 
     Rows sorted by expert are sorted by destination too. With etp, each row goes to every rank that holds a slice of its
     expert and the partial results are summed by `combine` (a token then has K * etp rows).
@@ -130,7 +126,7 @@ class AllToAllDispatcher:
         weights: torch.Tensor,
         indices: torch.Tensor,
         experts: Experts,
-        meanwhile: Callable[[], torch.Tensor | None],
+        overlap: Callable[[], torch.Tensor | None],
         drops: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         order = sort_by_expert(indices, self.num_experts + drops)
@@ -143,7 +139,7 @@ class AllToAllDispatcher:
             weights = weights.repeat_interleave(self.etp, dim=1)
         sent = sum(plan.send)
         token = self.exchange.start(permute(x, order)[:sent], plan)
-        beside = meanwhile()
+        beside = overlap()
         arrived = self.exchange.finish(token, plan)
         outputs = experts(reorder(arrived, plan.by_expert, plan.arrival), plan.counts)
         rows = self.exchange.send_back(reorder(outputs, plan.arrival, plan.by_expert), plan)

@@ -1,44 +1,43 @@
-"""Rotary position embedding (arXiv 2104.09864) in the half-split layout of Hugging Face's Qwen."""
+"""Rotary position embedding (arXiv 2104.09864) in the half-split layout of Hugging Face's Qwen.
+
+Shapes: B batch, S sequence, H heads, C head dim.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from qwen_moe.models.fused import fused
-from qwen_moe.models.norm import statistics_dtype
+from qwen_moe.models.ops.dtypes import statistics_dtype
+from qwen_moe.models.ops.rotate import rotate
 
 
-def rope_tables(
-    position_ids: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the rotation angles for ``position_ids [B or 1, S]``, each ``[B or 1, S, C/2]`` in ``dtype``.
+class RotaryTables(NamedTuple):
+    """What attention needs of positions: ``cos, sin [B or 1, S, C/2]`` of the rotation angles, and the factor of the
+    scores before the softmax (C^-1/2; some ways to extend a context change it)."""
 
-    Angles are computed in float32 (float64 when ``dtype`` is float64) and rounded at the end.
-    """
-    wide = statistics_dtype(dtype)
-    exponent = torch.arange(0, head_dim, 2, dtype=wide, device=position_ids.device) / head_dim
-    angles = position_ids[..., None].to(wide) * theta**-exponent
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos: torch.Tensor
+    sin: torch.Tensor
+    softmax_scale: float
 
 
-@fused
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)], -1)
+@dataclass(frozen=True)
+class Rope:
+    """Angles ``position * theta^(-2 i / C)``. A kind of scaling is another class with the same `tables`."""
+
+    head_dim: int
+    theta: float
+
+    def tables(self, position_ids: torch.Tensor, dtype: torch.dtype) -> RotaryTables:
+        """For ``position_ids [B or 1, S]``. Angles are computed in float32 (float64 when ``dtype`` is float64) and their
+        cosines rounded to ``dtype`` at the end."""
+        wide = statistics_dtype(dtype)
+        exponent = torch.arange(0, self.head_dim, 2, dtype=wide, device=position_ids.device) / self.head_dim
+        angles = position_ids[..., None].to(wide) * self.theta**-exponent
+        return RotaryTables(angles.cos().to(dtype), angles.sin().to(dtype), 1 / math.sqrt(self.head_dim))
 
 
-class _Rope(torch.autograd.Function):
-    """A rotation: its transpose is the rotation by minus the angle."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(grad_outputs[0], cos, -sin), None, None
-
-
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate ``x [B, S, H, C]`` by tables ``[B or 1, S, C/2]``; dims i and i + C/2 form a pair."""
-    return _Rope.apply(x, cos.unsqueeze(2), sin.unsqueeze(2))
+def apply_rope(x: torch.Tensor, rotary: RotaryTables) -> torch.Tensor:
+    """Rotate ``x [B, S, H, C]`` by tables of its positions; dims i and i + C/2 form a pair."""
+    return rotate(x, rotary.cos.unsqueeze(2), rotary.sin.unsqueeze(2))

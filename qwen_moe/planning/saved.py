@@ -19,7 +19,7 @@ from parallel.mesh import Grids, Layout
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.init import keep_statistics_dtypes
-from qwen_moe.models.moe import MoE
+from qwen_moe.models.moe.block import MoE
 from qwen_moe.models.plan import build_parts
 from qwen_moe.planning.live_bytes import LiveBytes
 from qwen_moe.training.build import DTYPES

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from parallel.gemm import description
 from parallel.process import ProcessInfo
 from qwen_moe.config import RunConfig, dump_config
 
@@ -60,6 +61,7 @@ def record_attempt(config: RunConfig, info: ProcessInfo, device: torch.device, *
         "python": sys.version.split()[0],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
+        "bf16_products": description(torch.bfloat16) if device.type == "cpu" else "by the device",
         "packages": package_versions(),
         "code": code_commit(),
     }

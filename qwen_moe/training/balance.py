@@ -25,7 +25,7 @@ import torch
 from parallel.collectives import all_reduce_sum
 from parallel.mesh import Axis
 from qwen_moe.config import BalanceConfig
-from qwen_moe.models.router import RouterStatistics
+from qwen_moe.models.moe.router import RouterStatistics
 
 
 @dataclass

@@ -12,6 +12,15 @@ from qwen_moe.training.schedule import learning_rate
 def check_branch(config: RunConfig, saved: dict[str, Any], step: int, where: Path) -> None:
     """Raise UserError unless a run with settings ``saved`` did, up to ``step``, what ``config`` would have done: the same
     batches, the same learning rates; only what comes after may differ."""
+    try:
+        problems = _problems(config, saved, step)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"the settings in checkpoint.branch_from {where} are not those of a run: {error!r}") from None
+    if problems:
+        raise UserError(f"checkpoint.branch_from {where} is of a run that differs: {'; '.join(problems)}")
+
+
+def _problems(config: RunConfig, saved: dict[str, Any], step: int) -> list[str]:
     problems = []
     if step >= config.train_steps:
         problems.append(f"it is at step {step:,} and this run ends at {config.train_steps:,}")
@@ -40,5 +49,4 @@ def check_branch(config: RunConfig, saved: dict[str, Any], step: int, where: Pat
                     "after the step it branches at, and needs the same warm-up)"
                 )
                 break
-    if problems:
-        raise UserError(f"checkpoint.branch_from {where} is of a run that differs: {'; '.join(problems)}")
+    return problems

@@ -12,8 +12,8 @@ from parallel.pipeline import Pipeline, Sequential, stages_of_rank
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.init import initialise, keep_statistics_dtypes
-from qwen_moe.models.moe import MoE
-from qwen_moe.models.norm import statistics_dtype
+from qwen_moe.models.moe.block import MoE
+from qwen_moe.models.ops.dtypes import statistics_dtype
 from qwen_moe.models.plan import ParallelModel, build_parts
 from qwen_moe.training.kernels import choose_kernels
 from qwen_moe.training.layout import RunLayout

@@ -5,7 +5,7 @@ import torch
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.flops import flops_per_token
-from qwen_moe.models.fused import compile_kernels, missing_compiler, try_compiler
+from qwen_moe.models.ops.compiled import compile_kernels, missing_compiler, try_compiler
 
 # Of a whole run on CPUs: two minutes or so on two cores. Not per process, so that no layout decides it.
 _FLOPS_WORTH_COMPILING = 1e13

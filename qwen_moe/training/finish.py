@@ -44,8 +44,8 @@ def sample_with_transformers(hf_dir: Path, prompt: str, seed: int, new_tokens: i
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir)
-    model = transformers.AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir, trust_remote_code=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, trust_remote_code=False)
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt")
     output = model.generate(

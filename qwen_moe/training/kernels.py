@@ -11,7 +11,7 @@ from parallel.kernels.transformer_engine import KernelsUnavailable, TransformerE
 from parallel.mesh import Grids
 from qwen_moe.config import Fp8Config, RunConfig
 from qwen_moe.errors import UserError
-from qwen_moe.models.grouped_matmul import grouped_mm
+from qwen_moe.models.ops.grouped_matmul import grouped_mm
 
 
 def fp8_recipe(config: Fp8Config) -> Recipe:

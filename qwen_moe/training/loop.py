@@ -13,13 +13,17 @@ import torch.distributed as dist
 
 from launchers.heartbeat import Heartbeat
 from launchers.local import INTERRUPTED, PROGRESS
+from parallel.gemm import description
 from parallel.process import ProcessInfo
 from parallel.watch import MismatchError, compare_collectives
-from qwen_moe.checkpoint.distributed import CheckpointWriter, TrainState, load_weights, newest_valid, resume, valid_one
+from qwen_moe.checkpoint.distributed import CheckpointWriter, load_weights, resume
 from qwen_moe.checkpoint.preflight import check_disk_space
+from qwen_moe.checkpoint.train_state import TrainState
+from qwen_moe.checkpoint.valid import newest_valid, valid_one
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.flops import flops_per_token
+from qwen_moe.models.ops.compiled import compiling
 from qwen_moe.training.balance import maximum_violation
 from qwen_moe.training.branch import check_branch
 from qwen_moe.training.build import DTYPES, build_model, make_grids
@@ -30,6 +34,7 @@ from qwen_moe.training.layout import run_layout
 from qwen_moe.training.metrics import Recorder, measure_matmul_peak, peak_memory
 from qwen_moe.training.optimizer import build_optimizer
 from qwen_moe.training.rollback import History
+from qwen_moe.training.slow_step import SlowStepNotice
 from qwen_moe.training.step import BadStep, StepResult, Trainer
 
 CHECKPOINTS = "checkpoints"
@@ -67,11 +72,13 @@ def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found = []
     for section, values in now.items():
         if isinstance(values, dict):
+            before = saved.get(section)
+            before = before if isinstance(before, dict) else {}
             for key, value in values.items():
-                if saved[section].get(key) != value:
-                    found.append(f"{section}.{key} was {saved[section].get(key)!r}, is now {value!r}")
-        elif saved[section] != values:
-            found.append(f"{section} was {saved[section]!r}, is now {values!r}")
+                if before.get(key) != value:
+                    found.append(f"{section}.{key} was {before.get(key)!r}, is now {value!r}")
+        elif saved.get(section) != values:
+            found.append(f"{section} was {saved.get(section)!r}, is now {values!r}")
     return found
 
 
@@ -81,7 +88,9 @@ def _restore(config: RunConfig, trainer: Trainer, inputs: RunInputs, say: Any) -
     root = config.run_dir / CHECKPOINTS
     path, problems = newest_valid(root)
     for problem in problems:
-        say(f"warning: checkpoint ignored: {problem}")
+        say(f"warning: this checkpoint is damaged and not used: {problem}")
+    if problems:
+        say(f"falling back to {path.name if path else 'step 0: no checkpoint of this run is whole'}")
     if path is not None:
         state = resume(path, trainer.model, trainer.optimizer, config.model)
         changed = _differences(state.settings, _settings(config))
@@ -121,11 +130,13 @@ def _roll_back(
             f"{bad}. Batches were skipped {len(history.skips)} times before; training.max_skips allows no more"
         )
     writer.finish()
-    path, _ = newest_valid(config.run_dir / CHECKPOINTS)
+    # Up to here only: one past it was damaged when the run fell back, and is not of this trajectory should it be read now.
+    path, _ = newest_valid(config.run_dir / CHECKPOINTS, at_most=step)
     if path is None:
         raise bad
     trainer.abandon_step()
     state = resume(path, trainer.model, trainer.optimizer, config.model)
+    writer.retention.went_back_to(state.step)
     history.skip(state.step, step)
     history.losses = History.restored([], state.recent_losses).losses
     return state.step
@@ -152,9 +163,12 @@ class _Clock:
         dist.all_reduce(peak)
         self.peak = float(peak)
         self.smooth: float | None = None
+        self.steps = 0
 
     def record(self, seconds: float) -> dict[str, float]:
-        self.smooth = seconds if self.smooth is None else 0.9 * self.smooth + 0.1 * seconds
+        """``seconds`` of one more step. The first, which may compile, does not enter the mean of those that follow."""
+        self.steps += 1
+        self.smooth = seconds if self.smooth is None or self.steps == 2 else 0.9 * self.smooth + 0.1 * seconds
         rate = self.tokens / self.smooth
         return {
             "step_seconds": seconds,
@@ -213,6 +227,8 @@ def train(
             print(message, file=sys.stderr, flush=True)
 
     say(choose_compilation(config, device))
+    if device.type == "cpu" and DTYPES[config.precision.compute] == torch.bfloat16:
+        say(description(torch.bfloat16))
     model = build_model(config, layout, grids, device)
     if config.precision.compute == "fp8":
         say(f"FP8 products, recipe {config.precision.fp8.recipe}, by {model.kernels.name}")
@@ -227,15 +243,19 @@ def train(
         hf_files=inputs.tokenizer,
     )
     done, history = _restore(config, trainer, inputs, say)
+    writer.retention.went_back_to(done)
     if info.rank == 0:
         record_attempt(config, info, device, resumed_step=done)
     recorder = Recorder(
         config.run_dir, resumed_step=done, train_steps=config.train_steps, tensorboard=config.logging.tensorboard
     )
     clock = _Clock(config, device)
+    recorder.begin("compiling" if compiling() else "first step")
+    slow = SlowStepNotice(recorder.say, config, clock.peak)
     stopped = False
     while done < config.train_steps:
         start = time.perf_counter()
+        slow.begin_step(done + 1, compiling() and clock.steps == 0)
         batches = inputs.train_micro_batches(history.data_step(done, inputs.ordered_steps))
         try:
             result = trainer.step(done, batches, history.highest_loss(config.training.spike_nats))
@@ -253,7 +273,10 @@ def train(
                 compare_collectives()
             except MismatchError as error:
                 raise UserError(f"step {done}: collectives of ranks do not match: {error}") from None
+        slow.end_step()
         recorder.step(_step_record(config, done, result, device) | clock.record(time.perf_counter() - start))
+        if clock.steps == 1:
+            recorder.first_step_done()
         last = done == config.train_steps
         interval = config.training.validation_interval
         if inputs.has_validation and (last or (interval and done % interval == 0)):
@@ -267,6 +290,7 @@ def train(
                 _note_progress(config.run_dir, done)
         if stopped:
             break
+    slow.close()
     writer.finish()
     recorder.close()
     if stopped:
@@ -281,7 +305,7 @@ def _train_state(config: RunConfig, step: int, inputs: RunInputs, history: Histo
         consumed_tokens=step * config.tokens_per_step,
         data_fingerprint=inputs.fingerprint,
         settings=_settings(config),
-        skips=[list(skip) for skip in history.skips],
+        skips=list(history.skips),
         recent_losses=list(history.losses),
     )
 

@@ -12,13 +12,18 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from parallel.gemm import has_hardware
 from qwen_moe.training.records import METRICS, read_lines
 
 
 def measure_matmul_peak(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
-    """FLOP/s of a square matmul on this process's device and threads: the best of repeated timings."""
+    """FLOP/s of a square matmul on this process's device and threads: the best of repeated timings.
+
+    Of float32 where products of ``dtype`` are computed in float32 (`parallel.gemm`), and for float64 on a GPU.
+    """
     size = 1024 if device.type == "cpu" else 8192
-    dtype = torch.float32 if dtype == torch.float64 and device.type == "cuda" else dtype
+    if (dtype == torch.float64 and device.type == "cuda") or (device.type == "cpu" and not has_hardware(dtype)):
+        dtype = torch.float32
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
     best, end = float("inf"), time.perf_counter() + seconds
@@ -99,6 +104,21 @@ class Recorder:
             refresh=False,
         )
         self.bar.update(1)
+
+    def begin(self, work: str) -> None:
+        """Show ``work`` beside the bar until the first step is done. Its time is left out of the time that is shown as left:
+        a first step compiles, reads files for the first time and allocates."""
+        if self.active:
+            self.bar.set_postfix_str(work, refresh=True)
+
+    def first_step_done(self) -> None:
+        """Estimate the time that is left from here on."""
+        if not self.active:
+            return
+        done = self.bar.n
+        self.bar.initial = done
+        self.bar.reset()
+        self.bar.n = self.bar.last_print_n = done
 
     def go_back(self, step: int, record: dict[str, Any], message: str) -> None:
         """Forget what was recorded after ``step``, and say why."""

@@ -8,11 +8,11 @@ import torch
 from parallel.collectives import all_reduce_sum, attach_loss
 from parallel.data import clip_by_norm, exchange_and_add, global_norm, local, sum_replicas
 from qwen_moe.config import RunConfig
+from qwen_moe.data.batches import IGNORE
 from qwen_moe.errors import UserError
-from qwen_moe.models.linear_cross_entropy import IGNORE
-from qwen_moe.models.moe import MoE
+from qwen_moe.models.moe.block import MoE
+from qwen_moe.models.moe.router import Router, RouterStatistics
 from qwen_moe.models.plan import ParallelModel, TrainingPart
-from qwen_moe.models.router import Router, RouterStatistics
 from qwen_moe.training.balance import Balancer, update_expert_bias
 from qwen_moe.training.build import build_engine
 from qwen_moe.training.layout import RunLayout

@@ -9,6 +9,7 @@ import torch
 from parallel.mesh import Layout
 from parallel.pipeline import V_SHAPED, stages_per_rank
 from qwen_moe.config import ModelConfig, RunConfig, parse_config
+from qwen_moe.errors import UserError
 
 STEPS = 3
 
@@ -19,9 +20,35 @@ def layout_overrides(layout: Layout, schedule: str = "1f1b", stages: int = 0) ->
     return section | {"schedule": schedule, "stages_per_rank": stages}
 
 
-def _smaller(model: ModelConfig, layout: Layout, stages: int) -> dict[str, Any]:
-    """A model with the features of ``model`` and sizes that ``layout`` divides."""
+def kept_split(config: RunConfig, layout: Layout) -> tuple[int, ...]:
+    """The recipe's own ``parallel.pipeline_split`` where ``layout`` has its number of stages, else empty: the number of
+    layers of each stage. The shrunk model then keeps all layers, so that the split itself is what is verified."""
+    split = config.parallel.pipeline_split
+    return split if layout.pp > 1 and len(split) == _stages(config, layout) else ()
+
+
+def dropped_split(config: RunConfig, layout: Layout) -> str:
+    """Why the recipe's ``parallel.pipeline_split`` is not verified with ``layout``; empty where it is, or there is none."""
+    split = config.parallel.pipeline_split
+    if not split or kept_split(config, layout):
+        return ""
+    stages = _stages(config, layout)
+    return (
+        f"parallel.pipeline_split {list(split)} is of {len(split)} stages and this layout has {stages}: what is verified "
+        "is a split chosen by cost, not the recipe's own"
+    )
+
+
+def _stages(config: RunConfig, layout: Layout) -> int:
+    parallel = config.parallel
+    return layout.pp * stages_per_rank(parallel.schedule, parallel.stages_per_rank) if layout.pp > 1 else 1
+
+
+def _smaller(model: ModelConfig, layout: Layout, stages: int, every_layer: bool) -> dict[str, Any]:
+    """A model with the features of ``model`` and sizes that ``layout`` divides; with all its layers if ``every_layer``."""
     tp, layers = layout.tp, max(2, stages, min(model.num_hidden_layers, 4))
+    if every_layer:
+        layers = model.num_hidden_layers
     if model.num_key_value_heads >= tp:
         kv_heads = tp if model.num_key_value_heads == tp else 2 * tp
     else:  # fewer KV heads than tp stay fewer
@@ -86,12 +113,20 @@ def _settings(
 
 
 def shrink(config: RunConfig, layout: Layout) -> RunConfig:
-    """``config`` with its model's features and training settings, small enough for ``layout`` on a laptop, in float64."""
+    """``config`` with its model's features and training settings, small enough for ``layout`` on a laptop, in float64.
+
+    The recipe's own ``pipeline_split`` is kept where it fits ``layout`` (`kept_split`). Raises UserError where it fits in
+    number of stages but its layers are not the model's.
+    """
     parallel = config.parallel
-    per_rank = stages_per_rank(parallel.schedule, parallel.stages_per_rank) if layout.pp > 1 else 1
-    stages = layout.pp * per_rank
+    split = kept_split(config, layout)
+    if split and sum(split) != config.model.num_hidden_layers:
+        raise UserError(
+            f"parallel.pipeline_split {list(split)} has {sum(split)} layers but model.num_hidden_layers is "
+            f"{config.model.num_hidden_layers}: give numbers with that sum, or leave it out"
+        )
     micro_batches = max(2, 2 * layout.pp)
-    model = _smaller(config.model, layout, stages)
+    model = _smaller(config.model, layout, _stages(config, layout), bool(split))
     values = _settings(model, layout, micro_batches, 2, 4 * layout.tp)
     values["seed"] = config.seed
     values["training"]["recompute"] = config.training.recompute
@@ -103,7 +138,8 @@ def shrink(config: RunConfig, layout: Layout) -> RunConfig:
             values["balance"][key] = 0.1
     values["data"]["respect_document_boundaries"] = config.data.respect_document_boundaries
     values["parallel"] = layout_overrides(layout, parallel.schedule, parallel.stages_per_rank) | {
-        "sharding": parallel.sharding
+        "sharding": parallel.sharding,
+        "pipeline_split": list(split),
     }
     return parse_config(values, "the shrunk recipe")
 

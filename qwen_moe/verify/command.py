@@ -82,7 +82,7 @@ def _cases(args: argparse.Namespace, config: RunConfig) -> list[tuple[str, RunCo
     from parallel.mesh import LayoutError
     from qwen_moe.models.plan import check_layout
     from qwen_moe.training.layout import run_layout
-    from qwen_moe.verify.case import draw, shrink
+    from qwen_moe.verify.case import draw, dropped_split, shrink
 
     cases = []
     for text in args.layout:
@@ -100,6 +100,8 @@ def _cases(args: argparse.Namespace, config: RunConfig) -> list[tuple[str, RunCo
             print(f"note: the recipe itself cannot run with {text}: {error}", file=sys.stderr)
         small = shrink(wanted, layout)
         run_layout(small, layout.world_size)
+        if note := dropped_split(wanted, layout):
+            print(f"note: {text}: {note}", file=sys.stderr)
         cases.append((text, small, layout))
     for index in range(args.fuzz):
         small, layout = draw(args.seed, index, args.max_ranks)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from qwen_moe.config import RunConfig
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.init import build_model
-from qwen_moe.models.moe import MoE
-from qwen_moe.models.router import RouterStatistics
+from qwen_moe.models.moe.block import MoE
+from qwen_moe.models.moe.router import RouterStatistics
 from qwen_moe.training.schedule import learning_rate
 from qwen_moe.verify.case import STEPS, global_batch
 

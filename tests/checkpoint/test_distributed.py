@@ -41,7 +41,7 @@ def _train(trainer: Any, steps: range) -> list[tuple[float, float]]:
 
 
 def _state(step: int) -> Any:
-    from qwen_moe.checkpoint.distributed import TrainState
+    from qwen_moe.checkpoint.train_state import TrainState
 
     return TrainState(
         step=step, consumed_samples=8 * step, consumed_tokens=8 * step * SEQ, data_fingerprint="none", settings={}
@@ -72,7 +72,8 @@ def _train_and_save(config: RunConfig, root: Path, asynchronous: bool) -> dict[s
 
 
 def _resume_and_train(config: RunConfig, root: Path) -> dict[str, Any]:
-    from qwen_moe.checkpoint.distributed import newest_valid, resume
+    from qwen_moe.checkpoint.distributed import resume
+    from qwen_moe.checkpoint.valid import newest_valid
 
     trainer, _ = _setup(config, root)
     path, problems = newest_valid(root)
@@ -154,6 +155,20 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tmp_pat
         assert len(resumed["problems"]) == 1 and victim.name in resumed["problems"][0]
 
 
+def _newest(root: Path, at_most: int) -> str:
+    from qwen_moe.checkpoint.valid import newest_valid
+
+    path, problems = newest_valid(root, at_most)
+    return "" if path is None else path.name + "".join(problems)
+
+
+def test_going_back_looks_at_nothing_past_the_step(tmp_path: Path) -> None:
+    """A checkpoint past it may be whole again, and is of another trajectory."""
+    run_distributed(_save_several, 1, make_config(**CHANGES, training__micro_batch_size=8), tmp_path)
+    found = [run_distributed(_newest, 1, tmp_path, at_most)[0] for at_most in (3, 2, 1)]
+    assert found == ["step_00000003", "step_00000002", ""]
+
+
 def _resume_wrong_model(config: RunConfig, root: Path) -> str:
     from qwen_moe.errors import UserError
 
@@ -201,3 +216,43 @@ def test_a_checkpoint_of_another_model_is_refused_by_name_of_the_field(tmp_path:
     other = make_config(**CHANGES, training__micro_batch_size=4, model__rope_theta=5000.0)
     for message in run_distributed(_resume_wrong_model, 2, other, tmp_path):
         assert "rope_theta" in message and "5000.0" in message
+
+
+def _save_and_load_not_finite(config: RunConfig, root: Path, where: str) -> list[str]:
+    """NaN in one rank's part of a weight, or of a moment, and what loading says to it."""
+    from parallel.data import local
+    from qwen_moe.checkpoint.distributed import load_weights, resume
+    from qwen_moe.errors import UserError
+
+    trainer, writer = _setup(config, root)
+    _train(trainer, range(1))
+    parameter = dict(trainer.model.named_parameters())["model.layers.1.self_attn.q_proj.weight"]
+    victim = local(parameter if where == "weight" else trainer.optimizer.state[parameter]["exp_avg"])
+    with torch.no_grad():
+        victim.flatten()[:2] = float("nan")
+        victim.flatten()[2] = float("inf")
+    writer.save(trainer.model, trainer.optimizer, _state(1))
+    found = []
+    for load in (
+        lambda: load_weights(root / "step_00000001", trainer.model, config.model),
+        lambda: resume(root / "step_00000001", trainer.model, trainer.optimizer, config.model),
+    ):
+        try:
+            load()
+        except UserError as error:
+            found.append(str(error))
+        else:
+            found.append("")
+    return found
+
+
+@pytest.mark.parametrize("where", ["weight", "moment"])
+def test_what_is_not_finite_is_named_and_counted_on_every_rank(tmp_path: Path, where: str) -> None:
+    config = make_config(**CHANGES, training__micro_batch_size=4)
+    outcomes = run_distributed(_save_and_load_not_finite, 2, config, tmp_path, where)
+    assert outcomes[0] == outcomes[1]
+    weights, whole = outcomes[0]
+    name = "model.layers.1.self_attn.q_proj.weight" + (" (exp_avg)" if where == "moment" else "")
+    # Three values in the part of each of two ranks.
+    assert f"tensor {name} of checkpoint" in whole and "holds 6 of " in whole
+    assert (weights == whole) if where == "weight" else weights == ""

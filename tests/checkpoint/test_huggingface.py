@@ -391,6 +391,13 @@ def test_newest_valid_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[s
         next(path.glob("*.distcp")).write_bytes(b"")
     with pytest.raises(UserError, match="all 3 checkpoints"):
         resolve_checkpoint(root)
+    for path in paths:
+        (path / "manifest.json").unlink()
+    with pytest.raises(UserError, match="all 3 checkpoints"):
+        from_pretrained(tmp_path / "run")
+    assert capsys.readouterr().err.count("is not a complete checkpoint: it has no manifest.json") == 3
+    with pytest.raises(UserError, match=r"is not a checkpoint \(it has no manifest\.json\)"):
+        from_pretrained(paths[0])
 
 
 def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:

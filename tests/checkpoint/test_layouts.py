@@ -57,7 +57,7 @@ def _writer(config: RunConfig, root: Path, asynchronous: bool) -> Any:
 
 
 def _save(config: RunConfig, root: Path, asynchronous: bool) -> None:
-    from qwen_moe.checkpoint.distributed import TrainState
+    from qwen_moe.checkpoint.train_state import TrainState
 
     trainer = make_trainer(config)
     for step in range(SAVED):

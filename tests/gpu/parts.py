@@ -48,7 +48,7 @@ def environment(where: Where) -> Iterator[Row]:
 
 def grouped_products(where: Where) -> Iterator[Row]:
     """Our grouped product in bf16 against float64, forward and backward, with empty and crowded experts."""
-    from qwen_moe.models.grouped_matmul import grouped_mm, loop_mm
+    from qwen_moe.models.ops.grouped_matmul import grouped_mm, loop_mm
 
     experts, inner, outer, rows = (4, 32, 64, 64) if where.tiny else (128, 2048, 1536, 16384)
     generator = torch.Generator().manual_seed(0)
@@ -100,7 +100,7 @@ def attention(where: Where) -> Iterator[Row]:
 def host_reads(where: Where) -> Iterator[Row]:
     """An MoE layer at ep = 1 while CUDA raises on every wait of the host."""
     from benchmarks.gpu_contenders import TINY, Size, run_config
-    from qwen_moe.models.moe import MoE
+    from qwen_moe.models.moe.block import MoE
 
     size = TINY if where.tiny else Size(batch=1)
     with torch.device(where.device):

@@ -14,7 +14,7 @@ from benchmarks.gpu_contenders import TINY, Session, Size
 from parallel.kernels.interface import ExpertPart, Kernels
 from qwen_moe.config import RunConfig, parse_config
 from qwen_moe.errors import UserError
-from qwen_moe.models.grouped_matmul import loop_mm
+from qwen_moe.models.ops.grouped_matmul import loop_mm
 from qwen_moe.training.kernels import choose_kernels
 from tests.gpu.rows import Row, Where, check, error_of, skipped
 
@@ -108,7 +108,8 @@ def training(where: Where) -> Iterator[Row]:
 
 def checkpoint(where: Where) -> Iterator[Row]:
     """Save, go on; resume, go on: the same loss to the bit."""
-    from qwen_moe.checkpoint.distributed import CheckpointWriter, TrainState, resume
+    from qwen_moe.checkpoint.distributed import CheckpointWriter, resume
+    from qwen_moe.checkpoint.train_state import TrainState
 
     cases = {"bf16": {"compute": "bf16"}} | {
         f"fp8 delayed by {provider}": fp8(provider, "delayed") for provider in PROVIDERS

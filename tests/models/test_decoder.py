@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qwen_moe.models.attention import KeyValueCache
+from qwen_moe.models.attention.gqa.cache import KeyValueCache
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.init import build_model
 from tests.models.test_layers import small_config

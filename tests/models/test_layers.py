@@ -10,16 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-import qwen_moe.models.linear_cross_entropy as linear_cross_entropy_file
+import qwen_moe.models.head.cross_entropy as linear_cross_entropy_file
 from qwen_moe.config import ModelConfig
-from qwen_moe.models.feed_forward import swiglu
-from qwen_moe.models.grouped_matmul import grouped_mm, loop_mm
+from qwen_moe.models.head.cross_entropy import linear_cross_entropy
 from qwen_moe.models.init import build_model, initial_value
-from qwen_moe.models.linear_cross_entropy import linear_cross_entropy
-from qwen_moe.models.moe import MoE, _Combine, _Permute, sort_by_expert
-from qwen_moe.models.norm import RMSNorm, _RMSNorm
-from qwen_moe.models.rope import apply_rope, rope_tables
-from qwen_moe.models.router import Router
+from qwen_moe.models.moe.block import MoE
+from qwen_moe.models.moe.router import Router
+from qwen_moe.models.norm import RMSNorm
+from qwen_moe.models.ops.grouped_matmul import grouped_mm, loop_mm
+from qwen_moe.models.ops.permute import _Combine, _Permute, sort_by_expert
+from qwen_moe.models.ops.rms_norm import _RMSNorm
+from qwen_moe.models.ops.swiglu import swiglu
+from qwen_moe.models.rope import Rope, apply_rope
 
 
 def small_config(**changes: Any) -> ModelConfig:
@@ -53,8 +55,8 @@ def test_rms_norm_backward() -> None:
 
 
 def test_rope_backward() -> None:
-    cos, sin = rope_tables(torch.arange(5)[None], 6, 100.0, torch.float64)
-    assert gradcheck(lambda x: apply_rope(x, cos, sin), (rand(2, 5, 3, 6).requires_grad_(),))
+    rotary = Rope(6, 100.0).tables(torch.arange(5)[None], torch.float64)
+    assert gradcheck(lambda x: apply_rope(x, rotary), (rand(2, 5, 3, 6).requires_grad_(),))
 
 
 def test_a_loss_without_gradients_forms_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +109,7 @@ def test_rope_is_a_complex_rotation() -> None:
     """Dims i and i + C/2 form z_i; position p turns z_i by p * theta^(-2i/C)."""
     head_dim, theta = 8, 10_000.0
     x, positions = rand(1, 5, 2, head_dim), torch.tensor([[0, 1, 7, 100, 5000]])
-    out = apply_rope(x, *rope_tables(positions, head_dim, theta, torch.float64))
+    out = apply_rope(x, Rope(head_dim, theta).tables(positions, torch.float64))
     z = torch.complex(x[..., :4], x[..., 4:])
     for i in range(4):
         turn = torch.polar(torch.ones(5, dtype=torch.float64), positions[0].double() * theta ** (-2 * i / head_dim))

@@ -11,7 +11,7 @@ import torch
 
 from qwen_moe.config import ModelConfig, parse_model
 from qwen_moe.models.decoder import DecoderLM
-from qwen_moe.models.moe import MoE
+from qwen_moe.models.moe.block import MoE
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 128,

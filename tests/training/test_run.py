@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import pytest
 import yaml
 
 from qwen_moe.cli import main
-from qwen_moe.models.fused import missing_compiler
+from qwen_moe.models.ops.compiled import missing_compiler
 from qwen_moe.training.records import read_lines
+from tests.distributed import run_distributed
 
 STEPS = 12
 EXPORT = ("checkpoint.export_hf=true", "sample_prompt=router expert")
@@ -153,6 +155,44 @@ def test_interrupt_then_the_same_command_gives_the_same_run(tmp_path: Path, corp
     assert outcome.returncode == 0, outcome.stderr
     assert "resumed from" in outcome.stderr
     assert losses(tmp_path) == losses(undisturbed)
+
+
+def _stop_after_one_step(recipe: Path) -> tuple[int, list[str]]:
+    """Train in this process until a stop that is asked for at once. Exit code, and what it said."""
+    import contextlib
+    import io
+
+    import torch
+
+    from parallel.process import process_info
+    from qwen_moe.config import load_config
+    from qwen_moe.training import loop
+
+    loop.StopRequest.agreed = lambda self: True  # type: ignore[method-assign]
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = loop.train(load_config(recipe), process_info(), torch.device("cpu"))
+    return code, said.getvalue().splitlines()
+
+
+def test_a_stop_after_a_fall_back_keeps_what_the_same_command_goes_on_from(
+    tmp_path: Path, corpus: Path, undisturbed: Path
+) -> None:
+    """The last checkpoint is damaged: the run falls back to the one before, is stopped, and goes on from what it wrote."""
+    root = tmp_path / "run" / "checkpoints"
+    shutil.copytree(undisturbed / "run", tmp_path / "run")
+    recipe = write_recipe(tmp_path, corpus, checkpoint__keep=2, precision__compile="never", launch__nproc=1)
+    (root / "step_00000012" / "train_state.json").write_text("{}")
+    ((code, said),) = run_distributed(_stop_after_one_step, 1, recipe)
+    assert code == 130 and "falling back to step_00000010" in said
+    assert any("train_state.json has 2 bytes, expected" in line for line in said), said
+    assert sorted(path.name for path in root.iterdir()) == [
+        "step_00000010",
+        "step_00000011",
+        "step_00000012.abandoned",
+    ]
+    ((code, said),) = run_distributed(_stop_after_one_step, 1, recipe)
+    assert code == 0 and any("resumed from" in line and "(step 11 of 12)" in line for line in said), said
+    assert sorted(path.name for path in root.iterdir()) == ["step_00000011", "step_00000012"]
 
 
 def _workers(launcher: int) -> list[psutil.Process]:

@@ -88,3 +88,19 @@ def test_the_schedule_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_bad_schedules(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_recipes_own_pipeline_split_is_what_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
+    split = ["model.num_hidden_layers=6", "parallel.pp=2", "parallel.pipeline_split=[5,1]"]
+    assert main(["verify", DEMO, *split, "--layout", "pp=2", "--layout", "pp=3", "--json"]) == 0
+    out, err = capsys.readouterr()
+    same, other = (row["config"] for row in json.loads(out)["layouts"])
+    assert same["parallel"]["pipeline_split"] == [5, 1] and same["model"]["num_hidden_layers"] == 6
+    assert other["parallel"]["pipeline_split"] == [] and other["model"]["num_hidden_layers"] == 4
+    assert err.count("note: ") == 1
+    assert "note: pp=3: parallel.pipeline_split [5, 1] is of 2 stages and this layout has 3: what is verified" in err
+
+
+def test_a_pipeline_split_of_another_number_of_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", DEMO, "model.num_hidden_layers=6", "parallel.pipeline_split=[5,2]", "--layout", "pp=2"]) == 2
+    assert "parallel.pipeline_split [5, 2] has 7 layers but model.num_hidden_layers is 6" in capsys.readouterr().err

@@ -18,7 +18,8 @@ from tests.verify.cases import QWEN3, case
 
 
 def _one_step(config: RunConfig, weights: Path, root: Path) -> tuple[float, float]:
-    from qwen_moe.checkpoint.distributed import CheckpointWriter, TrainState, load_weights
+    from qwen_moe.checkpoint.distributed import CheckpointWriter, load_weights
+    from qwen_moe.checkpoint.train_state import TrainState
 
     trainer = make_trainer(config)
     load_weights(weights, trainer.model, config.model)

@@ -9,7 +9,7 @@ from parallel.kernels.interface import ExpertPart
 from parallel.kernels.quantiser import Recipe
 from parallel.kernels.torch_fp8 import TorchFp8
 from parallel.mesh import Axis
-from qwen_moe.models.grouped_matmul import grouped_mm
+from qwen_moe.models.ops.grouped_matmul import grouped_mm
 
 ONE = Axis("one", 1, 0, None)
 RECIPES = ("delayed", "current", "blockwise", "mxfp8")

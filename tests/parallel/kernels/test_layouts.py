@@ -16,7 +16,7 @@ from parallel.kernels.interface import ExpertPart
 from parallel.kernels.quantiser import Recipe
 from parallel.kernels.torch_fp8 import TorchFp8
 from parallel.mesh import Axis, Grids, Layout
-from qwen_moe.models.grouped_matmul import grouped_mm
+from qwen_moe.models.ops.grouped_matmul import grouped_mm
 from tests.distributed import run_distributed
 from tests.parallel.kernels.products import HYBRID, ONE
 

@@ -10,7 +10,7 @@ key/value head are rows of one product: row s * R + r is query s of head g * R +
 
 import torch
 
-from qwen_moe.models.fused import compiling, fused
+from qwen_moe.models.ops.compiled import compiling, fused
 
 QUERIES = 64  # of a block
 SCORE_BYTES = 16 << 20  # of one block's scores over all heads that are worked on at a time
@@ -41,21 +41,21 @@ def _normalised(y: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
 
 
 class _BlockAttention(torch.autograd.Function):
-    """y = softmax(q k^T / sqrt(C)) v below the diagonal.
+    """y = softmax(scale * q k^T) v below the diagonal.
 
-    With p = exp(s - lse) and dp = dy v^T: ds = p * (dp - sum of p * dp), dv = p^T dy, dq = ds k / sqrt(C),
-    dk = ds^T q / sqrt(C). What is saved: q, k, v and lse.
+    With p = exp(s - lse) and dp = dy v^T: ds = p * (dp - sum of p * dp), dv = p^T dy, dq = scale * ds k,
+    dk = scale * ds^T q. What is saved: q, k, v and lse.
     """
 
     @staticmethod
-    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        batch, groups, seq, repeats, dim = q.shape
+    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        batch, groups, seq, repeats, _ = q.shape
         rows_q, rows_k, rows_v = _rows(q), _rows(k), _rows(v)
         n = rows_q.shape[0]
         y = torch.empty_like(rows_q)
         top = torch.empty(n, seq * repeats, 1, dtype=torch.float32)
         total = torch.empty_like(top)
-        wide_q, wide_k = rows_q.float() * dim**-0.5, rows_k.float().transpose(1, 2)
+        wide_q, wide_k = rows_q.float() * scale, rows_k.float().transpose(1, 2)
         mask = _mask(min(QUERIES, seq), repeats)
         for heads, begin, end, rows in _blocks(n, seq, repeats):
             scores = torch.bmm(wide_q[heads, rows], wide_k[heads, :, :end])
@@ -64,15 +64,16 @@ class _BlockAttention(torch.autograd.Function):
             y[heads, rows] = torch.bmm(p, rows_v[heads, :end])
         shape = (batch, groups, seq, repeats, 1)
         ctx.save_for_backward(q, k, v, top.add_(total.log()))
+        ctx.scale = scale
         return _normalised(y.view_as(q), total.view(shape))
 
     @staticmethod
-    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         q, k, v, lse = ctx.saved_tensors
-        _, _, seq, repeats, dim = q.shape
+        _, _, seq, repeats, _ = q.shape
         dy = _rows(grad_outputs[0].transpose(1, 2).contiguous())
         rows_q, rows_k, rows_v = _rows(q), _rows(k), _rows(v)
-        n, scale = rows_q.shape[0], dim**-0.5
+        n, scale = rows_q.shape[0], ctx.scale
         dq = torch.empty_like(rows_q)
         dk = torch.zeros(rows_k.shape, dtype=torch.float32)
         dv = torch.zeros_like(dk)
@@ -86,7 +87,7 @@ class _BlockAttention(torch.autograd.Function):
             dq[heads, rows] = torch.bmm(ds, rows_k[heads, :end])
             dv[heads, :end] += torch.bmm(p.transpose(1, 2), dy[heads, rows])
             dk[heads, :end] += torch.bmm(ds.transpose(1, 2), rows_q[heads, rows])
-        return dq.view_as(q).mul_(scale), dk.mul_(scale).to(k.dtype).view_as(k), dv.to(v.dtype).view_as(v)
+        return dq.view_as(q).mul_(scale), dk.mul_(scale).to(k.dtype).view_as(k), dv.to(v.dtype).view_as(v), None
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -118,9 +119,9 @@ def blocks_pay(q: torch.Tensor) -> bool:
     return compiling() and q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.shape[1] <= LONGEST
 
 
-def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention of ``q [B, S, H, C]`` to ``k, v [B, S, G, C]``, head h to key/value head h // (H / G):
-    ``[B, S, H, C]``."""
+def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal attention of ``q [B, S, H, C]`` to ``k, v [B, S, G, C]``, head h to key/value head h // (H / G), with
+    scores times ``scale``: ``[B, S, H, C]``."""
     grouped = q.unflatten(2, (k.shape[2], -1)).transpose(1, 2).contiguous()
     keys, values = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
-    return _BlockAttention.apply(grouped, keys, values).flatten(2, 3)
+    return _BlockAttention.apply(grouped, keys, values, scale).flatten(2, 3)

@@ -6,8 +6,8 @@ Shapes: N rows (token, expert) sorted by expert, D hidden, E experts, F expert h
 import torch
 from torch import nn
 
-from qwen_moe.models.feed_forward import joined_swiglu
-from qwen_moe.models.grouped_matmul import GroupedMM, grouped_mm
+from qwen_moe.models.ops.grouped_matmul import GroupedMM, grouped_mm
+from qwen_moe.models.ops.swiglu import joined_swiglu
 
 
 class Experts(nn.Module):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qwen_moe.config import ModelConfig
-from qwen_moe.models.norm import statistics_dtype
+from qwen_moe.models.ops.dtypes import statistics_dtype
 
 
 class RouterStatistics(NamedTuple):

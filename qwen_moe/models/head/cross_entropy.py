@@ -5,17 +5,16 @@ Shapes: T tokens, D hidden, V vocabulary.
 
 import torch
 
-from qwen_moe.models.fused import fused
-from qwen_moe.models.norm import statistics_dtype
-
-IGNORE = -100
+from parallel.gemm import mm_into, widen
+from qwen_moe.models.ops.compiled import fused
+from qwen_moe.models.ops.dtypes import statistics_dtype
 
 
 def _statistics(wide: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The losses ``[T, 1]`` of logits ``wide [T, V]`` (0 where not counted), their logsumexp and the label's logit."""
     lse = wide.logsumexp(-1, keepdim=True)
     of_label = wide.gather(1, labels.unsqueeze(1).clamp_min(0))
-    return (lse - of_label) * (labels != IGNORE).unsqueeze(1), lse, of_label
+    return (lse - of_label) * (labels >= 0).unsqueeze(1), lse, of_label
 
 
 @fused
@@ -32,13 +31,13 @@ def _losses_and_gradients(
     those ``[T, 1]``: 1 is subtracted before they are rounded."""
     wide = logits.to(statistics_dtype(logits.dtype))
     losses, lse, of_label = _statistics(wide, labels)
-    loss, counted = losses.sum(), (labels != IGNORE).unsqueeze(1)
+    loss, counted = losses.sum(), (labels >= 0).unsqueeze(1)
     dz = wide.sub_(lse).exp_().mul_(counted).to(logits.dtype)
     return loss, dz, (((of_label - lse).exp() - 1) * counted).to(logits.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """sum over counted t of logsumexp(z_t) - z_t[label_t], z = x W^T.
+    """sum over valid t of logsumexp(z_t) - z_t[label_t], z = x W^T.
 
     dz = softmax(z) - onehot(label), dx = dz W, dW = dz^T x. All three are formed while a chunk's logits exist, so
     nothing is computed twice; backward only multiplies by the incoming scalar. dW is summed over chunks in float32.
@@ -51,17 +50,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=x.device)
         dx = torch.empty_like(x) if need_x else None
         dweight = torch.zeros(weight.shape, dtype=wide, device=x.device) if need_weight else None
+        operand = widen(weight)
         for start in range(0, x.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            x_c, labels_c = x[rows], labels[rows]
+            x_c, labels_c = widen(x[rows]), labels[rows]
+            logits = (x_c @ operand.T).to(x.dtype)
             if not (need_x or need_weight):
-                total += _losses(x_c @ weight.T, labels_c)
+                total += _losses(logits, labels_c)
                 continue
-            losses, dz, of_label = _losses_and_gradients(x_c @ weight.T, labels_c)
+            losses, dz, of_label = _losses_and_gradients(logits, labels_c)
             total += losses
             dz.scatter_(1, labels_c.unsqueeze(1).clamp_min(0), of_label)
+            dz = widen(dz)
             if dx is not None:
-                torch.mm(dz, weight, out=dx[rows])
+                mm_into(dx[rows], dz, operand)
             if dweight is not None:
                 dweight += dz.T @ x_c
         ctx.save_for_backward(dx, dweight)
@@ -82,7 +84,7 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Summed cross-entropy, in nats, of ``softmax(x W^T)`` against ``labels``; a scalar in float32 (float64 for float64).
 
-    ``x [..., D]``, ``weight [V, D]``, ``labels [...]`` int64 with -100 where a token does not count. At most
+    ``x [..., D]``, ``weight [V, D]``, ``labels [...]`` int64, negative where a token does not count. At most
     ``chunk_tokens`` rows of logits exist at a time.
     """
     return _LinearCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight, labels.flatten(), chunk_tokens)

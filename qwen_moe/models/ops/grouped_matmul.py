@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
+from parallel.gemm import linear, widen, widens
+
 GroupedMM = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def loop_mm(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """``x [N, A]`` times ``weight [E, O, A]`` transposed, rows split by ``counts [E]``: the plain loop, any dtype."""
     parts = x.split(counts.tolist())
-    return torch.cat([F.linear(part, weight[expert]) for expert, part in enumerate(parts)])
+    return torch.cat([linear(part, weight[expert]) for expert, part in enumerate(parts)])
 
 
 def grouped_mm(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -23,6 +25,8 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> t
     aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
     if x.dtype == torch.float64 or not aligned or not x.shape[0]:
         return loop_mm(x, weight, counts)
+    if widens(x):
+        return _WidenedLoop.apply(x, weight, counts)
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and type(x) is torch.Tensor:
         return _RoundedLoop.apply(x, weight, counts)
     return F.grouped_mm(x, weight.transpose(-2, -1), offs=counts.cumsum(0).to(torch.int32))
@@ -59,6 +63,41 @@ class _RoundedLoop(torch.autograd.Function):
                     rows = F.pad(rows, (0, 0, 0, rounded - count))
                 torch.mm(rows.T, _some_rows(x, begin, rounded), out=dweight[expert])
         return dx, dweight, None
+
+
+class _WidenedLoop(torch.autograd.Function):
+    """`loop_mm` for a CPU without instructions for the operands' dtype: one expert's operands are widened at a time."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.counts = counts.tolist()
+        out = x.new_empty(x.shape[0], weight.shape[1])
+        for expert, rows in _rows_of_experts(ctx.counts):
+            out[rows] = widen(x[rows]) @ widen(weight[expert]).T
+        return out
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for expert, rows in _rows_of_experts(ctx.counts):
+            dy = widen(grad_outputs[0][rows])
+            if dx is not None:
+                dx[rows] = dy @ widen(weight[expert])
+            if dweight is not None:
+                dweight[expert] = dy.T @ widen(x[rows])
+        return dx, dweight, None
+
+
+def _rows_of_experts(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) of every expert that has rows."""
+    begin = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slice(begin, begin + count)
+        begin += count
 
 
 def _rows_times(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:

@@ -1,0 +1,122 @@
+"""Matrix products (GEMMs) in half precision on CPUs that have no instructions for it.
+
+torch multiplies bfloat16 and float16 matrices by plain loops on such a CPU, about a hundred times slower than float32
+(pytorch #146508). Here their operands are widened to float32 and the product is rounded to the operands' dtype: the
+same operands, the same rounding of the result, sums in float32. Where the instructions exist, and on every other
+device, `widen` returns its argument and nothing changes.
+"""
+
+import functools
+import os
+import platform
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Values of oneDNN's ONEDNN_MAX_CPU_ISA under which it emulates bfloat16 with AVX-512 conversions.
+_EMULATED = ("AVX512_CORE", "AVX512_CORE_VNNI")
+
+
+@functools.cache
+def has_hardware(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of ``dtype`` by instructions made for it.
+
+    Read from the processor and from what oneDNN may use of it (`ONEDNN_MAX_CPU_ISA`), once per process. Not measured: two
+    processes of a run, or a run and its resumption, must not choose differently because one of them was disturbed.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return limit not in _EMULATED and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def widens(x: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether products of ``x``, in ``dtype`` (its own), are computed in float32 here. Not those of subclasses: fake tensors
+    stand for any device."""
+    return x.device.type == "cpu" and type(x) in (torch.Tensor, nn.Parameter) and not has_hardware(dtype or x.dtype)
+
+
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as an operand: itself, or in float32 where this CPU has no instructions for products of its dtype."""
+    return x.float() if widens(x) else x
+
+
+def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x [..., A]`` times ``weight [O, A]`` transposed, plus ``bias [O]``, in the weight's dtype: ``[..., O]``.
+
+    ``x`` may be widened already. Not for autograd, which would save the widened operands.
+    """
+    if x.dtype == weight.dtype and x.numel() == x.shape[-1]:
+        return F.linear(x, weight, bias)  # one row: torch's product of matrix and vector sums in float32 everywhere
+    return F.linear(widen(x), widen(weight), None if bias is None else widen(bias)).to(weight.dtype)
+
+
+def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a [..., K] @ b [K, N]`` in the operands' dtype."""
+    return (widen(a) @ widen(b)).to(a.dtype)
+
+
+def mm_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``out [M, N] = a [M, K] @ b [K, N]``. Operands that are widened already are rounded to ``out``'s dtype."""
+    if a.dtype == b.dtype == out.dtype and not widens(a):
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(widen(a) @ widen(b))
+
+
+class _Linears(torch.autograd.Function):
+    """y_i = x W_i^T + b_i. backward: dx = sum_i dy_i W_i, added up inside the products; dW_i = dy_i^T x."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        weights, biases = parameters[::2], parameters[1::2]
+        ctx.save_for_backward(x, *weights)
+        operand = widen(x) if x.numel() > x.shape[-1] else x
+        return tuple(affine(operand, w, b) for w, b in zip(weights, biases, strict=True) if w is not None)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        rows = [widen(dy.flatten(0, -2)) for dy in grad_outputs]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = rows[0] @ widen(weights[0])
+            for dy, weight in zip(rows[1:], weights[1:], strict=True):
+                dx.addmm_(dy, widen(weight))
+            dx = dx.view_as(x).to(x.dtype)
+        operand = widen(x.flatten(0, -2)) if any(ctx.needs_input_grad[1::2]) else None
+        found: list[torch.Tensor | None] = []
+        for dy, need_weight, need_bias in zip(
+            rows, ctx.needs_input_grad[1::2], ctx.needs_input_grad[2::2], strict=True
+        ):
+            found.append((dy.T @ operand).to(x.dtype) if need_weight and operand is not None else None)
+            found.append(dy.sum(0).to(x.dtype) if need_bias else None)
+        return dx, *found
+
+
+def linears(x: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """``x [..., A]`` by each pair of ``parameters``, ``weight [O_i, A]`` and ``bias [O_i]`` or None: ``[..., O_i]`` each.
+
+    Differentiable; saves ``x`` and the weights in the dtypes they have.
+    """
+    return _Linears.apply(x, *parameters)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`torch.nn.functional.linear`, widened where the CPU has no instructions for the operands' dtype."""
+    return linears(x, weight, bias)[0] if widens(x) else F.linear(x, weight, bias)
+
+
+def description(dtype: torch.dtype) -> str:
+    """How this CPU computes products of ``dtype``, for people."""
+    name = str(dtype).removeprefix("torch.")
+    if has_hardware(dtype):
+        return f"{name} products by the processor's own instructions"
+    return f"{name} products in float32, rounded to {name} (this processor has no {name} instructions)"

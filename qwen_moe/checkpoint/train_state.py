@@ -1,0 +1,44 @@
+"""`train_state.json`: what a training checkpoint holds that is not a tensor."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
+
+from qwen_moe.checkpoint.manifest import CheckpointDamaged
+
+TRAIN_STATE = "train_state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What is not a tensor. ``step``: optimizer steps done, which fixes the schedule and, with ``skips``, the next sample
+    (`qwen_moe.training.rollback.History`, of which ``recent_losses`` are too)."""
+
+    step: NonNegativeInt
+    consumed_samples: NonNegativeInt
+    consumed_tokens: NonNegativeInt
+    data_fingerprint: str
+    settings: dict[str, Any]
+    skips: list[tuple[NonNegativeInt, NonNegativeInt]] = field(default_factory=list)
+    recent_losses: list[float] = field(default_factory=list)
+
+    def dumps(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+
+def read_train_state(checkpoint: Path) -> TrainState:
+    """The state of the checkpoint ``checkpoint``. Raises CheckpointDamaged when it has none, or what is there is not one."""
+    file = checkpoint / TRAIN_STATE
+    try:
+        return TypeAdapter(TrainState).validate_json(file.read_bytes(), strict=True)
+    except FileNotFoundError:
+        raise CheckpointDamaged(f"{file} is missing: {checkpoint} is not a checkpoint of a training run") from None
+    except OSError as error:
+        raise CheckpointDamaged(f"{file} cannot be read: {error.strerror or error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointDamaged(f"{file} is not the state of a run: {where} {first['msg']}") from None

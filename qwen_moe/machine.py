@@ -1,0 +1,65 @@
+"""What this machine does for a run: cores, memory, how it multiplies matrices and how fast (`qwen-moe info --machine`)."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine_facts() -> dict[str, Any]:
+    """Measured on this process's threads, in about a second. Rates are FLOP/s of a square matmul."""
+    import torch
+
+    from parallel.gemm import description, has_hardware
+    from qwen_moe.models.ops.compiled import missing_compiler
+    from qwen_moe.training.metrics import measure_matmul_peak
+
+    cpu = torch.device("cpu")
+    products = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        products[name] = {
+            "in_hardware": has_hardware(dtype),
+            "flops_per_second": measure_matmul_peak(dtype, cpu, seconds=0.2),
+            "how": description(dtype),
+        }
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+    return {
+        "processor": _processor(),
+        "cores": affinity,
+        "threads": torch.get_num_threads(),
+        "memory_bytes": pages,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "torch": torch.__version__,
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "products": products,
+        "missing_compiler": missing_compiler("cpu"),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def machine_text(facts: dict[str, Any]) -> str:
+    """`machine_facts` for people."""
+    memory = f", {facts['memory_bytes'] / 1e9:.0f} GB of memory" if facts["memory_bytes"] else ""
+    load = f", load {facts['load']:.1f}" if facts["load"] is not None else ""
+    lines = [
+        facts["processor"],
+        f"  {facts['cores']} cores, {facts['threads']} threads{memory}{load}; torch {facts['torch']} with "
+        f"{facts['vector_instructions']}",
+    ]
+    for entry in facts["products"].values():
+        lines.append(f"  {entry['flops_per_second'] / 1e9:8,.0f} GFLOP/s  {entry['how']}")
+    compiler = facts["missing_compiler"]
+    lines.append(f"  elementwise chains: {'not compiled, no ' + compiler if compiler else 'compiled by torch.compile'}")
+    lines.append(f"  GPUs: {', '.join(facts['gpus']) or 'none'}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Attention: projections, what a query may see, and who computes the scores."""

@@ -1,0 +1,41 @@
+"""The one place where scores are computed: softmax(scale * q k^T) v over the keys that a query may see.
+
+Shapes: B batch, S queries, T keys, H query heads, G key/value heads, C head dim.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from parallel.gemm import widen
+from qwen_moe.models.attention.gqa.mask import Visibility
+from qwen_moe.models.ops.block_attention import block_attention, blocks_pay
+
+
+class Attend(Protocol):
+    """``(q [B, S, H, C], k, v [B, T, G, C], visible, scale) -> [B, S, H, C]``; head h attends with key/value head
+    h // (H / G)."""
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Visibility, scale: float
+    ) -> torch.Tensor: ...
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Visibility, scale: float) -> torch.Tensor:
+    """By the fastest way that this device has for these shapes. See `Attend`."""
+    queries = q.shape[1]
+    causal = visible.is_causal(queries)
+    if causal and blocks_pay(q):
+        return block_attention(q, k, v, scale)
+    everything = visible.sees_all(queries)
+    y = F.scaled_dot_product_attention(
+        widen(q.transpose(1, 2)),
+        widen(k.transpose(1, 2)),
+        widen(v.transpose(1, 2)),
+        attn_mask=None if causal or everything else visible.dense(queries, q.device),
+        is_causal=causal and not everything,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return y.to(q.dtype).transpose(1, 2)

@@ -1,0 +1,78 @@
+"""The MoE block: router, dispatch of tokens to experts and back, gated shared expert.
+
+Shapes: B batch, S sequence, T = B * S tokens, D hidden, E experts, K top-k.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qwen_moe.config import ModelConfig
+from qwen_moe.models.feed_forward import FeedForward
+from qwen_moe.models.linear import Linear
+from qwen_moe.models.moe.dispatch import Dispatcher, LocalDispatcher
+from qwen_moe.models.moe.experts import Experts
+from qwen_moe.models.moe.router import Router, RouterStatistics
+
+
+def within_capacity(
+    indices: torch.Tensor, num_experts: int, capacity: int, earlier: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Which choices ``indices [B, S, K]`` are among the first ``capacity`` of their expert in their sequence: ``[B, S, K]``.
+
+    First come, first served in order of position, so that no token's fate depends on later ones. ``earlier`` maps this
+    rank's counts ``[B, E]`` to those of the ranks that hold earlier parts of the sequence.
+    """
+    batch, _, top_k = indices.shape
+    flat = indices.flatten(1)
+    chosen = F.one_hot(flat, num_experts)  # [B, S * K, E]
+    before = chosen.cumsum(1) - chosen + earlier(chosen.sum(1)).unsqueeze(1)
+    return (before.gather(2, flat.unsqueeze(2)).squeeze(2) < capacity).view(batch, -1, top_k)
+
+
+class MoE(nn.Module):
+    """``forward(x [B, S, D]) -> (y [B, S, D], RouterStatistics)``: routed experts plus the sigmoid-gated shared one.
+
+    ``capacity_factor`` > 0 lets an expert serve at most ``ceil(capacity_factor * S * K / E)`` choices of a sequence in
+    training; the rest are dropped and counted. The unit is the sequence so that no layout changes what is dropped.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
+        self.num_experts, self.top_k = config.num_experts, config.num_experts_per_tok
+        self.capacity_factor = 0.0
+        self.has_shared_expert = config.shared_expert_intermediate_size > 0
+        if self.has_shared_expert:
+            self.shared_expert = FeedForward(config.hidden_size, config.shared_expert_intermediate_size)
+            self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False)
+        # What a plan replaces when tokens, experts or the sequence are split over ranks.
+        self.dispatcher: Dispatcher = LocalDispatcher(config.num_experts)
+        self.sequence_parts = 1
+        self.earlier_counts: Callable[[torch.Tensor], torch.Tensor] = torch.zeros_like
+
+    def _shared(self, x: torch.Tensor) -> torch.Tensor | None:
+        if not self.has_shared_expert:
+            return None
+        return self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, RouterStatistics]:
+        weights, indices, statistics = self.gate(x)
+        drops = self.capacity_factor > 0 and self.training
+        if drops:
+            sequence = x.shape[1] * self.sequence_parts
+            capacity = math.ceil(self.capacity_factor * sequence * self.top_k / self.num_experts)
+            per_sequence = indices.view(*x.shape[:2], -1)
+            kept = within_capacity(per_sequence, self.num_experts, capacity, self.earlier_counts)
+            statistics = statistics._replace(dropped=(~kept).flatten(1).sum(1))
+            kept = kept.view_as(indices)
+            weights, indices = weights * kept, indices.masked_fill(~kept, self.num_experts)
+        routed, shared = self.dispatcher(
+            x.flatten(0, -2), weights, indices, self.experts, lambda: self._shared(x), drops
+        )
+        y = routed.view_as(x)
+        return (y if shared is None else y + shared), statistics
