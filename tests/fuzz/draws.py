@@ -68,7 +68,6 @@ class Fuzz:
     def judge(self, draw: Draw, show: bool = False) -> str | None:
         """None when the answer was a right one, else what was wrong with it."""
         reader, target = READERS[draw.reader], TARGETS[draw.target]
-        right = self.undamaged(draw.reader)
         folder = self.copy(reader.needs)
         try:
             path = self._path(draw, folder)
@@ -88,7 +87,7 @@ class Fuzz:
                 return wrong
             if draw.reader in target.hashed:
                 return f"{kind} was not noticed"
-            return _wrong_result(reader, target, kind, right, answer, folder)
+            return _wrong_result(reader, target, kind, self.undamaged(draw.reader), answer, folder)
         finally:
             shutil.rmtree(folder.parent)
 

@@ -1,10 +1,12 @@
 """Odd values of every option of every verb, found by walking the parser, and of every key of a recipe."""
 
 import argparse
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -105,17 +107,22 @@ class OptionDraw:
         return f"python -m tests.fuzz.draws '{json.dumps(asdict(self))}'"
 
 
+def _made(action: argparse.Action) -> object:
+    """What the option makes of a plain value."""
+    if not callable(action.type):
+        return None
+    for plain in ("7", "0.5", "plain"):
+        with contextlib.suppress(Exception):
+            return action.type(plain)
+    return None
+
+
 def _is_number(action: argparse.Action) -> bool:
-    if action.type in (None, str) or not callable(action.type):
-        return False
-    try:
-        return isinstance(action.type("7"), int | float)
-    except Exception:
-        return False
+    return isinstance(_made(action), int | float)
 
 
 def _is_path(action: argparse.Action) -> bool:
-    return getattr(action.type, "__name__", "") == "Path"
+    return isinstance(_made(action), Path)
 
 
 def _value(action: argparse.Action, rng: Random) -> str:

@@ -129,7 +129,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         file="a site file", damage="`nan` for a number", answer="refused",
-        draw=_file("site file", "launch", ["value", 6, "nan"]), says="site.toml", light=True,
+        draw=_file("site file", "launch", ["value", 7, "nan"]), says="site.toml", light=True,
     ),
     Row(
         file="a GPU's or network's file", damage="`.nan` for a number", answer="refused",
@@ -165,11 +165,11 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         file="a table of runs", damage="Excel's byte order mark", answer="read as without it",
-        draw=_file("runs table", "fit", ["bom"]), code=0, says="", light=True,
+        draw=_file("runs table", "fit", ["bom"]), code=0, says="",
     ),
     Row(
         file="`fit.json`", damage="cut off", answer="refused",
-        draw=_file("fit", "recommend", ["cut", 900]), says="fit.json", light=True,
+        draw=_file("fit", "recommend", ["cut", 900]), says="fit.json",
     ),
     Row(
         file="`metrics.jsonl`", damage="the last line cut off, as by a crash", answer="left out; the step is trained again",

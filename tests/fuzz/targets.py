@@ -112,7 +112,7 @@ READERS = {
     "prepared": Reader(
         argv=("data", "prepare", "--input", "text.jsonl", "--output", "data/corpus", "--train-tokenizer", "--vocab-size",
               "300", "--workers", "1", "--json"),
-        needs=("data", "text.jsonl"), result=_json("done", "request"),
+        needs=("data", "text.jsonl"), result=_json("done", "request", "bin_mtime_ns"),
     ),
     "fit": Reader(
         argv=("scaling", "fit", "runs.csv", "--output", "new", "--samples", "0", "--json"), needs=("runs.csv",),

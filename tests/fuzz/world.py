@@ -147,6 +147,13 @@ def begin(root: Path, server: Server) -> World:
     (root / "text.jsonl").write_text("\n".join(lines) + "\n")
     _write_recipe(root / "recipe.yaml")
     _write_recipe(root / "launched.yaml", run_dir="launched")
+    _write_recipe(
+        root / "large.yaml",
+        run_dir="large",
+        model=MODEL | {"hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+                       "intermediate_size": 512, "moe_intermediate_size": 128},
+        training__train_tokens=10_000_000_000, training__global_batch_size=64,
+    )  # fmt: skip
     (root / "site.toml").write_text(SITE)
     (root / "gpu.yaml").write_text(GPU)
     (root / "network.yaml").write_text(NETWORK)
@@ -188,13 +195,6 @@ def add_exports(world: World) -> None:
 
 def add_scaling(world: World) -> None:
     world.run("scaling", "fit", "runs.csv", "--output", "fit", "--samples", "4")
-    _write_recipe(
-        world.root / "large.yaml",
-        run_dir="large",
-        model=MODEL | {"hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
-                       "intermediate_size": 512, "moe_intermediate_size": 128},
-        training__train_tokens=10_000_000_000, training__global_batch_size=64,
-    )  # fmt: skip
     world.run("scaling", "ladder", "large.yaml", "--flops-budget", "1e15", "--output", "ladder")
 
 
@@ -237,14 +237,11 @@ def _write_metrics(run: Path) -> None:
 
 def add_weights(world: World) -> None:
     """A Hugging Face directory of a model that was never trained, and a checkpoint made of it."""
-    import torch
-
     import qwen_moe
     from qwen_moe.config import ModelConfig
-    from qwen_moe.models.decoder import DecoderLM
+    from qwen_moe.models.init import build_model
 
-    torch.manual_seed(0)
-    qwen_moe.save_pretrained(DecoderLM(ModelConfig(**MODEL)), world.root / "hf", max_shard_size="20KB")
+    qwen_moe.save_pretrained(build_model(ModelConfig(**MODEL), seed=0), world.root / "hf", max_shard_size="20KB")
     world.run("convert", "from-hf", "hf", "ckpt")
 
 
@@ -261,11 +258,10 @@ def add_ladder_runs(world: World) -> None:
 
 
 def build_light(root: Path, server: Server) -> World:
-    """What needs no training: the run folders are written by hand."""
+    """What needs no training and no fit: the run folders are written by hand."""
     world = begin(root, server)
     _write_metrics(root / "run")
     add_weights(world)
-    world.run("scaling", "fit", "runs.csv", "--output", "fit", "--samples", "0")
     add_launched(world)
     return world
 
