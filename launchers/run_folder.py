@@ -12,6 +12,7 @@ launch/
 """
 
 import json
+import math
 import os
 import re
 import tempfile
@@ -59,8 +60,13 @@ def read_json(path: Path) -> Any:
     """The content, or None when there is no such file or it is not readable JSON (being replaced, or cut off)."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value out of a JSON file is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,13 @@ class Attempt:
 
     def read(self, name: str) -> Any:
         return read_json(self.folder / name)
+
+    def decision(self) -> dict[str, Any] | None:
+        """How the attempt ended and what was decided; None where that is not written yet, or is damaged."""
+        found = self.read("decision.json")
+        if not isinstance(found, dict) or not is_number(found.get("started")):
+            return None
+        return found if all(isinstance(found.get(key), str) for key in ("action", "kind", "reason")) else None
 
     def write(self, name: str, value: Any) -> None:
         write_json(self.folder / name, value)
@@ -111,6 +124,12 @@ class RunFolder:
                 f"{self.run_dir} is not a launched run (no {self.facts_file.name} in {self.launch}): give the run_dir "
                 "of a recipe that `qwen-moe launch` has started"
             )
+        wrong = [key for key in ("launched", "train_steps", "tokens_per_step") if not is_number(found.get(key))]
+        if wrong:
+            raise LaunchError(
+                f"{self.facts_file} is damaged: its {wrong[0]} is {found.get(wrong[0])!r:.60}, expected a number; the same "
+                "`qwen-moe launch` writes it anew and the run goes on"
+            )
         return found
 
     def attempts(self) -> list[Attempt]:
@@ -142,7 +161,8 @@ class RunFolder:
 
     def excluded_nodes(self) -> dict[str, str]:
         """Nodes this run does not want again, with the reason."""
-        return read_json(self.launch / "excluded_nodes.json") or {}
+        found = read_json(self.launch / "excluded_nodes.json")
+        return found if isinstance(found, dict) else {}
 
     def exclude_nodes(self, nodes: dict[str, str]) -> None:
         write_json(self.launch / "excluded_nodes.json", self.excluded_nodes() | nodes)

@@ -9,7 +9,16 @@ from typing import Any
 
 from launchers import slurm
 from launchers.local import LaunchError
-from launchers.run_folder import RunFolder, write_json
+from launchers.run_folder import RunFolder, is_number, write_json
+
+
+def _is_record(record: Mapping[str, Any]) -> bool:
+    """Whether what a row is made of are numbers; a loss may be NaN, as that of a run that diverged."""
+    numbers = [
+        record[key] for key in ("step", "tokens_per_second", "step_seconds", "time") if record.get(key) is not None
+    ]
+    loss = record.get("loss", 0.0)
+    return all(map(is_number, numbers)) and isinstance(loss, int | float) and not isinstance(loss, bool)
 
 
 def last_metrics(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -26,8 +35,10 @@ def last_metrics(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for line in reversed(lines):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # cut off at either end
+        if not isinstance(record, dict) or not _is_record(record):
+            continue  # damaged: the one before is as good for a look
         last = last or record
         if "loss" in record:
             return record, last
@@ -60,7 +71,7 @@ def row(run_dir: Path, jobs: Mapping[str, slurm.Job] | None) -> dict[str, Any]:
     run = RunFolder(run_dir)
     facts = run.facts()
     attempts = run.attempts()
-    decisions = [a.read("decision.json") for a in attempts]
+    decisions = [a.decision() for a in attempts]
     decision = next((d for d in reversed(decisions) if d), None)
     record, _ = last_metrics(run_dir)
     job_id = str(facts.get("job") or "")

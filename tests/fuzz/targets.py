@@ -15,9 +15,12 @@ Result = Callable[[Answer, Path], Any]
 
 
 def _printed(answer: Answer, folder: Path) -> Any:
-    """stdout, without what is different at each call."""
-    text = answer.out.replace(str(folder), ".")
-    return re.sub(r"\d+\.\d+ s\b|-[0-9a-f]{6}\b", "", text)
+    return _plain(answer.out, folder)
+
+
+def _plain(text: str, folder: Path) -> str:
+    """Without what is different at each call: the folder, the hash of its name, seconds."""
+    return re.sub(r"\d+\.\d+ s\b|-[0-9a-f]{6}\b", "", text.replace(str(folder), "."))
 
 
 def _json(*without: str) -> Result:
@@ -60,12 +63,8 @@ def _exported(answer: Answer, folder: Path) -> Any:
 
 
 def _imported(answer: Answer, folder: Path) -> Any:
-    """The tensors' files and what is kept beside them."""
-    return {
-        name: digest
-        for pattern in ("*.distcp", "model_config.json", "hf/**/*.json")
-        for name, digest in hashes(folder / "out", pattern).items()
-    }
+    """What was computed from; small files beside the weights are copied as they are."""
+    return hashes(folder / "out", "*.distcp") | hashes(folder / "out", "model_config.json")
 
 
 def _prepared(answer: Answer, folder: Path) -> Any:
@@ -73,7 +72,7 @@ def _prepared(answer: Answer, folder: Path) -> Any:
 
 
 def _file(name: str) -> Result:
-    return lambda answer, folder: (folder / name).read_text()
+    return lambda answer, folder: _plain((folder / name).read_text(), folder)
 
 
 def _ladder(answer: Answer, folder: Path) -> Any:
