@@ -12,7 +12,6 @@ launch/
 """
 
 import json
-import math
 import os
 import re
 import tempfile
@@ -65,8 +64,8 @@ def read_json(path: Path) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value out of a JSON file is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value out of a JSON file is a finite number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 @dataclass(frozen=True)

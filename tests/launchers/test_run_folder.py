@@ -29,7 +29,7 @@ def test_whole_records_are_believed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["launched", "train_steps", "tokens_per_step"])
-@pytest.mark.parametrize("value", [None, "ten", [], True, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [None, "ten", [], True, float("nan"), float("inf"), 10**400])
 def test_a_damaged_fact_is_named(tmp_path: Path, key: str, value: Any) -> None:
     run = write_run(tmp_path, facts=FACTS | {key: value})
     with pytest.raises(LaunchError, match=f"launch.json is damaged: its {key} is"):
