@@ -68,6 +68,16 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
+def is_step_record(record: Any) -> bool:
+    """Whether a line of metrics.jsonl is one to look at; a loss may be NaN, as that of a run that diverged."""
+    if not isinstance(record, dict):
+        return False
+    names = ("step", "tokens_per_second", "step_seconds", "time")
+    loss = record.get("loss", 0.0)
+    numbers = all(is_number(record[name]) for name in names if record.get(name) is not None)
+    return numbers and isinstance(loss, int | float) and not isinstance(loss, bool)
+
+
 @dataclass(frozen=True)
 class Attempt:
     """One start of the run's processes."""

@@ -7,18 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launchers import slurm
+from launchers import run_folder, slurm
 from launchers.local import LaunchError
-from launchers.run_folder import RunFolder, is_number, write_json
-
-
-def _is_record(record: Mapping[str, Any]) -> bool:
-    """Whether what a row is made of are numbers; a loss may be NaN, as that of a run that diverged."""
-    numbers = [
-        record[key] for key in ("step", "tokens_per_second", "step_seconds", "time") if record.get(key) is not None
-    ]
-    loss = record.get("loss", 0.0)
-    return all(map(is_number, numbers)) and isinstance(loss, int | float) and not isinstance(loss, bool)
+from launchers.run_folder import RunFolder, write_json
 
 
 def last_metrics(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -37,7 +28,7 @@ def last_metrics(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue  # cut off at either end
-        if not isinstance(record, dict) or not _is_record(record):
+        if not run_folder.is_step_record(record):
             continue  # damaged: the one before is as good for a look
         last = last or record
         if "loss" in record:
