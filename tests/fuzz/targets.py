@@ -250,7 +250,7 @@ TARGETS: dict[str, Target] = {
     ),
     "metrics of a launched run": Target(
         paths=("launched/metrics.jsonl",), form="jsonl", readers=("status",), silent=DRAWN_ONLY,
-        allowed=dict.fromkeys(NEVER_A_VALUE, "status looks at the newest line that is a record; a row has no place for more"),
+        allowed=dict.fromkeys(NEVER_A_VALUE, "status shows the newest line that is a record"),
     ),
     "attempts": Target(paths=("stopped/attempts.jsonl",), form="jsonl", readers=("train",)),
     "run leftovers": Target(
