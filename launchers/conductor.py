@@ -126,11 +126,11 @@ class Conductor:
         since = float(self.facts.get("launched", 0))
         found = []
         for attempt in self.run.attempts():
-            record = attempt.read("decision.json")
+            record = attempt.decision()
             if attempt.number < current.number and record and record["started"] >= since:
-                evidence = record["evidence"]
-                progressed = evidence["saved_after"] > evidence["saved_before"]
-                found.append(Past(kind=record["kind"], progressed=progressed, host=record["host"]))
+                evidence = record.get("evidence") or {}
+                progressed = evidence.get("saved_after", 0) > evidence.get("saved_before", 0)
+                found.append(Past(kind=record["kind"], progressed=progressed, host=record.get("host", "")))
         return tuple(found)
 
     def _finish_what_was_cut_off(self) -> None:

@@ -68,7 +68,9 @@ def follow(run: RunFolder, attempt: Attempt, rank: int | None = None, poll_secon
                 yield f"{stamp} [rank {number}] {text}"
             if not over:
                 time.sleep(poll_seconds)
-        decision = attempt.read("decision.json")
+        decision = attempt.decision()
+        if decision is None:
+            raise LaunchError(f"{attempt.folder / 'decision.json'} is damaged: how this attempt ended is not known")
         yield f"-- attempt {attempt.number}: {decision['action']} ({decision['kind']}): {decision['reason']}"
         if decision["action"] in ("done", "stop"):
             return

@@ -60,8 +60,23 @@ def read_json(path: Path) -> Any:
     """The content, or None when there is no such file or it is not readable JSON (being replaced, or cut off)."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value out of a JSON file is a finite number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def is_step_record(record: Any) -> bool:
+    """Whether a line of metrics.jsonl is one to look at; a loss may be NaN, as that of a run that diverged."""
+    if not isinstance(record, dict):
+        return False
+    names = ("step", "tokens_per_second", "step_seconds", "time")
+    loss = record.get("loss", 0.0)
+    numbers = all(is_number(record[name]) for name in names if record.get(name) is not None)
+    return numbers and isinstance(loss, int | float) and not isinstance(loss, bool)
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,13 @@ class Attempt:
 
     def write(self, name: str, value: Any, *, private: bool = False) -> None:
         write_json(self.folder / name, value, private=private)
+
+    def decision(self) -> dict[str, Any] | None:
+        """How the attempt ended and what was decided; None where that is not written yet, or is damaged."""
+        found = self.read("decision.json")
+        if not isinstance(found, dict) or not is_number(found.get("started")):
+            return None
+        return found if all(isinstance(found.get(key), str) for key in ("action", "kind", "reason")) else None
 
     def read_all(self, subfolder: str) -> dict[str, Any]:
         """Every JSON file of a sub-folder, by its name without the ending."""
@@ -112,6 +134,12 @@ class RunFolder:
                 f"{self.run_dir} is not a launched run (no {self.facts_file.name} in {self.launch}): give the run_dir "
                 "of a recipe that `qwen-moe launch` has started"
             )
+        wrong = [key for key in ("launched", "train_steps", "tokens_per_step") if not is_number(found.get(key))]
+        if wrong:
+            raise LaunchError(
+                f"{self.facts_file} is damaged: its {wrong[0]} is {found.get(wrong[0])!r:.60}, expected a number; the same "
+                "`qwen-moe launch` writes it anew and the run goes on"
+            )
         return found
 
     def attempts(self) -> list[Attempt]:
@@ -143,7 +171,8 @@ class RunFolder:
 
     def excluded_nodes(self) -> dict[str, str]:
         """Nodes this run does not want again, with the reason."""
-        return read_json(self.launch / "excluded_nodes.json") or {}
+        found = read_json(self.launch / "excluded_nodes.json")
+        return found if isinstance(found, dict) else {}
 
     def exclude_nodes(self, nodes: dict[str, str]) -> None:
         write_json(self.launch / "excluded_nodes.json", self.excluded_nodes() | nodes)

@@ -1,6 +1,7 @@
 """The site file: one TOML file with what is the same for every job on a cluster; unknown keys are errors."""
 
 import difflib
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -163,7 +164,7 @@ def _unknown(name: str, valid: list[str], kind: str) -> str:
 
 def _environment(content: Mapping[str, Any], problems: list[str]) -> dict[str, str]:
     for key, value in content.items():
-        if isinstance(value, dict | list | bool):
+        if isinstance(value, dict | list | bool) or (isinstance(value, float) and not math.isfinite(value)):
             problems.append(f"environment.{key} must be a text or a number")
     return {key: str(value) for key, value in content.items()}
 
@@ -197,6 +198,6 @@ def _ranges(site: Site) -> list[str]:
         section = getattr(site, table)
         for entry in fields(section):
             value = getattr(section, entry.name)
-            if isinstance(value, int | float) and value < 0:
-                problems.append(f"{table}.{entry.name} is {value}, which is negative")
+            if isinstance(value, int | float) and not 0 <= value < math.inf:  # neither is NaN
+                problems.append(f"{table}.{entry.name} is {value}, expected a number of 0 or more")
     return problems

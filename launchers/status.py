@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launchers import slurm
+from launchers import run_folder, slurm
 from launchers.local import LaunchError
 from launchers.lock import locked as locked
 from launchers.lock import read_holder
@@ -27,8 +27,10 @@ def last_metrics(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for line in reversed(lines):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # cut off at either end
+        if not run_folder.is_step_record(record):
+            continue  # damaged: the one before is as good for a look
         last = last or record
         if "loss" in record:
             return record, last
@@ -49,7 +51,7 @@ def row(run_dir: Path, jobs: Mapping[str, slurm.Job] | None) -> dict[str, Any]:
     run = RunFolder(run_dir)
     facts = run.facts()
     attempts = run.attempts()
-    decisions = [a.read("decision.json") for a in attempts]
+    decisions = [a.decision() for a in attempts]
     decision = next((d for d in reversed(decisions) if d), None)
     record, _ = last_metrics(run_dir)
     job_id = str(facts.get("job") or "")

@@ -31,8 +31,12 @@ def _encodes(name: str) -> bool:
 
 
 def leads_out(path: Path, root: Path) -> bool:
-    """Whether ``path``, a file below ``root``, is really somewhere else: a link, or behind one, to outside of ``root``."""
-    return not path.resolve().is_relative_to(root.resolve())
+    """Whether ``path``, a file below ``root``, is really somewhere else, or nowhere: a link, or behind one, to outside of
+    ``root`` or in a circle."""
+    try:
+        return not path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # links in a circle: RuntimeError before Python 3.13
+        return True
 
 
 def inside(root: Path, name: Any) -> Path:
@@ -40,5 +44,5 @@ def inside(root: Path, name: Any) -> Path:
     plain (`check_name`), and for a link that leads out of ``root``."""
     path = root / check_name(name)
     if leads_out(path, root):
-        raise ValueError(f"{name!r} is a link that leads out of {root}")
+        raise ValueError(f"{name!r} is a link that leads out of {root}, or in a circle")
     return path

@@ -38,3 +38,10 @@ def test_links_that_lead_out(tmp_path: Path) -> None:
     # The directory itself may be reached by a link.
     (tmp_path / "alias").symlink_to("in")
     assert inside(tmp_path / "alias", "file").is_file()
+
+
+def test_links_in_a_circle_lead_out(tmp_path: Path) -> None:
+    (tmp_path / "one").symlink_to("other")
+    (tmp_path / "other").symlink_to("one")
+    with pytest.raises(ValueError, match="circle"):
+        inside(tmp_path, "one")

@@ -54,8 +54,8 @@ def read_outcome(config: RunConfig, run_dir: Path) -> RunOutcome:
 def _failure(run_dir: Path) -> tuple[str, str]:
     """(kind, message) of why the last attempt gave up: `train`'s, else the last decision of a launched run."""
     found = read_json(run_dir / FAILURE)
-    if found is None:
-        decisions = [attempt.read("decision.json") for attempt in RunFolder(run_dir).attempts()]
+    if not isinstance(found, dict) or not isinstance(found.get("message"), str):
+        decisions = [attempt.decision() for attempt in RunFolder(run_dir).attempts()]
         found = next(({"kind": d.get("kind", ""), "message": d["reason"]} for d in decisions[-1:] if d), None)
         if found is not None and decisions[-1]["action"] != "stop":
             found = None

@@ -32,6 +32,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key comes twice")
+    return found
+
+
 def _problem(record: Any) -> str:
     """What is wrong with a parsed line; empty for nothing."""
     if not isinstance(record, dict):
@@ -62,7 +68,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         raise DamagedRecords(f"{path} is damaged: byte {error.start} is not UTF-8 text") from None
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=_once)
             problem = _problem(record)
         except (ValueError, RecursionError):
             if number == len(lines):

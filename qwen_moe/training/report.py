@@ -147,7 +147,7 @@ def _draw_load(records: list[dict[str, Any]], loads: list[dict[str, Any]], path:
 
     counts = np.array(loads[-1]["expert_counts"], dtype=float)
     relative = counts / counts.mean(axis=1, keepdims=True)
-    steps = [record for record in records if "expert_imbalance_max" in record]
+    steps = [r for r in records if "expert_imbalance_max" in r and "expert_imbalance_mean" in r]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=(3, 2), layout="constrained")
     image = left.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
     left.set_xlabel("expert")

@@ -1,5 +1,6 @@
 """The script, the site file, the queue's texts and the placement; bash reads the script, no cluster needed."""
 
+import math
 import shlex
 import subprocess
 from dataclasses import replace
@@ -186,6 +187,14 @@ def test_every_mistake_of_a_site_file_is_named_at_once() -> None:
         assert part in str(caught.value)
     with pytest.raises(LaunchError, match=r"survive.checkpoint_signal is 'KILL'.*survive.hang_seconds is -1"):
         parse_site({"survive": values["survive"]}, "site.toml")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_site_files_numbers_are_finite(value: float) -> None:
+    with pytest.raises(LaunchError, match=r"hardware\.peak_tflops is (nan|inf)"):
+        parse_site({"hardware": {"peak_tflops": value}}, "site.toml")
+    with pytest.raises(LaunchError, match=r"environment\.A must be a text or a number"):
+        parse_site({"environment": {"A": value}}, "site.toml")
 
 
 def test_site_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

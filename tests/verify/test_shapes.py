@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qwen_moe.config import RunConfig, parse_config
+from qwen_moe.config import PrecisionConfig, RunConfig, parse_config
 from qwen_moe.errors import UserError
 from qwen_moe.models.flops import count_parameters
 from qwen_moe.verify.shapes import ShapeReport, run_shapes
@@ -55,6 +55,15 @@ def test_the_ranks_of_a_layout_hold_the_model_once() -> None:
     copied += moe * d if config.model.shared_expert_intermediate_size else 0
     copied += 2 * layers * config.model.head_dim if config.model.qk_norm else 0
     assert total == counts.total + 3 * copied
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
+def test_every_precision_has_shapes(dtype: str) -> None:
+    config = plus_style(layers=2, ep=2).model_copy(
+        update={"precision": PrecisionConfig(compute=dtype, master="fp64" if dtype == "fp64" else "fp32")}
+    )
+    report = run_shapes(config, 2, 0)
+    assert report.gradients == report.parameters
 
 
 def test_a_layout_that_does_not_fit_is_refused() -> None:

@@ -22,6 +22,10 @@ def loop_mm(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torc
 def grouped_mm(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """The same as `loop_mm` by the fastest way that there is for the dtype and device. `F.grouped_mm` has none for float64,
     for no rows at all, and for rows that are not a multiple of 16 bytes long: these take the loop."""
+    if type(x) is not torch.Tensor:
+        # Shapes alone (FakeTensor), where there are no counts to loop over and torch knows the grouped product of bf16 only:
+        # one expert's product has the shapes of all.
+        return linear(x, weight[0])
     aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
     if x.dtype == torch.float64 or not aligned or not x.shape[0]:
         return loop_mm(x, weight, counts)
