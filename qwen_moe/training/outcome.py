@@ -55,10 +55,10 @@ def _failure(run_dir: Path) -> tuple[str, str]:
     """(kind, message) of why the last attempt gave up: `train`'s, else the last decision of a launched run."""
     found = read_json(run_dir / FAILURE)
     if not isinstance(found, dict) or not isinstance(found.get("message"), str):
-        decisions = [attempt.decision() for attempt in RunFolder(run_dir).attempts()]
-        found = next(({"kind": d.get("kind", ""), "message": d["reason"]} for d in decisions[-1:] if d), None)
-        if found is not None and decisions[-1]["action"] != "stop":
-            found = None
+        attempts = RunFolder(run_dir).attempts()
+        last = attempts[-1].decision() if attempts else None
+        stopped = last is not None and last["action"] == "stop"
+        found = {"kind": last["kind"], "message": last["reason"]} if last is not None and stopped else None
     return (str(found.get("kind", "")), str(found["message"])) if found else ("", "")
 
 
