@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parallel import gemm
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.init import build_model
 from qwen_moe.models.linear import project
@@ -82,6 +83,9 @@ def test_long_sequences_and_other_dtypes_take_torchs_attention() -> None:
         assert blocks.blocks_pay(torch.zeros(1, 64, 2, 8, dtype=torch.bfloat16))
         assert not blocks.blocks_pay(torch.zeros(1, blocks.LONGEST + 1, 2, 8, dtype=torch.bfloat16))
         assert not blocks.blocks_pay(torch.zeros(1, 64, 2, 8))
+        with pytest.MonkeyPatch.context() as patch:  # a CPU without bf16 instructions: torch's attention in float32
+            patch.setattr(gemm, "has_hardware", lambda dtype: dtype != torch.bfloat16)
+            assert not blocks.blocks_pay(torch.zeros(1, 64, 2, 8, dtype=torch.bfloat16))
     finally:
         compile_kernels(False)
     assert not blocks.blocks_pay(torch.zeros(1, 64, 2, 8, dtype=torch.bfloat16))

@@ -10,6 +10,7 @@ key/value head are rows of one product: row s * R + r is query s of head g * R +
 
 import torch
 
+from parallel.gemm import widens
 from qwen_moe.models.ops.compiled import compiling, fused
 
 QUERIES = 64  # of a block
@@ -116,7 +117,8 @@ def _mask(size: int, repeats: int) -> torch.Tensor:
 
 def blocks_pay(q: torch.Tensor) -> bool:
     """Whether `block_attention` is faster than torch's for ``q [B, S, H, C]`` (measured: `benchmarks/README.md`)."""
-    return compiling() and q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.shape[1] <= LONGEST
+    fast_bf16 = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not widens(q)
+    return fast_bf16 and compiling() and 1 < q.shape[1] <= LONGEST
 
 
 def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
