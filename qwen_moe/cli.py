@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     args = None
     try:
         args = _parse(argv)
-        if args.verb in ONE_PROCESS:
+        if getattr(args, "verb", "") in ONE_PROCESS:
             from parallel.threads import limit_threads
 
             limit_threads()

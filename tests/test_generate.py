@@ -262,8 +262,8 @@ def test_tokenizer_of_another_model(tmp_path: Path) -> None:
         ("tokenizer.json", '{"model": 3}', "the tokenizer in .* cannot be read"),
         ("generation_config.json", "{", r"generation_config\.json is not valid JSON"),
         ("generation_config.json", "[]", r"generation_config\.json must hold a JSON object"),
-        ("generation_config.json", '{"eos_token_id": "a"}', "eos_token_id is 'a', expected a token's number"),
-        ("generation_config.json", '{"eos_token_id": [1, null]}', r"eos_token_id is \[1, None\], expected a token's"),
+        ("generation_config.json", '{"eos_token_id": "a"}', "eos_token_id is 'a', expected an id or a list of ids"),
+        ("generation_config.json", '{"eos_token_id": [1, null]}', r"eos_token_id is \[1, None\], expected an id"),
     ],
 )
 def test_damaged_files_beside_the_weights(

@@ -4,6 +4,10 @@ import ast
 from pathlib import Path
 
 import pytest
+import yaml
+
+from qwen_moe import documents
+from qwen_moe.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 # Readers that run code, or may; torch.load and transformers' only without the argument that forbids it.
@@ -14,6 +18,7 @@ RUNS = {
 NEEDS = {"torch.load": ("weights_only", True), "from_pretrained": ("trust_remote_code", False)}
 # What a process wrote itself a moment ago, into a folder that only it may read, or holds in memory.
 OWN = {("parallel/local_group.py", "pickle.loads"), ("parallel/trace.py", "pickle.loads")}
+SAFE = {("qwen_moe/documents.py", "yaml.load")}  # with a loader that is a SafeLoader (below)
 
 
 def found_in(source: str) -> set[str]:
@@ -42,7 +47,13 @@ def test_no_reader_that_runs_what_it_reads(folder: str) -> None:
     for path in files:
         name = path.relative_to(ROOT).as_posix()
         found = {(name, call) for call in found_in(path.read_text(encoding="utf-8"))}
-        assert found <= OWN, found - OWN
+        assert found <= OWN | SAFE, found - OWN - SAFE
+
+
+def test_recipes_are_read_by_a_safe_loader() -> None:
+    assert issubclass(documents._Loader, yaml.SafeLoader)
+    with pytest.raises(UserError):
+        documents.yaml_value("a: !!python/object/apply:os.getcwd []", "recipe")
 
 
 def test_the_checker_sees_them() -> None:

@@ -106,7 +106,7 @@ def test_what_is_refused_says_what_to_do(
     assert "add --local" in refused(capsys, here)
     assert "--nproc: not with --local and a folder" in refused(capsys, here, "--local", "--nproc", "2")
     assert "--parallel is for a folder" in refused(capsys, str(ladder / "b_trunk.yaml"), "--local", "--parallel", "2")
-    assert "--retries -1" in refused(capsys, here, "--local", "--retries", "-1")
+    assert "--retries: '-1'" in refused(capsys, here, "--local", "--retries", "-1")
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "`qwen-moe scaling ladder` writes some" in refused(capsys, str(empty), "--local")

@@ -54,6 +54,8 @@ def test_a_trunk_that_does_not_fit_is_refused(
 ) -> None:
     start = trunk / "run" / "checkpoints" / f"step_{step:08d}"
     alone = "launch.nproc=1"
-    outcome = run_to_end(_recipe(tmp_path / "x", corpus), *BRANCH, f"checkpoint.branch_from={start}", alone, *changes)
+    given = [item.partition("=")[0] for item in changes]
+    branch = [item for item in BRANCH if item.partition("=")[0] not in given]
+    outcome = run_to_end(_recipe(tmp_path / "x", corpus), *branch, f"checkpoint.branch_from={start}", alone, *changes)
     assert outcome.returncode == 2 and message in outcome.stderr, outcome.stderr
     assert "Traceback" not in outcome.stderr

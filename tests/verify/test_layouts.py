@@ -235,7 +235,7 @@ def _softmax_of_one_shard(patch: Any) -> None:
     """The vocabulary-parallel softmax normalised by this rank's columns only."""
     import torch.distributed as dist
 
-    from parallel import tensor
+    from parallel import vocab_head
 
     class Blind:
         def __getattr__(self, name: str) -> Any:
@@ -246,7 +246,7 @@ def _softmax_of_one_shard(patch: Any) -> None:
             if x.ndim == 2:
                 dist.all_reduce(x[1], **kwargs)
 
-    patch(tensor, "dist", Blind())
+    patch(vocab_head, "dist", Blind())
 
 
 def _rows_in_order_of_arrival(patch: Any) -> None:
