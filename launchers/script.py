@@ -39,6 +39,8 @@ class JobSpec:
     processes_per_node: int
     time: str = ""
     gpus_per_node: int = 0
+    gpu_request: str = ""  # sbatch's words for them where they have types (`a100:4`)
+    gres: str = ""  # where GPUs were asked for by --gres: written instead of --gpus-per-node
     cpus_per_task: int = 0
     account: str = ""
     partition: str = ""
@@ -124,7 +126,10 @@ def _options(spec: JobSpec) -> list[tuple[str, str, str]]:
         ("", "nodes", str(spec.nodes)),
         ("one elastic agent per node; it starts the node's processes", "ntasks-per-node", "1"),
     ]
-    found += [("", "gpus-per-node", str(spec.gpus_per_node))] if spec.gpus_per_node else []
+    if spec.gres:
+        found.append(("", "gres", spec.gres))
+    elif spec.gpus_per_node:
+        found.append(("", "gpus-per-node", spec.gpu_request or str(spec.gpus_per_node)))
     found += [("", "cpus-per-task", str(spec.cpus_per_task))] if spec.cpus_per_task else []
     found += [("whole nodes: all their CPUs and memory", "exclusive", ""), ("", "mem", "0")] if spec.exclusive else []
     found += [("", "time", spec.time)] if spec.time else []

@@ -5,8 +5,8 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from launchers.local import LaunchError
@@ -38,6 +38,7 @@ class Node:
     state: str
     cpus: int
     gpus: int
+    gpu_types: Mapping[str, int] = field(default_factory=dict)  # type in lower case -> GPUs
 
     @property
     def usable(self) -> bool:
@@ -113,30 +114,49 @@ def fields(line: str) -> dict[str, str]:
 
 def gpus_of(gres: str) -> int:
     """GPUs in a gres text such as `gpu:8`, `gpu:h100:8(S:0-1)` or `gpu:a:2,gpu:b:2`."""
-    entries = re.sub(r"\([^)]*\)", "", gres).split(",")  # in brackets: sockets
-    # The count is the last part; a type may begin with a digit (`gpu:1g.10gb:7`, `gpu:1080ti:4`).
-    parts = [entry.strip().split(":") for entry in entries]
-    return sum(int(part[-1]) for part in parts if part[0] == "gpu" and len(part) in (2, 3) and part[-1].isdecimal())
+    return sum(gpu_types(gres).values())
+
+
+def gpu_types(gres: str) -> dict[str, int]:
+    """The same by type, in lower case; "" for those without a type."""
+    found: dict[str, int] = {}
+    for entry in re.sub(r"\([^)]*\)", "", gres).split(","):  # in brackets: sockets
+        # The count is the last part; a type may begin with a digit (`gpu:1g.10gb:7`, `gpu:1080ti:4`).
+        name, *rest = entry.strip().split(":")
+        if name == "gpu" and len(rest) in (1, 2) and rest[-1].isdecimal():
+            kind = rest[0].lower() if len(rest) == 2 else ""
+            found[kind] = found.get(kind, 0) + int(rest[-1])
+    return found
 
 
 def _limit(text: str) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def partition(name: str) -> Partition:
-    """The partition ``name``, or the default one when empty. Raises LaunchError naming those that exist."""
-    everything = [fields(line) for line in run("scontrol", "show", "partition", "-o").splitlines() if line.strip()]
-    chosen = [p for p in everything if (p["PartitionName"] == name if name else p.get("Default") == "YES")]
+def partitions(names: Sequence[str]) -> list[Partition]:
+    """The partitions ``names``, or the default one when there are none. Raises LaunchError naming those that exist."""
+    lines = run("scontrol", "show", "partition", "-o").splitlines()
+    everything = {p["PartitionName"]: p for p in map(fields, lines) if "PartitionName" in p}
+    known = ", ".join(everything) or "none"
+    missing = [name for name in names if name not in everything]
+    if missing:
+        shown = " and ".join(map(repr, missing))
+        what = f"partition {shown} does not exist" if len(missing) == 1 else f"partitions {shown} do not exist"
+        raise LaunchError(f"{what}: give --partition with one (or several, with commas) of {known}")
+    chosen = names or [name for name, facts in everything.items() if facts.get("Default") == "YES"]
     if not chosen:
-        known = ", ".join(p["PartitionName"] for p in everything) or "none"
-        what = f"partition {name!r} does not exist" if name else "this cluster has no default partition"
-        raise LaunchError(f"{what}: give --partition with one of {known}")
-    facts = chosen[0]
+        raise LaunchError(f"this cluster has no default partition: give --partition with one of {known}")
+    return [_with_nodes(everything[name]) for name in chosen]
+
+
+def _with_nodes(facts: Mapping[str, str]) -> Partition:
     nodes = []
     for line in run("sinfo", "-h", "-N", "-p", facts["PartitionName"], "-o", "%N|%T|%c|%G").splitlines():
         host, state, cpus, gres = line.split("|", 3)
         # A trailing mark means: not responding, powering, in maintenance. Only a bare state is usable.
-        nodes.append(Node(name=host, state=state.strip(), cpus=int(cpus.rstrip("+")), gpus=gpus_of(gres)))
+        types = gpu_types(gres)
+        node = Node(name=host, state=state.strip(), cpus=int(cpus.rstrip("+")), gpus=gpus_of(gres), gpu_types=types)
+        nodes.append(node)
     return Partition(
         name=facts["PartitionName"],
         state=facts.get("State", "UP"),

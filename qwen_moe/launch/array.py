@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launchers import slurm
 from launchers.local import LaunchError
+from launchers.request import split_names
 from launchers.run_folder import read_json, write_json, write_text
 from launchers.script import JobSpec, render
 from launchers.site import Site
@@ -27,13 +28,13 @@ def launch_array(args: argparse.Namespace, site: Site) -> int:
     for folder in folders:
         if folders.count(folder) > 1:
             raise LaunchError(f"several recipes of {args.recipe} have the run_dir {folder}: give each its own")
-    partition = slurm.partition(plans[0].spec.partition)
+    partitions = slurm.partitions(split_names(plans[0].spec.partition))
     accounts, jobs = slurm.accounts(), slurm.queue()
     chosen, skipped = _choose(plans)
     if not chosen:
         raise LaunchError(f"all {len(plans)} runs of {args.recipe} are complete or in the queue: nothing to launch")
     for plan in chosen:
-        prepare.check(plan, partition, accounts)
+        prepare.check(plan, partitions, accounts)
         prepare.check_not_running(plan.run, "", jobs)
     first, second, queued = _waves(chosen, plans)
     waves = [wave for wave in (first, second) if wave]
