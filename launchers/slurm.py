@@ -1,8 +1,11 @@
 """Slurm's commands: ask the queue and the partitions, submit, requeue, cancel. Text formats only, which are stable."""
 
+import contextlib
 import getpass
+import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -23,11 +26,27 @@ ACTIVE = {
     "STOPPED",
 }
 _USABLE = {"idle", "mixed", "allocated", "completing", "reserved", "planned"}
+ASK_SECONDS = 10  # for questions that a person waits for
+_AWAY = re.compile(
+    r"Unable to contact slurm controller|Socket timed out|connect failure|Connection (?:refused|timed out|reset)|"
+    r"communication connection failure|Zero Bytes were transmitted|No route to host",
+    re.IGNORECASE,
+)
 _DAYS = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
 class SlurmError(LaunchError):
     """A Slurm command failed; the message is its own."""
+
+
+class NoAnswer(SlurmError):
+    """Slurm's commands are here, but its controller does not answer."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"Slurm does not answer ({why}): try again later; `scontrol ping` tells whether slurmctld is up"
+        )
+        self.short = f"Slurm does not answer ({why})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,21 +89,31 @@ class Job:
 
 
 def run(*command: str, timeout: float = 60, cwd: Path | None = None) -> str:
-    """stdout of a Slurm command. Raises SlurmError with its own words when it fails or is not installed."""
+    """stdout of a Slurm command. Raises SlurmError with its own words when it fails or is not installed, and NoAnswer when
+    the controller is away or ``timeout`` seconds have passed."""
     if shutil.which(command[0]) is None:
         raise SlurmError(
             f"there is no Slurm here ({command[0]} is not on PATH): run this on a login node of the cluster, or use "
             "`qwen-moe launch --local`"
         )
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd, errors="replace")
-    except subprocess.TimeoutExpired:
-        raise SlurmError(
-            f"{command[0]} did not answer within {timeout:g} s: is slurmctld up (`scontrol ping`)?"
-        ) from None
-    if done.returncode:
-        raise SlurmError(f"{command[0]}: {done.stderr.strip() or f'exit code {done.returncode}'}")
-    return done.stdout
+    pipe = subprocess.PIPE
+    # A session of its own: sites wrap these commands in scripts, whose children would keep the pipes open.
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, errors="replace", start_new_session=True
+    ) as process:
+        try:
+            out, said = process.communicate(timeout=timeout)
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise NoAnswer(f"{command[0]} gave no answer within {timeout:g} s") from None
+            raise
+    if process.returncode:
+        if _AWAY.search(said):
+            raise NoAnswer(f"{command[0]}: {said.strip().splitlines()[-1].rpartition('error: ')[2]}")
+        raise SlurmError(f"{command[0]}: {said.strip() or f'exit code {process.returncode}'}")
+    return out
 
 
 def parse_minutes(text: str) -> float | None:
@@ -171,11 +200,11 @@ def hostnames(node_list: str) -> list[str]:
     return run("scontrol", "show", "hostnames", node_list).split() if node_list else []
 
 
-def queue() -> list[Job]:
+def queue(timeout: float = 60) -> list[Job]:
     """This user's jobs in the queue, array tasks one by one."""
     form = "%i|%T|%M|%L|%N|%r|%j"
     found = []
-    for line in run("squeue", "-h", "-r", "-u", getpass.getuser(), "-o", form).splitlines():
+    for line in run("squeue", "-h", "-r", "-u", getpass.getuser(), "-o", form, timeout=timeout).splitlines():
         job_id, state, elapsed, left, nodes, reason, name = line.split("|", 6)
         found.append(Job(job_id=job_id, name=name, state=state, reason=reason, elapsed=elapsed, left=left, nodes=nodes))
     return found
@@ -184,7 +213,7 @@ def queue() -> list[Job]:
 def show_job(job_id: str) -> dict[str, str]:
     """scontrol's facts of a job; empty when Slurm has forgotten it (MinJobAge)."""
     try:
-        lines = run("scontrol", "show", "job", "-o", job_id).splitlines()
+        lines = run("scontrol", "show", "job", "-o", job_id, timeout=ASK_SECONDS).splitlines()
     except SlurmError as error:
         if "Invalid job id" in str(error):
             return {}
@@ -213,7 +242,7 @@ def submit(script: Path) -> str:
 
 
 def cancel(job_id: str) -> None:
-    run("scancel", job_id)
+    run("scancel", job_id, timeout=ASK_SECONDS)
 
 
 def requeue(job_id: str, patience: float = 600) -> None:

@@ -171,11 +171,11 @@ def _ask_cluster(partition: str, dry_run: bool) -> tuple[Any, Any, list[slurm.Jo
         return None, None, []
     try:
         return slurm.partitions(split_names(partition)), slurm.accounts(), slurm.queue()
-    except slurm.SlurmError:
+    except slurm.SlurmError as error:
         if not dry_run:
             raise
         # Its commands are installed, but no cluster is configured or up.
-        _say(NO_CLUSTER)
+        _say(NO_CLUSTER, f"note: {error}")
         return None, None, []
 
 
