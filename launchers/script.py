@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launchers.local import LaunchError
 from launchers.secrets import REMOVED, has_secret, hidden
+from launchers.set_up import checked, without_variables
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./:,+@%=\[\]*-]+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -186,19 +187,6 @@ def _srun(spec: JobSpec) -> list[str]:
     return found + [shlex.quote(argument) for argument in spec.srun_args]
 
 
-def _checked(commands: tuple[str, ...]) -> list[str]:
-    """Each command, and after it the end of the job if its status is not 0. A line that goes on (``\\``) is not cut."""
-    found = []
-    for command in commands:
-        found.append(command)
-        if not command.endswith("\\"):
-            text = (
-                f"error: the set-up command {command!r} of the site file failed; add `|| true` where that is expected"
-            )
-            found.append(f"[ $? -eq 0 ] || {{ printf '%s\\n' {shlex.quote(text)} >&2; exit 1; }}")
-    return found
-
-
 def render(spec: JobSpec) -> str:
     """The script. Raises LaunchError for values that cannot be written safely."""
     check_environment(spec.environment)
@@ -216,12 +204,13 @@ def render(spec: JobSpec) -> str:
         *_own_log(spec),
         f"cd -- {shlex.quote(str(spec.workdir))} || exit 1",
     ]
+    lines += without_variables()
     if spec.setup:
         lines += [
             "",
             "# From the site file. A command that fails ends the job.",
             "set +u",
-            *_checked(spec.setup),
+            *checked(spec.setup),
             "set -u",
         ]
     lines += [

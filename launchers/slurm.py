@@ -32,6 +32,19 @@ _AWAY = re.compile(
     r"communication connection failure|Zero Bytes were transmitted|No route to host",
     re.IGNORECASE,
 )
+_DEFAULTS_OF_QUESTIONS = ("SQUEUE_", "SINFO_", "SCANCEL_", "SACCT_")
+_KEPT = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_UMASK", "SLURM_TIME_FORMAT"}
+_GPUS = ("GRES", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK")
+_VARIABLES = {  # option of a script -> the SBATCH_... that would stand over it, where it has another name or several
+    "time": ("TIMELIMIT",),
+    "array": ("ARRAY_INX",),
+    "output": ("OUTPUT", "ERROR"),
+    "requeue": ("REQUEUE", "NO_REQUEUE"),
+    "mem": ("MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"),
+    "gres": _GPUS,
+    "gpus-per-node": _GPUS,
+    "switches": ("REQ_SWITCH", "WAIT4SWITCH"),
+}
 _DAYS = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
@@ -88,7 +101,28 @@ class Job:
     nodes: str
 
 
-def run(*command: str, timeout: float = 60, cwd: Path | None = None) -> str:
+def asking_environment() -> dict[str, str]:
+    """The environment without defaults of the commands that ask: SQUEUE_STATES and the like would hide jobs."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_DEFAULTS_OF_QUESTIONS)}
+
+
+def submitting_environment(script: str) -> dict[str, str]:
+    """sbatch's environment for a script. sbatch prefers SBATCH_X to the script's own `#SBATCH --x`, and hands the variables
+    of an allocation that this runs in, and srun's, on to the job: they are left out."""
+    options = re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE)
+    dropped = {f"SBATCH_{name}" for name in ("WAIT", "ARRAY_INX", "NO_REQUEUE", "TEST_ONLY")}
+    for option in options:
+        dropped.update(f"SBATCH_{name}" for name in _VARIABLES.get(option, (option.upper().replace("-", "_"),)))
+    return {
+        name: value
+        for name, value in asking_environment().items()
+        if name not in dropped and not name.startswith("SRUN_") and (not name.startswith("SLURM_") or name in _KEPT)
+    }
+
+
+def run(
+    *command: str, timeout: float = 60, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+) -> str:
     """stdout of a Slurm command. Raises SlurmError with its own words when it fails or is not installed, and NoAnswer when
     the controller is away or ``timeout`` seconds have passed."""
     if shutil.which(command[0]) is None:
@@ -99,7 +133,14 @@ def run(*command: str, timeout: float = 60, cwd: Path | None = None) -> str:
     pipe = subprocess.PIPE
     # A session of its own: sites wrap these commands in scripts, whose children would keep the pipes open.
     with subprocess.Popen(
-        command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, errors="replace", start_new_session=True
+        command,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        cwd=cwd,
+        env=asking_environment() if environment is None else environment,
+        errors="replace",
+        start_new_session=True,
     ) as process:
         try:
             out, said = process.communicate(timeout=timeout)
@@ -237,7 +278,8 @@ def accounts() -> dict[str, set[str]] | None:
 
 def submit(script: Path) -> str:
     """Submit from the script's folder (where its log goes); the job id."""
-    answer = run("sbatch", "--parsable", script.name, cwd=script.parent)
+    environment = submitting_environment(script.read_text(encoding="utf-8"))
+    answer = run("sbatch", "--parsable", script.name, cwd=script.parent, environment=environment)
     return answer.strip().splitlines()[-1].split(";")[0]
 
 

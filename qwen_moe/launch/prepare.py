@@ -3,6 +3,7 @@
 import argparse
 import getpass
 import hashlib
+import os
 import re
 import sys
 import time
@@ -23,6 +24,15 @@ from qwen_moe.errors import UserError
 from qwen_moe.launch.estimate import Estimate, estimate
 from qwen_moe.launch.redact import redact
 
+# Defaults of the user's shell that sbatch reads: taken into the script, so that they are checked and seen.
+_SBATCH = {
+    "account": "SBATCH_ACCOUNT",
+    "partition": "SBATCH_PARTITION",
+    "qos": "SBATCH_QOS",
+    "constraint": "SBATCH_CONSTRAINT",
+    "time": "SBATCH_TIMELIMIT",
+    "gpus_per_node": "SBATCH_GPUS_PER_NODE",
+}
 CODE_ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -58,8 +68,9 @@ def build_spec(config: RunConfig, site: Site, args: argparse.Namespace) -> JobSp
             raise LaunchError(f"--{option} {own} and --sbatch {option}={value} contradict each other: leave one out")
 
     def given(name: str) -> Any:
-        found = (getattr(args, name), free.get(name), site_free.get(name))
-        return next((value for value in found if value not in (None, "", 0)), getattr(site.slurm, name))
+        found = (getattr(args, name), free.get(name), site_free.get(name), getattr(site.slurm, name))
+        default = os.environ.get(_SBATCH.get(name, ""), getattr(site.slurm, name))
+        return next((value for value in found if value not in (None, "", 0)), default)
 
     request = str(given("gpus_per_node") or "")
     gpus = sum(parse_gpus(request).values()) if request else 0
