@@ -41,13 +41,21 @@ slurm:
 
 install: $(VENV)/.installed
 
+# $(call quietly,WHAT,COMMAND): one line for a phase. What the command prints is in $(VENV)/install.log; of it are shown
+# lines that pip calls errors, and the end where the command fails, which ends make.
+quietly = @echo "$(1) ..."; log="$(VENV)/install.log"; { $(2); } > "$$log" 2>&1 && status=0 || status=$$?; \
+	if [ $$status -ne 0 ]; then tail -n 60 "$$log" >&2; \
+	  echo "$(1) failed with status $$status; all that it printed is in $$log" >&2; exit $$status; fi; \
+	grep '^ERROR' "$$log" >&2 || :
+
 # torch first and exactly: a looser request may bring gigabytes of CUDA packages to a machine without a GPU.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
-	touch $@
+	@mkdir -p $(VENV)
+	$(call quietly,making $(VENV),$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --upgrade pip)
+	$(call quietly,installing torch (some minutes),$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)")
+	$(call quietly,installing the other packages (some minutes),$(BIN)/python -m pip install --quiet \
+	  --constraint constraints.txt --editable ".[test]")
+	@touch $@
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
