@@ -9,7 +9,7 @@ from pathlib import Path
 from launchers import slurm
 from launchers.local import LaunchError
 from launchers.request import split_names
-from launchers.run_folder import read_json, write_json, write_text
+from launchers.run_folder import read_object, write_json, write_text
 from launchers.script import JobSpec, render
 from launchers.site import Site
 from launchers.status import row
@@ -69,7 +69,7 @@ def _waves(
     waiting = {plan.run.run_dir.resolve() for plan in chosen}
     queued: dict[Path, str] = {}
     for plan in plans:
-        job = str((read_json(plan.run.facts_file) or {}).get("job") or "")
+        job = str((read_object(plan.run.facts_file) or {}).get("job") or "")
         if job in jobs and jobs[job].state in slurm.ACTIVE:
             queued[plan.run.run_dir.resolve()] = job
     first = [plan for plan in chosen if trunk_of(plan.config) not in waiting | queued.keys()]
@@ -101,7 +101,10 @@ def _choose(plans: list[Plan], jobs: dict[str, slurm.Job]) -> tuple[list[Plan], 
     chosen: list[Plan] = []
     skipped: list[tuple[Plan, str]] = []
     for plan in plans:
-        known = row(plan.run.run_dir, jobs) if read_json(plan.run.facts_file) else {"state": "", "job": ""}
+        try:
+            known = row(plan.run.run_dir, jobs)
+        except LaunchError:  # never launched, or its launch.json is damaged: launching writes it anew
+            known = {"state": "", "job": ""}
         job = jobs.get(known["job"])
         if known["state"] == "complete" or (job is not None and job.state in slurm.ACTIVE):
             skipped.append((plan, known["state"]))

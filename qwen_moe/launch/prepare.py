@@ -14,7 +14,7 @@ from typing import Any
 from launchers import refuse, slurm
 from launchers.local import LaunchError, RunLock
 from launchers.request import gpus_in_gres, parse_gpus, split_names, take_known
-from launchers.run_folder import RunFolder, read_json, write_json, write_text
+from launchers.run_folder import RunFolder, read_object, write_json, write_text
 from launchers.script import JobSpec, parse_environment
 from launchers.secrets import redact_command
 from launchers.site import Site
@@ -151,7 +151,7 @@ def check(plan: Plan, partitions: list[slurm.Partition] | None, accounts: Any) -
 
 def check_not_running(run: RunFolder, name: str, jobs: list[slurm.Job]) -> None:
     """Raises LaunchError when the run has a job in the queue, or a process here works on it."""
-    facts = read_json(run.facts_file) or {}
+    facts = read_object(run.facts_file) or {}
     found = refuse.already_active(str(facts.get("job") or ""), name, jobs)
     if found is not None:
         raise LaunchError(
