@@ -13,6 +13,7 @@ from launchers.local import LaunchError
 from launchers.request import split_names
 from launchers.run_folder import write_json, write_text
 from launchers.script import render
+from launchers.set_up import checked, without_variables
 from launchers.site import Site, load_site
 from qwen_moe.config import load_config
 from qwen_moe.options import whole
@@ -196,7 +197,8 @@ def _submit_then(command: str, spec: Any, job: str) -> str:
         ),
         "set -u",
         f"cd -- {shlex.quote(str(spec.workdir))} || exit 1",
-        *(["set +u", *spec.setup] if spec.setup else []),
+        *without_variables(),
+        *(["set +u", *checked(spec.setup)] if spec.setup else []),
         f"exec bash -c {shlex.quote(command)}",
         "",
     ]

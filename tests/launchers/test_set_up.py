@@ -2,12 +2,14 @@
 
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launchers import slurm
 from launchers.set_up import checked, without_variables
+from qwen_moe.launch import command as launch
 from tests.launchers.test_request import built
 
 # As Tcl modules of version 3 do: a status of 0 whatever happens.
@@ -107,3 +109,17 @@ def test_the_shells_defaults_come_last(tmp_path: Path, monkeypatch: pytest.Monke
     spec = built(tmp_path)
     assert (spec.partition, spec.time, spec.gpus_per_node, spec.gpu_request) == ("c,d", "30", 2, "a100:2")
     assert built(tmp_path, partition="b").partition == "b" and built(tmp_path, "--partition", "a").partition == "a"
+
+
+def test_the_command_after_a_run_is_set_up_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "submit", lambda script: "8")
+    spec = replace(built(tmp_path), setup=("false",), workdir=tmp_path)
+    spec.folder.mkdir(parents=True)
+    launch._submit_then("touch went-on", spec, "7")
+    done = subprocess.run(["bash", str(spec.folder / "then.sbatch")], capture_output=True, text=True)
+    assert done.returncode == 1 and "set-up command 'false'" in done.stderr and not (tmp_path / "went-on").exists()
+    spec = replace(spec, setup=("true",))
+    launch._submit_then("touch went-on", spec, "7")
+    assert (
+        subprocess.run(["bash", str(spec.folder / "then.sbatch")]).returncode == 0 and (tmp_path / "went-on").exists()
+    )
