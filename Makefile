@@ -8,8 +8,10 @@ RECIPE ?= recipes/demo.yaml
 train: install
 	$(BIN)/qwen-moe train $(RECIPE)
 
+# Two processes share the quick tests, a file at a time; `PARALLEL= make test` runs them in one.
+PARALLEL ?= -n 2 --dist loadgroup --no-loadscope-reorder
 test: install lint slurm
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PARALLEL) $(PYTEST_OPTIONS)
 
 test-slow: install slurm
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_OPTIONS)
@@ -41,13 +43,21 @@ slurm:
 
 install: $(VENV)/.installed
 
+# $(call quietly,WHAT,COMMAND): one line for a phase. What the command prints is in $(VENV)/install.log; of it are shown
+# lines that pip calls errors, and the end where the command fails, which ends make.
+quietly = @echo "$(1) ..."; log="$(VENV)/install.log"; { $(2); } > "$$log" 2>&1 && status=0 || status=$$?; \
+	if [ $$status -ne 0 ]; then tail -n 60 "$$log" >&2; \
+	  echo "$(1) failed with status $$status; all that it printed is in $$log" >&2; exit $$status; fi; \
+	grep '^ERROR' "$$log" >&2 || :
+
 # torch first and exactly: a looser request may bring gigabytes of CUDA packages to a machine without a GPU.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
-	touch $@
+	@mkdir -p $(VENV)
+	$(call quietly,making $(VENV),$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --upgrade pip)
+	$(call quietly,installing torch (some minutes),$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)")
+	$(call quietly,installing the other packages (some minutes),$(BIN)/python -m pip install --quiet \
+	  --constraint constraints.txt --editable ".[test]")
+	@touch $@
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

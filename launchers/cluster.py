@@ -154,10 +154,10 @@ class SlurmAllocation:
     def spare_nodes(self, excluded: list[str]) -> int | None:
         """Nodes of the partition that are up and not excluded; None when that cannot be told."""
         try:
-            nodes = slurm.partition(self.partition).nodes
+            (partition,) = slurm.partitions([self.partition] if self.partition else [])
         except LaunchError:
             return None
-        return sum(node.usable and node.name not in excluded for node in nodes)
+        return sum(node.usable and node.name not in excluded for node in partition.nodes)
 
 
 def own_node_name(environ: "os._Environ[str] | dict[str, str]") -> str:

@@ -21,7 +21,7 @@ from launchers.decide import Decision, Evidence, Hang, Limits, Past, decide
 from launchers.evidence import collect_failures, heartbeat_mark, phases, silent_ranks
 from launchers.local import INTERRUPTED, LaunchError, RunLock
 from launchers.placement import describe, order_nodes
-from launchers.run_folder import Attempt, RunFolder, read_json, write_json
+from launchers.run_folder import Attempt, RunFolder, is_number, read_json, read_object, write_json
 from launchers.watch import signal_number
 
 LOOK_SECONDS = 0.5
@@ -128,15 +128,17 @@ class Conductor:
         for attempt in self.run.attempts():
             record = attempt.decision()
             if attempt.number < current.number and record and record["started"] >= since:
-                evidence = record.get("evidence") or {}
-                progressed = evidence.get("saved_after", 0) > evidence.get("saved_before", 0)
+                evidence = record.get("evidence")
+                evidence = evidence if isinstance(evidence, dict) else {}
+                after, before = evidence.get("saved_after", 0), evidence.get("saved_before", 0)
+                progressed = is_number(after) and is_number(before) and after > before
                 found.append(Past(kind=record["kind"], progressed=progressed, host=record.get("host", "")))
         return tuple(found)
 
     def _finish_what_was_cut_off(self) -> None:
         """An attempt without a decision ended together with its conductor: its node failed, or the job was killed."""
         for attempt in self.run.attempts():
-            plan = attempt.read("plan.json")
+            plan = attempt.plan()
             if plan is None or (attempt.folder / "decision.json").exists():
                 continue
             failures = collect_failures(attempt)
@@ -275,7 +277,7 @@ class Conductor:
         self, attempt: Attempt, code: int | None, hang: Hang | None, *, outcome: str = "", node_failed: str = ""
     ) -> Evidence:
         facts = self.cluster.facts()
-        said = read_json(attempt.folder / "outcome.json") or {}
+        said = read_object(attempt.folder / "outcome.json") or {}
         failures = collect_failures(attempt)
         if not node_failed and (failures or hang is not None or code):
             node_failed = self.cluster.failed_node()
@@ -354,6 +356,17 @@ def _locked(run: RunFolder, what: str, patience: float = 180) -> RunLock:
         time.sleep(2)
 
 
+def _run_of_task(path: Path, task: str) -> Path:
+    """The run folder of an array's task. Raises LaunchError when the list or the number is not what it should be."""
+    found = read_json(path)
+    try:
+        return Path(found[int(task)])
+    except (TypeError, ValueError, LookupError):
+        raise LaunchError(
+            f"{path} does not say which run task {task or 'nothing'} of the array is: launch the folder of recipes again"
+        ) from None
+
+
 def main(arguments: list[str]) -> int:
     """Entry of the batch script. Exit code: see `Conductor.conduct`; 2 when it cannot begin."""
     parser = argparse.ArgumentParser(prog="launchers.conductor")
@@ -364,7 +377,7 @@ def main(arguments: list[str]) -> int:
     split = arguments.index("--")
     options = parser.parse_args(arguments[:split])
     try:
-        run_dir = options.run or Path(read_json(options.array)[int(os.environ["SLURM_ARRAY_TASK_ID"])])
+        run_dir = options.run or _run_of_task(options.array, os.environ.get("SLURM_ARRAY_TASK_ID", ""))
         run = RunFolder(run_dir)
         cluster = Here() if options.local else SlurmAllocation(os.environ)
         conductor = Conductor(run, arguments[split + 1 :], cluster)

@@ -64,6 +64,12 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def read_object(path: Path) -> dict[str, Any] | None:
+    """As `read_json`, and None also for what is no JSON object."""
+    found = read_json(path)
+    return found if isinstance(found, dict) else None
+
+
 def is_number(value: Any) -> bool:
     """Whether a value out of a JSON file is a finite number that a float can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
@@ -102,12 +108,19 @@ class Attempt:
             return None
         return found if all(isinstance(found.get(key), str) for key in ("action", "kind", "reason")) else None
 
+    def plan(self) -> dict[str, Any] | None:
+        """What the conductor wrote before it started anything; None where it is not written yet, or is damaged."""
+        found = read_object(self.folder / "plan.json")
+        if found is None or not isinstance(found.get("nodes"), list):
+            return None
+        return found if is_number(found.get("saved_step")) and is_number(found.get("time")) else None
+
     def read_all(self, subfolder: str) -> dict[str, Any]:
-        """Every JSON file of a sub-folder, by its name without the ending."""
+        """Every JSON file of a sub-folder that holds an object or a list, by its name without the ending."""
         found = {}
         for path in sorted((self.folder / subfolder).glob("[!.]*.json")):
             value = read_json(path)
-            if value is not None:
+            if isinstance(value, dict | list):
                 found[path.stem] = value
         return found
 
@@ -128,8 +141,8 @@ class RunFolder:
 
     def facts(self) -> dict[str, Any]:
         """What `launch` recorded. Raises LaunchError when the folder holds no launched run."""
-        found = read_json(self.facts_file)
-        if not isinstance(found, dict):
+        found = read_object(self.facts_file)
+        if found is None:
             raise LaunchError(
                 f"{self.run_dir} is not a launched run (no {self.facts_file.name} in {self.launch}): give the run_dir "
                 "of a recipe that `qwen-moe launch` has started"
@@ -171,8 +184,7 @@ class RunFolder:
 
     def excluded_nodes(self) -> dict[str, str]:
         """Nodes this run does not want again, with the reason."""
-        found = read_json(self.launch / "excluded_nodes.json")
-        return found if isinstance(found, dict) else {}
+        return read_object(self.launch / "excluded_nodes.json") or {}
 
     def exclude_nodes(self, nodes: dict[str, str]) -> None:
         write_json(self.launch / "excluded_nodes.json", self.excluded_nodes() | nodes)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launchers.local import LaunchError
 from launchers.secrets import REMOVED, has_secret, hidden
+from launchers.set_up import checked, without_variables
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./:,+@%=\[\]*-]+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -39,6 +40,8 @@ class JobSpec:
     processes_per_node: int
     time: str = ""
     gpus_per_node: int = 0
+    gpu_request: str = ""  # sbatch's words for them where they have types (`a100:4`)
+    gres: str = ""  # where GPUs were asked for by --gres: written instead of --gpus-per-node
     cpus_per_task: int = 0
     account: str = ""
     partition: str = ""
@@ -124,7 +127,10 @@ def _options(spec: JobSpec) -> list[tuple[str, str, str]]:
         ("", "nodes", str(spec.nodes)),
         ("one elastic agent per node; it starts the node's processes", "ntasks-per-node", "1"),
     ]
-    found += [("", "gpus-per-node", str(spec.gpus_per_node))] if spec.gpus_per_node else []
+    if spec.gres:
+        found.append(("", "gres", spec.gres))
+    elif spec.gpus_per_node:
+        found.append(("", "gpus-per-node", spec.gpu_request or str(spec.gpus_per_node)))
     found += [("", "cpus-per-task", str(spec.cpus_per_task))] if spec.cpus_per_task else []
     found += [("whole nodes: all their CPUs and memory", "exclusive", ""), ("", "mem", "0")] if spec.exclusive else []
     found += [("", "time", spec.time)] if spec.time else []
@@ -181,19 +187,6 @@ def _srun(spec: JobSpec) -> list[str]:
     return found + [shlex.quote(argument) for argument in spec.srun_args]
 
 
-def _checked(commands: tuple[str, ...]) -> list[str]:
-    """Each command, and after it the end of the job if its status is not 0. A line that goes on (``\\``) is not cut."""
-    found = []
-    for command in commands:
-        found.append(command)
-        if not command.endswith("\\"):
-            text = (
-                f"error: the set-up command {command!r} of the site file failed; add `|| true` where that is expected"
-            )
-            found.append(f"[ $? -eq 0 ] || {{ printf '%s\\n' {shlex.quote(text)} >&2; exit 1; }}")
-    return found
-
-
 def render(spec: JobSpec) -> str:
     """The script. Raises LaunchError for values that cannot be written safely."""
     check_environment(spec.environment)
@@ -211,12 +204,13 @@ def render(spec: JobSpec) -> str:
         *_own_log(spec),
         f"cd -- {shlex.quote(str(spec.workdir))} || exit 1",
     ]
+    lines += without_variables()
     if spec.setup:
         lines += [
             "",
             "# From the site file. A command that fails ends the job.",
             "set +u",
-            *_checked(spec.setup),
+            *checked(spec.setup),
             "set -u",
         ]
     lines += [

@@ -1,12 +1,15 @@
 """Slurm's commands: ask the queue and the partitions, submit, requeue, cancel. Text formats only, which are stable."""
 
+import contextlib
 import getpass
+import os
 import re
 import shutil
+import signal
 import subprocess
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from launchers.local import LaunchError
@@ -23,11 +26,40 @@ ACTIVE = {
     "STOPPED",
 }
 _USABLE = {"idle", "mixed", "allocated", "completing", "reserved", "planned"}
+ASK_SECONDS = 10  # for questions that a person waits for
+_AWAY = re.compile(
+    r"Unable to contact slurm controller|Socket timed out|connect failure|Connection (?:refused|timed out|reset)|"
+    r"communication connection failure|Zero Bytes were transmitted|No route to host",
+    re.IGNORECASE,
+)
+_DEFAULTS_OF_QUESTIONS = ("SQUEUE_", "SINFO_", "SCANCEL_", "SACCT_")
+_KEPT = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_UMASK", "SLURM_TIME_FORMAT"}
+_GPUS = ("GRES", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK")
+_VARIABLES = {  # option of a script -> the SBATCH_... that would stand over it, where it has another name or several
+    "time": ("TIMELIMIT",),
+    "array": ("ARRAY_INX",),
+    "output": ("OUTPUT", "ERROR"),
+    "requeue": ("REQUEUE", "NO_REQUEUE"),
+    "mem": ("MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"),
+    "gres": _GPUS,
+    "gpus-per-node": _GPUS,
+    "switches": ("REQ_SWITCH", "WAIT4SWITCH"),
+}
 _DAYS = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
 class SlurmError(LaunchError):
     """A Slurm command failed; the message is its own."""
+
+
+class NoAnswer(SlurmError):
+    """Slurm's commands are here, but its controller does not answer."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"Slurm does not answer ({why}): try again later; `scontrol ping` tells whether slurmctld is up"
+        )
+        self.short = f"Slurm does not answer ({why})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +70,7 @@ class Node:
     state: str
     cpus: int
     gpus: int
+    gpu_types: Mapping[str, int] = field(default_factory=dict)  # type in lower case -> GPUs
 
     @property
     def usable(self) -> bool:
@@ -68,22 +101,60 @@ class Job:
     nodes: str
 
 
-def run(*command: str, timeout: float = 60, cwd: Path | None = None) -> str:
-    """stdout of a Slurm command. Raises SlurmError with its own words when it fails or is not installed."""
+def asking_environment() -> dict[str, str]:
+    """The environment without defaults of the commands that ask: SQUEUE_STATES and the like would hide jobs."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_DEFAULTS_OF_QUESTIONS)}
+
+
+def submitting_environment(script: str) -> dict[str, str]:
+    """sbatch's environment for a script. sbatch prefers SBATCH_X to the script's own `#SBATCH --x`, and hands the variables
+    of an allocation that this runs in, and srun's, on to the job: they are left out."""
+    options = re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE)
+    dropped = {f"SBATCH_{name}" for name in ("WAIT", "ARRAY_INX", "NO_REQUEUE", "TEST_ONLY")}
+    for option in options:
+        dropped.update(f"SBATCH_{name}" for name in _VARIABLES.get(option, (option.upper().replace("-", "_"),)))
+    return {
+        name: value
+        for name, value in asking_environment().items()
+        if name not in dropped and not name.startswith("SRUN_") and (not name.startswith("SLURM_") or name in _KEPT)
+    }
+
+
+def run(
+    *command: str, timeout: float = 60, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+) -> str:
+    """stdout of a Slurm command. Raises SlurmError with its own words when it fails or is not installed, and NoAnswer when
+    the controller is away or ``timeout`` seconds have passed."""
     if shutil.which(command[0]) is None:
         raise SlurmError(
             f"there is no Slurm here ({command[0]} is not on PATH): run this on a login node of the cluster, or use "
             "`qwen-moe launch --local`"
         )
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd, errors="replace")
-    except subprocess.TimeoutExpired:
-        raise SlurmError(
-            f"{command[0]} did not answer within {timeout:g} s: is slurmctld up (`scontrol ping`)?"
-        ) from None
-    if done.returncode:
-        raise SlurmError(f"{command[0]}: {done.stderr.strip() or f'exit code {done.returncode}'}")
-    return done.stdout
+    pipe = subprocess.PIPE
+    # A session of its own: sites wrap these commands in scripts, whose children would keep the pipes open.
+    with subprocess.Popen(
+        command,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        cwd=cwd,
+        env=asking_environment() if environment is None else environment,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            out, said = process.communicate(timeout=timeout)
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise NoAnswer(f"{command[0]} gave no answer within {timeout:g} s") from None
+            raise
+    if process.returncode:
+        if _AWAY.search(said):
+            raise NoAnswer(f"{command[0]}: {said.strip().splitlines()[-1].rpartition('error: ')[2]}")
+        raise SlurmError(f"{command[0]}: {said.strip() or f'exit code {process.returncode}'}")
+    return out
 
 
 def parse_minutes(text: str) -> float | None:
@@ -113,30 +184,49 @@ def fields(line: str) -> dict[str, str]:
 
 def gpus_of(gres: str) -> int:
     """GPUs in a gres text such as `gpu:8`, `gpu:h100:8(S:0-1)` or `gpu:a:2,gpu:b:2`."""
-    entries = re.sub(r"\([^)]*\)", "", gres).split(",")  # in brackets: sockets
-    # The count is the last part; a type may begin with a digit (`gpu:1g.10gb:7`, `gpu:1080ti:4`).
-    parts = [entry.strip().split(":") for entry in entries]
-    return sum(int(part[-1]) for part in parts if part[0] == "gpu" and len(part) in (2, 3) and part[-1].isdecimal())
+    return sum(gpu_types(gres).values())
+
+
+def gpu_types(gres: str) -> dict[str, int]:
+    """The same by type, in lower case; "" for those without a type."""
+    found: dict[str, int] = {}
+    for entry in re.sub(r"\([^)]*\)", "", gres).split(","):  # in brackets: sockets
+        # The count is the last part; a type may begin with a digit (`gpu:1g.10gb:7`, `gpu:1080ti:4`).
+        name, *rest = entry.strip().split(":")
+        if name == "gpu" and len(rest) in (1, 2) and rest[-1].isdecimal():
+            kind = rest[0].lower() if len(rest) == 2 else ""
+            found[kind] = found.get(kind, 0) + int(rest[-1])
+    return found
 
 
 def _limit(text: str) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def partition(name: str) -> Partition:
-    """The partition ``name``, or the default one when empty. Raises LaunchError naming those that exist."""
-    everything = [fields(line) for line in run("scontrol", "show", "partition", "-o").splitlines() if line.strip()]
-    chosen = [p for p in everything if (p["PartitionName"] == name if name else p.get("Default") == "YES")]
+def partitions(names: Sequence[str]) -> list[Partition]:
+    """The partitions ``names``, or the default one when there are none. Raises LaunchError naming those that exist."""
+    lines = run("scontrol", "show", "partition", "-o").splitlines()
+    everything = {p["PartitionName"]: p for p in map(fields, lines) if "PartitionName" in p}
+    known = ", ".join(everything) or "none"
+    missing = [name for name in names if name not in everything]
+    if missing:
+        shown = " and ".join(map(repr, missing))
+        what = f"partition {shown} does not exist" if len(missing) == 1 else f"partitions {shown} do not exist"
+        raise LaunchError(f"{what}: give --partition with one (or several, with commas) of {known}")
+    chosen = names or [name for name, facts in everything.items() if facts.get("Default") == "YES"]
     if not chosen:
-        known = ", ".join(p["PartitionName"] for p in everything) or "none"
-        what = f"partition {name!r} does not exist" if name else "this cluster has no default partition"
-        raise LaunchError(f"{what}: give --partition with one of {known}")
-    facts = chosen[0]
+        raise LaunchError(f"this cluster has no default partition: give --partition with one of {known}")
+    return [_with_nodes(everything[name]) for name in chosen]
+
+
+def _with_nodes(facts: Mapping[str, str]) -> Partition:
     nodes = []
     for line in run("sinfo", "-h", "-N", "-p", facts["PartitionName"], "-o", "%N|%T|%c|%G").splitlines():
         host, state, cpus, gres = line.split("|", 3)
         # A trailing mark means: not responding, powering, in maintenance. Only a bare state is usable.
-        nodes.append(Node(name=host, state=state.strip(), cpus=int(cpus.rstrip("+")), gpus=gpus_of(gres)))
+        types = gpu_types(gres)
+        node = Node(name=host, state=state.strip(), cpus=int(cpus.rstrip("+")), gpus=gpus_of(gres), gpu_types=types)
+        nodes.append(node)
     return Partition(
         name=facts["PartitionName"],
         state=facts.get("State", "UP"),
@@ -151,11 +241,11 @@ def hostnames(node_list: str) -> list[str]:
     return run("scontrol", "show", "hostnames", node_list).split() if node_list else []
 
 
-def queue() -> list[Job]:
+def queue(timeout: float = 60) -> list[Job]:
     """This user's jobs in the queue, array tasks one by one."""
     form = "%i|%T|%M|%L|%N|%r|%j"
     found = []
-    for line in run("squeue", "-h", "-r", "-u", getpass.getuser(), "-o", form).splitlines():
+    for line in run("squeue", "-h", "-r", "-u", getpass.getuser(), "-o", form, timeout=timeout).splitlines():
         job_id, state, elapsed, left, nodes, reason, name = line.split("|", 6)
         found.append(Job(job_id=job_id, name=name, state=state, reason=reason, elapsed=elapsed, left=left, nodes=nodes))
     return found
@@ -164,7 +254,7 @@ def queue() -> list[Job]:
 def show_job(job_id: str) -> dict[str, str]:
     """scontrol's facts of a job; empty when Slurm has forgotten it (MinJobAge)."""
     try:
-        lines = run("scontrol", "show", "job", "-o", job_id).splitlines()
+        lines = run("scontrol", "show", "job", "-o", job_id, timeout=ASK_SECONDS).splitlines()
     except SlurmError as error:
         if "Invalid job id" in str(error):
             return {}
@@ -188,12 +278,13 @@ def accounts() -> dict[str, set[str]] | None:
 
 def submit(script: Path) -> str:
     """Submit from the script's folder (where its log goes); the job id."""
-    answer = run("sbatch", "--parsable", script.name, cwd=script.parent)
+    environment = submitting_environment(script.read_text(encoding="utf-8"))
+    answer = run("sbatch", "--parsable", script.name, cwd=script.parent, environment=environment)
     return answer.strip().splitlines()[-1].split(";")[0]
 
 
 def cancel(job_id: str) -> None:
-    run("scancel", job_id)
+    run("scancel", job_id, timeout=ASK_SECONDS)
 
 
 def requeue(job_id: str, patience: float = 600) -> None:

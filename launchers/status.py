@@ -1,6 +1,7 @@
 """How runs are doing: the queue, the run folder's attempts and the metrics, joined into one row for each run."""
 
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from launchers.local import LaunchError
 from launchers.lock import locked as locked
 from launchers.lock import read_holder
 from launchers.run_folder import RunFolder, write_json
+
+NO_SLURM = "there is no Slurm here to ask"
 
 
 def last_metrics(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -46,8 +49,8 @@ def find_runs(roots: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(path.resolve() for path in found))
 
 
-def row(run_dir: Path, jobs: Mapping[str, slurm.Job] | None) -> dict[str, Any]:
-    """One run. ``jobs``: the queue by job id; None when there is no Slurm to ask."""
+def row(run_dir: Path, jobs: Mapping[str, slurm.Job] | None, unasked: str = "") -> dict[str, Any]:
+    """One run. ``jobs``: the queue by job id; None when it could not be asked, ``unasked`` says why."""
     run = RunFolder(run_dir)
     facts = run.facts()
     attempts = run.attempts()
@@ -57,7 +60,7 @@ def row(run_dir: Path, jobs: Mapping[str, slurm.Job] | None) -> dict[str, Any]:
     job_id = str(facts.get("job") or "")
     job = (jobs or {}).get(job_id)
     step, total = int(record.get("step", 0)), int(facts["train_steps"])
-    state, why = _state(run, facts, job, decision, jobs is not None)
+    state, why = _state(run, facts, job, decision, "" if jobs is not None else unasked or NO_SLURM)
     rate = record.get("tokens_per_second")
     eta = None
     if rate and state == "running" and step < total:
@@ -82,7 +85,7 @@ def row(run_dir: Path, jobs: Mapping[str, slurm.Job] | None) -> dict[str, Any]:
 
 
 def _state(
-    run: RunFolder, facts: Mapping[str, Any], job: slurm.Job | None, decision: Any, asked: bool
+    run: RunFolder, facts: Mapping[str, Any], job: slurm.Job | None, decision: Any, unasked: str
 ) -> tuple[str, str]:
     """A word, and why, when there is more to say than the last decision does."""
     current = decision if decision and decision["started"] >= float(facts.get("launched", 0)) else None
@@ -101,8 +104,8 @@ def _state(
         return "not submitted", str(facts["error"])
     if facts.get("local"):
         return ("running" if locked(run.run_dir) else "interrupted"), ""
-    if not asked:
-        return "unknown", "there is no Slurm here to ask"
+    if unasked:
+        return "unknown", unasked
     return _forgotten(str(facts.get("job") or ""))
 
 
@@ -111,10 +114,14 @@ def _forgotten(job_id: str) -> tuple[str, str]:
     if not job_id:
         return "not submitted", ""
     try:
-        known = slurm.show_job(job_id)
+        try:
+            known = slurm.show_job(job_id)
+        except slurm.NoAnswer as error:
+            return "unknown", error.short
         if known:
             return known.get("JobState", "gone").lower(), known.get("Reason", "").replace("None", "")
-        lines = slurm.run("sacct", "-n", "-P", "-X", "-j", job_id, "-o", "State,ExitCode").splitlines()
+        asked = ("sacct", "-n", "-P", "-X", "-j", job_id, "-o", "State,ExitCode")
+        lines = slurm.run(*asked, timeout=slurm.ASK_SECONDS).splitlines()
         if lines:
             state, _, code = lines[0].partition("|")
             return state.split()[0].lower(), f"exit code {code}"
@@ -158,12 +165,14 @@ def _one_line(text: str, limit: int = 100) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def queue_by_id() -> dict[str, slurm.Job] | None:
-    """The queue, or None where there is no Slurm or it does not answer."""
+def ask_queue() -> tuple[dict[str, slurm.Job] | None, str]:
+    """The queue by job id; or None, and why in words, where there is no Slurm or it does not answer."""
     try:
-        return {job.job_id: job for job in slurm.queue()}
-    except slurm.SlurmError:
-        return None
+        return {job.job_id: job for job in slurm.queue(slurm.ASK_SECONDS)}, ""
+    except slurm.NoAnswer as error:
+        return None, error.short
+    except slurm.SlurmError as error:
+        return None, str(error) if shutil.which("squeue") else NO_SLURM
 
 
 def cancel(run_dir: Path) -> str:
@@ -178,11 +187,12 @@ def cancel(run_dir: Path) -> str:
         holder = read_holder(run_dir)
         how = f" (kill -INT {holder.pid})" if holder.pid else ""
         raise LaunchError(f"{run_dir} is run by {holder.text()}: interrupt it{how}")
-    active = queue_by_id()
-    if active is None:
-        slurm.run("squeue", "-h")  # says why
-    if not job or job not in (active or {}):
+    if not job or job not in {found.job_id for found in slurm.queue(slurm.ASK_SECONDS)}:
         raise LaunchError(f"{run_dir} has no job in the queue (last: {job or 'none'}): there is nothing to cancel")
     write_json(run.launch / "cancelled.json", {"time": time.time(), "job": job})
-    slurm.cancel(job)
+    try:
+        slurm.cancel(job)
+    except slurm.SlurmError:
+        (run.launch / "cancelled.json").unlink(missing_ok=True)  # it goes on
+        raise
     return f"job {job} cancelled; `qwen-moe launch` of the same recipe goes on from step {run.saved_step()}"

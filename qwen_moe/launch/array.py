@@ -8,10 +8,11 @@ from pathlib import Path
 
 from launchers import slurm
 from launchers.local import LaunchError
-from launchers.run_folder import read_json, write_json, write_text
+from launchers.request import split_names
+from launchers.run_folder import read_object, write_json, write_text
 from launchers.script import JobSpec, render
 from launchers.site import Site
-from launchers.status import queue_by_id, row
+from launchers.status import row
 from qwen_moe.config import load_config
 from qwen_moe.launch import prepare
 from qwen_moe.launch.folder import recipes, trunk_of
@@ -27,15 +28,16 @@ def launch_array(args: argparse.Namespace, site: Site) -> int:
     for folder in folders:
         if folders.count(folder) > 1:
             raise LaunchError(f"several recipes of {args.recipe} have the run_dir {folder}: give each its own")
-    partition = slurm.partition(plans[0].spec.partition)
+    partitions = slurm.partitions(split_names(plans[0].spec.partition))
     accounts, jobs = slurm.accounts(), slurm.queue()
-    chosen, skipped = _choose(plans)
+    by_id = {job.job_id: job for job in jobs}
+    chosen, skipped = _choose(plans, by_id)
     if not chosen:
         raise LaunchError(f"all {len(plans)} runs of {args.recipe} are complete or in the queue: nothing to launch")
     for plan in chosen:
-        prepare.check(plan, partition, accounts)
+        prepare.check(plan, partitions, accounts)
         prepare.check_not_running(plan.run, "", jobs)
-    first, second, queued = _waves(chosen, plans)
+    first, second, queued = _waves(chosen, plans, by_id)
     waves = [wave for wave in (first, second) if wave]
     _say(*(f"{plan.run.run_dir}: {why}, not launched" for plan, why in skipped))
     job, after = "", queued
@@ -59,14 +61,15 @@ def launch_array(args: argparse.Namespace, site: Site) -> int:
     return 0
 
 
-def _waves(chosen: list[Plan], plans: list[Plan]) -> tuple[list[Plan], list[Plan], list[str]]:
+def _waves(
+    chosen: list[Plan], plans: list[Plan], jobs: dict[str, slurm.Job]
+) -> tuple[list[Plan], list[Plan], list[str]]:
     """Runs that need no other of the folder; those that branch off one that is not complete; jobs of such trunks that are
     in the queue already."""
     waiting = {plan.run.run_dir.resolve() for plan in chosen}
-    jobs = queue_by_id() or {}
     queued: dict[Path, str] = {}
     for plan in plans:
-        job = str((read_json(plan.run.facts_file) or {}).get("job") or "")
+        job = str((read_object(plan.run.facts_file) or {}).get("job") or "")
         if job in jobs and jobs[job].state in slurm.ACTIVE:
             queued[plan.run.run_dir.resolve()] = job
     first = [plan for plan in chosen if trunk_of(plan.config) not in waiting | queued.keys()]
@@ -94,13 +97,15 @@ def _spec_of(plans: list[Plan], args: argparse.Namespace, after: list[str]) -> J
     )
 
 
-def _choose(plans: list[Plan]) -> tuple[list[Plan], list[tuple[Plan, str]]]:
-    jobs = queue_by_id()
+def _choose(plans: list[Plan], jobs: dict[str, slurm.Job]) -> tuple[list[Plan], list[tuple[Plan, str]]]:
     chosen: list[Plan] = []
     skipped: list[tuple[Plan, str]] = []
     for plan in plans:
-        known = row(plan.run.run_dir, jobs) if read_json(plan.run.facts_file) else {"state": "", "job": ""}
-        job = (jobs or {}).get(known["job"])
+        try:
+            known = row(plan.run.run_dir, jobs)
+        except LaunchError:  # never launched, or its launch.json is damaged: launching writes it anew
+            known = {"state": "", "job": ""}
+        job = jobs.get(known["job"])
         if known["state"] == "complete" or (job is not None and job.state in slurm.ACTIVE):
             skipped.append((plan, known["state"]))
         else:

@@ -10,8 +10,10 @@ from typing import Any
 
 from launchers import slurm
 from launchers.local import LaunchError
+from launchers.request import split_names
 from launchers.run_folder import write_json, write_text
 from launchers.script import render
+from launchers.set_up import checked, without_variables
 from launchers.site import Site, load_site
 from qwen_moe.config import load_config
 from qwen_moe.options import whole
@@ -26,10 +28,11 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--site", type=Path, help="site file (default: ~/.config/qwen-moe/slurm.toml, if it is there)")
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch script and the estimates, do nothing")
     parser.add_argument("--nodes", type=whole(1))
-    parser.add_argument("--gpus-per-node", type=whole(1))
+    parser.add_argument("--gpus-per-node", default="", metavar="[TYPE:]NUMBER")
     parser.add_argument("--nproc", type=whole(1), help="processes per node (default: one per GPU, or one)")
     parser.add_argument("--cpus-per-task", type=whole(1), help="CPUs of each node's processes together (default: all)")
-    for name in ("time", "partition", "account", "qos", "constraint", "exclude"):
+    parser.add_argument("--partition", default="", metavar="NAME[,NAME...]")
+    for name in ("time", "account", "qos", "constraint", "exclude"):
         parser.add_argument(f"--{name}", default="")
     parser.add_argument("--signal-seconds", type=whole(1), help="how long before the time limit to checkpoint")
     parser.add_argument("--shared", action="store_true", help="do not ask for whole nodes")
@@ -128,8 +131,8 @@ def _launch_slurm(args: argparse.Namespace, site: Site) -> int:
 
     plan = prepare.plan_run(load_config(args.recipe, args.overrides), site, args)
     script = render(plan.spec)
-    partition, accounts, jobs = _ask_cluster(plan.spec.partition, args.dry_run)
-    prepare.check(plan, partition, accounts)
+    partitions, accounts, jobs = _ask_cluster(plan.spec.partition, args.dry_run)
+    prepare.check(plan, partitions, accounts)
     prepare.check_not_running(plan.run, plan.spec.name, jobs)
     if args.dry_run:
         print(script, end="")
@@ -161,19 +164,19 @@ def _print_next(job: str, run_dir: Path, then: str) -> None:
 
 
 def _ask_cluster(partition: str, dry_run: bool) -> tuple[Any, Any, list[slurm.Job]]:
-    """The partition, the accounts and the queue. A dry run does without a cluster, and says so."""
+    """The partitions, the accounts and the queue. A dry run does without a cluster, and says so."""
     import shutil
 
     if dry_run and shutil.which("sbatch") is None:
         _say(NO_CLUSTER)
         return None, None, []
     try:
-        return slurm.partition(partition), slurm.accounts(), slurm.queue()
-    except slurm.SlurmError:
+        return slurm.partitions(split_names(partition)), slurm.accounts(), slurm.queue()
+    except slurm.SlurmError as error:
         if not dry_run:
             raise
         # Its commands are installed, but no cluster is configured or up.
-        _say(NO_CLUSTER)
+        _say(NO_CLUSTER, f"note: {error}")
         return None, None, []
 
 
@@ -194,7 +197,8 @@ def _submit_then(command: str, spec: Any, job: str) -> str:
         ),
         "set -u",
         f"cd -- {shlex.quote(str(spec.workdir))} || exit 1",
-        *(["set +u", *spec.setup] if spec.setup else []),
+        *without_variables(),
+        *(["set +u", *checked(spec.setup)] if spec.setup else []),
         f"exec bash -c {shlex.quote(command)}",
         "",
     ]

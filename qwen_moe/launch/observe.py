@@ -38,12 +38,14 @@ def show_status(args: argparse.Namespace) -> int:
         for root in roots:
             if not status.find_runs([root]):
                 raise LaunchError(f"{root} is not a launched run and holds none: give the run_dir of one")
-    jobs = status.queue_by_id()
-    rows = [status.row(run, jobs) for run in runs]
+    jobs, unasked = status.ask_queue()
+    rows = [status.row(run, jobs, unasked) for run in runs]
     if args.json:
         print(json.dumps(rows))
     elif rows:
         print(status.table(rows, Path.cwd()))
+        if any(row["last"] == unasked for row in rows) and unasked:
+            print(f"note: {unasked}: what only it knows is shown as unknown", file=sys.stderr)
     else:
         print("no launched runs here", file=sys.stderr)
     return 0

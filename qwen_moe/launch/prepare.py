@@ -3,6 +3,7 @@
 import argparse
 import getpass
 import hashlib
+import os
 import re
 import sys
 import time
@@ -12,7 +13,8 @@ from typing import Any
 
 from launchers import refuse, slurm
 from launchers.local import LaunchError, RunLock
-from launchers.run_folder import RunFolder, read_json, write_json, write_text
+from launchers.request import gpus_in_gres, parse_gpus, split_names, take_known
+from launchers.run_folder import RunFolder, read_object, write_json, write_text
 from launchers.script import JobSpec, parse_environment
 from launchers.secrets import redact_command
 from launchers.site import Site
@@ -22,6 +24,15 @@ from qwen_moe.errors import UserError
 from qwen_moe.launch.estimate import Estimate, estimate
 from qwen_moe.launch.redact import redact
 
+# Defaults of the user's shell that sbatch reads: taken into the script, so that they are checked and seen.
+_SBATCH = {
+    "account": "SBATCH_ACCOUNT",
+    "partition": "SBATCH_PARTITION",
+    "qos": "SBATCH_QOS",
+    "constraint": "SBATCH_CONSTRAINT",
+    "time": "SBATCH_TIMELIMIT",
+    "gpus_per_node": "SBATCH_GPUS_PER_NODE",
+}
 CODE_ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -47,13 +58,25 @@ def absolute(config: RunConfig) -> RunConfig:
 
 
 def build_spec(config: RunConfig, site: Site, args: argparse.Namespace) -> JobSpec:
-    """The command line over the site file."""
+    """The command line over the site file; in each, free options that have a field stand over that field's own key."""
+    free, others = take_known(args.sbatch)
+    site_free, site_others = take_known(site.slurm.sbatch_args)
+    for name, value in free.items():
+        own = getattr(args, name, None)
+        if own not in (None, "", 0) and str(own) != value:
+            option = name.replace("_", "-")
+            raise LaunchError(f"--{option} {own} and --sbatch {option}={value} contradict each other: leave one out")
 
     def given(name: str) -> Any:
-        value = getattr(args, name)
-        return value if value not in (None, "", 0) else getattr(site.slurm, name)
+        found = (getattr(args, name), free.get(name), site_free.get(name), getattr(site.slurm, name))
+        default = os.environ.get(_SBATCH.get(name, ""), getattr(site.slurm, name))
+        return next((value for value in found if value not in (None, "", 0)), default)
 
-    gpus = given("gpus_per_node")
+    request = str(given("gpus_per_node") or "")
+    gpus = sum(parse_gpus(request).values()) if request else 0
+    cpus = str(given("cpus_per_task"))
+    if not cpus.isdecimal():
+        raise LaunchError(f"--sbatch cpus-per-task={cpus[:60]}: expected a whole number, 1 or more")
     processes = args.nproc or site.slurm.processes_per_node or gpus or 1
     run_dir = config.run_dir
     image = args.container_image or site.container.image
@@ -66,12 +89,16 @@ def build_spec(config: RunConfig, site: Site, args: argparse.Namespace) -> JobSp
         nodes=given("nodes"),
         processes_per_node=processes,
         gpus_per_node=gpus,
+        gpu_request="" if request.isdecimal() else request,
+        gres=_gres(request, free.get("gres", ""), site_free.get("gres", "")),
+        cpus_per_task=int(cpus),
         exclusive=site.slurm.exclusive and not args.shared,
         signal_seconds=given("signal_seconds"),
         checkpoint_signal=site.survive.checkpoint_signal,
-        **{n: given(n) for n in ("time", "cpus_per_task", "account", "partition", "qos", "constraint", "exclude")},
+        **{n: given(n) for n in ("time", "account", "qos", "constraint", "exclude")},
+        partition=",".join(split_names(given("partition"))),
         dependency=",".join(["singleton", *(f"afterok:{_job_of(text)}" for text in args.after_ok)]),
-        sbatch_args=(*site.slurm.sbatch_args, *args.sbatch),
+        sbatch_args=(*site_others, *others),
         srun_args=tuple(site.slurm.srun_args),
         setup=tuple(site.setup.commands),
         environment={**site.environment, **parse_environment(args.env)},
@@ -79,6 +106,15 @@ def build_spec(config: RunConfig, site: Site, args: argparse.Namespace) -> JobSp
         container_mounts=(*site.container.mounts, *args.container_mounts) if image else (),
         container_python=site.container.python,
     )
+
+
+def _gres(request: str, *given: str) -> str:
+    """The `--gres` to write: the first that was given. Its GPUs are left out where others were asked for elsewhere."""
+    text = next(filter(None, given), "")
+    gpus, rest = gpus_in_gres(text)
+    if not text or gpus == request:
+        return text
+    return ",".join([f"gpu:{part}" for part in request.split(",")] + [rest] * bool(rest))
 
 
 def _job_of(text: str) -> str:
@@ -98,22 +134,24 @@ def check_world(config: RunConfig, world_size: int) -> None:
     run_layout(config, world_size)
 
 
-def check(plan: Plan, partition: slurm.Partition | None, accounts: Any) -> None:
+def check(plan: Plan, partitions: list[slurm.Partition] | None, accounts: Any) -> None:
     """Everything that can be refused before submitting, in one message."""
     spec, problems = plan.spec, []
     try:
         check_world(plan.config, spec.nodes * spec.processes_per_node)
     except UserError as error:
         problems.append(f"{spec.nodes} nodes x {spec.processes_per_node} processes: {error}")
-    if partition is not None:
-        problems += refuse.check_partition(spec, partition) + refuse.check_account(spec, accounts)
+    if partitions is not None:
+        found, notes = refuse.check_partitions(spec, partitions)
+        problems += found + refuse.check_account(spec, accounts)
+        print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
     problems += refuse.check_time(spec, plan.estimate.checkpoint_seconds, plan.estimate.checkpoint_measured)
     refuse.refuse(problems)
 
 
 def check_not_running(run: RunFolder, name: str, jobs: list[slurm.Job]) -> None:
     """Raises LaunchError when the run has a job in the queue, or a process here works on it."""
-    facts = read_json(run.facts_file) or {}
+    facts = read_object(run.facts_file) or {}
     found = refuse.already_active(str(facts.get("job") or ""), name, jobs)
     if found is not None:
         raise LaunchError(

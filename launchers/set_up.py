@@ -1,0 +1,83 @@
+"""What the script does before the run: variables of the user's shell that would change its steps, and set-up commands."""
+
+import re
+import shlex
+from collections.abc import Sequence
+
+# Read by srun from the environment, and harmful to a step that this script starts: another number of tasks or a time limit
+# of the step, output elsewhere. (--export, --cpu-bind, --wait and others are given as options, which stand over variables.)
+_OF_SRUN = (
+    "SLURM_EXPORT_ENV",
+    "SLURM_IMMEDIATE",
+    "SLURM_MULTI_PROG",
+    "SLURM_NPROCS",
+    "SLURM_NTASKS",
+    "SLURM_REMOTE_CWD",
+    "SLURM_STDERRMODE",
+    "SLURM_STDINMODE",
+    "SLURM_STDOUTMODE",
+    "SLURM_TEST_EXEC",
+    "SLURM_THREADS",
+    "SLURM_TIMELIMIT",
+    "SLURM_WORKING_DIR",
+)
+_MODULE = re.compile(r"\s*(?:module(?:\s+-\S+)*\s+(?:load|add)|ml)\s+([^|]*)")
+# What Tcl modules (`x.c(213):ERROR:105: ...`, `ERROR: ...`, `Module ERROR`) and Lmod print; some leave a status of 0.
+_SAID = (
+    r"^[[:space:]]*(ERROR:|Module ERROR|Lmod has detected the following error)|"
+    r":ERROR:[0-9]+:|Unable to locate a modulefile"
+)
+_FUNCTIONS = f"""\
+load_modules() {{  # $1: a command that loads modules. Some kinds of `module` fail with a status of 0.
+  local before="${{LOADEDMODULES:-}}" said status name
+  said="$(mktemp)" || return 1
+  eval "$1" 2> "$said"; status=$?
+  cat "$said" >&2
+  if grep -Eq {shlex.quote(_SAID)} "$said"; then status=1; fi
+  rm -f "$said"
+  shift
+  if [ $status -eq 0 ] && declare -F module > /dev/null && [ "$before" = "${{LOADEDMODULES:-}}" ]; then
+    for name in "$@"; do
+      case ":$before:" in *":$name:"*|*":${{name%%/*}}/"*|*":${{name%%/*}}:"*) ;; *) status=1;; esac
+    done
+  fi
+  return $status
+}}"""
+
+
+def without_variables() -> list[str]:
+    """Lines that unset what srun would read. They come before the site file's commands and variables, which stand."""
+    return [
+        "",
+        "# Of the shell that launched this: srun would read them in place of what is asked below.",
+        "unset ${!SRUN_*}" + "".join(f" {name}" for name in _OF_SRUN),
+    ]
+
+
+def checked(commands: Sequence[str]) -> list[str]:
+    """Each command, and after it the end of the job if it failed. A line that goes on (``\\``) is not cut.
+
+    Of a line that only loads modules, what it prints and what it loads is looked at too, for not all kinds of `module` tell
+    by their status. One with `||` says itself what follows.
+    """
+    found = [_FUNCTIONS] if any(_loads_modules(command) for command in commands) else []
+    for command in commands:
+        found.append(_loading(command) if _loads_modules(command) else command)
+        if not command.endswith("\\"):
+            text = (
+                f"error: the set-up command {command!r} of the site file failed; add `|| true` where that is expected"
+            )
+            found.append(f"[ $? -eq 0 ] || {{ printf '%s\\n' {shlex.quote(text)} >&2; exit 1; }}")
+    return found
+
+
+def _loads_modules(command: str) -> bool:
+    return bool(_MODULE.fullmatch(command)) and not command.endswith("\\") and "\n" not in command
+
+
+def _loading(command: str) -> str:
+    match = _MODULE.fullmatch(command)
+    assert match is not None
+    names = re.split(r"[;&#]", match[1])[0].split() if not command.lstrip().startswith("ml") else []
+    plain = [name for name in names if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+/-]*", name)]
+    return " ".join(["load_modules", shlex.quote(command), *map(shlex.quote, plain)])
