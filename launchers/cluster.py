@@ -101,7 +101,9 @@ class SlurmAllocation:
         return slurm.topology()
 
     def start(self, command: list[str], output: IO[str]) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen(command, stdout=output, stderr=output, pass_fds=self.lock_fds)
+        # Without the lock: srun may outlive a conductor that was killed, and would keep the requeued job out for as long.
+        # Slurm ends the step with its job, and a job is a singleton by name.
+        return subprocess.Popen(command, stdout=output, stderr=output)
 
     def kill(self, process: "subprocess.Popen[bytes]") -> None:
         """srun passes SIGTERM on as SIGKILL to every process of the step, stopped ones too, without slurmctld's help."""
