@@ -58,11 +58,6 @@ def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return F.linear(widen(x), widen(weight), None if bias is None else widen(bias)).to(weight.dtype)
 
 
-def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a [..., K] @ b [K, N]`` in the operands' dtype."""
-    return (widen(a) @ widen(b)).to(a.dtype)
-
-
 def mm_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """``out [M, N] = a [M, K] @ b [K, N]``. Operands that are widened already are rounded to ``out``'s dtype."""
     if a.dtype == b.dtype == out.dtype and not widens(a):

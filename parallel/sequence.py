@@ -2,7 +2,7 @@
 
 A sequence is cut into ``cp`` parts, which stay apart from input to loss, and each of these into ``tp`` parts between the
 layers (sequence parallelism, arXiv 2205.05198). Parts are contiguous and in order of rank. A batch arrives whole;
-`of_batch` gives the rank its cp part, and `local` its part of that between layers.
+`of_batch` gives the rank its cp part.
 Shapes: B batch, S sequence.
 """
 
@@ -45,10 +45,6 @@ class SequenceShard:
         if self.cp.size == 1:
             return batch
         return {name: field.chunk(self.cp.size, dim=1)[self.cp.index] for name, field in batch.items()}
-
-    def local(self, field: torch.Tensor) -> torch.Tensor:
-        """``[B, S / cp]``, as `of_batch` gives it, to this rank's ``[B, S / (cp tp)]`` between layers."""
-        return field if self.tp.size == 1 else field.chunk(self.tp.size, dim=1)[self.tp.index]
 
     def given_length(self, held: int) -> int:
         """S / cp, the length of what the model is given, from what a rank holds between layers."""

@@ -66,7 +66,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         n, operand = axis.size, widen(weight)
         need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        total = torch.zeros((), dtype=wide, device=x.device)
+        total = torch.zeros((), dtype=torch.float64, device=x.device)
         dx = torch.empty_like(x) if need_x else None
         dweight = torch.zeros(weight.shape, dtype=wide, device=x.device) if need_weight else None
         step = max(1, chunk_tokens // n)
@@ -75,7 +75,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             c = _chunk(x[rows], operand, labels[:, rows].flatten(), first, axis)
             exponentials, sums, of_label, top = _row_statistics(c, axis)
             losses = (sums.log() + top - of_label) * c.valid
-            total += losses.view(n, -1)[axis.index].sum()
+            total += losses.view(n, -1)[axis.index].sum(dtype=torch.float64)
             if not (need_x or need_weight):
                 continue
             dz = exponentials.div_(sums.unsqueeze(1))
@@ -89,7 +89,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
                 dweight += dz.T @ c.full
         ctx.save_for_backward(dx, dweight)
         ctx.weight_dtype = weight.dtype
-        return total
+        return total.to(wide)
 
     @staticmethod
     def backward(

@@ -80,7 +80,9 @@ def test_attention_in_blocks_keeps_large_scores() -> None:
 def test_long_sequences_and_other_dtypes_take_torchs_attention() -> None:
     compile_kernels(True)
     try:
-        assert blocks.blocks_pay(torch.zeros(1, 64, 2, 8, dtype=torch.bfloat16))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gemm, "has_hardware", lambda dtype: True)
+            assert blocks.blocks_pay(torch.zeros(1, 64, 2, 8, dtype=torch.bfloat16))
         assert not blocks.blocks_pay(torch.zeros(1, blocks.LONGEST + 1, 2, 8, dtype=torch.bfloat16))
         assert not blocks.blocks_pay(torch.zeros(1, 64, 2, 8))
         with pytest.MonkeyPatch.context() as patch:  # a CPU without bf16 instructions: torch's attention in float32
@@ -144,7 +146,7 @@ def gradients(model: DecoderLM, tokens: torch.Tensor) -> tuple[float, dict[str, 
     model.train()
     loss = model.loss_sums(tokens[:, :-1], tokens[:, 1:]).cross_entropy / tokens[:, 1:].numel()
     loss.backward()
-    return float(loss), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @needs_compiler
@@ -168,7 +170,7 @@ def test_a_compiled_model_is_as_exact_as_an_uncompiled_one(compiled: None, dtype
         exact_loss, exact = run(torch.float64, False)
         for compiling in (True, False):
             loss, found = run(dtype, compiling)
-            assert abs(loss - exact_loss) < 4 * unit * exact_loss
+            assert abs(loss - exact_loss) < 4 * unit
             errors[compiling].append(relative(found, exact))
     # Rounding differs, so single models may be luckier either way; on the whole there is no more of it.
     assert sum(errors[True]) < 1.15 * sum(errors[False]), errors

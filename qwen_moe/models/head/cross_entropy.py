@@ -19,8 +19,8 @@ def _statistics(wide: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor,
 
 @fused
 def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The summed loss of ``logits [T, V]``."""
-    return _statistics(logits.to(statistics_dtype(logits.dtype)), labels)[0].sum()
+    """The summed loss of ``logits [T, V]``, in float64."""
+    return _statistics(logits.to(statistics_dtype(logits.dtype)), labels)[0].sum(dtype=torch.float64)
 
 
 @fused
@@ -28,10 +28,10 @@ def _losses_and_gradients(
     logits: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of ``logits [T, V]``, which are used up: the summed loss, the gradient softmax(z) but for the labels' elements, and
-    those ``[T, 1]``: 1 is subtracted before they are rounded."""
+    those ``[T, 1]``: 1 is subtracted before they are rounded. The sum is float64."""
     wide = logits.to(statistics_dtype(logits.dtype))
     losses, lse, of_label = _statistics(wide, labels)
-    loss, counted = losses.sum(), (labels >= 0).unsqueeze(1)
+    loss, counted = losses.sum(dtype=torch.float64), (labels >= 0).unsqueeze(1)
     dz = wide.sub_(lse).exp_().mul_(counted).to(logits.dtype)
     return loss, dz, (((of_label - lse).exp() - 1) * counted).to(logits.dtype)
 
@@ -47,7 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
         wide = statistics_dtype(x.dtype)
         need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        total = torch.zeros((), dtype=wide, device=x.device)
+        total = torch.zeros((), dtype=torch.float64, device=x.device)  # of many tokens: rounded once, at the end
         dx = torch.empty_like(x) if need_x else None
         dweight = torch.zeros(weight.shape, dtype=wide, device=x.device) if need_weight else None
         operand = widen(weight)
@@ -68,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dweight += dz.T @ x_c
         ctx.save_for_backward(dx, dweight)
         ctx.weight_dtype = weight.dtype
-        return total
+        return total.to(wide)
 
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
