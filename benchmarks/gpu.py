@@ -39,7 +39,7 @@ from benchmarks.gpu_contenders import (
     transformers_model,
 )
 from qwen_moe.models.flops import flops_per_token
-from qwen_moe.training.metrics import measure_matmul_peak
+from qwen_moe.runs.recorder import measure_matmul_peak
 
 Contenders = dict[str, Callable[[], Step]]
 

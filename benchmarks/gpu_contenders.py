@@ -16,9 +16,9 @@ from parallel.kernels.interface import ExpertPart
 from parallel.process import process_info, start
 from qwen_moe.config import RunConfig, parse_config
 from qwen_moe.models.moe.block import MoE
-from qwen_moe.training.build import build_model, make_grids
-from qwen_moe.training.kernels import choose_kernels
-from qwen_moe.training.layout import run_layout
+from qwen_moe.sharding.build import build_model, make_grids
+from qwen_moe.sharding.kernels import choose_kernels
+from qwen_moe.sharding.layout import run_layout
 
 Step = Callable[[], None]
 

@@ -29,7 +29,7 @@ from qwen_moe.models.moe.experts import Experts
 from qwen_moe.models.moe.router import Router
 from qwen_moe.models.norm import RMSNorm
 from qwen_moe.models.ops.compiled import compile_kernels
-from qwen_moe.training.metrics import measure_matmul_peak
+from qwen_moe.runs.recorder import measure_matmul_peak
 
 PARTS = {Attention: "attention", Experts: "experts", Router: "router", FeedForward: "shared expert", RMSNorm: "norms"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -33,7 +33,7 @@ from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.flops import flops_per_token
 from qwen_moe.models.init import build_model
 from qwen_moe.models.ops.compiled import compile_kernels, compiling
-from qwen_moe.training.metrics import measure_matmul_peak
+from qwen_moe.runs.recorder import measure_matmul_peak
 
 BATCH, SEQUENCE = 4, 512
 SHAPE = {

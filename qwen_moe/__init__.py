@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from qwen_moe.checkpoint.huggingface import from_pretrained, save_pretrained
+    from qwen_moe.checkpoint.huggingface.convert import from_pretrained, save_pretrained
 
 __all__ = ["__version__", "from_pretrained", "save_pretrained"]
 
@@ -13,7 +13,7 @@ __all__ = ["__version__", "from_pretrained", "save_pretrained"]
 def __getattr__(name: str) -> Any:
     # Lazy, so that `qwen-moe --help` and the config do not wait for torch.
     if name in ("from_pretrained", "save_pretrained"):
-        from qwen_moe.checkpoint import huggingface
+        from qwen_moe.checkpoint.huggingface import convert as huggingface
 
         return getattr(huggingface, name)
     raise AttributeError(f"module 'qwen_moe' has no attribute {name!r}")

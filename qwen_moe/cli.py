@@ -14,11 +14,11 @@ from qwen_moe.options import Parser
 # Modules with a `register(subparsers)`; they import nothing heavy at the top, so that --help is quick.
 VERBS = (
     "qwen_moe.training.command",
-    "qwen_moe.training.report",
+    "qwen_moe.runs.report",
     "qwen_moe.verify.command",
     "qwen_moe.info",
     "qwen_moe.data.command",
-    "qwen_moe.checkpoint.convert_cli",
+    "qwen_moe.checkpoint.huggingface.command",
     "qwen_moe.generate",
     "qwen_moe.scaling",
     "qwen_moe.pipeline.command",

@@ -136,7 +136,7 @@ class ScheduleConfig(Section):
 
 
 class BalanceConfig(Section):
-    """Load balancing of experts (see qwen_moe/training/balance.py for the definitions).
+    """Load balancing of experts (see qwen_moe/objectives/balance.py for the definitions).
 
     ``capacity_factor`` > 0: an expert serves at most that many times its fair share of a sequence in training, and the
     choices beyond are dropped and counted; 0 (dropless) drops none.

@@ -194,7 +194,7 @@ def generate_text(
         raise UserError(f"{directory} does not exist: give a checkpoint, a run directory or a Hugging Face directory")
     import torch
 
-    from qwen_moe.checkpoint.huggingface import from_pretrained, load_checkpoint
+    from qwen_moe.checkpoint.huggingface.convert import from_pretrained, load_checkpoint
     from qwen_moe.checkpoint.resolve import is_ours, resolve_checkpoint
 
     ours = is_ours(directory)

@@ -33,7 +33,7 @@ def resolve_model(name: str) -> ModelConfig:
         values = json_object(read_text(path / file, "the model's", "another directory"), str(path / file))
         if file == "model_config.json":
             return parse_model(values, str(path / file))
-        from qwen_moe.checkpoint.hf_config import model_config_from_hf
+        from qwen_moe.checkpoint.huggingface.config import model_config_from_hf
 
         return model_config_from_hf(values, str(path / file))
     if is_preset(name):

@@ -21,7 +21,7 @@ def machine_facts() -> dict[str, Any]:
 
     from parallel.gemm import description, has_hardware
     from qwen_moe.models.ops.compiled import missing_compiler
-    from qwen_moe.training.metrics import measure_matmul_peak
+    from qwen_moe.runs.recorder import measure_matmul_peak
 
     cpu = torch.device("cpu")
     products = {}

@@ -47,7 +47,7 @@ def describe_schedule(
     from parallel.stages import check_schedule, split_layers, stages_per_rank
     from parallel.timeline import play
     from qwen_moe.models.flops import layer_costs
-    from qwen_moe.training.layout import processes, run_layout
+    from qwen_moe.sharding.layout import processes, run_layout
 
     if schedule not in SCHEDULES:
         raise UserError(f"--schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qwen_moe.checkpoint.huggingface import convert_from_hf, save_pretrained
+from qwen_moe.checkpoint.huggingface.convert import convert_from_hf, save_pretrained
 from qwen_moe.errors import UserError
 from qwen_moe.generate import end_tokens, generate, generate_text, register, sample
 from qwen_moe.model_config import Family, ModelConfig

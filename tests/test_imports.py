@@ -44,9 +44,10 @@ def outside(path: Path, allowed: set[str]) -> list[str]:
         ("parallel", {"torch", "parallel", "transformer_engine"}),
         ("launchers", {"launchers"}),
         ("scaling_laws", {"numpy", "scipy", "pandas", "matplotlib", "tqdm", "scaling_laws"}),
-        ("qwen_moe/models", {"torch", "qwen_moe.config", "qwen_moe.models", "parallel"}),
+        ("qwen_moe/models", {"torch", "qwen_moe.config", "qwen_moe.models", "parallel.gemm"}),
+        ("qwen_moe/objectives", {"torch", "qwen_moe.config", "qwen_moe.models", "qwen_moe.objectives", "parallel"}),
         ("qwen_moe/data", {"torch", "numpy", "tqdm", "tokenizers", "zstandard", "megatron", "qwen_moe.config",
-                           "qwen_moe.errors", "qwen_moe.fields", "qwen_moe.options", "qwen_moe.data"}),
+                           "qwen_moe.errors", "qwen_moe.fields", "qwen_moe.options", "qwen_moe.data", "parallel.mesh"}),
     ],
 )  # fmt: skip
 def test_folders_import_only_what_they_may(folder: str, allowed: set[str]) -> None:
@@ -54,14 +55,55 @@ def test_folders_import_only_what_they_may(folder: str, allowed: set[str]) -> No
         assert outside(path, allowed) == [], path
 
 
-def test_of_the_models_only_the_plan_knows_of_parallelism() -> None:
-    """How this CPU multiplies (`parallel.gemm`) apart. And no other file of the model but the initial values names the plan,
-    for its type."""
+def test_models_know_nothing_of_ranks() -> None:
+    """Of `parallel` they import how this CPU multiplies (`parallel.gemm`), and nothing else."""
     for path in files("qwen_moe/models"):
-        names = set(imports(path))
-        if path.name != "plan.py":
-            assert not {name for name in names if name.split(".")[0] == "parallel"} - {"parallel.gemm"}, path
-            assert "qwen_moe.models.plan" not in names or path.name == "init.py", path
+        assert not {name for name in imports(path) if name.split(".")[0] == "parallel"} - {"parallel.gemm"}, path
+
+
+# The rooms of qwen_moe from the ground up. A file imports from its own room and from those below it.
+FLOORS = (
+    ("errors", "fields", "paths", "progress"),
+    ("documents", "options"),
+    ("presets", "model_config"),
+    ("config",),
+    ("models", "data"),
+    ("objectives",),
+    ("sharding",),
+    ("checkpoint", "planning"),
+    ("runs",),
+    ("machine", "schedule_picture", "generate"),
+    ("info",),
+    ("training",),
+    ("verify", "launch"),
+    ("scaling",),
+    ("cli",),
+    ("pipeline",),
+    ("__main__",),
+)
+
+
+def room(path: Path) -> str:
+    inside = path.relative_to(ROOT / "qwen_moe")
+    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+
+
+def climbs(room: str, names: set[str]) -> list[str]:
+    """Those of the imports ``names`` of a file of ``room`` that are of a room beside it or above it."""
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    others = {name for name in names if name.startswith("qwen_moe.") and name.split(".")[1] != room}
+    return [name for name in sorted(others) if floor[name.split(".")[1]] >= floor[room]]
+
+
+def test_no_room_imports_from_beside_or_above() -> None:
+    for path in files("qwen_moe"):
+        if path != ROOT / "qwen_moe" / "__init__.py":
+            assert climbs(room(path), set(imports(path))) == [], path
+
+
+def test_the_floors_see_a_climb() -> None:
+    assert climbs("checkpoint", {"qwen_moe.training.step", "qwen_moe.models.decoder"}) == ["qwen_moe.training.step"]
+    assert climbs("models", {"qwen_moe.data.batches"}) == ["qwen_moe.data.batches"]
 
 
 def test_the_checker_sees_a_forbidden_import(tmp_path: Path) -> None:

@@ -32,14 +32,14 @@ from qwen_moe.checkpoint.directory import (
 from qwen_moe.checkpoint.finite import count_not_finite, not_finite_message
 from qwen_moe.checkpoint.manifest import MODEL_CONFIG, read_object
 from qwen_moe.checkpoint.metadata import SafeReader, TensorsOnly
+from qwen_moe.checkpoint.optimizer_state import MOMENTS, optimizer_state, set_optimizer_step
 from qwen_moe.checkpoint.pieces import Piece, piece_of
 from qwen_moe.checkpoint.resolve import HF_FOLDER
 from qwen_moe.checkpoint.retention import Retention
 from qwen_moe.checkpoint.train_state import TRAIN_STATE, TrainState, read_train_state
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
-from qwen_moe.models.plan import ParallelModel
-from qwen_moe.training.optimizer import MOMENTS, optimizer_state, set_optimizer_step
+from qwen_moe.sharding.model import ParallelModel
 
 KERNELS = "kernels"
 

@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 
+from qwen_moe.checkpoint.huggingface.names import Piece, Shape
+from qwen_moe.checkpoint.huggingface.safetensors_file import Header, read_into
 from qwen_moe.checkpoint.metadata import SafeReader, TensorsOnly
-from qwen_moe.checkpoint.name_map import Piece, Shape
-from qwen_moe.checkpoint.safetensors_file import Header, read_into
 from qwen_moe.errors import UserError
 
 # Weights and buffers of every checkpoint of ours lie under this key of its state dict.

@@ -20,7 +20,7 @@ from launchers.orphans import AGENT_PID
 from launchers.run_folder import Attempt
 from launchers.watch import NodeWatch, signal_number
 from parallel.threads import Threads, choose_threads
-from qwen_moe.training.records import earlier_threads
+from qwen_moe.runs.records import earlier_threads
 
 _MODULES = {"train": "qwen_moe.launch.rank", "bandwidth": "qwen_moe.launch.bandwidth"}
 

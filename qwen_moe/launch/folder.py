@@ -67,7 +67,7 @@ def open_folder(folder: Path, overrides: Iterable[str]) -> list[Entry]:
 
 def is_complete(entry: Entry) -> bool:
     """Every step is done and saved, with the recipe's settings. Raises LaunchError when a finished run had others."""
-    from qwen_moe.training.outcome import difference
+    from qwen_moe.runs.outcome import difference
 
     config = entry.config
     if RunFolder(config.run_dir).saved_step() < config.train_steps:
@@ -82,7 +82,7 @@ def is_complete(entry: Entry) -> bool:
 
 def has_diverged(entry: Entry) -> str:
     """Why the run stopped for good, where it did: another attempt would meet the same step again."""
-    from qwen_moe.training.outcome import difference, read_outcome
+    from qwen_moe.runs.outcome import difference, read_outcome
 
     found = read_outcome(entry.config, entry.config.run_dir)
     return found.why if found.state == "diverged" and not difference(entry.config, entry.config.run_dir) else ""
@@ -119,7 +119,7 @@ def _prepare_data(entries: list[Entry]) -> None:
         if entry.config.data.prepare is not None:
             wanted.setdefault(entry.config.data.prepare.model_dump_json(), entry.config)
     if wanted:
-        from qwen_moe.training.inputs import prepare_inputs
+        from qwen_moe.data.inputs import prepare_inputs
 
         for config in wanted.values():
             prepare_inputs(config)

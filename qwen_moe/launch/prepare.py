@@ -129,7 +129,7 @@ def _job_of(text: str) -> str:
 
 def check_world(config: RunConfig, world_size: int) -> None:
     """Raises UserError unless the recipe's layout fits ``world_size`` processes."""
-    from qwen_moe.training.layout import run_layout
+    from qwen_moe.sharding.layout import run_layout
 
     run_layout(config, world_size)
 

@@ -70,7 +70,7 @@ def _train(plan: dict, attempt: Attempt, heart: Heartbeat, rank: int) -> int:
         return code
     if rank == 0:
         if code == 0:
-            from qwen_moe.training.finish import finish_run
+            from qwen_moe.runs.finish import finish_run
 
             heart.phase("finishing")
             finish_run(config)

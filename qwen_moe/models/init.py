@@ -2,17 +2,12 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.decoder import DecoderLM
-
-if TYPE_CHECKING:
-    from qwen_moe.models.plan import ParallelModel
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -46,27 +41,6 @@ def initialise_whole(model: nn.Module, seed: int, std: float) -> None:
     """Fill every parameter and buffer of a whole model whose storage exists."""
     for name, parameter in model.named_parameters():
         parameter.copy_(initial_value(name, parameter.shape, seed, std))
-    for _, buffer in model.named_buffers():
-        buffer.zero_()
-
-
-@torch.no_grad()
-def initialise(model: "ParallelModel", seed: int, std: float) -> None:
-    """Fill this rank's shards of every parameter with their part of the value that the whole one has, and zero buffers."""
-    for name, parameter in model.named_parameters():
-        place = model.placements[name]
-        offsets, sizes = model.range_of(name, parameter)
-        held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if not held.numel():
-            continue
-        if place.is_expert:
-            value = initial_value(name, place.shape, seed, std, experts=(offsets[0], sizes[0]))
-            offsets[0] = 0
-        else:
-            value = initial_value(name, place.shape, seed, std)
-        for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
-            value = value.narrow(dim, offset, size)
-        held.copy_(value)
     for _, buffer in model.named_buffers():
         buffer.zero_()
 

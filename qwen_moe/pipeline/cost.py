@@ -43,7 +43,7 @@ def ladder_cost(folder: Path, parallel: int, slurm: bool) -> list[str]:
     else:
         from torch import device, float32
 
-        from qwen_moe.training.metrics import measure_matmul_peak
+        from qwen_moe.runs.recorder import measure_matmul_peak
 
         speed = UTILISATION * measure_matmul_peak(float32, device("cpu"))
         source = f"assuming {UTILISATION:.0%} of the matmul speed of this machine's CPU"

@@ -185,7 +185,7 @@ def _run(at: Context) -> dict[str, Any]:
 def _not_done(at: Context) -> int:
     """Runs that are neither complete nor diverged."""
     from qwen_moe.launch.folder import open_folder
-    from qwen_moe.training.outcome import read_outcome
+    from qwen_moe.runs.outcome import read_outcome
 
     outcomes = [read_outcome(entry.config, entry.config.run_dir) for entry in open_folder(at.folder / LADDER, [])]
     return sum(outcome.state in ("missing", "unfinished") for outcome in outcomes)

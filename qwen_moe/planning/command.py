@@ -104,7 +104,7 @@ def _write(path: Path, overrides: list[str], config: RunConfig, choice: Any, gpu
 
     from launchers.run_folder import write_text
     from qwen_moe.planning.recipe_edit import differences, edit_recipe
-    from qwen_moe.training.layout import run_layout
+    from qwen_moe.sharding.layout import run_layout
 
     text = path.read_text(encoding="utf-8")
     settings: dict[str, dict[str, Any]] = {}

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from qwen_moe.config import ParallelConfig, PrecisionConfig, RunConfig, TrainingConfig
 from qwen_moe.errors import UserError
-from qwen_moe.training.layout import RunLayout, run_layout
+from qwen_moe.sharding.layout import RunLayout, run_layout
 
 PRECISIONS = ("bf16", "fp8")
 
@@ -93,7 +93,7 @@ def divisors(number: int) -> list[int]:
 def _degrees(config: RunConfig, gpus: int) -> Iterator[Choice]:
     """Degrees that the number of GPUs and the model allow, by the checks that `run_layout` makes first."""
     from parallel.mesh import LayoutError, layout_for
-    from qwen_moe.training.layout import check_layout
+    from qwen_moe.sharding.layout import check_layout
 
     for pp in divisors(gpus):
         if pp > config.model.num_hidden_layers:

@@ -25,8 +25,8 @@ from qwen_moe.planning.layouts import Choice
 from qwen_moe.planning.saved import SavedActivations
 from qwen_moe.planning.schedules import Flight, flights
 from qwen_moe.planning.shares import FIRST, Place, Shares, UnitShare, add
-from qwen_moe.training.build import DTYPES
-from qwen_moe.training.layout import RunLayout
+from qwen_moe.sharding.build import DTYPES
+from qwen_moe.sharding.layout import RunLayout
 
 
 @dataclass(frozen=True, kw_only=True)

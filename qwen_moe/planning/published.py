@@ -16,7 +16,7 @@ from qwen_moe.planning.hardware import Gpu, load_gpu, load_network
 from qwen_moe.planning.layouts import Choice
 from qwen_moe.planning.software import MEGATRON, Software
 from qwen_moe.planning.step_time import StepTime, StepTimeModel
-from qwen_moe.training.layout import RunLayout
+from qwen_moe.sharding.layout import RunLayout
 
 SEQUENCE = 4096
 # With other micro-batches to hide behind, Megatron's two streams hide about this share of the all-to-alls.

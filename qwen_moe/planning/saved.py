@@ -20,10 +20,10 @@ from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.init import keep_statistics_dtypes
 from qwen_moe.models.moe.block import MoE
-from qwen_moe.models.plan import build_parts
 from qwen_moe.planning.live_bytes import LiveBytes
-from qwen_moe.training.build import DTYPES
-from qwen_moe.training.kernels import choose_kernels
+from qwen_moe.sharding.build import DTYPES
+from qwen_moe.sharding.kernels import choose_kernels
+from qwen_moe.sharding.model import build_parts
 
 
 @dataclass(frozen=True, kw_only=True)

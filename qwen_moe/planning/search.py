@@ -13,7 +13,7 @@ from qwen_moe.planning.memory import Memory, MemoryModel
 from qwen_moe.planning.software import OURS
 from qwen_moe.planning.step_time import StepTime, StepTimeModel
 from qwen_moe.progress import bar
-from qwen_moe.training.layout import RunLayout
+from qwen_moe.sharding.layout import RunLayout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import torch
 from parallel.mesh import Axis, Layout
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.decoder import DecoderLM
-from qwen_moe.models.plan import is_expert, placement
+from qwen_moe.sharding.table import is_expert, placement
 
 
 @dataclass(frozen=True)

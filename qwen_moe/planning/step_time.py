@@ -17,7 +17,7 @@ from qwen_moe.planning.layouts import Choice
 from qwen_moe.planning.schedules import idle_micro_batches
 from qwen_moe.planning.shares import Shares, add
 from qwen_moe.planning.software import Software
-from qwen_moe.training.layout import RunLayout
+from qwen_moe.sharding.layout import RunLayout
 
 BF16 = 2  # bytes
 

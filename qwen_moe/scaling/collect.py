@@ -72,7 +72,7 @@ def text(found: Collected) -> list[str]:
 def _runs_of(path: Path) -> list[tuple[str, Path, RunConfig]]:
     """(name, run folder, what was asked for) of a run folder, or of every recipe of a ladder."""
     from qwen_moe.launch.folder import open_folder
-    from qwen_moe.training.outcome import RESOLVED
+    from qwen_moe.runs.outcome import RESOLVED
 
     if not path.is_dir():
         raise UserError(f"{path} is not a folder: give a folder of recipes that were run, or the run_dir of a run")
@@ -83,7 +83,7 @@ def _runs_of(path: Path) -> list[tuple[str, Path, RunConfig]]:
 
 def collect(paths: Sequence[Path], loss: Loss) -> Collected:
     """Read every run. Raises UserError where none can be used, or where their losses cannot be compared."""
-    from qwen_moe.training.outcome import difference, read_outcome
+    from qwen_moe.runs.outcome import difference, read_outcome
 
     rows: list[dict[str, Any]] = []
     left_out: list[tuple[str, str, str]] = []
@@ -169,8 +169,8 @@ def _settings(name: str, config: RunConfig) -> dict[str, Any]:
 
 def _repeats(config: RunConfig) -> int:
     """Tokens that differ, where a run reads some more than once and its data says how many there are; else 0."""
+    from qwen_moe.data.inputs import train_datasets
     from qwen_moe.data.manifest import read_manifest
-    from qwen_moe.training.inputs import train_datasets
 
     manifests = [read_manifest(dataset.prefix) for dataset in train_datasets(config)]
     if not manifests or any(manifest is None for manifest in manifests):

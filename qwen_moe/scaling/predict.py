@@ -38,7 +38,7 @@ def open_curve(path: Path) -> tuple["Curve", tuple[Any, ...] | None]:
 
     from qwen_moe.config import load_config
     from qwen_moe.models.flops import count_parameters
-    from qwen_moe.training.records import METRICS, read_lines
+    from qwen_moe.runs.records import METRICS, read_lines
     from qwen_moe.training.schedule import learning_rate
     from scaling_laws.curves import Curve, read_curve
 

@@ -1,1 +1,1 @@
-"""Training: losses, balancing, optimizer, schedule, the step and the loop around it."""
+"""Training: optimizer, schedule, the step and the loop around it."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from qwen_moe.config import OptimizerConfig, RunConfig, ScheduleConfig
 from qwen_moe.errors import UserError
-from qwen_moe.training.kernels import precision_settings
+from qwen_moe.sharding.kernels import precision_settings
 from qwen_moe.training.schedule import learning_rate
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from launchers.run_folder import write_json
 from qwen_moe.config import RunConfig, dump_config, load_config
 from qwen_moe.errors import UserError
-from qwen_moe.training.outcome import FAILURE, RESOLVED
+from qwen_moe.runs.outcome import FAILURE, RESOLVED
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -50,7 +50,7 @@ def _join(config: RunConfig) -> int:
 
     code = run_worker(config, admit=admit)
     if code == 0 and process_info().rank == 0:
-        from qwen_moe.training.finish import finish_run
+        from qwen_moe.runs.finish import finish_run
 
         finish_run(config)
     for lock in held:
@@ -61,8 +61,8 @@ def _join(config: RunConfig) -> int:
 def _train_here(config: RunConfig) -> dict[str, Any] | int:
     from launchers.local import RunLock, Supervisor
     from qwen_moe.checkpoint.preflight import check_disk_space
-    from qwen_moe.training.inputs import prepare_inputs
-    from qwen_moe.training.layout import processes, run_layout
+    from qwen_moe.data.inputs import prepare_inputs
+    from qwen_moe.sharding.layout import processes, run_layout
 
     nproc = processes(config)
     layout = run_layout(config, nproc).layout
@@ -92,7 +92,7 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
             raise UserError(outcome.message)
         if outcome.code != 0:
             return outcome.code
-        from qwen_moe.training.finish import finish_run
+        from qwen_moe.runs.finish import finish_run
 
         return finish_run(config) | {"restarts": outcome.restarts}
     finally:
@@ -107,7 +107,7 @@ def _note_failure(path: Path, kind: str, message: str) -> None:
 
 def _environment(config: RunConfig, nproc: int) -> dict[str, str]:
     from parallel.threads import choose_threads
-    from qwen_moe.training.records import earlier_threads
+    from qwen_moe.runs.records import earlier_threads
 
     before = earlier_threads(config.run_dir, nproc)
     return os.environ | choose_threads(nproc, config.launch.threads, before=before).environment()

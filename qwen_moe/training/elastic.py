@@ -45,7 +45,7 @@ def _entry(config: str, failure_file: str) -> tuple[Any, tuple[str, ...], str]:
     if not _may_fork():
         return sys.executable, ("-u", "-m", "qwen_moe.training.worker", config, failure_file), "spawn"
     # What every worker needs, imported once.
-    import qwen_moe.training.attempt
+    import qwen_moe.runs.attempt
     import qwen_moe.training.loop  # noqa: F401
 
     return _forked_worker, (config, failure_file), "fork"

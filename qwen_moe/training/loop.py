@@ -21,17 +21,17 @@ from qwen_moe.checkpoint.preflight import check_disk_space
 from qwen_moe.checkpoint.train_state import TrainState
 from qwen_moe.checkpoint.valid import newest_valid, valid_one
 from qwen_moe.config import RunConfig
+from qwen_moe.data.inputs import RunInputs, open_inputs
 from qwen_moe.errors import UserError
 from qwen_moe.models.flops import flops_per_token
 from qwen_moe.models.ops.compiled import compiling
-from qwen_moe.training.balance import maximum_violation
+from qwen_moe.objectives.balance import maximum_violation
+from qwen_moe.runs.recorder import Recorder, measure_matmul_peak, peak_memory
+from qwen_moe.sharding.build import DTYPES, build_model, make_grids
+from qwen_moe.sharding.kernels import precision_settings
+from qwen_moe.sharding.layout import run_layout
 from qwen_moe.training.branch import check_branch
-from qwen_moe.training.build import DTYPES, build_model, make_grids
 from qwen_moe.training.compilation import choose_compilation
-from qwen_moe.training.inputs import RunInputs, open_inputs
-from qwen_moe.training.kernels import precision_settings
-from qwen_moe.training.layout import run_layout
-from qwen_moe.training.metrics import Recorder, measure_matmul_peak, peak_memory
 from qwen_moe.training.optimizer import build_optimizer
 from qwen_moe.training.rollback import History
 from qwen_moe.training.slow_step import SlowStepNotice
@@ -211,7 +211,7 @@ def train(
     stop_signals: Sequence[int] = (),
 ) -> int:
     """Train to the end or to a request to stop. Returns 0 when the run is complete, 130 when it was stopped before."""
-    from qwen_moe.training.attempt import record_attempt
+    from qwen_moe.runs.attempt import record_attempt
 
     heart = heart or Heartbeat()
     stop = StopRequest(device, stop_signals)

@@ -13,10 +13,10 @@ from qwen_moe.data.batches import IGNORE
 from qwen_moe.errors import UserError
 from qwen_moe.models.moe.block import MoE
 from qwen_moe.models.moe.router import Router, RouterStatistics
-from qwen_moe.models.plan import ParallelModel, TrainingPart
-from qwen_moe.training.balance import Balancer, update_expert_bias
-from qwen_moe.training.build import build_engine
-from qwen_moe.training.layout import RunLayout
+from qwen_moe.objectives.balance import Balancer, update_expert_bias
+from qwen_moe.sharding.build import build_engine
+from qwen_moe.sharding.layout import RunLayout
+from qwen_moe.sharding.model import ParallelModel, TrainingPart
 from qwen_moe.training.optimizer import set_learning_rate
 from qwen_moe.training.schedule import learning_rate
 

@@ -40,8 +40,8 @@ def run_worker(
 
     from parallel.process import ProcessError, own_threads, process_info, start
     from parallel.watch import Watch
+    from qwen_moe.runs.records import earlier_threads
     from qwen_moe.training.loop import train
-    from qwen_moe.training.records import earlier_threads
 
     try:
         info = process_info()

@@ -82,7 +82,7 @@ def parse_layout(text: str, config: RunConfig) -> tuple["Layout", RunConfig]:
 
 def _cases(args: argparse.Namespace, config: RunConfig) -> list[tuple[str, RunConfig, "Layout"]]:
     from parallel.mesh import LayoutError
-    from qwen_moe.training.layout import check_layout, run_layout
+    from qwen_moe.sharding.layout import check_layout, run_layout
     from qwen_moe.verify.case import draw, dropped_split, shrink
 
     cases = []

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from parallel.data import local
 from qwen_moe.config import RunConfig
 from qwen_moe.data.batches import rank_samples
-from qwen_moe.models.plan import ParallelModel
-from qwen_moe.training.build import build_model, make_grids
-from qwen_moe.training.layout import run_layout
+from qwen_moe.sharding.build import build_model, make_grids
+from qwen_moe.sharding.layout import run_layout
+from qwen_moe.sharding.model import ParallelModel
 from qwen_moe.training.optimizer import build_optimizer
 from qwen_moe.training.step import Trainer
 from qwen_moe.verify.case import STEPS, global_batch

@@ -16,11 +16,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from parallel.data import local
 from parallel.pipeline import Sequential
 from parallel.sequence import SequenceShard
+from qwen_moe.checkpoint.optimizer_state import optimizer_state
 from qwen_moe.config import RunConfig
 from qwen_moe.models.init import keep_statistics_dtypes
-from qwen_moe.training.build import DTYPES, make_grids, plan_model
-from qwen_moe.training.layout import run_layout
-from qwen_moe.training.optimizer import build_optimizer, optimizer_state
+from qwen_moe.sharding.build import DTYPES, make_grids, plan_model
+from qwen_moe.sharding.layout import run_layout
+from qwen_moe.training.optimizer import build_optimizer
 from qwen_moe.training.step import Trainer
 
 

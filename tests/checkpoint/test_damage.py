@@ -12,13 +12,19 @@ import torch
 
 from qwen_moe.checkpoint.directory import commit, file_entry, files_in
 from qwen_moe.checkpoint.finite import count_not_finite
-from qwen_moe.checkpoint.hf_directory import INDEX, SINGLE
-from qwen_moe.checkpoint.huggingface import HF_SHARDS, convert_from_hf, convert_to_hf, from_pretrained, save_pretrained
+from qwen_moe.checkpoint.huggingface.convert import (
+    HF_SHARDS,
+    convert_from_hf,
+    convert_to_hf,
+    from_pretrained,
+    save_pretrained,
+)
+from qwen_moe.checkpoint.huggingface.directory import INDEX, SINGLE
+from qwen_moe.checkpoint.huggingface.safetensors_file import read_header
 from qwen_moe.checkpoint.manifest import MANIFEST
-from qwen_moe.checkpoint.safetensors_file import read_header
 from qwen_moe.errors import UserError
-from tests.checkpoint.hf_directories import by_hand, files_of
-from tests.checkpoint.test_huggingface import EXPERT, model, refuse
+from tests.checkpoint.huggingface.directories import by_hand, files_of
+from tests.checkpoint.huggingface.test_convert import EXPERT, model, refuse
 
 NORM = "model.norm.weight"
 

@@ -11,7 +11,7 @@ import torch
 from parallel.mesh import Layout
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
-from qwen_moe.training.layout import run_layout
+from qwen_moe.sharding.layout import run_layout
 from qwen_moe.verify.case import layout_overrides
 from qwen_moe.verify.compare import compare
 from qwen_moe.verify.ranks import Report, make_trainer, record_step

@@ -13,13 +13,13 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex
 
 from qwen_moe.checkpoint.directory import commit, file_entry, files_in, partial_path, step_directory
-from qwen_moe.checkpoint.huggingface import from_pretrained
+from qwen_moe.checkpoint.huggingface.convert import from_pretrained
 from qwen_moe.checkpoint.manifest import METADATA, MODEL_CONFIG, CheckpointDamaged
 from qwen_moe.checkpoint.metadata import SafeReader, read_metadata
 from qwen_moe.checkpoint.tensor_store import CheckpointTensors
 from qwen_moe.cli import main
 from qwen_moe.errors import UserError
-from tests.checkpoint.test_huggingface import small
+from tests.checkpoint.huggingface.test_convert import small
 
 STATE = {"model": {"a": torch.arange(12.0).view(3, 4), "b": torch.tensor(1.5), "c": torch.zeros(0, 3)}, "rng": {"x": 3}}
 A = MetadataIndex("model.a", (0, 0))

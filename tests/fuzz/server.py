@@ -27,9 +27,9 @@ FILE_BYTES = 1 << 28
 HEAVY = (
     "qwen_moe.training.worker",
     "qwen_moe.training.loop",
-    "qwen_moe.training.finish",
+    "qwen_moe.runs.finish",
     "qwen_moe.data.megatron",
-    "qwen_moe.checkpoint.huggingface",
+    "qwen_moe.checkpoint.huggingface.convert",
     "qwen_moe.verify.ranks",
     "scaling_laws.report",
     "scaling_laws.plots",

@@ -15,7 +15,7 @@ from tests.fuzz.world import build, build_light
 
 @pytest.fixture(scope="module")
 def light(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzz]:
-    server = Server(["qwen_moe.checkpoint.huggingface"])
+    server = Server(["qwen_moe.checkpoint.huggingface.convert"])
     folder = tmp_path_factory.mktemp("light")
     try:
         yield Fuzz(build_light(folder / "world", server), folder)

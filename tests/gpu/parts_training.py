@@ -15,7 +15,7 @@ from parallel.kernels.interface import ExpertPart, Kernels
 from qwen_moe.config import RunConfig, parse_config
 from qwen_moe.errors import UserError
 from qwen_moe.models.ops.grouped_matmul import loop_mm
-from qwen_moe.training.kernels import choose_kernels
+from qwen_moe.sharding.kernels import choose_kernels
 from tests.gpu.rows import Row, Where, check, error_of, skipped
 
 RECIPES = ("delayed", "current", "blockwise", "mxfp8")
@@ -67,7 +67,7 @@ def fp8(provider: str, recipe: str) -> dict[str, Any]:
 
 
 def make_trainer(where: Where, config: RunConfig) -> Any:
-    from qwen_moe.training.build import build_model
+    from qwen_moe.sharding.build import build_model
     from qwen_moe.training.optimizer import build_optimizer
     from qwen_moe.training.step import Trainer
 

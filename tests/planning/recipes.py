@@ -5,7 +5,7 @@ from typing import Any
 
 from qwen_moe.config import RunConfig, parse_config
 from qwen_moe.planning.layouts import Choice, legal_choices
-from qwen_moe.training.layout import RunLayout
+from qwen_moe.sharding.layout import RunLayout
 
 
 def values(model: dict[str, Any], sequence: int = 4096, **training: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from qwen_moe.planning.layouts import legal_choices
 from qwen_moe.planning.memory import MemoryModel
 from qwen_moe.planning.recipe_edit import edit_recipe
 from qwen_moe.planning.search import Search, changes
-from qwen_moe.training.layout import run_layout
+from qwen_moe.sharding.layout import run_layout
 from tests.planning import recipes
 
 RECIPE = """\

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from qwen_moe.config import RunConfig, parse_config
 from qwen_moe.errors import UserError
 from qwen_moe.planning.layouts import Choice, apply, legal, legal_choices
-from qwen_moe.training.layout import run_layout
+from qwen_moe.sharding.layout import run_layout
 from tests.planning.recipes import random_model, values
 
 GPUS = 16

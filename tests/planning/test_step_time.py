@@ -11,7 +11,7 @@ from qwen_moe.planning.layouts import Choice, legal
 from qwen_moe.planning.published import median_error, rows
 from qwen_moe.planning.software import OURS
 from qwen_moe.planning.step_time import StepTime, StepTimeModel
-from qwen_moe.training.layout import RunLayout
+from qwen_moe.sharding.layout import RunLayout
 from tests.planning.recipes import turbo_style
 
 H100, IB400 = load_gpu("h100-80gb"), load_network("ib400")

@@ -15,7 +15,7 @@ def test_the_command_checks_and_prepares_a_run_without_torch() -> None:
     """The processes that train import it, once for all of them; not the command before them."""
     script = (
         "import sys, pathlib; from qwen_moe.config import load_config; from qwen_moe.training import command; "
-        "from qwen_moe.training.inputs import prepare_inputs; from qwen_moe.training.layout import processes, run_layout; "
+        "from qwen_moe.data.inputs import prepare_inputs; from qwen_moe.sharding.layout import processes, run_layout; "
         "from qwen_moe.checkpoint.preflight import check_disk_space; from parallel.process import started_by_launcher; "
         "config = load_config(pathlib.Path('recipes/demo.yaml')); run_layout(config, processes(config)); "
         "check_disk_space(config, pathlib.Path('.')); started_by_launcher(); "

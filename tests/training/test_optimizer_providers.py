@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch import nn
 
+from qwen_moe.checkpoint.optimizer_state import optimizer_state, set_optimizer_step
 from qwen_moe.config import OptimizerConfig
 from qwen_moe.errors import UserError
-from qwen_moe.training.optimizer import build_optimizer, optimizer_state, set_learning_rate, set_optimizer_step
+from qwen_moe.training.optimizer import build_optimizer, set_learning_rate
 from tests.distributed import run_distributed
 from tests.training.test_step import global_batch, make_config
 

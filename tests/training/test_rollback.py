@@ -9,7 +9,7 @@ from statistics import median
 import pytest
 
 from qwen_moe.cli import main
-from qwen_moe.training.records import read_lines
+from qwen_moe.runs.records import read_lines
 from qwen_moe.training.rollback import LEAST, History
 from tests.training.test_run import run_to_end, write_recipe
 

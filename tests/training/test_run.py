@@ -18,7 +18,7 @@ import yaml
 
 from qwen_moe.cli import main
 from qwen_moe.models.ops.compiled import missing_compiler
-from qwen_moe.training.records import read_lines
+from qwen_moe.runs.records import read_lines
 from tests.distributed import run_distributed
 
 STEPS = 12

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from qwen_moe.config import RunConfig
+from qwen_moe.runs.recorder import Recorder
 from qwen_moe.training import slow_step
 from qwen_moe.training.loop import _Clock
-from qwen_moe.training.metrics import Recorder
 from qwen_moe.training.slow_step import SlowStepNotice, slow_step_reason
 from tests.training.test_step import make_config
 

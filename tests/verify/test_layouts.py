@@ -63,14 +63,15 @@ def _averaged(patch: Any) -> None:
 
 
 def _norm_without_experts(patch: Any) -> None:
-    from qwen_moe.models.plan import ParallelModel, is_expert
+    from qwen_moe.sharding.model import ParallelModel
+    from qwen_moe.sharding.table import is_expert
 
     original = ParallelModel.counts_in_norm
     patch(ParallelModel, "counts_in_norm", lambda m, name, stage: not is_expert(name) and original(m, name, stage))
 
 
 def _norm_counts_copies(patch: Any) -> None:
-    from qwen_moe.models.plan import ParallelModel
+    from qwen_moe.sharding.model import ParallelModel
 
     patch(ParallelModel, "counts_in_norm", lambda m, name, stage: True)
 
@@ -102,15 +103,15 @@ def _replicas_not_summed(names: str) -> Callable[[Any], None]:
     def mutate(patch: Any) -> None:
         from dataclasses import replace
 
-        from qwen_moe.models import plan
+        from qwen_moe.sharding import parallelize
 
-        original = plan.placement
+        original = parallelize.placement
 
         def placement(name: str, shape: Any, grids: Any) -> Any:
             found = original(name, shape, grids)
             return replace(found, replicas=()) if names in name else found
 
-        patch(plan, "placement", placement)
+        patch(parallelize, "placement", placement)
 
     return mutate
 
@@ -129,20 +130,20 @@ def _auxiliary_detached(patch: Any) -> None:
 
 
 def _auxiliary_over_group(patch: Any) -> None:
-    from qwen_moe.training.balance import Balancer
+    from qwen_moe.objectives.balance import Balancer
 
     original = Balancer._balance
     patch(Balancer, "_balance", lambda b, router, tokens: original(b, router, tokens) / b.stage.size)
 
 
 def _counts_of_one_rank(patch: Any) -> None:
-    from qwen_moe.training import balance
+    from qwen_moe.objectives import balance
 
     patch(balance, "all_reduce_sum", lambda tensor, axis: tensor.clone())
 
 
 def _buffer_over_one_micro_batch(patch: Any) -> None:
-    from qwen_moe.training.balance import Balancer
+    from qwen_moe.objectives.balance import Balancer
 
     def balance(b: Balancer, router: Any, tokens: int) -> torch.Tensor:
         from parallel.collectives import all_reduce_sum
@@ -167,7 +168,7 @@ def _own_tokens(patch: Any) -> None:
 
 
 def _tied_not_summed(patch: Any) -> None:
-    from qwen_moe.models.plan import ParallelModel
+    from qwen_moe.sharding.model import ParallelModel
 
     patch(ParallelModel, "tied_apart", property(lambda m: False))
 
@@ -176,7 +177,7 @@ def _stages_alike(patch: Any) -> None:
     """Layers named by their place on the rank instead of in the model."""
     import re
 
-    from qwen_moe.models import init
+    from qwen_moe.sharding import init
 
     original = init.initial_value
 
@@ -188,7 +189,7 @@ def _stages_alike(patch: Any) -> None:
 
 def _experts_alike(patch: Any) -> None:
     """Every ep rank draws its experts as if they were the first."""
-    from qwen_moe.models import init
+    from qwen_moe.sharding import init
 
     original = init.initial_value
 
@@ -251,9 +252,9 @@ def _softmax_of_one_shard(patch: Any) -> None:
 
 def _rows_in_order_of_arrival(patch: Any) -> None:
     """Experts run on received rows that are not sorted by expert."""
-    from qwen_moe.models import plan
+    from qwen_moe.sharding import dispatcher
 
-    patch(plan, "reorder", lambda rows, index, inverse: rows)
+    patch(dispatcher, "reorder", lambda rows, index, inverse: rows)
 
 
 def _capacity_of_own_part(patch: Any) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from parallel.mesh import Layout
-from qwen_moe.checkpoint.huggingface import convert_from_hf, convert_to_hf
+from qwen_moe.checkpoint.huggingface.convert import convert_from_hf, convert_to_hf
 from qwen_moe.config import RunConfig
 from qwen_moe.training.schedule import learning_rate
 from qwen_moe.verify.case import global_batch

@@ -55,7 +55,7 @@ Between = Callable[[Any, int], None]
 
 def train(config: RunConfig, scaling: Recipe | str | None, between: Between | None = None) -> dict[str, Any]:
     """Three steps on this rank with the provider, or ("plain") with torch's products."""
-    from qwen_moe.training import build
+    from qwen_moe.sharding import build
 
     if scaling != "plain":
         fake_te.install()

@@ -16,7 +16,7 @@ from parallel.gemm import description
 from parallel.process import ProcessInfo
 from parallel.threads import DECIDED
 from qwen_moe.config import RunConfig, dump_config
-from qwen_moe.training.records import ATTEMPTS
+from qwen_moe.runs.records import ATTEMPTS
 
 CONFIG = "config.yaml"
 _PACKAGES = ("qwen-moe", "torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")

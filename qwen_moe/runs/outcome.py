@@ -8,7 +8,7 @@ from typing import Any, Literal
 from launchers.decide import BAD_STEP
 from launchers.run_folder import RunFolder, read_json
 from qwen_moe.config import RunConfig, load_config
-from qwen_moe.training.records import METRICS, read_lines
+from qwen_moe.runs.records import METRICS, read_lines
 
 FAILURE = "failure.json"  # why the last attempt gave up: {"kind", "message"}; gone when the next one starts
 RESOLVED = "config.yaml"

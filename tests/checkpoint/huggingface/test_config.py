@@ -9,8 +9,8 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen_moe.checkpoint.hf_config import HF_DEFAULTS, hf_config, interpret, model_config_from_hf
-from qwen_moe.checkpoint.name_map import expert_biases, parameters
+from qwen_moe.checkpoint.huggingface.config import HF_DEFAULTS, hf_config, interpret, model_config_from_hf
+from qwen_moe.checkpoint.huggingface.names import expert_biases, parameters
 from qwen_moe.errors import UserError
 from qwen_moe.model_config import Family, ModelConfig
 from qwen_moe.models.decoder import DecoderLM
@@ -222,7 +222,7 @@ def test_published_config_files() -> None:
 
 
 def test_message_names_the_file(tmp_path: Path) -> None:
-    from qwen_moe.checkpoint.huggingface import from_pretrained
+    from qwen_moe.checkpoint.huggingface.convert import from_pretrained
 
     (tmp_path / "config.json").write_text(json.dumps(minimal(hidden_act="relu")))
     with pytest.raises(UserError, match=str(tmp_path / "config.json")):

@@ -10,8 +10,8 @@ import pytest
 from qwen_moe.checkpoint import preflight
 from qwen_moe.cli import main
 from qwen_moe.errors import UserError
-from qwen_moe.training.metrics import MetricsLog
-from qwen_moe.training.records import read_lines
+from qwen_moe.runs.recorder import MetricsLog
+from qwen_moe.runs.records import read_lines
 from tests.training.test_step import make_config
 
 

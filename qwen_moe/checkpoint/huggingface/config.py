@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from qwen_moe.checkpoint.hf_fp8 import check_quantisation
+from qwen_moe.checkpoint.huggingface.fp8 import check_quantisation
 from qwen_moe.config import ModelConfig, parse_model
 from qwen_moe.errors import UserError
 from qwen_moe.model_config import Family

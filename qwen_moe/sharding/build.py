@@ -13,12 +13,13 @@ from parallel.sequence import SequenceShard
 from parallel.stages import stages_of_rank
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
-from qwen_moe.models.init import initialise, keep_statistics_dtypes
+from qwen_moe.models.init import keep_statistics_dtypes
 from qwen_moe.models.moe.block import MoE
 from qwen_moe.models.ops.dtypes import statistics_dtype
-from qwen_moe.models.plan import ParallelModel, build_parts
-from qwen_moe.training.kernels import choose_kernels
-from qwen_moe.training.layout import RunLayout
+from qwen_moe.sharding.init import initialise
+from qwen_moe.sharding.kernels import choose_kernels
+from qwen_moe.sharding.layout import RunLayout
+from qwen_moe.sharding.model import ParallelModel, build_parts
 
 # fp8 is the operands of some products only: what lies between them is bf16.
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}

@@ -9,7 +9,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss
 from parallel.sequence import SequenceShard
 from qwen_moe.config import BalanceConfig
 from qwen_moe.models.moe.router import RouterStatistics
-from qwen_moe.training.balance import Balancer, maximum_violation, update_expert_bias
+from qwen_moe.objectives.balance import Balancer, maximum_violation, update_expert_bias
 from tests.distributed import run_distributed
 from tests.models.hf_reference import true_float64
 

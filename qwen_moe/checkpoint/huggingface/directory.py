@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from qwen_moe.checkpoint.finite import check_cast, check_finite
-from qwen_moe.checkpoint.name_map import Piece
-from qwen_moe.checkpoint.safetensors_file import Header, build_header, parse_header, read_header, write_file
+from qwen_moe.checkpoint.huggingface.names import Piece
+from qwen_moe.checkpoint.huggingface.safetensors_file import Header, build_header, parse_header, read_header, write_file
 from qwen_moe.checkpoint.tensor_store import TensorSource
 from qwen_moe.documents import json_object, read_text
 from qwen_moe.errors import UserError

@@ -7,7 +7,7 @@ from typing import Any
 
 from qwen_moe.checkpoint.directory import step_directory
 from qwen_moe.config import RunConfig
-from qwen_moe.training.report import as_text, draw, summarise
+from qwen_moe.runs.report import as_text, draw, summarise
 
 SAMPLE = "sample.txt"
 HF = "hf"
@@ -25,7 +25,7 @@ def finish_run(config: RunConfig) -> dict[str, Any]:
     if config.checkpoint.export_hf:
         hf_dir = run_dir / HF
         if not hf_dir.exists():
-            from qwen_moe.checkpoint.huggingface import convert_to_hf
+            from qwen_moe.checkpoint.huggingface.convert import convert_to_hf
 
             convert_to_hf(checkpoint, hf_dir)
         facts["hf_dir"] = str(hf_dir)

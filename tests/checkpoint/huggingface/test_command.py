@@ -10,9 +10,16 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen_moe.checkpoint.huggingface import convert_from_hf, convert_to_hf, from_pretrained, save_pretrained
+from qwen_moe.checkpoint.huggingface.convert import convert_from_hf, convert_to_hf, from_pretrained, save_pretrained
 from qwen_moe.model_config import Family, ModelConfig
-from tests.checkpoint.hf_directories import by_hand, by_transformers, convert, files_of, tensors_of, tensors_on_disk
+from tests.checkpoint.huggingface.directories import (
+    by_hand,
+    by_transformers,
+    convert,
+    files_of,
+    tensors_of,
+    tensors_on_disk,
+)
 from tests.models.hf_reference import FAMILIES, draw_weights, model_configs, true_float64
 
 SETTINGS = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -109,7 +116,7 @@ def test_our_file_is_the_librarys(tmp_path: Path) -> None:
     """A file of ours has the same bytes as one that the safetensors library writes: order, header, padding."""
     from safetensors.torch import save_file
 
-    from qwen_moe.checkpoint.safetensors_file import build_header, write_file
+    from qwen_moe.checkpoint.huggingface.safetensors_file import build_header, write_file
 
     tensors = {
         "b": torch.randn(3, 5),

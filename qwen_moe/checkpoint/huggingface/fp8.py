@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 import torch
 
 from parallel.kernels.formats import E4M3, quantise_blocks
-from qwen_moe.checkpoint.name_map import Piece, Shape
-from qwen_moe.checkpoint.safetensors_file import Header, read_into
+from qwen_moe.checkpoint.huggingface.names import Piece, Shape
+from qwen_moe.checkpoint.huggingface.safetensors_file import Header, read_into
 from qwen_moe.checkpoint.tensor_store import HuggingFaceTensors
 from qwen_moe.errors import UserError
 

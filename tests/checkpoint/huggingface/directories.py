@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen_moe.checkpoint.convert_cli import register
+from qwen_moe.checkpoint.huggingface.command import register
 from qwen_moe.models.decoder import DecoderLM
 from tests.models.hf_reference import hf_model
 

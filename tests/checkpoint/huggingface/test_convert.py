@@ -11,15 +11,15 @@ import pytest
 import torch
 
 import qwen_moe
-from qwen_moe.checkpoint import huggingface
 from qwen_moe.checkpoint.directory import step_directory
-from qwen_moe.checkpoint.hf_directory import parse_size
-from qwen_moe.checkpoint.huggingface import convert_from_hf, convert_to_hf, from_pretrained, save_pretrained
+from qwen_moe.checkpoint.huggingface import convert as huggingface
+from qwen_moe.checkpoint.huggingface.convert import convert_from_hf, convert_to_hf, from_pretrained, save_pretrained
+from qwen_moe.checkpoint.huggingface.directory import parse_size
 from qwen_moe.checkpoint.resolve import resolve_checkpoint
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.decoder import DecoderLM
-from tests.checkpoint.hf_directories import (
+from tests.checkpoint.huggingface.directories import (
     by_hand,
     files_of,
     old_style_config,

@@ -40,13 +40,13 @@ def register(subparsers: Any) -> None:
 
 
 def _from_hf(args: argparse.Namespace) -> int:
-    from qwen_moe.checkpoint.huggingface import convert_from_hf
+    from qwen_moe.checkpoint.huggingface.convert import convert_from_hf
 
     return _report(convert_from_hf(args.hf_dir, args.checkpoint_dir, progress=True), args.json)
 
 
 def _to_hf(args: argparse.Namespace) -> int:
-    from qwen_moe.checkpoint.huggingface import convert_to_hf
+    from qwen_moe.checkpoint.huggingface.convert import convert_to_hf
 
     result = convert_to_hf(
         args.checkpoint_dir,

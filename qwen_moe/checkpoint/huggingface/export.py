@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from qwen_moe.checkpoint.aside import require_free, written_aside
 from qwen_moe.checkpoint.directory import files_in
-from qwen_moe.checkpoint.hf_config import hf_config
-from qwen_moe.checkpoint.hf_directory import (
+from qwen_moe.checkpoint.huggingface.config import hf_config
+from qwen_moe.checkpoint.huggingface.directory import (
     CONFIG,
     DEFAULT_MAX_SHARD_BYTES,
     ShardLayout,
@@ -23,8 +23,8 @@ from qwen_moe.checkpoint.hf_directory import (
     same_shards,
     write_shards,
 )
-from qwen_moe.checkpoint.hf_fp8 import fp8_part, fp8_pieces
-from qwen_moe.checkpoint.name_map import expert_biases, hf_pieces, parameters
+from qwen_moe.checkpoint.huggingface.fp8 import fp8_part, fp8_pieces
+from qwen_moe.checkpoint.huggingface.names import expert_biases, hf_pieces, parameters
 from qwen_moe.checkpoint.resolve import MODEL_CONFIG
 from qwen_moe.checkpoint.tensor_store import TensorSource
 from qwen_moe.config import ModelConfig

@@ -79,7 +79,7 @@ _EMBEDDING = "model.embed_tokens.weight"
 @dataclass(frozen=True)
 class Piece:
     """A tensor of a Hugging Face file and the part ``parameter[index]`` of ours it holds, reshaped to ``shape``; or its
-    FP8 values, or their scales (qwen_moe/checkpoint/hf_fp8.py)."""
+    FP8 values, or their scales (qwen_moe/checkpoint/huggingface/fp8.py)."""
 
     hf_name: str
     parameter: str

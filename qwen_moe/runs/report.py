@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _records(run_dir: Path) -> list[dict[str, Any]]:
-    from qwen_moe.training.records import METRICS, read_lines
+    from qwen_moe.runs.records import METRICS, read_lines
 
     path = run_dir / METRICS
     if not path.exists():

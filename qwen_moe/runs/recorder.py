@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from parallel.gemm import has_hardware
-from qwen_moe.training.records import METRICS, read_lines
+from qwen_moe.runs.records import METRICS, read_lines
 
 
 def measure_matmul_peak(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:

@@ -15,8 +15,8 @@ import torch
 from qwen_moe.checkpoint.aside import require_free, written_aside
 from qwen_moe.checkpoint.directory import commit, file_entry, files_in
 from qwen_moe.checkpoint.finite import check_cast, check_finite
-from qwen_moe.checkpoint.hf_config import interpret
-from qwen_moe.checkpoint.hf_directory import (
+from qwen_moe.checkpoint.huggingface.config import interpret
+from qwen_moe.checkpoint.huggingface.directory import (
     CONFIG,
     ShardLayout,
     copy_files,
@@ -24,7 +24,7 @@ from qwen_moe.checkpoint.hf_directory import (
     read_json,
     side_files,
 )
-from qwen_moe.checkpoint.hf_export import (
+from qwen_moe.checkpoint.huggingface.export import (
     check_expert_bias,
     check_source,
     config_bytes,
@@ -34,11 +34,11 @@ from qwen_moe.checkpoint.hf_export import (
     progress_bar,
     token_ids,
 )
-from qwen_moe.checkpoint.hf_fp8 import Fp8Tensors, split_scales
+from qwen_moe.checkpoint.huggingface.fp8 import Fp8Tensors, split_scales
+from qwen_moe.checkpoint.huggingface.names import expert_biases, match, parameters
+from qwen_moe.checkpoint.huggingface.safetensors_file import Header, read_into
 from qwen_moe.checkpoint.manifest import read_manifest
-from qwen_moe.checkpoint.name_map import expert_biases, match, parameters
 from qwen_moe.checkpoint.resolve import HF_FOLDER, MODEL_CONFIG, is_ours, model_config, resolve_checkpoint
-from qwen_moe.checkpoint.safetensors_file import Header, read_into
 from qwen_moe.checkpoint.tensor_store import (
     CheckpointTensors,
     HuggingFaceTensors,
@@ -190,7 +190,7 @@ def convert_to_hf(
 
     ``checkpoint``: a checkpoint, a run directory or its `checkpoints/` (then its newest valid one). ``dtype`` None
     keeps every tensor's, but fp32 master weights of a bf16 run are exported as bf16; "fp8" gives linears in FP8 blocks
-    (qwen_moe/checkpoint/hf_fp8.py) and bf16 for the rest. ``max_shard_size`` None gives the
+    (qwen_moe/checkpoint/huggingface/fp8.py) and bf16 for the rest. ``max_shard_size`` None gives the
     files the model came in, or files of at most 5 GB. Raises UserError.
     """
     path = resolve_checkpoint(Path(checkpoint))

@@ -10,12 +10,12 @@ import torch
 
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.init import build_model
-from tests.checkpoint.hf_directories import by_hand
+from tests.checkpoint.huggingface.directories import by_hand
 
 _MEASURED = """
 import json, sys
 from pathlib import Path
-from qwen_moe.checkpoint.huggingface import convert_from_hf, convert_to_hf
+from qwen_moe.checkpoint.huggingface.convert import convert_from_hf, convert_to_hf
 
 def high_water():
     # Not ru_maxrss: that one starts from what the parent process held.

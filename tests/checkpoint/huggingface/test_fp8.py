@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen_moe.checkpoint.huggingface import convert_from_hf, convert_to_hf, from_pretrained, save_pretrained
+from qwen_moe.checkpoint.huggingface.convert import convert_from_hf, convert_to_hf, from_pretrained, save_pretrained
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.init import build_model
-from tests.checkpoint.hf_directories import convert, tensors_on_disk
+from tests.checkpoint.huggingface.directories import convert, tensors_on_disk
 
 MODEL: dict[str, Any] = {
     "family": "qwen2_moe",

@@ -1,0 +1,38 @@
+"""The state of an AdamW optimizer by parameter name, as checkpoints hold it."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import nn
+
+
+class Named(Protocol):
+    """Anything with parameters by name. A name may come twice (a parameter that two pipeline stages hold)."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def optimizer_state(model: Named, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    """``{moment: {parameter name: tensor}}``, made of zeros where the optimizer has not stepped yet. The tensors are the
+    optimizer's own (DTensor shards under FSDP2): loading into them restores it. Of a name that comes twice, the first."""
+    state: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        own = optimizer.state[parameter]
+        for moment in MOMENTS:
+            if moment not in own:
+                own[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state[moment].setdefault(name, own[moment])
+    return state
+
+
+def set_optimizer_step(model: Named, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Set the number of updates done, from which AdamW corrects the bias of its moments."""
+    for _, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            optimizer.state[parameter]["step"] = torch.tensor(float(step), device=parameter.device)

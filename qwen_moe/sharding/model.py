@@ -1,0 +1,130 @@
+"""The model as one rank trains it: its parts, where their parameters lie, and which copies count."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from parallel.kernels.interface import Kernels
+from parallel.mesh import Grids
+from qwen_moe.config import ModelConfig
+from qwen_moe.models.decoder import DecoderLM
+from qwen_moe.sharding.parallelize import parallelise
+from qwen_moe.sharding.table import Placement
+
+
+class TrainingPart(DecoderLM):
+    """A consecutive part of the model as training runs it: ``forward(x, labels, ...) -> hidden states, or the summed
+    cross-entropy [1] of the last part``. ``attach`` gets the routers' statistics and may tie losses to the output."""
+
+    chunk_tokens = 1024
+    attach: Callable[..., torch.Tensor] | None = None
+    around_forward: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def forward(  # type: ignore[override]
+        self,
+        x: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        with self.around_forward():
+            out, router = self.hidden_states(x, position_ids, document_ids)
+        if self.last:
+            out = torch.stack([self.cross_entropy(out, self.head_weight, labels, self.chunk_tokens)])
+        if self.attach is not None and router is not None and torch.is_grad_enabled():
+            out = self.attach(self, out, router, labels)
+        return out
+
+
+@dataclass
+class ParallelModel:
+    """This rank's parts of the model (more than one where the schedule interleaves) and where their parameters lie.
+
+    ``stages`` are the parts' places among all ``num_stages``. With tied embeddings the first and the last stage hold a
+    copy each, also where both are on this rank; their gradients are summed, so that the copies stay equal.
+    """
+
+    config: ModelConfig
+    grids: Grids
+    parts: list[TrainingPart]
+    stages: list[int]
+    num_stages: int
+    kernels: Kernels
+    placements: dict[str, Placement] = field(default_factory=dict)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter of every part; a twin has the name of its original, which comes first."""
+        for part in self.parts:
+            yield from part.named_parameters()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for part in self.parts:
+            yield from part.named_buffers()
+
+    def modules(self) -> Iterator[nn.Module]:
+        for part in self.parts:
+            yield from part.modules()
+
+    @property
+    def tied_apart(self) -> bool:
+        """True when the embedding and the head are one parameter held by two stages."""
+        return self.config.tie_word_embeddings and self.num_stages > 1
+
+    def counts_in_norm(self, name: str, stage: int) -> bool:
+        """Whether this rank's copy is the one that the global norm counts."""
+        if self.tied_apart and name == "model.embed_tokens.weight" and stage > 0:
+            return False
+        return all(axis.index == 0 for axis in self.placements[name].replicas)
+
+    def range_of(self, name: str, parameter: torch.Tensor) -> tuple[list[int], list[int]]:
+        """(offsets, sizes) in the whole parameter of what this rank stores of it after FSDP's cut of dim 0."""
+        place = self.placements[name]
+        offsets, sizes = list(place.offsets), list(place.sizes)
+        # FSDP shows the gathered parameter, which is not the optimizer's, between a forward and its backward.
+        assert isinstance(parameter, DTensor), f"{name} is gathered: call `reshard` first"
+        mesh = parameter.device_mesh
+        chunk = -(-sizes[0] // mesh.size())
+        first = min(sizes[0], mesh.get_local_rank() * chunk)
+        offsets[0], sizes[0] = offsets[0] + first, min(sizes[0] - first, chunk)
+        assert parameter.to_local().shape[0] == sizes[0], name
+        return offsets, sizes
+
+    def reshard(self) -> None:
+        """Let go of gathered parameters that a forward without a backward has left."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def build_parts(
+    config: ModelConfig,
+    grids: Grids,
+    layers: Sequence[Sequence[int]],
+    stages: Iterable[int],
+    *,
+    recompute: bool,
+    dtype: torch.dtype,
+    kernels: Kernels,
+    plain_layers: Collection[int] = (),
+) -> ParallelModel:
+    """The parts ``stages`` of the model on the meta device, cut to this rank's share. ``layers[s]`` are those of stage s;
+    products are by ``kernels`` but in ``plain_layers``."""
+    stages = list(stages)
+    parts = []
+    with torch.device("meta"):
+        for stage in stages:
+            parts.append(TrainingPart(config, recompute=recompute, layers=layers[stage]).to(dtype))
+    placements: dict[str, Placement] = {}
+    for part in parts:
+        part.around_forward = kernels.forward
+        placements |= parallelise(part, grids, kernels, plain_layers)
+    return ParallelModel(config, grids, parts, stages, len(layers), kernels, placements)

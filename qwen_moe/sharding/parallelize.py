@@ -1,0 +1,73 @@
+"""The swap of modules that makes a part of the model parallel."""
+
+from collections.abc import Collection
+from functools import partial
+
+import torch
+from torch import nn
+
+from parallel.kernels.interface import ExpertPart, Kernels, swap
+from parallel.mesh import Grids
+from parallel.sequence import SequenceShard
+from parallel.tensor import VocabParallelEmbedding, split_range
+from parallel.vocab_head import vocab_parallel_cross_entropy
+from qwen_moe.models.attention.gqa import Attention
+from qwen_moe.models.decoder import DecoderLM
+from qwen_moe.models.feed_forward import FeedForward
+from qwen_moe.models.moe.block import MoE
+from qwen_moe.models.moe.experts import Experts
+from qwen_moe.models.norm import RMSNorm
+from qwen_moe.sharding.dispatcher import AllToAllDispatcher
+from qwen_moe.sharding.table import Placement, placement
+
+
+def _ask_for_kernels(path: str, module: nn.Module, kernels: Kernels, grids: Grids) -> None:
+    """Let ``kernels`` supply the products and norms of one block. Router, embedding and head are never asked for."""
+    if isinstance(module, Attention):
+        module.project = kernels.column(path, module, ("q_proj", "k_proj", "v_proj")) or module.project
+        kernels.row(path, module, "o_proj")
+    elif isinstance(module, FeedForward):
+        module.project = kernels.column(path, module, ("gate_proj", "up_proj")) or module.project
+        kernels.row(path, module, "down_proj")
+    elif isinstance(module, Experts):
+        total = module.down_proj.shape[0]
+        first, count = split_range(total, grids.ep)
+        experts = ExpertPart(total=total, first=first, count=count)
+        module.up_mm = kernels.grouped(f"{path}.gate_up_proj", experts) or module.up_mm
+        module.down_mm = kernels.grouped(f"{path}.down_proj", experts) or module.down_mm
+    for name, child in list(module.named_children()):
+        if isinstance(child, RMSNorm):
+            kernels.norm(path, module, name)
+
+
+def parallelise(part: DecoderLM, grids: Grids, kernels: Kernels, plain_layers: Collection[int]) -> dict[str, Placement]:
+    """Cut ``part`` (on the meta device) to this rank's share and swap in parallel modules, with products by ``kernels``
+    but in ``plain_layers``. Placements by parameter name."""
+    config, tp = part.config, grids.tp
+    placements = {name: placement(name, p.shape, grids) for name, p in part.named_parameters()}
+    sequence = SequenceShard.of(grids)
+    part.sequence = sequence
+    if tp.size > 1:
+        if hasattr(part.model, "embed_tokens"):
+            embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, device="meta")
+            embedding.axis, embedding.first = tp, placements["model.embed_tokens.weight"].offsets[0]
+            swap(part.model, "embed_tokens", embedding)
+        if part.last:
+            head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+            part.cross_entropy = partial(vocab_parallel_cross_entropy, first=placements[head].offsets[0], axis=tp)
+    plain = Kernels(tp)
+    for layer in part.model.layers:
+        index = layer.self_attn.layer
+        chosen = plain if index in plain_layers else kernels
+        for name, module in list(layer.named_modules(prefix=f"model.layers.{index}")):
+            _ask_for_kernels(name, module, chosen, grids)
+            if isinstance(module, MoE):
+                module.sequence = sequence
+                if grids.exchange.size > 1:
+                    module.dispatcher = AllToAllDispatcher(grids, config.num_experts)
+    for name, place in placements.items():
+        path, _, leaf = name.rpartition(".")
+        module = part.get_submodule(path)
+        old = module.get_parameter(leaf)
+        setattr(module, leaf, nn.Parameter(torch.empty(place.sizes, dtype=old.dtype, device="meta")))
+    return placements
