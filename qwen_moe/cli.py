@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
     What the user or the machine did wrong is one line. Any other exception is a mistake of ours and keeps its traceback.
     """
-    from launchers.local import LaunchError
+    from launchers.errors import LaunchError
     from scaling_laws.errors import InputError
 
     args = None

@@ -11,14 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launchers import refuse, slurm
-from launchers.local import LaunchError, RunLock
-from launchers.request import gpus_in_gres, parse_gpus, split_names, take_known
-from launchers.run_folder import RunFolder, read_object, write_json, write_text
-from launchers.script import JobSpec, parse_environment
-from launchers.secrets import redact_command
-from launchers.site import Site
-from launchers.snapshot import take
+from launchers.errors import LaunchError
+from launchers.folder.run_folder import RunFolder, read_object, write_json, write_text
+from launchers.folder.secrets import redact_command
+from launchers.folder.snapshot import take
+from launchers.local.lock import RunLock
+from launchers.slurm import commands as slurm
+from launchers.slurm import refuse
+from launchers.slurm.request import gpus_in_gres, parse_gpus, split_names, take_known
+from launchers.slurm.script import JobSpec, parse_environment
+from launchers.slurm.site import Site
 from qwen_moe.config import RunConfig, dump_config
 from qwen_moe.errors import UserError
 from qwen_moe.launch.estimate import Estimate, estimate

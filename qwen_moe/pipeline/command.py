@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launchers.local import INTERRUPTED, RunLock
+from launchers.local.lock import RunLock
+from launchers.local.supervisor import INTERRUPTED
 from qwen_moe.errors import UserError
 from qwen_moe.fields import MOST_PROCESSES
 from qwen_moe.options import number, whole
