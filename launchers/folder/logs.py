@@ -23,6 +23,17 @@ def choose_attempt(run: RunFolder, number: int | None) -> Attempt:
     raise LaunchError(f"{run.run_dir} has no attempt {number}: there are 1 to {attempts[-1].number}")
 
 
+def read_tail(path: Path, lines: int = 20) -> str:
+    """The last lines of a text file; empty when there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 64_000))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(text.splitlines()[-lines:])
+
+
 def rank_files(attempt: Attempt, rank: int | None) -> dict[int, Path]:
     """Log files by rank; only that of ``rank`` when given."""
     found = {}

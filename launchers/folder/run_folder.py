@@ -85,6 +85,35 @@ def is_step_record(record: Any) -> bool:
     return numbers and isinstance(loss, int | float) and not isinstance(loss, bool)
 
 
+def last_metrics(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The last step's record and the last record of any kind; empty ones when there are none."""
+    path = run_dir / "metrics.jsonl"
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 262_144))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}, {}
+    step: dict[str, Any] = {}
+    last: dict[str, Any] = {}
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # cut off at either end
+        if not is_step_record(record):
+            continue  # damaged: the one before is as good for a look
+        last = last or record
+        if "loss" in record:
+            return record, last
+    return step, last
+
+
+def rank_name(rank: int) -> str:
+    """File name of a rank: sorts in rank order."""
+    return f"rank-{rank:05d}"
+
+
 @dataclass(frozen=True)
 class Attempt:
     """One start of the run's processes."""

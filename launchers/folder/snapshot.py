@@ -1,5 +1,7 @@
 """What a run was launched with: the commit, the diff, the files git does not know, or the whole code; secrets taken out."""
 
+import hashlib
+import importlib.metadata
 import io
 import os
 import subprocess
@@ -9,10 +11,44 @@ from pathlib import Path
 from typing import Any
 
 from launchers.folder.run_folder import write_json, write_text
-from launchers.job.node_facts import CODE, code_hash, versions
 
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformer-engine",
+    "megatron-core",
+    "transformers",
+    "numpy",
+    "pydantic",
+    "safetensors",
+    "tokenizers",
+    "nvidia-nccl-cu12",
+    "nvidia-nccl-cu13",
+)
+CODE = ("qwen_moe", "parallel", "launchers", "scaling_laws")
 _MAX_FILE_BYTES = 1_000_000  # larger ones are data
 _MAX_UNTRACKED_BYTES = 20_000_000
+
+
+def code_hash(root: Path) -> str:
+    """SHA-256 over names and contents of our Python files."""
+    digest = hashlib.sha256()
+    for package in CODE:
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what can change a run's numbers or its speed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def _git(root: Path, *arguments: str) -> str | None:

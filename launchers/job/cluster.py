@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import IO
 
 from launchers.errors import LaunchError
@@ -165,14 +164,3 @@ class SlurmAllocation:
 def own_node_name(environ: "os._Environ[str] | dict[str, str]") -> str:
     """The name under which Slurm knows this node; localhost outside of Slurm."""
     return environ.get("SLURMD_NODENAME", "localhost") if "SLURM_JOB_ID" in environ else "localhost"
-
-
-def read_tail(path: Path, lines: int = 20) -> str:
-    """The last lines of a text file; empty when there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 64_000))
-            text = file.read().decode("utf-8", errors="replace")
-    except OSError:
-        return ""
-    return "\n".join(text.splitlines()[-lines:])

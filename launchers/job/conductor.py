@@ -8,21 +8,21 @@ import argparse
 import dataclasses
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from launchers.errors import LaunchError
 from launchers.folder.run_folder import Attempt, RunFolder, is_number, read_json, read_object, write_json
 from launchers.job import preflight
 from launchers.job.cluster import Here, SlurmAllocation
 from launchers.job.decide import Decision, Evidence, Hang, Limits, Past, decide
-from launchers.job.evidence import collect_failures, heartbeat_mark, phases, silent_ranks
-from launchers.job.node_watch import signal_number
+from launchers.job.evidence import collect_failures, silent_ranks
+from launchers.job.hang_clock import HangClock
+from launchers.job.step import Step
 from launchers.local.lock import RunLock
+from launchers.local.signals import signal_number
 from launchers.local.supervisor import INTERRUPTED
 from launchers.slurm.placement import describe, order_nodes
 
@@ -45,7 +45,7 @@ class Conductor:
     """One process per job, on its first node."""
 
     def __init__(self, run: RunFolder, command: list[str], cluster: Here | SlurmAllocation) -> None:
-        self.run, self.command, self.cluster = run, command, cluster
+        self.run, self.cluster = run, cluster
         facts = run.facts()
         self.facts = facts
         self.survive = facts["survive"]
@@ -53,7 +53,7 @@ class Conductor:
         self.checkpoint_signal = signal_number(self.survive["checkpoint_signal"])
         self.stack_signal = signal_number(self.survive["stack_signal"])
         self.warned, self.warned_at = "", 0.0
-        self._process: subprocess.Popen[bytes] | None = None
+        self.step = Step(command, cluster, float(self.survive["stop_seconds"]))
 
     # ------------------------------------------------------------------ signals
 
@@ -61,8 +61,8 @@ class Conductor:
         meanings = {self.checkpoint_signal: "time limit", signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
 
         def note(number: int, frame: FrameType | None) -> None:
-            if self.warned and number == signal.SIGINT and self._process is not None:
-                self._process.kill()  # asked twice in a terminal: do not wait for the checkpoint
+            if self.warned and number == signal.SIGINT:
+                self.step.kill()  # asked twice in a terminal: do not wait for the checkpoint
             if not self.warned:
                 self.warned, self.warned_at = meanings[number], time.monotonic()
 
@@ -205,16 +205,16 @@ class Conductor:
     def _preflight(self, attempt: Attempt, nodes: list[str], level: str) -> Evidence | None:
         """None when the nodes are good."""
         limits = self.facts["preflight"]
-        stages = [("facts", [FACTS, str(attempt.folder)])]
-        stages += [("bandwidth", [AGENT, str(attempt.folder), "bandwidth"])] if level == "full" else []
-        for stage, arguments in stages:
+        stages = [("facts", FACTS, [str(attempt.folder)])]
+        stages += [("bandwidth", AGENT, [str(attempt.folder), "bandwidth"])] if level == "full" else []
+        for stage, module, arguments in stages:
             end = time.monotonic() + float(limits["timeout_seconds"])
-            self._start(attempt, arguments, f"{stage}.log")
-            while (code := self._poll()) is None and time.monotonic() < end and not self.warned:
+            self.step.start(module, arguments, attempt.folder / f"{stage}.log")
+            while (code := self.step.poll()) is None and time.monotonic() < end and not self.warned:
                 self._check_owner()
                 time.sleep(LOOK_SECONDS / 5)
             if code is None:
-                self._stop_all()
+                self.step.stop()
             if self.warned:
                 return self._evidence(attempt, code, None, outcome="stopped")
             verdict = preflight.judge(stage, attempt, nodes, limits, self.facts.get("code_hash", ""))
@@ -228,11 +228,11 @@ class Conductor:
         return None
 
     def _train(self, attempt: Attempt) -> Evidence:
-        self._start(attempt, [AGENT, str(attempt.folder), "train"], "srun.log")
-        watch = _HangClock(self.survive)
+        self.step.start(AGENT, [str(attempt.folder), "train"], attempt.folder / "srun.log")
+        watch = HangClock(self.survive)
         signalled = 0.0
         looked = time.monotonic()
-        while (code := self._poll()) is None:
+        while (code := self.step.poll()) is None:
             time.sleep(LOOK_SECONDS)
             now = time.monotonic()
             if now - looked > OWNER_SECONDS:
@@ -241,10 +241,10 @@ class Conductor:
             if self.warned:
                 if now - signalled > REPEAT_SIGNAL_SECONDS:  # ranks that still import torch do not listen yet
                     signalled = now
-                    self._signal(self.checkpoint_signal)
+                    self.step.signal(self.checkpoint_signal)
                 if now - self.warned_at > max(20.0, 0.8 * float(self.facts["signal_seconds"])):
                     say("no checkpoint within the time that is left: stopping without")
-                    self._stop_all()
+                    self.step.stop()
             elif any((attempt.folder / "failures").glob("*.json")) or any(
                 node.get("death") for node in attempt.read_all("nodes").values()
             ):
@@ -252,23 +252,23 @@ class Conductor:
             elif watch.hung(attempt):
                 say(f"no sign of life for {watch.quiet():.0f} s: asking every rank for its stack")
                 hang = Hang(seconds=watch.quiet(), silent=self._stacks_of_a_hang(attempt))
-                self._stop_all()
+                self.step.stop()
                 return self._evidence(attempt, None, hang)
         self._check_owner()
         return self._evidence(attempt, code, None)
 
     def _end_of_a_failure(self, attempt: Attempt) -> None:
         """One rank has failed: give its own agent and the other ranks a moment to say so, take stacks, stop all."""
-        self._signal(self.stack_signal)
+        self.step.signal(self.stack_signal)
         end = time.monotonic() + min(8.0, float(self.survive["stop_seconds"]) / 2)
-        while time.monotonic() < end and self._poll() is None:
+        while time.monotonic() < end and self.step.poll() is None:
             time.sleep(0.1)
-        self._stop_all()
+        self.step.stop()
 
     def _stacks_of_a_hang(self, attempt: Attempt) -> tuple[tuple[int, str, str], ...]:
-        self._signal(self.stack_signal)
+        self.step.signal(self.stack_signal)
         end = time.monotonic() + 15
-        while time.monotonic() < end and self._poll() is None:
+        while time.monotonic() < end and self.step.poll() is None:
             reports = attempt.read_all("nodes").values()
             if reports and all(report["stacks"] for report in reports):
                 break
@@ -294,56 +294,10 @@ class Conductor:
             hang=hang,
         )
 
-    # ------------------------------------------------------------------ the step of the moment
-
-    def _start(self, attempt: Attempt, arguments: list[str], log: str) -> None:
-        with (attempt.folder / log).open("a", encoding="utf-8") as output:
-            self._process = self.cluster.start([*self.command, "-m", *arguments], output)
-
-    def _poll(self) -> int | None:
-        return self._process.poll() if self._process is not None else 0
-
-    def _signal(self, number: int) -> None:
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(number)
-
-    def _stop_all(self) -> None:
-        """Every process of the step is gone when this returns, within ``stop_seconds``."""
-        if self._process is None or self._process.poll() is not None:
-            return
-        self.cluster.kill(self._process)
-        try:
-            self._process.wait(timeout=float(self.survive["stop_seconds"]))
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
     def _check_owner(self) -> None:
         if not self.cluster.still_mine():
-            self._stop_all()
+            self.step.stop()
             raise NotOurs
-
-
-class _HangClock:
-    """Time since any rank gave a sign of life, by this process's own clock; start-up and the end may take longer."""
-
-    def __init__(self, survive: dict[str, Any]) -> None:
-        self._hang, self._startup = float(survive["hang_seconds"]), float(survive["startup_seconds"])
-        self._mark: Any = None
-        self._since = self._looked = time.monotonic()
-
-    def quiet(self) -> float:
-        return time.monotonic() - self._since
-
-    def hung(self, attempt: Attempt) -> bool:
-        if time.monotonic() - self._looked < 1:
-            return False
-        self._looked = time.monotonic()
-        mark = heartbeat_mark(attempt)
-        if mark != self._mark:
-            self._mark, self._since = mark, time.monotonic()
-        training = phases(attempt) & {"training", "saving"}
-        return self.quiet() > (self._hang if training else self._startup)
 
 
 def _locked(run: RunFolder, what: str, patience: float = 180) -> RunLock:

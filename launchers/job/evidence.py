@@ -4,8 +4,8 @@ import re
 import signal
 from typing import Any
 
-from launchers.folder.run_folder import Attempt
-from launchers.job.cluster import read_tail
+from launchers.folder.logs import read_tail
+from launchers.folder.run_folder import Attempt, rank_name
 from launchers.job.decide import AGENT, CRASH, KILLED, Failure, classify, in_order_of_blame
 
 _SRUN_EXIT = re.compile(r"srun: error: (\S+): tasks? [\d,-]+: (.*)")
@@ -62,7 +62,7 @@ def collect_failures(attempt: Attempt) -> list[Failure]:
 
 def _last_words(attempt: Attempt, rank: int) -> str:
     """The last line of a rank that could not report, when that line tells of an error."""
-    tail = read_tail(attempt.folder / "ranks" / f"rank-{rank:05d}.log", 1)
+    tail = read_tail(attempt.folder / "ranks" / f"{rank_name(rank)}.log", 1)
     words = tail.partition(" ")[2].strip()
     return f"; its last line: {words[:200]}" if re.search(r"error|fault|abort|terminate", words, re.IGNORECASE) else ""
 

@@ -1,7 +1,5 @@
 """`python -m launchers.job.node_facts ATTEMPT`: what one node is and has, as JSON; needs nothing but Python."""
 
-import hashlib
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -13,21 +11,9 @@ from typing import Any
 
 from launchers.folder.run_folder import Attempt, read_json
 from launchers.folder.secrets import hidden, is_secret
+from launchers.folder.snapshot import code_hash, versions
 from launchers.job.cluster import own_node_name
 
-PACKAGES = (
-    "torch",
-    "triton",
-    "transformer-engine",
-    "megatron-core",
-    "transformers",
-    "numpy",
-    "pydantic",
-    "safetensors",
-    "tokenizers",
-    "nvidia-nccl-cu12",
-    "nvidia-nccl-cu13",
-)
 _GPU_FIELDS = (
     "index",
     "name",
@@ -41,28 +27,6 @@ _GPU_FIELDS = (
     "pstate",
 )
 _ENVIRONMENT = ("NCCL_", "GLOO_", "OMP_", "CUDA_", "TORCH_", "PYTORCH_", "SLURM_", "UCX_", "FI_", "NVTE_")
-CODE = ("qwen_moe", "parallel", "launchers", "scaling_laws")
-
-
-def code_hash(root: Path) -> str:
-    """SHA-256 over names and contents of our Python files."""
-    digest = hashlib.sha256()
-    for package in CODE:
-        for path in sorted((root / package).rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of what can change a run's numbers or its speed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def gpus() -> list[dict[str, str]]:

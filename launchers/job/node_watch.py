@@ -1,7 +1,6 @@
 """The agent's second pair of eyes on one node: heartbeats, deaths, log lines and stacks of its ranks, written to the run."""
 
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -9,16 +8,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launchers.folder.run_folder import Attempt, read_json
+from launchers.folder.run_folder import Attempt, rank_name, read_json
 
 LOOK_SECONDS = 0.3
 REPORT_SECONDS = 2.0
 STACK_SECONDS = 1.5
-
-
-def rank_name(rank: int) -> str:
-    """File name of a rank: sorts in rank order."""
-    return f"rank-{rank:05d}"
 
 
 def process_state(pid: int) -> str:
@@ -169,8 +163,3 @@ class NodeWatch(threading.Thread):
                 "stacks": {str(rank): answer for rank, answer in sorted(self._stacks.items())},
             },
         )
-
-
-def signal_number(name: str) -> int:
-    """`USR1` as a number."""
-    return int(getattr(signal, f"SIG{name}"))

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from launchers.folder.logs import read_tail
 from launchers.folder.run_folder import Attempt
-from launchers.job.cluster import read_tail
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """How runs are doing: the queue, the run folder's attempts and the metrics, joined into one row for each run."""
 
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -8,36 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from launchers.errors import LaunchError
-from launchers.folder import run_folder
-from launchers.folder.run_folder import RunFolder, write_json
+from launchers.folder.run_folder import RunFolder, last_metrics, write_json
 from launchers.local.lock import locked, read_holder
 from launchers.slurm import commands as slurm
 
 NO_SLURM = "there is no Slurm here to ask"
-
-
-def last_metrics(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The last step's record and the last record of any kind; empty ones when there are none."""
-    path = run_dir / "metrics.jsonl"
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 262_144))
-            lines = file.read().decode("utf-8", errors="replace").splitlines()
-    except OSError:
-        return {}, {}
-    step: dict[str, Any] = {}
-    last: dict[str, Any] = {}
-    for line in reversed(lines):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # cut off at either end
-        if not run_folder.is_step_record(record):
-            continue  # damaged: the one before is as good for a look
-        last = last or record
-        if "loss" in record:
-            return record, last
-    return step, last
 
 
 def find_runs(roots: Sequence[Path]) -> list[Path]:

@@ -17,8 +17,9 @@ from typing import Any
 
 from launchers.folder.run_folder import Attempt
 from launchers.job.cluster import own_node_name
-from launchers.job.node_watch import NodeWatch, signal_number
+from launchers.job.node_watch import NodeWatch
 from launchers.local.orphans import AGENT_PID
+from launchers.local.signals import signal_number
 from parallel.threads import Threads, choose_threads
 from qwen_moe.training.records import earlier_threads
 

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.folder.run_folder import RunFolder
-from launchers.job.status import last_metrics
+from launchers.folder.run_folder import RunFolder, last_metrics
 from launchers.slurm.commands import parse_minutes
 from launchers.slurm.script import JobSpec
 from launchers.slurm.site import Hardware

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launchers.errors import LaunchError
-from launchers.folder.run_folder import RunFolder
-from launchers.job.status import last_metrics
+from launchers.folder.run_folder import RunFolder, last_metrics
 from launchers.local.fleet import Fleet, Result, Task
 from launchers.local.lock import RunLock, locked
 from launchers.local.supervisor import INTERRUPTED

@@ -8,12 +8,12 @@ import time
 import traceback
 from pathlib import Path
 
-from launchers.folder.run_folder import Attempt
+from launchers.folder.run_folder import Attempt, rank_name
 from launchers.job.decide import BAD_STEP, DISK, USER
 from launchers.job.evidence import describe_error
 from launchers.job.heartbeat import Heartbeat
-from launchers.job.node_watch import rank_name, signal_number
 from launchers.local.orphans import end_with_agent
+from launchers.local.signals import signal_number
 from launchers.local.supervisor import INTERRUPTED, USER_ERROR
 
 

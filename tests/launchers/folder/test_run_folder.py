@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from launchers.errors import LaunchError
-from launchers.folder.run_folder import RunFolder
+from launchers.folder.run_folder import RunFolder, last_metrics
 from launchers.job import conductor
-from launchers.job.status import last_metrics, row
+from launchers.job.status import row
 from launchers.local.lock import RunLock, read_holder
 from launchers.slurm.site import load_site
 from qwen_moe.launch import array, prepare
