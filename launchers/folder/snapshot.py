@@ -6,7 +6,7 @@ import io
 import os
 import subprocess
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,14 @@ PACKAGES = (
     "nvidia-nccl-cu12",
     "nvidia-nccl-cu13",
 )
-CODE = ("qwen_moe", "parallel", "launchers", "scaling_laws")
 _MAX_FILE_BYTES = 1_000_000  # larger ones are data
 _MAX_UNTRACKED_BYTES = 20_000_000
 
 
-def code_hash(root: Path) -> str:
-    """SHA-256 over names and contents of our Python files."""
+def code_hash(root: Path, packages: Sequence[str]) -> str:
+    """SHA-256 over names and contents of the Python files of ``packages``, which are folders of ``root``."""
     digest = hashlib.sha256()
-    for package in CODE:
+    for package in packages:
         for path in sorted((root / package).rglob("*.py")):
             digest.update(str(path.relative_to(root)).encode())
             digest.update(path.read_bytes())
@@ -59,16 +58,17 @@ def _git(root: Path, *arguments: str) -> str | None:
     return done.stdout.decode("utf-8", errors="replace") if done.returncode == 0 else None
 
 
-def take(root: Path, target: Path, redact: Callable[[str], str]) -> dict[str, Any]:
+def take(root: Path, packages: Sequence[str], target: Path, redact: Callable[[str], str]) -> dict[str, Any]:
     """Write the state of the code under ``root`` into ``target``, readable for this user alone, and return its facts.
 
-    ``redact`` takes secrets out of a text. Files that were left out for their size are named in ``left_out``.
+    ``packages`` are its folders that hold the code. ``redact`` takes secrets out of a text. Files that were left out for
+    their size are named in ``left_out``.
     """
-    facts: dict[str, Any] = {"root": str(root), "hash": code_hash(root), "packages": versions()}
+    facts: dict[str, Any] = {"root": str(root), "hash": code_hash(root, packages), "packages": versions()}
     top = _git(root, "rev-parse", "--show-toplevel")
     commit = _git(root, "rev-parse", "HEAD") if top and Path(top.strip()).resolve() == root.resolve() else None
     if commit is None:
-        files = [path for package in CODE for path in sorted((root / package).rglob("*.py"))]
+        files = [path for package in packages for path in sorted((root / package).rglob("*.py"))]
         facts["left_out"] = _archive(root, files, target / "code.tar.gz", redact)
         facts["archive"] = "code.tar.gz"
     else:

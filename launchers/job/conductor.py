@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from launchers.errors import LaunchError
 from launchers.folder.run_folder import Attempt, RunFolder, is_number, read_json, read_object, write_json
@@ -29,7 +30,7 @@ from launchers.slurm.placement import describe, order_nodes
 LOOK_SECONDS = 0.5
 REPEAT_SIGNAL_SECONDS = 10.0
 OWNER_SECONDS = 15.0
-AGENT, FACTS = "qwen_moe.launch.agent", "launchers.job.node_facts"
+FACTS = "launchers.job.node_facts"
 CANCELLED = "cancelled.json"
 
 
@@ -44,10 +45,14 @@ class NotOurs(Exception):
 class Conductor:
     """One process per job, on its first node."""
 
-    def __init__(self, run: RunFolder, command: list[str], cluster: Here | SlurmAllocation) -> None:
+    def __init__(
+        self, run: RunFolder, command: list[str], cluster: Here | SlurmAllocation, before: dict[str, Any] | None = None
+    ) -> None:
+        """``before``: what launch.json of an older version does not hold. Raises LaunchError for one that is damaged."""
         self.run, self.cluster = run, cluster
-        facts = run.facts()
+        facts = (before or {}) | run.facts()
         self.facts = facts
+        self.agent = _agent(run, facts)
         self.survive = facts["survive"]
         self.limits = Limits(**{f.name: self.survive[f.name] for f in dataclasses.fields(Limits)})
         self.checkpoint_signal = signal_number(self.survive["checkpoint_signal"])
@@ -189,6 +194,7 @@ class Conductor:
             "survive": self.survive,
             "preflight": self.facts["preflight"],
             "python": self.facts["python"],
+            "packages": self.facts.get("packages", []),
         }
         attempt.write("plan.json", plan)
         say(f"attempt {attempt.number} on {', '.join(nodes)} from step {saved}")
@@ -206,7 +212,7 @@ class Conductor:
         """None when the nodes are good."""
         limits = self.facts["preflight"]
         stages = [("facts", FACTS, [str(attempt.folder)])]
-        stages += [("bandwidth", AGENT, [str(attempt.folder), "bandwidth"])] if level == "full" else []
+        stages += [("bandwidth", self.agent, [str(attempt.folder), "bandwidth"])] if level == "full" else []
         for stage, module, arguments in stages:
             end = time.monotonic() + float(limits["timeout_seconds"])
             self.step.start(module, arguments, attempt.folder / f"{stage}.log")
@@ -228,7 +234,7 @@ class Conductor:
         return None
 
     def _train(self, attempt: Attempt) -> Evidence:
-        self.step.start(AGENT, [str(attempt.folder), "train"], attempt.folder / "srun.log")
+        self.step.start(self.agent, [str(attempt.folder), "train"], attempt.folder / "srun.log")
         watch = HangClock(self.survive)
         signalled = 0.0
         looked = time.monotonic()
@@ -300,6 +306,17 @@ class Conductor:
             raise NotOurs
 
 
+def _agent(run: RunFolder, facts: dict[str, Any]) -> str:
+    """The module that runs on every node, as the launch has written it."""
+    found = facts.get("agent")
+    if not isinstance(found, str) or not found:
+        raise LaunchError(
+            f"{run.facts_file} is damaged: its agent is {found!r:.60}, expected the module to run on every node; the same "
+            "`qwen-moe launch` writes it anew and the run goes on"
+        )
+    return found
+
+
 def _locked(run: RunFolder, what: str, patience: float = 180) -> RunLock:
     """The lock of the run folder; what held it may be a conductor on a failed node that has not noticed yet."""
     end = time.monotonic() + patience
@@ -323,8 +340,8 @@ def _run_of_task(path: Path, task: str) -> Path:
         ) from None
 
 
-def main(arguments: list[str]) -> int:
-    """Entry of the batch script. Exit code: see `Conductor.conduct`; 2 when it cannot begin."""
+def main(arguments: list[str], before: dict[str, Any] | None = None) -> int:
+    """Entry of the batch script. Exit code: see `Conductor.conduct`; 2 when it cannot begin. ``before``: see `Conductor`."""
     parser = argparse.ArgumentParser(prog="launchers.job.conductor")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--run", type=Path)
@@ -336,7 +353,7 @@ def main(arguments: list[str]) -> int:
         run_dir = options.run or _run_of_task(options.array, os.environ.get("SLURM_ARRAY_TASK_ID", ""))
         run = RunFolder(run_dir)
         cluster = Here() if options.local else SlurmAllocation(os.environ)
-        conductor = Conductor(run, arguments[split + 1 :], cluster)
+        conductor = Conductor(run, arguments[split + 1 :], cluster, before)
         conductor.listen()
         if cluster.job:
             write_json(run.launch / "job.json", {"job": cluster.job, "restarts": cluster.restarts})

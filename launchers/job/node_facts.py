@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,11 @@ def gpus() -> list[dict[str, str]]:
     return [dict(zip(_GPU_FIELDS, row)) for row in rows]
 
 
-def gather(disk_folder: Path) -> dict[str, Any]:
-    """Everything the preflight judges and the manifest keeps; no variable that looks like a secret."""
+def gather(disk_folder: Path, packages: Sequence[str]) -> dict[str, Any]:
+    """Everything the preflight judges and the manifest keeps; no variable that looks like a secret.
+
+    ``packages`` are the folders beside this package whose code the nodes compare.
+    """
     try:
         free: float | None = shutil.disk_usage(disk_folder).free
         disk_error = "" if os.access(disk_folder, os.W_OK) else f"{disk_folder} is not writable"
@@ -64,7 +68,7 @@ def gather(disk_folder: Path) -> dict[str, Any]:
         "executable": sys.executable,
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "packages": versions(),
-        "code": code_hash(Path(__file__).resolve().parents[2]),
+        "code": code_hash(Path(__file__).resolve().parents[2], packages),
         "gpus": gpus(),
         "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "disk_folder": str(disk_folder),
@@ -82,7 +86,7 @@ def main(folder: str) -> int:
     disk = Path(limits["disk_folder"] or plan["local_folder"])
     # Clocks are compared with that of the shared file system's: a file's time comes from its server.
     name = own_node_name(os.environ)
-    facts = gather(disk)
+    facts = gather(disk, plan.get("packages", []))
     probe = attempt.folder / "facts" / f".clock-{name}"
     before = time.time()
     probe.write_text("")

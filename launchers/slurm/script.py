@@ -224,7 +224,7 @@ def render(spec: JobSpec) -> str:
     lines += [f"  {shlex.quote(python)} -u", ")", ""]
     lines += [
         "# The conductor runs on the first node. It starts `srun ... -m launchers.job.node_facts` (preflight) and",
-        "# `srun ... -m qwen_moe.launch.agent` (the torchrun agent) on every node, watches them, and decides:",
+        "# `srun ... -m AGENT` (launch.json names it; it starts the ranks) on every node, watches them, and decides:",
         "# go on, requeue, exclude a node, stop.",
     ]
     which = "--array" if spec.array else "--run"

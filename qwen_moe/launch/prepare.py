@@ -36,6 +36,8 @@ _SBATCH = {
     "gpus_per_node": "SBATCH_GPUS_PER_NODE",
 }
 CODE_ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("qwen_moe", "parallel", "launchers", "scaling_laws")  # whose code a run keeps, and nodes compare
+AGENT = "qwen_moe.launch.agent"  # what the conductor starts on every node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +194,7 @@ def write_run(plan: Plan, site: Site, *, local: bool) -> dict[str, Any]:
     run, spec = plan.run, plan.spec
     (run.launch / "cancelled.json").unlink(missing_ok=True)
     write_text(run.launch / "recipe.yaml", dump_config(plan.config))
-    code = take(CODE_ROOT, run.launch / "code", redact)
+    code = take(CODE_ROOT, PACKAGES, run.launch / "code", redact)
     write_json(run.launch / "command.json", redact_command(sys.argv), private=True)
     facts = {
         "name": spec.name,
@@ -208,6 +210,8 @@ def write_run(plan: Plan, site: Site, *, local: bool) -> dict[str, Any]:
         "groups": groups(plan.config),
         "signal_seconds": spec.signal_seconds,
         "python": spec.python,
+        "agent": AGENT,
+        "packages": list(PACKAGES),
         "local_folder": site.setup.local_folder,
         "site": site.source,
         "survive": asdict(site.survive),

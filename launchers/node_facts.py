@@ -1,0 +1,8 @@
+"""`python -m launchers.node_facts ATTEMPT`, as a running conductor of an earlier version calls `launchers.job.node_facts`."""
+
+import sys
+
+from launchers.job.node_facts import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
