@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="qwen-moe", description="Train Qwen Mixture-of-Experts models.")
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(build_parser=build_parser)  # `pipeline` runs other verbs
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for module in VERBS:
         import_module(module).register(subparsers)

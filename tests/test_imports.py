@@ -1,6 +1,7 @@
 """Who may import whom, by syntax tree, and what `qwen-moe --help` may wait for."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,6 +63,74 @@ def test_of_the_models_only_the_plan_knows_of_parallelism() -> None:
         if path.name != "plan.py":
             assert not {name for name in names if name.split(".")[0] == "parallel"} - {"parallel.gemm"}, path
             assert "qwen_moe.models.plan" not in names or path.name == "init.py", path
+
+
+def test_no_room_imports_the_command_line() -> None:
+    """It imports every verb's room; what a verb needs of it is handed over."""
+    for path in files("qwen_moe"):
+        assert path.name == "__main__.py" or "qwen_moe.cli" not in set(imports(path)), path
+
+
+# What lies on the same floor does not know of each other; `launchers.conductor` and `node_facts` are names for old scripts.
+FLOORS = {
+    "launchers.errors": 0,
+    "launchers.folder": 1,
+    "launchers.local": 1,
+    "launchers.slurm": 2,
+    "launchers.job": 3,
+    "launchers.conductor": 4,
+    "launchers.node_facts": 4,
+}
+
+
+def room_of(module: str) -> str:
+    """The room, or the file beside the rooms, that a module of launchers is in."""
+    return ".".join(module.split(".")[:2])
+
+
+def not_below(path: Path, room: str) -> list[str]:
+    """Imports of ``path``, a file of ``room``, from another room that is not on a lower floor."""
+    return [
+        name
+        for name in imports(path)
+        if name.split(".")[0] == "launchers" and room_of(name) != room and FLOORS[room_of(name)] >= FLOORS[room]
+    ]
+
+
+def test_the_rooms_of_launchers_import_only_what_is_below_them() -> None:
+    for path in files("launchers"):
+        room = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        if room != "launchers.__init__":
+            assert not_below(path, room) == [], path
+
+
+def names_qwen_moe(path: Path) -> set[str]:
+    """Strings of ``path``, docstrings among them, that name a module of qwen_moe."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return {text for text in strings if re.search(r"\bqwen_moe\b", text)}
+
+
+# Of jobs that an earlier version submitted: their launch.json does not say what they start.
+TOLD_BY_NOTHING = {"launchers/conductor.py": {"qwen_moe.launch.agent", "qwen_moe"}}
+
+
+@pytest.mark.parametrize("folder", ["parallel", "launchers", "scaling_laws"])
+def test_no_string_names_a_module_above(folder: str) -> None:
+    """What launchers start is told to them."""
+    for path in files(folder):
+        assert names_qwen_moe(path) == TOLD_BY_NOTHING.get(path.relative_to(ROOT).as_posix(), set()), path
+
+
+def test_the_checkers_see_an_upward_import_and_a_name_in_a_string(tmp_path: Path) -> None:
+    path = tmp_path / "bad.py"
+    path.write_text(
+        "from launchers.job import status\nfrom launchers.errors import LaunchError\nfrom launchers.local import lock\n"
+        "AGENT = f'python -m qwen_moe.launch.agent {1}'\nCOMMAND = 'qwen-moe launch'\n"
+    )
+    assert not_below(path, "launchers.folder") == ["launchers.job", "launchers.local"]
+    assert not_below(path, "launchers.slurm") == ["launchers.job"]
+    assert names_qwen_moe(path) == {"python -m qwen_moe.launch.agent "}
 
 
 def test_the_checker_sees_a_forbidden_import(tmp_path: Path) -> None:

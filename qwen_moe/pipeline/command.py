@@ -59,7 +59,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from qwen_moe.cli import build_parser
+    """``args.build_parser`` makes the parser of all verbs, which steps are run with."""
     from qwen_moe.config import load_config
     from qwen_moe.pipeline.page import write_page
     from qwen_moe.pipeline.state import State
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     state = State.open(folder)
     lock = RunLock(folder)
     try:
-        at = Context(args=args, config=config, state=state, parser=build_parser())
+        at = Context(args=args, config=config, state=state, parser=args.build_parser())
         if args.redo:
             _redo(at, args.redo)
         for number, step in enumerate(STEPS, start=1):
