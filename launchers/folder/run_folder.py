@@ -15,9 +15,11 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from launchers.errors import LaunchError
 
@@ -29,15 +31,27 @@ def write_json(path: Path, value: Any, *, private: bool = False) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n", private=private)
 
 
-def write_text(path: Path, text: str, *, private: bool = False) -> None:
-    """Write atomically, with the permissions that the user's umask gives; ``private``: for this user alone (0600)."""
+def write_text(path: Path, text: str, *, private: bool = False, durable: bool = True) -> None:
+    """Write atomically, see `replaced`."""
+    with replaced(path, private=private, durable=durable) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def replaced(path: Path, *, private: bool = False, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to write into, which takes the place of ``path`` when the block ends well; else ``path`` stays as it is.
+
+    It has the permissions that the user's umask gives; ``private``: for this user alone (0600). Not ``durable``: it may be
+    lost with the machine's power, and nobody waits for the disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         if not private:
             os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes them private, which a team's shared run is not
         os.replace(temporary, path)

@@ -3,14 +3,13 @@
 import hashlib
 import importlib.metadata
 import io
-import os
 import subprocess
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launchers.folder.run_folder import write_json, write_text
+from launchers.folder.run_folder import replaced, write_json, write_text
 
 PACKAGES = (
     "torch",
@@ -85,12 +84,8 @@ def take(root: Path, packages: Sequence[str], target: Path, redact: Callable[[st
 
 def _archive(root: Path, files: list[Path], target: Path, redact: Callable[[str], str]) -> list[str]:
     """Files that were too large for it, or could not be read."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.unlink(missing_ok=True)
     size, left_out = 0, []
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
+    with replaced(target, private=True) as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
         for path in files:
             if not path.is_file() or path.is_symlink():
                 continue
@@ -108,5 +103,4 @@ def _archive(root: Path, files: list[Path], target: Path, redact: Callable[[str]
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             archive.addfile(entry, io.BytesIO(data))
-    partial.replace(target)
     return left_out

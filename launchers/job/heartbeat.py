@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from launchers.folder.run_folder import write_text
+
 
 class Heartbeat:
     """Written by a rank, read by `launchers.job.node_watch`. Without a path every method does nothing.
@@ -48,7 +50,5 @@ class Heartbeat:
     def _write(self) -> None:
         if self._path is None:
             return
-        temporary = self._path.with_suffix(".partial")
-        temporary.write_text(json.dumps(self._state), encoding="utf-8")
-        os.replace(temporary, self._path)
+        write_text(self._path, json.dumps(self._state), durable=False)  # a step must not wait for a busy disk
         self._written = time.monotonic()

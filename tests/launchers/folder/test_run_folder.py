@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from launchers.errors import LaunchError
-from launchers.folder.run_folder import RunFolder, last_metrics
+from launchers.folder.run_folder import RunFolder, last_metrics, read_json, replaced, write_text
 from launchers.job import conductor
+from launchers.job.heartbeat import Heartbeat
 from launchers.job.status import row
 from launchers.local.lock import RunLock, read_holder
 from launchers.slurm.site import load_site
@@ -121,3 +122,24 @@ def test_a_site_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes
         load_site(path)
     with pytest.raises(LaunchError, match="cannot be read"):
         load_site(tmp_path)
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "code.tar.gz"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError), replaced(path, private=True) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with replaced(path, private=True) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new" and path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_heartbeat_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[int] = []
+    monkeypatch.setattr("os.fsync", waits.append)
+    Heartbeat(tmp_path / "rank-00003.json", rank=3).beat(7)
+    assert read_json(tmp_path / "rank-00003.json")["step"] == 7 and waits == []
+    write_text(tmp_path / "text", "")
+    assert len(waits) == 1
