@@ -74,6 +74,7 @@ def test_no_room_imports_the_command_line() -> None:
 # What lies on the same floor does not know of each other; `launchers.conductor` and `node_facts` are names for old scripts.
 FLOORS = {
     "launchers.errors": 0,
+    "launchers.duration": 0,
     "launchers.folder": 1,
     "launchers.local": 1,
     "launchers.slurm": 2,

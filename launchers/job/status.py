@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launchers.duration import clock
 from launchers.errors import LaunchError
 from launchers.folder.run_folder import RunFolder, last_metrics, write_json
 from launchers.local.lock import locked, read_holder
@@ -104,13 +105,6 @@ def _forgotten(job_id: str) -> tuple[str, str]:
     return "gone", f"Slurm no longer knows job {job_id}"
 
 
-def _span(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
-
-
 def table(rows: Sequence[Mapping[str, Any]], home: Path) -> str:
     """For people; paths relative to ``home`` where they lie under it."""
     header = ("run", "job", "state", "attempts", "step", "loss", "tokens/s", "ETA", "last")
@@ -126,7 +120,7 @@ def table(rows: Sequence[Mapping[str, Any]], home: Path) -> str:
                 f"{r['step']}/{r['train_steps']}",
                 f"{r['loss']:.4f}" if r["loss"] is not None else "-",
                 f"{r['tokens_per_second']:,.0f}" if r["tokens_per_second"] else "-",
-                _span(r["eta_seconds"]),
+                clock(r["eta_seconds"]) if r["eta_seconds"] is not None else "-",
                 _one_line(r["last"]),
             )
         )

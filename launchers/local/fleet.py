@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from launchers.duration import clock
 from launchers.local.orphans import before_exec
+from launchers.local.signals import answered_by
 from launchers.local.supervisor import USER_ERROR
 
 POLL_SECONDS = 0.2
@@ -51,11 +53,6 @@ class _Running:
     attempt: int
 
 
-def _span(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
-
-
 class Fleet:
     """Runs ``tasks``, at most ``parallel`` at a time, each again at most ``retries`` times after it failed."""
 
@@ -76,7 +73,15 @@ class Fleet:
             if task.complete():
                 self.results[task.name] = Result(state="complete")
         self._before = self._work_done()
-        previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with answered_by(self._stop):
+                self._until_all_have_results()
+        finally:
+            if self._tty:
+                print(file=sys.stderr)
+        return {task.name: self.results[task.name] for task in self.tasks}
+
+    def _until_all_have_results(self) -> None:
         try:
             while len(self.results) < len(self.tasks):
                 self._reap()
@@ -90,11 +95,6 @@ class Fleet:
                 time.sleep(POLL_SECONDS)
         finally:
             self._end_all(signal.SIGKILL)  # only after an exception is there anything left
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            if self._tty:
-                print(file=sys.stderr)
-        return {task.name: self.results[task.name] for task in self.tasks}
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self._stopping:
@@ -195,7 +195,7 @@ class Fleet:
             if self.results.get(task.name, Result(state="complete")).state == "complete"
         )
         rate = (done - self._before) / (now - self._begun) if now > self._begun else 0.0
-        left = f"; {_span((total - done) / rate)} left" if rate > 0 and total > done else ""
+        left = f"; {clock((total - done) / rate)} left" if rate > 0 and total > done else ""
         failed = f", {bad} failed" if bad else ""
         line = f"{states.count('complete')}/{len(self.tasks)} runs complete{failed}: {', '.join(shown)}{left}"
         if self._tty:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from launchers.local.orphans import before_exec
+from launchers.local.signals import answered_by
 
 PROGRESS = "progress"
 USER_ERROR = 2
@@ -69,12 +70,8 @@ class Supervisor:
 
     def run(self) -> Outcome:
         """Blocks until the end. SIGINT and SIGTERM are passed on once as SIGTERM; the second time the command is killed."""
-        previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with answered_by(self._stop):
             return self._supervise()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _supervise(self) -> Outcome:
         restarts = without_progress = 0
