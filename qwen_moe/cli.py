@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="qwen-moe", description="Train Qwen Mixture-of-Experts models.")
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(build_parser=build_parser)  # `pipeline` runs other verbs
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for module in VERBS:
         import_module(module).register(subparsers)
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
     What the user or the machine did wrong is one line. Any other exception is a mistake of ours and keeps its traceback.
     """
-    from launchers.local import LaunchError
+    from launchers.errors import LaunchError
     from scaling_laws.errors import InputError
 
     args = None

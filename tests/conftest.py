@@ -37,8 +37,8 @@ _LONG = ("cluster", "training/test_run.py", "pipeline/test_pipeline.py", "traini
 
 def _group(item: pytest.Item) -> str:
     shared = {"cluster", "undisturbed"} & set(getattr(item, "fixturenames", ()))
-    launchers = item.path.parent.name == "launchers"
-    return "cluster" if launchers and shared else str(item.path.relative_to(item.config.rootpath / "tests"))
+    path = item.path.relative_to(item.config.rootpath / "tests")
+    return "cluster" if path.parts[0] == "launchers" and shared else str(path)
 
 
 @pytest.hookimpl(tryfirst=True)

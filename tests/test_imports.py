@@ -1,6 +1,7 @@
 """Who may import whom, by syntax tree, and what `qwen-moe --help` may wait for."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -61,49 +62,90 @@ def test_models_know_nothing_of_ranks() -> None:
         assert not {name for name in imports(path) if name.split(".")[0] == "parallel"} - {"parallel.gemm"}, path
 
 
-# The rooms of qwen_moe from the ground up. A file imports from its own room and from those below it.
-FLOORS = (
-    ("errors", "fields", "paths", "progress"),
-    ("documents", "options"),
-    ("presets", "model_config"),
-    ("config",),
-    ("models", "data"),
-    ("objectives",),
-    ("sharding",),
-    ("checkpoint", "planning"),
-    ("runs",),
-    ("machine", "schedule_picture", "generate"),
-    ("info",),
-    ("training",),
-    ("verify", "launch"),
-    ("scaling",),
-    ("cli",),
-    ("pipeline",),
-    ("__main__",),
-)
+# The rooms of a package from the ground up. A file imports from its own room and from those below it, not from beside it.
+# `launchers.conductor` and `launchers.node_facts` are names for scripts of earlier versions. Nothing imports `qwen_moe.cli`:
+# it imports every room that has a verb, and what a verb needs of it is handed over.
+FLOORS = {
+    "qwen_moe": (
+        ("errors", "fields", "paths", "progress"),
+        ("documents", "options"),
+        ("presets", "model_config"),
+        ("config",),
+        ("models", "data"),
+        ("objectives",),
+        ("sharding",),
+        ("checkpoint", "planning"),
+        ("runs",),
+        ("machine", "schedule_picture", "generate"),
+        ("info",),
+        ("training",),
+        ("verify", "launch"),
+        ("scaling",),
+        ("pipeline",),
+        ("cli",),
+        ("__main__",),
+    ),
+    "launchers": (
+        ("errors", "duration"),
+        ("folder",),
+        ("local",),
+        ("slurm",),
+        ("job",),
+        ("conductor", "node_facts"),
+    ),
+}
 
 
-def room(path: Path) -> str:
-    inside = path.relative_to(ROOT / "qwen_moe")
-    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+def room(module: str) -> str:
+    """The folder, or the file beside the folders, of a package that ``module`` is in."""
+    return ".".join(module.split(".")[1:2])
 
 
-def climbs(room: str, names: set[str]) -> list[str]:
-    """Those of the imports ``names`` of a file of ``room`` that are of a room beside it or above it."""
-    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
-    others = {name for name in names if name.startswith("qwen_moe.") and name.split(".")[1] != room}
-    return [name for name in sorted(others) if floor[name.split(".")[1]] >= floor[room]]
+def not_below(module: str, names: set[str]) -> list[str]:
+    """Of the imports ``names`` of ``module``, those of the same package but not of a lower floor or of its own room."""
+    package = module.split(".")[0]
+    floor = {name: number for number, beside in enumerate(FLOORS[package]) for name in beside}
+    others = {name for name in names if name.startswith(f"{package}.") and room(name) != room(module)}
+    return [name for name in sorted(others) if floor[room(name)] >= floor[room(module)]]
 
 
-def test_no_room_imports_from_beside_or_above() -> None:
-    for path in files("qwen_moe"):
-        if path != ROOT / "qwen_moe" / "__init__.py":
-            assert climbs(room(path), set(imports(path))) == [], path
+@pytest.mark.parametrize("package", FLOORS)
+def test_rooms_import_only_what_is_below_them(package: str) -> None:
+    for path in files(package):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if room(module) != "__init__":
+            assert not_below(module, set(imports(path))) == [], path
 
 
 def test_the_floors_see_a_climb() -> None:
-    assert climbs("checkpoint", {"qwen_moe.training.step", "qwen_moe.models.decoder"}) == ["qwen_moe.training.step"]
-    assert climbs("models", {"qwen_moe.data.batches"}) == ["qwen_moe.data.batches"]
+    names = {"qwen_moe.training.step", "qwen_moe.models.decoder", "qwen_moe.planning.search"}
+    assert not_below("qwen_moe.checkpoint.sharded", names) == ["qwen_moe.planning.search", "qwen_moe.training.step"]
+    names = {"launchers.job.status", "launchers.errors", "launchers.local.lock"}
+    assert not_below("launchers.folder.logs", names) == ["launchers.job.status", "launchers.local.lock"]
+
+
+def names_qwen_moe(path: Path) -> set[str]:
+    """Strings of ``path``, docstrings among them, that name a module of qwen_moe."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return {text for text in strings if re.search(r"\bqwen_moe\b", text)}
+
+
+# Of jobs that an earlier version submitted: their launch.json does not say what they start.
+TOLD_BY_NOTHING = {"launchers/conductor.py": {"qwen_moe.launch.agent", "qwen_moe"}}
+
+
+@pytest.mark.parametrize("folder", ["parallel", "launchers", "scaling_laws"])
+def test_no_string_names_a_module_above(folder: str) -> None:
+    """What launchers start is told to them."""
+    for path in files(folder):
+        assert names_qwen_moe(path) == TOLD_BY_NOTHING.get(path.relative_to(ROOT).as_posix(), set()), path
+
+
+def test_the_checker_sees_a_name_in_a_string(tmp_path: Path) -> None:
+    path = tmp_path / "bad.py"
+    path.write_text("AGENT = f'python -m qwen_moe.launch.agent {1}'\nCOMMAND = 'qwen-moe launch'\n")
+    assert names_qwen_moe(path) == {"python -m qwen_moe.launch.agent "}
 
 
 def test_the_checker_sees_a_forbidden_import(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launchers.run_folder import read_json
+from launchers.folder.run_folder import read_json
 from scaling_laws.fitting import load_fit
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launchers.cluster import own_node_name
-from launchers.orphans import AGENT_PID
-from launchers.run_folder import Attempt
-from launchers.watch import NodeWatch, signal_number
+from launchers.folder.run_folder import Attempt
+from launchers.job.cluster import own_node_name
+from launchers.job.node_watch import NodeWatch
+from launchers.local.orphans import AGENT_PID
+from launchers.local.signals import signal_number
 from parallel.threads import Threads, choose_threads
 from qwen_moe.runs.records import earlier_threads
 

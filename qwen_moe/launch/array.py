@@ -6,13 +6,13 @@ import shlex
 import sys
 from pathlib import Path
 
-from launchers import slurm
-from launchers.local import LaunchError
-from launchers.request import split_names
-from launchers.run_folder import read_object, write_json, write_text
-from launchers.script import JobSpec, render
-from launchers.site import Site
-from launchers.status import row
+from launchers.errors import LaunchError
+from launchers.folder.run_folder import read_object, write_json, write_text
+from launchers.job.status import row
+from launchers.slurm import commands as slurm
+from launchers.slurm.request import split_names
+from launchers.slurm.script import JobSpec, render
+from launchers.slurm.site import Site
 from qwen_moe.config import load_config
 from qwen_moe.launch import prepare
 from qwen_moe.launch.folder import recipes, trunk_of

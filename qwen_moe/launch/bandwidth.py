@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from launchers.run_folder import Attempt
+from launchers.folder.run_folder import Attempt
 
 PAIR_ROUNDS = 3
 

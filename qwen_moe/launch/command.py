@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launchers import slurm
-from launchers.local import LaunchError
-from launchers.request import split_names
-from launchers.run_folder import write_json, write_text
-from launchers.script import render
-from launchers.set_up import checked, without_variables
-from launchers.site import Site, load_site
+from launchers.errors import LaunchError
+from launchers.folder.run_folder import write_json, write_text
+from launchers.slurm import commands as slurm
+from launchers.slurm.request import split_names
+from launchers.slurm.script import render
+from launchers.slurm.set_up import checked, without_variables
+from launchers.slurm.site import Site, load_site
 from qwen_moe.config import load_config
 from qwen_moe.options import whole
 
@@ -103,7 +103,7 @@ def _say(*lines: str) -> None:
 
 
 def _launch_here(args: argparse.Namespace, site: Site) -> int:
-    from launchers import conductor
+    from launchers.job import conductor
     from qwen_moe.launch import prepare
 
     if args.nodes not in (None, 1):

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.run_folder import RunFolder
-from launchers.script import JobSpec
-from launchers.site import Hardware
-from launchers.slurm import parse_minutes
-from launchers.status import last_metrics
+from launchers.folder.run_folder import RunFolder, last_metrics
+from launchers.slurm.commands import parse_minutes
+from launchers.slurm.script import JobSpec
+from launchers.slurm.site import Hardware
 from qwen_moe.checkpoint.preflight import checkpoint_bytes
 from qwen_moe.config import RunConfig
 from qwen_moe.models.flops import flops_per_token

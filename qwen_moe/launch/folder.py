@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.fleet import Fleet, Result, Task
-from launchers.local import INTERRUPTED, LaunchError, RunLock
-from launchers.run_folder import RunFolder
-from launchers.status import last_metrics, locked
+from launchers.errors import LaunchError
+from launchers.folder.run_folder import RunFolder, last_metrics
+from launchers.local.fleet import Fleet, Result, Task
+from launchers.local.lock import RunLock, locked
+from launchers.local.supervisor import INTERRUPTED
 from parallel.threads import choose_threads
 from qwen_moe.config import RunConfig, load_config
 from qwen_moe.launch.prepare import CODE_ROOT

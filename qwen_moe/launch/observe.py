@@ -7,9 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-from launchers import logs, status
-from launchers.local import LaunchError
-from launchers.run_folder import RunFolder
+from launchers.errors import LaunchError
+from launchers.folder import logs
+from launchers.folder.run_folder import RunFolder
+from launchers.job import status
 from qwen_moe.options import whole
 
 

@@ -11,14 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launchers import refuse, slurm
-from launchers.local import LaunchError, RunLock
-from launchers.request import gpus_in_gres, parse_gpus, split_names, take_known
-from launchers.run_folder import RunFolder, read_object, write_json, write_text
-from launchers.script import JobSpec, parse_environment
-from launchers.secrets import redact_command
-from launchers.site import Site
-from launchers.snapshot import take
+from launchers.errors import LaunchError
+from launchers.folder.run_folder import RunFolder, read_object, write_json, write_text
+from launchers.folder.secrets import redact_command
+from launchers.folder.snapshot import take
+from launchers.local.lock import RunLock
+from launchers.slurm import commands as slurm
+from launchers.slurm import refuse
+from launchers.slurm.request import gpus_in_gres, parse_gpus, split_names, take_known
+from launchers.slurm.script import JobSpec, parse_environment
+from launchers.slurm.site import Site
 from qwen_moe.config import RunConfig, dump_config
 from qwen_moe.errors import UserError
 from qwen_moe.launch.estimate import Estimate, estimate
@@ -34,6 +36,8 @@ _SBATCH = {
     "gpus_per_node": "SBATCH_GPUS_PER_NODE",
 }
 CODE_ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("qwen_moe", "parallel", "launchers", "scaling_laws")  # whose code a run keeps, and nodes compare
+AGENT = "qwen_moe.launch.agent"  # what the conductor starts on every node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +194,7 @@ def write_run(plan: Plan, site: Site, *, local: bool) -> dict[str, Any]:
     run, spec = plan.run, plan.spec
     (run.launch / "cancelled.json").unlink(missing_ok=True)
     write_text(run.launch / "recipe.yaml", dump_config(plan.config))
-    code = take(CODE_ROOT, run.launch / "code", redact)
+    code = take(CODE_ROOT, PACKAGES, run.launch / "code", redact)
     write_json(run.launch / "command.json", redact_command(sys.argv), private=True)
     facts = {
         "name": spec.name,
@@ -206,6 +210,8 @@ def write_run(plan: Plan, site: Site, *, local: bool) -> dict[str, Any]:
         "groups": groups(plan.config),
         "signal_seconds": spec.signal_seconds,
         "python": spec.python,
+        "agent": AGENT,
+        "packages": list(PACKAGES),
         "local_folder": site.setup.local_folder,
         "site": site.source,
         "survive": asdict(site.survive),

@@ -8,13 +8,13 @@ import time
 import traceback
 from pathlib import Path
 
-from launchers.decide import BAD_STEP, DISK, USER
-from launchers.evidence import describe_error
-from launchers.heartbeat import Heartbeat
-from launchers.local import INTERRUPTED, USER_ERROR
-from launchers.orphans import end_with_agent
-from launchers.run_folder import Attempt
-from launchers.watch import rank_name, signal_number
+from launchers.folder.run_folder import Attempt, rank_name
+from launchers.job.decide import BAD_STEP, DISK, USER
+from launchers.job.evidence import describe_error
+from launchers.job.heartbeat import Heartbeat
+from launchers.local.orphans import end_with_agent
+from launchers.local.signals import signal_number
+from launchers.local.supervisor import INTERRUPTED, USER_ERROR
 
 
 def take_output(path: Path) -> None:

@@ -3,8 +3,8 @@
 from functools import cache
 from typing import Any
 
-from launchers.secrets import REMOVED
-from launchers.secrets import redact as by_own_rules
+from launchers.folder.secrets import REMOVED
+from launchers.folder.secrets import redact as by_own_rules
 
 _LONGEST_LINE = 20_000  # of data, not of code: detectors take seconds over a megabyte
 

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launchers.local import INTERRUPTED, RunLock
+from launchers.local.lock import RunLock
+from launchers.local.supervisor import INTERRUPTED
 from qwen_moe.errors import UserError
 from qwen_moe.fields import MOST_PROCESSES
 from qwen_moe.options import number, whole
@@ -58,7 +59,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from qwen_moe.cli import build_parser
+    """``args.build_parser`` makes the parser of all verbs, which steps are run with."""
     from qwen_moe.config import load_config
     from qwen_moe.pipeline.page import write_page
     from qwen_moe.pipeline.state import State
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     state = State.open(folder)
     lock = RunLock(folder)
     try:
-        at = Context(args=args, config=config, state=state, parser=build_parser())
+        at = Context(args=args, config=config, state=state, parser=args.build_parser())
         if args.redo:
             _redo(at, args.redo)
         for number, step in enumerate(STEPS, start=1):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from launchers.status import last_metrics
+from launchers.folder.run_folder import last_metrics
 from qwen_moe.launch.folder import is_complete, open_folder
 from qwen_moe.models.flops import flops_per_token
 

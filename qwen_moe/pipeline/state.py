@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launchers.run_folder import read_json, write_json
+from launchers.folder.run_folder import read_json, write_json
 from qwen_moe.errors import UserError
 
 STATE = "state.json"

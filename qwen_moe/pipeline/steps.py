@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launchers.local import INTERRUPTED
-from launchers.run_folder import write_text
+from launchers.folder.run_folder import write_text
+from launchers.local.supervisor import INTERRUPTED
 from qwen_moe.config import RunConfig, dump_config
 from qwen_moe.errors import UserError
 from qwen_moe.pipeline.state import State, content, flat

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launchers.decide import BAD_STEP
-from launchers.run_folder import RunFolder, read_json
+from launchers.folder.run_folder import RunFolder, read_json
+from launchers.job.decide import BAD_STEP
 from qwen_moe.config import RunConfig, load_config
 from qwen_moe.runs.records import METRICS, read_lines
 

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from launchers.run_folder import write_json
+from launchers.folder.run_folder import write_json
 from qwen_moe.config import RunConfig, dump_config, load_config
 from qwen_moe.errors import UserError
 from qwen_moe.runs.outcome import FAILURE, RESOLVED
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _join(config: RunConfig) -> int:
     """torchrun or Slurm started this process: be one rank of the run; rank 0 finishes it."""
-    from launchers.local import RunLock
+    from launchers.local.lock import RunLock
     from parallel.process import process_info
     from qwen_moe.training.worker import run_worker
 
@@ -59,7 +59,8 @@ def _join(config: RunConfig) -> int:
 
 
 def _train_here(config: RunConfig) -> dict[str, Any] | int:
-    from launchers.local import RunLock, Supervisor
+    from launchers.local.lock import RunLock
+    from launchers.local.supervisor import Supervisor
     from qwen_moe.checkpoint.preflight import check_disk_space
     from qwen_moe.data.inputs import prepare_inputs
     from qwen_moe.sharding.layout import processes, run_layout

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launchers.local import USER_ERROR
-from launchers.orphans import AGENT_PID
+from launchers.local.orphans import AGENT_PID
+from launchers.local.supervisor import USER_ERROR
 
 
 def _may_fork() -> bool:

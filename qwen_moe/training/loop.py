@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launchers.heartbeat import Heartbeat
-from launchers.local import INTERRUPTED, PROGRESS
+from launchers.job.heartbeat import Heartbeat
+from launchers.local.supervisor import INTERRUPTED, PROGRESS
 from parallel.gemm import description
 from parallel.process import ProcessInfo
 from parallel.watch import MismatchError, compare_collectives

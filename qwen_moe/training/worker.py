@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from launchers.decide import BAD_STEP, DISK, USER
-from launchers.heartbeat import Heartbeat
-from launchers.local import USER_ERROR
-from launchers.orphans import end_with_agent
+from launchers.job.decide import BAD_STEP, DISK, USER
+from launchers.job.heartbeat import Heartbeat
+from launchers.local.orphans import end_with_agent
+from launchers.local.supervisor import USER_ERROR
 from qwen_moe.config import RunConfig, load_config
 from qwen_moe.errors import UserError, explain_os_error
 

@@ -124,7 +124,7 @@ def _popen(command: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _LocalSubprocess:
-    """The module `subprocess` as launchers.local sees it."""
+    """The module `subprocess` as launchers.local.supervisor sees it."""
 
     Popen = staticmethod(_popen)
 
@@ -153,9 +153,9 @@ def _child(request: Request, out: str, err: str) -> None:
         os.environ.update(request.environment)
         sys.argv = ["qwen-moe", *request.argv]
         _limits()
-        import launchers.local
+        import launchers.local.supervisor
 
-        launchers.local.subprocess = _LocalSubprocess()  # type: ignore[assignment]
+        launchers.local.supervisor.subprocess = _LocalSubprocess()  # type: ignore[assignment]
         from qwen_moe.cli import main
 
         code = main(request.argv)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from launchers.run_folder import RunFolder
+from launchers.folder.run_folder import RunFolder
 
 
 def write_recipe(folder: Path, corpus: Path, *, steps: int, name: str = "run", **changes: Any) -> Path:

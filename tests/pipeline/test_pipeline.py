@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launchers.run_folder import read_json
+from launchers.folder.run_folder import read_json
 from qwen_moe.cli import main
 from qwen_moe.config import load_config
 from qwen_moe.launch import folder as launch_folder

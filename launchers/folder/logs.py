@@ -1,0 +1,90 @@
+"""Logs of a run's ranks, merged: oldest line first, each with its rank; all attempts are kept."""
+
+import heapq
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from launchers.errors import LaunchError
+from launchers.folder.run_folder import Attempt, RunFolder
+
+
+def choose_attempt(run: RunFolder, number: int | None) -> Attempt:
+    """The attempt ``number``, or the last. Raises LaunchError naming those that exist."""
+    attempts = run.attempts()
+    if not attempts:
+        run.facts()  # says if this is no launched run at all
+        raise LaunchError(f"{run.run_dir} has not started yet: there are no logs")
+    if number is None:
+        return attempts[-1]
+    for attempt in attempts:
+        if attempt.number == number:
+            return attempt
+    raise LaunchError(f"{run.run_dir} has no attempt {number}: there are 1 to {attempts[-1].number}")
+
+
+def read_tail(path: Path, lines: int = 20) -> str:
+    """The last lines of a text file; empty when there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 64_000))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(text.splitlines()[-lines:])
+
+
+def rank_files(attempt: Attempt, rank: int | None) -> dict[int, Path]:
+    """Log files by rank; only that of ``rank`` when given."""
+    found = {}
+    for path in sorted((attempt.folder / "ranks").glob("rank-*.log")):
+        number = int(path.stem.removeprefix("rank-"))
+        if rank is None or number == rank:
+            found[number] = path
+    return found
+
+
+def _lines(rank: int, path: Path) -> Iterator[tuple[str, int, str]]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            stamp, _, text = line.rstrip("\n").partition(" ")
+            yield stamp, rank, text
+
+
+def merged(attempt: Attempt, rank: int | None = None) -> Iterator[str]:
+    """`TIME [rank N] text` of every line, oldest first."""
+    sources = [_lines(number, path) for number, path in rank_files(attempt, rank).items()]
+    for stamp, number, text in heapq.merge(*sources, key=lambda line: (line[0], line[1])):
+        yield f"{stamp} [rank {number}] {text}"
+
+
+def follow(run: RunFolder, attempt: Attempt, rank: int | None = None, poll_seconds: float = 0.5) -> Iterator[str]:
+    """As `merged`, and then what comes, into later attempts too, until the run has ended."""
+    while True:
+        offsets: dict[int, int] = {}
+        over = False
+        while not over:
+            over = (attempt.folder / "decision.json").exists()
+            new: list[tuple[str, int, str]] = []
+            for number, path in rank_files(attempt, rank).items():
+                with path.open("rb") as file:
+                    file.seek(offsets.get(number, 0))
+                    data = file.read()
+                whole = data[: data.rfind(b"\n") + 1]
+                offsets[number] = offsets.get(number, 0) + len(whole)
+                for line in whole.decode("utf-8", errors="replace").splitlines():
+                    stamp, _, text = line.partition(" ")
+                    new.append((stamp, number, text))
+            for stamp, number, text in sorted(new, key=lambda line: (line[0], line[1])):
+                yield f"{stamp} [rank {number}] {text}"
+            if not over:
+                time.sleep(poll_seconds)
+        decision = attempt.decision()
+        if decision is None:
+            raise LaunchError(f"{attempt.folder / 'decision.json'} is damaged: how this attempt ended is not known")
+        yield f"-- attempt {attempt.number}: {decision['action']} ({decision['kind']}): {decision['reason']}"
+        if decision["action"] in ("done", "stop"):
+            return
+        while not (later := [a for a in run.attempts() if a.number > attempt.number]):
+            time.sleep(poll_seconds)
+        attempt = later[0]

@@ -1,0 +1,233 @@
+"""Where a launched run keeps what it writes: `RUN/launch/`, with one numbered folder per attempt; all writes atomic.
+
+launch/
+  launch.json           what was asked for, the job id; command.json the command; job.sbatch the script as submitted
+  recipe.yaml           the resolved recipe; code/ the commit, diff and untracked files it was launched with
+  excluded_nodes.json   nodes that this run does not want again, and why
+  attempts/003/
+    plan.json           nodes in rank order, address, ports; decision.json how it ended and what was decided
+    nodes/HOST.json     what the agent of that node last saw; facts/ and bandwidth/ are the preflight's
+    errors/, failures/  what ranks said when they failed, and what their agents saw
+    ranks/rank-0003.log every line with its time; stacks/ what ranks were doing when they were stopped
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from launchers.errors import LaunchError
+
+_STEP = re.compile(r"step_(\d+)")
+
+
+def write_json(path: Path, value: Any, *, private: bool = False) -> None:
+    """Write atomically: a reader sees the old content or the new, never half of it."""
+    write_text(path, json.dumps(value, indent=1) + "\n", private=private)
+
+
+def write_text(path: Path, text: str, *, private: bool = False, durable: bool = True) -> None:
+    """Write atomically, see `replaced`."""
+    with replaced(path, private=private, durable=durable) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def replaced(path: Path, *, private: bool = False, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to write into, which takes the place of ``path`` when the block ends well; else ``path`` stays as it is.
+
+    It has the permissions that the user's umask gives; ``private``: for this user alone (0600). Not ``durable``: it may be
+    lost with the machine's power, and nobody waits for the disk.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        if not private:
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes them private, which a team's shared run is not
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(next(line for line in status.splitlines() if line.startswith("Umask:")).split()[1], 8)
+    except (OSError, StopIteration):
+        current = os.umask(0o077)
+        os.umask(current)
+        return current
+
+
+def read_json(path: Path) -> Any:
+    """The content, or None when there is no such file or it is not readable JSON (being replaced, or cut off)."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """As `read_json`, and None also for what is no JSON object."""
+    found = read_json(path)
+    return found if isinstance(found, dict) else None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value out of a JSON file is a finite number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def is_step_record(record: Any) -> bool:
+    """Whether a line of metrics.jsonl is one to look at; a loss may be NaN, as that of a run that diverged."""
+    if not isinstance(record, dict):
+        return False
+    names = ("step", "tokens_per_second", "step_seconds", "time")
+    loss = record.get("loss", 0.0)
+    numbers = all(is_number(record[name]) for name in names if record.get(name) is not None)
+    return numbers and isinstance(loss, int | float) and not isinstance(loss, bool)
+
+
+def last_metrics(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The last step's record and the last record of any kind; empty ones when there are none."""
+    path = run_dir / "metrics.jsonl"
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 262_144))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}, {}
+    step: dict[str, Any] = {}
+    last: dict[str, Any] = {}
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # cut off at either end
+        if not is_step_record(record):
+            continue  # damaged: the one before is as good for a look
+        last = last or record
+        if "loss" in record:
+            return record, last
+    return step, last
+
+
+def rank_name(rank: int) -> str:
+    """File name of a rank: sorts in rank order."""
+    return f"rank-{rank:05d}"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the run's processes."""
+
+    folder: Path
+
+    @property
+    def number(self) -> int:
+        return int(self.folder.name)
+
+    def read(self, name: str) -> Any:
+        return read_json(self.folder / name)
+
+    def write(self, name: str, value: Any, *, private: bool = False) -> None:
+        write_json(self.folder / name, value, private=private)
+
+    def decision(self) -> dict[str, Any] | None:
+        """How the attempt ended and what was decided; None where that is not written yet, or is damaged."""
+        found = self.read("decision.json")
+        if not isinstance(found, dict) or not is_number(found.get("started")):
+            return None
+        return found if all(isinstance(found.get(key), str) for key in ("action", "kind", "reason")) else None
+
+    def plan(self) -> dict[str, Any] | None:
+        """What the conductor wrote before it started anything; None where it is not written yet, or is damaged."""
+        found = read_object(self.folder / "plan.json")
+        if found is None or not isinstance(found.get("nodes"), list):
+            return None
+        return found if is_number(found.get("saved_step")) and is_number(found.get("time")) else None
+
+    def read_all(self, subfolder: str) -> dict[str, Any]:
+        """Every JSON file of a sub-folder that holds an object or a list, by its name without the ending."""
+        found = {}
+        for path in sorted((self.folder / subfolder).glob("[!.]*.json")):
+            value = read_json(path)
+            if isinstance(value, dict | list):
+                found[path.stem] = value
+        return found
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run directory and its `launch` folder."""
+
+    run_dir: Path
+
+    @property
+    def launch(self) -> Path:
+        return self.run_dir / "launch"
+
+    @property
+    def facts_file(self) -> Path:
+        return self.launch / "launch.json"
+
+    def facts(self) -> dict[str, Any]:
+        """What `launch` recorded. Raises LaunchError when the folder holds no launched run."""
+        found = read_object(self.facts_file)
+        if found is None:
+            raise LaunchError(
+                f"{self.run_dir} is not a launched run (no {self.facts_file.name} in {self.launch}): give the run_dir "
+                "of a recipe that `qwen-moe launch` has started"
+            )
+        wrong = [key for key in ("launched", "train_steps", "tokens_per_step") if not is_number(found.get(key))]
+        if wrong:
+            raise LaunchError(
+                f"{self.facts_file} is damaged: its {wrong[0]} is {found.get(wrong[0])!r:.60}, expected a number; the same "
+                "`qwen-moe launch` writes it anew and the run goes on"
+            )
+        return found
+
+    def attempts(self) -> list[Attempt]:
+        """Oldest first."""
+        root = self.launch / "attempts"
+        if not root.is_dir():
+            return []
+        numbers = sorted(int(path.name) for path in root.iterdir() if path.name.isdigit())
+        return [Attempt(root / f"{number:03d}") for number in numbers]
+
+    def new_attempt(self) -> Attempt:
+        existing = self.attempts()
+        number = existing[-1].number + 1 if existing else 1
+        attempt = Attempt(self.launch / "attempts" / f"{number:03d}")
+        for name in ("nodes", "facts", "bandwidth", "errors", "failures", "ranks", "stacks"):
+            (attempt.folder / name).mkdir(parents=True, exist_ok=True)
+        return attempt
+
+    def saved_step(self) -> int:
+        """Step of the newest complete checkpoint; 0 when there is none."""
+        steps = [0]
+        root = self.run_dir / "checkpoints"
+        if root.is_dir():
+            for path in root.iterdir():
+                match = _STEP.fullmatch(path.name)
+                if match and (path / "manifest.json").is_file():
+                    steps.append(int(match[1]))
+        return max(steps)
+
+    def excluded_nodes(self) -> dict[str, str]:
+        """Nodes this run does not want again, with the reason."""
+        return read_object(self.launch / "excluded_nodes.json") or {}
+
+    def exclude_nodes(self, nodes: dict[str, str]) -> None:
+        write_json(self.launch / "excluded_nodes.json", self.excluded_nodes() | nodes)

@@ -1,0 +1,232 @@
+"""From the evidence of one attempt to one decision: done, go on, requeue, exclude a node, or stop; with the reason."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Action = Literal["done", "go on", "requeue", "exclude", "stop"]
+
+# Kinds of failure. A rank whose peer has gone fails too, often first to say so: those are echoes, named last.
+USER, DISK, BAD_STEP, MEMORY, HARDWARE, CONNECTION, KILLED, CRASH, AGENT = (
+    "user error",
+    "disk",
+    "bad step",
+    "out of memory",
+    "hardware",
+    "connection",
+    "killed",
+    "crash",
+    "agent",
+)
+CERTAIN = (USER, DISK, BAD_STEP)  # a restart would meet them again
+_PATTERNS: tuple[tuple[str, str], ...] = (
+    (MEMORY, r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED|Cannot allocate memory"),
+    (
+        HARDWARE,
+        r"uncorrectable|\bECC\b|fallen off the bus|\bXid\b|NVLink error|hardware stack error|unspecified launch failure|"
+        r"CUDA error: (?:unknown error|an illegal instruction)|device is lost|no CUDA-capable device",
+    ),
+    (
+        CONNECTION,
+        r"Connection (?:closed|reset|refused)|Broken pipe|remote process exited|Socket Timeout|"
+        r"NCCL communicator was aborted|ncclRemoteError|ncclSystemError|Timed out waiting|wait timeout|"
+        r"Watchdog caught collective operation timeout|"
+        r"timed out after|Application timeout caused pair closure|Gloo connectFullMesh failed|TCPStore|recvValue failed",
+    ),
+    (DISK, r"No space left on device|Disk quota exceeded"),
+)
+
+
+def classify(text: str) -> str:
+    """The kind of failure that an exception's text tells of."""
+    for kind, pattern in _PATTERNS:
+        if re.search(pattern, text):
+            return kind
+    return CRASH
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """One rank (or agent: rank -1) that failed. ``time``: seconds since the epoch by its node's clock."""
+
+    rank: int
+    host: str
+    kind: str
+    message: str
+    time: float
+
+    def text(self) -> str:
+        who = f"rank {self.rank} on {self.host}" if self.rank >= 0 else f"the agent on {self.host}"
+        return f"{who}: {self.message}"
+
+
+def in_order_of_blame(failures: Sequence[Failure]) -> list[Failure]:
+    """First causes first: a user's error, then what is no echo of another's end, by time."""
+    return sorted(
+        failures, key=lambda f: (f.kind not in (USER, DISK, BAD_STEP), f.kind in (CONNECTION, AGENT), f.time, f.rank)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hang:
+    """No rank made a step for ``seconds``; ``silent`` ones gave no stack when asked: (rank, host, process state)."""
+
+    seconds: float
+    silent: tuple[tuple[int, str, str], ...] = ()
+
+    def text(self) -> str:
+        if not self.silent:
+            return f"no rank made a step for {self.seconds:.0f} s; all answered (their stacks are kept)"
+        states = {"T": "stopped (SIGSTOP or a debugger)", "D": "in uninterruptible sleep: disk or driver"}
+        who = ", ".join(f"rank {r} on {h} ({states.get(s, f'state {s}')})" for r, h, s in self.silent[:4])
+        more = f" and {len(self.silent) - 4} more" if len(self.silent) > 4 else ""
+        return f"no rank made a step for {self.seconds:.0f} s; silent when asked for a stack: {who}{more}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Past:
+    """What counts of an earlier attempt."""
+
+    kind: str  # failure, hang, node failure, time limit, preemption, preflight, ...
+    progressed: bool
+    host: str = ""  # the node that its failure began on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Everything known when an attempt has ended. Steps are those of the newest checkpoint."""
+
+    outcome: str = ""  # what rank 0 said: complete, stopped, or nothing
+    exit_code: int | None = None
+    warned: str = ""  # time limit, terminated, interrupted
+    cancelled: bool = False  # by `qwen-moe cancel` or scancel
+    preempted: bool = False
+    node_failed: str = ""
+    failures: tuple[Failure, ...] = ()
+    hang: Hang | None = None
+    bad_nodes: dict[str, str] = field(default_factory=dict)  # preflight: node -> why
+    preflight_problem: str = ""  # a problem of no one node
+    saved_before: int = 0
+    saved_after: int = 0
+    history: tuple[Past, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """See `launchers.slurm.site.SurviveLimits`."""
+
+    max_restarts: int = 50
+    max_failures_without_progress: int = 2
+    exclude_after: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """``kind`` says what happened, ``reason`` in words, ``host`` where it began; ``nodes`` are to be excluded: why."""
+
+    action: Action
+    kind: str
+    reason: str
+    host: str = ""
+    nodes: dict[str, str] = field(default_factory=dict)
+
+
+# What is the run's own doing: twice in a row without a new checkpoint, and a third time will not help.
+_COUNTED = {"failure", "hang", "time limit"}
+
+
+def decide(evidence: Evidence, limits: Limits) -> Decision:
+    """One decision. Certain ends first, then what asked us to go, then failures by their first cause."""
+    if evidence.outcome == "complete":
+        return Decision(action="done", kind="complete", reason="the run is complete")
+    if evidence.cancelled:
+        return Decision(action="stop", kind="cancelled", reason="the run was cancelled")
+    found = _what_happened(evidence)
+    if found.action in ("done", "stop"):
+        return found
+    return _limited(evidence, limits, _node_to_exclude(evidence, limits, found))
+
+
+def _what_happened(e: Evidence) -> Decision:
+    if e.bad_nodes:
+        names = "; ".join(f"{node}: {why}" for node, why in sorted(e.bad_nodes.items()))
+        return Decision(action="exclude", kind="preflight", reason=f"preflight: {names}", nodes=e.bad_nodes)
+    if e.preflight_problem:
+        return Decision(action="stop", kind="preflight", reason=f"preflight: {e.preflight_problem}")
+    first = in_order_of_blame(e.failures)[0] if e.failures else None
+    if first is not None and first.kind in CERTAIN:
+        return Decision(action="stop", kind=first.kind, reason=first.text(), host=first.host)
+    saved = f"checkpoint of step {e.saved_after}"
+    if e.preempted:
+        return Decision(action="requeue", kind="preemption", reason=f"preempted; goes on from the {saved}")
+    if e.warned == "time limit":
+        return Decision(action="requeue", kind="time limit", reason=f"warned before the time limit; {saved}")
+    if e.warned:
+        return Decision(action="requeue", kind=e.warned, reason=f"{e.warned} from outside; {saved}")
+    if e.node_failed:
+        return Decision(
+            action="requeue", kind="node failure", reason=f"node failure: {e.node_failed}", host=e.node_failed
+        )
+    if e.hang is not None:
+        host = e.hang.silent[0][1] if len({h for _, h, _ in e.hang.silent}) == 1 else ""
+        return Decision(action="go on", kind="hang", reason=e.hang.text(), host=host)
+    if first is not None:
+        others = len(e.failures) - 1
+        tail = f" ({others} others failed after it)" if others else ""
+        if first.kind == HARDWARE:
+            return Decision(
+                action="exclude",
+                kind="failure",
+                reason=first.text() + tail,
+                host=first.host,
+                nodes={first.host: first.message},
+            )
+        return Decision(action="go on", kind="failure", reason=first.text() + tail, host=first.host)
+    if e.outcome == "stopped":
+        return Decision(action="requeue", kind="terminated", reason=f"stopped from outside; {saved}")
+    return Decision(
+        action="go on", kind="failure", reason=f"the processes ended with exit code {e.exit_code} and without a word"
+    )
+
+
+def _node_to_exclude(e: Evidence, limits: Limits, found: Decision) -> Decision:
+    """A node on which failures begin again and again is left out, whatever they are."""
+    if found.action != "go on" or not found.host:
+        return found
+    in_a_row = 1
+    for past in reversed(e.history):
+        if past.kind not in ("failure", "hang") or past.host != found.host:
+            break
+        in_a_row += 1
+    if in_a_row < limits.exclude_after:
+        return found
+    why = f"{in_a_row} failures in a row began on it; the last: {found.reason}"
+    return Decision(action="exclude", kind=found.kind, reason=found.reason, host=found.host, nodes={found.host: why})
+
+
+def _limited(e: Evidence, limits: Limits, found: Decision) -> Decision:
+    progressed = e.saved_after > e.saved_before
+    if found.kind in _COUNTED and not progressed:
+        without = 1
+        for past in reversed(e.history):
+            if past.progressed:
+                break
+            without += past.kind in _COUNTED
+        if without > limits.max_failures_without_progress:
+            return Decision(
+                action="stop",
+                kind="no progress",
+                host=found.host,
+                reason=f"{without} attempts ended without a new checkpoint (still at step {e.saved_after}); "
+                f"the last: {found.reason}",
+            )
+    if len(e.history) >= limits.max_restarts:
+        return Decision(
+            action="stop",
+            kind="too many restarts",
+            host=found.host,
+            reason=f"{len(e.history) + 1} attempts, the limit is {limits.max_restarts} restarts; "
+            f"the last: {found.reason}",
+        )
+    return found

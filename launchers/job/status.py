@@ -1,0 +1,166 @@
+"""How runs are doing: the queue, the run folder's attempts and the metrics, joined into one row for each run."""
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launchers.duration import clock
+from launchers.errors import LaunchError
+from launchers.folder.run_folder import RunFolder, last_metrics, write_json
+from launchers.local.lock import locked, read_holder
+from launchers.slurm import commands as slurm
+
+NO_SLURM = "there is no Slurm here to ask"
+
+
+def find_runs(roots: Sequence[Path]) -> list[Path]:
+    """Launched runs among ``roots``: each is one, or is a folder that holds some, up to two levels down."""
+    found: list[Path] = []
+    for root in roots:
+        for pattern in ("launch/launch.json", "*/launch/launch.json", "*/*/launch/launch.json"):
+            found += [path.parents[1] for path in sorted(root.glob(pattern))]
+    return list(dict.fromkeys(path.resolve() for path in found))
+
+
+def row(run_dir: Path, jobs: Mapping[str, slurm.Job] | None, unasked: str = "") -> dict[str, Any]:
+    """One run. ``jobs``: the queue by job id; None when it could not be asked, ``unasked`` says why."""
+    run = RunFolder(run_dir)
+    facts = run.facts()
+    attempts = run.attempts()
+    decisions = [a.decision() for a in attempts]
+    decision = next((d for d in reversed(decisions) if d), None)
+    record, _ = last_metrics(run_dir)
+    job_id = str(facts.get("job") or "")
+    job = (jobs or {}).get(job_id)
+    step, total = int(record.get("step", 0)), int(facts["train_steps"])
+    state, why = _state(run, facts, job, decision, "" if jobs is not None else unasked or NO_SLURM)
+    rate = record.get("tokens_per_second")
+    eta = None
+    if rate and state == "running" and step < total:
+        eta = (total - step) * float(record.get("step_seconds") or facts["tokens_per_step"] / rate)
+    return {
+        "run": str(run_dir),
+        "job": job_id,
+        "state": state,
+        "attempts": len(attempts),
+        "restarts": max(0, len(attempts) - 1),
+        "nodes": job.nodes if job is not None else "",
+        "step": step,
+        "train_steps": total,
+        "saved_step": run.saved_step(),
+        "loss": record.get("loss"),
+        "tokens_per_second": rate if state == "running" else None,
+        "eta_seconds": eta,
+        "updated": record.get("time"),
+        "last": why or (decision["reason"] if decision and decision["action"] != "done" else ""),
+        "excluded_nodes": sorted(run.excluded_nodes()),
+    }
+
+
+def _state(
+    run: RunFolder, facts: Mapping[str, Any], job: slurm.Job | None, decision: Any, unasked: str
+) -> tuple[str, str]:
+    """A word, and why, when there is more to say than the last decision does."""
+    current = decision if decision and decision["started"] >= float(facts.get("launched", 0)) else None
+    if current and current["action"] == "done":
+        return "complete", ""
+    if job is not None and job.state in slurm.ACTIVE:
+        if job.state == "RUNNING":
+            return "running", ""
+        why = job.reason if job.reason not in ("None", "") else ""
+        return job.state.lower(), (f"{why}; {current['reason']}" if current else why)
+    if current and current["action"] == "stop":
+        return ("cancelled" if current["kind"] == "cancelled" else "stopped"), ""
+    if (run.launch / "cancelled.json").exists():
+        return "cancelled", ""
+    if facts.get("error"):
+        return "not submitted", str(facts["error"])
+    if facts.get("local"):
+        return ("running" if locked(run.run_dir) else "interrupted"), ""
+    if unasked:
+        return "unknown", unasked
+    return _forgotten(str(facts.get("job") or ""))
+
+
+def _forgotten(job_id: str) -> tuple[str, str]:
+    """A job that is not in the queue: what scontrol still knows, else what sacct does."""
+    if not job_id:
+        return "not submitted", ""
+    try:
+        try:
+            known = slurm.show_job(job_id)
+        except slurm.NoAnswer as error:
+            return "unknown", error.short
+        if known:
+            return known.get("JobState", "gone").lower(), known.get("Reason", "").replace("None", "")
+        asked = ("sacct", "-n", "-P", "-X", "-j", job_id, "-o", "State,ExitCode")
+        lines = slurm.run(*asked, timeout=slurm.ASK_SECONDS).splitlines()
+        if lines:
+            state, _, code = lines[0].partition("|")
+            return state.split()[0].lower(), f"exit code {code}"
+    except slurm.SlurmError:
+        pass  # no slurmdbd, or slurmctld is away: the run folder's word is all there is
+    return "gone", f"Slurm no longer knows job {job_id}"
+
+
+def table(rows: Sequence[Mapping[str, Any]], home: Path) -> str:
+    """For people; paths relative to ``home`` where they lie under it."""
+    header = ("run", "job", "state", "attempts", "step", "loss", "tokens/s", "ETA", "last")
+    cells = [header]
+    for r in rows:
+        path = Path(r["run"])
+        cells.append(
+            (
+                str(path.relative_to(home) if path.is_relative_to(home) else path),
+                r["job"] or "-",
+                r["state"],
+                str(r["attempts"]),
+                f"{r['step']}/{r['train_steps']}",
+                f"{r['loss']:.4f}" if r["loss"] is not None else "-",
+                f"{r['tokens_per_second']:,.0f}" if r["tokens_per_second"] else "-",
+                clock(r["eta_seconds"]) if r["eta_seconds"] is not None else "-",
+                _one_line(r["last"]),
+            )
+        )
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells)
+
+
+def _one_line(text: str, limit: int = 100) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def ask_queue() -> tuple[dict[str, slurm.Job] | None, str]:
+    """The queue by job id; or None, and why in words, where there is no Slurm or it does not answer."""
+    try:
+        return {job.job_id: job for job in slurm.queue(slurm.ASK_SECONDS)}, ""
+    except slurm.NoAnswer as error:
+        return None, error.short
+    except slurm.SlurmError as error:
+        return None, str(error) if shutil.which("squeue") else NO_SLURM
+
+
+def cancel(run_dir: Path) -> str:
+    """Mark the run as cancelled, so that it is not requeued, and cancel its job. Returns what was done."""
+
+    run = RunFolder(run_dir)
+    facts = run.facts()
+    job = str(facts.get("job") or "")
+    if facts.get("local"):
+        if not locked(run_dir):
+            raise LaunchError(f"{run_dir} is not running")
+        holder = read_holder(run_dir)
+        how = f" (kill -INT {holder.pid})" if holder.pid else ""
+        raise LaunchError(f"{run_dir} is run by {holder.text()}: interrupt it{how}")
+    if not job or job not in {found.job_id for found in slurm.queue(slurm.ASK_SECONDS)}:
+        raise LaunchError(f"{run_dir} has no job in the queue (last: {job or 'none'}): there is nothing to cancel")
+    write_json(run.launch / "cancelled.json", {"time": time.time(), "job": job})
+    try:
+        slurm.cancel(job)
+    except slurm.SlurmError:
+        (run.launch / "cancelled.json").unlink(missing_ok=True)  # it goes on
+        raise
+    return f"job {job} cancelled; `qwen-moe launch` of the same recipe goes on from step {run.saved_step()}"

@@ -1,0 +1,1 @@
+"""Runs on this machine, without Slurm: one or several at a time; the lock of a run folder."""

@@ -1,0 +1,122 @@
+"""Run a worker command under supervision on this machine: restart it after a crash, stop it on Ctrl-C.
+
+The command is expected to resume by itself from what it saved. It tells how it is doing through a file ``progress`` in
+the run folder (any text that changes when durable progress is made), a failure file, which should lie on another disk
+(an error that a restart cannot mend: ``{"message": ..., "kind": ...}``), and exit code 2 (the same, already told on stderr).
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from launchers.local.orphans import before_exec
+from launchers.local.signals import answered_by
+
+PROGRESS = "progress"
+USER_ERROR = 2
+INTERRUPTED = 130
+GRACE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a supervised run ended. ``message`` (and ``kind``) are set when the worker reported an error of its own."""
+
+    code: int
+    restarts: int
+    message: str = ""
+    kind: str = ""
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+
+
+class Supervisor:
+    """Runs ``command`` until it exits 0, fails for good, or crashes too often without progress."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        run_dir: Path,
+        failure_file: Path,
+        environment: Mapping[str, str],
+        max_restarts_without_progress: int,
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        self.command, self.run_dir, self.failure_file = list(command), run_dir, failure_file
+        self.environment, self.limit = dict(environment), max_restarts_without_progress
+        self.pass_fds = tuple(pass_fds)  # the run folder's lock: who trains holds it, also when this process is killed
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopping = False
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self._stopping and self._process is not None:
+            self._process.kill()  # asked twice: do not wait for the checkpoint
+            return
+        self._stopping = True
+        if self._process is not None:
+            print("\nstopping: saving a checkpoint (interrupt again to stop at once) ...", file=sys.stderr, flush=True)
+            self._process.send_signal(signal.SIGTERM)
+
+    def run(self) -> Outcome:
+        """Blocks until the end. SIGINT and SIGTERM are passed on once as SIGTERM; the second time the command is killed."""
+        with answered_by(self._stop):
+            return self._supervise()
+
+    def _supervise(self) -> Outcome:
+        restarts = without_progress = 0
+        while True:
+            self.failure_file.unlink(missing_ok=True)
+            before = _read(self.run_dir / PROGRESS)
+            # A session of its own: Ctrl-C in the terminal reaches only this process, which then asks for an orderly end.
+            self._process = subprocess.Popen(
+                self.command,
+                env=self.environment,
+                start_new_session=True,
+                pass_fds=self.pass_fds,
+                preexec_fn=before_exec(),
+            )
+            if self._stopping:
+                self._process.send_signal(signal.SIGTERM)
+            code = self._wait()
+            failure = _read(self.failure_file)
+            if failure or code == USER_ERROR:
+                told = json.loads(failure) if failure else {"message": ""}
+                return Outcome(code=USER_ERROR, restarts=restarts, message=told["message"], kind=told.get("kind", ""))
+            if self._stopping:
+                return Outcome(code=INTERRUPTED, restarts=restarts)
+            if code == 0:
+                return Outcome(code=0, restarts=restarts)
+            progressed = _read(self.run_dir / PROGRESS) != before
+            without_progress = 0 if progressed else without_progress + 1
+            if without_progress > self.limit:
+                return Outcome(
+                    code=1,
+                    restarts=restarts,
+                    message=f"the run crashed {without_progress} times in a row without saving progress "
+                    f"(last exit code {code}); the output above says where",
+                )
+            restarts += 1
+            print(f"a process of the run died (exit code {code}); restarting from the last checkpoint", file=sys.stderr)
+
+    def _wait(self) -> int:
+        assert self._process is not None
+        asked: float | None = None
+        while True:
+            try:
+                return self._process.wait(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                if self._stopping:
+                    asked = asked or time.monotonic()
+                    if time.monotonic() - asked > GRACE_SECONDS:
+                        self._process.kill()

@@ -1,0 +1,88 @@
+"""What a job starts on its nodes: the module that launch.json names, also for jobs that an earlier version submitted."""
+
+import json
+import runpy
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launchers.folder.run_folder import RunFolder, write_json
+from launchers.folder.snapshot import code_hash
+from launchers.job import conductor, node_facts
+from launchers.slurm.site import Site
+
+ROOT = Path(__file__).parents[3]
+
+
+def launched(folder: Path, **facts: Any) -> RunFolder:
+    """A run that `qwen-moe cancel` has marked, so that the conductor stops after one attempt."""
+    run = RunFolder(folder / "run")
+    site = Site()
+    common = {"launched": 1.0, "train_steps": 10, "tokens_per_step": 32, "processes_per_node": 1, "signal_seconds": 30}
+    common |= {"local_folder": str(folder), "python": "python3", "survive": asdict(site.survive)}
+    write_json(run.facts_file, common | {"preflight": asdict(site.preflight) | {"level": "off"}} | facts)
+    write_json(run.launch / "cancelled.json", {})
+    return run
+
+
+def arguments(folder: Path, run: RunFolder) -> list[str]:
+    """Of the conductor; what it starts writes its own arguments down."""
+    script = folder / "on_every_node"
+    script.write_text(f'#!/bin/sh\necho "$@" > {folder}/started\n')
+    script.chmod(0o755)
+    return ["--run", str(run.run_dir), "--local", "--", str(script)]
+
+
+def test_what_runs_on_the_nodes_is_what_launch_json_names(tmp_path: Path) -> None:
+    run = launched(tmp_path, agent="some.module", packages=["some"])
+    assert conductor.main(arguments(tmp_path, run)) == 1
+    attempt = run.attempts()[0]
+    assert (tmp_path / "started").read_text() == f"-m some.module {attempt.folder} train\n"
+    assert attempt.read("plan.json")["packages"] == ["some"]
+    assert attempt.read("decision.json")["kind"] == "cancelled"
+
+
+@pytest.mark.parametrize("facts", [{}, {"agent": 5}, {"agent": ""}])
+def test_a_launch_file_that_names_nothing_to_start_is_damaged(
+    tmp_path: Path, facts: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = launched(tmp_path, **facts)
+    assert conductor.main(arguments(tmp_path, run)) == 2
+    assert f"error: {run.facts_file} is damaged: its agent is" in capsys.readouterr().err
+    assert not (tmp_path / "started").exists() and run.attempts() == []
+
+
+def test_a_job_of_an_earlier_version_goes_on_after_an_upgrade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its script calls the conductor by its old name, and its launch.json says nothing of an agent."""
+    run = launched(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["conductor", *arguments(tmp_path, run)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("launchers.conductor", run_name="__main__")
+    assert end.value.code == 1
+    attempt = run.attempts()[0]
+    assert (tmp_path / "started").read_text() == f"-m qwen_moe.launch.agent {attempt.folder} train\n"
+    assert "qwen_moe" in attempt.read("plan.json")["packages"]
+
+
+@pytest.mark.parametrize("packages", [["launchers"], None])
+def test_a_node_reports_the_code_of_the_packages_in_the_plan(
+    tmp_path: Path, packages: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan of an earlier version names none: a node then still answers, under the module's old name."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    attempt = launched(tmp_path).new_attempt()
+    plan = {"preflight": asdict(Site().preflight), "local_folder": str(tmp_path)}
+    attempt.write("plan.json", plan | ({"packages": packages} if packages else {}))
+    if packages:
+        assert node_facts.main(str(attempt.folder)) == 0
+    else:
+        monkeypatch.setattr(sys, "argv", ["node_facts", str(attempt.folder)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module("launchers.node_facts", run_name="__main__")
+        assert end.value.code == 0
+    facts = json.loads((attempt.folder / "facts" / "localhost.json").read_text())
+    assert facts["code"] == code_hash(ROOT, packages or [])
+    assert code_hash(ROOT, ["launchers"]) != code_hash(ROOT, [])
