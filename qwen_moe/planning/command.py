@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qwen_moe.config import RunConfig, load_config, parse_config
+from qwen_moe.config import RunConfig, find_recipe, load_config, parse_config
 from qwen_moe.documents import yaml_mapping
 from qwen_moe.errors import UserError
 from qwen_moe.fields import LARGEST_SIZE, MOST_PROCESSES
@@ -106,6 +106,10 @@ def _write(path: Path, overrides: list[str], config: RunConfig, choice: Any, gpu
     from qwen_moe.planning.recipe_edit import differences, edit_recipe
     from qwen_moe.training.layout import run_layout
 
+    if not path.is_file():
+        raise UserError(
+            f"--write changes the recipe, and {path} comes with qwen-moe: cp {find_recipe(path)} my.yaml first"
+        )
     text = path.read_text(encoding="utf-8")
     settings: dict[str, dict[str, Any]] = {}
     for override in overrides:

@@ -63,7 +63,9 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
     from qwen_moe.checkpoint.preflight import check_disk_space
     from qwen_moe.training.inputs import prepare_inputs
     from qwen_moe.training.layout import processes, run_layout
+    from qwen_moe.training.recorders import check_recorders
 
+    check_recorders(config)
     nproc = processes(config)
     layout = run_layout(config, nproc).layout
     if nproc != config.launch.nproc:

@@ -31,8 +31,9 @@ from qwen_moe.training.compilation import choose_compilation
 from qwen_moe.training.inputs import RunInputs, open_inputs
 from qwen_moe.training.kernels import precision_settings
 from qwen_moe.training.layout import run_layout
-from qwen_moe.training.metrics import Recorder, measure_matmul_peak, peak_memory
+from qwen_moe.training.metrics import measure_matmul_peak, open_recorder, peak_memory
 from qwen_moe.training.optimizer import build_optimizer
+from qwen_moe.training.recorders import check_recorders
 from qwen_moe.training.rollback import History
 from qwen_moe.training.slow_step import SlowStepNotice
 from qwen_moe.training.step import BadStep, StepResult, Trainer
@@ -219,6 +220,7 @@ def train(
     grids = make_grids(config, layout, device)
     root = config.run_dir / CHECKPOINTS
     if info.rank == 0:
+        check_recorders(config)
         check_disk_space(config, root)
     inputs = open_inputs(config, grids.dp)
 
@@ -246,9 +248,7 @@ def train(
     writer.retention.went_back_to(done)
     if info.rank == 0:
         record_attempt(config, info, device, resumed_step=done)
-    recorder = Recorder(
-        config.run_dir, resumed_step=done, train_steps=config.train_steps, tensorboard=config.logging.tensorboard
-    )
+    recorder = open_recorder(config, resumed_step=done)
     clock = _Clock(config, device)
     recorder.begin("compiling" if compiling() else "first step")
     slow = SlowStepNotice(recorder.say, config, clock.peak)
