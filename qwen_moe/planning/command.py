@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"--gpus {args.gpus} is not a multiple of --gpus-per-node {args.gpus_per_node}: give whole nodes"
         )
+    if args.write and (found := find_recipe(args.recipe)) != args.recipe:
+        raise UserError(f"--write changes the recipe, and {args.recipe} comes with qwen-moe: cp {found} my.yaml first")
     from qwen_moe.planning.hardware import load_gpu, load_network
 
     gpu, network = load_gpu(args.gpu), load_network(args.network)
@@ -106,10 +108,6 @@ def _write(path: Path, overrides: list[str], config: RunConfig, choice: Any, gpu
     from qwen_moe.planning.recipe_edit import differences, edit_recipe
     from qwen_moe.training.layout import run_layout
 
-    if not path.is_file():
-        raise UserError(
-            f"--write changes the recipe, and {path} comes with qwen-moe: cp {find_recipe(path)} my.yaml first"
-        )
     text = path.read_text(encoding="utf-8")
     settings: dict[str, dict[str, Any]] = {}
     for override in overrides:
