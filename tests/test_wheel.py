@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TINY = ("training.train_tokens=4096", "data.prepare.vocab_size=300", "model.vocab_size=300", "model.num_hidden_layers=1",
-        "schedule.warmup_tokens=0", "schedule.decay_tokens=0", "launch.nproc=1", "checkpoint.export_hf=false",
+        "schedule.warmup_tokens=0", "schedule.decay_tokens=2048", "launch.nproc=1", "checkpoint.export_hf=false",
         "sample_prompt=", "data.prepare.input=[text.txt]")  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_a_wheel_trains_outside_of_the_checkout(tmp_path: Path) -> None:
         cwd=work, env=environment, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (work / "runs/demo/checkpoints/step_2").is_dir() and (work / "runs/demo/loss.png").is_file()
+    assert list((work / "runs/demo/checkpoints").glob("step_*2")) and (work / "runs/demo/loss.png").is_file()
     where = [str(python), "-c", "import qwen_moe.planning as p; print(p.__path__[0])"]
     found = Path(subprocess.run(where, cwd=work, env=environment, capture_output=True, text=True).stdout.strip())
     assert found.is_relative_to(site) and {file.suffix for file in (found / "gpus").iterdir()} == {".yaml"}
