@@ -10,8 +10,10 @@ from importlib import import_module
 from qwen_moe import __version__
 from qwen_moe.errors import UserError, explain_failure
 from qwen_moe.options import Parser
+from qwen_moe.packages import check_installed
 
-# Modules with a `register(subparsers)`; they import nothing heavy at the top, so that --help is quick.
+# Modules with a `register(subparsers)`; they import nothing heavy at the top, so that --help is quick. A verb that needs
+# packages of an extra names them as its parser's default ``needs``.
 VERBS = (
     "qwen_moe.training.command",
     "qwen_moe.runs.report",
@@ -63,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     args = None
     try:
         args = _parse(argv)
+        verb = " ".join(filter(None, (args.verb, getattr(args, "scaling_verb", ""))))
+        check_installed(f"qwen-moe {verb}", *getattr(args, "needs", ()))
         if getattr(args, "verb", "") in ONE_PROCESS:
             from parallel.threads import limit_threads
 

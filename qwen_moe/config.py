@@ -2,6 +2,8 @@
 
 import difflib
 import math
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -28,6 +30,9 @@ from qwen_moe.fields import (
     Size,
 )
 from qwen_moe.model_config import ModelConfig
+
+# recipes/ at the top of the repository is what this links to; a wheel holds the files.
+RECIPES = Path(__file__).parent / "recipes"
 
 
 class Dataset(Section):
@@ -270,10 +275,24 @@ class CheckpointConfig(Section):
         return self
 
 
-class LoggingConfig(Section):
-    """``expert_load_interval``: steps between records of every expert's token count (its imbalance is in every record)."""
+class WandbConfig(Section):
+    """Weights & Biases, in the words of `wandb.init`. ``name``: the run folder's by default. ``mode``: by default what
+    WANDB_MODE says, else online."""
 
-    tensorboard: bool = True
+    project: str = Field(min_length=1)
+    entity: str = ""
+    name: str = ""
+    group: str = ""
+    tags: tuple[str, ...] = ()
+    mode: Literal["online", "offline", "disabled"] | None = None
+
+
+class LoggingConfig(Section):
+    """Where records go beside metrics.jsonl. ``tensorboard``: "auto" is where it is installed. ``expert_load_interval``:
+    steps between records of every expert's token count (its imbalance is in every record)."""
+
+    tensorboard: bool | Literal["auto"] = "auto"
+    wandb: WandbConfig | None = None
     expert_load_interval: PositiveInt = 20
 
 
@@ -472,11 +491,23 @@ def parse_config(values: dict[str, Any], source: str) -> RunConfig:
         raise _explain(error, source) from None
 
 
+def find_recipe(path: Path) -> Path:
+    """``path``; or the recipe that comes with the package, where there is no such path but `demo` or `recipes/demo.yaml` is
+    the name of one."""
+    if os.path.exists(path) or path.parent not in (Path(), Path("recipes")) or path.suffix not in ("", ".yaml"):
+        return path
+    ours = RECIPES / f"{path.stem}.yaml"
+    return ours if os.path.isfile(ours) else path
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe and apply `section.key=value` overrides (values are YAML). Raises UserError naming every problem."""
-    values = yaml_mapping(
-        read_text(path, "recipe", "the path of a YAML file, such as recipes/demo.yaml"), f"recipe {path}"
-    )
+    """Read a recipe, a file or one that comes with the package (`find_recipe`), and apply `section.key=value` overrides
+    (values are YAML). Raises UserError naming every problem."""
+    expected = f"the path of a YAML file, or one of {', '.join(sorted(file.stem for file in RECIPES.glob('*.yaml')))}"
+    found = find_recipe(path)
+    if found != path and path.suffix:
+        print(f"{path} is not here: {found}, which comes with qwen-moe, is read", file=sys.stderr)
+    values = yaml_mapping(read_text(found, "recipe", expected), f"recipe {path}")
     _apply_overrides(values, overrides)
     return parse_config(values, str(path))
 

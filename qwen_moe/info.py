@@ -119,7 +119,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     schedule.add_argument(
         "--stages-per-rank", type=whole(0, 10_000), default=0, help="default: the schedule's own number"
     )
-    schedule.add_argument("--output", type=Path, default=Path("schedule.png"), help="the picture (schedule.png)")
+    schedule.add_argument("--output", type=Path, help="the picture (schedule.png)")
     parser.set_defaults(func=run)
 
 
@@ -142,8 +142,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _schedule(args: argparse.Namespace) -> int:
+    from qwen_moe.packages import check_installed, missing_text
     from qwen_moe.schedule_picture import describe_schedule, draw_schedule, schedule_text
 
+    if args.output is not None:
+        check_installed(f"--output {args.output}", "matplotlib", otherwise="leave --output out for the figures alone")
     recipe = load_config(Path(args.name)) if args.name and Path(args.name).suffix in (".yaml", ".yml") else None
     if args.name and recipe is None:
         raise UserError(f"--schedule reads a recipe.yaml, not {args.name!r}: give one, or --pp and --micro-batches")
@@ -154,9 +157,14 @@ def _schedule(args: argparse.Namespace) -> int:
         micro_batches=args.micro_batches,
         per_rank=args.stages_per_rank,
     )
-    draw_schedule(found, args.output)
-    if args.json:
-        sys.stdout.write(json.dumps(found.facts() | {"picture": str(args.output)}, indent=1) + "\n")
+    picture = args.output or Path("schedule.png")
+    if missing := missing_text("matplotlib"):
+        print(f"no picture: {missing}", file=sys.stderr)
     else:
-        sys.stdout.write(schedule_text(found) + f"\n  picture           {args.output}\n")
+        draw_schedule(found, picture)
+    shown = None if missing else str(picture)
+    if args.json:
+        sys.stdout.write(json.dumps(found.facts() | {"picture": shown}, indent=1) + "\n")
+    else:
+        sys.stdout.write(schedule_text(found) + (f"\n  picture           {shown}\n" if shown else "\n"))
     return 0

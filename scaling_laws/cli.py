@@ -36,7 +36,7 @@ def register(
     fit.add_argument("--samples", type=int, default=200, help="refits to resampled groups, for intervals (200)")
     fit.add_argument("--seed", type=int, default=0)
     fit.add_argument("--json", action="store_true")
-    fit.set_defaults(func=_fit)
+    fit.set_defaults(func=_fit, needs=("scipy", "pandas"))
     recommend = verbs.add_parser("recommend", help="learning rate, batch size and loss of a run to launch")
     recommend.add_argument("fit", type=Path, metavar="FIT_DIR")
     recommend.add_argument("--n-total", type=float, help="parameters, counted as the table counts them")
@@ -57,10 +57,10 @@ def register(
     recommend.add_argument("--micro-batch", type=int, default=1)
     recommend.add_argument("--accept-extrapolation", action="store_true")
     recommend.add_argument("--json", action="store_true")
-    recommend.set_defaults(func=_recommend)
+    recommend.set_defaults(func=_recommend, needs=("scipy", "pandas"))
     report = verbs.add_parser("report", help="draw the pictures of a fit and write its page")
     report.add_argument("fit", type=Path, metavar="FIT_DIR")
-    report.set_defaults(func=_report)
+    report.set_defaults(func=_report, needs=("scipy", "pandas", "matplotlib"))
     return verbs
 
 

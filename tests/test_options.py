@@ -93,7 +93,7 @@ def test_what_the_machine_refuses_is_one_line(
     def fail(_: object) -> int:
         raise failure
 
-    monkeypatch.setattr(cli, "_parse", lambda _: argparse.Namespace(func=fail, traceback=False))
+    monkeypatch.setattr(cli, "_parse", lambda _: argparse.Namespace(func=fail, traceback=False, verb="info"))
     assert main([]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ") and message in told and told.count("\n") == 1
@@ -106,7 +106,7 @@ def test_our_own_mistakes_keep_their_traceback(failure: Exception, monkeypatch: 
     def fail(_: object) -> int:
         raise failure
 
-    monkeypatch.setattr(cli, "_parse", lambda _: argparse.Namespace(func=fail, traceback=False))
+    monkeypatch.setattr(cli, "_parse", lambda _: argparse.Namespace(func=fail, traceback=False, verb="info"))
     with pytest.raises(type(failure)):
         main([])
 
@@ -115,7 +115,7 @@ def test_a_reader_that_has_seen_enough(monkeypatch: pytest.MonkeyPatch, capsys: 
     def fail(_: object) -> int:
         raise BrokenPipeError
 
-    monkeypatch.setattr(cli, "_parse", lambda _: argparse.Namespace(func=fail, traceback=False))
+    monkeypatch.setattr(cli, "_parse", lambda _: argparse.Namespace(func=fail, traceback=False, verb="info"))
     assert main([]) == 141
     assert capsys.readouterr().err == ""
 

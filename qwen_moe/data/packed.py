@@ -9,11 +9,12 @@ import hashlib
 import io
 import lzma
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
 from qwen_moe.errors import UserError
+from qwen_moe.packages import check_installed
 
 # Input is unpacked in pieces this small, since a piece of a very repetitive file grows some 10,000 times.
 _PIECE = 1 << 14
@@ -35,6 +36,12 @@ _UNPACKERS: dict[str, Callable[[], Any]] = {
 PACKED_ENDINGS = tuple(_UNPACKERS)
 # After their last frame these may be filled up with zeros.
 _PADDED = (".gz", ".xz")
+
+
+def check_unpackers(paths: Iterable[Path]) -> None:
+    """Raises UserError where a file of ``paths`` can only be unpacked by a package that is not installed."""
+    if packed := next((path for path in paths if path.suffix.lower() == ".zst"), None):
+        check_installed(f"{packed} is packed with zstandard", "zstandard", otherwise="unpack it first")
 
 
 class HashedFile(io.RawIOBase):

@@ -27,6 +27,7 @@ from qwen_moe.data.manifest import (
     was_interrupted,
     write_manifest,
 )
+from qwen_moe.data.packed import check_unpackers
 from qwen_moe.data.sources import Corpus, MissingInput, Source, find_corpus
 from qwen_moe.data.tokenizer import (
     check_vocabulary_size,
@@ -118,6 +119,7 @@ def prepare(
         return existing, False
     if (existing := _settled(request, corpus, prefix, overwrite)) is not None:
         return existing, False
+    check_unpackers(source.path for source in corpus.sources)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with _alone(prefix), _no_partial_left(prefix):
         # Another process may have prepared it meanwhile.

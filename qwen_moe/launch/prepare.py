@@ -25,6 +25,7 @@ from qwen_moe.config import RunConfig, dump_config
 from qwen_moe.errors import UserError
 from qwen_moe.launch.estimate import Estimate, estimate
 from qwen_moe.launch.redact import redact
+from qwen_moe.runs.sinks import check_recorders
 
 # Defaults of the user's shell that sbatch reads: taken into the script, so that they are checked and seen.
 _SBATCH = {
@@ -145,6 +146,11 @@ def check(plan: Plan, partitions: list[slurm.Partition] | None, accounts: Any) -
         check_world(plan.config, spec.nodes * spec.processes_per_node)
     except UserError as error:
         problems.append(f"{spec.nodes} nodes x {spec.processes_per_node} processes: {error}")
+    if spec.python == sys.executable and not spec.container_image:  # another interpreter has packages of its own
+        try:
+            check_recorders(plan.config)
+        except UserError as error:
+            problems.append(str(error))
     if partitions is not None:
         found, notes = refuse.check_partitions(spec, partitions)
         problems += found + refuse.check_account(spec, accounts)

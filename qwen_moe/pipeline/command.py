@@ -48,7 +48,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--time", default="", help="time limit of jobs")
     parser.add_argument("--site", type=Path, help="site file, see docs/slurm.md")
     parser.add_argument("--submit", action="store_true", help="submit the job, instead of writing its script")
-    parser.set_defaults(func=run)
+    parser.set_defaults(func=run, needs=("scipy", "pandas", "matplotlib"))
 
 
 def _check(args: argparse.Namespace) -> None:

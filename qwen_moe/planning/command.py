@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qwen_moe.config import RunConfig, load_config, parse_config
+from qwen_moe.config import RunConfig, find_recipe, load_config, parse_config
 from qwen_moe.documents import yaml_mapping
 from qwen_moe.errors import UserError
 from qwen_moe.fields import LARGEST_SIZE, MOST_PROCESSES
@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"--gpus {args.gpus} is not a multiple of --gpus-per-node {args.gpus_per_node}: give whole nodes"
         )
+    if args.write and (found := find_recipe(args.recipe)) != args.recipe:
+        raise UserError(f"--write changes the recipe, and {args.recipe} comes with qwen-moe: cp {found} my.yaml first")
     from qwen_moe.planning.hardware import load_gpu, load_network
 
     gpu, network = load_gpu(args.gpu), load_network(args.network)

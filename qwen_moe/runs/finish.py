@@ -7,7 +7,7 @@ from typing import Any
 
 from qwen_moe.checkpoint.directory import step_directory
 from qwen_moe.config import RunConfig
-from qwen_moe.runs.report import as_text, draw, summarise
+from qwen_moe.runs.report import as_text, draw_if_possible, summarise
 
 SAMPLE = "sample.txt"
 HF = "hf"
@@ -17,7 +17,7 @@ def finish_run(config: RunConfig) -> dict[str, Any]:
     """Write what a finished run leaves and print its summary to stderr. Safe to repeat: what is there is kept."""
     run_dir = config.run_dir
     facts = summarise(run_dir)
-    facts["pictures"] = [str(path) for path in draw(run_dir)]
+    facts["pictures"] = draw_if_possible(run_dir)
     checkpoint = step_directory(run_dir / "checkpoints", config.train_steps)
     facts["checkpoint"] = str(checkpoint)
     print(as_text(facts), file=sys.stderr)

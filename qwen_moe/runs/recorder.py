@@ -1,10 +1,13 @@
-"""What a run records: metrics.jsonl, TensorBoard, the progress bar, and the matmul peak it compares itself with."""
+"""What a run records: metrics.jsonl, other recorders, the progress bar, and the matmul peak it compares itself with."""
 
+import contextlib
+import io
 import json
 import os
 import resource
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from parallel.gemm import has_hardware
-from qwen_moe.runs.records import METRICS, read_lines
+from qwen_moe.config import RunConfig
+from qwen_moe.runs.records import METRICS, DamagedRecords, read_lines
+from qwen_moe.runs.sinks import Sink, not_recorded, open_sinks
 
 
 def measure_matmul_peak(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
@@ -49,36 +54,91 @@ class MetricsLog:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self.path = path
-        kept = [line for line in read_lines(path) if line["step"] <= resumed_step]
-        temporary = path.with_name(path.name + ".partial")
+        self.waiting: list[dict[str, Any]] = []  # records that could not be written yet
+        self._rewind: int | None = resumed_step
+        self._file: io.FileIO | None = None
+        self._size = 0
+        self._write_waiting()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Raises OSError where the file cannot be written; the record then waits for the next call."""
+        self.waiting.append(record)
+        self._write_waiting()
+
+    def go_back(self, step: int) -> None:
+        """Drop the lines after ``step``. Raises OSError, and then does so before the next record is written."""
+        self.waiting = [record for record in self.waiting if record["step"] <= step]
+        self._rewind = step if self._rewind is None else min(step, self._rewind)
+        self._write_waiting()
+
+    def close(self) -> None:
+        """Raises OSError where records still wait; they are lost."""
+        try:
+            self._write_waiting()
+        finally:
+            self._leave()
+
+    def _write_waiting(self) -> None:
+        try:
+            if self._rewind is not None:
+                self._drop_after(self._rewind)
+                self._rewind = None
+            if self._file is None:
+                # Opened anew after a failure: the old one may be a handle of a file server that was away.
+                self._file = io.FileIO(self.path, "a")
+                self._size = min(self._size, os.fstat(self._file.fileno()).st_size)
+                self._file.truncate(self._size)  # no part of a line stays
+            content = "".join(json.dumps(record) + "\n" for record in self.waiting).encode()
+            rest = memoryview(content)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            self._leave()
+            raise
+        self._size += len(content)
+        self.waiting.clear()
+
+    def _drop_after(self, step: int) -> None:
+        self._leave()
+        kept = [line for line in read_lines(self.path) if line["step"] <= step]
+        temporary = self.path.with_name(self.path.name + ".partial")
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8")
+            self._size = os.fstat(file.fileno()).st_size
+        os.replace(temporary, self.path)
 
-    def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+    def _leave(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()
 
-    def close(self) -> None:
-        self._file.close()
+
+def open_recorder(config: RunConfig, *, resumed_step: int) -> "Recorder":
+    """The recorder that the recipe asks for; every rank calls it."""
+    sinks, warnings = open_sinks(config, resumed_step=resumed_step) if dist.get_rank() == 0 else ([], [])
+    recorder = Recorder(config.run_dir, resumed_step=resumed_step, train_steps=config.train_steps, sinks=sinks)
+    for warning in warnings:
+        recorder.say(warning)
+    return recorder
 
 
 class Recorder:
-    """Rank 0's view of the run for people and tools; on other ranks every method does nothing."""
+    """Rank 0's view of the run for people and tools; on other ranks every method does nothing.
 
-    def __init__(self, run_dir: Path, *, resumed_step: int, train_steps: int, tensorboard: bool) -> None:
+    A place that records go to may fail: that is said once, and training goes on. What metrics.jsonl could not take is
+    written as soon as it can be; ``sinks`` that fail are left.
+    """
+
+    def __init__(self, run_dir: Path, *, resumed_step: int, train_steps: int, sinks: Sequence[Sink] = ()) -> None:
         self.active = dist.get_rank() == 0
         if not self.active:
             return
         self.log = MetricsLog(run_dir / METRICS, resumed_step)
-        self.writer = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+        self._log_failed = False
+        self.sinks = list(sinks)
         # A terminal is redrawn often; a log file gets a line a minute at most.
         interval = 0.2 if sys.stderr.isatty() else 30
         self.bar = tqdm(
@@ -96,8 +156,7 @@ class Recorder:
         """One training step: written, and shown in the bar."""
         if not self.active:
             return
-        self.log.write(record)
-        self._tensorboard(record)
+        self._record(record)
         share = record.get("share_of_peak", 0.0)
         self.bar.set_postfix_str(
             f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s, {share:.0%} of matmul peak",
@@ -124,8 +183,8 @@ class Recorder:
         """Forget what was recorded after ``step``, and say why."""
         if not self.active:
             return
-        self.log.close()
-        self.log = MetricsLog(self.log.path, step)
+        self._log(lambda: self.log.go_back(step))
+        self._each_sink(lambda sink: sink.go_back(step))
         self.bar.n = step
         self.event(record, message)
 
@@ -133,24 +192,40 @@ class Recorder:
         """A validation or another thing worth a line of its own."""
         if not self.active:
             return
-        self.log.write(record)
-        self._tensorboard(record)
+        self._record(record)
         self.say(message)
 
     def say(self, message: str) -> None:
         if self.active:
             self.bar.write(message, file=sys.stderr)
 
-    def _tensorboard(self, record: dict[str, Any]) -> None:
-        if self.writer is None:
-            return
-        for name, value in record.items():
-            if isinstance(value, int | float) and name not in ("step", "time"):
-                self.writer.add_scalar(name, value, record["step"])
+    def _record(self, record: dict[str, Any]) -> None:
+        self._log(lambda: self.log.write(record))
+        self._each_sink(lambda sink: sink.write(record))
+
+    def _log(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+            self._log_failed = False
+        except (OSError, DamagedRecords) as error:
+            if not self._log_failed:
+                self.say(f"warning: {METRICS} cannot be written ({error}); its records wait for a later step")
+            self._log_failed = True
+
+    def _each_sink(self, work: Callable[[Sink], None]) -> None:
+        for sink in list(self.sinks):
+            try:
+                work(sink)
+            except Exception as error:
+                self.sinks.remove(sink)
+                self.say(not_recorded(sink.name, error))
 
     def close(self) -> None:
-        if self.active:
-            self.bar.close()
+        if not self.active:
+            return
+        self.bar.close()
+        try:
             self.log.close()
-            if self.writer is not None:
-                self.writer.close()
+        except (OSError, DamagedRecords) as error:
+            self.say(f"warning: the last {len(self.log.waiting)} records are missing in {self.log.path} ({error})")
+        self._each_sink(lambda sink: sink.close())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe.errors import UserError
+from qwen_moe.packages import missing_text
 
 NEEDED = (
     "tokens",
@@ -30,7 +31,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> int:
     facts = summarise(args.run_dir)
-    facts["pictures"] = [str(path) for path in draw(args.run_dir)]
+    facts["pictures"] = draw_if_possible(args.run_dir)
     sys.stdout.write((json.dumps(facts, indent=1) if args.json else as_text(facts)) + "\n")
     return 0
 
@@ -99,6 +100,21 @@ def as_text(facts: dict[str, Any]) -> str:
         )
     lines.extend(f"  picture           {path}" for path in facts.get("pictures", []))
     return "\n".join(lines)
+
+
+def draw_if_possible(run_dir: Path) -> list[str]:
+    """The paths of the pictures of `draw`; none where they cannot be drawn, which one line on stderr says: figures and
+    finished runs are worth having without them."""
+    if missing := missing_text("matplotlib"):
+        print(f"no pictures: {missing}; then `qwen-moe report {run_dir}` draws them", file=sys.stderr)
+        return []
+    try:
+        return [str(path) for path in draw(run_dir)]
+    except UserError:
+        raise
+    except Exception as error:  # a full disk, or a matplotlib that is broken
+        print(f"no pictures: {type(error).__name__}: {error}", file=sys.stderr)
+        return []
 
 
 def draw(run_dir: Path) -> list[Path]:

@@ -31,7 +31,7 @@ def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "--fit", type=Path, metavar="FIT_DIR", help="a fit of earlier runs to start from (else Step Law)"
     )
     ladder.add_argument("--json", action="store_true")
-    ladder.set_defaults(func=run)
+    ladder.set_defaults(func=run, needs=("scipy", "pandas"))
 
 
 def smaller_models(model: ModelConfig) -> list[ModelConfig]:

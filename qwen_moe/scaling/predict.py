@@ -28,7 +28,7 @@ def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "--hopeless-above", type=number(above=0), metavar="LOSS", help="call runs hopeless that surely end above it"
     )
     predict.add_argument("--json", action="store_true")
-    predict.set_defaults(func=run)
+    predict.set_defaults(func=run, needs=("scipy",))
 
 
 def open_curve(path: Path) -> tuple["Curve", tuple[Any, ...] | None]:

@@ -63,8 +63,10 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
     from launchers.local.supervisor import Supervisor
     from qwen_moe.checkpoint.preflight import check_disk_space
     from qwen_moe.data.inputs import prepare_inputs
+    from qwen_moe.runs.sinks import check_recorders
     from qwen_moe.sharding.layout import processes, run_layout
 
+    check_recorders(config)
     nproc = processes(config)
     layout = run_layout(config, nproc).layout
     if nproc != config.launch.nproc:

@@ -26,7 +26,8 @@ from qwen_moe.errors import UserError
 from qwen_moe.models.flops import flops_per_token
 from qwen_moe.models.ops.compiled import compiling
 from qwen_moe.objectives.balance import maximum_violation
-from qwen_moe.runs.recorder import Recorder, measure_matmul_peak, peak_memory
+from qwen_moe.runs.recorder import measure_matmul_peak, open_recorder, peak_memory
+from qwen_moe.runs.sinks import check_recorders
 from qwen_moe.sharding.build import DTYPES, build_model, make_grids
 from qwen_moe.sharding.kernels import precision_settings
 from qwen_moe.sharding.layout import run_layout
@@ -219,6 +220,7 @@ def train(
     grids = make_grids(config, layout, device)
     root = config.run_dir / CHECKPOINTS
     if info.rank == 0:
+        check_recorders(config)
         check_disk_space(config, root)
     inputs = open_inputs(config, grids.dp)
 
@@ -246,9 +248,7 @@ def train(
     writer.retention.went_back_to(done)
     if info.rank == 0:
         record_attempt(config, info, device, resumed_step=done)
-    recorder = Recorder(
-        config.run_dir, resumed_step=done, train_steps=config.train_steps, tensorboard=config.logging.tensorboard
-    )
+    recorder = open_recorder(config, resumed_step=done)
     clock = _Clock(config, device)
     recorder.begin("compiling" if compiling() else "first step")
     slow = SlowStepNotice(recorder.say, config, clock.peak)

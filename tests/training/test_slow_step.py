@@ -60,7 +60,7 @@ def test_the_first_step_is_left_out_of_speed_and_time_left(config: RunConfig, al
     assert clock.record(100.0)["tokens_per_second"] == pytest.approx(tokens / 100)
     assert clock.record(2.0)["tokens_per_second"] == pytest.approx(tokens / 2)
     assert clock.record(4.0)["tokens_per_second"] == pytest.approx(tokens / 2.2)
-    recorder = Recorder(tmp_path, resumed_step=5, train_steps=25, tensorboard=False)
+    recorder = Recorder(tmp_path, resumed_step=5, train_steps=25)
     now = [0.0]
     recorder.bar._time = lambda: now[0]  # tqdm's clock
     recorder.bar.start_t = recorder.bar.last_print_t = 0.0
