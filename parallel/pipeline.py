@@ -34,17 +34,23 @@ SCHEDULES: dict[str, Any] = {
 
 
 class Sequential:
-    """No pipeline: the whole model is one part, and micro-batches are run one after the other."""
+    """No pipeline: the whole model is one part, and micro-batches are run one after the other.
 
-    def __init__(self, part: nn.Module, first_input: str, loss: Loss) -> None:
-        self.part, self.first_input, self.loss = part, first_input, loss
+    ``keep_gathered``: parameters that FSDP gathers stay whole from one micro-batch of a step to the next. The peak of memory
+    is the same unless they are dropped after forward too (ZeRO-3): every backward begins with all of them.
+    """
+
+    def __init__(self, part: nn.Module, first_input: str, loss: Loss, keep_gathered: bool = False) -> None:
+        self.part, self.first_input, self.loss, self.keep_gathered = part, first_input, loss, keep_gathered
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
         """Run and backpropagate all ``micro_batches``; gradients are reduced with the last. Their losses, detached."""
         losses = []
         for index, batch in enumerate(micro_batches):
             if isinstance(self.part, FSDPModule):
-                self.part.set_requires_gradient_sync(index == len(micro_batches) - 1)
+                last = index == len(micro_batches) - 1
+                self.part.set_requires_gradient_sync(last)
+                self.part.set_reshard_after_backward(last or not self.keep_gathered)
             loss = self.loss(self._run(batch))
             loss.backward()
             losses.append(loss.detach())

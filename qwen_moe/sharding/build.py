@@ -89,7 +89,7 @@ def build_engine(
     """What runs micro-batches forward and backward through ``model``."""
     grids, sequence = model.grids, config.data.sequence_length
     if grids.pp.size == 1:
-        return Sequential(model.parts[0], "input_ids", loss)
+        return Sequential(model.parts[0], "input_ids", loss, keep_gathered=config.parallel.sharding != "zero3")
     compute = DTYPES[config.precision.compute]
     part = SequenceShard.of(grids)
     shape = (config.training.micro_batch_size, part.length(sequence), config.model.hidden_size)
