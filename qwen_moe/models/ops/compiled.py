@@ -10,7 +10,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -51,7 +51,11 @@ def try_compiler(device: torch.device) -> str | None:
 
 def fused(function: Callable[P, R]) -> Callable[P, R]:
     """Compile ``function`` at its first call while `compile_kernels` is on; call it as it is otherwise. Sizes stay
-    symbolic, so that new numbers of tokens compile nothing new."""
+    symbolic, so that new numbers of tokens compile nothing new.
+
+    Inside an autograd function, tensors are detached first: torch.compile would trace the function again for a view of
+    another tensor and for one that requires a gradient.
+    """
     compiled: Callable[P, R] | None = None
 
     @functools.wraps(function)
@@ -61,6 +65,9 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         if compiled is None:
             compiled = torch.compile(function, dynamic=True)
+        if not torch.is_grad_enabled():
+            plain: list[Any] = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+            return compiled(*plain, **kwargs)
         return compiled(*args, **kwargs)
 
     return call

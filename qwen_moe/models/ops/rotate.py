@@ -22,7 +22,8 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotate(grad_outputs[0], cos, -sin), None, None
+        # Contiguous, as x mostly is: strides of another order would be traced and compiled anew.
+        return _rotate(grad_outputs[0].contiguous(), cos, -sin), None, None
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -23,21 +23,27 @@ def _backward_joined(g: torch.Tensor, u: torch.Tensor, dy: torch.Tensor) -> torc
     return torch.cat(_gradients(g, u, dy), -1)
 
 
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
 class _SwiGLU(torch.autograd.Function):
     """silu(g) * u. Saves g and u only.
 
     With s = sigmoid(g): d silu(g)/dg = s * (1 + g * (1 - s)), so dg = dy * u * that and du = dy * silu(g).
+    Computed as rows, whatever the leading dims are: one number of dims is compiled once.
     """
 
     @staticmethod
     def forward(ctx, g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(g, u)
-        return _forward(g, u)
+        return _forward(_rows(g), _rows(u)).view(g.shape)
 
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         g, u = ctx.saved_tensors
-        return _backward(g, u, grad_outputs[0])
+        dg, du = _backward(_rows(g), _rows(u), _rows(grad_outputs[0]))
+        return dg.view(g.shape), du.view(u.shape)
 
 
 class _JoinedSwiGLU(torch.autograd.Function):
