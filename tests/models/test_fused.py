@@ -14,7 +14,8 @@ from qwen_moe.models.linear import project
 from qwen_moe.models.ops import block_attention as blocks
 from qwen_moe.models.ops.compiled import compile_kernels, missing_compiler
 from qwen_moe.models.ops.grouped_matmul import _rounded, _RoundedLoop, loop_mm
-from qwen_moe.models.ops.swiglu import joined_swiglu
+from qwen_moe.models.ops.rotate import rotate
+from qwen_moe.models.ops.swiglu import joined_swiglu, swiglu
 from tests.models.test_layers import rand, small_config
 
 needs_compiler = pytest.mark.skipif(missing_compiler("cpu") is not None, reason="no C++ compiler on this machine")
@@ -188,6 +189,30 @@ def test_new_numbers_of_tokens_compile_nothing(compiled: None) -> None:
     before = counters["stats"]["unique_graphs"]
     for rows in (6, 17, 300):
         run(rows)
+    assert counters["stats"]["unique_graphs"] == before
+
+
+@needs_compiler
+def test_other_kinds_of_tensors_compile_nothing(compiled: None) -> None:
+    """A leaf or a result, a gradient in another order of strides, two leading dims or three: one trace serves them all."""
+    from torch._dynamo.utils import counters
+
+    def run(heads: int, leaf: bool, transposed: bool) -> None:
+        x = rand(2, 7, heads, 8).float().requires_grad_()
+        cos, sin = rand(2, 7, 1, 4).float(), rand(2, 7, 1, 4, seed=1).float()
+        # As a projection gives it: a view of rows.
+        y = rotate(x if leaf else (2 * x).flatten(2).unflatten(2, (heads, 8)), cos, sin)
+        dy = rand(2, heads, 7, 8).float().transpose(1, 2) if transposed else rand(*y.shape).float()
+        y.backward(dy)
+        g, u = rand(7 * heads, 8).float().requires_grad_(), rand(7 * heads, 8, seed=1).float()
+        swiglu(g if leaf else 2 * g, u).sum().backward()
+        if leaf:
+            swiglu(g.unflatten(0, (7, heads)), u.unflatten(0, (7, heads))).sum().backward()
+
+    run(3, leaf=False, transposed=False)  # sizes that differ: equal ones would be traced as one
+    before = counters["stats"]["unique_graphs"]
+    run(3, leaf=True, transposed=True)
+    run(5, leaf=False, transposed=True)
     assert counters["stats"]["unique_graphs"] == before
 
 
