@@ -330,7 +330,21 @@ class RunConfig(Section):
 
     def check(self) -> None:
         """Raise ValueError for settings of different sections that do not go together."""
-        training, schedule = self.training, self.schedule
+        self._check_fp8()
+        self._check_tokens()
+        self._check_balance()
+        late = [step for step in self.checkpoint.keep_steps if step > self.train_steps]
+        if late:
+            raise ValueError(f"checkpoint.keep_steps {late} are past the last step, {self.train_steps}")
+        if self.schedule.min_learning_rate > self.optimizer.learning_rate:
+            raise ValueError(
+                f"schedule.min_learning_rate {self.schedule.min_learning_rate} is above optimizer.learning_rate "
+                f"{self.optimizer.learning_rate}"
+            )
+        if self.sample_prompt and not self.checkpoint.export_hf:
+            raise ValueError("sample_prompt is sampled from the exported model: set checkpoint.export_hf to true")
+
+    def _check_fp8(self) -> None:
         kept = self.precision.fp8.plain_layers(self.model.num_hidden_layers)
         if self.precision.compute == "fp8" and len(kept) == self.model.num_hidden_layers:
             raise ValueError(
@@ -338,6 +352,9 @@ class RunConfig(Section):
                 f"{self.precision.fp8.last_layers_in_bf16} leave none of {len(kept)} layers in FP8: lower them, or set "
                 "precision.compute to bf16"
             )
+
+    def _check_tokens(self) -> None:
+        training, schedule = self.training, self.schedule
         if training.global_batch_size % training.micro_batch_size:
             raise ValueError(
                 f"training.global_batch_size {training.global_batch_size} is not a multiple of "
@@ -364,14 +381,8 @@ class RunConfig(Section):
                 f"data.order_tokens {self.data.order_tokens} is less than training.train_tokens {training.train_tokens}: "
                 "the order would end before the run does"
             )
-        late = [step for step in self.checkpoint.keep_steps if step > self.train_steps]
-        if late:
-            raise ValueError(f"checkpoint.keep_steps {late} are past the last step, {self.train_steps}")
-        if schedule.min_learning_rate > self.optimizer.learning_rate:
-            raise ValueError(
-                f"schedule.min_learning_rate {schedule.min_learning_rate} is above optimizer.learning_rate "
-                f"{self.optimizer.learning_rate}"
-            )
+
+    def _check_balance(self) -> None:
         if self.balance.capacity_factor and not self.model.is_moe_family:
             raise ValueError("balance.capacity_factor is set but the model is dense: leave it out")
         if self.balance.scope == "huggingface" and self.parallel.pp > 1:
@@ -387,8 +398,6 @@ class RunConfig(Section):
                     "balance.bias_update_rate gives experts a selection bias, which Hugging Face's format cannot hold: "
                     "set checkpoint.export_hf to false (`qwen-moe convert to-hf --drop-expert-bias` exports without it)"
                 )
-        if self.sample_prompt and not self.checkpoint.export_hf:
-            raise ValueError("sample_prompt is sampled from the exported model: set checkpoint.export_hf to true")
 
     @property
     def tokens_per_step(self) -> int:

@@ -3,7 +3,7 @@
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +26,8 @@ from qwen_moe.errors import UserError
 from qwen_moe.models.flops import flops_per_token
 from qwen_moe.models.ops.compiled import compiling
 from qwen_moe.objectives.balance import maximum_violation
-from qwen_moe.runs.recorder import measure_matmul_peak, open_recorder, peak_memory
+from qwen_moe.runs.attempt import record_attempt
+from qwen_moe.runs.recorder import Recorder, measure_matmul_peak, open_recorder, peak_memory
 from qwen_moe.runs.sinks import check_recorders
 from qwen_moe.sharding.build import DTYPES, build_model, make_grids
 from qwen_moe.sharding.kernels import precision_settings
@@ -122,7 +123,13 @@ def _restore(config: RunConfig, trainer: Trainer, inputs: RunInputs, say: Any) -
 
 
 def _roll_back(
-    config: RunConfig, trainer: Trainer, writer: CheckpointWriter, history: History, step: int, bad: BadStep
+    config: RunConfig,
+    trainer: Trainer,
+    writer: CheckpointWriter,
+    history: History,
+    recorder: Recorder,
+    step: int,
+    bad: BadStep,
 ) -> int:
     """Go back to the newest checkpoint and leave out the batches up to ``step``'s. Returns the checkpoint's step. Raises
     UserError when that was done too often, or there is no checkpoint. All ranks call."""
@@ -140,7 +147,10 @@ def _roll_back(
     writer.retention.went_back_to(state.step)
     history.skip(state.step, step)
     history.losses = History.restored([], state.recent_losses).losses
-    return state.step
+    saved, skipped = state.step, step + 1 - state.step
+    message = f"{bad}. Back to step {saved}, without the {skipped} batches since"
+    recorder.go_back(saved, {"step": saved, "skipped_batches": skipped, "reason": str(bad)}, message)
+    return saved
 
 
 def _check_data(state: TrainState, inputs: RunInputs, where: Path) -> None:
@@ -204,18 +214,10 @@ def _step_record(config: RunConfig, step: int, result: StepResult, device: torch
     return record
 
 
-def train(
-    config: RunConfig,
-    info: ProcessInfo,
-    device: torch.device,
-    heart: Heartbeat | None = None,
-    stop_signals: Sequence[int] = (),
-) -> int:
-    """Train to the end or to a request to stop. Returns 0 when the run is complete, 130 when it was stopped before."""
-    from qwen_moe.runs.attempt import record_attempt
-
-    heart = heart or Heartbeat()
-    stop = StopRequest(device, stop_signals)
+def _build(
+    config: RunConfig, info: ProcessInfo, device: torch.device, say: Callable[[str], None]
+) -> tuple[RunInputs, Trainer, CheckpointWriter]:
+    """The run's data, its model with optimizer, and what saves them; nothing is restored yet. All ranks call."""
     layout = run_layout(config, info.world_size)
     grids = make_grids(config, layout, device)
     root = config.run_dir / CHECKPOINTS
@@ -223,11 +225,6 @@ def train(
         check_recorders(config)
         check_disk_space(config, root)
     inputs = open_inputs(config, grids.dp)
-
-    def say(message: str) -> None:
-        if info.rank == 0:
-            print(message, file=sys.stderr, flush=True)
-
     say(choose_compilation(config, device))
     if device.type == "cpu" and DTYPES[config.precision.compute] == torch.bfloat16:
         say(description(torch.bfloat16))
@@ -244,6 +241,40 @@ def train(
         compute_dtype="bf16" if config.precision.compute == "fp8" else config.precision.compute,
         hf_files=inputs.tokenizer,
     )
+    return inputs, trainer, writer
+
+
+def _check_collectives(step: int) -> None:
+    try:
+        compare_collectives()
+    except MismatchError as error:
+        raise UserError(f"step {step}: collectives of ranks do not match: {error}") from None
+
+
+def _validate(config: RunConfig, trainer: Trainer, inputs: RunInputs, recorder: Recorder, done: int) -> None:
+    """Record the validation loss where it is due: every so many steps, and after the last."""
+    interval = config.training.validation_interval
+    if inputs.has_validation and (done == config.train_steps or (interval and done % interval == 0)):
+        loss = trainer.evaluate(inputs.validation_micro_batches())
+        recorder.event({"step": done, "validation_loss": loss}, f"step {done}: validation loss {loss:.4f}")
+
+
+def train(
+    config: RunConfig,
+    info: ProcessInfo,
+    device: torch.device,
+    heart: Heartbeat | None = None,
+    stop_signals: Sequence[int] = (),
+) -> int:
+    """Train to the end or to a request to stop. Returns 0 when the run is complete, 130 when it was stopped before."""
+
+    def say(message: str) -> None:
+        if info.rank == 0:
+            print(message, file=sys.stderr, flush=True)
+
+    heart = heart or Heartbeat()
+    stop = StopRequest(device, stop_signals)
+    inputs, trainer, writer = _build(config, info, device, say)
     done, history = _restore(config, trainer, inputs, say)
     writer.retention.went_back_to(done)
     if info.rank == 0:
@@ -260,34 +291,24 @@ def train(
         try:
             result = trainer.step(done, batches, history.highest_loss(config.training.spike_nats))
         except BadStep as bad:
-            saved = _roll_back(config, trainer, writer, history, done, bad)
-            message = f"{bad}. Back to step {saved}, without the {done + 1 - saved} batches since"
-            recorder.go_back(saved, {"step": saved, "skipped_batches": done + 1 - saved, "reason": str(bad)}, message)
-            done = saved
+            done = _roll_back(config, trainer, writer, history, recorder, done, bad)
             continue
         done += 1
         history.losses.append(result.loss)
         heart.beat(done)
         if config.parallel.check_collectives:
-            try:
-                compare_collectives()
-            except MismatchError as error:
-                raise UserError(f"step {done}: collectives of ranks do not match: {error}") from None
+            _check_collectives(done)
         slow.end_step()
         recorder.step(_step_record(config, done, result, device) | clock.record(time.perf_counter() - start))
         if clock.steps == 1:
             recorder.first_step_done()
+        _validate(config, trainer, inputs, recorder, done)
         last = done == config.train_steps
-        interval = config.training.validation_interval
-        if inputs.has_validation and (last or (interval and done % interval == 0)):
-            loss = trainer.evaluate(inputs.validation_micro_batches())
-            recorder.event({"step": done, "validation_loss": loss}, f"step {done}: validation loss {loss:.4f}")
         stopped = stop.agreed() and not last
         if last or stopped or done % config.checkpoint.interval == 0 or done in config.checkpoint.keep_steps:
             with heart.saving():
-                writer.save(model, trainer.optimizer, _train_state(config, done, inputs, history))
-            if info.rank == 0:
-                _note_progress(config.run_dir, done)
+                writer.save(trainer.model, trainer.optimizer, _train_state(config, done, inputs, history))
+            _note_progress(config.run_dir, done, info)
         if stopped:
             break
     slow.close()
@@ -310,6 +331,7 @@ def _train_state(config: RunConfig, step: int, inputs: RunInputs, history: Histo
     )
 
 
-def _note_progress(run_dir: Path, step: int) -> None:
-    """Tell the supervisor that a restart would not begin where this attempt began."""
-    (run_dir / PROGRESS).write_text(f"{step}\n", encoding="utf-8")
+def _note_progress(run_dir: Path, step: int, info: ProcessInfo) -> None:
+    """Tell the supervisor that a restart would not begin where this attempt began. One rank does."""
+    if info.rank == 0:
+        (run_dir / PROGRESS).write_text(f"{step}\n", encoding="utf-8")
