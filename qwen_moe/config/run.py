@@ -1,18 +1,10 @@
-"""RunConfig: everything that defines a run, strict, frozen, read from YAML with `section.key=value` overrides."""
+"""RunConfig: everything that defines a run, strict and frozen."""
 
-import difflib
 import math
-import os
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from qwen_moe.documents import read_text, yaml_mapping, yaml_value
-from qwen_moe.errors import UserError
 from qwen_moe.fields import (
     Degree,
     GivenPath,
@@ -30,9 +22,6 @@ from qwen_moe.fields import (
     Size,
 )
 from qwen_moe.model_config import ModelConfig
-
-# recipes/ at the top of the repository is what this links to; a wheel holds the files.
-RECIPES = Path(__file__).parent / "recipes"
 
 
 class Dataset(Section):
@@ -406,121 +395,3 @@ class RunConfig(Section):
     @property
     def train_steps(self) -> int:
         return math.ceil(self.training.train_tokens / self.tokens_per_step)
-
-
-def shorten(text: str) -> str:
-    """``text`` for a message: its beginning, where it is long."""
-    return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"
-
-
-def _valid_keys(path: tuple[str | int, ...]) -> list[str]:
-    """Names allowed in the section that ``path`` (of an unknown key) lies in."""
-    section: type[BaseModel] = RunConfig
-    for part in path[:-1]:
-        field = section.model_fields.get(str(part))
-        if field is None:
-            continue
-        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                section = candidate
-                break
-    return list(section.model_fields) + (["preset"] if section is ModelConfig else [])
-
-
-def _explain(error: ValidationError, source: str, root: tuple[str, ...] = ()) -> UserError:
-    lines = []
-    for item in error.errors():
-        path = root + tuple(item["loc"])
-        dotted = ".".join(str(part) for part in path)
-        if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(path[-1]), _valid_keys(path), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(_valid_keys(path))}"
-            lines.append(f"unknown key {dotted!r}; {hint}")
-        elif item["type"] == "missing":
-            lines.append(f"{dotted!r} is missing: give it in the recipe or as {dotted}=VALUE")
-        elif item["type"] == "value_error":
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{dotted}: {message}" if dotted else message)
-        else:
-            lines.append(f"{dotted} = {shorten(repr(item['input']))}: {item['msg']}")
-    return UserError(f"{source}: " + "; ".join(lines))
-
-
-def parse_model(values: dict[str, Any], source: str) -> ModelConfig:
-    """ModelConfig from plain values, `preset: NAME` resolved and overridden by the other keys."""
-    from qwen_moe.presets import preset_values
-
-    values = dict(values)
-    if "preset" in values:
-        name = values.pop("preset")
-        base = preset_values(str(name))
-        changed = values.keys() & {"hidden_size", "num_attention_heads"}
-        if changed and "head_dim" not in values and base["family"].startswith("qwen2"):
-            base.pop("head_dim", None)  # the qwen2 families derive it from the two
-        values = base | values
-    try:
-        return ModelConfig(**values)
-    except ValidationError as error:
-        raise _explain(error, source, ("model",)) from None
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"override {override!r} is not of the form section.key=value")
-    node = values
-    *parents, leaf = key.split(".")
-    for part in parents:
-        child = node.get(part)
-        if child is None:
-            child = node[part] = {}
-        if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {part!r} is a value, not a section")
-        node = child
-    node[leaf] = yaml_value(text, f"override {shorten(override)!r}") if text else ""
-
-
-def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    given: dict[str, str] = {}
-    for override in overrides:
-        key = override.partition("=")[0]
-        if given.setdefault(key, override) != override:
-            raise UserError(f"{key} is given twice, as {shorten(given[key])} and as {shorten(override)}: keep one")
-        _apply_override(values, override)
-
-
-def parse_config(values: dict[str, Any], source: str) -> RunConfig:
-    """RunConfig from plain values; every problem found is in one UserError."""
-    values = dict(values)
-    if isinstance(values.get("model"), dict) and "preset" in values["model"]:
-        values["model"] = parse_model(values["model"], source).model_dump()
-    try:
-        return RunConfig(**values)
-    except ValidationError as error:
-        raise _explain(error, source) from None
-
-
-def find_recipe(path: Path) -> Path:
-    """``path``; or the recipe that comes with the package, where there is no such path but `demo` or `recipes/demo.yaml` is
-    the name of one."""
-    if os.path.exists(path) or path.parent not in (Path(), Path("recipes")) or path.suffix not in ("", ".yaml"):
-        return path
-    ours = RECIPES / f"{path.stem}.yaml"
-    return ours if os.path.isfile(ours) else path
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe, a file or one that comes with the package (`find_recipe`), and apply `section.key=value` overrides
-    (values are YAML). Raises UserError naming every problem."""
-    expected = f"the path of a YAML file, or one of {', '.join(sorted(file.stem for file in RECIPES.glob('*.yaml')))}"
-    found = find_recipe(path)
-    if found != path and path.suffix:
-        print(f"{path} is not here: {found}, which comes with qwen-moe, is read", file=sys.stderr)
-    values = yaml_mapping(read_text(found, "recipe", expected), f"recipe {path}")
-    _apply_overrides(values, overrides)
-    return parse_config(values, str(path))
-
-
-def dump_config(config: RunConfig) -> str:
-    """The resolved config as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)

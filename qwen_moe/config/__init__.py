@@ -1,0 +1,39 @@
+"""What a run is: its settings (`run`), and how a recipe becomes them (`load`)."""
+
+from qwen_moe.config.load import dump_config, find_recipe, load_config, parse_config, parse_model
+from qwen_moe.config.run import (
+    BalanceConfig,
+    DataConfig,
+    Dataset,
+    Fp8Config,
+    LoggingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    WandbConfig,
+)
+from qwen_moe.model_config import ModelConfig
+
+__all__ = [
+    "BalanceConfig",
+    "DataConfig",
+    "Dataset",
+    "Fp8Config",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PrecisionConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TrainingConfig",
+    "WandbConfig",
+    "dump_config",
+    "find_recipe",
+    "load_config",
+    "parse_config",
+    "parse_model",
+]
