@@ -72,9 +72,9 @@ def test_a_layout_that_does_not_fit_is_refused() -> None:
 
 
 def test_a_shape_that_does_not_fit_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen_moe.sharding import model as plan
+    from qwen_moe.sharding import table
 
-    monkeypatch.setitem(plan.SPLITS, "*.self_attn.o_proj.weight", {0: "tp"})
+    monkeypatch.setitem(table.SPLITS, "*.self_attn.o_proj.weight", {0: "tp"})
     with pytest.raises((RuntimeError, AssertionError)):
         run_shapes(plus_style(tp=4), WORLD, 3)
 
