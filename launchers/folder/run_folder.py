@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 from launchers.errors import LaunchError
 
+CHECKPOINTS = "checkpoints"  # of a run folder: its step_XXXXXXXX directories
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -217,7 +218,7 @@ class RunFolder:
     def saved_step(self) -> int:
         """Step of the newest complete checkpoint; 0 when there is none."""
         steps = [0]
-        root = self.run_dir / "checkpoints"
+        root = self.run_dir / CHECKPOINTS
         if root.is_dir():
             for path in root.iterdir():
                 match = _STEP.fullmatch(path.name)

@@ -5,18 +5,18 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from launchers.folder.run_folder import CHECKPOINTS
 from qwen_moe.checkpoint.directory import step_directories, verify
 from qwen_moe.checkpoint.manifest import MANIFEST, METADATA, MODEL_CONFIG, CheckpointDamaged
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
 
 HF_FOLDER = "hf"
-_CHECKPOINTS = "checkpoints"
 
 
 def _steps(path: Path) -> list[Path]:
     """Step directories of a run or of its `checkpoints/`, oldest first; those without a manifest are damaged ones."""
-    return list((step_directories(path) or step_directories(path / _CHECKPOINTS)).values())
+    return list((step_directories(path) or step_directories(path / CHECKPOINTS)).values())
 
 
 def is_ours(path: Path) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers.errors import LaunchError
-from launchers.folder.run_folder import RunFolder, read_object, write_json, write_text
+from launchers.folder.run_folder import CHECKPOINTS, RunFolder, read_object, write_json, write_text
 from launchers.folder.secrets import redact_command
 from launchers.folder.snapshot import take
 from launchers.local.lock import RunLock
@@ -186,7 +186,7 @@ def check_room(plan: Plan) -> None:
             f"run folder {plan.run.run_dir} cannot be written ({error.strerror or error}): give another run_dir, on a "
             "file system that the nodes share"
         ) from None
-    check_disk_space(plan.config, plan.run.run_dir / "checkpoints")
+    check_disk_space(plan.config, plan.run.run_dir / CHECKPOINTS)
 
 
 def groups(config: RunConfig) -> dict[str, int]:

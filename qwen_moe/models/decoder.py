@@ -171,4 +171,4 @@ class DecoderLM(nn.Module):
         """Sums of this micro-batch. ``labels [B, S]`` are already shifted: the token that follows; -100 is not counted."""
         x, router = self.hidden_states(input_ids, position_ids, document_ids)
         loss = self.cross_entropy(x, self.head_weight, labels, chunk_tokens)
-        return LossSums(loss, (labels != -100).sum(), router)
+        return LossSums(loss, (labels >= 0).sum(), router)

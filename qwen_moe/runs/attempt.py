@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
+from launchers.folder.run_folder import write_text
 from parallel.gemm import description
 from parallel.process import ProcessInfo
 from parallel.threads import DECIDED
 from qwen_moe.config import RunConfig, dump_config
-from qwen_moe.runs.records import ATTEMPTS
+from qwen_moe.runs.records import ATTEMPTS, RESOLVED
 
-CONFIG = "config.yaml"
 _PACKAGES = ("qwen-moe", "torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
 
 
@@ -34,15 +34,17 @@ def package_versions() -> dict[str, str]:
 
 
 def code_commit() -> dict[str, Any]:
-    """Commit of this checkout and whether files differ from it; empty where the code is not in git."""
-    here = Path(__file__).resolve().parent
+    """Commit of this checkout and whether files differ from it; empty where the code is not in git, as when it is installed
+    inside a checkout of something else."""
+    here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
+            ["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", here.name)
         return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.CalledProcessError):
         return {}
@@ -51,9 +53,7 @@ def code_commit() -> dict[str, Any]:
 def record_attempt(config: RunConfig, info: ProcessInfo, device: torch.device, *, resumed_step: int) -> None:
     """Append this attempt to the run folder's attempts.jsonl and save the resolved config."""
     run_dir = config.run_dir
-    temporary = run_dir / f"{CONFIG}.partial"
-    temporary.write_text(dump_config(config), encoding="utf-8")
-    os.replace(temporary, run_dir / CONFIG)
+    write_text(run_dir / RESOLVED, dump_config(config))
     record = {
         "time": time.time(),
         "resumed_step": resumed_step,

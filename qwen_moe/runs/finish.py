@@ -1,10 +1,10 @@
 """After the last step: pictures, a Hugging Face directory, and text sampled from it by transformers."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from launchers.folder.run_folder import CHECKPOINTS, write_text
 from qwen_moe.checkpoint.directory import step_directory
 from qwen_moe.config import RunConfig
 from qwen_moe.runs.report import as_text, draw_if_possible, summarise
@@ -18,7 +18,7 @@ def finish_run(config: RunConfig) -> dict[str, Any]:
     run_dir = config.run_dir
     facts = summarise(run_dir)
     facts["pictures"] = draw_if_possible(run_dir)
-    checkpoint = step_directory(run_dir / "checkpoints", config.train_steps)
+    checkpoint = step_directory(run_dir / CHECKPOINTS, config.train_steps)
     facts["checkpoint"] = str(checkpoint)
     print(as_text(facts), file=sys.stderr)
     print(f"  checkpoint        {checkpoint}", file=sys.stderr)
@@ -32,7 +32,7 @@ def finish_run(config: RunConfig) -> dict[str, Any]:
         print(f"  Hugging Face      {hf_dir}", file=sys.stderr)
         if config.sample_prompt:
             text = sample_with_transformers(hf_dir, config.sample_prompt, config.seed)
-            _write(run_dir / SAMPLE, text)
+            write_text(run_dir / SAMPLE, text)
             facts["sample"] = text
             print(f"\ntext sampled by transformers from {hf_dir} ({run_dir / SAMPLE}):\n\n{text}\n", file=sys.stderr)
     return facts
@@ -57,9 +57,3 @@ def sample_with_transformers(hf_dir: Path, prompt: str, seed: int, new_tokens: i
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
     )
     return tokenizer.decode(output[0], skip_special_tokens=True)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

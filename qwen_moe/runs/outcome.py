@@ -8,10 +8,9 @@ from typing import Any, Literal
 from launchers.folder.run_folder import RunFolder, read_json
 from launchers.job.decide import BAD_STEP
 from qwen_moe.config import RunConfig, load_config
-from qwen_moe.runs.records import METRICS, read_lines
+from qwen_moe.runs.records import METRICS, RESOLVED, read_lines
 
 FAILURE = "failure.json"  # why the last attempt gave up: {"kind", "message"}; gone when the next one starts
-RESOLVED = "config.yaml"
 # What makes two runs the same experiment; the rest (intervals, logging, placement) may differ.
 IDENTITY = ("seed", "model", "data", "training", "optimizer", "schedule", "balance", "precision")
 

@@ -72,7 +72,7 @@ def text(found: Collected) -> list[str]:
 def _runs_of(path: Path) -> list[tuple[str, Path, RunConfig]]:
     """(name, run folder, what was asked for) of a run folder, or of every recipe of a ladder."""
     from qwen_moe.launch.folder import open_folder
-    from qwen_moe.runs.outcome import RESOLVED
+    from qwen_moe.runs.records import RESOLVED
 
     if not path.is_dir():
         raise UserError(f"{path} is not a folder: give a folder of recipes that were run, or the run_dir of a run")

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from launchers.folder.run_folder import CHECKPOINTS
 from qwen_moe.config import ModelConfig, RunConfig, dump_config, load_config, parse_config
 from qwen_moe.errors import UserError
 from qwen_moe.models.flops import count_parameters
@@ -116,7 +117,7 @@ def write_recipes(
             continue  # too short to share anything: it runs from the start
         branches[place] = step
         draft["data"]["order_tokens"] = trunk["training"]["train_tokens"]
-        draft["checkpoint"]["branch_from"] = str(Path(trunk["run_dir"]) / "checkpoints" / f"step_{step:08d}")
+        draft["checkpoint"]["branch_from"] = str(Path(trunk["run_dir"]) / CHECKPOINTS / f"step_{step:08d}")
         trunk["checkpoint"]["keep_steps"] = sorted({*trunk["checkpoint"].get("keep_steps", ()), step})
     recipes, rows = {}, []
     for place, (run, draft) in enumerate(zip(runs, drafts, strict=True)):

@@ -38,7 +38,7 @@ def open_curve(path: Path) -> tuple["Curve", tuple[Any, ...] | None]:
 
     from qwen_moe.config import load_config
     from qwen_moe.models.flops import count_parameters
-    from qwen_moe.runs.records import METRICS, read_lines
+    from qwen_moe.runs.records import METRICS, RESOLVED, read_lines
     from qwen_moe.training.schedule import learning_rate
     from scaling_laws.curves import Curve, read_curve
 
@@ -46,10 +46,10 @@ def open_curve(path: Path) -> tuple["Curve", tuple[Any, ...] | None]:
         raise UserError(f"{path} does not exist: give the run_dir of a run, or a CSV with step, learning_rate, loss")
     if path.is_file():
         return read_curve(path), None
-    for name in ("config.yaml", METRICS):
+    for name in (RESOLVED, METRICS):
         if not (path / name).is_file():
             raise UserError(f"{path} holds no {name}: give the run_dir of a run that has trained some steps")
-    config = load_config(path / "config.yaml")
+    config = load_config(path / RESOLVED)
     records = read_lines(path / METRICS)
     found = {record["step"]: record["loss"] for record in records if "loss" in record}
     last = max(found, default=0)

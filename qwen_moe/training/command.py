@@ -9,10 +9,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from launchers.folder.run_folder import write_json
+from launchers.folder.run_folder import CHECKPOINTS, write_json, write_text
 from qwen_moe.config import RunConfig, dump_config, load_config
 from qwen_moe.errors import UserError
-from qwen_moe.runs.outcome import FAILURE, RESOLVED
+from qwen_moe.runs.outcome import FAILURE
+from qwen_moe.runs.records import RESOLVED
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -73,12 +74,10 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
         print(f"{nproc} processes instead of launch.nproc {config.launch.nproc}: layout {layout}", file=sys.stderr)
     lock = RunLock(config.run_dir)
     try:
-        check_disk_space(config, config.run_dir / "checkpoints")
+        check_disk_space(config, config.run_dir / CHECKPOINTS)
         prepare_inputs(config)
         resolved = config.run_dir / RESOLVED
-        temporary = resolved.with_suffix(".partial")
-        temporary.write_text(dump_config(config), encoding="utf-8")
-        os.replace(temporary, resolved)
+        write_text(resolved, dump_config(config))
         (config.run_dir / FAILURE).unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(prefix="qwen-moe-") as folder:
             # Not in the run folder: the failure to be told may be that its disk is full.

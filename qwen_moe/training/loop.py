@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launchers.folder.run_folder import CHECKPOINTS
 from launchers.job.heartbeat import Heartbeat
 from launchers.local.supervisor import INTERRUPTED, PROGRESS
 from parallel.gemm import description
@@ -38,8 +39,6 @@ from qwen_moe.training.optimizer import build_optimizer
 from qwen_moe.training.rollback import History
 from qwen_moe.training.slow_step import SlowStepNotice
 from qwen_moe.training.step import BadStep, StepResult, Trainer
-
-CHECKPOINTS = "checkpoints"
 
 
 class StopRequest:

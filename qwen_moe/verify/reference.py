@@ -57,7 +57,7 @@ def _balance(config: RunConfig, router: RouterStatistics, ranks: int, seen: torc
 def _losses(config: RunConfig, model: DecoderLM, batch: dict[str, torch.Tensor], ranks: int) -> dict[str, Any]:
     """Mean losses of a global batch, differentiable, and its counts."""
     rows, per_wave = batch["labels"].shape[0], config.training.micro_batch_size * ranks
-    counted, tokens = (batch["labels"] != -100).sum(), batch["labels"].numel()
+    counted, tokens = (batch["labels"] >= 0).sum(), batch["labels"].numel()
     cross_entropy = balance = z = torch.zeros((), dtype=torch.float64)
     counts, dropped = None, 0
     for begin in range(0, rows, per_wave):
