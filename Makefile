@@ -9,7 +9,7 @@ train: install
 	$(BIN)/qwen-moe train $(RECIPE)
 
 # Two processes share the quick tests, a file at a time; `PARALLEL= make test` runs them in one.
-PARALLEL ?= -n 2 --dist loadgroup --no-loadscope-reorder
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 test: install lint slurm
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PARALLEL) $(PYTEST_OPTIONS)
 
