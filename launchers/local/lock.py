@@ -53,16 +53,18 @@ class RunLock:
     """An exclusive lock on a run folder, let go by the kernel when this process, and every process that was started with
     ``pass_fds=lock.pass_fds``, has ended, however it ends. Raises LaunchError, which names the holder.
 
+    A run that was killed leaves processes that stop a moment later: they are waited for, ``patience`` seconds at most.
+
     On NFS the kernel makes of it a lock of the server's, which other nodes see. A file system without locks is said.
     """
 
-    def __init__(self, run_dir: Path, what: str = "") -> None:
+    def __init__(self, run_dir: Path, what: str = "", patience: float = 60) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._file = (run_dir / NAME).open("a+", encoding="utf-8")
         if fcntl is None:
             return
         try:
-            self._take(run_dir)
+            self._take(run_dir, patience)
         except BaseException:
             self._file.close()
             raise
@@ -70,23 +72,38 @@ class RunLock:
         self._file.write(f"{os.getpid()} {socket.gethostname()} {what or _this_command()}\n")
         self._file.flush()
 
-    def _take(self, run_dir: Path) -> None:
-        for left in reversed(range(_TRIES)):
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    def _take(self, run_dir: Path, patience: float) -> None:
+        for _ in range(_TRIES):
+            if self._try(run_dir):
                 return
-            except OSError as error:
-                if error.errno not in _HELD:
-                    print(
-                        f"note: {run_dir} cannot be locked ({error.strerror}): start no second run in it meanwhile",
-                        file=sys.stderr,
-                    )
-                    return
-            if left:
-                time.sleep(_PAUSE_SECONDS)
+            time.sleep(_PAUSE_SECONDS)
+        end, told = time.monotonic() + patience, False
+        while time.monotonic() < end:
+            left = _left_by_dead_holder(run_dir)  # looked for before the try: what ends between the two is not missed
+            if self._try(run_dir):
+                return
+            if not left:
+                break
+            if not told:
+                print(f"waiting for what an earlier run in {run_dir} has left: {_processes(left)}", file=sys.stderr)
+                told = True
+            time.sleep(_PAUSE_SECONDS)
         raise LaunchError(
             f"run folder {run_dir} is in use by {_who_holds(run_dir)}: wait for it, stop it, or use another run_dir"
         )
+
+    def _try(self, run_dir: Path) -> bool:
+        """True when there is nothing more to try: the lock is ours, or this file system has none."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _HELD:
+                return False
+            print(
+                f"note: {run_dir} cannot be locked ({error.strerror}): start no second run in it meanwhile",
+                file=sys.stderr,
+            )
+        return True
 
     @property
     def pass_fds(self) -> tuple[int, ...]:
@@ -121,13 +138,22 @@ def _this_command() -> str:
 def _who_holds(run_dir: Path) -> str:
     """The holder that the lock file names; when that one is dead, what it has left running."""
     holder = read_holder(run_dir)
-    if not holder.pid or holder.host not in ("", socket.gethostname()) or Path(f"/proc/{holder.pid}").exists():
-        return holder.text()
-    left = _open_in(run_dir / NAME)
+    left = _left_by_dead_holder(run_dir)
     if not left:
         return holder.text()
-    listed = ", ".join(str(pid) for pid in left)
-    return f"{holder.text()}, which has ended, and by what it started and is still stopping (process {listed})"
+    return f"{holder.text()}, which has ended, and by what it started and is still stopping ({_processes(left)})"
+
+
+def _left_by_dead_holder(run_dir: Path) -> list[int]:
+    """Pids that keep the lock of a holder on this machine that has ended itself; empty where the holder lives."""
+    holder = read_holder(run_dir)
+    if not holder.pid or holder.host not in ("", socket.gethostname()) or Path(f"/proc/{holder.pid}").exists():
+        return []
+    return _open_in(run_dir / NAME)
+
+
+def _processes(pids: list[int]) -> str:
+    return ("process " if len(pids) == 1 else "processes ") + ", ".join(map(str, pids))
 
 
 def _open_in(path: Path) -> list[int]:

@@ -1,6 +1,7 @@
 """The supervisor: restarts after crashes while there is progress, reports errors once, stops in order, locks the folder."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -99,7 +100,9 @@ def test_a_run_folder_has_one_run_and_the_lock_dies_with_its_holder(tmp_path: Pa
     RunLock(tmp_path).close()
 
 
-def test_what_a_killed_command_started_ends_and_holds_the_lock_until_then(tmp_path: Path) -> None:
+def test_what_a_killed_command_started_ends_and_holds_the_lock_until_then(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     child = "import pathlib, signal, sys, time; signal.signal(15, lambda *_: (time.sleep(1), sys.exit()))"
     child += "; pathlib.Path(sys.argv[1], 'ready').touch(); time.sleep(60)"
     script = f"""
@@ -119,11 +122,7 @@ def test_what_a_killed_command_started_ends_and_holds_the_lock_until_then(tmp_pa
     command.kill()
     command.wait()
     with pytest.raises(LaunchError, match=rf"{command.pid} .*which has ended, and by what it started"):
-        RunLock(tmp_path)  # the child saves
-    while time.monotonic() < end:
-        try:
-            RunLock(tmp_path).close()
-            return
-        except LaunchError:
-            time.sleep(0.05)
-    raise AssertionError("the child lives on")
+        RunLock(tmp_path, patience=0)  # the child saves
+    capsys.readouterr()
+    RunLock(tmp_path).close()  # a run that is started again waits until the child has ended
+    assert re.search(r"waiting for what an earlier run in .* has left: process \d+\n", capsys.readouterr().err)
