@@ -5,6 +5,7 @@ Shapes: ``a [M, K]`` and ``b [N, K]`` are contracted over K; rows of E experts f
 """
 
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
 from parallel.gemm import widens
@@ -12,23 +13,46 @@ from parallel.kernels.formats import E5M2, Quantised, widen
 
 
 def _has_kernel(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """`torch._scaled_mm` with one scale per tensor: any shape on CPU; on GPUs FP8 units, multiples of 16, one E4M3."""
+    """Whether `torch._scaled_mm` multiplies these with one scale per tensor; on GPUs one of them must be E4M3."""
     if a.device.type == "cpu":
         return not widens(a, torch.bfloat16)  # oneDNN has FP8 products where it has bfloat16's
     if a.device.type != "cuda" or torch.cuda.get_device_capability(a.device) < (8, 9):
         return False
-    return not (a.shape[1] % 16 or b.shape[0] % 16 or b.shape[1] % 16 or a.dtype == b.dtype == E5M2)
+    return not a.dtype == b.dtype == E5M2
+
+
+def _multiple(device: torch.device) -> int:
+    """Every size of a matrix must be a multiple of this: cuBLASLt answers CUBLAS_STATUS_NOT_SUPPORTED otherwise."""
+    return 16 if device.type == "cuda" else 1
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    """``x [R, C]`` with zeros up to whole multiples, which add nothing to a product; contiguous, the one order of strides
+    that has a kernel on GPUs."""
+    multiple = _multiple(x.device)
+    below, right = -x.shape[0] % multiple, -x.shape[1] % multiple
+    if below or right:
+        x = F.pad(x.view(torch.uint8), (0, right, 0, below)).view(x.dtype)
+    return x.contiguous()
+
+
+def _scalar(inverse: torch.Tensor) -> torch.Tensor:
+    """The one factor of a tensor, at an address that cuBLASLt can read from: one of a stack's lies at any."""
+    scalar = inverse.reshape(())
+    return scalar.clone() if scalar.device.type == "cuda" and scalar.data_ptr() % 16 else scalar
 
 
 def mm(a: Quantised, b: Quantised, dtype: torch.dtype) -> torch.Tensor:
     """``a b^T [M, N]``."""
     if a.exact_in_bf16 and b.exact_in_bf16:
         return (_values(a, dtype) @ _values(b, dtype).T).to(dtype)
-    if not a.data.shape[0]:
-        return a.data.new_empty(0, b.data.shape[0], dtype=dtype)
+    rows, columns = a.data.shape[0], b.data.shape[0]
+    if not rows:
+        return a.data.new_empty(0, columns, dtype=dtype)
     if _has_kernel(a.data, b.data):
-        left, right = a.data.contiguous(), b.data.contiguous()  # on GPUs the one order of strides that has a kernel
-        return torch._scaled_mm(left, right.T, a.inverse.reshape(()), b.inverse.reshape(()), out_dtype=dtype)
+        left, right = _padded(a.data), _padded(b.data)
+        out = torch._scaled_mm(left, right.T, _scalar(a.inverse), _scalar(b.inverse), out_dtype=dtype)
+        return out[:rows, :columns]
     sums = widen(a.data, torch.float32) @ widen(b.data, torch.float32).T
     return (sums * (a.inverse * b.inverse).reshape(())).to(dtype)
 

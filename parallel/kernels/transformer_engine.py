@@ -10,8 +10,10 @@ and scatters dim 0 of ``[S, B, D]``, our sequences are dim 1. Hence also no Laye
 the gather lies between norm and projections, and an MoE's norm feeds the router in high precision.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ class KernelsUnavailable(RuntimeError):
 def load_transformer_engine() -> tuple[Any, Any]:
     """``transformer_engine.pytorch`` and ``transformer_engine.common.recipe``. Raises KernelsUnavailable."""
     use_torch = "or use precision.kernels=torch"
+    _share_cudnn()
     try:
         import transformer_engine
         import transformer_engine.common.recipe as te_recipe
@@ -57,6 +60,19 @@ def load_transformer_engine() -> tuple[Any, Any]:
             f"one of these, {use_torch}"
         )
     return te, te_recipe
+
+
+def _share_cudnn() -> None:
+    """Let Transformer Engine load the cuDNN that torch brings: it would take the system's, and two releases of cuDNN in one
+    process do not work (undefined symbols)."""
+    if "CUDNN_HOME" in os.environ or "CUDNN_PATH" in os.environ:
+        return
+    try:
+        spec = find_spec("nvidia.cudnn")
+    except ModuleNotFoundError:
+        return
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        os.environ["CUDNN_HOME"] = folder
 
 
 def make_recipe(ours: Recipe, te: Any, te_recipe: Any, *, reduce_amax: bool) -> Any:
