@@ -22,22 +22,23 @@ def _has_kernel(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _multiple(device: torch.device) -> int:
-    """Every size of a matrix must be a multiple of this: cuBLASLt answers CUBLAS_STATUS_NOT_SUPPORTED otherwise."""
+    """K and N must be multiples of this; M may be any (seen on an H100)."""
     return 16 if device.type == "cuda" else 1
 
 
-def _padded(x: torch.Tensor) -> torch.Tensor:
-    """``x [R, C]`` with zeros up to whole multiples, which add nothing to a product; contiguous, the one order of strides
-    that has a kernel on GPUs."""
+def _padded(x: torch.Tensor, rows: bool) -> torch.Tensor:
+    """``x [R, C]`` with zeros up to a multiple of columns (and of ``rows``), which add nothing to a product; contiguous, the
+    one order of strides that has a kernel on GPUs."""
     multiple = _multiple(x.device)
-    below, right = -x.shape[0] % multiple, -x.shape[1] % multiple
+    below, right = -x.shape[0] % multiple if rows else 0, -x.shape[1] % multiple
     if below or right:
         x = F.pad(x.view(torch.uint8), (0, right, 0, below)).view(x.dtype)
     return x.contiguous()
 
 
 def _scalar(inverse: torch.Tensor) -> torch.Tensor:
-    """The one factor of a tensor, at an address that cuBLASLt can read from: one of a stack's lies at any."""
+    """The one factor of a tensor, at a multiple of 16 bytes: from elsewhere (one of a stack's) cuBLASLt does not read it and
+    answers CUBLAS_STATUS_NOT_SUPPORTED."""
     scalar = inverse.reshape(())
     return scalar.clone() if scalar.device.type == "cuda" and scalar.data_ptr() % 16 else scalar
 
@@ -46,13 +47,13 @@ def mm(a: Quantised, b: Quantised, dtype: torch.dtype) -> torch.Tensor:
     """``a b^T [M, N]``."""
     if a.exact_in_bf16 and b.exact_in_bf16:
         return (_values(a, dtype) @ _values(b, dtype).T).to(dtype)
-    rows, columns = a.data.shape[0], b.data.shape[0]
-    if not rows:
+    columns = b.data.shape[0]
+    if not a.data.shape[0]:
         return a.data.new_empty(0, columns, dtype=dtype)
     if _has_kernel(a.data, b.data):
-        left, right = _padded(a.data), _padded(b.data)
+        left, right = _padded(a.data, rows=False), _padded(b.data, rows=True)
         out = torch._scaled_mm(left, right.T, _scalar(a.inverse), _scalar(b.inverse), out_dtype=dtype)
-        return out[:rows, :columns]
+        return out[:, :columns]
     sums = widen(a.data, torch.float32) @ widen(b.data, torch.float32).T
     return (sums * (a.inverse * b.inverse).reshape(())).to(dtype)
 

@@ -10,10 +10,12 @@ and scatters dim 0 of ``[S, B, D]``, our sequences are dim 1. Hence also no Laye
 the gather lies between norm and projections, and an MoE's norm feeds the router in high precision.
 """
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,15 +65,18 @@ def load_transformer_engine() -> tuple[Any, Any]:
 
 
 def _share_cudnn() -> None:
-    """Let Transformer Engine load the cuDNN that torch brings: it would take the system's, and two releases of cuDNN in one
-    process do not work (undefined symbols)."""
+    """Load all of the cuDNN that torch brings before Transformer Engine looks for one: it would take those of its libraries
+    that torch has not loaded yet from the system, and two releases in one process do not work (undefined symbols)."""
     if "CUDNN_HOME" in os.environ or "CUDNN_PATH" in os.environ:
-        return
+        return  # the user's choice
     try:
         spec = find_spec("nvidia.cudnn")
     except ModuleNotFoundError:
-        return
+        return  # torch was built against the system's
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        for library in sorted(Path(folder, "lib").glob("libcudnn*.so.*")):
+            with suppress(OSError):
+                ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         os.environ["CUDNN_HOME"] = folder
 
 
