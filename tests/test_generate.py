@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qwen_moe.checkpoint.huggingface.convert import convert_from_hf, save_pretrained
+from qwen_moe.config.model import Family, ModelConfig
 from qwen_moe.errors import UserError
 from qwen_moe.generate import end_tokens, generate, generate_text, register, sample
-from qwen_moe.model_config import Family, ModelConfig
 from tests.models.hf_reference import FAMILIES, draw_weights, hf_model, model_configs, true_float64
 
 SETTINGS = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -10,7 +10,7 @@ import transformers
 from torch.overrides import TorchFunctionMode
 
 from qwen_moe.checkpoint.huggingface.config import hf_config
-from qwen_moe.model_config import Family, ModelConfig
+from qwen_moe.config.model import Family, ModelConfig
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.init import build_model
 

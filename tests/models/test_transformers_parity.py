@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen_moe.model_config import Family, ModelConfig
+from qwen_moe.config.model import Family, ModelConfig
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.moe.router import RouterStatistics
 from tests.models.hf_reference import FAMILIES, draw_weights, hf_model, model_configs, to_hf_names, true_float64

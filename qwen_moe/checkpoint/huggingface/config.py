@@ -5,8 +5,8 @@ from typing import Any, NoReturn
 
 from qwen_moe.checkpoint.huggingface.fp8 import check_quantisation
 from qwen_moe.config import ModelConfig, parse_model
+from qwen_moe.config.model import Family
 from qwen_moe.errors import UserError
-from qwen_moe.model_config import Family
 
 ARCHITECTURES: dict[str, Family] = {
     "Qwen2ForCausalLM": "qwen2",

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen_moe.checkpoint.huggingface.convert import convert_from_hf, convert_to_hf, from_pretrained, save_pretrained
-from qwen_moe.model_config import Family, ModelConfig
+from qwen_moe.config.model import Family, ModelConfig
 from tests.checkpoint.huggingface.directories import (
     by_hand,
     by_transformers,

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from qwen_moe.checkpoint.huggingface.config import HF_DEFAULTS, hf_config, interpret, model_config_from_hf
 from qwen_moe.checkpoint.huggingface.names import expert_biases, parameters
+from qwen_moe.config.model import Family, ModelConfig
+from qwen_moe.config.presets import PRESETS
 from qwen_moe.errors import UserError
-from qwen_moe.model_config import Family, ModelConfig
 from qwen_moe.models.decoder import DecoderLM
-from qwen_moe.presets import PRESETS
 from tests.models.hf_reference import FAMILIES, model_configs
 
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

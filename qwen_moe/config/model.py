@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from qwen_moe.fields import Layers, NonNegativeInt, OptionalSize, PositiveFloat, Section, Size, whole_number
+from qwen_moe.config.fields import Layers, NonNegativeInt, OptionalSize, PositiveFloat, Section, Size, whole_number
 
 Family = Literal["qwen2", "qwen2_moe", "qwen3", "qwen3_moe"]
 
