@@ -1,4 +1,4 @@
-"""The declarative map between our parameters and the tensors of a Hugging Face directory, for all four families.
+"""The declarative map between our parameters and the tensors of a Hugging Face directory, for every family.
 
 Names are the same on both sides but for routed experts: ours are stacked, Hugging Face's files hold one matrix per
 expert (and transformers 5 fuses them in memory, a layout that is accepted when reading). One row below is one kind of
