@@ -21,7 +21,7 @@ class Family:
     holds for every model of the family.
     ``o_bias``: the output projection has a bias where q, k and v have.
     ``expert_count_keys``: the keys of config.json that the number of experts is written to.
-    ``defaults``: what transformers takes for a key that config.json does not have, ``qkv_bias_key`` apart.
+    ``defaults``: what transformers takes for a key that config.json does not have, by our names; ``qkv_bias`` apart.
     """
 
     architecture: str
@@ -36,7 +36,8 @@ class Family:
 
     @property
     def hf_defaults(self) -> dict[str, Any]:
-        """Every key of config.json that holds a setting of the model, and what transformers takes where it is absent."""
+        """What transformers takes for a key that config.json does not have, for every setting that it reads there. The
+        number of experts is under `num_experts` whatever ``expert_count_keys`` are."""
         bias = {self.qkv_bias_key: self.qkv_bias} if self.qkv_bias_key else {}
         return dict(self.defaults) | bias
 

@@ -220,7 +220,7 @@ def _fresh(config: ModelConfig) -> dict[str, Any]:
         "use_cache": True,
         "use_sliding_window": False,
     }
-    for key in features.hf_defaults:
+    for key in features.hf_defaults.keys() - {"num_experts"}:
         values[key] = config.qkv_bias if key == features.qkv_bias_key else getattr(config, key)
     if features.moe:
         values["mlp_only_layers"] = list(config.mlp_only_layers)
