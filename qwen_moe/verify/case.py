@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from parallel.mesh import Layout
-from parallel.stages import V_SHAPED, stages_per_rank
+from parallel.stages import V_SHAPED, splits_backward, stages_per_rank
 from qwen_moe.config import ModelConfig, RunConfig, parse_config
 from qwen_moe.config.families import FAMILIES
 from qwen_moe.errors import UserError
@@ -164,7 +164,8 @@ def draw(seed: int, index: int, max_ranks: int) -> tuple[RunConfig, Layout]:
     ep = rng.choice([d for d in range(1, stage + 1) if stage % d == 0]) if moe else 1
     etp = rng.choice([d for d in range(1, stage // ep + 1) if (stage // ep) % d == 0]) if moe else 1
     layout = Layout(pp=pp, dp=dp, tp=tp, ep=ep, etp=etp)
-    schedule = rng.choice(["1f1b", "interleaved_1f1b", "zbv", "dualpipev"]) if pp > 1 else "1f1b"
+    schedules = ["1f1b", "interleaved_1f1b", *(V_SHAPED if splits_backward() else ())]
+    schedule = rng.choice(schedules) if pp > 1 else "1f1b"
     per_rank = {"1f1b": 1, "interleaved_1f1b": rng.choice([2, 3])}.get(schedule, 2)
     stages = pp * per_rank if pp > 1 else 1
     layers = rng.randint(max(1, stages), max(1, stages) + 2)
