@@ -1,6 +1,6 @@
 """Forward and backward of one Qwen3-30B-A3B-shaped MoE layer, and of a small whole model, against other libraries'.
 
-    python -m benchmarks.gpu [--rounds 10] [--recipes current blockwise] [--json]
+    python -m benchmarks.gpu [--rounds 10] [--recipes current blockwise] [--compile] [--json]
     python -m benchmarks.gpu --device cpu --tiny          # a dry run: nothing but that it runs
 
 All contenders get the same tokens and the same routing, balanced or skewed (Zipf's law over experts: the first is chosen
@@ -39,6 +39,7 @@ from benchmarks.gpu_contenders import (
     transformers_model,
 )
 from qwen_moe.models.flops import flops_per_token
+from qwen_moe.models.ops.compiled import compile_kernels
 from qwen_moe.runs.recorder import measure_matmul_peak
 
 Contenders = dict[str, Callable[[], Step]]
@@ -181,9 +182,11 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="sizes for a dry run")
     parser.add_argument("--recipes", nargs="*", default=["current", "blockwise"])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--compile", action="store_true", help="compile our elementwise chains, as train does on a GPU")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     session = Session(args.device)
+    compile_kernels(args.compile)
     result = benchmark(session, TINY if args.tiny else Size(), args.recipes, args.rounds)
     print(json.dumps(result, indent=1) if args.json else table(result))
     dist.destroy_process_group()
