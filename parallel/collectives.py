@@ -56,6 +56,24 @@ def start_reduce_scatter_sequence(x: torch.Tensor, axis: Axis) -> Pending:
     return Pending(work, buffer, parts)
 
 
+class _AllReduce(torch.autograd.Function):
+    """forward: sum over ranks. backward: sum of what every rank's own use of the sum gives back."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, axis: Axis) -> torch.Tensor:
+        ctx.axis = axis
+        return all_reduce_sum(x, axis)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return all_reduce_sum(grad_outputs[0], ctx.axis), None
+
+
+def all_reduce_with_gradient(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """The sum of ``x`` over ``axis``, whose gradient is the sum of all ranks' gradients of it."""
+    return x if axis.size == 1 else _AllReduce.apply(x, axis)
+
+
 class _ReduceScatterSequence(torch.autograd.Function):
     """forward: sum over ranks, each keeps its part of the sequence. backward: all-gather of the parts."""
 

@@ -1,10 +1,11 @@
 """Layers -> stages -> ranks, and a step over micro-batches through torch.distributed.pipelining's schedules.
 
-A part of the model is a module ``part(x, **batch)``: the first takes a tensor of the batch, the others the hidden states
-that the part before gave; the last gives what the loss function takes. Losses are sums: nothing is divided here.
+A part of the model is a module ``part(x, **batch)``: the first takes FIRST_INPUT of the batch, the others the hidden states
+that the part before gave; the last gives what the loss takes, with the batch. Losses are sums: nothing is divided here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ from torch.distributed.pipelining import (
 )
 
 from parallel.mesh import Axis
+from parallel.sequence import FIRST_INPUT, Batch
 from parallel.stages import V_SHAPED
 
-Batch = dict[str, torch.Tensor]
-Loss = Callable[[torch.Tensor], torch.Tensor]
+Loss = Callable[[torch.Tensor, Batch], torch.Tensor]
 
 SCHEDULES: dict[str, Any] = {
     "1f1b": Schedule1F1B,  # arXiv 2006.09503, 2104.04473
@@ -40,8 +41,8 @@ class Sequential:
     is the same unless they are dropped after forward too (ZeRO-3): every backward begins with all of them.
     """
 
-    def __init__(self, part: nn.Module, first_input: str, loss: Loss, keep_gathered: bool = False) -> None:
-        self.part, self.first_input, self.loss, self.keep_gathered = part, first_input, loss, keep_gathered
+    def __init__(self, part: nn.Module, loss: Loss, keep_gathered: bool = False) -> None:
+        self.part, self.loss, self.keep_gathered = part, loss, keep_gathered
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
         """Run and backpropagate all ``micro_batches``; gradients are reduced with the last. Their losses, detached."""
@@ -51,7 +52,7 @@ class Sequential:
                 last = index == len(micro_batches) - 1
                 self.part.set_requires_gradient_sync(last)
                 self.part.set_reshard_after_backward(last or not self.keep_gathered)
-            loss = self.loss(self._run(batch))
+            loss = self.loss(self._run(batch), batch)
             loss.backward()
             losses.append(loss.detach())
         return losses
@@ -61,74 +62,83 @@ class Sequential:
         return [self._run(batch) for batch in micro_batches]
 
     def _run(self, batch: Batch) -> torch.Tensor:
-        rest = {name: tensor for name, tensor in batch.items() if name != self.first_input}
-        return self.part(batch[self.first_input], **rest)
+        rest = {name: tensor for name, tensor in batch.items() if name != FIRST_INPUT}
+        return self.part(batch[FIRST_INPUT], **rest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatchShapes:
+    """Meta tensors of one micro-batch: what the first stage takes, what travels between stages, and what the last gives."""
+
+    first: torch.Tensor
+    hidden: torch.Tensor
+    output: torch.Tensor
 
 
 class Pipeline:
     """This rank's stages of a pipeline over ``axis``, run by one of `SCHEDULES`. All ranks of the axis step together.
 
-    ``hidden``: shape and dtype, as a meta tensor, of what travels between stages for one micro-batch. Every rank is given
-    the same batches; hidden states travel between neighbours.
+    ``parts`` by stage. Every rank is given the same batches; hidden states travel between neighbours.
     """
 
     def __init__(
         self,
-        parts: Sequence[nn.Module],
-        stages: Sequence[int],
+        parts: Mapping[int, nn.Module],
         num_stages: int,
         axis: Axis,
         schedule: str,
         *,
         micro_batches: int,
-        hidden: torch.Tensor,
-        sequence_length: int,
-        first_input: str,
+        shapes: MicroBatchShapes,
         loss: Loss,
-        loss_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.parts, self.stages, self.num_stages = list(parts), list(stages), num_stages
-        self.axis, self.hidden, self.first_input, self.device = axis, hidden, first_input, device
+        self.parts, self.num_stages, self.axis, self.device = dict(parts), num_stages, axis, device
+        self.hidden, self.loss = shapes.hidden, loss
         self.micro_batches, self.v_shaped = micro_batches, schedule in V_SHAPED
+        self._running: Sequence[Batch] = ()
         assert axis.group is not None
-        travelling = hidden.clone().requires_grad_()
-        built = []
-        for part, stage in zip(parts, stages, strict=True):
-            ids = torch.empty(hidden.shape[0], sequence_length, dtype=torch.int64, device="meta")
-            out = torch.empty(1, dtype=loss_dtype, device="meta", requires_grad=True)
-            built.append(
-                PipelineStage(
-                    part,
-                    stage,
-                    num_stages,
-                    device,
-                    input_args=ids if stage == 0 else travelling,
-                    output_args=out if stage == num_stages - 1 else travelling,
-                    group=axis.group,
-                )
+        travelling, output = shapes.hidden.clone().requires_grad_(), shapes.output.clone().requires_grad_()
+        built = [
+            PipelineStage(
+                part,
+                stage,
+                num_stages,
+                device,
+                input_args=shapes.first if stage == 0 else travelling,
+                output_args=output if stage == num_stages - 1 else travelling,
+                group=axis.group,
             )
+            for stage, part in self.parts.items()
+        ]
         self.schedule = SCHEDULES[schedule](
             built[0] if schedule == "1f1b" else built,
             n_microbatches=micro_batches,
-            loss_fn=lambda output, target: loss(output),
+            loss_fn=self._loss_of,
             scale_grads=False,
         )
 
+    def _loss_of(self, output: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+        """The schedules hand a loss its share of one target tensor: here, which micro-batch the output is of."""
+        return self.loss(output, self._running[int(number)])
+
     @property
     def has_last(self) -> bool:
-        return self.num_stages - 1 in self.stages
+        return self.num_stages - 1 in self.parts
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
         """Run and backpropagate all ``micro_batches``. Losses, detached, where the last stage is; elsewhere none."""
         assert len(micro_batches) == self.micro_batches
         whole = {name: torch.cat([batch[name] for batch in micro_batches]) for name in micro_batches[0]}
-        first = whole.pop(self.first_input)
+        first = whole.pop(FIRST_INPUT)
         losses: list[torch.Tensor] = []
-        arguments = (first,) if 0 in self.stages else ()
-        self.schedule.step(
-            *arguments, target=first if self.has_last else None, losses=losses, return_outputs=False, **whole
-        )
+        arguments = (first,) if 0 in self.parts else ()
+        numbers = (
+            torch.arange(self.micro_batches) if self.has_last else None
+        )  # on the CPU: reading one waits for nothing
+        self._running = micro_batches
+        self.schedule.step(*arguments, target=numbers, losses=losses, return_outputs=False, **whole)
+        self._running = ()
         return [loss.detach() for loss in losses]
 
     def forward(self, micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
@@ -136,8 +146,8 @@ class Pipeline:
         results = []
         for batch in micro_batches:
             rest = dict(batch)
-            x = rest.pop(self.first_input)
-            for part, stage in zip(self.parts, self.stages, strict=True):
+            x = rest.pop(FIRST_INPUT)
+            for stage, part in self.parts.items():
                 if stage > 0:
                     x = self._receive(stage - 1, x)
                 x = part(x, **rest)

@@ -10,8 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from parallel.collectives import all_gather_single, all_reduce_sum
+from parallel.collectives import all_gather_single, all_reduce_sum, all_reduce_with_gradient
 from parallel.mesh import Axis, Grids
+
+# A micro-batch: fields [b, S] by name. The first stage of a model takes FIRST_INPUT; every stage and the loss get the rest.
+Batch = dict[str, torch.Tensor]
+FIRST_INPUT = "input_ids"
 
 ALONE = Axis("alone", 1, 0, None)
 
@@ -40,11 +44,25 @@ class SequenceShard:
         """Tokens of whole sequences of which this rank is given ``given [B, S / cp]``."""
         return given.numel() * self.cp.size
 
-    def of_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def of_batch(self, batch: Batch) -> Batch:
         """The cp part of each field ``[B, S]``: what the model is given."""
         if self.cp.size == 1:
             return batch
         return {name: field.chunk(self.cp.size, dim=1)[self.cp.index] for name, field in batch.items()}
+
+    def held(self, field: torch.Tensor) -> torch.Tensor:
+        """``[B, S / parts]``: of a field ``[B, S / cp]`` that the model is given, the tokens that this rank holds between
+        layers, and gives the log-probabilities of."""
+        return field if self.tp.size == 1 else field.chunk(self.tp.size, dim=1)[self.tp.index]
+
+    def row_sums(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B]``: each sequence's sum of ``x [B, S / parts]`` over all ranks that hold parts of it. Differentiable. A loss
+        of it is the same on each of those ranks: `share` makes it one loss."""
+        return all_reduce_with_gradient(all_reduce_with_gradient(x.sum(1), self.tp), self.cp)
+
+    def share(self, loss: torch.Tensor) -> torch.Tensor:
+        """This rank's share of a loss that all ranks of a sequence have computed alike."""
+        return loss / self.parts
 
     def given_length(self, held: int) -> int:
         """S / cp, the length of what the model is given, from what a rank holds between layers."""

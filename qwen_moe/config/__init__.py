@@ -2,6 +2,7 @@
 
 from qwen_moe.config.load import dump_config, find_recipe, load_config, parse_config, parse_model
 from qwen_moe.config.model import ModelConfig
+from qwen_moe.config.objective import ObjectiveConfig
 from qwen_moe.config.run import (
     BalanceConfig,
     DataConfig,
@@ -24,6 +25,7 @@ __all__ = [
     "Fp8Config",
     "LoggingConfig",
     "ModelConfig",
+    "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "PrecisionConfig",

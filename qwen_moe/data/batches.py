@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from parallel.sequence import Batch
 from qwen_moe.config import DataConfig, Dataset
 from qwen_moe.data.content import Content, check_prefix, verify_content
 from qwen_moe.data.index_cache import IndexCache
@@ -19,7 +20,6 @@ from qwen_moe.data.manifest import bin_path, idx_path, read_manifest
 from qwen_moe.data.ranks import same_on_all_ranks, verified_on_all_ranks
 from qwen_moe.errors import UserError
 
-Batch = dict[str, torch.Tensor]
 IGNORE = -100
 
 

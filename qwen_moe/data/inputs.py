@@ -14,12 +14,10 @@ from qwen_moe.data.tokenizer import copy_tokenizer, end_of_document_id, load_tok
 from qwen_moe.errors import UserError
 
 if TYPE_CHECKING:  # the command prepares inputs before it starts the processes that need torch
-    import torch
-
+    from parallel.sequence import Batch
     from qwen_moe.data.batches import TokenBatches
 
 TOKENIZER = "tokenizer"
-Batch = dict[str, "torch.Tensor"]
 
 
 def tokenizer_directory(config: RunConfig) -> Path | None:
@@ -100,7 +98,7 @@ class RunInputs:
     def has_validation(self) -> bool:
         return self.batches.validation_samples > 0
 
-    def train_micro_batches(self, step: int) -> list[Batch]:
+    def train_micro_batches(self, step: int) -> "list[Batch]":
         """All micro-batches of this rank in optimizer step ``step``."""
         from qwen_moe.data.batches import rank_samples
 
@@ -108,7 +106,7 @@ class RunInputs:
         ranges = rank_samples(step, training.global_batch_size, training.micro_batch_size, self.dp.index, self.dp.size)
         return [self.batches.train_batch(first, count) for first, count in ranges]
 
-    def validation_micro_batches(self) -> list[Batch]:
+    def validation_micro_batches(self) -> "list[Batch]":
         """As many on every rank; the last may hold samples that count in no loss."""
         size = self.config.training.micro_batch_size
         stretch = size * self.dp.size

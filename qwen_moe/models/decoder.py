@@ -17,6 +17,7 @@ from qwen_moe.models.attention.gqa import Attention
 from qwen_moe.models.attention.mask import Visibility
 from qwen_moe.models.feed_forward import FeedForward
 from qwen_moe.models.head.cross_entropy import linear_cross_entropy
+from qwen_moe.models.head.log_probs import linear_log_probs
 from qwen_moe.models.linear import Linear
 from qwen_moe.models.moe.block import MoE
 from qwen_moe.models.moe.router import RouterStatistics
@@ -24,7 +25,9 @@ from qwen_moe.models.norm import RMSNorm
 from qwen_moe.models.rope import Rope, RotaryTables
 from qwen_moe.models.sequence import SequencePart, WholeSequence
 
+# (hidden [B, S, D], head's weight [V, D], labels [B, S], rows of logits at a time) -> [] or [B, S]
 CrossEntropy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+LogProbs = CrossEntropy
 
 
 class LossSums(NamedTuple):
@@ -112,6 +115,7 @@ class DecoderLM(nn.Module):
         # Replaced where sequences and the vocabulary are split over ranks.
         self.sequence: SequencePart = WholeSequence()
         self.cross_entropy: CrossEntropy = linear_cross_entropy
+        self.log_probs: LogProbs = linear_log_probs
 
     @property
     def head_weight(self) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """How a run is doing, or has ended, from what its folder holds; no torch."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +42,7 @@ def read_outcome(config: RunConfig, run_dir: Path) -> RunOutcome:
         return outcome("missing", message or "no step was taken")
     if done < total:
         return outcome("unfinished", f"step {done:,} of {total:,}" + (f"; {message}" if message else ""))
-    guess = math.log(config.model.vocab_size)
+    guess = config.objective.loss_of_guessing(config.model.vocab_size)
     last = float(steps[-1]["loss"])
     if not last < guess:
         return outcome("diverged", f"it ended with loss {last:.3g}, and guessing gives {guess:.3g}")

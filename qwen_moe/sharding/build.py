@@ -8,7 +8,7 @@ import torch
 from parallel.data import shard
 from parallel.kernels.transformer_engine import KernelsUnavailable
 from parallel.mesh import Grids
-from parallel.pipeline import Pipeline, Sequential
+from parallel.pipeline import Loss, MicroBatchShapes, Pipeline, Sequential
 from parallel.sequence import SequenceShard
 from parallel.stages import V_SHAPED, splits_backward, stages_of_rank
 from qwen_moe.config import RunConfig
@@ -84,32 +84,38 @@ def build_model(config: RunConfig, layout: RunLayout, grids: Grids, device: torc
 
 
 def build_engine(
-    config: RunConfig, layout: RunLayout, model: ParallelModel, loss: Any, device: torch.device
+    config: RunConfig, layout: RunLayout, model: ParallelModel, loss: Loss, device: torch.device
 ) -> Sequential | Pipeline:
-    """What runs micro-batches forward and backward through ``model``."""
-    grids, sequence = model.grids, config.data.sequence_length
-    if grids.pp.size == 1:
-        return Sequential(model.parts[0], "input_ids", loss, keep_gathered=config.parallel.sharding != "zero3")
+    """What runs micro-batches forward and backward through ``model``, with ``loss`` of the last part's output."""
+    if model.grids.pp.size == 1:
+        return Sequential(model.parts[0], loss, keep_gathered=config.parallel.sharding != "zero3")
     schedule = config.parallel.schedule
     if schedule in V_SHAPED and not splits_backward():
         raise UserError(
             f"parallel.schedule {schedule} needs torch 2.13 or newer, and this is {torch.__version__}: use 1f1b or "
             "interleaved_1f1b, or a newer torch"
         )
-    compute = DTYPES[config.precision.compute]
-    part = SequenceShard.of(grids)
-    shape = (config.training.micro_batch_size, part.length(sequence), config.model.hidden_size)
     return Pipeline(
-        model.parts,
-        model.stages,
+        dict(zip(model.stages, model.parts, strict=True)),
         model.num_stages,
-        grids.pp,
+        model.grids.pp,
         schedule,
         micro_batches=layout.micro_batches,
-        hidden=torch.empty(shape, dtype=compute, device="meta"),
-        sequence_length=sequence // part.cp.size,
-        first_input="input_ids",
+        shapes=_shapes(config, model),
         loss=loss,
-        loss_dtype=statistics_dtype(compute),
         device=device,
     )
+
+
+def _shapes(config: RunConfig, model: ParallelModel) -> MicroBatchShapes:
+    sequence = SequenceShard.of(model.grids)
+    rows, whole = config.training.micro_batch_size, config.data.sequence_length
+    compute, tokens = DTYPES[config.precision.compute], (rows, sequence.length(whole))
+    with torch.device("meta"):
+        return MicroBatchShapes(
+            first=torch.empty(rows, whole // sequence.cp.size, dtype=torch.int64),
+            hidden=torch.empty(*tokens, config.model.hidden_size, dtype=compute),
+            output=torch.empty(
+                (1,) if model.parts[0].head == "cross_entropy" else tokens, dtype=statistics_dtype(compute)
+            ),
+        )

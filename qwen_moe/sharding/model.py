@@ -14,14 +14,17 @@ from parallel.kernels.interface import Kernels
 from parallel.mesh import Grids
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.decoder import DecoderLM
+from qwen_moe.models.head import Head
 from qwen_moe.sharding.parallelize import parallelise
 from qwen_moe.sharding.table import Placement
 
 
 class TrainingPart(DecoderLM):
-    """A consecutive part of the model as training runs it: ``forward(x, labels, ...) -> hidden states, or the summed
-    cross-entropy [1] of the last part``. ``attach`` gets the routers' statistics and may tie losses to the output."""
+    """A consecutive part of the model as training runs it: ``forward(x, labels, ...)`` gives hidden states; the last part
+    gives what ``head`` says: the summed cross-entropy ``[1]``, or the labels' log-probabilities ``[B, S / parts]``.
+    ``attach`` gets the routers' statistics and may tie losses to the output."""
 
+    head: Head = "cross_entropy"
     chunk_tokens = 1024
     attach: Callable[..., torch.Tensor] | None = None
     around_forward: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -32,11 +35,16 @@ class TrainingPart(DecoderLM):
         labels: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
+        **for_the_loss: torch.Tensor,
     ) -> torch.Tensor:
         with self.around_forward():
             out, router = self.hidden_states(x, position_ids, document_ids)
-        if self.last:
+        if self.last and self.head == "cross_entropy":
             out = torch.stack([self.cross_entropy(out, self.head_weight, labels, self.chunk_tokens)])
+        elif self.last:
+            out = self.log_probs(
+                out, self.head_weight, labels, self.chunk_tokens
+            ).clone()  # no view: FSDP warns of those
         if self.attach is not None and router is not None and torch.is_grad_enabled():
             out = self.attach(self, out, router, labels)
         return out
@@ -57,6 +65,11 @@ class ParallelModel:
     num_stages: int
     kernels: Kernels
     placements: dict[str, Placement] = field(default_factory=dict)
+
+    def use_head(self, head: Head) -> None:
+        """Choose what the last part gives, before an engine is built for it."""
+        for part in self.parts:
+            part.head = head
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter of every part; a twin has the name of its original, which comes first."""

@@ -10,7 +10,7 @@ from parallel.kernels.interface import ExpertPart, Kernels, swap
 from parallel.mesh import Grids
 from parallel.sequence import SequenceShard
 from parallel.tensor import VocabParallelEmbedding, split_range
-from parallel.vocab_head import vocab_parallel_cross_entropy
+from parallel.vocab_head import vocab_parallel_cross_entropy, vocab_parallel_log_probs
 from qwen_moe.models.attention.gqa import Attention
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.feed_forward import FeedForward
@@ -54,7 +54,9 @@ def parallelise(part: DecoderLM, grids: Grids, kernels: Kernels, plain_layers: C
             swap(part.model, "embed_tokens", embedding)
         if part.last:
             head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-            part.cross_entropy = partial(vocab_parallel_cross_entropy, first=placements[head].offsets[0], axis=tp)
+            first = placements[head].offsets[0]
+            part.cross_entropy = partial(vocab_parallel_cross_entropy, first=first, axis=tp)
+            part.log_probs = partial(vocab_parallel_log_probs, first=first, axis=tp)
     plain = Kernels(tp)
     for layer in part.model.layers:
         index = layer.self_attn.layer

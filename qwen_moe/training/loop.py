@@ -197,12 +197,10 @@ def _step_record(config: RunConfig, step: int, result: StepResult, device: torch
         "grad_norm": result.grad_norm,
         "learning_rate": result.learning_rate,
         "memory_bytes": peak_memory(device),
-    }
+    } | result.metrics
     if result.expert_counts is not None:
         violation = maximum_violation(result.expert_counts)
         record |= {
-            "balance_loss": result.balance_loss,
-            "z_loss": result.z_loss,
             "expert_imbalance_mean": sum(violation) / len(violation),
             "expert_imbalance_max": max(violation),
         }

@@ -7,20 +7,19 @@ import torch
 
 from parallel.collectives import all_reduce_sum, attach_loss
 from parallel.data import clip_by_norm, exchange_and_add, global_norm, local, sum_replicas
-from parallel.sequence import SequenceShard
+from parallel.sequence import Batch, SequenceShard
 from qwen_moe.config import RunConfig
-from qwen_moe.data.batches import IGNORE
 from qwen_moe.errors import UserError
 from qwen_moe.models.moe.block import MoE
 from qwen_moe.models.moe.router import Router, RouterStatistics
 from qwen_moe.objectives.balance import Balancer, update_expert_bias
+from qwen_moe.objectives.base import Objective
+from qwen_moe.objectives.build import build_objective
 from qwen_moe.sharding.build import build_engine
 from qwen_moe.sharding.layout import RunLayout
 from qwen_moe.sharding.model import ParallelModel, TrainingPart
 from qwen_moe.training.optimizer import set_learning_rate
 from qwen_moe.training.schedule import learning_rate
-
-Batch = dict[str, torch.Tensor]
 
 
 class BadStep(UserError):
@@ -31,12 +30,11 @@ class BadStep(UserError):
 class StepResult:
     """Figures of one step over the whole global batch, equal on every rank."""
 
-    loss: float  # mean cross-entropy per counted token, nats
-    balance_loss: float  # before its coefficient, mean over MoE layers
-    z_loss: float  # before its coefficient, mean over MoE layers
+    loss: float  # the objective's, divided by count
+    metrics: dict[str, float]  # the objective's; in MoE models also balance_loss and z_loss, before their coefficients
     grad_norm: float  # before clipping
     learning_rate: float
-    loss_tokens: int
+    count: int  # what the objective divides by: valid tokens, pairs
     expert_counts: torch.Tensor | None  # [L, E] int64
     dropped_choices: int  # of tokens to experts, beyond capacity, over all layers
 
@@ -44,7 +42,8 @@ class StepResult:
 class Trainer:
     """The model, its optimizer and what a step needs beside them.
 
-    ``on_gradients``, where given, is called when all gradients are final and before they are clipped.
+    ``objective``: the recipe's, where none is given. ``on_gradients``, where given, is called when all gradients are final
+    and before they are clipped.
     """
 
     def __init__(
@@ -54,12 +53,15 @@ class Trainer:
         model: ParallelModel,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
+        objective: Objective | None = None,
         on_gradients: Callable[[], None] | None = None,
     ) -> None:
         self.config, self.model, self.optimizer, self.device = config, model, optimizer, device
         self.grids, self.on_gradients = model.grids, on_gradients
         self.sequence = SequenceShard.of(model.grids)
-        self.engine = build_engine(config, layout, model, self._objective, device)
+        self.objective = objective or build_objective(config.objective)
+        model.use_head(self.objective.head)
+        self.engine = build_engine(config, layout, model, self._loss, device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._counted = [
             p
@@ -67,8 +69,9 @@ class Trainer:
             for name, p in part.named_parameters()
             if model.counts_in_norm(name, stage)
         ]
-        self._loss_tokens = 1
+        self._count = 1
         self._auxiliary: list[torch.Tensor] = []  # (balance, z) of each part and micro-batch
+        self._metrics: list[torch.Tensor] = []  # the objective's of each micro-batch
         self._balancers: dict[int, Balancer] = {}
         if config.model.is_moe_family:
             experts, top_k = config.model.num_experts, config.model.num_experts_per_tok
@@ -90,15 +93,15 @@ class Trainer:
         """Forward, backward and update of optimizer step ``step`` (from 0) on this data-parallel rank's micro-batches.
         Raises BadStep, on every rank, when the loss is not finite or above ``highest_loss``."""
         config = self.config
-        loss_tokens = self._valid_tokens(micro_batches)
-        if loss_tokens == 0:
+        count = self._counted_over_ranks(micro_batches)
+        if count == 0:
             raise UserError(f"step {step}: no token of the global batch counts in the loss; check the data's labels")
-        sums = self.forward_backward(micro_batches, loss_tokens)
+        sums = self.forward_backward(micro_batches, count)
         if self.on_gradients is not None:
             self.on_gradients()
         norm = float(global_norm(self._counted, self.grids.world, self.device))
         sums = all_reduce_sum(sums, self.grids.world)
-        loss, balance_loss, z_loss = sums.tolist()
+        loss, balance_loss, z_loss, *named = sums.tolist()
         if not torch.isfinite(sums).all() or norm != norm or norm == float("inf"):
             raise BadStep(
                 f"step {step}: loss is {loss}, gradient norm {norm}; the weights were not updated. Lower "
@@ -117,14 +120,17 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         counts, dropped = self._end_of_step_balance()
-        layers = max(1, len(config.model.moe_layers))
+        metrics = dict(zip(self.objective.metrics, named, strict=True))
+        if config.model.is_moe_family:
+            layers = max(1, len(config.model.moe_layers))
+            metrics["balance_loss"] = balance_loss / (1 if config.balance.scope == "huggingface" else layers)
+            metrics["z_loss"] = z_loss / layers
         return StepResult(
             loss=loss,
-            balance_loss=balance_loss if config.balance.scope == "huggingface" else balance_loss / layers,
-            z_loss=z_loss / layers,
+            metrics=metrics,
             grad_norm=norm,
             learning_rate=rate,
-            loss_tokens=loss_tokens,
+            count=count,
             expert_counts=counts,
             dropped_choices=dropped,
         )
@@ -136,40 +142,45 @@ class Trainer:
             if balancer.has_counts:
                 balancer.end_step()
 
-    def forward_backward(self, micro_batches: Sequence[Batch], loss_tokens: int) -> torch.Tensor:
-        """Gradients of the step, final on every rank, and this rank's share of its cross-entropy, balance and z-loss, [3]
-        float64. ``loss_tokens``: counted labels of the global batch."""
-        self.begin_step(loss_tokens)
+    def forward_backward(self, micro_batches: Sequence[Batch], count: int) -> torch.Tensor:
+        """Gradients of the step, final on every rank, and this rank's share of its loss, balance loss, z-loss and the
+        objective's metrics, ``[3 + metrics]`` float64. ``count``: what the objective divides by, of the global batch."""
+        self.begin_step(count)
         losses = self.engine.forward_backward([self._to_device(batch) for batch in micro_batches])
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(3 + len(self.objective.metrics), dtype=torch.float64, device=self.device)
         for loss in losses:
             sums[0] += loss.double()
         for term in self._auxiliary:
-            sums[1:] += term
+            sums[1:3] += term
+        for named in self._metrics:
+            sums[3:] += named
         self.finalise_gradients()
         return sums
 
-    def begin_step(self, loss_tokens: int) -> None:
-        """Make ready for micro-batches whose losses are shares of a mean over ``loss_tokens``."""
-        self._loss_tokens, self._auxiliary = loss_tokens, []
+    def begin_step(self, count: int) -> None:
+        """Make ready for micro-batches whose losses are shares of a mean over ``count``."""
+        self._count, self._auxiliary, self._metrics = count, [], []
         self.model.kernels.begin_step()
         for part in self.model.parts:
             part.train()
 
-    def _valid_tokens(self, micro_batches: Sequence[Batch]) -> int:
-        """Valid labels of all ranks' micro-batches."""
-        labels = [self.sequence.of_batch(batch)["labels"] for batch in micro_batches]
-        valid = torch.stack([(part != IGNORE).sum() for part in labels]).sum()
-        return int(all_reduce_sum(valid.to(self.device), self.grids.data))
+    def _counted_over_ranks(self, micro_batches: Sequence[Batch]) -> int:
+        """What the objective divides by, over all ranks' micro-batches."""
+        counts = [self.objective.count(self.sequence.of_batch(batch), self.sequence) for batch in micro_batches]
+        return int(all_reduce_sum(torch.stack(counts).sum().to(self.device), self.grids.data))
 
     def _to_device(self, batch: Batch) -> Batch:
         """This rank's cp part of a micro-batch, on its device."""
         part = self.sequence.of_batch(batch)
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in part.items()}
 
-    def _objective(self, out: torch.Tensor) -> torch.Tensor:
-        """The last part's output (summed cross-entropy of this rank's tokens) as its share of the mean."""
-        return out.sum() / self._loss_tokens
+    def _loss(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """What the last part gave for a micro-batch, as its share of the mean."""
+        loss, named = self.objective.loss(output, batch, self.sequence)
+        if self.objective.metrics:
+            values = [named[name].detach().double() for name in self.objective.metrics]
+            self._metrics.append(torch.stack(values) / self._count)
+        return loss / self._count
 
     def _attach(
         self, part: TrainingPart, out: torch.Tensor, router: RouterStatistics, labels: torch.Tensor
@@ -229,14 +240,15 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> float:
-        """Mean cross-entropy per counted token over all ranks' micro-batches, nats. Every rank gives the same number
-        of micro-batches (their forward passes communicate)."""
+        """The objective's mean over all ranks' micro-batches. Every rank gives the same number of micro-batches (their
+        forward passes communicate)."""
         for part in self.model.parts:
             part.eval()
-        tokens = self._valid_tokens(micro_batches)
-        outputs = self.engine.forward([self._to_device(batch) for batch in micro_batches])
+        count = self._counted_over_ranks(micro_batches)
+        batches = [self._to_device(batch) for batch in micro_batches]
+        outputs = self.engine.forward(batches)
         self.model.reshard()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for out in outputs:
-            total += out.sum().double()
-        return float(all_reduce_sum(total, self.grids.world)) / tokens
+        for output, batch in zip(outputs, batches, strict=False):  # outputs are where the last part is only
+            total += self.objective.loss(output, batch, self.sequence)[0].double()
+        return float(all_reduce_sum(total, self.grids.world)) / count

@@ -2,7 +2,7 @@
 
 import math
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,6 +11,7 @@ from parallel.stages import V_SHAPED, splits_backward, stages_per_rank
 from qwen_moe.config import ModelConfig, RunConfig, parse_config
 from qwen_moe.config.families import FAMILIES
 from qwen_moe.errors import UserError
+from qwen_moe.verify.probe import weights
 
 STEPS = 3
 
@@ -145,9 +146,41 @@ def shrink(config: RunConfig, layout: Layout) -> RunConfig:
     return parse_config(values, "the shrunk recipe")
 
 
-def draw(seed: int, index: int, max_ranks: int) -> tuple[RunConfig, Layout]:
+class Case(NamedTuple):
+    """What is verified: a small run, the layout it is run in, and whether it minimises the probe."""
+
+    config: RunConfig
+    layout: Layout
+    probe: bool = False
+
+
+def draw(seed: int, index: int, max_ranks: int) -> Case:
     """Case ``index`` of a fuzz run: a legal layout of 2 to ``max_ranks`` processes and a model with random features."""
     rng = random.Random(f"{seed}/{index}")
+    layout, family = _draw_layout(rng, max_ranks)
+    schedule, per_rank = _draw_schedule(rng, layout.pp)
+    stages = layout.pp * per_rank if layout.pp > 1 else 1
+    layers = rng.randint(max(1, stages), max(1, stages) + 2)
+    model, balance = _draw_model(rng, layout, family, layers)
+    micro_batches = {"dualpipev": 2 * layout.pp}.get(schedule, layout.pp) * rng.choice([1, 2])
+    micro_batches += rng.choice([0, 1]) if schedule != "interleaved_1f1b" else 0
+    values = _settings(model, layout, micro_batches, rng.choice([1, 2]), layout.tp * rng.randint(2, 5))
+    values["seed"] = rng.randint(0, 10**6)
+    values["balance"] = balance
+    values["optimizer"]["clip_grad_norm"] = rng.choice([0.0, 0.5])
+    values["training"]["recompute"] = rng.choice(["none", "full"])
+    values["data"]["respect_document_boundaries"] = rng.random() < 0.3
+    values["parallel"] = layout_overrides(layout, schedule, per_rank if schedule == "interleaved_1f1b" else 0)
+    shardings = ["zero2"] if schedule in V_SHAPED else ["zero2", "zero3"]  # see ParallelConfig
+    values["parallel"]["sharding"] = rng.choice(shardings)
+    if stages > 1 and rng.random() < 0.3:
+        cuts = sorted(rng.sample(range(1, layers), stages - 1))
+        values["parallel"]["pipeline_split"] = [b - a for a, b in zip([0, *cuts], [*cuts, layers], strict=True)]
+    return Case(parse_config(values, f"case {index} of seed {seed}"), layout, probe=rng.random() < 0.3)
+
+
+def _draw_layout(rng: random.Random, max_ranks: int) -> tuple[Layout, str]:
+    """A layout, and a family of models that it can split."""
     while True:
         tp, pp, dp = (
             rng.choice([1, 1, 2, 2, 3, 4]),
@@ -159,16 +192,23 @@ def draw(seed: int, index: int, max_ranks: int) -> tuple[RunConfig, Layout]:
     stage = tp * dp
     by_kind = {moe: [name for name, row in FAMILIES.items() if row.moe == moe] for moe in (True, False)}
     family = rng.choice([name for name in by_kind[True] for _ in range(2)] + by_kind[False])  # MoE twice as often
-    features = FAMILIES[family]
-    moe = features.moe
-    ep = rng.choice([d for d in range(1, stage + 1) if stage % d == 0]) if moe else 1
-    etp = rng.choice([d for d in range(1, stage // ep + 1) if (stage // ep) % d == 0]) if moe else 1
-    layout = Layout(pp=pp, dp=dp, tp=tp, ep=ep, etp=etp)
+    if not FAMILIES[family].moe:
+        return Layout(pp=pp, dp=dp, tp=tp), family
+    ep = rng.choice([d for d in range(1, stage + 1) if stage % d == 0])
+    etp = rng.choice([d for d in range(1, stage // ep + 1) if (stage // ep) % d == 0])
+    return Layout(pp=pp, dp=dp, tp=tp, ep=ep, etp=etp), family
+
+
+def _draw_schedule(rng: random.Random, pp: int) -> tuple[str, int]:
+    """A schedule, and its stages per rank."""
     schedules = ["1f1b", "interleaved_1f1b", *(V_SHAPED if splits_backward() else ())]
     schedule = rng.choice(schedules) if pp > 1 else "1f1b"
-    per_rank = {"1f1b": 1, "interleaved_1f1b": rng.choice([2, 3])}.get(schedule, 2)
-    stages = pp * per_rank if pp > 1 else 1
-    layers = rng.randint(max(1, stages), max(1, stages) + 2)
+    return schedule, {"1f1b": 1, "interleaved_1f1b": rng.choice([2, 3])}.get(schedule, 2)
+
+
+def _draw_model(rng: random.Random, layout: Layout, family: str, layers: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a model that ``layout`` divides, and of its balancing."""
+    tp, features = layout.tp, FAMILIES[family]
     if tp > 1 and rng.random() < 0.5:
         kv_heads = rng.choice([d for d in range(1, tp + 1) if tp % d == 0])
         heads = tp * rng.choice([1, 2])
@@ -190,53 +230,39 @@ def draw(seed: int, index: int, max_ranks: int) -> tuple[RunConfig, Layout]:
     }
     if features.qkv_bias_key and not features.qkv_bias:
         model["qkv_bias"] = rng.random() < 0.5
-    balance: dict[str, Any] = {}
-    if moe:
-        experts = ep * rng.randint(1, 4)
-        dense = [layer for layer in range(layers) if rng.random() < 0.3]
-        model |= {
-            "num_experts": experts,
-            "num_experts_per_tok": rng.randint(1, min(4, experts)),
-            "moe_intermediate_size": etp * rng.randint(1, 4),
-            "shared_expert_intermediate_size": tp * rng.randint(1, 4) if features.shared_expert else 0,
-            "norm_topk_prob": rng.random() < 0.5,
-            "mlp_only_layers": dense if len(dense) < layers else dense[1:],
-        }
-        scopes = ["none", "micro_batch", "sequence", "global_batch", "global_batch"] + ["huggingface"] * (pp == 1)
-        balance = {
-            "scope": rng.choice(scopes),
-            "coefficient": 0.1,
-            "z_loss_coefficient": rng.choice([0.0, 0.01]),
-            "bias_update_rate": rng.choice([0.0, 0.05]),
-            "capacity_factor": rng.choice([0.0, 0.0, 0.75, 1.25]),
-        }
-    micro_batches = {"dualpipev": 2 * pp}.get(schedule, pp if pp > 1 else 1)
-    micro_batches = micro_batches * rng.choice([1, 2]) + (rng.choice([0, 1]) if schedule != "interleaved_1f1b" else 0)
-    values = _settings(model, layout, micro_batches, rng.choice([1, 2]), tp * rng.randint(2, 5))
-    values["seed"] = rng.randint(0, 10**6)
-    values["balance"] = balance
-    values["optimizer"]["clip_grad_norm"] = rng.choice([0.0, 0.5])
-    values["training"]["recompute"] = rng.choice(["none", "full"])
-    values["data"]["respect_document_boundaries"] = rng.random() < 0.3
-    values["parallel"] = layout_overrides(layout, schedule, per_rank if schedule == "interleaved_1f1b" else 0)
-    shardings = ["zero2"] if schedule in V_SHAPED else ["zero2", "zero3"]  # see ParallelConfig
-    values["parallel"]["sharding"] = rng.choice(shardings)
-    if stages > 1 and rng.random() < 0.3:
-        cuts = sorted(rng.sample(range(1, layers), stages - 1))
-        values["parallel"]["pipeline_split"] = [b - a for a, b in zip([0, *cuts], [*cuts, layers], strict=True)]
-    return parse_config(values, f"case {index} of seed {seed}"), layout
+    if not features.moe:
+        return model, {}
+    experts = layout.ep * rng.randint(1, 4)
+    dense = [layer for layer in range(layers) if rng.random() < 0.3]
+    model |= {
+        "num_experts": experts,
+        "num_experts_per_tok": rng.randint(1, min(4, experts)),
+        "moe_intermediate_size": layout.etp * rng.randint(1, 4),
+        "shared_expert_intermediate_size": tp * rng.randint(1, 4) if features.shared_expert else 0,
+        "norm_topk_prob": rng.random() < 0.5,
+        "mlp_only_layers": dense if len(dense) < layers else dense[1:],
+    }
+    scopes = ["none", "micro_batch", "sequence", "global_batch", "global_batch"] + ["huggingface"] * (layout.pp == 1)
+    balance = {
+        "scope": rng.choice(scopes),
+        "coefficient": 0.1,
+        "z_loss_coefficient": rng.choice([0.0, 0.01]),
+        "bias_update_rate": rng.choice([0.0, 0.05]),
+        "capacity_factor": rng.choice([0.0, 0.0, 0.75, 1.25]),
+    }
+    return model, balance
 
 
 def global_batch(config: RunConfig, step: int) -> dict[str, torch.Tensor]:
     """The batch of one step, ``[global_batch_size, S]``: random tokens, and uneven numbers of labels that do not count,
-    so that means and sums differ."""
+    so that means and sums differ. Weights are for the probe alone."""
     generator = torch.Generator().manual_seed(1000 * config.seed + step)
     rows, sequence = config.training.global_batch_size, config.data.sequence_length
     tokens = torch.randint(0, config.model.vocab_size, (rows, sequence + 1), generator=generator)
     labels = tokens[:, 1:].clone()
     for row in range(rows):
         labels[row, : row % min(5, sequence)] = -100
-    batch = {"input_ids": tokens[:, :-1].contiguous(), "labels": labels}
+    batch = {"input_ids": tokens[:, :-1].contiguous(), "labels": labels, "weights": weights(labels, config.seed + step)}
     if config.data.respect_document_boundaries:
         ends = torch.rand(rows, sequence, generator=generator) < 0.3
         batch["document_ids"] = ends.cumsum(1) - ends.to(torch.int64)

@@ -13,6 +13,7 @@ from qwen_moe.options import whole
 
 if TYPE_CHECKING:
     from parallel.mesh import Layout
+    from qwen_moe.verify.case import Case
 
 AXES = ("tp", "pp", "dp", "cp", "ep", "etp")
 OPTIONS = ("schedule", "stages_per_rank", "sharding")
@@ -80,10 +81,10 @@ def parse_layout(text: str, config: RunConfig) -> tuple["Layout", RunConfig]:
     return layout, config
 
 
-def _cases(args: argparse.Namespace, config: RunConfig) -> list[tuple[str, RunConfig, "Layout"]]:
+def _cases(args: argparse.Namespace, config: RunConfig) -> list[tuple[str, "Case"]]:
     from parallel.mesh import LayoutError
     from qwen_moe.sharding.layout import check_layout, run_layout
-    from qwen_moe.verify.case import draw, dropped_split, shrink
+    from qwen_moe.verify.case import Case, draw, dropped_split, shrink
 
     cases = []
     for text in args.layout:
@@ -103,10 +104,10 @@ def _cases(args: argparse.Namespace, config: RunConfig) -> list[tuple[str, RunCo
         run_layout(small, layout.world_size)
         if note := dropped_split(wanted, layout):
             print(f"note: {text}: {note}", file=sys.stderr)
-        cases.append((text, small, layout))
+        cases.append((text, Case(small, layout)))
     for index in range(args.fuzz):
-        small, layout = draw(args.seed, index, args.max_ranks)
-        cases.append((f"#{index} {layout}", small, layout))
+        case = draw(args.seed, index, args.max_ranks)
+        cases.append((f"#{index} {case.layout}" + (" log-probs" if case.probe else ""), case))
     return cases
 
 
@@ -117,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.layout and not args.fuzz:
         raise UserError("nothing to verify: give --layout tp=2,ep=2 (repeatable), --fuzz N or --shapes PROCESSES")
     from parallel.local_group import RankFailed, preload, run_local
+    from qwen_moe.verify.case import STEPS
     from qwen_moe.verify.compare import TOLERANCE, compare
     from qwen_moe.verify.ranks import train_rank
     from qwen_moe.verify.reference import train_reference
@@ -132,16 +134,17 @@ def run(args: argparse.Namespace) -> int:
         f"difference from one process, float64; limit {TOLERANCE:.0e})",
         file=out,
     )
-    for name, small, layout in cases:
+    for name, (small, layout, probe) in cases:
         label = name if layout.pp == 1 else f"{name} {small.parallel.schedule}"
         row: dict[str, Any] = {"layout": name, "ranks": layout.world_size, "config": small.model_dump(mode="json")}
+        row["objective"] = "probe" if probe else small.objective.kind
         try:
-            reports = run_local(train_rank, layout.world_size, small, timeout=300)
+            reports = run_local(train_rank, layout.world_size, small, STEPS, probe, timeout=300)
         except RankFailed as error:
             rows.append(row | {"equal": False, "error": str(error)})
             print(f"{label:44s} FAILED: {error.cause}", file=out, flush=True)
             continue
-        found = compare(reports, train_reference(small, layout.dp))
+        found = compare(reports, train_reference(small, layout.dp, STEPS, probe))
         rows.append(
             row
             | {

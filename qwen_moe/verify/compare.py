@@ -65,7 +65,7 @@ def compare_pieces(
 def compare(reports: Sequence[Report], reference: Trajectory) -> Differences:
     """Every rank's figures and pieces against the reference."""
     wrong: list[str] = []
-    largest = {"loss": 0.0, "balance loss": 0.0, "z-loss": 0.0, "gradient norm": 0.0}
+    largest = {"loss": 0.0, "balance loss": 0.0, "z-loss": 0.0, "gradient norm": 0.0, "log-likelihood": 0.0}
     for report in reports:
         for got, expected in zip(report.figures, reference.figures, strict=True):
             for key in largest:
@@ -86,7 +86,7 @@ def compare(reports: Sequence[Report], reference: Trajectory) -> Differences:
     parameters, name = compare_pieces([report.parameters for report in reports], reference.parameters, wrong)
     worst["parameters"] = name
     return Differences(
-        loss=largest["loss"],
+        loss=max(largest["loss"], largest["log-likelihood"]),
         auxiliary=max(largest["balance loss"], largest["z-loss"]),
         gradients=gradients,
         grad_norm=largest["gradient norm"],

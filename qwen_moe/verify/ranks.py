@@ -9,12 +9,14 @@ import torch.distributed as dist
 from parallel.data import local
 from qwen_moe.config import RunConfig
 from qwen_moe.data.batches import rank_samples
+from qwen_moe.objectives.base import Objective
 from qwen_moe.sharding.build import build_model, make_grids
 from qwen_moe.sharding.layout import run_layout
 from qwen_moe.sharding.model import ParallelModel
 from qwen_moe.training.optimizer import build_optimizer
 from qwen_moe.training.step import Trainer
 from qwen_moe.verify.case import STEPS, global_batch
+from qwen_moe.verify.probe import Probe
 
 
 @dataclass
@@ -37,13 +39,13 @@ def _pieces(model: ParallelModel, of_gradients: bool) -> list[tuple[str, list[in
     return found
 
 
-def make_trainer(config: RunConfig) -> Trainer:
+def make_trainer(config: RunConfig, objective: Objective | None = None) -> Trainer:
     """The trainer of this rank of an initialised process group."""
     device = torch.device("cpu")
     layout = run_layout(config, dist.get_world_size())
     grids = make_grids(config, layout, device)
     model = build_model(config, layout, grids, device)
-    return Trainer(config, layout, model, build_optimizer(model, config.optimizer), device)
+    return Trainer(config, layout, model, build_optimizer(model, config.optimizer), device, objective)
 
 
 def micro_batches(trainer: Trainer, step: int) -> list[dict[str, torch.Tensor]]:
@@ -54,9 +56,10 @@ def micro_batches(trainer: Trainer, step: int) -> list[dict[str, torch.Tensor]]:
     return [{name: tensor[first : first + count] for name, tensor in batch.items()} for first, count in ranges]
 
 
-def train_rank(config: RunConfig, steps: int = STEPS) -> Report:
-    """Train ``steps`` steps of the case ``config`` in its layout; runs in every rank of an initialised process group."""
-    trainer, report = make_trainer(config), Report()
+def train_rank(config: RunConfig, steps: int = STEPS, probe: bool = False) -> Report:
+    """Train ``steps`` steps of the case ``config`` in its layout; runs in every rank of an initialised process group.
+    ``probe``: minimise the probe instead of the recipe's objective."""
+    trainer, report = make_trainer(config, Probe() if probe else None), Report()
     trainer.on_gradients = lambda: report.gradients.append(_pieces(trainer.model, True))
     for step in range(steps):
         record_step(trainer, report, step)
@@ -71,9 +74,10 @@ def record_step(trainer: Trainer, report: Report, step: int) -> None:
     report.figures.append(
         {
             "loss": result.loss,
-            "balance loss": result.balance_loss,
-            "z-loss": result.z_loss,
+            "balance loss": result.metrics.get("balance_loss", 0.0),
+            "z-loss": result.metrics.get("z_loss", 0.0),
             "gradient norm": result.grad_norm,
+            "log-likelihood": result.metrics.get("log_likelihood", 0.0),
         }
     )
     counts = None if result.expert_counts is None else result.expert_counts.tolist()

@@ -16,6 +16,7 @@ from qwen_moe.models.moe.block import MoE
 from qwen_moe.models.moe.router import RouterStatistics
 from qwen_moe.training.schedule import learning_rate
 from qwen_moe.verify.case import STEPS, global_batch
+from qwen_moe.verify.probe import probe_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,18 +55,24 @@ def _balance(config: RunConfig, router: RouterStatistics, ranks: int, seen: torc
     return total
 
 
-def _losses(config: RunConfig, model: DecoderLM, batch: dict[str, torch.Tensor], ranks: int) -> dict[str, Any]:
+def _losses(
+    config: RunConfig, model: DecoderLM, batch: dict[str, torch.Tensor], ranks: int, probe: bool
+) -> dict[str, Any]:
     """Mean losses of a global batch, differentiable, and its counts."""
     rows, per_wave = batch["labels"].shape[0], config.training.micro_batch_size * ranks
-    counted, tokens = (batch["labels"] >= 0).sum(), batch["labels"].numel()
-    cross_entropy = balance = z = torch.zeros((), dtype=torch.float64)
+    counted, tokens = (rows if probe else (batch["labels"] >= 0).sum()), batch["labels"].numel()
+    loss = likelihood = balance = z = torch.zeros((), dtype=torch.float64)
     counts, dropped = None, 0
     for begin in range(0, rows, per_wave):
         part = {name: tensor[begin : begin + per_wave] for name, tensor in batch.items()}
         labels = part["labels"]
         hidden, router = model.hidden_states(part["input_ids"], part.get("position_ids"), part.get("document_ids"))
         logits = hidden @ model.head_weight.T
-        cross_entropy = cross_entropy + F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        if probe:
+            part_loss, part_likelihood = probe_loss(logits, part)
+            loss, likelihood = loss + part_loss, likelihood + part_likelihood.detach()
+        else:
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
         if router is not None:
             found = router.counts.sum(1)
             counts = found if counts is None else counts + found
@@ -73,7 +80,8 @@ def _losses(config: RunConfig, model: DecoderLM, batch: dict[str, torch.Tensor],
             balance = balance + _balance(config, router, ranks, counts)
             z = z + router.z_sum.sum()
     return {
-        "loss": cross_entropy / counted,
+        "loss": loss / counted,
+        "likelihood": likelihood / counted,
         "balance": balance / tokens,
         "z": z / tokens,
         "counts": counts,
@@ -81,7 +89,7 @@ def _losses(config: RunConfig, model: DecoderLM, batch: dict[str, torch.Tensor],
     }
 
 
-def train_reference(config: RunConfig, ranks: int, steps: int = STEPS) -> Trajectory:
+def train_reference(config: RunConfig, ranks: int, steps: int = STEPS, probe: bool = False) -> Trajectory:
     """Train ``steps`` steps. ``ranks``: data-parallel size of the layout to compare with, which says which micro-batches
     are run at a time (global-batch balancing counts what came before)."""
     model = build_model(config.model, config.seed, torch.float64)
@@ -102,7 +110,7 @@ def train_reference(config: RunConfig, ranks: int, steps: int = STEPS) -> Trajec
     figures, gradients, counts = [], [], []
     layers = max(1, len(config.model.moe_layers))
     for step in range(steps):
-        found = _losses(config, model, global_batch(config, step), ranks)
+        found = _losses(config, model, global_batch(config, step), ranks, probe)
         balance = config.balance
         weight = 0.0 if balance.scope == "none" else balance.coefficient
         total = found["loss"] + weight * found["balance"] + balance.z_loss_coefficient * found["z"]
@@ -125,6 +133,7 @@ def train_reference(config: RunConfig, ranks: int, steps: int = STEPS) -> Trajec
                 "balance loss": found["balance"].item() / per_layer,
                 "z-loss": found["z"].item() / layers,
                 "gradient norm": norm,
+                "log-likelihood": found["likelihood"].item(),
             }
         )
         counts.append((None if found["counts"] is None else found["counts"].tolist(), found["dropped"]))

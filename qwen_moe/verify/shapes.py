@@ -56,11 +56,11 @@ def run_shapes(config: RunConfig, world_size: int, rank: int) -> ShapeReport:
                 keep_statistics_dtypes(part)
             model.kernels.materialise(device)
             trainer = Trainer(config, layout, model, build_optimizer(model, config.optimizer), device)
-            trainer.begin_step(loss_tokens=rows * sequence)
+            trainer.begin_step(count=rows * sequence)
             ids = torch.zeros(rows, sequence, dtype=torch.int64)
             hidden_shape = (rows, SequenceShard.of(grids).length(sequence), config.model.hidden_size)
             for part in model.parts:
-                engine = Sequential(part, "input_ids", lambda out: out.sum())
+                engine = Sequential(part, lambda out, batch: out.sum())
                 hidden = torch.zeros(hidden_shape, dtype=DTYPES[config.precision.compute], requires_grad=True)
                 engine.forward_backward([{"input_ids": ids if part.first else hidden, "labels": ids}] * 2)
                 if not part.first:

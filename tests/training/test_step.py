@@ -76,9 +76,7 @@ def run_steps(config: RunConfig, steps: int = 3) -> dict[str, Any]:
             {name: tensor[start : start + size] for name, tensor in mine.items()} for start in range(0, share, size)
         ]
         result = trainer.step(step, micro_batches)
-        results.append(
-            (result.loss, result.balance_loss, result.z_loss, result.grad_norm, result.expert_counts.tolist())
-        )
+        results.append((result.loss, *result.metrics.values(), result.grad_norm, result.expert_counts.tolist()))
     parameters = {name: p.full_tensor().detach().clone() for name, p in trainer.model.named_parameters()}
     biases = [router.expert_bias.clone() for _, router in trainer.routers()]
     return {"results": results, "parameters": parameters, "biases": biases}

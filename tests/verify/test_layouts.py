@@ -8,7 +8,7 @@ import torch
 
 from parallel.mesh import Layout
 from qwen_moe.config import RunConfig
-from qwen_moe.verify.case import draw
+from qwen_moe.verify.case import STEPS, draw
 from qwen_moe.verify.compare import Differences, compare
 from qwen_moe.verify.ranks import Report, train_rank
 from qwen_moe.verify.reference import train_reference
@@ -17,9 +17,14 @@ from tests.schedules import needs
 from tests.verify.cases import CASES, QWEN3, case
 
 
-def differences(config: RunConfig, layout: Layout, rank: Callable[..., Report] = train_rank, *args: Any) -> Differences:
-    reports = run_distributed(rank, layout.world_size, config, *args)
-    return compare(reports, train_reference(config, layout.dp))
+def differences(
+    config: RunConfig, layout: Layout, rank: Callable[..., Report] = train_rank, *args: Any, probe: bool = False
+) -> Differences:
+    arguments = args or (STEPS, probe)
+    return compare(
+        run_distributed(rank, layout.world_size, config, *arguments),
+        train_reference(config, layout.dp, STEPS, probe),
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -39,8 +44,8 @@ def test_drops_do_happen_and_are_counted() -> None:
 
 @pytest.mark.parametrize("index", range(14))
 def test_random_layouts(index: int) -> None:
-    config, layout = draw(2026, index, 8)
-    found = differences(config, layout)
+    config, layout, probe = draw(2026, index, 8)
+    found = differences(config, layout, probe=probe)
     assert found.equal, (str(layout), found)
 
 
@@ -49,8 +54,8 @@ def test_random_layouts(index: int) -> None:
 def test_two_hundred_random_layouts() -> None:
     bad = []
     for index in range(200):
-        config, layout = draw(0, index, 8)
-        found = differences(config, layout)
+        config, layout, probe = draw(0, index, 8)
+        found = differences(config, layout, probe=probe)
         if not found.equal:
             bad.append((index, str(layout), found))
     assert not bad, bad

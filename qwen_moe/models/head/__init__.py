@@ -1,1 +1,5 @@
-"""What the last hidden states become: a loss, or log-probabilities of tokens; full logits never exist."""
+"""What follows the last layer: the summed loss, or the log-probability of each label."""
+
+from typing import Literal
+
+Head = Literal["cross_entropy", "log_probs"]

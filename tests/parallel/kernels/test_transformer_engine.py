@@ -70,7 +70,7 @@ def train(config: RunConfig, scaling: Recipe | str | None, between: Between | No
         share = 8 // dp.size
         mine = {name: t[dp.index * share : (dp.index + 1) * share] for name, t in global_batch(step).items()}
         result = trainer.step(step, [{name: t[i : i + 1] for name, t in mine.items()} for i in range(share)])
-        figures.append([result.loss, result.balance_loss, result.grad_norm])
+        figures.append([result.loss, result.metrics["balance_loss"], result.grad_norm])
         if between is not None:
             between(trainer, step)
     return {

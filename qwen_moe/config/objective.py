@@ -1,0 +1,26 @@
+"""What a run minimises, and what its losses mean to those that read them. No torch: the code is in `qwen_moe.objectives`."""
+
+import math
+from typing import Literal
+
+from qwen_moe.config.fields import Section
+
+
+class ObjectiveConfig(Section):
+    """``likelihood``: the mean negative log-likelihood of valid labels: pre-training, and fine-tuning on answers."""
+
+    kind: Literal["likelihood"] = "likelihood"
+
+    @property
+    def unit(self) -> str:
+        """Of a loss."""
+        return "nats per token"
+
+    @property
+    def detects_spikes(self) -> bool:
+        """Whether `training.spike_nats` has a meaning: a loss in nats that changes slowly."""
+        return True
+
+    def loss_of_guessing(self, vocab_size: int) -> float:
+        """A run that ends with a loss above this has learnt nothing."""
+        return math.log(vocab_size)
