@@ -5,7 +5,7 @@ from typing import Any
 
 from qwen_moe.config import OptimizerConfig, RunConfig, ScheduleConfig
 from qwen_moe.errors import UserError
-from qwen_moe.sharding.kernels import precision_settings
+from qwen_moe.runs.identity import ON_BRANCH, differences
 from qwen_moe.training.schedule import learning_rate
 
 
@@ -24,15 +24,7 @@ def _problems(config: RunConfig, saved: dict[str, Any], step: int) -> list[str]:
     problems = []
     if step >= config.train_steps:
         problems.append(f"it is at step {step:,} and this run ends at {config.train_steps:,}")
-    now = config.model_dump(mode="json", exclude={"optimizer": {"provider"}})
-    pairs = [("seed", saved["seed"], config.seed)]
-    pairs.append(
-        ("training.global_batch_size", saved["training"]["global_batch_size"], config.training.global_batch_size)
-    )
-    for section in ("optimizer", "balance", "precision"):
-        for key, value in (now[section] if section != "precision" else precision_settings(config)).items():
-            pairs.append((f"{section}.{key}", saved[section].get(key), value))
-    problems += [f"{name} was {before!r}, is now {after!r}" for name, before, after in pairs if before != after]
+    problems += map(str, differences(saved, config, ON_BRANCH))
     if not problems:
         trunk = config.model_copy(
             update={

@@ -28,13 +28,14 @@ from qwen_moe.models.flops import flops_per_token
 from qwen_moe.models.ops.compiled import compiling
 from qwen_moe.objectives.balance import maximum_violation
 from qwen_moe.runs.attempt import record_attempt
+from qwen_moe.runs.identity import saved_settings
 from qwen_moe.runs.recorder import Recorder, measure_matmul_peak, open_recorder, peak_memory
 from qwen_moe.runs.sinks import check_recorders
 from qwen_moe.sharding.build import DTYPES, build_model, make_grids
 from qwen_moe.sharding.layout import run_layout
 from qwen_moe.training.compilation import choose_compilation
 from qwen_moe.training.optimizer import build_optimizer
-from qwen_moe.training.restore import restore, saved_settings
+from qwen_moe.training.restore import restore
 from qwen_moe.training.rollback import History
 from qwen_moe.training.slow_step import SlowStepNotice
 from qwen_moe.training.step import BadStep, StepResult, Trainer

@@ -10,34 +10,10 @@ from qwen_moe.checkpoint.valid import newest_valid, valid_one
 from qwen_moe.config import RunConfig
 from qwen_moe.data.inputs import RunInputs
 from qwen_moe.errors import UserError
-from qwen_moe.sharding.kernels import precision_settings
+from qwen_moe.runs.identity import ON_RESUME, differences
 from qwen_moe.training.branch import check_branch
 from qwen_moe.training.rollback import History
 from qwen_moe.training.step import Trainer
-
-
-def saved_settings(config: RunConfig) -> dict[str, Any]:
-    """What decides the trajectory of a run; the rest (intervals, logging, placement) may change on resume."""
-    dump = config.model_dump(mode="json", exclude={"optimizer": {"provider"}})  # whose kernel, not what it computes
-    training = {key: dump["training"][key] for key in ("train_tokens", "global_batch_size")}
-    dump["precision"] = precision_settings(config)
-    return {key: dump[key] for key in ("seed", "optimizer", "schedule", "balance", "precision")} | {
-        "training": training
-    }
-
-
-def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    found = []
-    for section, values in now.items():
-        if isinstance(values, dict):
-            before = saved.get(section)
-            before = before if isinstance(before, dict) else {}
-            for key, value in values.items():
-                if before.get(key) != value:
-                    found.append(f"{section}.{key} was {before.get(key)!r}, is now {value!r}")
-        elif saved.get(section) != values:
-            found.append(f"{section} was {saved.get(section)!r}, is now {values!r}")
-    return found
 
 
 def restore(config: RunConfig, trainer: Trainer, inputs: RunInputs, say: Any) -> tuple[int, History]:
@@ -51,11 +27,11 @@ def restore(config: RunConfig, trainer: Trainer, inputs: RunInputs, say: Any) ->
         say(f"falling back to {path.name if path else 'step 0: no checkpoint of this run is whole'}")
     if path is not None:
         state = resume(path, trainer.model, trainer.optimizer, config.model)
-        changed = _differences(state.settings, saved_settings(config))
+        changed = differences(state.settings, config, ON_RESUME)
         if changed:
             raise UserError(
-                f"{config.run_dir} holds a run with other settings: {'; '.join(changed)}. Put them back to go on with "
-                "it, or give another run_dir (checkpoint.load_from starts a new run from its weights)"
+                f"{config.run_dir} holds a run with other settings: {'; '.join(map(str, changed))}. Put them back to go on "
+                "with it, or give another run_dir (checkpoint.load_from starts a new run from its weights)"
             )
         _check_data(state, inputs, config.run_dir)
         say(f"resumed from {path} (step {state.step} of {config.train_steps})")

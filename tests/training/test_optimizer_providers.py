@@ -208,8 +208,8 @@ def test_a_kernel_that_does_not_compile_is_told_as_such(apex: None, monkeypatch:
 
 def test_a_provider_is_no_setting_of_the_trajectory() -> None:
     """A run, and a branch of it, may go on with another; and with checkpoints from before there were providers."""
+    from qwen_moe.runs.identity import saved_settings
     from qwen_moe.training.branch import check_branch
-    from qwen_moe.training.restore import saved_settings
 
     torchs, apexs = make_config(), make_config(optimizer__provider="apex")
     saved = saved_settings(torchs)
