@@ -76,12 +76,13 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
     try:
         check_disk_space(config, config.run_dir / CHECKPOINTS)
         prepare_inputs(config)
-        resolved = config.run_dir / RESOLVED
-        write_text(resolved, dump_config(config))
         (config.run_dir / FAILURE).unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(prefix="qwen-moe-") as folder:
             # Not in the run folder: the failure to be told may be that its disk is full.
             failure = Path(folder) / "failure.json"
+            # The run folder keeps the settings it was trained with until its checkpoint is known to be of this recipe.
+            resolved = Path(folder) / RESOLVED
+            write_text(resolved, dump_config(config))
             command = [sys.executable, "-m", "qwen_moe.training.elastic"]
             command += [str(nproc), str(resolved), str(failure)]
             limit = config.launch.max_restarts_without_progress
