@@ -6,7 +6,7 @@ from typing import Any
 from qwen_moe.config import OptimizerConfig, RunConfig, ScheduleConfig
 from qwen_moe.errors import UserError
 from qwen_moe.runs.identity import ON_BRANCH, differences
-from qwen_moe.training.schedule import learning_rate
+from qwen_moe.training.schedule import first_other_rate, learning_rate
 
 
 def check_branch(config: RunConfig, saved: dict[str, Any], step: int, where: Path) -> None:
@@ -33,12 +33,12 @@ def _problems(config: RunConfig, saved: dict[str, Any], step: int) -> list[str]:
                 "training": config.training.model_copy(update={"train_tokens": saved["training"]["train_tokens"]}),
             }
         )
-        for done in range(step):
-            before, after = learning_rate(trunk, done), learning_rate(config, done)
-            if abs(before - after) > 1e-9 * before:
-                problems.append(
-                    f"the learning rate of step {done + 1:,} was {before:.3e}, is now {after:.3e} (a branch may decay only "
-                    "after the step it branches at, and needs the same warm-up)"
-                )
-                break
+        # A constant rate and that before a decay may differ by their rounding.
+        other = first_other_rate(trunk, config, step, tolerance=1e-9)
+        if other is not None:
+            problems.append(
+                f"the learning rate of step {other + 1:,} was {learning_rate(trunk, other):.3e}, is now "
+                f"{learning_rate(config, other):.3e} (a branch may decay only after the step it branches at, and needs the "
+                "same warm-up)"
+            )
     return problems

@@ -10,8 +10,9 @@ from qwen_moe.checkpoint.valid import newest_valid, valid_one
 from qwen_moe.config import RunConfig
 from qwen_moe.data.inputs import RunInputs
 from qwen_moe.errors import UserError
-from qwen_moe.runs.identity import ON_RESUME, differences
+from qwen_moe.runs.identity import ON_RESUME, Rule, differences, rule_of
 from qwen_moe.training.branch import check_branch
+from qwen_moe.training.extension import check_length, is_of_another_length, set_aside_export
 from qwen_moe.training.rollback import History
 from qwen_moe.training.step import Trainer
 
@@ -28,12 +29,15 @@ def restore(config: RunConfig, trainer: Trainer, inputs: RunInputs, say: Any) ->
     if path is not None:
         state = resume(path, trainer.model, trainer.optimizer, config.model)
         changed = differences(state.settings, config, ON_RESUME)
-        if changed:
+        if other := [d for d in changed if rule_of(d.name) != Rule.HORIZON]:
             raise UserError(
-                f"{config.run_dir} holds a run with other settings: {'; '.join(map(str, changed))}. Put them back to go on "
+                f"{config.run_dir} holds a run with other settings: {'; '.join(map(str, other))}. Put them back to go on "
                 "with it, or give another run_dir (checkpoint.load_from starts a new run from its weights)"
             )
-        _check_data(state, inputs, config.run_dir)
+        check_length(config, changed, state.step)
+        if not is_of_another_length(config, state, inputs):
+            _check_data(state, inputs, config.run_dir)
+        set_aside_export(config, changed, say)
         say(f"resumed from {path} (step {state.step} of {config.train_steps})")
         return state.step, History.restored(state.skips, state.recent_losses)
     if config.checkpoint.branch_from is not None:
