@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launchers.folder.run_folder import read_json, write_json
+from launchers.folder.atomic import write_json
+from launchers.folder.run_folder import read_json
 from qwen_moe.errors import UserError
 from qwen_moe.runs.identity import is_free
 

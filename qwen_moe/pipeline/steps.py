@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launchers.folder.run_folder import write_text
+from launchers.folder.atomic import write_text
 from launchers.local.supervisor import INTERRUPTED
 from qwen_moe.config import RunConfig, dump_config
 from qwen_moe.errors import UserError

@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from launchers.folder.run_folder import CHECKPOINTS, write_json, write_text
+from launchers.folder.atomic import write_json, write_text
+from launchers.folder.run_folder import CHECKPOINTS
 from qwen_moe.config import RunConfig, dump_config, load_config
 from qwen_moe.errors import UserError
 from qwen_moe.runs.outcome import FAILURE
