@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qwen_moe.data.batches import TokenBatches
+from qwen_moe.data.index_cache import IndexCache
 from qwen_moe.data.order import begin_alike
 from tests.data.test_batches import batches, counting_documents, process_group, write_tokens
 
@@ -80,3 +81,13 @@ class Arrays:
 )
 def test_each_array_counts(changes: dict[str, list[Any]], alike: int) -> None:
     assert [begin_alike(Arrays(), Arrays(**changes), n) for n in range(5)] == [n <= alike for n in range(5)]
+
+
+def test_index_arrays_that_are_sealed_again_are_still_whole(tmp_path: Path) -> None:
+    """Each start of a run seals them; the seal is none of the files it speaks of."""
+    cache = IndexCache(tmp_path, ["a"])
+    (tmp_path / "array.npy").write_bytes(b"1")
+    for _ in range(3):
+        cache.seal()
+        assert cache.clear_unless_whole()
+    assert not IndexCache(tmp_path, ["b"]).clear_unless_whole()
