@@ -15,10 +15,11 @@ from parallel.threads import Threads, available_cpus, choose_threads
 
 if TYPE_CHECKING:  # torch is imported in `start`: who this process is, is asked before anything waits for it
     import torch
+    from torch.distributed import Store
 
 
 class ProcessError(ValueError):
-    """The environment that should say which process this is does not."""
+    """This process cannot be a rank of the run: the launcher did not say which, others did not come, or its GPU is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +114,21 @@ def start(
         store = meet(info.rank, info.world_size, patience=patience, admit=admit)
     except MeetingError as error:
         raise ProcessError(str(error)) from None
+    if device.type == "cuda":
+        _claim_gpu(store, str(torch.cuda.get_device_properties(device).uuid), info, torch.cuda.device_count())
     dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.world_size, timeout=timeout)
     return device
+
+
+def _claim_gpu(store: "Store", gpu: str, info: ProcessInfo, visible: int) -> None:
+    """Raises ProcessError where another rank has the same GPU: NCCL would refuse it later, in words of its own."""
+    if store.add(f"gpu/{gpu}", 1) > 1:
+        raise ProcessError(
+            f"rank {info.rank} has the same GPU as another rank: {info.local_world_size} processes were started on "
+            f"{socket.gethostname()}, where each sees {visible} GPU{'s' if visible > 1 else ''}. Start no more processes "
+            "than there are GPUs (launch.nproc, torchrun --nproc-per-node, srun --ntasks-per-node), or set "
+            "CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
 
 
 def own_threads(info: ProcessInfo, asked: int = 0, before: int = 0) -> Threads:

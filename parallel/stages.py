@@ -2,10 +2,17 @@
 
 import math
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
 from parallel.mesh import LayoutError
 
 V_SHAPED = ("zbv", "dualpipev")
+
+
+def splits_backward() -> bool:
+    """Whether this torch can run the V-shaped schedules, which compute gradients of inputs and of weights apart: 2.11 cannot
+    do so through our autograd functions ("Attribute '_input_metadata' is invalid"), 2.13 can, 2.12 was not tried."""
+    return tuple(int(part) for part in version("torch").split(".")[:2]) >= (2, 13)
 
 
 def stages_per_rank(schedule: str, asked: int = 0) -> int:

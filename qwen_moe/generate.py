@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_moe.config.fields import LARGEST, LARGEST_SIZE
 from qwen_moe.documents import json_object, read_text
 from qwen_moe.errors import UserError
-from qwen_moe.fields import LARGEST, LARGEST_SIZE
 from qwen_moe.options import number, whole
 
 if TYPE_CHECKING:

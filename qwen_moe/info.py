@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe.config import ModelConfig, load_config, parse_model
+from qwen_moe.config.fields import LARGEST_SIZE
+from qwen_moe.config.presets import PRESETS, is_preset, preset_values
 from qwen_moe.documents import json_object, read_text
 from qwen_moe.errors import UserError
-from qwen_moe.fields import LARGEST_SIZE
 from qwen_moe.models.flops import count_parameters, flops_per_token, training_bytes
 from qwen_moe.options import whole
-from qwen_moe.presets import PRESETS, is_preset, preset_values
 
 
 def resolve_model(name: str) -> ModelConfig:

@@ -48,7 +48,7 @@ def outside(path: Path, allowed: set[str]) -> list[str]:
         ("qwen_moe/models", {"torch", "qwen_moe.config", "qwen_moe.models", "parallel.gemm"}),
         ("qwen_moe/objectives", {"torch", "qwen_moe.config", "qwen_moe.models", "qwen_moe.objectives", "parallel"}),
         ("qwen_moe/data", {"torch", "numpy", "tqdm", "tokenizers", "zstandard", "megatron", "qwen_moe.config",
-                           "qwen_moe.errors", "qwen_moe.fields", "qwen_moe.options", "qwen_moe.packages", "qwen_moe.data",
+                           "qwen_moe.errors", "qwen_moe.options", "qwen_moe.packages", "qwen_moe.data",
                            "parallel.mesh", "launchers.folder.atomic"}),
     ],
 )  # fmt: skip
@@ -68,9 +68,8 @@ def test_models_know_nothing_of_ranks() -> None:
 # it imports every room that has a verb, and what a verb needs of it is handed over.
 FLOORS = {
     "qwen_moe": (
-        ("errors", "fields", "paths", "progress"),
+        ("errors", "paths", "progress"),
         ("documents", "options", "packages"),
-        ("presets", "model_config"),
         ("config",),
         ("models", "data"),
         ("objectives",),

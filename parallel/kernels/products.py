@@ -5,6 +5,7 @@ Shapes: ``a [M, K]`` and ``b [N, K]`` are contracted over K; rows of E experts f
 """
 
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
 from parallel.gemm import widens
@@ -12,23 +13,47 @@ from parallel.kernels.formats import E5M2, Quantised, widen
 
 
 def _has_kernel(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """`torch._scaled_mm` with one scale per tensor: any shape on CPU; on GPUs FP8 units, multiples of 16, one E4M3."""
+    """Whether `torch._scaled_mm` multiplies these with one scale per tensor; on GPUs one of them must be E4M3."""
     if a.device.type == "cpu":
         return not widens(a, torch.bfloat16)  # oneDNN has FP8 products where it has bfloat16's
     if a.device.type != "cuda" or torch.cuda.get_device_capability(a.device) < (8, 9):
         return False
-    return not (a.shape[1] % 16 or b.shape[0] % 16 or b.shape[1] % 16 or a.dtype == b.dtype == E5M2)
+    return not a.dtype == b.dtype == E5M2
+
+
+def _multiple(device: torch.device) -> int:
+    """K and N must be multiples of this; M may be any (seen on an H100)."""
+    return 16 if device.type == "cuda" else 1
+
+
+def _padded(x: torch.Tensor, rows: bool) -> torch.Tensor:
+    """``x [R, C]`` with zeros up to a multiple of columns (and of ``rows``), which add nothing to a product; contiguous, the
+    one order of strides that has a kernel on GPUs."""
+    multiple = _multiple(x.device)
+    below, right = -x.shape[0] % multiple if rows else 0, -x.shape[1] % multiple
+    if below or right:
+        x = F.pad(x.view(torch.uint8), (0, right, 0, below)).view(x.dtype)
+    return x.contiguous()
+
+
+def _scalar(inverse: torch.Tensor) -> torch.Tensor:
+    """The one factor of a tensor, at a multiple of 16 bytes: from elsewhere (one of a stack's) cuBLASLt does not read it and
+    answers CUBLAS_STATUS_NOT_SUPPORTED."""
+    scalar = inverse.reshape(())
+    return scalar.clone() if scalar.device.type == "cuda" and scalar.data_ptr() % 16 else scalar
 
 
 def mm(a: Quantised, b: Quantised, dtype: torch.dtype) -> torch.Tensor:
     """``a b^T [M, N]``."""
     if a.exact_in_bf16 and b.exact_in_bf16:
         return (_values(a, dtype) @ _values(b, dtype).T).to(dtype)
+    columns = b.data.shape[0]
     if not a.data.shape[0]:
-        return a.data.new_empty(0, b.data.shape[0], dtype=dtype)
+        return a.data.new_empty(0, columns, dtype=dtype)
     if _has_kernel(a.data, b.data):
-        left, right = a.data.contiguous(), b.data.contiguous()  # on GPUs the one order of strides that has a kernel
-        return torch._scaled_mm(left, right.T, a.inverse.reshape(()), b.inverse.reshape(()), out_dtype=dtype)
+        left, right = _padded(a.data, rows=False), _padded(b.data, rows=True)
+        out = torch._scaled_mm(left, right.T, _scalar(a.inverse), _scalar(b.inverse), out_dtype=dtype)
+        return out[:, :columns]
     sums = widen(a.data, torch.float32) @ widen(b.data, torch.float32).T
     return (sums * (a.inverse * b.inverse).reshape(())).to(dtype)
 

@@ -10,8 +10,12 @@ and scatters dim 0 of ``[S, B, D]``, our sequences are dim 1. Hence also no Laye
 the gather lies between norm and projections, and an MoE's norm feeds the router in high precision.
 """
 
+import ctypes
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +44,7 @@ class KernelsUnavailable(RuntimeError):
 def load_transformer_engine() -> tuple[Any, Any]:
     """``transformer_engine.pytorch`` and ``transformer_engine.common.recipe``. Raises KernelsUnavailable."""
     use_torch = "or use precision.kernels=torch"
+    _share_cudnn()
     try:
         import transformer_engine
         import transformer_engine.common.recipe as te_recipe
@@ -57,6 +62,22 @@ def load_transformer_engine() -> tuple[Any, Any]:
             f"one of these, {use_torch}"
         )
     return te, te_recipe
+
+
+def _share_cudnn() -> None:
+    """Load all of the cuDNN that torch brings before Transformer Engine looks for one: it would take those of its libraries
+    that torch has not loaded yet from the system, and two releases in one process do not work (undefined symbols)."""
+    if "CUDNN_HOME" in os.environ or "CUDNN_PATH" in os.environ:
+        return  # the user's choice
+    try:
+        spec = find_spec("nvidia.cudnn")
+    except ModuleNotFoundError:
+        return  # torch was built against the system's
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        for library in sorted(Path(folder, "lib").glob("libcudnn*.so.*")):
+            with suppress(OSError):
+                ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        os.environ["CUDNN_HOME"] = folder
 
 
 def make_recipe(ours: Recipe, te: Any, te_recipe: Any, *, reduce_amax: bool) -> Any:

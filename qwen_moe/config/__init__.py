@@ -1,6 +1,7 @@
 """What a run is: its settings (`run`), and how a recipe becomes them (`load`)."""
 
 from qwen_moe.config.load import dump_config, find_recipe, load_config, parse_config, parse_model
+from qwen_moe.config.model import ModelConfig
 from qwen_moe.config.run import (
     BalanceConfig,
     DataConfig,
@@ -15,7 +16,6 @@ from qwen_moe.config.run import (
     TrainingConfig,
     WandbConfig,
 )
-from qwen_moe.model_config import ModelConfig
 
 __all__ = [
     "BalanceConfig",

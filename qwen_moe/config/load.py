@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from qwen_moe.config.model import ModelConfig
+from qwen_moe.config.presets import preset_values
 from qwen_moe.config.run import RunConfig
 from qwen_moe.documents import read_text, yaml_mapping, yaml_value
 from qwen_moe.errors import UserError
-from qwen_moe.model_config import ModelConfig
 
 # recipes/ at the top of the repository is what this links to; a wheel holds the files.
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -59,16 +60,9 @@ def _explain(error: ValidationError, source: str, root: tuple[str, ...] = ()) ->
 
 def parse_model(values: dict[str, Any], source: str) -> ModelConfig:
     """ModelConfig from plain values, `preset: NAME` resolved and overridden by the other keys."""
-    from qwen_moe.presets import preset_values
-
     values = dict(values)
     if "preset" in values:
-        name = values.pop("preset")
-        base = preset_values(str(name))
-        changed = values.keys() & {"hidden_size", "num_attention_heads"}
-        if changed and "head_dim" not in values and base["family"].startswith("qwen2"):
-            base.pop("head_dim", None)  # the qwen2 families derive it from the two
-        values = base | values
+        values = preset_values(str(values.pop("preset"))) | values
     try:
         return ModelConfig(**values)
     except ValidationError as error:

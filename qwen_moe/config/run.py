@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from qwen_moe.fields import (
+from qwen_moe.config.fields import (
     Degree,
     GivenPath,
     GivenPrefix,
@@ -21,7 +21,7 @@ from qwen_moe.fields import (
     ShareBelowOne,
     Size,
 )
-from qwen_moe.model_config import ModelConfig
+from qwen_moe.config.model import ModelConfig
 
 
 class Dataset(Section):

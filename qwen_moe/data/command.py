@@ -7,8 +7,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from qwen_moe.config.fields import LARGEST_SIZE
 from qwen_moe.errors import UserError
-from qwen_moe.fields import LARGEST_SIZE
 from qwen_moe.options import given_prefix, whole
 
 

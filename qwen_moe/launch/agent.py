@@ -49,11 +49,13 @@ def _listen(watch: NodeWatch, plan: dict[str, Any]) -> None:
 def _launch(plan: dict[str, Any], node_rank: int, module: str, arguments: list[str]) -> list[dict[str, Any]]:
     """Run the ranks of this node to their end; what elastic saw of those that failed, empty when none did."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
+
+    from parallel.elastic import launch_config
 
     logging.disable(logging.CRITICAL)  # what failed is told by the conductor, first cause first
     nodes = len(plan["nodes"])
-    launch = LaunchConfig(
+    launch = launch_config(
         min_nodes=nodes,
         max_nodes=nodes,
         nproc_per_node=plan["processes_per_node"],

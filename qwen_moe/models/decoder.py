@@ -1,4 +1,4 @@
-"""The decoder of all four families: embedding, pre-norm layers, final norm, head.
+"""The decoder of every family: embedding, pre-norm layers, final norm, head.
 
 Shapes: B batch, S sequence, D hidden, V vocabulary, L MoE layers, E experts. Parameter names are Hugging Face's.
 """

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from launchers.local.lock import RunLock
 from launchers.local.supervisor import INTERRUPTED
+from qwen_moe.config.fields import MOST_PROCESSES
 from qwen_moe.errors import UserError
-from qwen_moe.fields import MOST_PROCESSES
 from qwen_moe.options import number, whole
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe.config import RunConfig, find_recipe, load_config, parse_config
+from qwen_moe.config.fields import LARGEST_SIZE, MOST_PROCESSES
 from qwen_moe.documents import yaml_mapping
 from qwen_moe.errors import UserError
-from qwen_moe.fields import LARGEST_SIZE, MOST_PROCESSES
 from qwen_moe.options import number, whole
 
 

@@ -7,9 +7,9 @@ from typing import Annotated, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
+from qwen_moe.config.fields import NonNegativeFloat, PositiveFloat, Section
 from qwen_moe.documents import read_text, yaml_mapping
 from qwen_moe.errors import UserError
-from qwen_moe.fields import NonNegativeFloat, PositiveFloat, Section
 
 Share = Annotated[PositiveFloat, Field(le=1)]
 

@@ -10,7 +10,7 @@ from parallel.kernels.transformer_engine import KernelsUnavailable
 from parallel.mesh import Grids
 from parallel.pipeline import Pipeline, Sequential
 from parallel.sequence import SequenceShard
-from parallel.stages import stages_of_rank
+from parallel.stages import V_SHAPED, splits_backward, stages_of_rank
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.init import keep_statistics_dtypes
@@ -90,6 +90,12 @@ def build_engine(
     grids, sequence = model.grids, config.data.sequence_length
     if grids.pp.size == 1:
         return Sequential(model.parts[0], "input_ids", loss, keep_gathered=config.parallel.sharding != "zero3")
+    schedule = config.parallel.schedule
+    if schedule in V_SHAPED and not splits_backward():
+        raise UserError(
+            f"parallel.schedule {schedule} needs torch 2.13 or newer, and this is {torch.__version__}: use 1f1b or "
+            "interleaved_1f1b, or a newer torch"
+        )
     compute = DTYPES[config.precision.compute]
     part = SequenceShard.of(grids)
     shape = (config.training.micro_batch_size, part.length(sequence), config.model.hidden_size)
@@ -98,7 +104,7 @@ def build_engine(
         model.stages,
         model.num_stages,
         grids.pp,
-        config.parallel.schedule,
+        schedule,
         micro_batches=layout.micro_batches,
         hidden=torch.empty(shape, dtype=compute, device="meta"),
         sequence_length=sequence // part.cp.size,

@@ -26,9 +26,21 @@ def _degrees(config: RunConfig) -> dict[str, int]:
     return {name: getattr(parallel, name) for name in ("pp", "cp", "tp", "ep", "etp")}
 
 
-def processes(config: RunConfig) -> int:
-    """Processes to start on this machine: ``launch.nproc``, or the next number that the layout divides."""
-    return smallest_world(config.launch.nproc, **_degrees(config))
+def processes(config: RunConfig, gpus: int = 0) -> int:
+    """Processes to start on this machine: ``launch.nproc``, or the next number that the layout divides. With ``gpus`` (0:
+    none), at most one process for each. Raises UserError when the layout needs more."""
+    degrees = _degrees(config)
+    count = smallest_world(config.launch.nproc, **degrees)
+    if not gpus or count <= gpus:
+        return count
+    for fewer in range(gpus, 0, -1):
+        if smallest_world(fewer, **degrees) == fewer:
+            return fewer
+    raise UserError(
+        f"parallel: this layout needs {smallest_world(1, **degrees)} processes, each with its own GPU, and this machine has "
+        f"{gpus}: lower the degrees of the parallel section, launch it on more nodes, or set CUDA_VISIBLE_DEVICES= to train "
+        "on the CPU"
+    )
 
 
 def check_layout(config: ModelConfig, layout: Layout, sequence_length: int) -> None:

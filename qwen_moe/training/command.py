@@ -63,16 +63,19 @@ def _join(config: RunConfig) -> int:
 def _train_here(config: RunConfig) -> dict[str, Any] | int:
     from launchers.local.lock import RunLock
     from launchers.local.supervisor import Supervisor
+    from parallel.gpus import visible_gpus
     from qwen_moe.checkpoint.preflight import check_disk_space
     from qwen_moe.data.inputs import prepare_inputs
     from qwen_moe.runs.sinks import check_recorders
     from qwen_moe.sharding.layout import processes, run_layout
 
     check_recorders(config)
-    nproc = processes(config)
+    gpus = visible_gpus()
+    nproc = processes(config, gpus)
     layout = run_layout(config, nproc).layout
     if nproc != config.launch.nproc:
-        print(f"{nproc} processes instead of launch.nproc {config.launch.nproc}: layout {layout}", file=sys.stderr)
+        why = f"there are {gpus} GPUs, one for each" if gpus and nproc < config.launch.nproc else f"layout {layout}"
+        print(f"processes: {nproc} instead of launch.nproc {config.launch.nproc}: {why}", file=sys.stderr)
     lock = RunLock(config.run_dir)
     try:
         check_disk_space(config, config.run_dir / CHECKPOINTS)

@@ -56,11 +56,13 @@ def main(nproc: int, config: str, failure_file: str) -> int:
     # Imported only now: the command is watched from the first line on.
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
+
+    from parallel.elastic import launch_config
 
     entry, arguments, start_method = _entry(config, failure_file)
     logging.disable(logging.CRITICAL)  # what failed is told by the workers and by the supervisor
-    launch = LaunchConfig(
+    launch = launch_config(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=nproc,

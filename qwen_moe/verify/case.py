@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from parallel.mesh import Layout
-from parallel.stages import V_SHAPED, stages_per_rank
+from parallel.stages import V_SHAPED, splits_backward, stages_per_rank
 from qwen_moe.config import ModelConfig, RunConfig, parse_config
+from qwen_moe.config.families import FAMILIES
 from qwen_moe.errors import UserError
 
 STEPS = 3
@@ -156,12 +157,15 @@ def draw(seed: int, index: int, max_ranks: int) -> tuple[RunConfig, Layout]:
         if 2 <= tp * pp * dp <= max_ranks:
             break
     stage = tp * dp
-    family = rng.choice(["qwen2_moe", "qwen2_moe", "qwen3_moe", "qwen3_moe", "qwen2", "qwen3"])
-    moe = family.endswith("_moe")
+    by_kind = {moe: [name for name, row in FAMILIES.items() if row.moe == moe] for moe in (True, False)}
+    family = rng.choice([name for name in by_kind[True] for _ in range(2)] + by_kind[False])  # MoE twice as often
+    features = FAMILIES[family]
+    moe = features.moe
     ep = rng.choice([d for d in range(1, stage + 1) if stage % d == 0]) if moe else 1
     etp = rng.choice([d for d in range(1, stage // ep + 1) if (stage // ep) % d == 0]) if moe else 1
     layout = Layout(pp=pp, dp=dp, tp=tp, ep=ep, etp=etp)
-    schedule = rng.choice(["1f1b", "interleaved_1f1b", "zbv", "dualpipev"]) if pp > 1 else "1f1b"
+    schedules = ["1f1b", "interleaved_1f1b", *(V_SHAPED if splits_backward() else ())]
+    schedule = rng.choice(schedules) if pp > 1 else "1f1b"
     per_rank = {"1f1b": 1, "interleaved_1f1b": rng.choice([2, 3])}.get(schedule, 2)
     stages = pp * per_rank if pp > 1 else 1
     layers = rng.randint(max(1, stages), max(1, stages) + 2)
@@ -184,7 +188,7 @@ def draw(seed: int, index: int, max_ranks: int) -> tuple[RunConfig, Layout]:
         "tie_word_embeddings": rng.random() < 0.5,
         "initializer_range": 0.2,
     }
-    if family.startswith("qwen3"):
+    if features.qkv_bias_key and not features.qkv_bias:
         model["qkv_bias"] = rng.random() < 0.5
     balance: dict[str, Any] = {}
     if moe:
@@ -194,7 +198,7 @@ def draw(seed: int, index: int, max_ranks: int) -> tuple[RunConfig, Layout]:
             "num_experts": experts,
             "num_experts_per_tok": rng.randint(1, min(4, experts)),
             "moe_intermediate_size": etp * rng.randint(1, 4),
-            "shared_expert_intermediate_size": tp * rng.randint(1, 4) if family == "qwen2_moe" else 0,
+            "shared_expert_intermediate_size": tp * rng.randint(1, 4) if features.shared_expert else 0,
             "norm_topk_prob": rng.random() < 0.5,
             "mlp_only_layers": dense if len(dense) < layers else dense[1:],
         }

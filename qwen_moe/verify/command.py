@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_moe.config import RunConfig, load_config
+from qwen_moe.config.fields import MOST_PROCESSES
 from qwen_moe.errors import UserError
-from qwen_moe.fields import MOST_PROCESSES
 from qwen_moe.options import whole
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from qwen_moe.verify.compare import compare
 from qwen_moe.verify.ranks import Report, make_trainer, record_step
 from qwen_moe.verify.reference import train_reference
 from tests.distributed import run_distributed
+from tests.schedules import needs
 from tests.verify.cases import case
 
 SAVED, STEPS = 2, 4
@@ -109,6 +110,7 @@ PAIRS: list[tuple[Any, Any]] = [
 @pytest.mark.parametrize("pair", PAIRS)
 def test_another_layout_goes_on_the_same(pair: tuple[Any, Any], tmp_path: Path) -> None:
     (first, first_schedule), (second, second_schedule) = pair
+    needs(first_schedule, second_schedule)
     saved, resumed = config_for(first, first_schedule), config_for(second, second_schedule)
     found = _check((first, saved), (second, resumed), tmp_path, asynchronous=second.pp > 1)
     assert found.equal, found

@@ -13,10 +13,9 @@ from benchmarks.gpu import benchmark as compare
 from benchmarks.gpu_contenders import TINY, Session, Size
 from parallel.kernels.interface import ExpertPart, Kernels
 from qwen_moe.config import RunConfig, parse_config
-from qwen_moe.errors import UserError
 from qwen_moe.models.ops.grouped_matmul import loop_mm
 from qwen_moe.sharding.kernels import choose_kernels
-from tests.gpu.rows import Row, Where, check, error_of, skipped
+from tests.gpu.rows import Row, Where, check, error_of, guarded
 
 RECIPES = ("delayed", "current", "blockwise", "mxfp8")
 PROVIDERS = ("torch", "te")
@@ -96,58 +95,58 @@ def training(where: Where) -> Iterator[Row]:
     for recipe in RECIPES:
         for provider in PROVIDERS:
             name = f"fp8 {recipe} by {provider}"
-            try:
-                trainer = make_trainer(where, config_of(where, fp8(provider, recipe)))
-            except UserError as error:
-                yield skipped(name, error)
-                continue
-            mine = [loss for loss, _ in run_steps(trainer, steps)]
-            yield check(f"{name}: first loss against bf16", abs(mine[0] / losses[0] - 1), 0.01)
-            yield check(f"{name}: last loss over first", mine[-1] / mine[0], 0.95 if where.tiny else 0.6)
+            yield from guarded(name, _training_in_fp8(where, name, fp8(provider, recipe), steps, losses[0]))
+
+
+def _training_in_fp8(
+    where: Where, name: str, precision: dict[str, Any], steps: range, first_in_bf16: float
+) -> Iterator[Row]:
+    mine = [loss for loss, _ in run_steps(make_trainer(where, config_of(where, precision)), steps)]
+    yield check(f"{name}: first loss against bf16", abs(mine[0] / first_in_bf16 - 1), 0.01)
+    yield check(f"{name}: last loss over first", mine[-1] / mine[0], 0.95 if where.tiny else 0.6)
 
 
 def checkpoint(where: Where) -> Iterator[Row]:
     """Save, go on; resume, go on: the same loss to the bit."""
-    from qwen_moe.checkpoint.distributed import CheckpointWriter, resume
-    from qwen_moe.checkpoint.train_state import TrainState
-
     cases = {"bf16": {"compute": "bf16"}} | {
         f"fp8 delayed by {provider}": fp8(provider, "delayed") for provider in PROVIDERS
     }
     for name, precision in cases.items():
-        config = config_of(where, precision)
-        try:
-            trainer = make_trainer(where, config)
-        except UserError as error:
-            yield skipped(name, error)
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            root = Path(folder)
-            writer = CheckpointWriter(root, keep=1, asynchronous=False, config=config.model, compute_dtype="bf16")
-            run_steps(trainer, range(2))
-            state = TrainState(step=2, consumed_samples=0, consumed_tokens=0, data_fingerprint="none", settings={})
-            writer.save(trainer.model, trainer.optimizer, state)
-            (straight,) = run_steps(trainer, range(2, 3))
-            again = make_trainer(where, config)
-            resume(root / "step_00000002", again.model, again.optimizer, config.model)
-            (resumed,) = run_steps(again, range(2, 3))
-        yield check(f"{name}: loss after resuming, difference", abs(resumed[0] - straight[0]), 0.0)
-        yield check(f"{name}: gradient norm, relative difference", abs(resumed[1] / straight[1] - 1), 1e-3)
+        yield from guarded(name, _resumed(where, name, config_of(where, precision)))
+
+
+def _resumed(where: Where, name: str, config: RunConfig) -> Iterator[Row]:
+    from qwen_moe.checkpoint.distributed import CheckpointWriter, resume
+    from qwen_moe.checkpoint.train_state import TrainState
+
+    trainer = make_trainer(where, config)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        writer = CheckpointWriter(root, keep=1, asynchronous=False, config=config.model, compute_dtype="bf16")
+        run_steps(trainer, range(2))
+        state = TrainState(step=2, consumed_samples=0, consumed_tokens=0, data_fingerprint="none", settings={})
+        writer.save(trainer.model, trainer.optimizer, state)
+        (straight,) = run_steps(trainer, range(2, 3))
+        again = make_trainer(where, config)
+        resume(root / "step_00000002", again.model, again.optimizer, config.model)
+        (resumed,) = run_steps(again, range(2, 3))
+    yield check(f"{name}: loss after resuming, difference", abs(resumed[0] - straight[0]), 0.0)
+    yield check(f"{name}: gradient norm, relative difference", abs(resumed[1] / straight[1] - 1), 1e-3)
 
 
 def optimizers(where: Where) -> Iterator[Row]:
     """Other libraries' AdamW: losses of ten steps against torch's."""
-    expected: list[tuple[float, float]] = []
-    for provider in ("torch", "apex", "deepspeed"):
+    steps = range(10)
+    expected = run_steps(make_trainer(where, config_of(where, {"compute": "bf16"})), steps)
+
+    def against_torch(provider: str) -> Iterator[Row]:
         config = config_of(where, {"compute": "bf16"}, optimizer__provider=provider)
-        try:
-            found = run_steps(make_trainer(where, config), range(10))
-        except UserError as error:
-            yield skipped(provider, error)
-            continue
-        expected = expected or found
+        found = run_steps(make_trainer(where, config), steps)
         worst = max(abs(mine / theirs - 1) for (mine, _), (theirs, _) in zip(found, expected))
         yield check(f"{provider}: losses against torch's AdamW", worst, 0.01)
+
+    for provider in ("torch", "apex", "deepspeed"):
+        yield from guarded(provider, against_torch(provider))
 
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -182,22 +181,21 @@ def parity(where: Where) -> Iterator[Row]:
     exact = with_gradients(lambda x, w: loop_mm(x, w, counts), *(t.to(where.device).double() for t in tensors))
     x, weight, dy = (tensor.to(where.device) for tensor in tensors)
     counts = counts.to(where.device)
+
+    def by(recipe: str, provider: str, found: dict[str, list[torch.Tensor]]) -> Iterator[Row]:
+        config = config_of(where, fp8(provider, recipe))
+        kernels = choose_kernels(config, session(where.device.type).parts(config)[1])
+        grouped = kernels.grouped("experts", ExpertPart(total=experts, first=0, count=experts))
+        kernels.materialise(where.device)
+        assert grouped is not None
+        found[provider] = in_steps(kernels, lambda: with_gradients(lambda x, w: grouped(x, w, counts), x, weight, dy))
+        for part, got, expected in zip(PARTS_OF_A_PRODUCT, found[provider], exact):
+            yield check(f"{recipe} by {provider}: {part} against float64", error_of(got, expected), BOUNDS[part])
+
     for recipe in RECIPES:
         found: dict[str, list[torch.Tensor]] = {}
         for provider in PROVIDERS:
-            config = config_of(where, fp8(provider, recipe))
-            try:
-                kernels = choose_kernels(config, session(where.device.type).parts(config)[1])
-            except UserError as error:
-                yield skipped(f"{recipe} by {provider}", error)
-                continue
-            grouped = kernels.grouped("experts", ExpertPart(total=experts, first=0, count=experts))
-            kernels.materialise(where.device)
-            assert grouped is not None
-            product = lambda x, w, mm=grouped: mm(x, w, counts)  # noqa: E731
-            found[provider] = in_steps(kernels, lambda p=product: with_gradients(p, x, weight, dy))  # type: ignore[misc]
-            for part, got, expected in zip(PARTS_OF_A_PRODUCT, found[provider], exact):
-                yield check(f"{recipe} by {provider}: {part} against float64", error_of(got, expected), BOUNDS[part])
+            yield from guarded(f"{recipe} by {provider}", by(recipe, provider, found))
         if len(found) == 2:
             for part, ours, theirs in zip(PARTS_OF_A_PRODUCT, found["torch"], found["te"]):
                 yield check(f"{recipe}: {part}, te against torch", error_of(theirs, ours), BOUNDS[part])

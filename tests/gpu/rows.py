@@ -1,8 +1,11 @@
 """What the parts of the GPU report find, and on what device."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+
+from qwen_moe.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,16 @@ def check(what: str, value: float, bound: float) -> Row:
 
 def skipped(what: str, reason: object) -> Row:
     return Row(what, "skipped", str(reason)[:300])
+
+
+def guarded(what: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """``rows``; a message for users makes a row that is skipped, any other error one that failed, and the part goes on."""
+    try:
+        yield from rows
+    except UserError as error:
+        yield skipped(what, error)
+    except Exception as error:
+        yield Row(what, "failed", f"{type(error).__name__}: {error}"[:300])
 
 
 def error_of(got: torch.Tensor, expected: torch.Tensor) -> float:

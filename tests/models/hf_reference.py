@@ -1,4 +1,4 @@
-"""transformers' models in true float64 with our weights, and random small configs of the four families."""
+"""transformers' models in true float64 with our weights, and random small configs of every family."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +10,12 @@ import transformers
 from torch.overrides import TorchFunctionMode
 
 from qwen_moe.checkpoint.huggingface.config import hf_config
-from qwen_moe.model_config import Family, ModelConfig
+from qwen_moe.config import ModelConfig
+from qwen_moe.config import families as table
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.init import build_model
 
-FAMILIES: tuple[Family, ...] = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+FAMILIES = tuple(table.FAMILIES)
 
 
 class _Float64(TorchFunctionMode):
@@ -76,9 +77,10 @@ def hf_model(ours: DecoderLM, **config_changes: Any) -> Any:
 
 
 @st.composite
-def model_configs(draw: st.DrawFn, families: tuple[Family, ...] = FAMILIES) -> ModelConfig:
+def model_configs(draw: st.DrawFn, families: tuple[str, ...] = FAMILIES) -> ModelConfig:
     """A random small shape, awkward sizes on purpose, one of ``families``."""
     family = draw(st.sampled_from(families))
+    features = table.FAMILIES[family]
     kv_heads = draw(st.integers(1, 3))
     heads = kv_heads * draw(st.integers(1, 3))
     head_dim = 2 * draw(st.integers(1, 6))
@@ -97,9 +99,9 @@ def model_configs(draw: st.DrawFn, families: tuple[Family, ...] = FAMILIES) -> M
         "rope_theta": draw(st.sampled_from([100.0, 10_000.0, 1_000_000.0])),
         "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5, 1e-2])),
         "tie_word_embeddings": draw(st.booleans()),
-        "qkv_bias": True if family == "qwen2" else draw(st.booleans()),
+        "qkv_bias": draw(st.booleans()) if features.qkv_bias_key else features.qkv_bias,
     }
-    if family.endswith("_moe"):
+    if features.moe:
         experts = draw(st.integers(1, 9))
         step = draw(st.sampled_from([1, 1, 2])) if layers > 1 else 1
         sparse = [layer for layer in range(layers) if (layer + 1) % step == 0]
@@ -111,6 +113,6 @@ def model_configs(draw: st.DrawFn, families: tuple[Family, ...] = FAMILIES) -> M
             "decoder_sparse_step": step,
             "mlp_only_layers": tuple(draw(st.sets(st.sampled_from(sparse), max_size=len(sparse) - 1))),
         }
-        if family == "qwen2_moe":
+        if features.shared_expert:
             values["shared_expert_intermediate_size"] = draw(st.integers(1, 20))
     return ModelConfig(**values)

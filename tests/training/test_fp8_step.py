@@ -9,6 +9,7 @@ from parallel.mesh import Layout
 from qwen_moe.config import RunConfig
 from qwen_moe.verify.ranks import Report, make_trainer, record_step, train_rank
 from tests.distributed import run_distributed
+from tests.schedules import needs
 from tests.verify.cases import case
 
 
@@ -49,6 +50,7 @@ def test_pipeline_stages_note_what_one_process_does(schedule: str) -> None:
     """Stages see, micro-batch by micro-batch, what one process has between its layers: the same loss and the same largest
     values of inputs and weights to the bit. (Later steps differ as they do in bf16: AdamW's first update makes much of
     the rounding of sums.)"""
+    needs(schedule)
     layout = Layout(pp=2)
     config = fp8(layout, "delayed", parallel__schedule=schedule)
     reports = run_distributed(_first_step, 2, config)

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from qwen_moe.cli import main
+from tests.schedules import needs
 
 DEMO = str(Path(__file__).parents[2] / "recipes" / "demo.yaml")
 
 
 def test_layouts_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    needs("zbv")
     assert (
         main(["verify", DEMO, "--layout", "tp=2,ep=2", "--layout", "pp=2,schedule=zbv", "--fuzz", "1", "--json"]) == 0
     )

@@ -13,6 +13,7 @@ from qwen_moe.verify.compare import Differences, compare
 from qwen_moe.verify.ranks import Report, train_rank
 from qwen_moe.verify.reference import train_reference
 from tests.distributed import run_distributed
+from tests.schedules import needs
 from tests.verify.cases import CASES, QWEN3, case
 
 
@@ -25,6 +26,7 @@ def differences(config: RunConfig, layout: Layout, rank: Callable[..., Report] =
 def test_layout_equals_one_process(name: str) -> None:
     layout, changes = CASES[name]
     config = case(layout, **changes)
+    needs(config.parallel.schedule)
     found = differences(config, layout)
     assert found.equal, found
 

@@ -5,60 +5,10 @@ from typing import Any, NoReturn
 
 from qwen_moe.checkpoint.huggingface.fp8 import check_quantisation
 from qwen_moe.config import ModelConfig, parse_model
+from qwen_moe.config.families import FAMILIES, Family
 from qwen_moe.errors import UserError
-from qwen_moe.model_config import Family
 
-ARCHITECTURES: dict[str, Family] = {
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen2MoeForCausalLM": "qwen2_moe",
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-}
 DEFAULT_ROPE_THETA = 10_000.0
-
-_EVERY_FAMILY = {
-    "vocab_size": 151936,
-    "max_position_embeddings": 32768,
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
-_DENSE = {"hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32}
-_DENSE |= {"num_attention_heads": 32, "num_key_value_heads": 32}
-_SPARSE = {"decoder_sparse_step": 1, "norm_topk_prob": False}
-
-# What transformers takes for a key that config.json does not have (tests compare with its config classes).
-HF_DEFAULTS: dict[Family, dict[str, Any]] = {
-    "qwen2": _EVERY_FAMILY | _DENSE,
-    "qwen3": _EVERY_FAMILY | _DENSE | {"head_dim": 128, "attention_bias": False},
-    "qwen2_moe": {
-        **_EVERY_FAMILY,
-        **_SPARSE,
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "moe_intermediate_size": 1408,
-        "shared_expert_intermediate_size": 5632,
-        "num_experts_per_tok": 4,
-        "num_experts": 60,
-        "qkv_bias": True,
-    },
-    "qwen3_moe": {
-        **_EVERY_FAMILY,
-        **_SPARSE,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "moe_intermediate_size": 768,
-        "num_experts_per_tok": 8,
-        "num_experts": 128,
-        "attention_bias": False,
-    },
-}
 
 # Keys that do not change what the model computes here, or that are checked on their own.
 _UNUSED = frozenset(
@@ -146,20 +96,18 @@ def _check_types(values: dict[str, Any], where: str) -> None:
             refuse(f"{key}.rope_theta", theta, "a number")
 
 
-def _family(values: dict[str, Any], where: str) -> Family:
-    supported = ", ".join(ARCHITECTURES)
-    named = values.get("architectures") or []
-    by_type = {family: family for family in ARCHITECTURES.values()}.get(values.get("model_type", ""))
+def _family(values: dict[str, Any], where: str) -> str:
+    families = {row.architecture: name for name, row in FAMILIES.items()}
+    supported = ", ".join(families)
+    named, model_type = values.get("architectures") or [], values.get("model_type")
     if not named:
-        if by_type is None:
-            raise UserError(
-                f"{where} has model_type {values.get('model_type')!r} and no architectures: supported are {supported}"
-            )
-        return by_type
-    if not isinstance(named, list) or len(named) != 1 or named[0] not in ARCHITECTURES:
+        if model_type not in FAMILIES:
+            raise UserError(f"{where} has model_type {model_type!r} and no architectures: supported are {supported}")
+        return str(model_type)
+    if not isinstance(named, list) or len(named) != 1 or named[0] not in families:
         raise UserError(f"{where} is of architecture {named!r}, which is not supported: supported are {supported}")
-    family = ARCHITECTURES[named[0]]
-    if "model_type" in values and by_type != family:
+    family = families[named[0]]
+    if "model_type" in values and model_type != family:
         raise UserError(f"{where} has architecture {named[0]} but model_type {values['model_type']!r}: one is wrong")
     return family
 
@@ -220,9 +168,10 @@ def interpret(values: dict[str, Any], where: str = "config.json") -> Interpretat
     if values.get("quantization_config"):
         notes.append("matrices in FP8 are dequantised")
     fields: dict[str, Any] = {"family": family, "rope_theta": _rope_theta(values, where, notes)}
-    defaults = HF_DEFAULTS[family]
+    features = FAMILIES[family]
+    defaults = features.hf_defaults
     given = dict(values)
-    if family.endswith("_moe"):
+    if features.moe:
         experts = _num_experts(values, where)
         if experts is not None:
             given["num_experts"] = experts
@@ -230,14 +179,14 @@ def interpret(values: dict[str, Any], where: str = "config.json") -> Interpretat
     if absent:
         notes.append("transformers' defaults: " + ", ".join(f"{key}={defaults[key]}" for key in absent))
     for key, default in defaults.items():
-        fields["qkv_bias" if key == "attention_bias" else key] = given.get(key, default)
+        fields["qkv_bias" if key == features.qkv_bias_key else key] = given.get(key, default)
     if fields["num_key_value_heads"] is None:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
     head_dim = given.get("head_dim", defaults.get("head_dim"))
     fields.pop("head_dim", None)
     if head_dim is not None:
         fields["head_dim"] = head_dim
-    if family.endswith("_moe"):
+    if features.moe:
         only = given.get("mlp_only_layers") or []
         layers = fields["num_hidden_layers"]
         beyond = [layer for layer in only if isinstance(layers, int) and not 0 <= layer < layers]
@@ -259,9 +208,9 @@ def model_config_from_hf(values: dict[str, Any], where: str = "config.json") -> 
 
 def _fresh(config: ModelConfig) -> dict[str, Any]:
     """A whole config.json that old and new versions of transformers read alike."""
-    architecture = next(name for name, family in ARCHITECTURES.items() if family == config.family)
+    features = config.features
     values: dict[str, Any] = {
-        "architectures": [architecture],
+        "architectures": [features.architecture],
         "attention_dropout": 0.0,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
@@ -271,21 +220,22 @@ def _fresh(config: ModelConfig) -> dict[str, Any]:
         "use_cache": True,
         "use_sliding_window": False,
     }
-    for key in HF_DEFAULTS[config.family]:
-        values[key] = config.qkv_bias if key == "attention_bias" else getattr(config, key)
-    if config.is_moe_family:
+    for key in features.hf_defaults.keys() - {"num_experts"}:
+        values[key] = config.qkv_bias if key == features.qkv_bias_key else getattr(config, key)
+    if features.moe:
         values["mlp_only_layers"] = list(config.mlp_only_layers)
-    if config.family == "qwen3_moe":
-        values["num_local_experts"] = config.num_experts
+    values |= dict.fromkeys(features.expert_count_keys, config.num_experts)
     return dict(sorted(values.items()))
 
 
-# The keys of config.json that hold a field of ModelConfig, where they are not of its name.
-_KEYS: dict[str, tuple[str, ...]] = {
-    "rope_theta": ("rope_theta", "rope_parameters"),
-    "num_experts": ("num_experts", "num_local_experts"),
-    "qkv_bias": ("qkv_bias", "attention_bias"),
-}
+def _keys(field: str, features: Family) -> tuple[str, ...]:
+    """The keys of config.json that hold ``field`` of ModelConfig."""
+    others = {
+        "rope_theta": ("rope_theta", "rope_parameters"),
+        "num_experts": features.expert_count_keys,
+        "qkv_bias": (features.qkv_bias_key,),
+    }
+    return others.get(field, (field,))
 
 
 def hf_config(config: ModelConfig, original: dict[str, Any] | None = None, dtype: str | None = None) -> dict[str, Any]:
@@ -302,7 +252,7 @@ def hf_config(config: ModelConfig, original: dict[str, Any] | None = None, dtype
         for name in ModelConfig.model_fields:
             if getattr(old, name) == getattr(config, name):
                 continue
-            values |= {key: fresh[key] for key in _KEYS.get(name, (name,)) if key in fresh}
+            values |= {key: fresh[key] for key in _keys(name, config.features) if key in fresh}
             if name == "rope_theta":
                 values.pop("rope_scaling", None)
             if name == "num_hidden_layers" and values.get("layer_types"):

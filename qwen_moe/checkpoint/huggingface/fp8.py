@@ -21,8 +21,6 @@ from qwen_moe.errors import UserError
 
 BLOCK = 128
 SCALE = "_scale_inv"
-_LINEARS = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(.+\.)?(gate|up|down)_proj)\.weight")
-_GATES = re.compile(r"\.mlp\.(gate|shared_expert_gate)\.weight$")
 
 
 def _module(hf_name: str) -> str:
@@ -36,7 +34,7 @@ def fp8_pieces(pieces: Sequence[Piece]) -> tuple[list[Piece], dict[str, Any]]:
     Linears that are not whole blocks stay as they are and are named there, as are router, shared expert's gate and head:
     transformers infers the block's size from the scales' shape. Raises UserError when no linear is whole blocks.
     """
-    linears = [piece for piece in pieces if _LINEARS.fullmatch(piece.hf_name)]
+    linears = [piece for piece in pieces if piece.kind == "linear"]
     kept = {_module(piece.hf_name) for piece in linears if any(size % BLOCK for size in piece.shape)}
     names = {piece.hf_name for piece in linears}
     found: list[Piece] = []
@@ -49,7 +47,7 @@ def fp8_pieces(pieces: Sequence[Piece]) -> tuple[list[Piece], dict[str, Any]]:
             found.append(piece)
     if len(found) == len(pieces):
         raise UserError(f"--dtype fp8: no linear of this model has sizes that are multiples of {BLOCK}: use bf16")
-    gates = {_module(piece.hf_name) for piece in pieces if _GATES.search(piece.hf_name)}
+    gates = {_module(piece.hf_name) for piece in pieces if piece.kind == "gate"}
     return found, {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",

@@ -1,4 +1,4 @@
-"""The declarative map between our parameters and the tensors of a Hugging Face directory, for all four families.
+"""The declarative map between our parameters and the tensors of a Hugging Face directory, for every family.
 
 Names are the same on both sides but for routed experts: ours are stacked, Hugging Face's files hold one matrix per
 expert (and transformers 5 fuses them in memory, a layout that is accepted when reading). One row below is one kind of
@@ -19,11 +19,13 @@ from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
 
 Shape = tuple[int, ...]
+# FP8 directories hold linears in FP8, keep gates as they are and say so, and keep the rest.
+Kind = Literal["linear", "gate", "other"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of tensor. ``when`` names the ModelConfig property that must be true for it to exist.
+    """One kind of tensor. ``when`` names the attribute of ModelConfig that must be true for it to exist.
 
     ``per_expert``: Hugging Face's names of the pieces of one expert and where each lies in our ``[E, ...]`` tensor
     after the expert index; empty when the name and the shape are the same on both sides.
@@ -33,40 +35,47 @@ class Row:
     shape: tuple[str | int, ...]
     when: str = ""
     per_expert: tuple[tuple[str, Shape], ...] = ()
+    kind: Kind = "other"
 
 
 _GLOBAL_FIRST = (Row("model.embed_tokens.weight", ("V", "D")),)
 _EVERY_LAYER = (
     Row("input_layernorm.weight", ("D",)),
-    Row("self_attn.q_proj.weight", ("Q", "D")),
+    Row("self_attn.q_proj.weight", ("Q", "D"), kind="linear"),
     Row("self_attn.q_proj.bias", ("Q",), when="qkv_bias"),
-    Row("self_attn.k_proj.weight", ("KV", "D")),
+    Row("self_attn.k_proj.weight", ("KV", "D"), kind="linear"),
     Row("self_attn.k_proj.bias", ("KV",), when="qkv_bias"),
-    Row("self_attn.v_proj.weight", ("KV", "D")),
+    Row("self_attn.v_proj.weight", ("KV", "D"), kind="linear"),
     Row("self_attn.v_proj.bias", ("KV",), when="qkv_bias"),
-    Row("self_attn.o_proj.weight", ("D", "Q")),
+    Row("self_attn.o_proj.weight", ("D", "Q"), kind="linear"),
     Row("self_attn.o_proj.bias", ("D",), when="o_bias"),
     Row("self_attn.q_norm.weight", ("C",), when="qk_norm"),
     Row("self_attn.k_norm.weight", ("C",), when="qk_norm"),
     Row("post_attention_layernorm.weight", ("D",)),
 )
 _DENSE_LAYER = (
-    Row("mlp.gate_proj.weight", ("I", "D")),
-    Row("mlp.up_proj.weight", ("I", "D")),
-    Row("mlp.down_proj.weight", ("D", "I")),
+    Row("mlp.gate_proj.weight", ("I", "D"), kind="linear"),
+    Row("mlp.up_proj.weight", ("I", "D"), kind="linear"),
+    Row("mlp.down_proj.weight", ("D", "I"), kind="linear"),
 )
 _MOE_LAYER = (
-    Row("mlp.gate.weight", ("E", "D")),
+    Row("mlp.gate.weight", ("E", "D"), kind="gate"),
     Row(
         "mlp.experts.gate_up_proj",
         ("E", 2, "F", "D"),
         per_expert=(("mlp.experts.{}.gate_proj.weight", (0,)), ("mlp.experts.{}.up_proj.weight", (1,))),
+        kind="linear",
     ),
-    Row("mlp.experts.down_proj", ("E", "D", "F"), per_expert=(("mlp.experts.{}.down_proj.weight", ()),)),
-    Row("mlp.shared_expert.gate_proj.weight", ("S", "D"), when="shared_expert_intermediate_size"),
-    Row("mlp.shared_expert.up_proj.weight", ("S", "D"), when="shared_expert_intermediate_size"),
-    Row("mlp.shared_expert.down_proj.weight", ("D", "S"), when="shared_expert_intermediate_size"),
-    Row("mlp.shared_expert_gate.weight", (1, "D"), when="shared_expert_intermediate_size"),
+    Row(
+        "mlp.experts.down_proj",
+        ("E", "D", "F"),
+        per_expert=(("mlp.experts.{}.down_proj.weight", ()),),
+        kind="linear",
+    ),
+    Row("mlp.shared_expert.gate_proj.weight", ("S", "D"), when="shared_expert_intermediate_size", kind="linear"),
+    Row("mlp.shared_expert.up_proj.weight", ("S", "D"), when="shared_expert_intermediate_size", kind="linear"),
+    Row("mlp.shared_expert.down_proj.weight", ("D", "S"), when="shared_expert_intermediate_size", kind="linear"),
+    Row("mlp.shared_expert_gate.weight", (1, "D"), when="shared_expert_intermediate_size", kind="gate"),
 )
 _GLOBAL_LAST = (Row("model.norm.weight", ("D",)), Row("lm_head.weight", ("V", "D"), when="untied"))
 
@@ -85,6 +94,7 @@ class Piece:
     parameter: str
     index: Shape
     shape: Shape
+    kind: Kind = "other"
     holds: Literal["values", "fp8", "scale"] = "values"
 
     def dtype(self, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
@@ -131,9 +141,9 @@ def _expand(row: Row, prefix: str, sizes: dict[str, int]) -> Parameter:
     name = prefix + row.name
     shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in row.shape)
     if not row.per_expert:
-        return Parameter(name, shape, (Piece(name, name, (), shape),))
+        return Parameter(name, shape, (Piece(name, name, (), shape, row.kind),))
     pieces = tuple(
-        Piece(prefix + template.format(expert), name, (expert, *where), shape[1 + len(where) :])
+        Piece(prefix + template.format(expert), name, (expert, *where), shape[1 + len(where) :], row.kind)
         for expert in range(shape[0])
         for template, where in row.per_expert
     )

@@ -27,12 +27,14 @@ def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def _losses_and_gradients(
     logits: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of ``logits [T, V]``, which are used up: the summed loss, the gradient softmax(z) but for the labels' elements, and
-    those ``[T, 1]``: 1 is subtracted before they are rounded. The sum is float64."""
+    """The summed loss of ``logits [T, V]`` in float64, softmax(z), and softmax(z) - 1 at the labels ``[T, 1]`` (subtracted
+    before it is rounded). May overwrite ``logits``."""
     wide = logits.to(statistics_dtype(logits.dtype))
     losses, lse, of_label = _statistics(wide, labels)
     loss, counted = losses.sum(dtype=torch.float64), (labels >= 0).unsqueeze(1)
-    dz = wide.sub_(lse).exp_().mul_(counted).to(logits.dtype)
+    # Not in place when compiled: torch 2.11 then reads the overwritten logits for the loss as well.
+    shifted = wide - lse if torch.compiler.is_compiling() else wide.sub_(lse)
+    dz = shifted.exp_().mul_(counted).to(logits.dtype)
     return loss, dz, (((of_label - lse).exp() - 1) * counted).to(logits.dtype)
 
 

@@ -62,9 +62,8 @@ def tensors_on_disk(ours: DecoderLM) -> dict[str, torch.Tensor]:
 def old_style_config(ours: DecoderLM, dtype: torch.dtype) -> dict[str, Any]:
     """config.json as transformers 4 wrote it: rope_theta, torch_dtype, num_experts, nulls."""
     config = ours.config
-    classes = {"qwen2": "Qwen2", "qwen2_moe": "Qwen2Moe", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
     values: dict[str, Any] = {
-        "architectures": [classes[config.family] + "ForCausalLM"],
+        "architectures": [config.features.architecture],
         "vocab_size": config.vocab_size,
         "model_type": config.family,
         "hidden_size": config.hidden_size,
@@ -85,8 +84,8 @@ def old_style_config(ours: DecoderLM, dtype: torch.dtype) -> dict[str, Any]:
         "transformers_version": "4.51.0",
         "use_sliding_window": False,
     }
-    if config.family.startswith("qwen3"):
-        values["attention_bias"] = config.qkv_bias
+    if config.features.qkv_bias_key:
+        values[config.features.qkv_bias_key] = config.qkv_bias
     if config.is_moe_family:
         values |= {
             "num_experts": config.num_experts,
@@ -96,9 +95,8 @@ def old_style_config(ours: DecoderLM, dtype: torch.dtype) -> dict[str, Any]:
             "decoder_sparse_step": config.decoder_sparse_step,
             "mlp_only_layers": list(config.mlp_only_layers) or None,
         }
-    if config.family == "qwen2_moe":
+    if config.features.shared_expert:
         values |= {"shared_expert_intermediate_size": config.shared_expert_intermediate_size}
-        values |= {"qkv_bias": config.qkv_bias}
     return values
 
 

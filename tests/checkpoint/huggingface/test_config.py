@@ -9,26 +9,27 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen_moe.checkpoint.huggingface.config import HF_DEFAULTS, hf_config, interpret, model_config_from_hf
+from qwen_moe.checkpoint.huggingface.config import hf_config, interpret, model_config_from_hf
 from qwen_moe.checkpoint.huggingface.names import expert_biases, parameters
+from qwen_moe.config import ModelConfig
+from qwen_moe.config import families as table
+from qwen_moe.config.presets import PRESETS
 from qwen_moe.errors import UserError
-from qwen_moe.model_config import Family, ModelConfig
 from qwen_moe.models.decoder import DecoderLM
-from qwen_moe.presets import PRESETS
 from tests.models.hf_reference import FAMILIES, model_configs
 
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-CLASSES = {"qwen2": "Qwen2", "qwen2_moe": "Qwen2Moe", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
 
 
 def minimal(family: str = "qwen2_moe", **changes: Any) -> dict[str, Any]:
-    return {"architectures": [CLASSES[family] + "ForCausalLM"], "model_type": family} | changes
+    return {"architectures": [table.FAMILIES[family].architecture], "model_type": family} | changes
 
 
 def semantics(config: Any) -> dict[str, Any]:
     """What transformers' config object means, in our names."""
     family = config.model_type
-    moe = family.endswith("_moe")
+    features = table.FAMILIES[family]
+    moe = features.moe
     heads = config.num_attention_heads
     return {
         "family": family,
@@ -44,9 +45,7 @@ def semantics(config: Any) -> dict[str, Any]:
         "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tie_word_embeddings,
         "initializer_range": config.initializer_range,
-        "qkv_bias": {"qwen2": True, "qwen2_moe": getattr(config, "qkv_bias", None)}.get(
-            family, getattr(config, "attention_bias", None)
-        ),
+        "qkv_bias": getattr(config, features.qkv_bias_key) if features.qkv_bias_key else features.qkv_bias,
         "num_experts": config.num_experts if moe else 0,
         "num_experts_per_tok": config.num_experts_per_tok if moe else 0,
         "moe_intermediate_size": config.moe_intermediate_size if moe else 0,
@@ -58,14 +57,16 @@ def semantics(config: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_absent_keys_mean_what_transformers_takes(family: Family) -> None:
-    theirs = getattr(transformers, CLASSES[family] + "Config")()
+def test_absent_keys_mean_what_transformers_takes(family: str) -> None:
+    features = table.FAMILIES[family]
+    theirs = getattr(transformers, features.architecture).config_class()
+    assert theirs.model_type == family
     found = interpret(minimal(family))
     assert found.config == ModelConfig(**semantics(theirs))
     assert any("rope_theta" in note and "10000" in note for note in found.notes)
     assert any("hidden_size=" in note for note in found.notes)
     assert (
-        HF_DEFAULTS[family].items()
+        features.hf_defaults.items()
         <= {
             **theirs.to_dict(),
             "num_experts": getattr(theirs, "num_experts", None),
@@ -89,7 +90,7 @@ def test_both_ways_and_through_transformers(config: ModelConfig, extra: bool) ->
 
 @SETTINGS
 @given(data=st.data(), family=st.sampled_from(FAMILIES))
-def test_original_of_another_shape_is_updated(data: st.DataObject, family: Family) -> None:
+def test_original_of_another_shape_is_updated(data: st.DataObject, family: str) -> None:
     """Whatever differs is overwritten, so that the result is this model and not the original's."""
     old, new = (data.draw(model_configs((family,))) for _ in range(2))
     written = json.loads(transformers.AutoConfig.for_model(**hf_config(old)).to_json_string()) | {"mine": 1}

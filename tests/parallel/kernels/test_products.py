@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from parallel.kernels import products
+from parallel.kernels.formats import E4M3, Quantised
 from tests.parallel.kernels.products import HYBRID, RECIPES, experts_through, linear_through, provider
 from tests.parallel.kernels.reference import rounded
 
@@ -164,3 +166,18 @@ def test_no_rows_at_all(recipe: str) -> None:
         provider(recipe), torch.empty(0, A).bfloat16(), weight, torch.tensor([0, 0]), torch.empty(0, O).bfloat16()
     )
     assert found["y"].shape == (0, O) and found["dx"].shape == (0, A) and not found["dw"].any()
+
+
+def test_sizes_that_a_gpu_has_no_kernel_for_are_padded_with_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU wants K and N to be multiples of 16; the product is the same."""
+    generator = torch.Generator().manual_seed(5)
+    for rows, columns, inner in ((526, 40, 72), (1, 7, 3), (16, 32, 48)):
+        a, b = (
+            Quantised(torch.randn(n, inner, generator=generator).to(E4M3), torch.tensor(0.5)) for n in (rows, columns)
+        )
+        expected = a.data.float() @ b.data.float().T / 4
+        with monkeypatch.context() as patch:
+            patch.setattr(products, "_multiple", lambda device: 16)
+            assert all(size % 16 == 0 for size in products._padded(b.data, rows=True).shape)
+            assert products._padded(a.data, rows=False).shape == (rows, -(-inner // 16) * 16)
+            torch.testing.assert_close(products.mm(a, b, torch.float32), expected)

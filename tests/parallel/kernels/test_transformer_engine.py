@@ -4,6 +4,7 @@ left to differ from torch's products is what the provider does around them.
 `fake_te` refuses what the real one would; `test_te_contract` holds names and signatures against the real sources.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -218,13 +219,14 @@ def fake() -> Iterator[None]:
 AXIS = Axis("tp", 1, 0, None)
 
 
-def test_a_release_that_was_not_checked_is_refused() -> None:
+def test_a_release_that_was_not_checked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_te.install("1.13.0")
     with pytest.raises(KernelsUnavailable, match=r"1\.13\.0 is installed; supported are 2\.9\.0 to"):
         load_transformer_engine()
     fake_te.install("2.16.0+cuda13")  # another patch of a minor release that was
     load_transformer_engine()
     fake_te.uninstall()
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)  # also where the real one is installed
     with pytest.raises(KernelsUnavailable, match="cannot be imported"):
         load_transformer_engine()
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from qwen_moe.config import RunConfig, dump_config, load_config, parse_config
 from qwen_moe.errors import UserError
 
-DEMO = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"
 
 
 def minimal(**changes: Any) -> dict[str, Any]:

@@ -1,23 +1,31 @@
 """The shape of a model."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from qwen_moe.fields import Layers, NonNegativeInt, OptionalSize, PositiveFloat, Section, Size, whole_number
+from qwen_moe.config.families import FAMILIES, Family, families_that
+from qwen_moe.config.fields import Layers, NonNegativeInt, OptionalSize, PositiveFloat, Section, Size, whole_number
 
-Family = Literal["qwen2", "qwen2_moe", "qwen3", "qwen3_moe"]
+
+def _known_family(name: str) -> str:
+    if name not in FAMILIES:
+        raise ValueError(f"{name[:100]!r} is not a model family: give one of {', '.join(FAMILIES)}")
+    return name
+
+
+FamilyName = Annotated[str, AfterValidator(_known_family)]
 
 
 class ModelConfig(Section):
-    """The shape of one Qwen model. Field names are Hugging Face's.
+    """The shape of one model. Field names are Hugging Face's.
 
-    ``family`` fixes what the others leave open: qwen2 and qwen2_moe have biases on q, k and v; qwen3 and qwen3_moe
-    normalise each head of q and k instead (``qkv_bias`` there is Hugging Face's ``attention_bias``: q, k, v and o).
+    ``family`` names a row of `qwen_moe/config/families.py`, which fixes what the other fields leave open.
+    ``qkv_bias``: q, k and v have biases, and so has the output projection in families with ``o_bias``.
     A layer is MoE when ``(index + 1) % decoder_sparse_step == 0`` and it is not in ``mlp_only_layers``.
     """
 
-    family: Family
+    family: FamilyName
     vocab_size: Size
     hidden_size: Size
     intermediate_size: Size
@@ -55,8 +63,9 @@ class ModelConfig(Section):
                     "change one of them, or give head_dim"
                 )
             values["head_dim"] = hidden // heads
-        if "qkv_bias" not in values and values.get("family") in ("qwen2", "qwen2_moe"):
-            values["qkv_bias"] = True
+        family = values.get("family")
+        if "qkv_bias" not in values and isinstance(family, str) and family in FAMILIES:
+            values["qkv_bias"] = FAMILIES[family].qkv_bias
         return values
 
     @model_validator(mode="after")
@@ -68,21 +77,26 @@ class ModelConfig(Section):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs of dimensions, give an even one")
-        if self.family == "qwen2" and not self.qkv_bias:
-            raise ValueError("qkv_bias must be true for family qwen2: Hugging Face's Qwen2 always has these biases")
-        if self.is_moe_family:
+        if not self.features.qkv_bias_key and self.qkv_bias != self.features.qkv_bias:
+            expected, has = ("true", "always") if self.features.qkv_bias else ("false", "never")
+            raise ValueError(
+                f"qkv_bias must be {expected} for family {self.family}: Hugging Face's {self.features.architecture} "
+                f"{has} has these biases"
+            )
+        if self.features.moe:
             self._check_experts()
         else:
             for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
                 if getattr(self, name):
                     raise ValueError(
                         f"{name} is {getattr(self, name)} but family {self.family} is dense: "
-                        f"use family {self.family}_moe or leave it out"
+                        f"use an MoE family ({families_that(lambda family: family.moe)}) or leave it out"
                     )
-        if self.shared_expert_intermediate_size and self.family != "qwen2_moe":
+        if self.shared_expert_intermediate_size and not self.features.shared_expert:
+            others = families_that(lambda family: family.shared_expert)
             raise ValueError(
                 f"shared_expert_intermediate_size is {self.shared_expert_intermediate_size} but family {self.family} "
-                "has no shared expert: use family qwen2_moe or leave it out"
+                f"has no shared expert: use a family that has one ({others}) or leave it out"
             )
         return self
 
@@ -95,10 +109,11 @@ class ModelConfig(Section):
                 f"num_experts_per_tok {self.num_experts_per_tok} is larger than num_experts {self.num_experts}: "
                 "a token cannot visit more experts than there are"
             )
-        if self.family == "qwen2_moe" and not self.shared_expert_intermediate_size:
+        if self.features.shared_expert and not self.shared_expert_intermediate_size:
+            others = families_that(lambda family: family.moe and not family.shared_expert)
             raise ValueError(
-                "shared_expert_intermediate_size is 0 but family qwen2_moe always has a shared expert: "
-                "give its size, or use family qwen3_moe, which has none"
+                f"shared_expert_intermediate_size is 0 but family {self.family} always has a shared expert: "
+                f"give its size, or use a family that has none ({others})"
             )
         for layer in self.mlp_only_layers:
             if layer >= self.num_hidden_layers:
@@ -109,21 +124,25 @@ class ModelConfig(Section):
         if not self.moe_layers:
             raise ValueError(
                 f"no layer is MoE: decoder_sparse_step {self.decoder_sparse_step} and mlp_only_layers "
-                f"{list(self.mlp_only_layers)} leave none of {self.num_hidden_layers}; use family "
-                f"{self.family.removesuffix('_moe')} for a dense model"
+                f"{list(self.mlp_only_layers)} leave none of {self.num_hidden_layers}; for a dense model use a dense "
+                f"family ({families_that(lambda family: not family.moe)})"
             )
 
     @property
+    def features(self) -> Family:
+        return FAMILIES[self.family]
+
+    @property
     def is_moe_family(self) -> bool:
-        return self.family.endswith("_moe")
+        return self.features.moe
 
     @property
     def qk_norm(self) -> bool:
-        return self.family.startswith("qwen3")
+        return self.features.qk_norm
 
     @property
     def o_bias(self) -> bool:
-        return self.qkv_bias and self.family.startswith("qwen3")
+        return self.qkv_bias and self.features.o_bias
 
     def is_moe_layer(self, index: int) -> bool:
         return (

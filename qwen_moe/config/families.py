@@ -1,0 +1,133 @@
+"""The model families, one row of features each. Other code asks for a feature, never for a family by name.
+
+A family that combines these features anew is one more row; see "How to add a model family" in CONTRIBUTING.md.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What is true of every model of a family.
+
+    ``architecture``: Hugging Face's class, as `architectures` in config.json names it.
+    ``moe``: some feed-forward layers are mixtures of experts; all are dense otherwise.
+    ``shared_expert``: every MoE layer has a shared expert behind a sigmoid gate; none has one otherwise.
+    ``qk_norm``: each head of q and k is normalised before RoPE.
+    ``qkv_bias``: whether q, k and v have biases where the settings of a model do not say.
+    ``qkv_bias_key``: the key of config.json that says so; empty where Hugging Face has none, and ``qkv_bias`` then
+    holds for every model of the family.
+    ``o_bias``: the output projection has a bias where q, k and v have.
+    ``expert_count_keys``: the keys of config.json that the number of experts is written to.
+    ``defaults``: what transformers takes for a key that config.json does not have, by our names; ``qkv_bias`` apart.
+    """
+
+    architecture: str
+    moe: bool
+    shared_expert: bool
+    qk_norm: bool
+    qkv_bias: bool
+    qkv_bias_key: str
+    o_bias: bool
+    expert_count_keys: tuple[str, ...]
+    defaults: Mapping[str, Any]
+
+    @property
+    def hf_defaults(self) -> dict[str, Any]:
+        """What transformers takes for a key that config.json does not have, for every setting that it reads there. The
+        number of experts is under `num_experts` whatever ``expert_count_keys`` are."""
+        bias = {self.qkv_bias_key: self.qkv_bias} if self.qkv_bias_key else {}
+        return dict(self.defaults) | bias
+
+
+_EVERY_FAMILY = {
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+_DENSE = _EVERY_FAMILY | {
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}
+_MOE = _EVERY_FAMILY | {"decoder_sparse_step": 1, "norm_topk_prob": False}
+
+# By Hugging Face's model_type. Tests compare architectures and defaults with transformers.
+FAMILIES: dict[str, Family] = {
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        moe=False,
+        shared_expert=False,
+        qk_norm=False,
+        qkv_bias=True,
+        qkv_bias_key="",
+        o_bias=False,
+        expert_count_keys=(),
+        defaults=_DENSE,
+    ),
+    "qwen2_moe": Family(
+        architecture="Qwen2MoeForCausalLM",
+        moe=True,
+        shared_expert=True,
+        qk_norm=False,
+        qkv_bias=True,
+        qkv_bias_key="qkv_bias",
+        o_bias=False,
+        expert_count_keys=("num_experts",),
+        defaults=_MOE
+        | {
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "num_experts_per_tok": 4,
+            "num_experts": 60,
+        },
+    ),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        moe=False,
+        shared_expert=False,
+        qk_norm=True,
+        qkv_bias=False,
+        qkv_bias_key="attention_bias",
+        o_bias=True,
+        expert_count_keys=(),
+        defaults=_DENSE | {"head_dim": 128},
+    ),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        moe=True,
+        shared_expert=False,
+        qk_norm=True,
+        qkv_bias=False,
+        qkv_bias_key="attention_bias",
+        o_bias=True,
+        expert_count_keys=("num_experts", "num_local_experts"),  # its name in transformers 4, and in 5
+        defaults=_MOE
+        | {
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 768,
+            "num_experts_per_tok": 8,
+            "num_experts": 128,
+        },
+    ),
+}
+
+
+def families_that(have: Callable[[Family], bool]) -> str:
+    """The names of the families for which ``have`` is true, for a message."""
+    return ", ".join(name for name, family in FAMILIES.items() if have(family))
