@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from launchers.folder.atomic import write_text
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "fp8_loss.json"
 PICTURE = ROOT / "docs" / "images" / "fp8_loss.png"
@@ -123,7 +125,7 @@ def main() -> None:
     for name in () if args.table else args.only or RUNS:
         known["runs"][name] = summary(train(name, args.folder))
         known |= {"steps": STEPS, "tokens_per_step": BATCH * SEQUENCE, "machine": platform.processor() or "CPU"}
-        RESULTS.write_text(json.dumps(known) + "\n", encoding="utf-8")
+        write_text(RESULTS, json.dumps(known) + "\n")
     runs = {name: known["runs"][name] for name in RUNS if name in known["runs"]}
     if "bf16" in runs:
         print(table(runs))

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from parallel.atomic import write_bytes
+
 # Ranks are forked from a server that has imported the slow things once and computed nothing: a fresh process for each
 # call at a fraction of the cost of a new interpreter.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -59,9 +61,7 @@ def _run_rank(fn: Callable[..., Any], rank: int, world_size: int, folder: str, a
         dist.destroy_process_group()
     except BaseException:
         outcome = (False, traceback.format_exc())
-    partial = Path(folder) / f"{rank}.partial"
-    partial.write_bytes(pickle.dumps(outcome))
-    partial.rename(Path(folder) / f"{rank}.pkl")
+    write_bytes(Path(folder) / f"{rank}.pkl", pickle.dumps(outcome))
     os._exit(0 if outcome[0] else 1)
 
 

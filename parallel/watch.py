@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from parallel.atomic import write_bytes
 from parallel.trace import Collective, behind, first_mismatch, recorded
 
 HUNG = 75
@@ -67,9 +68,7 @@ class Watch:
             "collectives": [asdict(call) for call in calls[-_LAST:]],
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"{self.rank}.partial"
-        partial.write_text(json.dumps(report), encoding="utf-8")
-        partial.rename(self.folder / f"rank_{self.rank}.json")
+        write_bytes(self.folder / f"rank_{self.rank}.json", json.dumps(report).encode())
 
     def _wait_for_others(self) -> None:
         end = time.monotonic() + 10 * self.poll

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launchers.folder.atomic import replaced
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 
@@ -154,8 +155,6 @@ def draw_schedule(found: Schedule, path: Path) -> None:
     axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.55 / found.pp - 0.12), ncol=4, fontsize=8)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=130, bbox_inches="tight")
+    with replaced(path) as file:
+        figure.savefig(file, format="png", dpi=130, bbox_inches="tight")
     plt.close(figure)
-    partial.replace(path)

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from scaling_laws.atomic import write_text
+
 RUNS = "runs.csv"
 MOST_SAMPLES = 1_000_000
 # What a request may be made of: far beyond what is trained, and nothing that overflows.
@@ -85,9 +87,7 @@ def _fit(args: argparse.Namespace) -> int:
     table = read_runs(args.runs)
     fit = fit_table(table, samples=args.samples, seed=args.seed, progress=_progress)
     fit.save(args.output)
-    partial = args.output / f"{RUNS}.partial"
-    table.frame.drop(columns=["group"]).to_csv(partial, index=False)
-    partial.replace(args.output / RUNS)
+    write_text(args.output / RUNS, table.frame.drop(columns=["group"]).to_csv(index=False))
     if args.json:
         facts = json.loads((args.output / "fit.json").read_text(encoding="utf-8"))
         print(json.dumps({key: value for key, value in facts.items() if not key.endswith("_samples")}))

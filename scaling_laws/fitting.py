@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from scaling_laws.atomic import write_text
 from scaling_laws.errors import InputError
 from scaling_laws.forms import FORMS
 from scaling_laws.loss_law import LossLaw
@@ -53,11 +53,8 @@ class Fit:
 
     def save(self, folder: Path) -> None:
         """Write fit.json, whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{FIT}.partial"
         values = asdict(self)
-        partial.write_text(json.dumps(values | {DIGEST: _digest(values)}, indent=1), encoding="utf-8")
-        os.replace(partial, folder / FIT)
+        write_text(folder / FIT, json.dumps(values | {DIGEST: _digest(values)}, indent=1))
 
 
 def _digest(values: dict[str, Any]) -> str:

@@ -1,12 +1,12 @@
 """Pictures of a fit: the surface over learning rate and batch, predicted against measured loss, held-out errors."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from scaling_laws.atomic import replaced
 from scaling_laws.fitting import Fit
 from scaling_laws.forms import FORMS, points_of
 from scaling_laws.loss_law import compute_optimal
@@ -27,10 +27,9 @@ def _pyplot() -> Any:
 
 
 def _save(figure: "Figure", path: Path) -> Path:
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
+    with replaced(path) as file:
+        figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
     _pyplot().close(figure)
-    os.replace(partial, path)
     return path
 
 

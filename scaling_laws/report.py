@@ -1,10 +1,10 @@
 """The page that a person reads: what was fitted, how well, how far it may be trusted, with pictures."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 
+from scaling_laws.atomic import write_text
 from scaling_laws.fitting import Fit
 from scaling_laws.forms import FORMS
 from scaling_laws.recommend import LEAST_GROUPS
@@ -92,7 +92,5 @@ def report_text(fit: Fit, pictures: list[str]) -> str:
 def write_report(fit: Fit, folder: Path, pictures: list[str]) -> Path:
     """Write report.md beside the fit."""
     path = folder / PAGE
-    partial = folder / f"{PAGE}.partial"
-    partial.write_text(report_text(fit, pictures), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, report_text(fit, pictures))
     return path

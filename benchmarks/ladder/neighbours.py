@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from launchers.folder.run_folder import write_json, write_text
+from launchers.folder.atomic import write_json, write_text
 from qwen_moe.config import RunConfig, dump_config, load_config
 from qwen_moe.models.flops import count_parameters
 from scaling_laws.fitting import load_fit

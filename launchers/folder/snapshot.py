@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launchers.folder.run_folder import replaced, write_json, write_text
+from launchers.folder.atomic import replaced, write_json, write_text
 
 PACKAGES = (
     "torch",

@@ -15,7 +15,8 @@ from types import FrameType
 from typing import Any
 
 from launchers.errors import LaunchError
-from launchers.folder.run_folder import Attempt, RunFolder, is_number, read_json, read_object, write_json
+from launchers.folder.atomic import write_json
+from launchers.folder.run_folder import Attempt, RunFolder, is_number, read_json, read_object
 from launchers.job import preflight
 from launchers.job.cluster import Here, SlurmAllocation
 from launchers.job.decide import Decision, Evidence, Hang, Limits, Past, decide

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from launchers.folder.run_folder import write_text
+from launchers.folder.atomic import write_text
 
 
 class Heartbeat:

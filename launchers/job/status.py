@@ -8,7 +8,8 @@ from typing import Any
 
 from launchers.duration import clock
 from launchers.errors import LaunchError
-from launchers.folder.run_folder import RunFolder, last_metrics, write_json
+from launchers.folder.atomic import write_json
+from launchers.folder.run_folder import RunFolder, last_metrics
 from launchers.local.lock import locked, read_holder
 from launchers.slurm import commands as slurm
 

@@ -17,6 +17,7 @@ from qwen_moe.config import DataConfig, Dataset
 from qwen_moe.data.content import Content, check_prefix, verify_content
 from qwen_moe.data.index_cache import IndexCache
 from qwen_moe.data.manifest import bin_path, idx_path, read_manifest
+from qwen_moe.data.order import begin_alike
 from qwen_moe.data.ranks import same_on_all_ranks, verified_on_all_ranks
 from qwen_moe.errors import UserError
 
@@ -98,15 +99,10 @@ class TokenBatches:
         self.end_of_document = -1 if end_of_document is None else end_of_document
         prefixes = list(dict.fromkeys(d.prefix for d in (*train, *config.validation)))
         self._contents = verified_on_all_ranks(prefixes, vocab_size, cache / "verified.json")
-        self.fingerprint = self._fingerprint([self._contents[d.prefix].sha256 for d in train], train, train_samples)
-        earlier = [_fingerprint_of_earlier_versions(d.prefix, self._contents[d.prefix]) for d in train]
-        self._earlier_fingerprint = self._fingerprint(earlier, train, train_samples)
+        self._datasets, self._cache, self._validation_wanted = tuple(train), cache, validation_samples
+        self.fingerprint, self._earlier_fingerprint = self._fingerprints(train_samples)
         self.train_tokens = sum(self._contents[d.prefix].tokens for d in train)
-        folder = cache / self.fingerprint[:16]
-        index_cache = IndexCache(folder, [content.sha256 for content in self._contents.values()])
-        same_on_all_ranks(index_cache.clear_unless_whole)
-        self._train, self._validation = self._build(train, train_samples, validation_samples, folder)
-        same_on_all_ranks(index_cache.seal)
+        self._train, self._validation = self._open(train_samples)
         self.validation_samples = 0
         if self._validation is not None:
             self.validation_samples = min(validation_samples, self._samples_in_validation())
@@ -119,9 +115,35 @@ class TokenBatches:
         parts += [(content, dataset.weight) for content, dataset in zip(contents, train, strict=True)]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
-    def is_of_this_data(self, fingerprint: str) -> bool:
-        """True for the fingerprint of this data, also as earlier versions computed it."""
-        return fingerprint in (self.fingerprint, self._earlier_fingerprint)
+    def _fingerprints(self, train_samples: int) -> tuple[str, str]:
+        """Of this data in the order that is drawn for so many samples; and as earlier versions computed it."""
+        train, contents = self._datasets, [self._contents[d.prefix] for d in self._datasets]
+        earlier = [_fingerprint_of_earlier_versions(d.prefix, c) for d, c in zip(train, contents, strict=True)]
+        return (
+            self._fingerprint([c.sha256 for c in contents], train, train_samples),
+            self._fingerprint(earlier, train, train_samples),
+        )
+
+    def is_of_this_data(self, fingerprint: str, train_samples: int | None = None) -> bool:
+        """True for the fingerprint of this data, also as earlier versions computed it; ``train_samples``: in the order that
+        is drawn for another number of samples."""
+        if train_samples is None:
+            return fingerprint in (self.fingerprint, self._earlier_fingerprint)
+        return fingerprint in self._fingerprints(train_samples)
+
+    def begins_as(self, train_samples: int, samples: int) -> bool:
+        """Whether the first ``samples`` are those that a run of ``train_samples`` reads. All ranks call."""
+        other, _ = self._open(train_samples)
+        return same_on_all_ranks(lambda: begin_alike(self._train, other, samples))
+
+    def _open(self, train_samples: int) -> tuple[Any, Any]:
+        """Training and validation datasets, from index arrays that are made once, by rank 0."""
+        folder = self._cache / self._fingerprints(train_samples)[0][:16]
+        index_cache = IndexCache(folder, [content.sha256 for content in self._contents.values()])
+        same_on_all_ranks(index_cache.clear_unless_whole)
+        built = self._build(self._datasets, train_samples, self._validation_wanted, folder)
+        same_on_all_ranks(index_cache.seal)
+        return built
 
     def _build(
         self,

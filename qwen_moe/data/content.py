@@ -8,13 +8,13 @@ inode are others than then or than at the last whole check.
 import functools
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from launchers.folder.atomic import write_text
 from qwen_moe.data.manifest import PreparedData, bin_path, idx_path, read_manifest, was_interrupted
 from qwen_moe.errors import UserError
 
@@ -217,7 +217,4 @@ def _remember(record: Path, data: Path, found: str) -> None:
     status = data.stat()
     entry = _Record(status.st_size, status.st_mtime_ns, status.st_ino, sample_sha256(data), found)
     entries = _read_record(record) | {str(data.resolve()): list(asdict(entry).values())}
-    record.parent.mkdir(parents=True, exist_ok=True)
-    partial = record.with_name(record.name + ".partial")
-    partial.write_text(json.dumps({"files": entries, "checksum": _checksum(entries)}), encoding="utf-8")
-    os.replace(partial, record)
+    write_text(record, json.dumps({"files": entries, "checksum": _checksum(entries)}))

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from launchers.folder.atomic import write_json
 from qwen_moe.data.content import sha256
 
 SEAL = "sealed.json"
@@ -35,17 +36,15 @@ class IndexCache:
     def seal(self) -> None:
         """Say that everything in the folder is whole."""
         files = {path.name: sha256(path) for path in sorted(self.folder.iterdir()) if path.is_file()}
-        partial = self.folder / f"{SEAL}.partial"
-        files.pop(partial.name, None)
-        partial.write_text(json.dumps({"contents": self._contents, "files": files}, indent=1), encoding="utf-8")
-        os.replace(partial, self.folder / SEAL)
+        files.pop(SEAL, None)
+        write_json(self.folder / SEAL, {"contents": self._contents, "files": files})
 
     def _is_whole(self) -> bool:
         try:
             seal: Any = json.loads((self.folder / SEAL).read_text(encoding="utf-8"))
             if seal["contents"] != self._contents:
                 return False
-            there = {path.name for path in self.folder.iterdir()} - {SEAL, f"{SEAL}.partial"}
+            there = {path.name for path in self.folder.iterdir()} - {SEAL}
             return there == set(seal["files"]) and all(
                 sha256(self.folder / name) == digest for name, digest in seal["files"].items()
             )

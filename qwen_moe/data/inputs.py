@@ -1,5 +1,6 @@
 """A run's data on one rank: prepared if the recipe says so, opened, checked against the model, cut into micro-batches."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,6 +73,13 @@ def prepare_inputs(config: RunConfig) -> None:
         )
 
 
+def ordered_steps(config: RunConfig, length: int | None = None) -> int:
+    """Optimizer steps that the order of samples is drawn for: of ``length`` tokens, by default what the recipe says."""
+    if length is None:
+        length = max(config.data.order_tokens, config.training.train_tokens)
+    return -(-length // config.tokens_per_step)
+
+
 @dataclass
 class RunInputs:
     """This data-parallel rank's micro-batches, by step; the ranks that share its tokens read the same."""
@@ -89,10 +97,21 @@ class RunInputs:
         """True when a checkpoint with this fingerprint was trained on this data in this order."""
         return self.batches.is_of_this_data(fingerprint)
 
+    def length_with(self, fingerprint: str, lengths: Iterable[int]) -> int | None:
+        """Of ``lengths`` of training in tokens one whose order of this data has the fingerprint; None where none has."""
+        return next((n for n in lengths if self.batches.is_of_this_data(fingerprint, self._samples(n))), None)
+
+    def begins_as(self, length: int, steps: int) -> bool:
+        """Whether the batches of the first ``steps`` are those in the order for ``length`` tokens. All ranks call."""
+        return self.batches.begins_as(self._samples(length), steps * self.config.training.global_batch_size)
+
+    def _samples(self, length: int) -> int:
+        return ordered_steps(self.config, length) * self.config.training.global_batch_size
+
     @property
     def ordered_steps(self) -> int:
         """Optimizer steps that the order of samples is drawn for."""
-        return -(-max(self.config.data.order_tokens, self.config.training.train_tokens) // self.config.tokens_per_step)
+        return ordered_steps(self.config)
 
     @property
     def has_validation(self) -> bool:
@@ -138,11 +157,10 @@ def open_inputs(config: RunConfig, dp: Axis) -> RunInputs:
         if dist.get_rank() == 0:
             copy_tokenizer(directory, kept)
     training = config.training
-    ordered_steps = -(-max(config.data.order_tokens, training.train_tokens) // config.tokens_per_step)
     batches = TokenBatches(
         config.data,
         train_datasets(config),
-        train_samples=ordered_steps * training.global_batch_size,
+        train_samples=ordered_steps(config) * training.global_batch_size,
         validation_samples=training.validation_sequences,
         vocab_size=config.model.vocab_size,
         end_of_document=end_of_document,

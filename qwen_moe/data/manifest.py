@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launchers.folder.atomic import write_json
 from qwen_moe.errors import UserError
 
 _ENDINGS = (".bin", ".idx", ".json")
@@ -94,10 +95,7 @@ def _checksum(values: dict[str, Any]) -> str:
 def write_manifest(path: Path, prepared: PreparedData) -> None:
     """Write ``prepared`` to ``path`` and to the disk."""
     values = asdict(prepared)
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(values | {"checksum": _checksum(values)}, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_json(path, values | {"checksum": _checksum(values)})
 
 
 def read_manifest(prefix: Path) -> PreparedData | None:

@@ -174,9 +174,7 @@ def _found_again(prefix: Path, existing: PreparedData, request: str) -> Prepared
     """Remember where the inputs are now, so that they are not hashed at every start."""
     known = replace(existing, request=request)
     with contextlib.suppress(OSError):  # the folder may be read-only
-        temporary = manifest_path(prefix).with_name(f"{manifest_path(prefix).name}.{os.getpid()}")
-        write_manifest(temporary, known)
-        os.replace(temporary, manifest_path(prefix))
+        write_manifest(manifest_path(prefix), known)
     return known
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launchers.folder.atomic import replaced
 from qwen_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -234,6 +235,5 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         if not (source / name).is_file():
             (target / name).unlink(missing_ok=True)
             continue
-        partial = target / f"{name}.partial"
-        shutil.copyfile(source / name, partial)
-        os.replace(partial, target / name)
+        with replaced(target / name) as file:
+            file.write((source / name).read_bytes())

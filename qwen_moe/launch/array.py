@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from launchers.errors import LaunchError
-from launchers.folder.run_folder import read_object, write_json, write_text
+from launchers.folder.atomic import write_json, write_text
+from launchers.folder.run_folder import read_object
 from launchers.job.status import row
 from launchers.slurm import commands as slurm
 from launchers.slurm.request import split_names

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers.errors import LaunchError
-from launchers.folder.run_folder import write_json, write_text
+from launchers.folder.atomic import write_json, write_text
 from launchers.slurm import commands as slurm
 from launchers.slurm.request import split_names
 from launchers.slurm.script import render

@@ -67,16 +67,21 @@ def open_folder(folder: Path, overrides: Iterable[str]) -> list[Entry]:
 
 
 def is_complete(entry: Entry) -> bool:
-    """Every step is done and saved, with the recipe's settings. Raises LaunchError when a finished run had others."""
-    from qwen_moe.runs.outcome import difference
+    """Every step is done and saved, with the recipe's settings. False where only the length differs and nothing beyond it is
+    done: the run itself knows whether it may go on with another. Raises LaunchError when a finished run had others."""
+    from qwen_moe.runs.identity import Rule, rule_of
+    from qwen_moe.runs.outcome import changed_settings
 
-    config = entry.config
-    if RunFolder(config.run_dir).saved_step() < config.train_steps:
+    config, saved = entry.config, RunFolder(entry.config.run_dir).saved_step()
+    if saved < config.train_steps:
         return False
-    if different := difference(config, config.run_dir):
+    changed = changed_settings(config, config.run_dir)
+    if changed and saved == config.train_steps and all(rule_of(d.name) == Rule.HORIZON for d in changed):
+        return False
+    if changed:
         raise LaunchError(
-            f"{config.run_dir} holds a finished run with other settings than {entry.path}: {different}. Give the recipe "
-            "another run_dir, or move that run away"
+            f"{config.run_dir} holds a finished run with other settings than {entry.path}: {'; '.join(map(str, changed))}. "
+            "Give the recipe another run_dir, or move that run away"
         )
     return True
 

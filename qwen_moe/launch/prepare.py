@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from launchers.errors import LaunchError
-from launchers.folder.run_folder import CHECKPOINTS, RunFolder, read_object, write_json, write_text
+from launchers.folder.atomic import write_json, write_text
+from launchers.folder.run_folder import CHECKPOINTS, RunFolder, read_object
 from launchers.folder.secrets import redact_command
 from launchers.folder.snapshot import take
 from launchers.local.lock import RunLock

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from launchers.folder.run_folder import write_text
+from launchers.folder.atomic import write_text
 from qwen_moe.pipeline.cost import span
 from qwen_moe.pipeline.steps import FIT, RECIPE, SCRIPT, STEPS, Context
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launchers.folder.run_folder import read_json, write_json
+from launchers.folder.atomic import write_json
+from launchers.folder.run_folder import read_json
 from qwen_moe.errors import UserError
+from qwen_moe.runs.identity import is_free
 
 STATE = "state.json"
 SHOWN = 6  # changed inputs in one message
@@ -42,11 +44,12 @@ class State:
         return dict(self.steps.get(step, {}).get("facts", {}))
 
     def changes(self, step: str, inputs: Mapping[str, Any]) -> list[str] | None:
-        """None: not done. Else what differs from the inputs that ``step`` was done with, by name."""
+        """None: not done. Else what differs from the inputs that ``step`` was done with, by name. Settings that do not tell
+        runs apart were among the inputs of earlier versions."""
         if step not in self.steps:
             return None
         before = self.steps[step]["inputs"]
-        names = dict.fromkeys([*before, *inputs])
+        names = [name for name in dict.fromkeys([*before, *inputs]) if name in inputs or not is_free(name)]
         return [_changed(n, before.get(n), inputs.get(n)) for n in names if before.get(n) != inputs.get(n)]
 
     def finish(

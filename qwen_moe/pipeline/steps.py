@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launchers.folder.run_folder import write_text
+from launchers.folder.atomic import write_text
 from launchers.local.supervisor import INTERRUPTED
 from qwen_moe.config import RunConfig, dump_config
 from qwen_moe.errors import UserError
 from qwen_moe.pipeline.state import State, content, flat
+from qwen_moe.runs import identity
 
 RUNS, FIT, LADDER, RECOMMENDED, RECIPE, SCRIPT = (
     "runs.csv",
@@ -99,9 +100,7 @@ def _prepare(at: Context) -> dict[str, Any]:
 
 
 def _ladder_inputs(at: Context) -> dict[str, Any]:
-    values = at.config.model_dump(mode="json", exclude_none=True)
-    kept = ("seed", "model", "data", "training", "optimizer", "schedule", "balance", "precision")
-    return {"--flops-budget": at.args.flops_budget, **flat({key: values[key] for key in kept})}
+    return {"--flops-budget": at.args.flops_budget, **identity.flat(at.config, identity.OF_RESULTS)}
 
 
 def _ladder(at: Context) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def _write(path: Path, overrides: list[str], config: RunConfig, choice: Any, gpu
     """Put ``choice`` and the ``overrides`` it was planned with into the recipe, if a run would accept the result."""
     import yaml
 
-    from launchers.folder.run_folder import write_text
+    from launchers.folder.atomic import write_text
     from qwen_moe.planning.recipe_edit import differences, edit_recipe
     from qwen_moe.sharding.layout import run_layout
 

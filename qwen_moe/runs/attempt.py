@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from launchers.folder.run_folder import write_text
+from launchers.folder.atomic import write_text
 from parallel.gemm import description
 from parallel.process import ProcessInfo
 from parallel.threads import DECIDED

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launchers.folder.run_folder import CHECKPOINTS, write_text
+from launchers.folder.atomic import write_text
+from launchers.folder.run_folder import CHECKPOINTS
 from qwen_moe.checkpoint.directory import step_directory
 from qwen_moe.config import RunConfig
 from qwen_moe.runs.report import as_text, draw_if_possible, summarise

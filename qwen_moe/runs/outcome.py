@@ -7,11 +7,10 @@ from typing import Any, Literal
 from launchers.folder.run_folder import RunFolder, read_json
 from launchers.job.decide import BAD_STEP
 from qwen_moe.config import RunConfig, load_config
+from qwen_moe.runs.identity import OF_RESULTS, Difference, differences
 from qwen_moe.runs.records import METRICS, RESOLVED, read_lines
 
 FAILURE = "failure.json"  # why the last attempt gave up: {"kind", "message"}; gone when the next one starts
-# What makes two runs the same experiment; the rest (intervals, logging, placement) may differ.
-IDENTITY = ("seed", "model", "data", "training", "optimizer", "schedule", "balance", "precision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,18 +60,12 @@ def _failure(run_dir: Path) -> tuple[str, str]:
 
 
 def difference(config: RunConfig, run_dir: Path) -> str:
-    """How the run in ``run_dir`` differs from ``config`` in what makes the experiment; empty where it does not, or is not
+    """How the run in ``run_dir`` differs from ``config`` in what its result depends on; empty where it does not, or is not
     there."""
+    return "; ".join(map(str, changed_settings(config, run_dir)))
+
+
+def changed_settings(config: RunConfig, run_dir: Path) -> list[Difference]:
+    """As `difference`, one by one."""
     path = run_dir / RESOLVED
-    if not path.is_file():
-        return ""
-    saved, now = (found.model_dump(mode="json") for found in (load_config(path), config))
-    found = []
-    for section in IDENTITY:
-        before, after = saved[section], now[section]
-        if not isinstance(after, dict):
-            before, after = {"": before}, {"": after}
-        for key, value in after.items():
-            if before.get(key) != value:
-                found.append(f"{section}{'.' if key else ''}{key} was {before.get(key)!r}, is now {value!r}")
-    return "; ".join(found)
+    return differences(load_config(path).model_dump(mode="json"), config, OF_RESULTS) if path.is_file() else []

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from launchers.folder.atomic import write_text
 from parallel.gemm import has_hardware
 from qwen_moe.config import RunConfig
 from qwen_moe.runs.records import METRICS, DamagedRecords, read_lines
@@ -101,13 +102,9 @@ class MetricsLog:
     def _drop_after(self, step: int) -> None:
         self._leave()
         kept = [line for line in read_lines(self.path) if line["step"] <= step]
-        temporary = self.path.with_name(self.path.name + ".partial")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-            self._size = os.fstat(file.fileno()).st_size
-        os.replace(temporary, self.path)
+        content = "".join(json.dumps(line) + "\n" for line in kept)
+        write_text(self.path, content)
+        self._size = len(content.encode())
 
     def _leave(self) -> None:
         file, self._file = self._file, None

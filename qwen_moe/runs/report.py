@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from launchers.folder.atomic import replaced
 from qwen_moe.errors import UserError
 from qwen_moe.packages import missing_text
 
@@ -182,12 +183,9 @@ def _draw_load(records: list[dict[str, Any]], loads: list[dict[str, Any]], path:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    import os
-
     import matplotlib.pyplot as plt
 
-    temporary = path.with_name(path.stem + ".partial.png")
-    figure.savefig(temporary, dpi=120)
+    with replaced(path) as file:
+        figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
-    os.replace(temporary, path)
     return path

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from launchers.folder.run_folder import read_object, write_json
+from launchers.folder.atomic import write_json
+from launchers.folder.run_folder import read_object
 from qwen_moe.config import RunConfig, WandbConfig
 from qwen_moe.errors import UserError
 from qwen_moe.packages import check_installed, is_installed

@@ -182,7 +182,7 @@ def _repeats(config: RunConfig) -> int:
 
 def write_table(found: Collected, output: Path) -> None:
     """Atomically. Columns that no run has a value for are left out."""
-    from launchers.folder.run_folder import write_text
+    from launchers.folder.atomic import write_text
 
     columns = list(dict.fromkeys(key for row in found.rows for key in row if key != "why"))
     kept = [c for c in columns if c in ("loss", "diverged") or any(row.get(c) is not None for row in found.rows)]

@@ -4,10 +4,10 @@ import argparse
 import csv
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from launchers.folder.atomic import write_text
 from launchers.folder.run_folder import CHECKPOINTS
 from qwen_moe.config import ModelConfig, RunConfig, dump_config, load_config, parse_config
 from qwen_moe.errors import UserError
@@ -189,9 +189,7 @@ def write_ladder(output: Path, recipes: dict[str, str], rows: list[dict[str, Any
     writer.writeheader()
     writer.writerows(rows)
     for name, text in {**recipes, TABLE: table.getvalue()}.items():
-        partial = output / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, output / name)
+        write_text(output / name, text)
 
 
 def _text(facts: dict[str, Any], rows: list[dict[str, Any]], target: tuple[float, float, float]) -> str:

@@ -1,6 +1,4 @@
-"""Which provider of kernels a run has, and what of its precision decides the run's trajectory."""
-
-from typing import Any
+"""Which provider of kernels a run has."""
 
 import torch
 
@@ -65,12 +63,3 @@ def _transformer_engine(config: RunConfig, grids: Grids, recipe: Recipe | None) 
         hidden, inner = config.model.hidden_size, config.model.moe_intermediate_size // grids.etp.size
         kernels.check_sizes("mlp.experts.down_proj", hidden, inner)
     return kernels
-
-
-def precision_settings(config: RunConfig) -> dict[str, Any]:
-    """Settings of precision that decide a trajectory. ``kernels`` and ``compile`` do not: another machine may have another
-    provider of the same recipe. Runs without FP8 have no such settings, and neither have those saved before it existed."""
-    precision = config.precision.model_dump(mode="json", exclude={"kernels", "fp8", "compile"})
-    if config.precision.compute == "fp8":
-        precision["fp8"] = config.precision.fp8.model_dump(mode="json")
-    return precision

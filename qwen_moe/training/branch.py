@@ -5,8 +5,8 @@ from typing import Any
 
 from qwen_moe.config import OptimizerConfig, RunConfig, ScheduleConfig
 from qwen_moe.errors import UserError
-from qwen_moe.sharding.kernels import precision_settings
-from qwen_moe.training.schedule import learning_rate
+from qwen_moe.runs.identity import ON_BRANCH, differences
+from qwen_moe.training.schedule import first_other_rate, learning_rate
 
 
 def check_branch(config: RunConfig, saved: dict[str, Any], step: int, where: Path) -> None:
@@ -24,15 +24,7 @@ def _problems(config: RunConfig, saved: dict[str, Any], step: int) -> list[str]:
     problems = []
     if step >= config.train_steps:
         problems.append(f"it is at step {step:,} and this run ends at {config.train_steps:,}")
-    now = config.model_dump(mode="json", exclude={"optimizer": {"provider"}})
-    pairs = [("seed", saved["seed"], config.seed)]
-    pairs.append(
-        ("training.global_batch_size", saved["training"]["global_batch_size"], config.training.global_batch_size)
-    )
-    for section in ("optimizer", "balance", "precision"):
-        for key, value in (now[section] if section != "precision" else precision_settings(config)).items():
-            pairs.append((f"{section}.{key}", saved[section].get(key), value))
-    problems += [f"{name} was {before!r}, is now {after!r}" for name, before, after in pairs if before != after]
+    problems += map(str, differences(saved, config, ON_BRANCH))
     if not problems:
         trunk = config.model_copy(
             update={
@@ -41,12 +33,12 @@ def _problems(config: RunConfig, saved: dict[str, Any], step: int) -> list[str]:
                 "training": config.training.model_copy(update={"train_tokens": saved["training"]["train_tokens"]}),
             }
         )
-        for done in range(step):
-            before, after = learning_rate(trunk, done), learning_rate(config, done)
-            if abs(before - after) > 1e-9 * before:
-                problems.append(
-                    f"the learning rate of step {done + 1:,} was {before:.3e}, is now {after:.3e} (a branch may decay only "
-                    "after the step it branches at, and needs the same warm-up)"
-                )
-                break
+        # A constant rate and that before a decay may differ by their rounding.
+        other = first_other_rate(trunk, config, step, tolerance=1e-9)
+        if other is not None:
+            problems.append(
+                f"the learning rate of step {other + 1:,} was {learning_rate(trunk, other):.3e}, is now "
+                f"{learning_rate(config, other):.3e} (a branch may decay only after the step it branches at, and needs the "
+                "same warm-up)"
+            )
     return problems

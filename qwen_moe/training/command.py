@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from launchers.folder.run_folder import CHECKPOINTS, write_json, write_text
+from launchers.folder.atomic import write_json, write_text
+from launchers.folder.run_folder import CHECKPOINTS
 from qwen_moe.config import RunConfig, dump_config, load_config
 from qwen_moe.errors import UserError
 from qwen_moe.runs.outcome import FAILURE
@@ -79,12 +80,13 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
     try:
         check_disk_space(config, config.run_dir / CHECKPOINTS)
         prepare_inputs(config)
-        resolved = config.run_dir / RESOLVED
-        write_text(resolved, dump_config(config))
         (config.run_dir / FAILURE).unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(prefix="qwen-moe-") as folder:
             # Not in the run folder: the failure to be told may be that its disk is full.
             failure = Path(folder) / "failure.json"
+            # The run folder keeps the settings it was trained with until its checkpoint is known to be of this recipe.
+            resolved = Path(folder) / RESOLVED
+            write_text(resolved, dump_config(config))
             command = [sys.executable, "-m", "qwen_moe.training.elastic"]
             command += [str(nproc), str(resolved), str(failure)]
             limit = config.launch.max_restarts_without_progress

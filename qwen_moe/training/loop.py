@@ -17,10 +17,10 @@ from launchers.local.supervisor import INTERRUPTED, PROGRESS
 from parallel.gemm import description
 from parallel.process import ProcessInfo
 from parallel.watch import MismatchError, compare_collectives
-from qwen_moe.checkpoint.distributed import CheckpointWriter, load_weights, resume
+from qwen_moe.checkpoint.distributed import CheckpointWriter, resume
 from qwen_moe.checkpoint.preflight import check_disk_space
 from qwen_moe.checkpoint.train_state import TrainState
-from qwen_moe.checkpoint.valid import newest_valid, valid_one
+from qwen_moe.checkpoint.valid import newest_valid
 from qwen_moe.config import RunConfig
 from qwen_moe.data.inputs import RunInputs, open_inputs
 from qwen_moe.errors import UserError
@@ -28,14 +28,14 @@ from qwen_moe.models.flops import flops_per_token
 from qwen_moe.models.ops.compiled import compiling
 from qwen_moe.objectives.balance import maximum_violation
 from qwen_moe.runs.attempt import record_attempt
+from qwen_moe.runs.identity import saved_settings
 from qwen_moe.runs.recorder import Recorder, measure_matmul_peak, open_recorder, peak_memory
 from qwen_moe.runs.sinks import check_recorders
 from qwen_moe.sharding.build import DTYPES, build_model, make_grids
-from qwen_moe.sharding.kernels import precision_settings
 from qwen_moe.sharding.layout import run_layout
-from qwen_moe.training.branch import check_branch
 from qwen_moe.training.compilation import choose_compilation
 from qwen_moe.training.optimizer import build_optimizer
+from qwen_moe.training.restore import restore
 from qwen_moe.training.rollback import History
 from qwen_moe.training.slow_step import SlowStepNotice
 from qwen_moe.training.step import BadStep, StepResult, Trainer
@@ -57,68 +57,6 @@ class StopRequest:
         anyone = self._asked.clone()
         dist.all_reduce(anyone, op=dist.ReduceOp.MAX)
         return bool(anyone)
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    """What decides the trajectory of a run; the rest (intervals, logging, placement) may change on resume."""
-    dump = config.model_dump(mode="json", exclude={"optimizer": {"provider"}})  # whose kernel, not what it computes
-    training = {key: dump["training"][key] for key in ("train_tokens", "global_batch_size")}
-    dump["precision"] = precision_settings(config)
-    return {key: dump[key] for key in ("seed", "optimizer", "schedule", "balance", "precision")} | {
-        "training": training
-    }
-
-
-def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    found = []
-    for section, values in now.items():
-        if isinstance(values, dict):
-            before = saved.get(section)
-            before = before if isinstance(before, dict) else {}
-            for key, value in values.items():
-                if before.get(key) != value:
-                    found.append(f"{section}.{key} was {before.get(key)!r}, is now {value!r}")
-        elif saved.get(section) != values:
-            found.append(f"{section} was {saved.get(section)!r}, is now {values!r}")
-    return found
-
-
-def _restore(config: RunConfig, trainer: Trainer, inputs: RunInputs, say: Any) -> tuple[int, History]:
-    """Resume from the newest valid checkpoint of the run, or go on from `checkpoint.branch_from`, or load
-    `checkpoint.load_from`, or start. Steps done, and what is to be remembered."""
-    root = config.run_dir / CHECKPOINTS
-    path, problems = newest_valid(root)
-    for problem in problems:
-        say(f"warning: this checkpoint is damaged and not used: {problem}")
-    if problems:
-        say(f"falling back to {path.name if path else 'step 0: no checkpoint of this run is whole'}")
-    if path is not None:
-        state = resume(path, trainer.model, trainer.optimizer, config.model)
-        changed = _differences(state.settings, _settings(config))
-        if changed:
-            raise UserError(
-                f"{config.run_dir} holds a run with other settings: {'; '.join(changed)}. Put them back to go on with "
-                "it, or give another run_dir (checkpoint.load_from starts a new run from its weights)"
-            )
-        _check_data(state, inputs, config.run_dir)
-        say(f"resumed from {path} (step {state.step} of {config.train_steps})")
-        return state.step, History.restored(state.skips, state.recent_losses)
-    if config.checkpoint.branch_from is not None:
-        path = config.checkpoint.branch_from
-        if wrong := valid_one(path):
-            raise UserError(f"checkpoint.branch_from {path}: {wrong}; train the run that it belongs to first")
-        state = resume(path, trainer.model, trainer.optimizer, config.model)
-        check_branch(config, state.settings, state.step, path)
-        _check_data(state, inputs, path)
-        say(f"branched from {path} (step {state.step} of {config.train_steps})")
-        return state.step, History.restored(state.skips, state.recent_losses)
-    if config.checkpoint.load_from is not None:
-        from qwen_moe.checkpoint.resolve import resolve_checkpoint
-
-        source = resolve_checkpoint(config.checkpoint.load_from)
-        load_weights(source, trainer.model, config.model)
-        say(f"weights loaded from {source}")
-    return 0, History()
 
 
 def _roll_back(
@@ -150,15 +88,6 @@ def _roll_back(
     message = f"{bad}. Back to step {saved}, without the {skipped} batches since"
     recorder.go_back(saved, {"step": saved, "skipped_batches": skipped, "reason": str(bad)}, message)
     return saved
-
-
-def _check_data(state: TrainState, inputs: RunInputs, where: Path) -> None:
-    if not inputs.is_of_this_data(state.data_fingerprint):
-        raise UserError(
-            f"{where} was trained on other data, or in another order (fingerprint {state.data_fingerprint}, now "
-            f"{inputs.fingerprint}): put the data section and files back (for a branch, data.order_tokens too), or give "
-            "another run_dir"
-        )
 
 
 class _Clock:
@@ -272,7 +201,7 @@ def train(
     heart = heart or Heartbeat()
     stop = StopRequest(device, stop_signals)
     inputs, trainer, writer = _build(config, info, device, say)
-    done, history = _restore(config, trainer, inputs, say)
+    done, history = restore(config, trainer, inputs, say)
     writer.retention.went_back_to(done)
     if info.rank == 0:
         record_attempt(config, info, device, resumed_step=done)
@@ -322,7 +251,7 @@ def _train_state(config: RunConfig, step: int, inputs: RunInputs, history: Histo
         consumed_samples=step * config.training.global_batch_size,
         consumed_tokens=step * config.tokens_per_step,
         data_fingerprint=inputs.fingerprint,
-        settings=_settings(config),
+        settings=saved_settings(config),
         skips=list(history.skips),
         recent_losses=list(history.losses),
     )

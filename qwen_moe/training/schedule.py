@@ -30,6 +30,16 @@ def learning_rate(config: RunConfig, step: int) -> float:
     return floor + (peak - floor) * _remaining(done, shape)
 
 
+def first_other_rate(before: RunConfig, after: RunConfig, steps: int, tolerance: float = 0.0) -> int | None:
+    """The first of ``steps`` optimizer steps (from 0) whose learning rates differ by more than ``tolerance``, a share of the
+    rate; None where none do."""
+    for step in range(steps):
+        rate = learning_rate(before, step)
+        if abs(rate - learning_rate(after, step)) > tolerance * rate:
+            return step
+    return None
+
+
 def _remaining(done: float, shape: str) -> float:
     """Share of (peak - floor) left when ``done`` of the decay has passed."""
     if shape == "cosine":

@@ -10,7 +10,7 @@ import math
 import sys
 from pathlib import Path
 
-from launchers.folder.run_folder import write_json
+from launchers.folder.atomic import write_json
 from qwen_moe.config import RunConfig, dump_config, load_config
 from qwen_moe.models.flops import count_parameters
 

@@ -24,6 +24,7 @@ from qwen_moe.cli import main
 from qwen_moe.config import load_config
 from qwen_moe.launch import folder as launch_folder
 from qwen_moe.models.flops import count_parameters
+from qwen_moe.pipeline.state import State
 from qwen_moe.pipeline.steps import round_batch
 from tests.pipeline import fake_train
 
@@ -262,3 +263,12 @@ def test_batches_that_many_layouts_divide() -> None:
     assert [round_batch(n) for n in (1, 3, 7, 1037, 1000, 1504, 96, 2047)] == [1, 3, 7, 1024, 1024, 1536, 96, 2048]
     for n in range(1, 3000):
         assert abs(round_batch(n) / n - 1) <= 0.0601
+
+
+def test_inputs_that_earlier_versions_counted_do_not_make_a_step_again(tmp_path: Path) -> None:
+    """They counted all of a section, also what tells no two runs apart."""
+    state = State(tmp_path)
+    before = {"seed": 1, "training.recompute": "none", "optimizer.provider": "torch", "data.sequence_length": 8}
+    state.finish("ladder", before, {}, [], 1.0)
+    assert state.changes("ladder", {"seed": 1, "data.sequence_length": 8}) == []
+    assert state.changes("ladder", {"seed": 2}) == ["seed was 1, is now 2", "data.sequence_length was 8, is now None"]

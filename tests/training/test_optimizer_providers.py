@@ -208,12 +208,12 @@ def test_a_kernel_that_does_not_compile_is_told_as_such(apex: None, monkeypatch:
 
 def test_a_provider_is_no_setting_of_the_trajectory() -> None:
     """A run, and a branch of it, may go on with another; and with checkpoints from before there were providers."""
+    from qwen_moe.runs.identity import saved_settings
     from qwen_moe.training.branch import check_branch
-    from qwen_moe.training.loop import _settings
 
     torchs, apexs = make_config(), make_config(optimizer__provider="apex")
-    saved = _settings(torchs)
-    assert saved == _settings(apexs) and "provider" not in saved["optimizer"]
+    saved = saved_settings(torchs)
+    assert saved == saved_settings(apexs) and "provider" not in saved["optimizer"]
     check_branch(apexs, saved, 1, Path("trunk"))
     with pytest.raises(UserError, match=r"optimizer\.beta1 was 0\.9, is now 0\.8"):
         check_branch(make_config(optimizer__beta1=0.8), saved, 1, Path("trunk"))

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from launchers.errors import LaunchError
-from launchers.folder.run_folder import RunFolder, last_metrics, read_json, replaced, write_text
+from launchers.folder.atomic import replaced, write_text
+from launchers.folder.run_folder import RunFolder, last_metrics, read_json
 from launchers.job import conductor
 from launchers.job.heartbeat import Heartbeat
 from launchers.job.status import row

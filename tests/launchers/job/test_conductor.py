@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from launchers.folder.run_folder import RunFolder, write_json
+from launchers.folder.atomic import write_json
+from launchers.folder.run_folder import RunFolder
 from launchers.folder.snapshot import code_hash
 from launchers.job import conductor, node_facts
 from launchers.slurm.site import Site

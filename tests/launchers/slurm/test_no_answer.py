@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from launchers.errors import LaunchError
-from launchers.folder.run_folder import RunFolder, write_json
+from launchers.folder.atomic import write_json
+from launchers.folder.run_folder import RunFolder
 from launchers.job import status
 from launchers.slurm import commands as slurm
 
