@@ -35,7 +35,7 @@ TABLE: dict[Rule, tuple[str, ...]] = {
         "model",
         *("data.sequence_length", "data.split", "data.seed"),
         *("data.respect_document_boundaries", "data.mask_end_of_document"),
-        "training.global_batch_size",
+        *("training.global_batch_size", "objective.kind"),
         *("optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_grad_norm"),
         "optimizer.learning_rate",  # the peak: of a branch too, for a trunk is one run with all its branches
         *("balance.scope", "balance.coefficient", "balance.z_loss_coefficient", "balance.bias_update_rate"),

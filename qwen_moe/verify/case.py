@@ -10,6 +10,7 @@ from parallel.mesh import Layout
 from parallel.stages import V_SHAPED, splits_backward, stages_per_rank
 from qwen_moe.config import ModelConfig, RunConfig, parse_config
 from qwen_moe.config.families import FAMILIES
+from qwen_moe.data.batches import IGNORE
 from qwen_moe.errors import UserError
 from qwen_moe.verify.probe import weights
 
@@ -261,7 +262,7 @@ def global_batch(config: RunConfig, step: int) -> dict[str, torch.Tensor]:
     tokens = torch.randint(0, config.model.vocab_size, (rows, sequence + 1), generator=generator)
     labels = tokens[:, 1:].clone()
     for row in range(rows):
-        labels[row, : row % min(5, sequence)] = -100
+        labels[row, : row % min(5, sequence)] = IGNORE
     batch = {"input_ids": tokens[:, :-1].contiguous(), "labels": labels, "weights": weights(labels, config.seed + step)}
     if config.data.respect_document_boundaries:
         ends = torch.rand(rows, sequence, generator=generator) < 0.3
