@@ -23,7 +23,7 @@ VERBS = (
     "qwen_moe.checkpoint.huggingface.command",
     "qwen_moe.generate",
     "qwen_moe.scaling",
-    "qwen_moe.pipeline.command",
+    "qwen_moe.workflow.command",
     "qwen_moe.launch.command",
     "qwen_moe.launch.observe",
     "qwen_moe.planning.command",

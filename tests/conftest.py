@@ -35,7 +35,7 @@ def signal_handlers() -> Iterator[None]:
 _LONG = (
     "launchers/job/test_on_slurm.py",
     "training/test_run.py",
-    "pipeline/test_pipeline.py",
+    "workflow/test_workflow.py",
     "training/test_fp8_run.py",
     "test_first_run.py",
     "launchers/local/test_folder_of_recipes.py",

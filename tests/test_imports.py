@@ -81,7 +81,7 @@ FLOORS = {
         ("training",),
         ("verify", "launch"),
         ("scaling",),
-        ("pipeline",),
+        ("workflow",),
         ("cli",),
         ("__main__",),
     ),

@@ -92,11 +92,11 @@ def test_no_row_is_of_a_setting_that_is_gone() -> None:
 
 
 def test_a_new_section_or_setting_is_noticed() -> None:
-    objective = create_model("Objective", __base__=type(config().balance), kind=(str, "likelihood"))
-    grown = create_model("Grown", __base__=RunConfig, objective=(objective, objective()), patience=(int, 3))
+    reward = create_model("Reward", __base__=type(config().balance), kind=(str, "likelihood"))
+    grown = create_model("Grown", __base__=RunConfig, reward=(reward, reward()), patience=(int, 3))
     assert set(unclassified(grown)) == {
         "patience",
-        *(f"objective.{key}" for key in ("kind", *type(config().balance).model_fields)),
+        *(f"reward.{key}" for key in ("kind", *type(config().balance).model_fields)),
     }
 
 

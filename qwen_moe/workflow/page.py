@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from launchers.folder.atomic import write_text
-from qwen_moe.pipeline.cost import span
-from qwen_moe.pipeline.steps import FIT, RECIPE, SCRIPT, STEPS, Context
+from qwen_moe.workflow.cost import span
+from qwen_moe.workflow.steps import FIT, RECIPE, SCRIPT, STEPS, Context
 
 PAGE = "pipeline.md"
 

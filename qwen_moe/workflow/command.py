@@ -18,7 +18,7 @@ from qwen_moe.errors import UserError
 from qwen_moe.options import number, whole
 
 if TYPE_CHECKING:
-    from qwen_moe.pipeline.steps import Context, Step
+    from qwen_moe.workflow.steps import Context, Step
 
 NAMES = ("prepare", "ladder", "run", "collect", "fit", "recommend", "plan", "launch")
 
@@ -61,10 +61,10 @@ def _check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """``args.build_parser`` makes the parser of all verbs, which steps are run with."""
     from qwen_moe.config import load_config
-    from qwen_moe.pipeline.page import write_page
-    from qwen_moe.pipeline.state import State
-    from qwen_moe.pipeline.steps import NAMES as STEPS_IN_ORDER
-    from qwen_moe.pipeline.steps import STEPS, Context, Stopped
+    from qwen_moe.workflow.page import write_page
+    from qwen_moe.workflow.state import State
+    from qwen_moe.workflow.steps import NAMES as STEPS_IN_ORDER
+    from qwen_moe.workflow.steps import STEPS, Context, Stopped
 
     assert STEPS_IN_ORDER == NAMES
     _check(args)
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _redo(at: "Context", first: str) -> None:
     """Forget a step and all after it; a ladder that is there is moved aside, not deleted."""
-    from qwen_moe.pipeline.steps import LADDER
+    from qwen_moe.workflow.steps import LADDER
 
     at.state.forget(list(NAMES[NAMES.index(first) :]))
     if NAMES.index(first) <= NAMES.index("ladder"):
@@ -119,7 +119,7 @@ def _move_aside(folder: Path) -> None:
 
 def _one(at: "Context", step: "Step", title: str) -> bool:
     """Do a step, unless it is done. False: the user does not want to go on. Raises UserError, Stopped."""
-    from qwen_moe.pipeline.state import shown
+    from qwen_moe.workflow.state import shown
 
     inputs = step.inputs(at)
     changes = at.state.changes(step.name, inputs)

@@ -24,9 +24,9 @@ from qwen_moe.cli import main
 from qwen_moe.config import load_config
 from qwen_moe.launch import folder as launch_folder
 from qwen_moe.models.flops import count_parameters
-from qwen_moe.pipeline.state import State
-from qwen_moe.pipeline.steps import round_batch
-from tests.pipeline import fake_train
+from qwen_moe.workflow.state import State
+from qwen_moe.workflow.steps import round_batch
+from tests.workflow import fake_train
 
 FAKE = (sys.executable, str(Path(fake_train.__file__)))
 STEPS = ("prepare", "ladder", "run", "collect", "fit", "recommend", "plan", "launch")
@@ -204,7 +204,7 @@ def test_a_kill_in_every_step_changes_nothing(recipe: None, tmp_path: Path) -> N
 import os, signal, sys
 from qwen_moe.cli import main
 from qwen_moe.launch import folder
-from qwen_moe.pipeline.state import State
+from qwen_moe.workflow.state import State
 folder.TRAIN = {FAKE!r}
 recorded = State.finish
 def finish(self, step, *rest):

@@ -18,8 +18,8 @@ from launchers.folder.atomic import write_text
 from launchers.local.supervisor import INTERRUPTED
 from qwen_moe.config import RunConfig, dump_config
 from qwen_moe.errors import UserError
-from qwen_moe.pipeline.state import State, content, flat
 from qwen_moe.runs import identity
+from qwen_moe.workflow.state import State, content, flat
 
 RUNS, FIT, LADDER, RECOMMENDED, RECIPE, SCRIPT = (
     "runs.csv",
@@ -144,7 +144,7 @@ def _run_inputs(at: Context) -> dict[str, Any]:
 
 
 def _run_cost(at: Context) -> list[str]:
-    from qwen_moe.pipeline.cost import ladder_cost
+    from qwen_moe.workflow.cost import ladder_cost
 
     return ladder_cost(at.folder / LADDER, at.args.parallel or 1, at.args.slurm)
 
