@@ -171,10 +171,9 @@ class Recorder:
         """Estimate the time that is left from here on."""
         if not self.active:
             return
-        done = self.bar.n
-        self.bar.initial = done
-        self.bar.reset()
-        self.bar.n = self.bar.last_print_n = done
+        # Not bar.reset: it draws a bar of no steps, whose speed is negative.
+        self.bar.initial = self.bar.last_print_n = self.bar.n
+        self.bar.start_t = self.bar.last_print_t = time.time()
 
     def go_back(self, step: int, record: dict[str, Any], message: str) -> None:
         """Forget what was recorded after ``step``, and say why."""

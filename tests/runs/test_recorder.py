@@ -79,3 +79,20 @@ def test_a_resumed_run_goes_on_with_its_run_of_wandb(tmp_path: Path, monkeypatch
     identity = json.loads((tmp_path / "run/wandb.json").read_text())["id"]
     runs = list((tmp_path / "run/wandb").glob("offline-run-*"))
     assert len(runs) == 2 and all((run / f"run-{identity}.wandb").stat().st_size > 0 for run in runs)
+
+
+def test_the_first_step_shows_no_speed_that_is_negative(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    recorder = Recorder(tmp_path, resumed_step=3, train_steps=9)
+    recorder.begin("first step")
+    recorder.bar.mininterval = 0  # draw every change
+    recorder.step(record(4))
+    recorder.first_step_done()
+    recorder.bar.refresh()
+    assert recorder.bar.n == recorder.bar.initial == 4
+    recorder.step(record(5))
+    recorder.close()
+    shown = capsys.readouterr().err
+    assert "5/9" in shown and "<-" not in shown and ", -" not in shown
