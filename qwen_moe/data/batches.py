@@ -19,9 +19,8 @@ from qwen_moe.data.index_cache import IndexCache
 from qwen_moe.data.manifest import bin_path, idx_path, read_manifest
 from qwen_moe.data.order import begin_alike
 from qwen_moe.data.ranks import same_on_all_ranks, verified_on_all_ranks
+from qwen_moe.data.samples import IGNORE
 from qwen_moe.errors import UserError
-
-IGNORE = -100
 
 
 class _MegatronTokenizer:
@@ -56,19 +55,6 @@ def _fingerprint_of_earlier_versions(prefix: Path, content: Content) -> str:
     digest = hashlib.sha256(idx_path(prefix).read_bytes())
     digest.update(str(bin_path(prefix).stat().st_size).encode())
     return digest.hexdigest()
-
-
-def rank_samples(
-    step: int, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int
-) -> list[tuple[int, int]]:
-    """(first sample, count) of each micro-batch of one rank in optimizer step ``step``. Over all ranks they are the
-    global batch, whatever the split; micro-batch m of rank r takes the m-th stretch of dp_size micro-batches."""
-    first = step * global_batch_size
-    stretch = micro_batch_size * dp_size
-    return [
-        (first + m * stretch + dp_rank * micro_batch_size, micro_batch_size)
-        for m in range(global_batch_size // stretch)
-    ]
 
 
 class TokenBatches:

@@ -16,7 +16,7 @@ from qwen_moe.errors import UserError
 
 if TYPE_CHECKING:  # the command prepares inputs before it starts the processes that need torch
     from parallel.sequence import Batch
-    from qwen_moe.data.batches import TokenBatches
+    from qwen_moe.data.samples import Samples
 
 TOKENIZER = "tokenizer"
 
@@ -86,7 +86,7 @@ class RunInputs:
 
     config: RunConfig
     dp: Axis
-    batches: "TokenBatches"
+    batches: "Samples"
     tokenizer: Path | None
 
     @property
@@ -119,7 +119,7 @@ class RunInputs:
 
     def train_micro_batches(self, step: int) -> "list[Batch]":
         """All micro-batches of this rank in optimizer step ``step``."""
-        from qwen_moe.data.batches import rank_samples
+        from qwen_moe.data.samples import rank_samples
 
         training = self.config.training
         ranges = rank_samples(step, training.global_batch_size, training.micro_batch_size, self.dp.index, self.dp.size)

@@ -10,7 +10,7 @@ from parallel.mesh import Layout
 from parallel.stages import V_SHAPED, splits_backward, stages_per_rank
 from qwen_moe.config import ModelConfig, RunConfig, parse_config
 from qwen_moe.config.families import FAMILIES
-from qwen_moe.data.batches import IGNORE
+from qwen_moe.data.samples import IGNORE
 from qwen_moe.errors import UserError
 from qwen_moe.verify.probe import weights
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from parallel.data import local
 from qwen_moe.config import RunConfig
-from qwen_moe.data.batches import rank_samples
+from qwen_moe.data.samples import rank_samples
 from qwen_moe.objectives.base import Objective
 from qwen_moe.sharding.build import build_model, make_grids
 from qwen_moe.sharding.layout import run_layout

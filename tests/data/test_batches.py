@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_moe.config import DataConfig, Dataset
-from qwen_moe.data.batches import TokenBatches, rank_samples
+from qwen_moe.data.batches import TokenBatches
 from qwen_moe.data.content import check_prefix
 from qwen_moe.data.megatron import IndexedDatasetBuilder
+from qwen_moe.data.samples import rank_samples
 from qwen_moe.errors import UserError
 
 SEQ, END = 16, 3
