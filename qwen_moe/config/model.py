@@ -128,6 +128,10 @@ class ModelConfig(Section):
                 f"family ({families_that(lambda family: not family.moe)})"
             )
 
+    def keys_per_query(self, sequence_length: int) -> float:
+        """How many keys a query attends to, averaged over the positions of a sequence and over layers."""
+        return (sequence_length + 1) / 2
+
     @property
     def features(self) -> Family:
         return FAMILIES[self.family]

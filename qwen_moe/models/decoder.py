@@ -22,7 +22,7 @@ from qwen_moe.models.linear import Linear
 from qwen_moe.models.moe.block import MoE
 from qwen_moe.models.moe.router import RouterStatistics
 from qwen_moe.models.norm import RMSNorm
-from qwen_moe.models.rope import Rope, RotaryTables
+from qwen_moe.models.rope import RotaryTables, make_rope
 from qwen_moe.models.sequence import SequencePart, WholeSequence
 
 # (hidden [B, S, D], head's weight [V, D], labels [B, S], rows of logits at a time) -> [] or [B, S]
@@ -106,7 +106,7 @@ class DecoderLM(nn.Module):
         super().__init__()
         layers = range(config.num_hidden_layers) if layers is None else layers
         self.config, self.recompute = config, recompute
-        self.rope = Rope(config.head_dim, config.rope_theta)
+        self.rope = make_rope(config)
         self.first, self.last = layers[0] == 0, layers[-1] == config.num_hidden_layers - 1
         tied = config.tie_word_embeddings
         self.model = Decoder(config, layers, embedding=self.first or (self.last and tied), norm=self.last)

@@ -71,7 +71,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> FlopsPerToken:
     moe = len(config.moe_layers)
     return FlopsPerToken(
         attention_projections=2.0 * layers * d * c * (2 * heads + 2 * kv_heads),
-        attention_scores=2.0 * layers * heads * c * (sequence_length + 1),
+        attention_scores=4.0 * layers * heads * c * config.keys_per_query(sequence_length),
         dense_feed_forward=2.0 * (layers - moe) * 3 * d * config.intermediate_size,
         routed_experts=2.0 * moe * config.num_experts_per_tok * 3 * d * config.moe_intermediate_size,
         shared_expert=2.0 * moe * (3 * d * config.shared_expert_intermediate_size + d)

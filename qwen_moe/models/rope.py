@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from qwen_moe.config import ModelConfig
 from qwen_moe.models.ops.dtypes import statistics_dtype
 from qwen_moe.models.ops.rotate import rotate
 
@@ -36,6 +37,11 @@ class Rope:
         exponent = torch.arange(0, self.head_dim, 2, dtype=wide, device=position_ids.device) / self.head_dim
         angles = position_ids[..., None].to(wide) * self.theta**-exponent
         return RotaryTables(angles.cos().to(dtype), angles.sin().to(dtype), 1 / math.sqrt(self.head_dim))
+
+
+def make_rope(config: ModelConfig) -> Rope:
+    """The kind of rotation that ``config`` asks for."""
+    return Rope(config.head_dim, config.rope_theta)
 
 
 def apply_rope(x: torch.Tensor, rotary: RotaryTables) -> torch.Tensor:

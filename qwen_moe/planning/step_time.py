@@ -182,7 +182,7 @@ class StepTimeModel:
         products = self._product(tokens, (heads + 2 * kv) * c, d, precision) + self._product(
             tokens, d, heads * c, precision
         )
-        scores = 2 * heads * c * (self.sequence + 1) * tokens * self.score_factor
+        scores = 4 * heads * c * m.keys_per_query(self.sequence) * tokens * self.score_factor
         # Backward has five products where forward has two.
         scores_time = 3.5 * scores / (self.gpu.peak_tflops["bf16"] * 1e12 * self.gpu.efficiency.attention)
         # Two norms and two residual sums on this rank's tokens; rope, and copies to the kernel's layout.

@@ -58,8 +58,7 @@ def _smaller(model: ModelConfig, layout: Layout, stages: int, every_layer: bool)
         kv_heads = max(k for k in range(1, tp + 1) if tp % k == 0 and k <= model.num_key_value_heads)
     grouped = model.num_attention_heads > model.num_key_value_heads
     heads = math.lcm(tp, kv_heads * (2 if grouped else 1))
-    values: dict[str, Any] = {
-        "family": model.family,
+    values: dict[str, Any] = model.model_dump() | {
         "vocab_size": 61,
         "hidden_size": 16,
         "intermediate_size": 6 * tp,
@@ -68,11 +67,7 @@ def _smaller(model: ModelConfig, layout: Layout, stages: int, every_layer: bool)
         "num_key_value_heads": kv_heads,
         "head_dim": 4,
         "max_position_embeddings": 4096,
-        "rope_theta": model.rope_theta,
-        "rms_norm_eps": model.rms_norm_eps,
-        "tie_word_embeddings": model.tie_word_embeddings,
         "initializer_range": 0.2,
-        "qkv_bias": model.qkv_bias,
     }
     if model.is_moe_family:
         ep, etp = layout.ep, layout.etp
@@ -86,7 +81,6 @@ def _smaller(model: ModelConfig, layout: Layout, stages: int, every_layer: bool)
             "num_experts_per_tok": min(model.num_experts_per_tok, experts, 4),
             "moe_intermediate_size": 4 * etp,
             "shared_expert_intermediate_size": 6 * tp if model.shared_expert_intermediate_size else 0,
-            "norm_topk_prob": model.norm_topk_prob,
             "decoder_sparse_step": sparse_step,
             "mlp_only_layers": dense,
         }
