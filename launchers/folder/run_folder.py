@@ -20,7 +20,9 @@ from typing import Any
 from launchers.errors import LaunchError
 from launchers.folder.atomic import write_json
 
-CHECKPOINTS = "checkpoints"  # of a run folder: its step_XXXXXXXX directories
+# Names in a run folder.
+CHECKPOINTS = "checkpoints"  # step_XXXXXXXX directories
+METRICS = "metrics.jsonl"
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -55,7 +57,7 @@ def is_step_record(record: Any) -> bool:
 
 def last_metrics(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The last step's record and the last record of any kind; empty ones when there are none."""
-    path = run_dir / "metrics.jsonl"
+    path = run_dir / METRICS
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 262_144))

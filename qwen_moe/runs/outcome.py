@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launchers.folder.run_folder import RunFolder, read_json
+from launchers.folder.run_folder import METRICS, RunFolder, read_json
 from launchers.job.decide import BAD_STEP
 from qwen_moe.config import RunConfig, load_config
 from qwen_moe.runs.identity import OF_RESULTS, Difference, differences
-from qwen_moe.runs.records import METRICS, RESOLVED, read_lines
+from qwen_moe.runs.records import RESOLVED, read_lines
 
 FAILURE = "failure.json"  # why the last attempt gave up: {"kind", "message"}; gone when the next one starts
 

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from launchers.folder.atomic import write_text
+from launchers.folder.run_folder import METRICS
 from parallel.gemm import has_hardware
 from qwen_moe.config import RunConfig
-from qwen_moe.runs.records import METRICS, DamagedRecords, read_lines
+from qwen_moe.runs.records import DamagedRecords, read_lines
 from qwen_moe.runs.sinks import Sink, not_recorded, open_sinks
 
 

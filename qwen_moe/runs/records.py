@@ -6,7 +6,6 @@ from typing import Any
 
 from qwen_moe.errors import UserError
 
-METRICS = "metrics.jsonl"
 ATTEMPTS = "attempts.jsonl"
 RESOLVED = "config.yaml"  # the recipe with every setting
 # What readers compute with, where a record has it.

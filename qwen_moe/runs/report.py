@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _records(run_dir: Path) -> list[dict[str, Any]]:
-    from qwen_moe.runs.records import METRICS, read_lines
+    from launchers.folder.run_folder import METRICS
+    from qwen_moe.runs.records import read_lines
 
     path = run_dir / METRICS
     if not path.exists():

@@ -36,9 +36,10 @@ def open_curve(path: Path) -> tuple["Curve", tuple[Any, ...] | None]:
     Raises UserError."""
     import numpy as np
 
+    from launchers.folder.run_folder import METRICS
     from qwen_moe.config import load_config
     from qwen_moe.models.flops import count_parameters
-    from qwen_moe.runs.records import METRICS, RESOLVED, read_lines
+    from qwen_moe.runs.records import RESOLVED, read_lines
     from qwen_moe.training.schedule import learning_rate
     from scaling_laws.curves import Curve, read_curve
 
