@@ -83,7 +83,7 @@ class Kernels:
         return nullcontext()
 
     def begin_step(self) -> None:
-        """Before the first micro-batch of an optimizer step: weights quantised from now on may be kept until `end_step`."""
+        """Before the first micro-batch of an optimizer step: weights quantized from now on may be kept until `end_step`."""
 
     def end_step(self) -> None:
         """After the last backward of the step, on every rank, before the optimizer changes the weights: let go of what

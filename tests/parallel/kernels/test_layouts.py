@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel.kernels.interface import ExpertPart
-from parallel.kernels.quantiser import Recipe
+from parallel.kernels.quantizer import Recipe
 from parallel.kernels.torch_fp8 import TorchFp8
 from parallel.mesh import Axis, Grids, Layout
 from qwen_moe.models.ops.grouped_matmul import grouped_mm

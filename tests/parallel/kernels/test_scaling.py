@@ -83,7 +83,7 @@ def test_weights_are_rounded_once_a_step_and_anew_after_it(recipe: str, keep: bo
         assert not torch.equal(block.run(x), outside)
         kernels.begin_step()
         block.run(x)
-        assert bool(kernels.quantiser.kept) == keep
+        assert bool(kernels.quantizer.kept) == keep
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

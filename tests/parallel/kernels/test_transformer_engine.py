@@ -13,7 +13,7 @@ import torch
 
 from parallel.data import local
 from parallel.kernels.interface import ExpertPart
-from parallel.kernels.quantiser import Recipe
+from parallel.kernels.quantizer import Recipe
 from parallel.kernels.transformer_engine import (
     KernelsUnavailable,
     TransformerEngineKernels,
