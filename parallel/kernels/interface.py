@@ -75,7 +75,7 @@ class Kernels:
     def norm(self, path: str, parent: nn.Module, name: str) -> None:
         """May swap RMSNorm ``name`` of ``parent`` (attributes ``weight [D]``, ``eps``) for its own."""
 
-    def materialise(self, device: torch.device) -> None:
+    def materialize(self, device: torch.device) -> None:
         """Allocate the provider's state on ``device`` with its initial values. Once, after all layers were asked for."""
 
     def forward(self) -> AbstractContextManager[Any]:

@@ -37,9 +37,9 @@ class TorchFp8(Kernels):
         self.quantizer.add(path, part.total)
         return partial(grouped, self.quantizer, self.grouped_mm, path, part)
 
-    def materialise(self, device: torch.device) -> None:
+    def materialize(self, device: torch.device) -> None:
         if self.quantizer.scaling is not None:
-            self.quantizer.scaling.materialise(device)
+            self.quantizer.scaling.materialize(device)
 
     def begin_step(self) -> None:
         self.quantizer.begin_step()

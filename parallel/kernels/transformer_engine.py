@@ -186,7 +186,7 @@ class TransformerEngineKernels(Kernels):
                 f"multiples of {multiple} in Transformer Engine. Change sizes or tp, or use precision.compute=bf16"
             )
 
-    def materialise(self, device: torch.device) -> None:
+    def materialize(self, device: torch.device) -> None:
         if self.ours is not None and self.ours.name == "delayed":
             steps = self.ours.history_length
             for product in self.products:
@@ -252,7 +252,7 @@ class _Product:
         self.state: list[_State] = []  # of forward, of backward; empty where a recipe has none
 
     def adopt(self, te_module: Any) -> None:
-        """Give a new ``te_module`` the state that was materialised, or loaded, before; then its own tensors are the state.
+        """Give a new ``te_module`` the state that was materialized, or loaded, before; then its own tensors are the state.
         Called within an autocast, which is where the module takes its recipe from."""
         if not self.state:
             return

@@ -27,7 +27,7 @@ def linear_through(kernels: TorchFp8, x: torch.Tensor, linear: nn.Linear, dy: to
     parent = nn.Module()
     parent.up = linear
     project = kernels.column("block", parent, ["up"])
-    kernels.materialise(torch.device("cpu"))
+    kernels.materialize(torch.device("cpu"))
     assert project is not None
     for _ in range(2 if kernels.quantizer.scaling is not None else 1):
         kernels.begin_step()
@@ -43,7 +43,7 @@ def experts_through(
 ) -> dict[str, torch.Tensor]:
     count = counts.numel()
     product = kernels.grouped("experts", ExpertPart(total=count, first=0, count=count))
-    kernels.materialise(torch.device("cpu"))
+    kernels.materialize(torch.device("cpu"))
     assert product is not None
     for _ in range(2 if kernels.quantizer.scaling is not None else 1):
         kernels.begin_step()

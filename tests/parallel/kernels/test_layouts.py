@@ -56,7 +56,7 @@ def run(recipe: str, tp: Axis, group: Axis, pick: Callable[[Tensors], Tensors], 
     kernels.row("block", parent, "down")
     product = kernels.grouped("experts", part)
     assert project is not None and product is not None
-    kernels.materialise(torch.device("cpu"))
+    kernels.materialize(torch.device("cpu"))
     counts = torch.tensor(COUNTS[part.first : part.first + part.count])
     for step in range(STEPS):
         own = pick(problem(step, stage))

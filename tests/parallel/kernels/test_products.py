@@ -146,7 +146,7 @@ def test_bias_and_row_parallel_layer(recipe: str) -> None:
     kernels = provider(recipe)
     linear = parent.down
     kernels.row("block", parent, "down")
-    kernels.materialise(torch.device("cpu"))
+    kernels.materialize(torch.device("cpu"))
     parent = parent.bfloat16()
     kernels.begin_step()
     y = parent.down(x)
