@@ -152,7 +152,7 @@ def our_layer(session: Session, size: Size, precision: dict[str, Any], x: torch.
     part = ExpertPart(total=size.experts, first=0, count=size.experts)
     moe.experts.up_mm = kernels.grouped("experts.gate_up_proj", part) or moe.experts.up_mm
     moe.experts.down_mm = kernels.grouped("experts.down_proj", part) or moe.experts.down_mm
-    kernels.materialise(session.device)
+    kernels.materialize(session.device)
     rows = x.view(size.batch, size.sequence, size.hidden)
 
     def forward(x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Data parallelism through FSDP2: sharding on two grids, sums of gradients, one finalisation, the global norm.
+"""Data parallelism through FSDP2: sharding on two grids, sums of gradients, one finalization, the global norm.
 
 Gradients are summed over ranks, never averaged: the caller divides the loss by a count that is global already.
 """

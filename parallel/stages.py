@@ -65,7 +65,7 @@ def split_layers(costs: Sequence[float], num_stages: int, first: float = 0.0, la
         return prefix[end] - prefix[begin] + first * (stage == 0) + last * (stage == num_stages - 1)
 
     def best(objective: Callable[[float, float], float], limit: float) -> list[int]:
-        """First layers of stages 1, 2, ... and the end, minimising ``objective`` folded over the stages' costs."""
+        """First layers of stages 1, 2, ... and the end, minimizing ``objective`` folded over the stages' costs."""
         table: dict[tuple[int, int], tuple[float, list[int]]] = {(num_stages, layers): (0.0, [])}
         for stage in range(num_stages - 1, -1, -1):
             for begin in range(stage, layers - (num_stages - stage) + 1):

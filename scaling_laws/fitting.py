@@ -23,7 +23,7 @@ from scaling_laws.validation import (
     law_of,
     minima,
     over_extrapolation,
-    summarise,
+    summarize,
 )
 
 FIT = "fit.json"
@@ -167,7 +167,7 @@ def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress) -
         surface_samples=surfaces,
         loss_law=law,
         loss_samples=laws,
-        validation=summarise(parts, form),
+        validation=summarize(parts, form),
         extrapolation=over_extrapolation(finished, form, surface is not None),
         granularity=float(finished["granularity"].median()) if "granularity" in finished else 1.0,
         warnings=notes,

@@ -128,7 +128,7 @@ def choose_form(frame: pd.DataFrame, parts: list[HoldOut]) -> tuple[str, list[st
     return best, [f"loss law {best} was chosen by held-out error: {note}"] if len(errors) > 1 else []
 
 
-def summarise(parts: list[HoldOut], form: str) -> list[dict[str, Any]]:
+def summarize(parts: list[HoldOut], form: str) -> list[dict[str, Any]]:
     """Plain rows for the fit's file and report."""
     rows = []
     for part in parts:

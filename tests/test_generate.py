@@ -88,7 +88,7 @@ def test_ended_sequences_are_filled() -> None:
 
 
 def test_sampling_follows_the_probabilities() -> None:
-    """Frequencies against the closed form: temperature sharpens, the nucleus cuts the tail and renormalises."""
+    """Frequencies against the closed form: temperature sharpens, the nucleus cuts the tail and renormalizes."""
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().double()
     draws = 40_000
     for temperature, top_p, expected in (

@@ -16,7 +16,7 @@ FP32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """``data [..., R, C]`` in FP8, and the factors ``inverse`` that give the values back: of one block of ``block`` (rows,
     columns) each, ``[..., ceil(R / rows), ceil(C / columns)]``; or, with ``block`` None, any that broadcast over data."""
 
@@ -96,15 +96,15 @@ def cast(scaled: torch.Tensor, fp8: torch.dtype) -> torch.Tensor:
     return scaled.clamp(-LARGEST[fp8], LARGEST[fp8]).to(fp8)
 
 
-def quantise_blocks(x: torch.Tensor, fp8: torch.dtype, block: tuple[int, int], e8m0: bool) -> Quantised:
+def quantize_blocks(x: torch.Tensor, fp8: torch.dtype, block: tuple[int, int], e8m0: bool) -> Quantized:
     """``x [..., R, C]`` with one power-of-two factor for each block of (rows, columns), from its own largest value."""
     grid = blocks(x.float(), block)
     amax = grid.abs().amax((-3, -1)) if grid.numel() else grid.new_zeros(*grid.shape[:-3], grid.shape[-2])
     scale = e8m0_scale_of(amax, fp8) if e8m0 else scale_of(amax, fp8, power_of_two=True)
     data = cast(grid * scale[..., :, None, :, None], fp8).flatten(-4, -3).flatten(-2, -1)
-    return Quantised(data[..., : x.shape[-2], : x.shape[-1]], scale.reciprocal(), block)
+    return Quantized(data[..., : x.shape[-2], : x.shape[-1]], scale.reciprocal(), block)
 
 
-def quantise_by(x: torch.Tensor, fp8: torch.dtype, scale: torch.Tensor) -> Quantised:
+def quantize_by(x: torch.Tensor, fp8: torch.dtype, scale: torch.Tensor) -> Quantized:
     """``x`` times ``scale`` (which broadcasts over it) in FP8."""
-    return Quantised(cast(x.float() * scale, fp8), scale.reciprocal())
+    return Quantized(cast(x.float() * scale, fp8), scale.reciprocal())

@@ -16,11 +16,11 @@ from parallel.collectives import (
     start_reduce_scatter_sequence,
 )
 from parallel.gemm import widens
-from parallel.kernels.formats import E4M3, Quantised
+from parallel.kernels.formats import E4M3, Quantized
 from parallel.kernels.interface import ExpertPart, GroupedMM
 from parallel.kernels.padding import Padding
 from parallel.kernels.products import expert, mm, sizes_of, transposed
-from parallel.kernels.quantiser import Quantiser
+from parallel.kernels.quantizer import Quantizer
 from parallel.mesh import Axis
 
 
@@ -35,19 +35,19 @@ class _Linears(torch.autograd.Function):
     def forward(
         ctx,
         x: torch.Tensor,
-        quantiser: Quantiser,
+        quantizer: Quantizer,
         path: str,
         names: Sequence[str],
         axis: Axis,
         *parameters: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         weights = [weight for weight in parameters[::2] if weight is not None]
-        ctx.quantiser, ctx.path, ctx.names, ctx.axis = quantiser, path, names, axis
+        ctx.quantizer, ctx.path, ctx.names, ctx.axis = quantizer, path, names, axis
         full = join_sequence(start_gather_sequence(x, axis).wait()) if axis.size > 1 else x
-        operand = quantiser.matrix(f"{path}.input", full.flatten(0, -2), E4M3)
+        operand = quantizer.matrix(f"{path}.input", full.flatten(0, -2), E4M3)
         outputs = []
         for name, weight, bias in zip(names, weights, parameters[1::2], strict=True):
-            y = mm(operand.over_features, quantiser.weight(f"{path}{name}.weight", weight, False), x.dtype)
+            y = mm(operand.over_features, quantizer.weight(f"{path}{name}.weight", weight, False), x.dtype)
             outputs.append((y if bias is None else y + bias).view(*full.shape[:-1], -1))
         ctx.weights, saved = len(weights), []
         if any(ctx.needs_input_grad[5::2]):
@@ -60,7 +60,7 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
-        quantiser, axis = ctx.quantiser, ctx.axis
+        quantizer, axis = ctx.quantizer, ctx.axis
         tensors = ctx.saved_tensors  # once: recomputation allows no second look
         weights, saved = tensors[: ctx.weights], tensors[ctx.weights :]
         need = ctx.needs_input_grad
@@ -69,19 +69,19 @@ class _Linears(torch.autograd.Function):
         gradients, dx = [], None
         for name, weight, dy in zip(ctx.names, weights, grad_outputs, strict=True):
             slot = f"{ctx.path}{name}"
-            gradient = quantiser.matrix(f"{slot}.grad_output", dy.flatten(0, -2), quantiser.gradient)
+            gradient = quantizer.matrix(f"{slot}.grad_output", dy.flatten(0, -2), quantizer.gradient)
             gradients.append(gradient)
             if need[0]:
                 part = mm(
-                    gradient.over_features, transposed(quantiser.weight(f"{slot}.weight", weight, True)), dy.dtype
+                    gradient.over_features, transposed(quantizer.weight(f"{slot}.weight", weight, True)), dy.dtype
                 )
                 dx = part if dx is None else dx.add_(part)
         scatter = None
         if gather is not None:
             x = join_sequence(gather.wait()).flatten(0, 1)
-            over_tokens = quantiser.matrix(f"{ctx.path}.input", x, E4M3).over_rows
+            over_tokens = quantizer.matrix(f"{ctx.path}.input", x, E4M3).over_rows
         elif saved:
-            over_tokens = Quantised(saved[0], saved[1], ctx.block)
+            over_tokens = Quantized(saved[0], saved[1], ctx.block)
         if dx is not None:
             dx = dx.view(*grad_outputs[0].shape[:-1], -1)
             scatter = start_reduce_scatter_sequence(dx, axis) if axis.size > 1 else None
@@ -95,13 +95,13 @@ class _Linears(torch.autograd.Function):
 
 
 def linears(
-    quantiser: Quantiser, path: str, names: Sequence[str], axis: Axis, x: torch.Tensor, *modules: nn.Linear
+    quantizer: Quantizer, path: str, names: Sequence[str], axis: Axis, x: torch.Tensor, *modules: nn.Linear
 ) -> tuple[torch.Tensor, ...]:
     """``x [B, S / n, A]`` -> ``[B, S, O_i / n]`` for each of ``modules``, whose tensors are named ``path + name``."""
     parameters: list[torch.Tensor | None] = []
     for module in modules:
         parameters += [module.weight, module.bias]
-    return _Linears.apply(x, quantiser, path, names, axis, *parameters)
+    return _Linears.apply(x, quantizer, path, names, axis, *parameters)
 
 
 _HERE = Axis("here", 1, 0, None)
@@ -110,12 +110,12 @@ _HERE = Axis("here", 1, 0, None)
 class Fp8RowLinear(nn.Linear):
     """``[B, S, A / n] -> [B, S / n, O]`` with FP8 operands; partial sums are reduce-scattered in the activations' dtype."""
 
-    quantiser: Quantiser
+    quantizer: Quantizer
     path: str
     axis: Axis
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        (y,) = _Linears.apply(input, self.quantiser, self.path, [""], _HERE, self.weight, None)
+        (y,) = _Linears.apply(input, self.quantizer, self.path, [""], _HERE, self.weight, None)
         if self.axis.size > 1:
             y = reduce_scatter_sequence(y, self.axis)
         return y if self.bias is None else y + self.bias
@@ -129,41 +129,41 @@ class _Grouped(torch.autograd.Function):
         ctx,
         x: torch.Tensor,
         weight: torch.Tensor,
-        quantiser: Quantiser,
+        quantizer: Quantizer,
         grouped_mm: GroupedMM,
         path: str,
         part: ExpertPart,
         padding: Padding,
         counts: torch.Tensor,
     ) -> torch.Tensor:
-        operand = quantiser.rows(f"{path}.input", x, E4M3, part, padding)
-        ctx.quantiser, ctx.path, ctx.part, ctx.padding, ctx.grouped_mm = quantiser, path, part, padding, grouped_mm
+        operand = quantizer.rows(f"{path}.input", x, E4M3, part, padding)
+        ctx.quantizer, ctx.path, ctx.part, ctx.padding, ctx.grouped_mm = quantizer, path, part, padding, grouped_mm
         saved = []
         if ctx.needs_input_grad[1]:
             saved, ctx.block = [operand.over_rows.data, operand.over_rows.inverse], operand.over_rows.block
         ctx.save_for_backward(weight, counts, *saved)
-        quantised = quantiser.weight(f"{path}.weight", weight, False, part.first)
-        return _by_expert(grouped_mm, operand.over_features, quantised, padding.sizes, counts, x.dtype)
+        quantized = quantizer.weight(f"{path}.weight", weight, False, part.first)
+        return _by_expert(grouped_mm, operand.over_features, quantized, padding.sizes, counts, x.dtype)
 
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         weight, counts, *saved = ctx.saved_tensors
-        quantiser, path, part, padding = ctx.quantiser, ctx.path, ctx.part, ctx.padding
+        quantizer, path, part, padding = ctx.quantizer, ctx.path, ctx.part, ctx.padding
         dy = grad_outputs[0]
-        gradient = quantiser.rows(f"{path}.grad_output", dy, quantiser.gradient, part, padding)
+        gradient = quantizer.rows(f"{path}.grad_output", dy, quantizer.gradient, part, padding)
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            across = transposed(quantiser.weight(f"{path}.weight", weight, True, part.first))
+            across = transposed(quantizer.weight(f"{path}.weight", weight, True, part.first))
             dx = _by_expert(ctx.grouped_mm, gradient.over_features, across, padding.sizes, counts, dy.dtype)
         if ctx.needs_input_grad[1]:
-            dw = _outer_by_expert(gradient.over_rows, Quantised(saved[0], saved[1], ctx.block), padding, dy.dtype)
+            dw = _outer_by_expert(gradient.over_rows, Quantized(saved[0], saved[1], ctx.block), padding, dy.dtype)
         return dx, dw, None, None, None, None, None, None
 
 
 def _by_expert(
     grouped_mm: GroupedMM,
-    x: Quantised,
-    weight: Quantised,
+    x: Quantized,
+    weight: Quantized,
     sizes: Sequence[int],
     counts: torch.Tensor,
     dtype: torch.dtype,
@@ -172,10 +172,10 @@ def _by_expert(
     if x.exact_in_bf16:
         return grouped_mm(x.values(dtype), weight.values(dtype), counts)
     parts = x.data.split(list(sizes))
-    return torch.cat([mm(Quantised(p, x.inverse[e]), expert(weight, e), dtype) for e, p in enumerate(parts)])
+    return torch.cat([mm(Quantized(p, x.inverse[e]), expert(weight, e), dtype) for e, p in enumerate(parts)])
 
 
-def _outer_by_expert(dy: Quantised, x: Quantised, padding: Padding, dtype: torch.dtype) -> torch.Tensor:
+def _outer_by_expert(dy: Quantized, x: Quantized, padding: Padding, dtype: torch.dtype) -> torch.Tensor:
     """``dy [N, O]``, ``x [N, A]`` (padded rows where in blocks) -> ``[E, O, A]``."""
     if dy.exact_in_bf16:
         wide = torch.float32 if widens(dy.data, dtype) else dtype
@@ -185,14 +185,14 @@ def _outer_by_expert(dy: Quantised, x: Quantised, padding: Padding, dtype: torch
     parts = zip(dy.data.split(padding.sizes), x.data.split(padding.sizes), strict=True)
     return torch.stack(
         [
-            mm(transposed(Quantised(a, dy.inverse[e])), transposed(Quantised(b, x.inverse[e])), dtype)
+            mm(transposed(Quantized(a, dy.inverse[e])), transposed(Quantized(b, x.inverse[e])), dtype)
             for e, (a, b) in enumerate(parts)
         ]
     )
 
 
 def grouped(
-    quantiser: Quantiser,
+    quantizer: Quantizer,
     grouped_mm: GroupedMM,
     path: str,
     part: ExpertPart,
@@ -200,5 +200,5 @@ def grouped(
     weight: torch.Tensor,
     counts: torch.Tensor,
 ) -> torch.Tensor:
-    padding = Padding(sizes_of(counts, x.shape[0]), quantiser.recipe.row_alignment, x.device)
-    return _Grouped.apply(x, weight, quantiser, grouped_mm, path, part, padding, counts)
+    padding = Padding(sizes_of(counts, x.shape[0]), quantizer.recipe.row_alignment, x.device)
+    return _Grouped.apply(x, weight, quantizer, grouped_mm, path, part, padding, counts)

@@ -75,7 +75,7 @@ class Kernels:
     def norm(self, path: str, parent: nn.Module, name: str) -> None:
         """May swap RMSNorm ``name`` of ``parent`` (attributes ``weight [D]``, ``eps``) for its own."""
 
-    def materialise(self, device: torch.device) -> None:
+    def materialize(self, device: torch.device) -> None:
         """Allocate the provider's state on ``device`` with its initial values. Once, after all layers were asked for."""
 
     def forward(self) -> AbstractContextManager[Any]:
@@ -83,7 +83,7 @@ class Kernels:
         return nullcontext()
 
     def begin_step(self) -> None:
-        """Before the first micro-batch of an optimizer step: weights quantised from now on may be kept until `end_step`."""
+        """Before the first micro-batch of an optimizer step: weights quantized from now on may be kept until `end_step`."""
 
     def end_step(self) -> None:
         """After the last backward of the step, on every rank, before the optimizer changes the weights: let go of what

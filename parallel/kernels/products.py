@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
 from parallel.gemm import widens
-from parallel.kernels.formats import E5M2, Quantised, widen
+from parallel.kernels.formats import E5M2, Quantized, widen
 
 
 def _has_kernel(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -43,7 +43,7 @@ def _scalar(inverse: torch.Tensor) -> torch.Tensor:
     return scalar.clone() if scalar.device.type == "cuda" and scalar.data_ptr() % 16 else scalar
 
 
-def mm(a: Quantised, b: Quantised, dtype: torch.dtype) -> torch.Tensor:
+def mm(a: Quantized, b: Quantized, dtype: torch.dtype) -> torch.Tensor:
     """``a b^T [M, N]``."""
     if a.exact_in_bf16 and b.exact_in_bf16:
         return (_values(a, dtype) @ _values(b, dtype).T).to(dtype)
@@ -58,14 +58,14 @@ def mm(a: Quantised, b: Quantised, dtype: torch.dtype) -> torch.Tensor:
     return (sums * (a.inverse * b.inverse).reshape(())).to(dtype)
 
 
-def _values(x: Quantised, dtype: torch.dtype) -> torch.Tensor:
+def _values(x: Quantized, dtype: torch.dtype) -> torch.Tensor:
     return x.values(torch.float32 if dtype != torch.bfloat16 or widens(x.data, dtype) else torch.bfloat16)
 
 
-def transposed(x: Quantised) -> Quantised:
+def transposed(x: Quantized) -> Quantized:
     block = None if x.block is None else (x.block[1], x.block[0])
     inverse = x.inverse.mT if x.inverse.ndim > 1 else x.inverse
-    return Quantised(x.data.mT, inverse, block)
+    return Quantized(x.data.mT, inverse, block)
 
 
 def sizes_of(counts: torch.Tensor, rows: int) -> list[int]:
@@ -76,6 +76,6 @@ def sizes_of(counts: torch.Tensor, rows: int) -> list[int]:
     return counts.tolist()
 
 
-def expert(x: Quantised, index: int) -> Quantised:
+def expert(x: Quantized, index: int) -> Quantized:
     """Matrix ``index`` of a stack ``[E, R, C]``."""
-    return Quantised(x.data[index], x.inverse[index], x.block)
+    return Quantized(x.data[index], x.inverse[index], x.block)

@@ -39,7 +39,7 @@ class DelayedScaling:
         self.slots[name] = (len(self.formats), count)
         self.formats += [fp8] * count
 
-    def materialise(self, device: torch.device) -> None:
+    def materialize(self, device: torch.device) -> None:
         size = len(self.formats)
         self.amax = torch.zeros(size, device=device)
         self.history = torch.zeros(size, self.length, device=device)  # newest first

@@ -8,7 +8,7 @@ from torch import nn
 
 from parallel.kernels.fp8_layers import Fp8RowLinear, grouped, linears
 from parallel.kernels.interface import ExpertPart, GroupedMM, Kernels, Project, swap
-from parallel.kernels.quantiser import Quantiser, Recipe
+from parallel.kernels.quantizer import Quantizer, Recipe
 from parallel.mesh import Axis
 
 
@@ -19,33 +19,33 @@ class TorchFp8(Kernels):
     def __init__(self, tp: Axis, stage: Axis, recipe: Recipe, *, keep_weights: bool, grouped_mm: GroupedMM) -> None:
         super().__init__(tp)
         self.grouped_mm = grouped_mm
-        self.quantiser = Quantiser(stage, recipe, keep_weights=keep_weights)
+        self.quantizer = Quantizer(stage, recipe, keep_weights=keep_weights)
 
     def column(self, path: str, parent: nn.Module, names: Sequence[str]) -> Project | None:
         suffixes = tuple(f".{name}" for name in names)
-        self.quantiser.add(path, weights=suffixes)
-        return partial(linears, self.quantiser, path, suffixes, self.tp)
+        self.quantizer.add(path, weights=suffixes)
+        return partial(linears, self.quantizer, path, suffixes, self.tp)
 
     def row(self, path: str, parent: nn.Module, name: str) -> None:
-        self.quantiser.add(f"{path}.{name}")
+        self.quantizer.add(f"{path}.{name}")
         old = getattr(parent, name)
         new = Fp8RowLinear(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
-        new.quantiser, new.path, new.axis = self.quantiser, f"{path}.{name}", self.tp
+        new.quantizer, new.path, new.axis = self.quantizer, f"{path}.{name}", self.tp
         swap(parent, name, new)
 
     def grouped(self, path: str, part: ExpertPart) -> GroupedMM | None:
-        self.quantiser.add(path, part.total)
-        return partial(grouped, self.quantiser, self.grouped_mm, path, part)
+        self.quantizer.add(path, part.total)
+        return partial(grouped, self.quantizer, self.grouped_mm, path, part)
 
-    def materialise(self, device: torch.device) -> None:
-        if self.quantiser.scaling is not None:
-            self.quantiser.scaling.materialise(device)
+    def materialize(self, device: torch.device) -> None:
+        if self.quantizer.scaling is not None:
+            self.quantizer.scaling.materialize(device)
 
     def begin_step(self) -> None:
-        self.quantiser.begin_step()
+        self.quantizer.begin_step()
 
     def end_step(self) -> None:
-        self.quantiser.end_step()
+        self.quantizer.end_step()
 
     def state(self) -> dict[str, torch.Tensor]:
-        return {} if self.quantiser.scaling is None else self.quantiser.scaling.state()
+        return {} if self.quantizer.scaling is None else self.quantizer.scaling.state()

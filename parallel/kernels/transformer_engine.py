@@ -24,7 +24,7 @@ from torch.func import functional_call
 
 from parallel.collectives import gather_sequence, reduce_scatter_sequence
 from parallel.kernels.interface import ExpertPart, GroupedMM, Kernels, Project, swap
-from parallel.kernels.quantiser import Recipe
+from parallel.kernels.quantizer import Recipe
 from parallel.mesh import Axis
 
 # The releases whose sources were checked; one patch release for each.
@@ -111,7 +111,7 @@ def make_recipe(ours: Recipe, te: Any, te_recipe: Any, *, reduce_amax: bool) -> 
 
 class TransformerEngineKernels(Kernels):
     """The provider; without ``recipe``, in bf16. ``stage``: the ranks over which delayed scaling takes the largest amax,
-    all that hold this rank's layers, so that they quantise alike and hold equal state.
+    all that hold this rank's layers, so that they quantize alike and hold equal state.
 
     ``keep_weights``: FP8 weights are kept from a step's first micro-batch to its last; not where parameters are gathered
     for each use to save memory (ZeRO-3). ``recompute``: layers run a second time in backward. The recipes without state
@@ -186,7 +186,7 @@ class TransformerEngineKernels(Kernels):
                 f"multiples of {multiple} in Transformer Engine. Change sizes or tp, or use precision.compute=bf16"
             )
 
-    def materialise(self, device: torch.device) -> None:
+    def materialize(self, device: torch.device) -> None:
         if self.ours is not None and self.ours.name == "delayed":
             steps = self.ours.history_length
             for product in self.products:
@@ -224,7 +224,7 @@ class TransformerEngineKernels(Kernels):
         self._in_step = False
 
     def first_use(self, product: "_Product") -> bool | None:
-        """Whether weights must be quantised (True), are from an earlier micro-batch (False), or not to be kept (None)."""
+        """Whether weights must be quantized (True), are from an earlier micro-batch (False), or not to be kept (None)."""
         if not self.keep_weights or not self._in_step or not torch.is_grad_enabled():
             return None
         first, product.used_in = product.used_in != self.step, self.step
@@ -252,7 +252,7 @@ class _Product:
         self.state: list[_State] = []  # of forward, of backward; empty where a recipe has none
 
     def adopt(self, te_module: Any) -> None:
-        """Give a new ``te_module`` the state that was materialised, or loaded, before; then its own tensors are the state.
+        """Give a new ``te_module`` the state that was materialized, or loaded, before; then its own tensors are the state.
         Called within an autocast, which is where the module takes its recipe from."""
         if not self.state:
             return

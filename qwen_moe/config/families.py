@@ -15,7 +15,7 @@ class Family:
     ``architecture``: Hugging Face's class, as `architectures` in config.json names it.
     ``moe``: some feed-forward layers are mixtures of experts; all are dense otherwise.
     ``shared_expert``: every MoE layer has a shared expert behind a sigmoid gate; none has one otherwise.
-    ``qk_norm``: each head of q and k is normalised before RoPE.
+    ``qk_norm``: each head of q and k is normalized before RoPE.
     ``qkv_bias``: whether q, k and v have biases where the settings of a model do not say.
     ``qkv_bias_key``: the key of config.json that says so; empty where Hugging Face has none, and ``qkv_bias`` then
     holds for every model of the family.

@@ -1,4 +1,4 @@
-"""What a run minimises, and what its losses mean to those that read them. No torch: the code is in `qwen_moe.objectives`."""
+"""What a run minimizes, and what its losses mean to those that read them. No torch: the code is in `qwen_moe.objectives`."""
 
 import math
 from typing import Literal

@@ -60,7 +60,7 @@ def _fingerprint_of_earlier_versions(prefix: Path, content: Content) -> str:
 class TokenBatches:
     """Training and validation samples of a run.
 
-    All ranks construct it together, after torch.distributed is initialised: rank 0 builds megatron-core's index files in
+    All ranks construct it together, after torch.distributed is initialized: rank 0 builds megatron-core's index files in
     ``cache``, the others then read them.
     ``validation_samples`` is cut to one pass over the validation data; 0 where there is none.
     """

@@ -37,7 +37,7 @@ def initial_value(
 
 
 @torch.no_grad()
-def initialise_whole(model: nn.Module, seed: int, std: float) -> None:
+def initialize_whole(model: nn.Module, seed: int, std: float) -> None:
     """Fill every parameter and buffer of a whole model whose storage exists."""
     for name, parameter in model.named_parameters():
         parameter.copy_(initial_value(name, parameter.shape, seed, std))
@@ -51,7 +51,7 @@ def build_model(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float
         model = DecoderLM(config)
     model = model.to(dtype).to_empty(device=device)
     keep_statistics_dtypes(model)
-    initialise_whole(model, seed, config.initializer_range)
+    initialize_whole(model, seed, config.initializer_range)
     return model
 
 

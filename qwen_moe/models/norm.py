@@ -7,7 +7,7 @@ from qwen_moe.models.ops.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """Normalises the last dim. ``forward(x [..., D]) -> [..., D]`` in x's dtype."""
+    """Normalizes the last dim. ``forward(x [..., D]) -> [..., D]`` in x's dtype."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()

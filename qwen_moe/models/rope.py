@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from qwen_moe.config import ModelConfig
-from qwen_moe.models.ops.dtypes import statistics_dtype
+from qwen_moe.models.ops.dtypes import accumulation_dtype
 from qwen_moe.models.ops.rotate import rotate
 
 
@@ -33,7 +33,7 @@ class Rope:
     def tables(self, position_ids: torch.Tensor, dtype: torch.dtype) -> RotaryTables:
         """For ``position_ids [B or 1, S]``. Angles are computed in float32 (float64 when ``dtype`` is float64) and their
         cosines rounded to ``dtype`` at the end."""
-        wide = statistics_dtype(dtype)
+        wide = accumulation_dtype(dtype)
         exponent = torch.arange(0, self.head_dim, 2, dtype=wide, device=position_ids.device) / self.head_dim
         angles = position_ids[..., None].to(wide) * self.theta**-exponent
         return RotaryTables(angles.cos().to(dtype), angles.sin().to(dtype), 1 / math.sqrt(self.head_dim))

@@ -166,7 +166,7 @@ def count(config: RunConfig, run: Run) -> Saved:
         with FakeTensorMode(allow_non_fake_inputs=True):
             part.to_empty(device="cpu")
             keep_statistics_dtypes(part)
-            built.kernels.materialise(torch.device("cpu"))
+            built.kernels.materialize(torch.device("cpu"))
             for parameter in part.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             ids = torch.zeros(run.micro_batch, sequence, dtype=torch.int64)

@@ -97,16 +97,16 @@ class StepTimeModel:
         share = e.grouped_gemm if grouped else e.gemm
         half = e.gemm_half_size
         filled = m / (m + half) * n / (n + half) * k / (k + half)
-        peak, quantise = self.gpu.peak_tflops["bf16"] * 1e12 * share, 0.0
+        peak, quantize = self.gpu.peak_tflops["bf16"] * 1e12 * share, 0.0
         if precision == "fp8":
             peak = self.gpu.peak_tflops["fp8"] * 1e12 * share * e.fp8_gemm / e.gemm
             # Largest value, then cast and transpose, of what comes in and of its gradient: 2 + 2 read, 1 + 1 written.
-            quantise = 6 * count * m * (k + n) / self.memory_rate
+            quantize = 6 * count * m * (k + n) / self.memory_rate
             # Each matrix by kernels of its own: input, gradient and weight, found the largest of and cast.
-            quantise += 6 * count * self.software.fp8_matrix_us * 1e-6
+            quantize += 6 * count * self.software.fp8_matrix_us * 1e-6
         time = 2 * m * n * k * count / (peak * filled)
         bytes_ = count * (m * k + k * n + m * n) * BF16
-        return 3 * max(time, bytes_ / self.memory_rate) + quantise
+        return 3 * max(time, bytes_ / self.memory_rate) + quantize
 
     def _moved(self, elements: float, times: float, bytes_per_element: float = BF16) -> float:
         """Memory traffic of elementwise work: ``elements`` read or written ``times`` times in forward and backward."""

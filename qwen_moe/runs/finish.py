@@ -8,7 +8,7 @@ from launchers.folder.atomic import write_text
 from launchers.folder.run_folder import CHECKPOINTS
 from qwen_moe.checkpoint.directory import step_directory
 from qwen_moe.config import RunConfig
-from qwen_moe.runs.report import as_text, draw_if_possible, summarise
+from qwen_moe.runs.report import as_text, draw_if_possible, summarize
 
 SAMPLE = "sample.txt"
 HF = "hf"
@@ -17,7 +17,7 @@ HF = "hf"
 def finish_run(config: RunConfig) -> dict[str, Any]:
     """Write what a finished run leaves and print its summary to stderr. Safe to repeat: what is there is kept."""
     run_dir = config.run_dir
-    facts = summarise(run_dir)
+    facts = summarize(run_dir)
     facts["pictures"] = draw_if_possible(run_dir)
     checkpoint = step_directory(run_dir / CHECKPOINTS, config.train_steps)
     facts["checkpoint"] = str(checkpoint)

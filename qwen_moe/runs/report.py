@@ -31,7 +31,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(args: argparse.Namespace) -> int:
-    facts = summarise(args.run_dir)
+    facts = summarize(args.run_dir)
     facts["pictures"] = draw_if_possible(args.run_dir)
     sys.stdout.write((json.dumps(facts, indent=1) if args.json else as_text(facts)) + "\n")
     return 0
@@ -57,7 +57,7 @@ def _records(run_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
-def summarise(run_dir: Path) -> dict[str, Any]:
+def summarize(run_dir: Path) -> dict[str, Any]:
     """The figures of a run: last and validation loss, speed, memory, expert imbalance. Losses in nats per token."""
     records = _records(run_dir)
     steps = [record for record in records if "loss" in record]

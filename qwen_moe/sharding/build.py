@@ -15,8 +15,8 @@ from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.init import keep_statistics_dtypes
 from qwen_moe.models.moe.block import MoE
-from qwen_moe.models.ops.dtypes import statistics_dtype
-from qwen_moe.sharding.init import initialise
+from qwen_moe.models.ops.dtypes import accumulation_dtype
+from qwen_moe.sharding.init import initialize
 from qwen_moe.sharding.kernels import choose_kernels
 from qwen_moe.sharding.layout import RunLayout
 from qwen_moe.sharding.model import ParallelModel, build_parts
@@ -78,8 +78,8 @@ def build_model(config: RunConfig, layout: RunLayout, grids: Grids, device: torc
     for part in model.parts:
         part.to_empty(device=device)
         keep_statistics_dtypes(part)
-    model.kernels.materialise(device)
-    initialise(model, config.seed, config.model.initializer_range)
+    model.kernels.materialize(device)
+    initialize(model, config.seed, config.model.initializer_range)
     return model
 
 
@@ -116,6 +116,6 @@ def _shapes(config: RunConfig, model: ParallelModel) -> MicroBatchShapes:
             first=torch.empty(rows, whole // sequence.cp.size, dtype=torch.int64),
             hidden=torch.empty(*tokens, config.model.hidden_size, dtype=compute),
             output=torch.empty(
-                (1,) if model.parts[0].head == "cross_entropy" else tokens, dtype=statistics_dtype(compute)
+                (1,) if model.parts[0].head == "cross_entropy" else tokens, dtype=accumulation_dtype(compute)
             ),
         )

@@ -8,7 +8,7 @@ from qwen_moe.sharding.model import ParallelModel
 
 
 @torch.no_grad()
-def initialise(model: ParallelModel, seed: int, std: float) -> None:
+def initialize(model: ParallelModel, seed: int, std: float) -> None:
     """Fill this rank's shards of every parameter with their part of the value that the whole one has, and zero buffers."""
     for name, parameter in model.named_parameters():
         place = model.placements[name]

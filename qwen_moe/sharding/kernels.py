@@ -3,7 +3,7 @@
 import torch
 
 from parallel.kernels.interface import Kernels
-from parallel.kernels.quantiser import Recipe
+from parallel.kernels.quantizer import Recipe
 from parallel.kernels.torch_fp8 import TorchFp8
 from parallel.kernels.transformer_engine import KernelsUnavailable, TransformerEngineKernels
 from parallel.mesh import Grids

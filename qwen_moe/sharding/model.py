@@ -15,7 +15,7 @@ from parallel.mesh import Grids
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.head import Head
-from qwen_moe.sharding.parallelize import parallelise
+from qwen_moe.sharding.parallelize import parallelize
 from qwen_moe.sharding.table import Placement
 
 
@@ -139,5 +139,5 @@ def build_parts(
     placements: dict[str, Placement] = {}
     for part in parts:
         part.around_forward = kernels.forward
-        placements |= parallelise(part, grids, kernels, plain_layers)
+        placements |= parallelize(part, grids, kernels, plain_layers)
     return ParallelModel(config, grids, parts, stages, len(layers), kernels, placements)

@@ -40,7 +40,7 @@ def _ask_for_kernels(path: str, module: nn.Module, kernels: Kernels, grids: Grid
             kernels.norm(path, module, name)
 
 
-def parallelise(part: DecoderLM, grids: Grids, kernels: Kernels, plain_layers: Collection[int]) -> dict[str, Placement]:
+def parallelize(part: DecoderLM, grids: Grids, kernels: Kernels, plain_layers: Collection[int]) -> dict[str, Placement]:
     """Cut ``part`` (on the meta device) to this rank's share and swap in parallel modules, with products by ``kernels``
     but in ``plain_layers``. Placements by parameter name."""
     config, tp = part.config, grids.tp

@@ -15,8 +15,8 @@ from launchers.folder.run_folder import CHECKPOINTS
 from launchers.job.heartbeat import Heartbeat
 from launchers.local.supervisor import INTERRUPTED, PROGRESS
 from parallel.gemm import description
+from parallel.hang_watch import MismatchError, compare_collectives
 from parallel.process import ProcessInfo
-from parallel.watch import MismatchError, compare_collectives
 from qwen_moe.checkpoint.distributed import CheckpointWriter, resume
 from qwen_moe.checkpoint.preflight import check_disk_space
 from qwen_moe.checkpoint.train_state import TrainState

@@ -154,7 +154,7 @@ class Trainer:
             sums[1:3] += term
         for named in self._metrics:
             sums[3:] += named
-        self.finalise_gradients()
+        self.finalize_gradients()
         return sums
 
     def begin_step(self, count: int) -> None:
@@ -195,7 +195,7 @@ class Trainer:
             loss = loss + balance.coefficient * balance_loss
         return attach_loss(out, loss)
 
-    def finalise_gradients(self) -> None:
+    def finalize_gradients(self) -> None:
         """Sum what is still partial: replicated parameters over the axis that splits their inputs, and tied embeddings
         over the two stages that hold them, and let the kernels reduce their statistics. Once per step."""
         self.model.kernels.end_step()

@@ -38,8 +38,8 @@ def run_worker(
     ``admit``: rank 0 calls it when all ranks are there, before they begin; what it raises ends all of them."""
     import torch.distributed as dist
 
+    from parallel.hang_watch import HangWatch
     from parallel.process import ProcessError, own_threads, process_info, start
-    from parallel.watch import Watch
     from qwen_moe.runs.records import earlier_threads
     from qwen_moe.training.loop import train
 
@@ -54,7 +54,9 @@ def run_worker(
         device = start(info, threads, timeout_minutes=minutes, admit=admit)
     except ProcessError as error:
         raise UserError(str(error)) from None
-    watch = Watch(config.run_dir / "hang", info.rank, info.world_size, 60 * config.parallel.collective_timeout_minutes)
+    watch = HangWatch(
+        config.run_dir / "hang", info.rank, info.world_size, 60 * config.parallel.collective_timeout_minutes
+    )
     watch.start()
     try:
         return train(config, info, device, heart, stop_signals)

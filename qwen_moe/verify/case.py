@@ -142,7 +142,7 @@ def shrink(config: RunConfig, layout: Layout) -> RunConfig:
 
 
 class Case(NamedTuple):
-    """What is verified: a small run, the layout it is run in, and whether it minimises the probe."""
+    """What is verified: a small run, the layout it is run in, and whether it minimizes the probe."""
 
     config: RunConfig
     layout: Layout

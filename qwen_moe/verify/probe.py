@@ -2,7 +2,7 @@
 
 For each sequence, a = sum_t w_t log p_t over its valid tokens t; the loss is the mean over sequences of softplus(-a).
 So the gradient of each token differs, comes from the whole sequence, and depends on another field of the batch, as in
-direct preference optimisation (arXiv 2305.18290) and policy gradients. Shapes: b sequences of S tokens.
+direct preference optimization (arXiv 2305.18290) and policy gradients. Shapes: b sequences of S tokens.
 """
 
 import torch

@@ -40,7 +40,7 @@ def _pieces(model: ParallelModel, of_gradients: bool) -> list[tuple[str, list[in
 
 
 def make_trainer(config: RunConfig, objective: Objective | None = None) -> Trainer:
-    """The trainer of this rank of an initialised process group."""
+    """The trainer of this rank of an initialized process group."""
     device = torch.device("cpu")
     layout = run_layout(config, dist.get_world_size())
     grids = make_grids(config, layout, device)
@@ -57,8 +57,8 @@ def micro_batches(trainer: Trainer, step: int) -> list[dict[str, torch.Tensor]]:
 
 
 def train_rank(config: RunConfig, steps: int = STEPS, probe: bool = False) -> Report:
-    """Train ``steps`` steps of the case ``config`` in its layout; runs in every rank of an initialised process group.
-    ``probe``: minimise the probe instead of the recipe's objective."""
+    """Train ``steps`` steps of the case ``config`` in its layout; runs in every rank of an initialized process group.
+    ``probe``: minimize the probe instead of the recipe's objective."""
     trainer, report = make_trainer(config, Probe() if probe else None), Report()
     trainer.on_gradients = lambda: report.gradients.append(_pieces(trainer.model, True))
     for step in range(steps):

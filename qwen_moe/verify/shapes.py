@@ -54,7 +54,7 @@ def run_shapes(config: RunConfig, world_size: int, rank: int) -> ShapeReport:
             for part in model.parts:
                 part.to_empty(device=device)
                 keep_statistics_dtypes(part)
-            model.kernels.materialise(device)
+            model.kernels.materialize(device)
             trainer = Trainer(config, layout, model, build_optimizer(model, config.optimizer), device)
             trainer.begin_step(count=rows * sequence)
             ids = torch.zeros(rows, sequence, dtype=torch.int64)
@@ -65,7 +65,7 @@ def run_shapes(config: RunConfig, world_size: int, rank: int) -> ShapeReport:
                 engine.forward_backward([{"input_ids": ids if part.first else hidden, "labels": ids}] * 2)
                 if not part.first:
                     assert hidden.grad is not None and hidden.grad.shape == hidden.shape
-            trainer.finalise_gradients()
+            trainer.finalize_gradients()
             gradients = 0
             for name, parameter in model.named_parameters():
                 assert parameter.grad is not None, name

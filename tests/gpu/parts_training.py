@@ -186,7 +186,7 @@ def parity(where: Where) -> Iterator[Row]:
         config = config_of(where, fp8(provider, recipe))
         kernels = choose_kernels(config, session(where.device.type).parts(config)[1])
         grouped = kernels.grouped("experts", ExpertPart(total=experts, first=0, count=experts))
-        kernels.materialise(where.device)
+        kernels.materialize(where.device)
         assert grouped is not None
         found[provider] = in_steps(kernels, lambda: with_gradients(lambda x, w: grouped(x, w, counts), x, weight, dy))
         for part, got, expected in zip(PARTS_OF_A_PRODUCT, found[provider], exact):

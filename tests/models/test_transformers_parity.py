@@ -117,7 +117,7 @@ def _drop_value_bias(model: DecoderLM) -> None:
     model.model.layers[0].self_attn.v_proj.bias.data.zero_()
 
 
-def _forget_normalisation(model: DecoderLM) -> None:
+def _forget_normalization(model: DecoderLM) -> None:
     model.model.layers[0].mlp.gate.norm_topk_prob = False
 
 
@@ -127,7 +127,7 @@ def _swap_two_experts(model: DecoderLM) -> None:
 
 
 @pytest.mark.parametrize(
-    "break_it", [_swap_gate_and_up, _transpose_one_expert, _drop_value_bias, _forget_normalisation, _swap_two_experts]
+    "break_it", [_swap_gate_and_up, _transpose_one_expert, _drop_value_bias, _forget_normalization, _swap_two_experts]
 )
 def test_comparison_sees_mistakes(break_it: Callable[[DecoderLM], None]) -> None:
     """The comparison is not blind: after a typical conversion mistake on our side it is off by far more than rounding."""

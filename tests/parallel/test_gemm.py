@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from parallel import gemm
-from parallel.kernels.formats import E4M3, quantise_by, scale_of
+from parallel.kernels.formats import E4M3, quantize_by, scale_of
 from parallel.kernels.products import mm as fp8_mm
 from qwen_moe.models.attention.gqa import Attention
 from qwen_moe.models.attention.mask import Visibility
@@ -121,7 +121,7 @@ def test_widened_attention_and_loss_are_as_near_to_float64_as_native_ones(monkey
 
 def test_widened_fp8_products_are_exact_products_rounded_once(no_hardware: None) -> None:
     a, b = (draw(33, 48, dtype=torch.float32, seed=s) for s in (1, 2))
-    left, right = (quantise_by(x, E4M3, scale_of(x.abs().amax(), E4M3, power_of_two=False)) for x in (a, b))
+    left, right = (quantize_by(x, E4M3, scale_of(x.abs().amax(), E4M3, power_of_two=False)) for x in (a, b))
     exact = (left.data.double() @ right.data.double().T) * (left.inverse.double() * right.inverse.double())
     assert_rounded_once(fp8_mm(left, right, torch.bfloat16), exact)
 
@@ -154,9 +154,9 @@ from parallel import gemm
 a, b = (torch.randn(96, 64, generator=torch.Generator().manual_seed(s)).bfloat16() for s in (0, 1))
 y, exact = gemm.linear(a, b), a.double() @ b.double().T
 fp8 = torch.randint(-8, 9, (32, 32)).to(torch.float8_e4m3fn)  # small whole numbers: every sum is exact
-from parallel.kernels.formats import Quantised
+from parallel.kernels.formats import Quantized
 from parallel.kernels.products import mm
-one = Quantised(fp8, torch.ones(()))
+one = Quantized(fp8, torch.ones(()))
 print(json.dumps({"hardware": gemm.has_hardware(torch.bfloat16), "said": gemm.description(torch.bfloat16),
     "differ": (y != exact.bfloat16()).float().mean().item(),
     "fp8": torch.equal(mm(one, one, torch.float32).double(), fp8.double() @ fp8.double().T)}))

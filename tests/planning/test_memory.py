@@ -64,7 +64,7 @@ def counted(config: RunConfig, layout: RunLayout, choice: Choice, rank: int) -> 
         with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(peaks=False) as live:
             for part in model.parts:
                 part.to_empty(device="cpu")
-            model.kernels.materialise(torch.device("cpu"))
+            model.kernels.materialize(torch.device("cpu"))
             found["sharded_weights"] = sum(bytes_of(p) for p in model.parameters())
             ids = torch.zeros(choice.micro_batch, config.data.sequence_length, dtype=torch.int64)
             shape = (choice.micro_batch, config.data.sequence_length // grids.tp.size, config.model.hidden_size)

@@ -94,16 +94,16 @@ def _norm_of_one_rank(patch: Any) -> None:
 def _experts_times_ep(patch: Any) -> None:
     from qwen_moe.training.step import Trainer
 
-    original = Trainer.finalise_gradients
+    original = Trainer.finalize_gradients
 
-    def finalise(trainer: Trainer) -> None:
+    def finalize(trainer: Trainer) -> None:
         original(trainer)
         for name, parameter in trainer.model.named_parameters():
             if trainer.model.placements[name].is_expert:
                 assert parameter.grad is not None
                 parameter.grad *= trainer.grids.layout.ep
 
-    patch(Trainer, "finalise_gradients", finalise)
+    patch(Trainer, "finalize_gradients", finalize)
 
 
 def _replicas_not_summed(names: str) -> Callable[[Any], None]:
@@ -240,7 +240,7 @@ def _sequence_gradient_not_summed(patch: Any) -> None:
 
 
 def _softmax_of_one_shard(patch: Any) -> None:
-    """The vocabulary-parallel softmax normalised by this rank's columns only."""
+    """The vocabulary-parallel softmax normalized by this rank's columns only."""
     import torch.distributed as dist
 
     from parallel import vocab_head
@@ -290,8 +290,8 @@ MISTAKES: dict[str, tuple[Callable[[Any], None], Layout, dict[str, Any]]] = {
     "accumulated counts over one micro-batch's tokens": (_buffer_over_one_micro_batch, EP, {}),
     "every rank divides by its own tokens": (_own_tokens, EP, {}),
     "tied embeddings not summed over stages": (_tied_not_summed, PP, {}),
-    "layers of stages initialised alike": (_stages_alike, PP, {}),
-    "experts of ep ranks initialised alike": (_experts_alike, EP, {}),
+    "layers of stages initialized alike": (_stages_alike, PP, {}),
+    "experts of ep ranks initialized alike": (_experts_alike, EP, {}),
     "row-parallel sum dropped": (_row_parallel_not_summed, TP, {}),
     "row-parallel bias on every rank": (_bias_on_every_rank, TP, QWEN3 | {"model__qkv_bias": True}),
     "column-parallel input gradient not summed": (_sequence_gradient_not_summed, TP, {}),

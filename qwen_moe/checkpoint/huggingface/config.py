@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from qwen_moe.checkpoint.huggingface.fp8 import check_quantisation
+from qwen_moe.checkpoint.huggingface.fp8 import check_quantization
 from qwen_moe.config import ModelConfig, parse_model
 from qwen_moe.config.families import FAMILIES, Family
 from qwen_moe.errors import UserError
@@ -143,7 +143,7 @@ def _refuse_unsupported(values: dict[str, Any], where: str) -> None:
     if values.get("hidden_act", "silu") != "silu":
         raise UserError(f"{where}: hidden_act is {values['hidden_act']!r}: only 'silu' is supported")
     if values.get("quantization_config"):
-        check_quantisation(values["quantization_config"], where)
+        check_quantization(values["quantization_config"], where)
 
 
 def _num_experts(values: dict[str, Any], where: str) -> Any:
@@ -166,7 +166,7 @@ def interpret(values: dict[str, Any], where: str = "config.json") -> Interpretat
     _refuse_unsupported(values, where)
     notes: list[str] = []
     if values.get("quantization_config"):
-        notes.append("matrices in FP8 are dequantised")
+        notes.append("matrices in FP8 are dequantized")
     fields: dict[str, Any] = {"family": family, "rope_theta": _rope_theta(values, where, notes)}
     features = FAMILIES[family]
     defaults = features.hf_defaults

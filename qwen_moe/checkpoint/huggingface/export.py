@@ -133,9 +133,9 @@ def export(
     """Write a whole Hugging Face directory; ``dtypes`` of every parameter as exported, but for linears with ``fp8``."""
     pieces = hf_pieces(config)
     ordered = [piece for parameter in parameters(config).values() for piece in parameter.pieces]
-    quantisation: dict[str, Any] = {}
+    quantization: dict[str, Any] = {}
     if fp8:
-        ordered, quantisation = fp8_pieces(ordered)
+        ordered, quantization = fp8_pieces(ordered)
         pieces, layout = {piece.hf_name: piece for piece in ordered}, None
     shards = same_shards(layout, pieces, dtypes) if layout is not None and max_shard_size is None else None
     if shards is None:
@@ -146,9 +146,9 @@ def export(
     values = hf_config(config, old, None if old is not None and original_dtypes else dtype_name(main))
     if old is None:
         values |= tokens
-    values.pop("quantization_config", None)  # of the original, whose weights were dequantised
+    values.pop("quantization_config", None)  # of the original, whose weights were dequantized
     if fp8:
-        values["quantization_config"] = quantisation
+        values["quantization_config"] = quantization
     require_free(hf_dir, shards.data_bytes + (1 << 20))
     with written_aside(hf_dir) as partial, progress_bar(shards.data_bytes, "exporting", progress) as bar:
         write_shards(partial, shards, source, pieces, bar.update, fp8_part)

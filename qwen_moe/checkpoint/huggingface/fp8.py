@@ -1,4 +1,4 @@
-"""Hugging Face's block-quantised FP8: matrices in E4M3 beside a float32 `weight_scale_inv` for each 128 x 128 block.
+"""Hugging Face's block-quantized FP8: matrices in E4M3 beside a float32 `weight_scale_inv` for each 128 x 128 block.
 
 The format of the published Qwen3 and DeepSeek-V3 FP8 directories (`quantization_config` with quant_method fp8, read by
 transformers' FineGrainedFP8). Scales written here are powers of two: values are then exact in bfloat16, so that reading
@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from parallel.kernels.formats import E4M3, quantise_blocks
+from parallel.kernels.formats import E4M3, quantize_blocks
 from qwen_moe.checkpoint.huggingface.names import Piece, Shape
 from qwen_moe.checkpoint.huggingface.safetensors_file import Header, read_into
 from qwen_moe.checkpoint.tensor_store import HuggingFaceTensors
@@ -59,17 +59,17 @@ def fp8_pieces(pieces: Sequence[Piece]) -> tuple[list[Piece], dict[str, Any]]:
 
 def fp8_part(piece: Piece, values: torch.Tensor) -> torch.Tensor:
     """What an FP8 or a scale piece holds of the matrix ``values``."""
-    quantised = quantise_blocks(values, E4M3, (BLOCK, BLOCK), e8m0=False)
-    return quantised.data if piece.holds == "fp8" else quantised.inverse
+    quantized = quantize_blocks(values, E4M3, (BLOCK, BLOCK), e8m0=False)
+    return quantized.data if piece.holds == "fp8" else quantized.inverse
 
 
-def check_quantisation(settings: dict[str, Any], where: str) -> None:
+def check_quantization(settings: dict[str, Any], where: str) -> None:
     """Raise UserError unless `quantization_config` is the block format above."""
     method, block = settings.get("quant_method", "unknown"), settings.get("weight_block_size")
     blocks = isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)
     if method != "fp8" or not blocks or settings.get("scale_fmt", "float") != "float":
         raise UserError(
-            f"{where}: the weights are quantised ({method}), which is not supported but for fp8 with a weight_block_size "
+            f"{where}: the weights are quantized ({method}), which is not supported but for fp8 with a weight_block_size "
             "of two sizes and float scales: use the original model"
         )
 
@@ -80,15 +80,15 @@ def split_scales(
     """``shapes`` without the scales of FP8 matrices. Raises UserError when a matrix and its scales do not belong
     together, or FP8 is there that config.json does not tell of."""
     dtypes = {name: entry.dtype for header in headers.values() for name, entry in header.entries.items()}
-    quantised = [name for name, dtype in dtypes.items() if dtype == E4M3]
+    quantized = [name for name, dtype in dtypes.items() if dtype == E4M3]
     if block is None:
-        if quantised:
+        if quantized:
             raise UserError(
-                f"tensor {quantised[0]} of {where} has dtype F8_E4M3, but config.json has no quantization_config: "
-                "quantised weights need it, download it again"
+                f"tensor {quantized[0]} of {where} has dtype F8_E4M3, but config.json has no quantization_config: "
+                "quantized weights need it, download it again"
             )
         return dict(shapes)
-    for name in quantised:
+    for name in quantized:
         wanted = tuple(-(-size // part) for size, part in zip(shapes[name], block)) if len(shapes[name]) == 2 else None
         if wanted is None or shapes.get(name + SCALE) != wanted:
             raise UserError(
@@ -96,12 +96,12 @@ def split_scales(
                 f"{shapes.get(name + SCALE)}, expected {wanted} for blocks of {list(block)}"
             )
     return {
-        name: shape for name, shape in shapes.items() if name.removesuffix(SCALE) not in quantised or name in quantised
+        name: shape for name, shape in shapes.items() if name.removesuffix(SCALE) not in quantized or name in quantized
     }
 
 
 class Fp8Tensors(HuggingFaceTensors):
-    """Parameters of a directory with FP8 matrices, dequantised to ``dtype`` when read."""
+    """Parameters of a directory with FP8 matrices, dequantized to ``dtype`` when read."""
 
     def __init__(
         self,

@@ -100,7 +100,7 @@ def parse_header(text: str, where: str) -> Header:
         if dtype not in DTYPES:
             raise UserError(
                 f"tensor {name} in {where} has dtype {dtype}, expected one of {', '.join(DTYPES)}: "
-                "quantised weights cannot be converted, use the original model"
+                "quantized weights cannot be converted, use the original model"
             )
         if start != position or end - start != math.prod(shape) * DTYPES[dtype].itemsize:
             raise UserError(f"tensor {name} in {where} lies at bytes {start} to {end}, which does not fit its shape")

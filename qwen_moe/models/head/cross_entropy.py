@@ -7,7 +7,7 @@ import torch
 
 from parallel.gemm import mm_into, widen
 from qwen_moe.models.ops.compiled import fused
-from qwen_moe.models.ops.dtypes import statistics_dtype
+from qwen_moe.models.ops.dtypes import accumulation_dtype
 
 
 def _statistics(wide: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -20,7 +20,7 @@ def _statistics(wide: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor,
 @fused
 def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The summed loss of ``logits [T, V]``, in float64."""
-    return _statistics(logits.to(statistics_dtype(logits.dtype)), labels)[0].sum(dtype=torch.float64)
+    return _statistics(logits.to(accumulation_dtype(logits.dtype)), labels)[0].sum(dtype=torch.float64)
 
 
 @fused
@@ -29,7 +29,7 @@ def _losses_and_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The summed loss of ``logits [T, V]`` in float64, softmax(z), and softmax(z) - 1 at the labels ``[T, 1]`` (subtracted
     before it is rounded). May overwrite ``logits``."""
-    wide = logits.to(statistics_dtype(logits.dtype))
+    wide = logits.to(accumulation_dtype(logits.dtype))
     losses, lse, of_label = _statistics(wide, labels)
     loss, counted = losses.sum(dtype=torch.float64), (labels >= 0).unsqueeze(1)
     # Not in place when compiled: torch 2.11 then reads the overwritten logits for the loss as well.
@@ -47,7 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
-        wide = statistics_dtype(x.dtype)
+        wide = accumulation_dtype(x.dtype)
         need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         total = torch.zeros((), dtype=torch.float64, device=x.device)  # of many tokens: rounded once, at the end
         dx = torch.empty_like(x) if need_x else None

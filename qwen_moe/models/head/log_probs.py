@@ -8,13 +8,13 @@ import torch
 
 from parallel.gemm import mm_into, widen
 from qwen_moe.models.ops.compiled import fused
-from qwen_moe.models.ops.dtypes import statistics_dtype
+from qwen_moe.models.ops.dtypes import accumulation_dtype
 
 
 @fused
 def _log_probs(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The labels' log-probabilities ``[T]`` (0 where a label is negative) and logsumexp ``[T, 1]`` of ``logits [T, V]``."""
-    wide = logits.to(statistics_dtype(logits.dtype))
+    wide = logits.to(accumulation_dtype(logits.dtype))
     lse = wide.logsumexp(-1, keepdim=True)
     of_label = wide.gather(1, labels.unsqueeze(1).clamp_min(0))
     return ((of_label - lse) * (labels >= 0).unsqueeze(1)).squeeze(1), lse
@@ -26,7 +26,7 @@ def _logit_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-g softmax(z) ``[T, V]`` for upstream gradients g ``[T]``, and the labels' own elements g (1 - softmax(z)) ``[T, 1]``:
     the difference is formed before it is rounded."""
-    wide = logits.to(statistics_dtype(logits.dtype))
+    wide = logits.to(accumulation_dtype(logits.dtype))
     g = (upstream * (labels >= 0)).unsqueeze(1)
     dz = ((wide - lse).exp() * -g).to(logits.dtype)
     of_label = wide.gather(1, labels.unsqueeze(1).clamp_min(0))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qwen_moe.config import ModelConfig
-from qwen_moe.models.ops.dtypes import statistics_dtype
+from qwen_moe.models.ops.dtypes import accumulation_dtype
 
 
 class RouterStatistics(NamedTuple):
@@ -42,7 +42,7 @@ class Router(nn.Module):
         self.register_buffer("expert_bias", torch.zeros(config.num_experts, dtype=torch.float32))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, RouterStatistics]:
-        batch, wide = x.shape[0], statistics_dtype(x.dtype)
+        batch, wide = x.shape[0], accumulation_dtype(x.dtype)
         logits = F.linear(x.flatten(0, -2).to(wide), self.weight.to(wide))
         probs = logits.softmax(-1)
         indices = torch.topk(probs.detach() + self.expert_bias, self.top_k, dim=-1, sorted=True).indices

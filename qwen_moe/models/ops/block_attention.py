@@ -36,7 +36,7 @@ def _score_gradients(scores: torch.Tensor, lse: torch.Tensor, dp: torch.Tensor) 
 
 
 @fused
-def _normalised(y: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+def _normalized(y: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """``y [B, G, S, R, C] / total [B, G, S, R, 1]`` as ``[B, S, G, R, C]``."""
     return (y / total).to(y.dtype).transpose(1, 2).contiguous()
 
@@ -66,7 +66,7 @@ class _BlockAttention(torch.autograd.Function):
         shape = (batch, groups, seq, repeats, 1)
         ctx.save_for_backward(q, k, v, top.add_(total.log()))
         ctx.scale = scale
-        return _normalised(y.view_as(q), total.view(shape))
+        return _normalized(y.view_as(q), total.view(shape))
 
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:

@@ -3,6 +3,6 @@
 import torch
 
 
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which norms, RoPE tables, router softmax and losses are computed for inputs of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -3,14 +3,14 @@
 import torch
 
 from qwen_moe.models.ops.compiled import fused
-from qwen_moe.models.ops.dtypes import statistics_dtype
+from qwen_moe.models.ops.dtypes import accumulation_dtype
 
 
 @fused
 def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = x.to(statistics_dtype(x.dtype))
+    wide = x.to(accumulation_dtype(x.dtype))
     r = torch.rsqrt(torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps)).unsqueeze(-1)
-    # As in transformers' Qwen2RMSNorm: the normalised input is rounded to the input's dtype before the weight.
+    # As in transformers' Qwen2RMSNorm: the normalized input is rounded to the input's dtype before the weight.
     return (wide * r).to(x.dtype).mul_(weight), r
 
 

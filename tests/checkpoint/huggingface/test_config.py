@@ -173,7 +173,7 @@ def test_unknown_keys_are_said() -> None:
         ({"use_sliding_window": True}, "sliding-window attention is not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu': only 'silu'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, r"quantised \(fp8\)"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantized \(fp8\)"),
         ({"num_experts": 8, "num_local_experts": 16}, "num_experts is 8 but num_local_experts is 16"),
         ({"num_experts_per_tok": 61}, "num_experts_per_tok 61 is larger than num_experts 60"),
         ({"num_attention_heads": 5}, "num_attention_heads 5"),

@@ -107,7 +107,7 @@ def _integers(tensors: dict[str, torch.Tensor]) -> None:
         (_no_bias, r"missing: model\.layers\.0\.self_attn\.v_proj\.bias"),
         (_no_head, r"missing: lm_head\.weight"),
         (_two_dtypes, rf"{EXPERT} is torch\.bfloat16.*must have one dtype"),
-        (_integers, rf"{EXPERT} in .* has dtype I8.*quantised"),
+        (_integers, rf"{EXPERT} in .* has dtype I8.*quantized"),
     ],
 )
 def test_wrong_tensors(tmp_path: Path, spoil: Callable[[dict[str, Any]], None], message: str, files: int) -> None:

@@ -1,4 +1,4 @@
-"""Block-quantised FP8 directories: written by ours and dequantised by transformers' own code, and read back."""
+"""Block-quantized FP8 directories: written by ours and dequantized by transformers' own code, and read back."""
 
 import json
 from pathlib import Path
@@ -58,17 +58,17 @@ def test_transformers_reads_what_we_write(checkpoint: Any, tmp_path: Path) -> No
     config = json.loads((tmp_path / "fp8" / "config.json").read_text())
     settings = FineGrainedFP8Config(**config["quantization_config"])
     assert settings.weight_block_size == [128, 128] and settings.activation_scheme == "dynamic"
-    quantised = {name for name, tensor in found.items() if tensor.dtype == torch.float8_e4m3fn}
+    quantized = {name for name, tensor in found.items() if tensor.dtype == torch.float8_e4m3fn}
     assert set(plain) == {name for name in found if not name.endswith("_scale_inv")}
-    assert {name + "_scale_inv" for name in quantised} == {name for name in found if name.endswith("_scale_inv")}
-    dequantise = Fp8Dequantize(None)
+    assert {name + "_scale_inv" for name in quantized} == {name for name in found if name.endswith("_scale_inv")}
+    dequantize = Fp8Dequantize(None)
     for name, tensor in plain.items():
-        if name not in quantised:
+        if name not in quantized:
             assert torch.equal(found[name], tensor)
             continue
         scale = found[name + "_scale_inv"]
         assert scale.dtype == torch.float32
-        value = dequantise._dequantize_one(found[name], scale, torch.float32)
+        value = dequantize._dequantize_one(found[name], scale, torch.float32)
         # E4M3 is off by 2^-4 of a value at most, below its smallest normal by half the smallest step.
         bound = 2.0**-4 * tensor.abs().float() + scale.repeat_interleave(128, 0).repeat_interleave(128, 1) * 2.0**-10
         assert ((value - tensor.float()).abs() <= bound).all(), name
@@ -77,11 +77,11 @@ def test_transformers_reads_what_we_write(checkpoint: Any, tmp_path: Path) -> No
         model = Qwen2MoeForCausalLM(AutoConfig.from_pretrained(tmp_path / "fp8"))
     replaced = replace_with_fp8_linear(model, settings.modules_to_not_convert, settings)
     shapes = {name: tuple(p.shape) for name, p in replaced.named_parameters()}
-    for name in quantised:
+    for name in quantized:
         if ".experts." not in name:
             assert shapes[name + "_scale_inv"] == tuple(found[name + "_scale_inv"].shape)
     scaled = {name.removesuffix("_scale_inv") for name in shapes if name.endswith("_scale_inv")}
-    assert scaled == {n for n in quantised if ".experts." not in n} | {
+    assert scaled == {n for n in quantized if ".experts." not in n} | {
         f"model.layers.0.mlp.experts.{name}_proj" for name in ("gate_up", "down")
     }
     assert not should_convert_module("model.layers.0.mlp.shared_expert.down_proj", settings.modules_to_not_convert)
@@ -97,7 +97,7 @@ def test_reading_back_and_writing_again_changes_no_value(checkpoint: Any, tmp_pa
     path, _ = checkpoint
     convert_to_hf(path, tmp_path / "fp8", dtype="fp8")
     read = convert_from_hf(tmp_path / "fp8", tmp_path / "again")
-    assert any("dequantised" in note for note in read.notes) and read.dtypes.keys() == {"bfloat16"}
+    assert any("dequantized" in note for note in read.notes) and read.dtypes.keys() == {"bfloat16"}
     convert_to_hf(tmp_path / "again", tmp_path / "fp8_again", dtype="fp8")
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("fp8", "fp8_again"))
     assert first.keys() == second.keys()
@@ -105,7 +105,7 @@ def test_reading_back_and_writing_again_changes_no_value(checkpoint: Any, tmp_pa
         # A block whose largest value was rounded down to a power of two times 224 may have another scale now.
         if not name.endswith("_scale_inv"):
             assert torch.equal(_values(first, name), _values(second, name)), name
-    # As bf16: values of the FP8 ones, and no word of quantisation in config.json.
+    # As bf16: values of the FP8 ones, and no word of quantization in config.json.
     convert_to_hf(tmp_path / "again", tmp_path / "bf16")
     assert "quantization_config" not in json.loads((tmp_path / "bf16" / "config.json").read_text())
     name = "model.layers.0.mlp.experts.1.up_proj.weight"
@@ -147,7 +147,7 @@ def test_what_does_not_belong_together_is_refused(checkpoint: Any, tmp_path: Pat
         values["quantization_config"]["quant_method"] = "gptq"
 
     cases = [(without_scale, NAME), (scale_of_other_blocks, "expected"), (not_told, "no quantization_config")]
-    for index, (change, part) in enumerate([*cases, (other_method, r"quantised (gptq)")]):
+    for index, (change, part) in enumerate([*cases, (other_method, r"quantized (gptq)")]):
         (tmp_path / str(index)).mkdir()
         assert part in _broken(tmp_path / str(index), path, change)
 

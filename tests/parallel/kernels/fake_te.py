@@ -1,4 +1,4 @@
-"""A stand-in for Transformer Engine on the CPU: its signatures and rules, plain torch arithmetic, nothing quantised.
+"""A stand-in for Transformer Engine on the CPU: its signatures and rules, plain torch arithmetic, nothing quantized.
 
 What the real one would refuse, or get silently wrong, fails or shows here: weights that were not lent or are stale, rows
 that are not aligned, modules of FP8 outside of an autocast, products left out of the reduction over ranks.

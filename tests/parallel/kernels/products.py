@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from parallel.kernels.interface import ExpertPart
-from parallel.kernels.quantiser import Recipe
+from parallel.kernels.quantizer import Recipe
 from parallel.kernels.torch_fp8 import TorchFp8
 from parallel.mesh import Axis
 from qwen_moe.models.ops.grouped_matmul import grouped_mm
@@ -27,9 +27,9 @@ def linear_through(kernels: TorchFp8, x: torch.Tensor, linear: nn.Linear, dy: to
     parent = nn.Module()
     parent.up = linear
     project = kernels.column("block", parent, ["up"])
-    kernels.materialise(torch.device("cpu"))
+    kernels.materialize(torch.device("cpu"))
     assert project is not None
-    for _ in range(2 if kernels.quantiser.scaling is not None else 1):
+    for _ in range(2 if kernels.quantizer.scaling is not None else 1):
         kernels.begin_step()
         leaf = x.detach().requires_grad_()
         (y,) = project(leaf, linear)
@@ -43,9 +43,9 @@ def experts_through(
 ) -> dict[str, torch.Tensor]:
     count = counts.numel()
     product = kernels.grouped("experts", ExpertPart(total=count, first=0, count=count))
-    kernels.materialise(torch.device("cpu"))
+    kernels.materialize(torch.device("cpu"))
     assert product is not None
-    for _ in range(2 if kernels.quantiser.scaling is not None else 1):
+    for _ in range(2 if kernels.quantizer.scaling is not None else 1):
         kernels.begin_step()
         leaf, held = x.detach().requires_grad_(), weight.detach().requires_grad_()
         y = product(leaf, held, counts)

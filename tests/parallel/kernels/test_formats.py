@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from parallel.kernels.formats import E4M3, E5M2, cast, e8m0_scale_of, quantise_blocks, scale_of, widen
+from parallel.kernels.formats import E4M3, E5M2, cast, e8m0_scale_of, quantize_blocks, scale_of, widen
 from parallel.kernels.padding import Padding
 from tests.parallel.kernels.reference import block_scale, grid, mx_scale, nearest, rounded, tensor_scale
 
@@ -43,7 +43,7 @@ def test_extreme_scales_are_finite_and_nan_is_not_hidden() -> None:
         assert scale.isfinite().all() and (scale > 0).all()
     nan = torch.full((32, 32), float("nan"))
     for e8m0 in (False, True):
-        assert quantise_blocks(nan, E4M3, (1, 32), e8m0).values(torch.float32).isnan().all()
+        assert quantize_blocks(nan, E4M3, (1, 32), e8m0).values(torch.float32).isnan().all()
 
 
 @pytest.mark.parametrize("block", [(1, 128), (128, 1), (128, 128), (1, 32), (32, 1)])
@@ -52,7 +52,7 @@ def test_blocks_of_any_shape_equal_a_plain_loop(shape: tuple[int, int], block: t
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(shape, generator=generator) * torch.logspace(-6, 3, shape[1])
     recipe = "mxfp8" if 32 in block else "blockwise"
-    found = quantise_blocks(x.bfloat16(), E4M3, block, e8m0=recipe == "mxfp8")
+    found = quantize_blocks(x.bfloat16(), E4M3, block, e8m0=recipe == "mxfp8")
     expected = rounded(x.bfloat16(), recipe, "e4m3", block)
     assert torch.equal(found.values(torch.float32).double(), expected)
     assert torch.equal(found.values(torch.bfloat16).double(), expected), "exact in bf16 too"

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel.kernels.interface import ExpertPart
-from parallel.kernels.quantiser import Recipe
+from parallel.kernels.quantizer import Recipe
 from parallel.kernels.torch_fp8 import TorchFp8
 from parallel.mesh import Axis, Grids, Layout
 from qwen_moe.models.ops.grouped_matmul import grouped_mm
@@ -56,7 +56,7 @@ def run(recipe: str, tp: Axis, group: Axis, pick: Callable[[Tensors], Tensors], 
     kernels.row("block", parent, "down")
     product = kernels.grouped("experts", part)
     assert project is not None and product is not None
-    kernels.materialise(torch.device("cpu"))
+    kernels.materialize(torch.device("cpu"))
     counts = torch.tensor(COUNTS[part.first : part.first + part.count])
     for step in range(STEPS):
         own = pick(problem(step, stage))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from parallel.kernels import products
-from parallel.kernels.formats import E4M3, Quantised
+from parallel.kernels.formats import E4M3, Quantized
 from tests.parallel.kernels.products import HYBRID, RECIPES, experts_through, linear_through, provider
 from tests.parallel.kernels.reference import rounded
 
@@ -146,7 +146,7 @@ def test_bias_and_row_parallel_layer(recipe: str) -> None:
     kernels = provider(recipe)
     linear = parent.down
     kernels.row("block", parent, "down")
-    kernels.materialise(torch.device("cpu"))
+    kernels.materialize(torch.device("cpu"))
     parent = parent.bfloat16()
     kernels.begin_step()
     y = parent.down(x)
@@ -173,7 +173,7 @@ def test_sizes_that_a_gpu_has_no_kernel_for_are_padded_with_zeros(monkeypatch: p
     generator = torch.Generator().manual_seed(5)
     for rows, columns, inner in ((526, 40, 72), (1, 7, 3), (16, 32, 48)):
         a, b = (
-            Quantised(torch.randn(n, inner, generator=generator).to(E4M3), torch.tensor(0.5)) for n in (rows, columns)
+            Quantized(torch.randn(n, inner, generator=generator).to(E4M3), torch.tensor(0.5)) for n in (rows, columns)
         )
         expected = a.data.float() @ b.data.float().T / 4
         with monkeypatch.context() as patch:

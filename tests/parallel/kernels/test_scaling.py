@@ -18,7 +18,7 @@ def test_scales_follow_a_plain_loop_over_steps(most_recent: bool, margin: int) -
     scaling = DelayedScaling(ONE, length, most_recent, margin)
     scaling.add("a", E4M3)
     scaling.add("b", E5M2, 2)
-    scaling.materialise(torch.device("cpu"))
+    scaling.materialize(torch.device("cpu"))
     # Each step's largest values of micro-batches; a zero and an infinity keep the scale, a peak leaves the window.
     steps = [
         [2.0, 3.0],
@@ -57,7 +57,7 @@ def _block(kernels: TorchFp8) -> nn.Module:
     parent.up, parent.down = nn.Linear(64, 96), nn.Linear(96, 64)
     project = kernels.column("block", parent, ["up"])
     kernels.row("block", parent, "down")
-    kernels.materialise(torch.device("cpu"))
+    kernels.materialize(torch.device("cpu"))
     assert project is not None
     parent.run = lambda x: parent.down(torch.relu(project(x, parent.up)[0]))  # type: ignore[assignment]
     return parent.bfloat16()
@@ -83,7 +83,7 @@ def test_weights_are_rounded_once_a_step_and_anew_after_it(recipe: str, keep: bo
         assert not torch.equal(block.run(x), outside)
         kernels.begin_step()
         block.run(x)
-        assert bool(kernels.quantiser.kept) == keep
+        assert bool(kernels.quantizer.kept) == keep
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -13,7 +13,7 @@ import torch
 
 from parallel.data import local
 from parallel.kernels.interface import ExpertPart
-from parallel.kernels.quantiser import Recipe
+from parallel.kernels.quantizer import Recipe
 from parallel.kernels.transformer_engine import (
     KernelsUnavailable,
     TransformerEngineKernels,
@@ -235,7 +235,7 @@ def _grouped(kernels: TransformerEngineKernels, counts: list[int]) -> tuple[torc
     """Output and gradients of one grouped product over ``counts`` rows."""
     generator = torch.Generator().manual_seed(0)
     product = kernels.grouped("experts", ExpertPart(total=8, first=4, count=len(counts)))
-    kernels.materialise(torch.device("cpu"))
+    kernels.materialize(torch.device("cpu"))
     x = torch.randn(sum(counts), 32, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(len(counts), 16, 32, generator=generator, dtype=torch.float64, requires_grad=True)
     kernels.begin_step()
@@ -272,7 +272,7 @@ def test_state_loaded_before_the_first_use_is_what_is_used(fake: None) -> None:
     fake_te.install()
     second = TransformerEngineKernels(AXIS, AXIS, DELAYED, keep_weights=True)
     product = second.grouped("experts", ExpertPart(total=8, first=4, count=2))
-    second.materialise(torch.device("cpu"))
+    second.materialize(torch.device("cpu"))
     assert second.state().keys() == saved.keys()
     for name, tensor in second.state().items():
         tensor.copy_(saved[name])

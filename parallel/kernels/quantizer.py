@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from parallel.kernels.formats import E4M3, E5M2, Quantised, quantise_blocks, quantise_by, scale_of
+from parallel.kernels.formats import E4M3, E5M2, Quantized, quantize_blocks, quantize_by, scale_of
 from parallel.kernels.interface import ExpertPart
 from parallel.kernels.padding import Padding
 from parallel.kernels.scaling import DelayedScaling
@@ -48,19 +48,19 @@ class Recipe:
 class Operand:
     """Rows ``x [N, C]`` rounded for contractions over their features C and over the N rows, each when it is needed."""
 
-    def __init__(self, over_features: Callable[[], Quantised], over_rows: Callable[[], Quantised]) -> None:
+    def __init__(self, over_features: Callable[[], Quantized], over_rows: Callable[[], Quantized]) -> None:
         self._features, self._rows = over_features, over_rows
 
     @cached_property
-    def over_features(self) -> Quantised:
+    def over_features(self) -> Quantized:
         return self._features()
 
     @cached_property
-    def over_rows(self) -> Quantised:
+    def over_rows(self) -> Quantized:
         return self._rows()
 
 
-class Quantiser:
+class Quantizer:
     """Rounds named tensors as ``recipe`` says, and keeps its state. ``gradient``: the format of output gradients.
 
     ``keep_weights``: FP8 weights are kept from a step's first micro-batch to its last. Not where parameters are gathered
@@ -75,7 +75,7 @@ class Quantiser:
         if recipe.name == "delayed":
             self.scaling = DelayedScaling(stage, recipe.history_length, recipe.most_recent, recipe.margin)
         self._in_step = False
-        self._kept: dict[tuple[str, bool], Quantised] = {}
+        self._kept: dict[tuple[str, bool], Quantized] = {}
 
     def add(self, name: str, count: int = 1, weights: tuple[str, ...] = ("",)) -> None:
         """The input, weights and output gradients of product ``name`` (of ``count`` experts)."""
@@ -115,10 +115,10 @@ class Quantiser:
         block, e8m0 = BLOCK.get(self.recipe.name), self.recipe.name == "mxfp8"
         if block is not None:
             return Operand(
-                lambda: quantise_blocks(x, fp8, (1, block), e8m0), lambda: quantise_blocks(x, fp8, (block, 1), e8m0)
+                lambda: quantize_blocks(x, fp8, (1, block), e8m0), lambda: quantize_blocks(x, fp8, (block, 1), e8m0)
             )
         amax = x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
-        one = quantise_by(x, fp8, self._scale(name, amax, fp8))
+        one = quantize_by(x, fp8, self._scale(name, amax, fp8))
         return Operand(lambda: one, lambda: one)
 
     def rows(self, name: str, x: torch.Tensor, fp8: torch.dtype, part: ExpertPart, padding: Padding) -> Operand:
@@ -126,18 +126,18 @@ class Quantiser:
         block, e8m0 = BLOCK.get(self.recipe.name), self.recipe.name == "mxfp8"
         if block is not None:
             return Operand(
-                lambda: quantise_blocks(x, fp8, (1, block), e8m0),
-                lambda: quantise_blocks(padding.add(x), fp8, (block, 1), e8m0),
+                lambda: quantize_blocks(x, fp8, (1, block), e8m0),
+                lambda: quantize_blocks(padding.add(x), fp8, (block, 1), e8m0),
             )
         sizes = torch.tensor(padding.sizes, device=x.device)
         of_row = torch.repeat_interleave(torch.arange(part.count, device=x.device), sizes, output_size=x.shape[0])
         amax = torch.zeros(part.count, device=x.device)
         amax.scatter_reduce_(0, of_row, x.abs().amax(1).float(), "amax")
         scale = self._scale(name, amax, fp8, part.first)
-        one = Quantised(quantise_by(x, fp8, scale[of_row].unsqueeze(1)).data, scale.reciprocal())
+        one = Quantized(quantize_by(x, fp8, scale[of_row].unsqueeze(1)).data, scale.reciprocal())
         return Operand(lambda: one, lambda: one)
 
-    def weight(self, name: str, weight: torch.Tensor, over_rows: bool, first: int = 0) -> Quantised:
+    def weight(self, name: str, weight: torch.Tensor, over_rows: bool, first: int = 0) -> Quantized:
         """``[O, A]`` or ``[E, O, A]`` for contractions over A, or ``over_rows``, O. Kept within a step."""
         separate = over_rows and self.recipe.name == "mxfp8"
         kept = self._kept.get((name, separate))
@@ -145,12 +145,12 @@ class Quantiser:
             return kept
         weight = weight.detach()
         if self.recipe.name == "mxfp8":
-            found = quantise_blocks(weight, E4M3, (32, 1) if over_rows else (1, 32), e8m0=True)
+            found = quantize_blocks(weight, E4M3, (32, 1) if over_rows else (1, 32), e8m0=True)
         elif self.recipe.name == "blockwise":
-            found = quantise_blocks(weight, E4M3, (128, 128), e8m0=False)
+            found = quantize_blocks(weight, E4M3, (128, 128), e8m0=False)
         else:
             amax = weight.abs().amax((-2, -1)).float()
-            found = quantise_by(weight, E4M3, self._scale(name, amax, E4M3, first)[..., None, None])
+            found = quantize_by(weight, E4M3, self._scale(name, amax, E4M3, first)[..., None, None])
         if self._in_step and self.keep_weights:
             self._kept[name, separate] = found
         return found

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from parallel.hang_watch import HUNG
 from parallel.trace import Collective, behind, first_mismatch
-from parallel.watch import HUNG
 from tests.distributed import run_distributed
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,7 @@ def _other_shape(different: bool) -> str:
     import torch
     import torch.distributed as dist
 
-    from parallel.watch import MismatchError, compare_collectives
+    from parallel.hang_watch import MismatchError, compare_collectives
 
     odd = different and dist.get_rank() == 1
     x = torch.zeros(4, dtype=torch.int32 if odd else torch.float32)
@@ -81,7 +81,7 @@ from pathlib import Path
 import torch, torch.distributed as dist
 from parallel.process import process_info, start
 from parallel.threads import Threads
-from parallel.watch import Watch
+from parallel.hang_watch import HangWatch
 
 def never_comes():
     if sys.argv[2] == "sleep":
@@ -90,7 +90,7 @@ def never_comes():
 
 info = process_info()
 start(info, Threads(count=1, why="test"))
-watch = Watch(Path(sys.argv[1]), info.rank, info.world_size, limit=4.0, poll=0.2)
+watch = HangWatch(Path(sys.argv[1]), info.rank, info.world_size, limit=4.0, poll=0.2)
 watch.start()
 try:
     dist.all_reduce(torch.zeros(3))

@@ -21,7 +21,7 @@ HUNG = 75
 _LAST = 200  # collectives in a report
 
 
-class Watch:
+class HangWatch:
     """Watches this rank from `start` to `stop`. ``folder`` is shared by all ranks; ``limit`` is in seconds."""
 
     def __init__(self, folder: Path, rank: int, world_size: int, limit: float, poll: float = 1.0) -> None:
