@@ -1,4 +1,4 @@
-"""Writing a whole Hugging Face directory from any source of our tensors, after checking that it can hold them."""
+"""Writes a whole Hugging Face directory from any source of our tensors, and checks first that it can hold them."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def progress_bar(total: int, what: str, show: bool) -> tqdm:
 
 
 def token_ids(directory: Path) -> dict[str, Any]:
-    """bos, eos and pad token ids by a tokenizer's files, for a config.json that is made anew."""
+    """bos, eos and pad token ids read from a tokenizer's files, for a config.json that is made without an original."""
     if not (directory / "tokenizer_config.json").is_file() or not (directory / "tokenizer.json").is_file():
         return {}
     named = read_json(directory / "tokenizer_config.json")
@@ -86,7 +86,7 @@ def _object(content: bytes) -> dict[str, Any]:
 
 
 def check_source(source: TensorSource, config: ModelConfig, where: str) -> None:
-    """Every parameter there with its shape, and nothing that is neither a parameter nor a known buffer."""
+    """Raises UserError unless ``source`` has every parameter with its shape, and nothing else but known buffers."""
     wanted: dict[str, tuple[int, ...]] = {name: parameter.shape for name, parameter in parameters(config).items()}
     found = source.shapes()
     known = wanted | expert_biases(config)
@@ -99,10 +99,11 @@ def check_source(source: TensorSource, config: ModelConfig, where: str) -> None:
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"the weights of {where} are not those of its {MODEL_CONFIG}: {'; '.join(wrong[:3])}{more}")
+        raise UserError(f"the weights of {where} do not match its {MODEL_CONFIG}: {'; '.join(wrong[:3])}{more}")
 
 
 def check_expert_bias(source: TensorSource, config: ModelConfig, drop: bool) -> tuple[str, ...]:
+    """Notes on the nonzero expert biases that the export drops. Raises UserError if there are any and not ``drop``."""
     found = source.shapes()
     nonzero = [name for name in expert_biases(config) if name in found and bool(source.read(name).any())]
     if not nonzero:
