@@ -21,15 +21,24 @@ if TYPE_CHECKING:
     from qwen_moe.models.decoder import DecoderLM
 
 
-def _check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}: give a positive number")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature is {temperature}: give 0 (greedy) or a positive number")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}: give a number above 0 and at most 1")
-    if not 0 <= seed <= LARGEST:
-        raise UserError(f"seed is {seed:.10g}: give a whole number from 0 to 2^63 - 1")
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a text is continued: ``temperature`` 0 is greedy, ``top_p`` is the nucleus. Raises UserError out of range."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.7
+    top_p: float = 0.8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}: give a positive number")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature is {self.temperature}: give 0 (greedy) or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}: give a number above 0 and at most 1")
+        if not 0 <= self.seed <= LARGEST:
+            raise UserError(f"seed is {self.seed:.10g}: give a whole number from 0 to 2^63 - 1")
 
 
 def _check_prompt(length: int, smallest: int, largest: int, max_new_tokens: int, config: "ModelConfig") -> None:
@@ -76,17 +85,15 @@ def sample(logits: "torch.Tensor", temperature: float, top_p: float, generator: 
 def generate(
     model: "DecoderLM",
     input_ids: "torch.Tensor",
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling,
+    *,
     eos_token_id: int | Sequence[int] | None = None,
     progress: bool = False,
 ) -> "torch.Tensor":
     """Continue ``input_ids [B, S]`` (no padding) and return prompt and new tokens ``[B, S + N]``, N <= max_new_tokens.
 
     ``eos_token_id``: one or several ids that end a sequence; ended ones are filled with the first, and N is what the
-    longest needs. Raises UserError for values out of range and beyond the model's max_position_embeddings.
+    longest needs. Raises UserError for tokens that the model does not know or has no positions for.
     """
     import torch
     from tqdm import tqdm
@@ -94,12 +101,11 @@ def generate(
     from parallel.gemm import linear
     from qwen_moe.models.attention.cache import KeyValueCache
 
-    _check_sampling(max_new_tokens, temperature, top_p, seed)
     smallest, largest = (int(input_ids.min()), int(input_ids.max())) if input_ids.numel() else (0, 0)
-    _check_prompt(input_ids.shape[1], smallest, largest, max_new_tokens, model.config)
+    _check_prompt(input_ids.shape[1], smallest, largest, sampling.max_new_tokens, model.config)
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
     end_tensor = torch.tensor(ends, dtype=torch.int64, device=input_ids.device)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(sampling.seed)
     cache = KeyValueCache()
     ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     ids, new = input_ids, input_ids
@@ -107,7 +113,7 @@ def generate(
     model.eval()
     try:
         with torch.no_grad():
-            for _ in tqdm(range(max_new_tokens), desc="generating", unit="token", disable=not progress):
+            for _ in tqdm(range(sampling.max_new_tokens), desc="generating", unit="token", disable=not progress):
                 states, _ = model.hidden_states(new, cache=cache)
                 logits = linear(states[:, -1], model.head_weight)
                 if not bool(logits.isfinite().all()):
@@ -115,7 +121,7 @@ def generate(
                         "the model's outputs are NaN or infinite: its weights are damaged, or its sizes need a wider dtype "
                         "(--dtype fp32)"
                     )
-                token = sample(logits, temperature, top_p, generator)
+                token = sample(logits, sampling.temperature, sampling.top_p, generator)
                 if ends:
                     token = torch.where(ended, end_tensor[0], token)
                     ended = ended | torch.isin(token, end_tensor)
@@ -169,14 +175,29 @@ def end_tokens(folder: Path, tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
+def _read_tokenizer(folder: Path) -> Any:
+    """The Hugging Face tokenizer whose files lie in ``folder``. Raises UserError when they are damaged."""
+    from transformers import AutoTokenizer
+
+    try:
+        # Never code of the folder's own, and no question whether to run it.
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the library raises plain Exception, KeyError, ... for files that are damaged
+        raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from None
+
+
+def _check_text(prompt: str) -> None:
+    if not prompt:
+        raise UserError("the prompt is empty: give --prompt some text")
+    if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise UserError("the prompt is not valid UTF-8 text: leave its broken characters out")
+
+
 def generate_text(
     directory: Path,
     prompt: str,
+    sampling: Sampling,
     *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.7,
-    top_p: float = 0.8,
-    seed: int = 0,
     dtype: str | None = None,
     device: str | None = None,
     progress: bool = False,
@@ -185,11 +206,7 @@ def generate_text(
 
     ``dtype`` None: as stored, or the run's compute dtype. ``device`` None: the GPU where there is one. Raises UserError.
     """
-    _check_sampling(max_new_tokens, temperature, top_p, seed)
-    if not prompt:
-        raise UserError("the prompt is empty: give --prompt some text")
-    if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-        raise UserError("the prompt is not valid UTF-8 text: leave its broken characters out")
+    _check_text(prompt)
     if not directory.is_dir():
         raise UserError(f"{directory} does not exist: give a checkpoint, a run directory or a Hugging Face directory")
     import torch
@@ -201,29 +218,14 @@ def generate_text(
     if ours:
         directory = resolve_checkpoint(directory)
     folder = tokenizer_folder(directory)
-    from transformers import AutoTokenizer
-
-    try:
-        # Never code of the folder's own, and no question whether to run it.
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the library raises plain Exception, KeyError, ... for files that are damaged
-        raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from None
+    tokenizer = _read_tokenizer(folder)
     tokens = tokenizer(prompt)["input_ids"]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = (load_checkpoint if ours else from_pretrained)(directory, dtype=dtype, device=device)
     ids = torch.tensor([tokens], dtype=torch.int64, device=device)
     ends = end_tokens(folder, tokenizer)
     begin = time.perf_counter()
-    out = generate(
-        model,
-        ids,
-        max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        eos_token_id=ends or None,
-        progress=progress,
-    )
+    out = generate(model, ids, sampling, eos_token_id=ends or None, progress=progress)
     seconds = time.perf_counter() - begin
     new = out[0, len(tokens) :].tolist()
     stopped = bool(new) and new[-1] in ends
@@ -249,14 +251,28 @@ def register(subparsers: Any) -> None:
         help="a checkpoint, a run directory (its newest checkpoint) or a Hugging Face directory",
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT")
-    parser.add_argument("--max-new-tokens", type=whole(1, LARGEST_SIZE), default=128, metavar="N", help="default: 128")
     parser.add_argument(
-        "--temperature", type=number(least=0), default=0.7, metavar="T", help="0 is greedy; default: 0.7"
+        "--max-new-tokens",
+        type=whole(1, LARGEST_SIZE),
+        default=Sampling.max_new_tokens,
+        metavar="N",
+        help="default: %(default)s",
     )
     parser.add_argument(
-        "--top-p", type=number(above=0, most=1), default=0.8, metavar="P", help="nucleus sampling; default: 0.8"
+        "--temperature",
+        type=number(least=0),
+        default=Sampling.temperature,
+        metavar="T",
+        help="0 is greedy; default: %(default)s",
     )
-    parser.add_argument("--seed", type=whole(), default=0, help="default: 0")
+    parser.add_argument(
+        "--top-p",
+        type=number(above=0, most=1),
+        default=Sampling.top_p,
+        metavar="P",
+        help="nucleus sampling; default: %(default)s",
+    )
+    parser.add_argument("--seed", type=whole(), default=Sampling.seed, help="default: %(default)s")
     parser.add_argument(
         "--dtype", choices=("bf16", "fp16", "fp32", "fp64"), help="default: as stored, or the run's compute dtype"
     )
@@ -265,16 +281,10 @@ def register(subparsers: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    result = generate_text(
-        args.checkpoint,
-        args.prompt,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        dtype=args.dtype,
-        progress=True,
+    sampling = Sampling(
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
     )
+    result = generate_text(args.checkpoint, args.prompt, sampling, dtype=args.dtype, progress=True)
     if args.json:
         print(json.dumps(asdict(result)))
     else:
