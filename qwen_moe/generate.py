@@ -1,4 +1,4 @@
-"""Sampling text from a model with a key/value cache, and the verb `qwen-moe generate`. Torch is imported when used."""
+"""Samples text from a model with a key/value cache; the verb `qwen-moe generate`. Torch is imported only when it is used."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a text is continued: ``temperature`` 0 is greedy, ``top_p`` is the nucleus. Raises UserError out of range."""
+    """How to continue a text: ``temperature`` 0 is greedy, ``top_p`` is the nucleus. Raises UserError if out of range."""
 
     max_new_tokens: int = 128
     temperature: float = 0.7
@@ -47,34 +47,35 @@ def _check_prompt(length: int, smallest: int, largest: int, max_new_tokens: int,
     if smallest < 0 or largest >= config.vocab_size:
         wrong = largest if largest >= config.vocab_size else smallest
         raise UserError(
-            f"the prompt has token {wrong} but the model's vocabulary has {config.vocab_size}: the tokenizer is of "
-            "another model"
+            f"the prompt has token {wrong} but the model's vocabulary has {config.vocab_size}: the tokenizer belongs "
+            "to another model"
         )
     if length + max_new_tokens > config.max_position_embeddings:
         raise UserError(
-            f"a prompt of {length} tokens and {max_new_tokens} new ones are {length + max_new_tokens}, more than the "
+            f"a prompt of {length} tokens and {max_new_tokens} new ones make {length + max_new_tokens}, more than the "
             f"model's max_position_embeddings {config.max_position_embeddings}: shorten the prompt, or ask for at most "
             f"{max(config.max_position_embeddings - length, 0)} new tokens"
         )
 
 
 def sample(logits: "torch.Tensor", temperature: float, top_p: float, generator: "torch.Generator") -> "torch.Tensor":
-    """One token per row of ``logits [B, V]``, as ``[B]``: the argmax at temperature 0, else nucleus sampling
-    (arXiv 1904.09751): the fewest tokens whose probabilities sum to at least ``top_p``, drawn by probability.
+    """Pick one token per row of ``logits [B, V]``; returns ``[B]``.
 
-    Draws on the CPU, so that a seed gives the same tokens on every device.
+    Takes the argmax at temperature 0. Otherwise draws from the nucleus (arXiv 1904.09751), which is the smallest set of
+    tokens whose probabilities sum to at least ``top_p``. Draws on the CPU, so that a seed gives the same tokens on every
+    device.
     """
     import torch
 
     if temperature == 0:
         return logits.argmax(-1)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    # The largest is taken off first: divided by a temperature near 0, the others alone may overflow, to probability 0.
+    # Subtract the largest logit first. Dividing by a temperature near 0 can then overflow only to -inf, a probability of 0.
     logits = logits.to(wide)
     probabilities = ((logits - logits.amax(-1, keepdim=True)).double() / temperature).softmax(-1).to(wide).cpu()
     if top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        # A token stays while those before it have not reached top_p; the first always stays.
+        # Keep a token if the tokens before it have not yet reached top_p; always keep the first.
         beyond = ordered.cumsum(-1) - ordered >= top_p
         beyond[..., 0] = False
         ordered = ordered.masked_fill(beyond, 0)
@@ -92,8 +93,9 @@ def generate(
 ) -> "torch.Tensor":
     """Continue ``input_ids [B, S]`` (no padding) and return prompt and new tokens ``[B, S + N]``, N <= max_new_tokens.
 
-    ``eos_token_id``: one or several ids that end a sequence; ended ones are filled with the first, and N is what the
-    longest needs. Raises UserError for tokens that the model does not know or has no positions for.
+    ``eos_token_id``: one or several ids that end a sequence. A sequence that has ended is filled with the first of them,
+    and N is the number of new tokens in the longest. Raises UserError for tokens
+    that the model does not know or has no positions for.
     """
     import torch
     from tqdm import tqdm
@@ -118,7 +120,7 @@ def generate(
                 logits = linear(states[:, -1], model.head_weight)
                 if not bool(logits.isfinite().all()):
                     raise UserError(
-                        "the model's outputs are NaN or infinite: its weights are damaged, or its sizes need a wider dtype "
+                        "the model's outputs are NaN or infinite: its weights are damaged, or it needs a wider dtype "
                         "(--dtype fp32)"
                     )
                 token = sample(logits, sampling.temperature, sampling.top_p, generator)
@@ -136,7 +138,7 @@ def generate(
 
 @dataclass(frozen=True)
 class Continuation:
-    """``finish_reason``: "stop" at an end token, "length" at max_new_tokens."""
+    """A prompt and its continuation. ``finish_reason`` is "stop" at an end token and "length" at max_new_tokens."""
 
     prompt: str
     completion: str
@@ -148,19 +150,19 @@ class Continuation:
 
 
 def tokenizer_folder(directory: Path) -> Path:
-    """Where the tokenizer of a checkpoint, run or Hugging Face directory lies. Raises UserError when there is none."""
+    """The folder with the tokenizer of a checkpoint, run or Hugging Face directory. Raises UserError if there is none."""
     from qwen_moe.checkpoint.resolve import HF_FOLDER
 
     folder = directory / HF_FOLDER if (directory / HF_FOLDER).is_dir() else directory
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(
-            f"{folder} has no tokenizer (no tokenizer.json or vocab.json): put the files of the model's tokenizer there"
+            f"{folder} has no tokenizer (no tokenizer.json or vocab.json): copy the files of the model's tokenizer there"
         )
     return folder
 
 
 def end_tokens(folder: Path, tokenizer: Any) -> list[int]:
-    """End tokens as Hugging Face chooses them: generation_config.json, else config.json, else the tokenizer's."""
+    """End tokens, read as Hugging Face does: from generation_config.json, else config.json, else the tokenizer."""
     for name in ("generation_config.json", "config.json"):
         if not (folder / name).is_file():
             continue
@@ -180,9 +182,9 @@ def _read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        # Never code of the folder's own, and no question whether to run it.
+        # Never run code from the folder, and never ask whether to run it.
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the library raises plain Exception, KeyError, ... for files that are damaged
+    except Exception as error:  # for damaged files transformers raises plain Exception, KeyError, ...
         raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from None
 
 
@@ -190,7 +192,7 @@ def _check_text(prompt: str) -> None:
     if not prompt:
         raise UserError("the prompt is empty: give --prompt some text")
     if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-        raise UserError("the prompt is not valid UTF-8 text: leave its broken characters out")
+        raise UserError("the prompt is not valid UTF-8 text: remove its broken characters")
 
 
 def generate_text(
@@ -204,7 +206,8 @@ def generate_text(
 ) -> Continuation:
     """Continue ``prompt`` with the model and tokenizer of a checkpoint, run or Hugging Face directory.
 
-    ``dtype`` None: as stored, or the run's compute dtype. ``device`` None: the GPU where there is one. Raises UserError.
+    ``dtype`` None: the stored dtype, or the run's compute dtype. ``device`` None: the GPU if there is one. Raises
+    UserError.
     """
     _check_text(prompt)
     if not directory.is_dir():
