@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.write and (found := find_recipe(args.recipe)) != args.recipe:
         raise UserError(f"--write changes the recipe, and {args.recipe} comes with qwen-moe: cp {found} my.yaml first")
-    from qwen_moe.planning.hardware import load_gpu, load_network
+    from qwen_moe.planning.hardware import Cluster, load_gpu, load_network
 
-    gpu, network = load_gpu(args.gpu), load_network(args.network)
+    cluster = Cluster(load_gpu(args.gpu), load_network(args.network), args.gpus_per_node)
     overrides = list(args.overrides)
     if args.global_batch is not None:
         overrides.append(f"training.global_batch_size={args.global_batch}")
@@ -59,12 +59,12 @@ def run(args: argparse.Namespace) -> int:
     from qwen_moe.planning.text import plan_text
 
     precisions = PRECISIONS if args.precision == "any" else (args.precision,)
-    search = Search(config, args.gpus, gpu, network, args.gpus_per_node, args.imbalance, args.price, precisions)
+    search = Search(config, args.gpus, cluster, args.imbalance, args.price, precisions)
     plan = search.run(args.top)
     written: dict[str, Any] = {}
     if args.write:
         if not plan.best:
-            raise UserError(f"{args.recipe}: nothing fits on {args.gpus} x {gpu.name}, so nothing was written\n"
+            raise UserError(f"{args.recipe}: nothing fits on {args.gpus} x {cluster.gpu.name}, so nothing was written\n"
                             + plan_text(plan, str(args.recipe)))  # fmt: skip
         written = _write(args.recipe, overrides, config, plan.best[0].choice, args.gpus)
     if args.json:
@@ -84,11 +84,11 @@ def run(args: argparse.Namespace) -> int:
 def _facts(plan: Any) -> dict[str, Any]:
     return {
         "gpus": plan.gpus,
-        "gpu": plan.gpu.model_dump(),
-        "network": plan.network.model_dump(),
-        "gpus_per_node": plan.gpus_per_node,
+        "gpu": plan.cluster.gpu.model_dump(),
+        "network": plan.cluster.network.model_dump(),
+        "gpus_per_node": plan.cluster.gpus_per_node,
         "global_batch_size": plan.config.training.global_batch_size,
-        "usable_bytes": plan.gpu.usable_bytes,
+        "usable_bytes": plan.cluster.gpu.usable_bytes,
         "legal_layouts": plan.legal,
         "seconds": plan.seconds,
         "best": [scored.facts() for scored in plan.best],

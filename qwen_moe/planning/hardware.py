@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Self, TypeVar
 
@@ -69,6 +70,15 @@ class Network(Section):
     name: str
     gb_per_second: PositiveFloat
     latency_us: PositiveFloat
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes of ``gpus_per_node`` GPUs of one kind, and the network between them."""
+
+    gpu: Gpu
+    network: Network
+    gpus_per_node: int
 
 
 def user_folder() -> Path:

@@ -12,7 +12,7 @@ from parallel.mesh import layout_for
 from parallel.stages import split_layers
 from qwen_moe.config import ModelConfig, parse_model
 from qwen_moe.models.flops import layer_costs
-from qwen_moe.planning.hardware import Gpu, load_gpu, load_network
+from qwen_moe.planning.hardware import Cluster, Gpu, load_gpu, load_network
 from qwen_moe.planning.layouts import Choice
 from qwen_moe.planning.software import MEGATRON, Software
 from qwen_moe.planning.step_time import StepTime, StepTimeModel
@@ -63,7 +63,7 @@ def rows(gpu: Gpu | None = None, software: Software = MEGATRON, ep_overlap: floa
     """Every published run with our prediction."""
     data = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8"))
     gpu = gpu or load_gpu("h100-80gb")
-    network = load_network("ib400")
+    cluster = Cluster(gpu, load_network("ib400"), gpus_per_node=8)
     for run in data["runs"]:
         model, choice = _model(run["model"], data["models"]), Choice(**run["layout"])
         used = replace(
@@ -73,7 +73,7 @@ def rows(gpu: Gpu | None = None, software: Software = MEGATRON, ep_overlap: floa
         )
         factor = data["score_factors"].get(run["model"], 1.0)
         recomputed = run.get("recomputed", 0.0)
-        times = StepTimeModel(model, SEQUENCE, gpu, network, 8, used, score_factor=factor, recomputed=recomputed)
+        times = StepTimeModel(model, SEQUENCE, cluster, used, score_factor=factor, recomputed=recomputed)
         step = times.step(choice, _layout(run, model, choice))
         flops = times.flops() * run["global_batch"] * SEQUENCE / run["gpus"]
         yield Row(

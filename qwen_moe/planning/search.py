@@ -7,7 +7,7 @@ from typing import Any
 
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
-from qwen_moe.planning.hardware import Gpu, Network
+from qwen_moe.planning.hardware import Cluster
 from qwen_moe.planning.layouts import PRECISIONS, Choice, legal_choices
 from qwen_moe.planning.memory import Memory, MemoryModel
 from qwen_moe.planning.software import OURS
@@ -63,9 +63,7 @@ class Plan:
 
     config: RunConfig
     gpus: int
-    gpu: Gpu
-    network: Network
-    gpus_per_node: int
+    cluster: Cluster
     legal: int
     seconds: float
     best: list[Scored]
@@ -94,19 +92,17 @@ class Search:
         self,
         config: RunConfig,
         gpus: int,
-        gpu: Gpu,
-        network: Network,
-        gpus_per_node: int,
+        cluster: Cluster,
         imbalance: float = 1.0,
         price: float | None = None,
         precisions: tuple[str, ...] = PRECISIONS,
     ) -> None:
-        self.config, self.gpus, self.gpu, self.network, self.gpus_per_node = config, gpus, gpu, network, gpus_per_node
-        self.price = gpu.price_per_gpu_hour if price is None else price
-        self.precisions = tuple(name for name in precisions if name in gpu.peak_tflops)
+        self.config, self.gpus, self.cluster, self.gpu = config, gpus, cluster, cluster.gpu
+        self.price = self.gpu.price_per_gpu_hour if price is None else price
+        self.precisions = tuple(name for name in precisions if name in self.gpu.peak_tflops)
         self.memory = MemoryModel(config)
         sequence = config.data.sequence_length
-        self.time = StepTimeModel(config.model, sequence, gpu, network, gpus_per_node, OURS, imbalance)
+        self.time = StepTimeModel(config.model, sequence, cluster, OURS, imbalance)
 
     def run(self, top: int) -> Plan:
         """Raises UserError when no layout is legal."""
@@ -146,9 +142,7 @@ class Search:
         return Plan(
             config=self.config,
             gpus=self.gpus,
-            gpu=self.gpu,
-            network=self.network,
-            gpus_per_node=self.gpus_per_node,
+            cluster=self.cluster,
             legal=len(found),
             seconds=time.monotonic() - begin,
             best=best,

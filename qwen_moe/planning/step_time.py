@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from parallel.stages import V_SHAPED, stages_of_rank
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.flops import flops_per_token
-from qwen_moe.planning.hardware import Gpu, Network
+from qwen_moe.planning.hardware import Cluster
 from qwen_moe.planning.layouts import Choice
 from qwen_moe.planning.schedules import idle_micro_batches
 from qwen_moe.planning.shares import Shares, add
@@ -63,7 +63,7 @@ class StepTime:
 
 
 class StepTimeModel:
-    """Time of ``model`` on one kind of GPU and network. ``imbalance``: rows of the busiest expert rank over the average
+    """Time of ``model`` on a cluster. ``imbalance``: rows of the busiest expert rank over the average
     one's. For published runs: ``score_factor`` is attention's scores relative to those of ``model``, ``recomputed`` the
     share of a forward that backward repeats."""
 
@@ -71,20 +71,18 @@ class StepTimeModel:
         self,
         model: ModelConfig,
         sequence: int,
-        gpu: Gpu,
-        network: Network,
-        gpus_per_node: int,
+        cluster: Cluster,
         software: Software,
         imbalance: float = 1.0,
         score_factor: float = 1.0,
         recomputed: float = 0.0,
     ) -> None:
-        self.model, self.sequence, self.gpu, self.network = model, sequence, gpu, network
-        self.gpus_per_node, self.software, self.imbalance = gpus_per_node, software, imbalance
+        self.model, self.sequence, self.software, self.imbalance = model, sequence, software, imbalance
+        self.gpu, self.network, self.gpus_per_node = cluster.gpu, cluster.network, cluster.gpus_per_node
         self.score_factor, self.recomputed = score_factor, recomputed
         self.shares = Shares(model)
         self._moe_layers = frozenset(model.moe_layers)
-        self.memory_rate = gpu.memory_gb_per_second * 1e9 * gpu.efficiency.memory
+        self.memory_rate = self.gpu.memory_gb_per_second * 1e9 * self.gpu.efficiency.memory
         self._layers: dict[tuple[object, ...], Part] = {}
         self._means: dict[tuple[object, ...], tuple[Part, float]] = {}
         self._elements: dict[tuple[object, ...], tuple[float, float, float]] = {}
