@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from scaling_laws.errors import InputError
 from scaling_laws.forms import FORMS
@@ -103,20 +104,63 @@ def _at_bounds(law: LossLaw) -> list[str]:
     ]
 
 
+def _held_exponents(surface: Surface) -> list[str]:
+    """A note on exponents that the table could not tell and that were not fitted, if there are any."""
+    if not surface.held:
+        return []
+    if set(surface.held) == {"sparsity"}:
+        return ["one sparsity only: its effect on learning rate and batch size is taken as none"]
+    return [
+        f"the table cannot tell the effect of {', '.join(surface.held)}: Step Law's published exponent is used there"
+    ]
+
+
+def _resamples(frame: pd.DataFrame, steps: Iterable[int], seed: int) -> Iterator[pd.DataFrame]:
+    """For each of ``steps``, as many groups as ``frame`` has, drawn with replacement (cluster bootstrap)."""
+    groups = list(frame.groupby("group").indices.values())
+    rng = np.random.default_rng(seed)
+    for _ in steps:
+        drawn = [groups[place] for place in rng.choice(len(groups), size=len(groups))]
+        resampled = frame.take(np.concatenate(drawn))
+        # A group drawn twice is two groups with free levels of their own.
+        yield resampled.assign(group=np.repeat(np.arange(len(drawn)), [len(rows) for rows in drawn]))
+
+
+def _refits(
+    resamples: Iterable[pd.DataFrame], surface: Surface | None, law: LossLaw | None, form: str
+) -> tuple[list[Surface], list[LossLaw]]:
+    """Surface and loss law fitted again to each resample, from where the fits to all runs ended."""
+    surfaces: list[Surface] = []
+    laws: list[LossLaw] = []
+    for resampled in resamples:
+        try:
+            again = fit_surface(resampled, start=surface) if surface is not None else None
+            if law is not None:
+                laws.append(law_of(minima(again, resampled[~resampled["diverged"]]), form, start=law))
+            if again is not None:
+                surfaces.append(again)
+        except InputError:
+            continue  # a sample without enough sizes; the share that remains is reported
+    return surfaces, laws
+
+
+def _covered(finished: pd.DataFrame, hyperparameters: bool) -> dict[str, list[float]]:
+    """[least, most] of what the runs cover."""
+    columns = ["n_total", "n_active", "tokens"] + (["learning_rate", "batch_tokens"] if hyperparameters else [])
+    values = {column: finished[column] for column in columns}
+    values["compute"] = compute_of(finished)
+    values["sparsity"] = finished["n_active"] / finished["n_total"]
+    return {name: [float(value.min()), float(value.max())] for name, value in values.items()}
+
+
 def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress) -> Fit:
     """Fit, choose, hold out and resample. Raises InputError when the table says too little for anything."""
-    frame, notes = table.frame, list(table.warnings)
+    frame, finished, notes = table.frame, table.finished, list(table.warnings)
     surface = step_law = None
     if table.has_hyperparameters:
         surface = fit_surface(frame)
         step_law = fit_step_law(frame)
-        if surface.held:
-            notes.append(
-                f"the table cannot tell the effect of {', '.join(surface.held)}: Step Law's published exponent is used there"
-                if set(surface.held) != {"sparsity"}
-                else "one sparsity only: its effect on learning rate and batch size is taken as none"
-            )
-    finished = table.finished
+        notes += _held_exponents(surface)
     best = minima(surface, finished)
     parts = hold_outs(frame if surface is not None else finished, surface is not None)
     form, why = choose_form(best, parts)
@@ -129,42 +173,18 @@ def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress) -
         if surface is None:
             raise
         notes.append(f"no loss law: {error}")
-    groups = list(frame.groupby("group").indices.values())
-    rng = np.random.default_rng(seed)
-    surfaces: list[Surface] = []
-    laws: list[LossLaw] = []
-    for _ in progress(range(samples)):
-        drawn = [groups[place] for place in rng.choice(len(groups), size=len(groups))]
-        resampled = frame.take(np.concatenate(drawn))
-        # A group drawn twice is two groups with free levels of their own.
-        resampled = resampled.assign(group=np.repeat(np.arange(len(drawn)), [len(rows) for rows in drawn]))
-        try:
-            again = fit_surface(resampled, start=surface) if surface is not None else None
-            if law is not None:
-                laws.append(law_of(minima(again, resampled[~resampled["diverged"]]), form, start=law))
-            if again is not None:
-                surfaces.append(again)
-        except InputError:
-            continue  # a sample without enough sizes; the share that remains is reported
+    surfaces, laws = _refits(_resamples(frame, progress(range(samples)), seed), surface, law, form)
     if samples and max(len(surfaces), len(laws)) < 0.8 * samples:
         notes.append(
             f"only {max(len(surfaces), len(laws))} of {samples} resamples could be fitted: intervals are optimistic"
         )
-    columns = ["n_total", "n_active", "tokens"] + (["learning_rate", "batch_tokens"] if surface is not None else [])
-    ranges = {column: [float(finished[column].min()), float(finished[column].max())] for column in columns}
-    compute = compute_of(finished)
-    ratio = finished["n_active"] / finished["n_total"]
-    ranges |= {
-        "compute": [float(compute.min()), float(compute.max())],
-        "sparsity": [float(ratio.min()), float(ratio.max())],
-    }
     return Fit(
         convention=table.convention,
         runs=len(frame),
         groups=int(frame["group"].nunique()),
         sizes=count_sizes(finished),
         durations=int((finished["tokens"] / finished["n_total"]).round(1).nunique()),
-        ranges=ranges,
+        ranges=_covered(finished, surface is not None),
         surface=surface,
         step_law=step_law,
         surface_samples=surfaces,

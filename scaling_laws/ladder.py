@@ -10,7 +10,7 @@ is promised holds where the prior's optimum is about right; grids that miss the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from scaling_laws.surface import NOISE, PRIOR, Surface, _features, _shape, step_
 STEP = 0.8  # between neighbours of the grid, in log
 GRID = np.array([-STEP, 0.0, STEP])
 SHARING = 3  # neighbouring durations that one grid can serve: their optima differ by less than its step
+SIZES, DURATIONS = 3, 2  # the fewest that tell a law in N and a law in D
 # Standard deviations of the prior: log lr* and log B* at the reference, exponents of N and D, effect of sparsity; the shape.
 _PRIOR_LAW = (0.7, *PRIOR)
 _PRIOR_SHAPE = (0.5, 0.05, 0.5, 0.005, 0.005, 0.005, 0.005)
@@ -112,16 +113,48 @@ def _expected(information: np.ndarray, prior: Surface, target: np.ndarray) -> tu
     return float(np.trace(root.T @ root @ covariance)), covariance
 
 
-def _completion(candidates: Sequence[_Candidate], chosen: Sequence[int]) -> float:
+@dataclass(frozen=True)
+class _Selection:
+    """The chosen candidates, the FLOPs that they leave, and the information of the prior and their runs together."""
+
+    chosen: tuple[_Candidate, ...]
+    left: float
+    information: np.ndarray
+
+    @property
+    def sizes(self) -> set[tuple[float, float]]:
+        return {candidate.size for candidate in self.chosen}
+
+    @property
+    def durations(self) -> set[float]:
+        return set().union(*(candidate.ratios for candidate in self.chosen))
+
+    @property
+    def complete(self) -> bool:
+        """Whether laws in N and in D can be fitted."""
+        return len(self.sizes) >= SIZES and len(self.durations) >= DURATIONS
+
+    def needs(self, candidate: _Candidate) -> bool:
+        """Whether the candidate may be next: until the selection is complete, only one that brings it nearer."""
+        if len(self.sizes) < SIZES:
+            return candidate.size not in self.sizes
+        return len(self.durations) >= DURATIONS or not candidate.ratios <= self.durations
+
+    def overlapping(self, candidate: _Candidate) -> list[_Candidate]:
+        """Chosen candidates that share runs with this one: the same size for some of the same durations."""
+        return [other for other in self.chosen if other.size == candidate.size and other.ratios & candidate.ratios]
+
+
+def _completion(candidates: Sequence[_Candidate], chosen: Sequence[_Candidate]) -> float:
     """The least that three sizes and two durations still cost after ``chosen``."""
-    used = {candidates[index].size for index in chosen}
-    durations = set().union(*(candidates[index].ratios for index in chosen))
+    used = {candidate.size for candidate in chosen}
+    durations = set().union(*(candidate.ratios for candidate in chosen))
     cheapest: dict[tuple[float, float], float] = {}
     for candidate in candidates:
         if candidate.size not in used:
             cheapest[candidate.size] = min(candidate.cost, cheapest.get(candidate.size, np.inf))
-    total = sum(sorted(cheapest.values())[: max(0, 3 - len(used))])
-    if len(durations) < 2:
+    total = sum(sorted(cheapest.values())[: max(0, SIZES - len(used))])
+    if len(durations) < DURATIONS:
         total += min((c.cost for c in candidates if not c.ratios <= durations and c.size in used), default=0.0)
     return total
 
@@ -141,6 +174,34 @@ def _candidates(
     return found
 
 
+def _extended(
+    selection: _Selection, candidates: Sequence[_Candidate], prior: Surface, target: np.ndarray
+) -> _Selection | None:
+    """The selection with the candidate that lowers the expected excess loss most per FLOP; None where none is worth it."""
+    excess, _ = _expected(selection.information, prior, target)
+    # What a group gains must be worth noticing: a thousandth of what is left to lose.
+    least = 1e-3 * excess if selection.complete else 0.0
+    scored: list[tuple[float, _Selection]] = []
+    for candidate in candidates:
+        replaced = selection.overlapping(candidate)
+        # A grid may be extended to more durations, which replaces it; otherwise each duration is run once.
+        if len(replaced) > 1 or any(not other.ratios < candidate.ratios for other in replaced):
+            continue
+        if not selection.needs(candidate):
+            continue
+        cost = candidate.cost - sum(other.cost for other in replaced)
+        chosen = (*(other for other in selection.chosen if other not in replaced), candidate)
+        # What is bought first must leave enough to complete the selection.
+        if cost + _completion(candidates, chosen) > selection.left:
+            continue
+        information = selection.information + _information(prior, candidate)
+        information = information - sum((_information(prior, other) for other in replaced), np.zeros_like(information))
+        gain = excess - _expected(information, prior, target)[0]
+        if gain > least:
+            scored.append((gain / cost, _Selection(chosen, selection.left - cost, information)))
+    return max(scored, key=lambda one: one[0])[1] if scored else None
+
+
 def design_ladder(
     target: tuple[float, float, float],
     sizes: Sequence[tuple[float, float]],
@@ -157,64 +218,29 @@ def design_ladder(
     """
     known = prior if prior is not None else step_law_as_published()
     if not any(known.shape):
-        known = Surface(
-            learning_rate=known.learning_rate, batch=known.batch, shape=list(_TYPICAL_SHAPE), held=known.held
-        )
+        known = replace(known, shape=list(_TYPICAL_SHAPE))
     candidates = _candidates(sizes, tokens_per_parameter, decay_share)
     at_target = _features(*target)[0]
-    total = np.diag(1 / np.array([*_PRIOR_LAW, *_PRIOR_LAW, *_PRIOR_SHAPE]) ** 2)
-    excess, covariance = _expected(total, known, at_target)
-    history, left = [excess], flops_budget
-    chosen: list[int] = []
-    while True:
-        scored = []
-        used = {candidates[index].size for index in chosen}
-        durations = set().union(*(candidates[index].ratios for index in chosen))
-        for index, candidate in enumerate(candidates):
-            same = [i for i in chosen if candidates[i].size == candidate.size]
-            shared = [i for i in same if candidates[i].ratios & candidate.ratios]
-            # A grid may be extended to more durations, which replaces it; otherwise each duration is run once.
-            if len(shared) > 1 or any(not candidates[i].ratios < candidate.ratios for i in shared):
-                continue
-            cost = candidate.cost - sum(candidates[i].cost for i in shared)
-            if cost > left:
-                continue
-            # Laws in N and in D need three sizes and two durations before anything else.
-            if len(used) < 3 and candidate.size in used:
-                continue
-            if len(used) >= 3 and len(durations) < 2 and candidate.ratios <= durations:
-                continue
-            after = [*(i for i in chosen if i not in shared), index]
-            # And what is bought first must leave enough for them.
-            if cost + _completion(candidates, after) > left:
-                continue
-            information = total + _information(known, candidate)
-            information = information - sum((_information(known, candidates[i]) for i in shared), np.zeros_like(total))
-            value, _ = _expected(information, known, at_target)
-            # What a group gains must still be worth noticing: a thousandth of what is left to lose.
-            gain = history[-1] - value
-            if gain > (1e-3 * history[-1] if len(used) >= 3 and len(durations) >= 2 else 0.0):
-                scored.append((gain / cost, cost, information, after))
-        if not scored:
-            break
-        _, cost, total, chosen = max(scored, key=lambda one: one[0])
-        excess, covariance = _expected(total, known, at_target)
-        history.append(excess)
-        left -= cost
-    used = {candidates[index].size for index in chosen}
-    durations = set().union(*(candidates[index].ratios for index in chosen))
-    if len(used) < 3 or len(durations) < 2:
-        cheapest = min(range(len(candidates)), key=lambda index: candidates[index].cost)
-        least = candidates[cheapest].cost + _completion(candidates, [cheapest])
+    before = np.diag(1 / np.array([*_PRIOR_LAW, *_PRIOR_LAW, *_PRIOR_SHAPE]) ** 2)
+    selection = _Selection((), flops_budget, before)
+    history = [_expected(before, known, at_target)[0]]
+    while (extended := _extended(selection, candidates, known, at_target)) is not None:
+        selection = extended
+        history.append(_expected(selection.information, known, at_target)[0])
+    if not selection.complete:
+        cheapest = min(candidates, key=lambda candidate: candidate.cost)
+        least = cheapest.cost + _completion(candidates, [cheapest])
         raise InputError(
-            f"--flops-budget {flops_budget:.3g} pays for {len(used)} sizes at {len(durations)} durations; at least 3 and 2 "
-            f"are needed, about {least:.2g} FLOPs for the three smallest: raise it, or begin with a smaller recipe"
+            f"--flops-budget {flops_budget:.3g} pays for {len(selection.sizes)} sizes at {len(selection.durations)} "
+            f"durations; at least {SIZES} and {DURATIONS} are needed, about {least:.2g} FLOPs for the three smallest: "
+            "raise it, or begin with a smaller recipe"
         )
     runs: list[Run] = []
     group = 0
-    for candidate in sorted((candidates[index] for index in chosen), key=lambda c: c.cost):
+    for candidate in sorted(selection.chosen, key=lambda c: c.cost):
         runs += _runs_of(candidate, known, group, len(runs), decay_share or 0.0)
         group += len(candidate.durations)
+    _, covariance = _expected(selection.information, known, at_target)
     deviation = np.sqrt(np.diag(covariance))
     return Design(runs=runs, excess=history, deviation=(float(deviation[0]), float(deviation[1])))
 
