@@ -1,4 +1,4 @@
-"""From a table of runs to everything that a recommendation needs, resampled and held out, as one JSON file."""
+"""Fits everything that a recommendation needs to a table of runs, resamples and holds out, and keeps it as one JSON file."""
 
 import hashlib
 import json
@@ -28,13 +28,14 @@ from scaling_laws.validation import (
 )
 
 FIT = "fit.json"
-DIGEST = "sha256"  # of the other values
+DIGEST = "sha256"  # key of the hash of all other values
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """``ranges``: [least, most] of what the runs cover. ``*_samples``: refits of resampled groups (cluster bootstrap)."""
+    """Everything that was fitted. ``ranges``: [least, most] of each quantity in the runs. ``*_samples``: refits to
+    resampled groups (cluster bootstrap)."""
 
     convention: str
     runs: int
@@ -49,7 +50,7 @@ class Fit:
     loss_samples: list[LossLaw]
     validation: list[dict[str, Any]]
     extrapolation: list[dict[str, float]]
-    granularity: float  # of the median run, 1 where the table has none
+    granularity: float  # the runs' median, 1 if the table has none
     warnings: list[str] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
@@ -66,13 +67,13 @@ def _digest(values: dict[str, Any]) -> str:
 
 
 def load_fit(folder: Path) -> Fit:
-    """The fit that `qwen-moe scaling fit --output FOLDER` left. Raises InputError."""
+    """The fit that `qwen-moe scaling fit --output FOLDER` wrote. Raises InputError."""
     path = folder / FIT
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        # One changed digit would be another recommendation.
+        # A single changed digit would change the recommendation.
         if values.pop(DIGEST) != _digest(values):
-            raise ValueError("its contents are not those that were written")
+            raise ValueError("its contents were changed after it was written")
         for key in ("surface", "step_law"):
             values[key] = Surface(**values[key]) if values[key] else None
         values["surface_samples"] = [Surface(**sample) for sample in values["surface_samples"]]
@@ -84,11 +85,11 @@ def load_fit(folder: Path) -> Fit:
             f"{path} does not exist: run `qwen-moe scaling fit RUNS.csv --output {folder}` first"
         ) from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} is damaged or of another version ({error}): fit again") from None
+        raise InputError(f"{path} is damaged or from another version ({error}): fit again") from None
 
 
 def _at_bounds(law: LossLaw) -> list[str]:
-    """Parameters that the runs could not tell: they ended where the search ends."""
+    """A note on parameters that the runs do not determine, because they ended at a bound of the search."""
     form = FORMS[law.form]
     ended = []
     for name, (low, high) in zip(form.names, form.bounds, strict=True):
@@ -99,37 +100,37 @@ def _at_bounds(law: LossLaw) -> list[str]:
     if not ended:
         return []
     return [
-        f"the runs cannot tell {', '.join(ended)} of the loss law (at the end of its range): far beyond them its losses are "
-        "uncertain; a wider range of N and D would tell"
+        f"the runs do not determine {', '.join(ended)} of the loss law (at a bound of its range): far beyond the runs its "
+        "losses are uncertain; runs over a wider range of N and D would determine it"
     ]
 
 
 def _held_exponents(surface: Surface) -> list[str]:
-    """A note on exponents that the table could not tell and that were not fitted, if there are any."""
+    """A note on the exponents that the table does not determine and that were not fitted, if there are any."""
     if not surface.held:
         return []
     if set(surface.held) == {"sparsity"}:
-        return ["one sparsity only: its effect on learning rate and batch size is taken as none"]
+        return ["all runs have the same sparsity: no effect of it on learning rate and batch size is assumed"]
     return [
-        f"the table cannot tell the effect of {', '.join(surface.held)}: Step Law's published exponent is used there"
+        f"the table does not determine the effect of {', '.join(surface.held)}: Step Law's published exponent is used"
     ]
 
 
 def _resamples(frame: pd.DataFrame, steps: Iterable[int], seed: int) -> Iterator[pd.DataFrame]:
-    """For each of ``steps``, as many groups as ``frame`` has, drawn with replacement (cluster bootstrap)."""
+    """Cluster bootstrap: for each of ``steps``, as many groups as ``frame`` has, drawn with replacement."""
     groups = list(frame.groupby("group").indices.values())
     rng = np.random.default_rng(seed)
     for _ in steps:
         drawn = [groups[place] for place in rng.choice(len(groups), size=len(groups))]
         resampled = frame.take(np.concatenate(drawn))
-        # A group drawn twice is two groups with free levels of their own.
+        # A group that is drawn twice becomes two groups, each with its own free level.
         yield resampled.assign(group=np.repeat(np.arange(len(drawn)), [len(rows) for rows in drawn]))
 
 
 def _refits(
     resamples: Iterable[pd.DataFrame], surface: Surface | None, law: LossLaw | None, form: str
 ) -> tuple[list[Surface], list[LossLaw]]:
-    """Surface and loss law fitted again to each resample, from where the fits to all runs ended."""
+    """Fits surface and loss law again to each resample, starting from the fits to all runs."""
     surfaces: list[Surface] = []
     laws: list[LossLaw] = []
     for resampled in resamples:
@@ -140,12 +141,12 @@ def _refits(
             if again is not None:
                 surfaces.append(again)
         except InputError:
-            continue  # a sample without enough sizes; the share that remains is reported
+            continue  # this sample has too few sizes; `fit_table` reports how many were fitted
     return surfaces, laws
 
 
 def _covered(finished: pd.DataFrame, hyperparameters: bool) -> dict[str, list[float]]:
-    """[least, most] of what the runs cover."""
+    """[least, most] of each quantity in the runs."""
     columns = ["n_total", "n_active", "tokens"] + (["learning_rate", "batch_tokens"] if hyperparameters else [])
     values = {column: finished[column] for column in columns}
     values["compute"] = compute_of(finished)
@@ -154,7 +155,7 @@ def _covered(finished: pd.DataFrame, hyperparameters: bool) -> dict[str, list[fl
 
 
 def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress) -> Fit:
-    """Fit, choose, hold out and resample. Raises InputError when the table says too little for anything."""
+    """Fit, choose the form of the loss, hold out and resample. Raises InputError when the runs are too few for any fit."""
     frame, finished, notes = table.frame, table.finished, list(table.warnings)
     surface = step_law = None
     if table.has_hyperparameters:

@@ -1,4 +1,4 @@
-"""Learning rate, batch size and predicted loss of a run that is about to be launched, and how far to trust them."""
+"""Recommends learning rate and batch size for a run to launch, predicts its loss, and says how far to trust them."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,16 +12,16 @@ from scaling_laws.loss_law import compute_optimal
 from scaling_laws.surface import PUBLISHED, WINDOW, Surface
 
 WIDE = 1e-3  # excess loss that a wide batch may cost
-LEAST_GROUPS = 5  # groups below which resamples are too much alike to tell anything
-LEAST_SAMPLES = 20  # resamples for an interval
-MOST_COMPUTE, MOST_OTHER = 1000.0, 30.0  # how far outside the runs a request may lie without being asked twice
-LEAST_STEPS = 50  # of a run: with fewer no batch size is a recommendation
+LEAST_GROUPS = 5  # with fewer groups, resamples are too much alike to give an interval
+LEAST_SAMPLES = 20  # with fewer resamples, no interval is given
+MOST_COMPUTE, MOST_OTHER = 1000.0, 30.0  # times outside the runs; beyond, --accept-extrapolation is needed
+LEAST_STEPS = 50  # a batch size that leaves a run fewer steps is not recommended
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be launched. ``flops`` = 6 N_active D instead of sizes; ``ratio`` is then N_active / N_total, by default
-    the best that the runs cover."""
+    """The run to launch, given by its sizes or by ``flops`` = 6 N_active D. With ``flops``, ``ratio`` is N_active / N_total,
+    by default the best one that the runs cover."""
 
     n_total: float | None = None
     n_active: float | None = None
@@ -41,7 +41,7 @@ def _interval(values: list[float]) -> list[float] | None:
 
 
 class _Target(NamedTuple):
-    """The run that is asked about, in the order that laws take it: parameters, activated parameters, training tokens."""
+    """The run to recommend for, in the order of the laws' arguments: parameters, activated parameters, tokens."""
 
     n_total: float
     n_active: float
@@ -53,7 +53,7 @@ class _Target(NamedTuple):
 
 
 def _target(fit: Fit, request: Request) -> _Target:
-    """The sizes of the request, or the compute-optimal ones for its FLOPs. Raises InputError when it has neither."""
+    """The sizes in the request, or the compute-optimal ones for its FLOPs. Raises InputError when it gives neither."""
     if request.flops is not None:
         if fit.loss_law is None:
             raise InputError("--flops needs a loss law, which these runs do not give (too few sizes or durations)")
@@ -73,7 +73,7 @@ def _target(fit: Fit, request: Request) -> _Target:
 
 
 def _beyond(fit: Fit, target: _Target) -> dict[str, float]:
-    """By quantity: how many times beyond the covered range, 1 inside it."""
+    """How many times each quantity is outside the range of the runs; 1 inside it."""
     sparsity = target.n_active / target.n_total
     found = {}
     for name, value in {**target._asdict(), "compute": target.compute, "sparsity": sparsity}.items():
@@ -83,7 +83,7 @@ def _beyond(fit: Fit, target: _Target) -> dict[str, float]:
 
 
 def _refuse(fit: Fit, beyond: dict[str, float], accepted: bool) -> list[str]:
-    """Warnings of an extrapolation that was accepted; InputError for one that was not."""
+    """Warnings about an extrapolation that the user accepted. Raises InputError for one that was not accepted."""
     reasons = []
     if fit.sizes < 3:
         reasons.append(f"the runs have {fit.sizes} sizes, fewer than 3")
@@ -102,28 +102,28 @@ def _refuse(fit: Fit, beyond: dict[str, float], accepted: bool) -> list[str]:
 
 
 def _check_sense(rate: float, batch: float, batch_tokens: int, tokens: float) -> None:
-    """InputError for a learning rate or a batch that no run could use, whatever extrapolation was accepted."""
+    """Raises InputError for a learning rate or batch that no run could use, even if extrapolation was accepted."""
     if not (0 < rate < 1 and batch > 0):
         raise InputError(
             f"not recommended: the laws give a learning rate of {rate:.3g} and a batch of {batch:.3g} tokens there, which "
-            "is no answer: the runs do not tell what happens at this size; add runs closer to it"
+            "no run can use: the runs are too far from this size; add runs closer to it"
         )
     if batch > tokens / LEAST_STEPS:
         raise InputError(
             f"not recommended: the laws give a batch of {batch:,.0f} tokens, and a run of {tokens:.3g} tokens would have "
-            f"{tokens / batch:.3g} steps, fewer than {LEAST_STEPS}: check that batch_size of the table counts sequences, "
+            f"{tokens / batch:.3g} steps, fewer than {LEAST_STEPS}: check that the table's batch_size counts sequences, "
             "not tokens (then fit again), and that --tokens is in tokens"
         )
     if batch_tokens > tokens / LEAST_STEPS:
         raise InputError(
-            f"not recommended: --data-parallel x --micro-batch x --seq-len make steps of {batch_tokens:,} tokens, and a run "
-            f"of {tokens:.3g} tokens would have {tokens / batch_tokens:.3g} of them, fewer than {LEAST_STEPS}: use fewer "
+            f"not recommended: --data-parallel x --micro-batch x --seq-len make a step of {batch_tokens:,} tokens, and a "
+            f"run of {tokens:.3g} tokens would have {tokens / batch_tokens:.3g} steps, fewer than {LEAST_STEPS}: use fewer "
             "ranks, or train longer"
         )
 
 
 def _why_no_intervals(fit: Fit) -> list[str]:
-    """A note if the resamples are too few or too much alike for intervals, else nothing."""
+    """A note if there are too few resamples for intervals, or if they are too much alike."""
     if fit.groups < LEAST_GROUPS:
         return [f"{fit.groups} groups of runs are too few to resample: no intervals"]
     if len(fit.surface_samples) < LEAST_SAMPLES:
@@ -132,8 +132,8 @@ def _why_no_intervals(fit: Fit) -> list[str]:
 
 
 def _excesses(samples: list[Surface], target: _Target, rate: Any, batch: Any) -> Any:
-    """[samples, points]: the excess loss of each point (rate, batch) in each resampled surface, from 0 to `WINDOW`: beyond
-    it a cubic is any number, and one resample that is far off would be the mean of all."""
+    """The excess loss [samples, points] of each point (rate, batch) in each resampled surface, clipped to 0 ... `WINDOW`.
+    Beyond `WINDOW` the cubic can take any value, and one resample that is far off would dominate the mean."""
     return np.clip([s.excess(*target, rate, batch) for s in samples], 0.0, WINDOW)
 
 
@@ -151,13 +151,14 @@ def _widest(samples: list[Surface], surface: Surface, target: _Target) -> float:
 
 
 def _optimum(surface: Surface, target: _Target) -> tuple[float, float]:
-    """(learning rate, batch size in tokens) of least loss."""
+    """(learning rate, batch size in tokens) that minimise the loss."""
     rate, batch = surface.optimum(*target)
     return float(rate[0]), float(batch[0])
 
 
 def _batch_warnings(batch_tokens: int, widest: float, excesses: np.ndarray) -> list[str]:
-    """Notes on a batch whose excess loss, in each resampled surface, is uncertain or too much."""
+    """Warnings about a batch whose excess loss is untrustworthy, or too large at any learning rate. ``excesses`` is the
+    excess loss in each resampled surface."""
     warnings = []
     if np.median(excesses) >= WINDOW:
         warnings.append(
@@ -171,7 +172,7 @@ def _batch_warnings(batch_tokens: int, widest: float, excesses: np.ndarray) -> l
 
 
 def _losses(fit: Fit, request: Request, target: _Target) -> tuple[float | None, list[float]]:
-    """(loss at the optimum, the same in each resample), None and nothing without a loss law."""
+    """(loss at the optimum, that loss in each resample); (None, []) without a loss law."""
     if fit.loss_law is None:
         return None, []
     others = {"granularity": request.granularity or fit.granularity, "unique_tokens": request.unique_tokens}
@@ -180,7 +181,7 @@ def _losses(fit: Fit, request: Request, target: _Target) -> tuple[float | None, 
 
 
 def _other_laws(fit: Fit, target: _Target) -> dict[str, Any]:
-    """What Step Law fitted to these runs, and laws as they were published, recommend instead."""
+    """What the Step Law fitted to these runs and the published laws recommend."""
 
     def optimum(law: Surface) -> dict[str, float]:
         rate, batch = _optimum(law, target)
@@ -191,7 +192,7 @@ def _other_laws(fit: Fit, target: _Target) -> dict[str, Any]:
 
 
 def recommend(fit: Fit, request: Request) -> dict[str, Any]:
-    """Plain values under the documented keys. Raises InputError for a request that the runs cannot answer."""
+    """The recommendation, as plain values under documented keys. Raises InputError if the runs cannot answer the request."""
     if fit.surface is None:
         raise InputError("the runs of this fit have no learning_rate and batch_size: only a loss law was fitted")
     target = _target(fit, request)
@@ -242,7 +243,7 @@ def recommend(fit: Fit, request: Request) -> dict[str, Any]:
 
 
 def _shares(fit: Fit) -> list[float]:
-    """Activated shares that the runs cover, in halves from the largest; one where the law knows nothing of sparsity."""
+    """Activated shares that the runs cover, each half of the one before; one share if the law does not use sparsity."""
     low, high = fit.ranges["sparsity"]
     if fit.loss_law is None or "N_total" not in fit.loss_law.text:
         return [high]
@@ -253,8 +254,8 @@ def _shares(fit: Fit) -> list[float]:
 
 
 def _shapes(fit: Fit, flops: float, wanted: float) -> list[dict[str, float]]:
-    """The compute-optimal model at each share of activated parameters: what its share costs against the best one, and
-    what half and twice its size cost."""
+    """The compute-optimal model at each share of activated parameters, with the loss that it costs over the best share,
+    and what half and twice its size would cost."""
     assert fit.loss_law is not None
     law, rows = fit.loss_law, []
     for ratio in sorted({*_shares(fit), wanted}, reverse=True):
