@@ -92,7 +92,7 @@ class StepTimeModel:
 
     # Single operations
 
-    def _product(self, m: float, n: float, k: float, precision: str, count: float = 1, grouped: bool = False) -> float:
+    def _gemm(self, m: float, n: float, k: float, precision: str, count: float = 1, grouped: bool = False) -> float:
         """``count`` GEMMs ``[m, k] x [k, n]``, with those of backward for the gradients of input and weight."""
         e = self.gpu.efficiency
         share = e.grouped_gemm if grouped else e.gemm
@@ -180,23 +180,21 @@ class StepTimeModel:
         tokens = choice.micro_batch * self.sequence / choice.cp
         d, c = m.hidden_size, m.head_dim
         heads, kv = m.num_attention_heads / tp, max(1.0, m.num_key_value_heads / tp)
-        products = self._product(tokens, (heads + 2 * kv) * c, d, precision) + self._product(
-            tokens, d, heads * c, precision
-        )
+        gemms = self._gemm(tokens, (heads + 2 * kv) * c, d, precision) + self._gemm(tokens, d, heads * c, precision)
         scores = 2 * heads * c * (self.sequence + 1) * tokens * self.score_factor
         # Backward has five GEMMs and forward two.
         scores_time = 3.5 * scores / (self.gpu.peak_tflops["bf16"] * 1e12 * self.gpu.efficiency.attention)
         # Two norms and two residual sums on this rank's tokens, then RoPE and copies to the kernel's layout.
         moved = self._moved(tokens / tp * d, 24) + self._moved(tokens * (heads + 2 * kv) * c, 14)
         moved += self._moved(tokens * (heads + kv) * c, 8) if m.qk_norm else 0.0
-        return Part(compute=products + scores_time + moved, tp=self._tp(tp, tokens, 5))
+        return Part(compute=gemms + scores_time + moved, tp=self._tp(tp, tokens, 5))
 
     def _feed_forward(self, choice: Choice, hidden: int = 0) -> Part:
         d, f = self.model.hidden_size, (hidden or self.model.intermediate_size) / choice.tp
         tokens = choice.micro_batch * self.sequence / choice.cp
-        products = self._product(tokens, 2 * f, d, choice.precision) + self._product(tokens, d, f, choice.precision)
+        gemms = self._gemm(tokens, 2 * f, d, choice.precision) + self._gemm(tokens, d, f, choice.precision)
         moved = self._moved(tokens * f, 8) + self._moved(tokens / choice.tp * d, 4)
-        return Part(compute=products + moved, tp=self._tp(choice.tp, tokens, 5))
+        return Part(compute=gemms + moved, tp=self._tp(choice.tp, tokens, 5))
 
     def _moe(self, choice: Choice) -> Part:
         m, tp, ep, etp = self.model, choice.tp, choice.ep, choice.etp
@@ -204,8 +202,8 @@ class StepTimeModel:
         tokens = choice.micro_batch * self.sequence / choice.cp / tp
         rows = tokens * m.num_experts_per_tok * etp
         each = rows / local
-        experts = self._product(each, 2 * f, d, choice.precision, local, grouped=True)
-        experts += self._product(each, d, f, choice.precision, local, grouped=True)
+        experts = self._gemm(each, 2 * f, d, choice.precision, local, grouped=True)
+        experts += self._gemm(each, d, f, choice.precision, local, grouped=True)
         experts += self._moved(rows * f, 8)
         # Sort the rows and sum them with weights; an all-to-all reorders them twice more.
         moved = self._moved(rows * d, 10 if ep * etp == 1 else 18) + self._moved(tokens * m.num_experts, 10, 4)
@@ -226,7 +224,7 @@ class StepTimeModel:
             part += Part(compute=self._moved(tokens / choice.tp * d, 6), tp=self._tp(choice.tp, tokens, 2))
         if last:
             v = self.model.vocab_size / choice.tp
-            head = self._product(tokens, v, d, "bf16") + self._moved(tokens * v, 9, 4)
+            head = self._gemm(tokens, v, d, "bf16") + self._moved(tokens * v, 9, 4)
             part += Part(compute=head, tp=self._tp(choice.tp, tokens, 2))
         return part
 
