@@ -1,4 +1,4 @@
-"""The plan as a table for people."""
+"""The text that `qwen-moe plan` prints."""
 
 from qwen_moe.planning.memory import Memory
 from qwen_moe.planning.search import Misfit, Plan, Scored, changes
@@ -50,7 +50,7 @@ def _misfit(misfit: Misfit, plan: Plan) -> list[str]:
 
 
 def plan_text(plan: Plan, name: str) -> str:
-    """What `qwen-moe plan` prints."""
+    """The best layouts, and those that would be faster but do not fit."""
     config, cluster = plan.config, plan.cluster
     lines = [
         f"{name} on {plan.gpus} x {cluster.gpu.name}, {cluster.gpus_per_node} per node, {cluster.network.name}",

@@ -102,7 +102,7 @@ def test_what_is_written_keeps_comments_and_runs(recipe: Path, capsys: pytest.Ca
     assert run_layout(config, 8) and config.training.global_batch_size == 32
     assert text.index("parallel:") < text.index("schedule:") < text.index("precision:")
     assert plan(recipe, "--gpus", 8, "--write") == 0
-    assert "as it was" in capsys.readouterr().out and recipe.read_text() == text
+    assert "unchanged" in capsys.readouterr().out and recipe.read_text() == text
 
 
 def test_editing_is_exact_or_starts_anew() -> None:
@@ -153,7 +153,7 @@ def test_overrides_may_stand_anywhere(recipe: Path, capsys: pytest.CaptureFixtur
         (("--gpus", 7, "--gpus-per-node", 7), "no layout"),
         (
             ("--gpus", 8, "data.prepare.text_key=x", "--write"),
-            "there is nothing to read|cannot put override|is missing",
+            "there is nothing to read|cannot write override|is missing",
         ),
     ],
 )
@@ -244,7 +244,7 @@ def test_the_best_is_the_best_of_all(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_slices_of_experts_too_thin_to_count_are_left_out() -> None:
-    """1408 / 32 = 44 features are legal, but no whole number of the 16 bytes that grouped products need."""
+    """1408 / 32 = 44 features are legal, but not a multiple of the 16 bytes that grouped GEMMs need."""
     config = recipes.turbo_style(global_batch_size=64)
     assert any(choice.etp == 32 for choice, _ in legal_choices(config, 32))
     search = Search(config, 32, Cluster(load_gpu("h100-80gb"), load_network("ib400"), 8), precisions=("bf16",))
