@@ -158,7 +158,7 @@ def table(path: Path, rows: list[dict[str, str]]) -> Path:
         ),
         ([GOOD | {"batch_size": "262144"}], "half of the runs have fewer than 7.45 steps"),
         ([GOOD | {"n_total": "0.1", "tokens": "2"}], "median of n_total is 0.1: is it in millions or billions?"),
-        ([GOOD | {"n_total": "5000"}], "4e+05 tokens per activated parameter, which no run has"),
+        ([GOOD | {"n_total": "5000"}], "4e+05 tokens per activated parameter, which is impossible"),
         ([GOOD | {"n_total": "1e12", "batch_size": "1"}], "0.002 tokens per activated parameter"),
         ([GOOD | {"tokens": "2000"}], "the median of tokens is 2000: is it in millions or billions?"),
         ([GOOD | {"diverged": "perhaps"}], "runs.csv:2: diverged is 'perhaps', expected true or false"),
