@@ -181,7 +181,7 @@ def _losses(fit: Fit, request: Request, target: _Target) -> tuple[float | None, 
 
 
 def _other_laws(fit: Fit, target: _Target) -> dict[str, Any]:
-    """What the Step Law fitted to these runs and the published laws recommend."""
+    """The recommendations of the Step Law fitted to these runs, if any, and of the published laws."""
 
     def optimum(law: Surface) -> dict[str, float]:
         rate, batch = _optimum(law, target)

@@ -1,4 +1,4 @@
-"""A random corpus, its preparation, and the hashes of what that wrote."""
+"""Helpers of the tests of `data prepare`: a random corpus, the call, and hashes of the files that it writes."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Preparing data: the right tokens for every request, and nothing where the request is wrong."""
+"""`data prepare` writes the right tokens for each request, and nothing for a request that is wrong."""
 
 import json
 import os
@@ -96,7 +96,7 @@ def test_equal_content_is_equal_data_wherever_and_whenever_it_was_written(tmp_pa
     os.utime(corpus, ns=(1, 1))
     again, done = prepare([str(corpus)], tmp_path / "out", tokenizer=tokenizer)
     assert not done and again.content == first.content and again.request != first.request
-    # Now it is known by its status, and nothing is hashed.
+    # The manifest now has the file's new time, so that nothing is hashed next time.
     assert read_manifest(tmp_path / "out") == again
     moved = tmp_path / "elsewhere.jsonl"
     corpus.rename(moved)
@@ -123,7 +123,7 @@ def test_data_whose_corpus_is_gone_is_used_by_a_run_and_not_taken_for_another(
 
 
 def test_a_tokenizer_that_cannot_keep_text_from_control_tokens_is_refused(tmp_path: Path) -> None:
-    """One whose model has the control token among its own words."""
+    """Its model has the control token in its own vocabulary."""
     plain = Tokenizer(models.WordLevel({"[UNK]": 0, "<|endoftext|>": 1, "see": 2}, unk_token="[UNK]"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     plain.add_special_tokens(["<|endoftext|>"])

@@ -1,4 +1,4 @@
-"""Preparing data that is killed, fails, meets damage or another preparation: what is left is whole or is made again."""
+"""`data prepare` leaves whole files or none when it is killed or fails, and replaces damaged ones."""
 
 import contextlib
 import errno
@@ -142,7 +142,7 @@ def test_every_bit_of_the_manifest_counts(tmp_path: Path, tokenizer: Path) -> No
 def test_stopped_while_files_are_put_in_place(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
-    """What is then there of two preparations is not read, and the same command puts it right."""
+    """A mixture of files from two preparations is not read, and the same command repairs it."""
 
     class Killed(BaseException):
         pass
@@ -163,7 +163,7 @@ def test_stopped_while_files_are_put_in_place(
 
     with monkeypatch.context() as patched:
         patched.setattr("os.replace", killed)
-        # What a kill leaves, not what an exception cleans up.
+        # Leave what a kill leaves: nothing is cleaned up.
         patched.setattr("qwen_moe.data.prepare._no_partial_left", lambda prefix: contextlib.nullcontext())
         if stop < 5:
             with pytest.raises(Killed):
