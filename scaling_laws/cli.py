@@ -1,4 +1,4 @@
-"""`qwen-moe scaling fit|recommend|report`: thin; everything heavy is imported by the verb that needs it."""
+"""`qwen-moe scaling fit|recommend|report`. Each verb imports what it needs, so that the others need not wait for it."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from scaling_laws.atomic import write_text
 
 RUNS = "runs.csv"
 MOST_SAMPLES = 1_000_000
-# What a request may be made of: far beyond what is trained, and nothing that overflows.
+# Limits of a request's numbers: far beyond any training run, but nothing overflows.
 LIMITS: dict[str, tuple[float, float]] = {
     "n_total": (1, 1e18),
     "n_active": (1, 1e18),
@@ -29,38 +29,40 @@ LIMITS: dict[str, tuple[float, float]] = {
 def register(
     subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]",
 ) -> "argparse._SubParsersAction[argparse.ArgumentParser]":
-    """Add `scaling` and its verbs; returns where further verbs of it can be added."""
+    """Add `scaling` and its verbs. Returns the subparsers, to which further verbs can be added."""
     scaling = subparsers.add_parser("scaling", help="choose learning rate, batch size and model size from small runs")
     verbs = scaling.add_subparsers(dest="scaling_verb", required=True, metavar="VERB")
     fit = verbs.add_parser("fit", help="fit laws to tables of runs")
     fit.add_argument("runs", nargs="+", type=Path, metavar="RUNS.csv", help="CSV or JSONL, see docs/scaling-laws.md")
     fit.add_argument("--output", type=Path, required=True, metavar="FIT_DIR")
-    fit.add_argument("--samples", type=int, default=200, help="refits to resampled groups, for intervals (200)")
+    fit.add_argument(
+        "--samples", type=int, default=200, help="refits to resampled groups, for intervals (default: 200)"
+    )
     fit.add_argument("--seed", type=int, default=0)
     fit.add_argument("--json", action="store_true")
     fit.set_defaults(func=_fit, needs=("scipy", "pandas"))
     recommend = verbs.add_parser("recommend", help="learning rate, batch size and loss of a run to launch")
     recommend.add_argument("fit", type=Path, metavar="FIT_DIR")
-    recommend.add_argument("--n-total", type=float, help="parameters, counted as the table counts them")
-    recommend.add_argument("--n-active", type=float, help="activated by one token (default: all)")
+    recommend.add_argument("--n-total", type=float, help="parameters, counted as in the table")
+    recommend.add_argument("--n-active", type=float, help="parameters activated by one token (default: all)")
     recommend.add_argument("--tokens", type=float)
     recommend.add_argument(
-        "--flops", type=float, help="6 N_active D, instead of sizes: the compute-optimal ones are found"
+        "--flops", type=float, help="6 N_active D, instead of sizes: the compute-optimal sizes are computed"
     )
     recommend.add_argument(
         "--activated-share", type=float, help="N_active / N_total, with --flops (default: the best that the runs cover)"
     )
     recommend.add_argument(
-        "--granularity", type=float, help="of the experts, where the runs vary it (default: their median)"
+        "--granularity", type=float, help="granularity of the experts, if the runs vary it (default: their median)"
     )
-    recommend.add_argument("--unique-tokens", type=float, help="where --tokens repeats them")
+    recommend.add_argument("--unique-tokens", type=float, help="number of different tokens, if --tokens repeats them")
     recommend.add_argument("--seq-len", type=int, required=True)
     recommend.add_argument("--data-parallel", type=int, default=1)
     recommend.add_argument("--micro-batch", type=int, default=1)
     recommend.add_argument("--accept-extrapolation", action="store_true")
     recommend.add_argument("--json", action="store_true")
     recommend.set_defaults(func=_recommend, needs=("scipy", "pandas"))
-    report = verbs.add_parser("report", help="draw the pictures of a fit and write its page")
+    report = verbs.add_parser("report", help="draw a fit's pictures and write its report")
     report.add_argument("fit", type=Path, metavar="FIT_DIR")
     report.set_defaults(func=_report, needs=("scipy", "pandas", "matplotlib"))
     return verbs
@@ -141,9 +143,9 @@ def _text(found: dict[str, Any]) -> str:
         f"  learning rate      {found['learning_rate']:.3e}{interval('learning_rate', '.2e')}",
         f"  batch size         {found['batch_size_tokens']:,} tokens = {found['batch_size_sequences']:,} sequences"
         f"{interval('batch_size_tokens', ',.0f')}",
-        f"  expected excess    {found['predicted_excess_loss']:.3%} of loss, for not knowing the optimum exactly"
+        f"  expected excess    {found['predicted_excess_loss']:.3%} of loss, because the optimum is not known exactly"
         f"{interval('predicted_excess_loss', '.3%')}",
-        f"  widest batch       {found['widest_batch_tokens']:,.0f} tokens cost less than 0.1% (at their own learning rate)",
+        f"  widest batch       {found['widest_batch_tokens']:,.0f} tokens cost less than 0.1% (at its best learning rate)",
     ]
     if found["predicted_loss"] is not None:
         lines.append(f"  predicted loss     {found['predicted_loss']:.4f}{interval('predicted_loss', '.4f')}")
@@ -159,7 +161,9 @@ def _text(found: dict[str, Any]) -> str:
         )
     outside = {name: ratio for name, ratio in found["extrapolation"].items() if ratio > 1.001}
     told = ", ".join(f"{name} {ratio:.3g}x" for name, ratio in outside.items())
-    lines.append(f"  extrapolation      {told + ' beyond the runs' if told else 'inside the runs in every quantity'}")
+    lines.append(
+        f"  extrapolation      {told + ' beyond the runs' if told else 'none: every quantity is inside the runs'}"
+    )
     for row in found.get("shapes", []):
         lines.append(
             f"  {row['activated_share']:7.2%} activated: N {row['n_total']:.3g}, D {row['tokens']:.3g}, "

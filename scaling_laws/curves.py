@@ -1,14 +1,14 @@
-"""The loss that a run in flight will end with, from its curve so far and its learning rates to the end.
+"""Predicts a running run's final loss from its curve so far and its learning rates to the end.
 
-With u the learning rate over its peak, S(t) the sum of u up to step t, and du_k = u_{k-1} - u_k (its fall),
+Let u be the learning rate over its peak, S(t) the sum of u up to step t, and du_k = u_{k-1} - u_k its decrease. Then
 
     L(t) = L0 + A S(t)^-alpha - B sum_k du_k G_k(t)
 
     tissue       G_k(t) = 1 - exp(-(t - k) / tau)                            arXiv 2408.11029, lambda = exp(-1 / tau)
     multi_power  G_k(t) = 1 - (1 + C u_k^-gamma (S(t) - S(k)))^-beta         arXiv 2503.12811
 
-A run whose learning rate has not fallen yet says nothing of B and G: they come from finished runs (``like``) or from what
-was published, with the width that this leaves. Both laws are fitted, and their difference is part of the interval.
+A run whose learning rate has not decreased yet does not determine B and G. Their prior comes from finished runs (``like``)
+or from published fits, and is wider for the latter. Both laws are fitted; their difference widens the interval.
 """
 
 import itertools
@@ -26,14 +26,14 @@ from scaling_laws.table_file import read_rows
 LAWS = ("tissue", "multi_power")
 KNOTS, BINS = 300, 50
 LEAST_STEPS, LEAST_SHARE = 30, 0.05
-# Losses of one bin are not quite independent, and no law is exact: relative error that more steps do not remove.
+# Relative error that more steps do not remove: the losses in a bin are not quite independent, and no law is exact.
 MODEL_ERROR = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """``learning_rate`` of every step of the whole run; ``loss`` of the steps done so far (nats per token, NaN where it was
-    not recorded), ``name`` for messages."""
+    """A loss curve. ``learning_rate`` has every step of the whole run, ``loss`` the steps done so far (nats per token; NaN
+    where it was not recorded). ``name`` is for messages."""
 
     name: str
     learning_rate: np.ndarray
@@ -47,8 +47,8 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """``final`` loss with ``low`` and ``high`` (95%), and of each law alone. ``backtest`` is the relative error of the same
-    method, given the first two thirds of what is known, at the last third's end."""
+    """The ``final`` loss with its 95% interval ``low`` to ``high``, and each law's prediction alone. ``backtest`` is the
+    relative error when the end of the known curve is predicted from its first two thirds."""
 
     final: float
     low: float
@@ -57,20 +57,20 @@ class Prediction:
     backtest: float | None
 
 
-# Parameters searched: log of L0, A, alpha, B, then tau, or C, beta, gamma. Medians and standard deviations of the prior;
+# (medians, standard deviations) of the prior. The parameters are the logs of L0, A, alpha, B, then tau or C, beta, gamma.
 # L0 and A are left to the data. alpha, B, beta and gamma are near the fits of arXiv 2503.12811 for 25M to 400M parameters.
 _PRIOR = {
     "tissue": (np.log([1.0, 1.0, 0.5, 0.12, 1.0]), np.array([np.inf, np.inf, 0.35, 0.7, 1.0])),
     "multi_power": (np.log([1.0, 1.0, 0.5, 0.12, 1.0, 0.6, 0.6]), np.array([np.inf, np.inf, 0.35, 0.7, 1.5, 0.2, 0.2])),
 }
-_SHARED = {"tissue": (2, 3, 4), "multi_power": (2, 3, 4, 5, 6)}  # what finished runs teach
+_SHARED = {"tissue": (2, 3, 4), "multi_power": (2, 3, 4, 5, 6)}  # the parameters that are learnt from finished runs
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Grid:
-    """A curve on few points: bins of losses, and the schedule at knots."""
+    """A curve reduced to few points: mean losses in bins, and the learning rate at knots."""
 
-    at: np.ndarray  # steps where a mean loss is known, then the last step
+    at: np.ndarray  # steps of the mean losses, then the run's last step
     loss: np.ndarray
     error: np.ndarray
     knot: np.ndarray  # steps
@@ -89,14 +89,14 @@ def _grid(curve: Curve, known: int) -> _Grid:
     first = min(max(warm, int(0.01 * steps), 2), known - LEAST_STEPS // 2)
     loss = curve.loss[:known]
     jumps = np.diff(loss)
-    noise = math.sqrt(np.nanmedian(jumps**2) / 0.455 / 2)  # median of chi-squared: outliers do not count
+    noise = math.sqrt(np.nanmedian(jumps**2) / 0.455 / 2)  # by the median of chi-squared, which outliers do not move
     edges = np.unique(np.geomspace(first + 1, known + 1, BINS + 1).round().astype(int)) - 1
     at, means, errors = [], [], []
     for low, high in itertools.pairwise(edges):
         part = loss[low:high]
         part = part[np.isfinite(part)]
         if len(part):
-            # A spike is not the trend.
+            # Spikes are not part of the trend.
             part = np.clip(part, None, np.median(part) + 5 * noise)
             at.append((low + high - 1) / 2)
             means.append(part.mean())
@@ -120,7 +120,7 @@ def _grid(curve: Curve, known: int) -> _Grid:
 
 
 def _model(law: str, p: np.ndarray, grid: _Grid) -> np.ndarray:
-    """Loss at ``grid.at``; p are logs."""
+    """Loss at ``grid.at``, for the logs ``p`` of the parameters."""
     base, scale, alpha, drop = np.exp(p[:4])
     power = base + scale * (grid.s_at / 100.0) ** -alpha
     if law == "tissue":
@@ -131,7 +131,7 @@ def _model(law: str, p: np.ndarray, grid: _Grid) -> np.ndarray:
         typical = 0.11 * math.sqrt(30_000 / grid.steps)
         speed = typical * np.exp(p[4]) * grid.u ** -np.exp(p[6])
         reached = 1 - (1 + speed * since) ** -np.exp(p[5])
-    return np.clip(power - drop * (reached @ grid.fall), -1e3, 1e3)  # far from sense the search must still see numbers
+    return np.clip(power - drop * (reached @ grid.fall), -1e3, 1e3)  # the search needs finite numbers everywhere
 
 
 def _fit(law: str, grid: _Grid, prior: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -154,13 +154,13 @@ def _fit(law: str, grid: _Grid, prior: tuple[np.ndarray, np.ndarray]) -> tuple[n
         best = found if best is None or found.cost < best.cost else best
     assert best is not None
     free = len(grid.loss) - 2
-    misfit = max(1.0, 2 * best.cost / max(free, 1))  # a law that does not fit well is trusted less
+    misfit = max(1.0, 2 * best.cost / max(free, 1))  # a law that fits badly is trusted less
     hessian = best.jac.T @ best.jac
     return best.x, np.linalg.pinv(hessian, rcond=1e-12, hermitian=True) * misfit
 
 
 def _learn(law: str, like: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """The prior after finished runs."""
+    """The prior (medians, standard deviations) after learning from finished runs."""
     centre, width = (side.copy() for side in _PRIOR[law])
     if not like:
         return centre, width
@@ -183,22 +183,24 @@ def _predict(law: str, grid: _Grid, prior: tuple[np.ndarray, np.ndarray]) -> tup
 
 
 def check_curve(curve: Curve) -> None:
-    """Raises InputError for a curve that is too short to tell anything."""
+    """Raises InputError for a curve that is too short or has no sensible numbers."""
     known = int(np.isfinite(curve.loss).sum())
     if known < LEAST_STEPS or curve.done < LEAST_SHARE:
         raise InputError(
-            f"{curve.name}: {known} losses in {curve.done:.1%} of the run are too few to predict its end; at least "
+            f"{curve.name}: {known} losses in {curve.done:.1%} of the run are too few to predict its end: at least "
             f"{LEAST_STEPS} and {LEAST_SHARE:.0%} are needed"
         )
     if len(curve.loss) > len(curve.learning_rate) or not (curve.learning_rate > 0).any():
-        raise InputError(f"{curve.name}: it needs a learning rate for every step to the end, the largest above 0")
+        raise InputError(
+            f"{curve.name}: expected a learning rate for every step to the run's end, some of them above 0"
+        )
     if np.nanmin(curve.loss) <= 0:
         raise InputError(f"{curve.name}: a loss is {np.nanmin(curve.loss):g}, expected nats per token, above 0")
 
 
 def predict_final_loss(curve: Curve, like: Sequence[Curve] = ()) -> Prediction:
-    """Fit both laws to the curve so far and read them at its last step. ``like``: finished runs of the same kind (model
-    family, data, optimizer), which tell how much the loss falls when the learning rate does. Raises InputError."""
+    """Fit both laws to the curve so far and evaluate them at the run's last step. ``like``: finished runs with the same
+    model family, data and optimizer, which show how the loss falls as the learning rate does. Raises InputError."""
     for other in (curve, *like):
         check_curve(other)
     priors = {law: _learn(law, like) for law in LAWS}
@@ -235,8 +237,8 @@ def _finite(value: object) -> float:
 
 
 def read_curve(path: Path) -> Curve:
-    """A CSV with columns step, learning_rate and loss, one row for every step of the whole run (loss empty for those to
-    come). Raises InputError."""
+    """Read a CSV with the columns step, learning_rate and loss and a row for every step of the whole run; the loss of
+    steps to come is empty. Raises InputError."""
     rows = list(read_rows(path))
     missing = [name for name in ("step", "learning_rate", "loss") if not rows or name not in rows[0][1]]
     if missing:

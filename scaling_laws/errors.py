@@ -2,4 +2,4 @@
 
 
 class InputError(ValueError):
-    """Something a user can mend; the message names the value, what was expected and the fix."""
+    """A mistake that the user can fix. The message names the value, what was expected and the fix."""

@@ -1,13 +1,14 @@
-"""From a table of runs to everything that a recommendation needs, resampled and held out, as one JSON file."""
+"""Fits everything that a recommendation needs to a table of runs, resamples and holds out, and keeps it as one JSON file."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from scaling_laws.atomic import write_text
 from scaling_laws.errors import InputError
@@ -27,13 +28,14 @@ from scaling_laws.validation import (
 )
 
 FIT = "fit.json"
-DIGEST = "sha256"  # of the other values
+DIGEST = "sha256"  # key of the hash of all other values
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """``ranges``: [least, most] of what the runs cover. ``*_samples``: refits of resampled groups (cluster bootstrap)."""
+    """Everything that was fitted. ``ranges``: [least, most] of each quantity in the runs. ``*_samples``: refits to
+    resampled groups (cluster bootstrap)."""
 
     convention: str
     runs: int
@@ -48,7 +50,7 @@ class Fit:
     loss_samples: list[LossLaw]
     validation: list[dict[str, Any]]
     extrapolation: list[dict[str, float]]
-    granularity: float  # of the median run, 1 where the table has none
+    granularity: float  # the runs' median, 1 if the table has none
     warnings: list[str] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
@@ -62,13 +64,13 @@ def _digest(values: dict[str, Any]) -> str:
 
 
 def load_fit(folder: Path) -> Fit:
-    """The fit that `qwen-moe scaling fit --output FOLDER` left. Raises InputError."""
+    """The fit that `qwen-moe scaling fit --output FOLDER` wrote. Raises InputError."""
     path = folder / FIT
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        # One changed digit would be another recommendation.
+        # A single changed digit would change the recommendation.
         if values.pop(DIGEST) != _digest(values):
-            raise ValueError("its contents are not those that were written")
+            raise ValueError("its contents were changed after it was written")
         for key in ("surface", "step_law"):
             values[key] = Surface(**values[key]) if values[key] else None
         values["surface_samples"] = [Surface(**sample) for sample in values["surface_samples"]]
@@ -80,11 +82,11 @@ def load_fit(folder: Path) -> Fit:
             f"{path} does not exist: run `qwen-moe scaling fit RUNS.csv --output {folder}` first"
         ) from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} is damaged or of another version ({error}): fit again") from None
+        raise InputError(f"{path} is damaged or from another version ({error}): fit again") from None
 
 
 def _at_bounds(law: LossLaw) -> list[str]:
-    """Parameters that the runs could not tell: they ended where the search ends."""
+    """A note on parameters that the runs do not determine, because they ended at a bound of the search."""
     form = FORMS[law.form]
     ended = []
     for name, (low, high) in zip(form.names, form.bounds, strict=True):
@@ -95,25 +97,68 @@ def _at_bounds(law: LossLaw) -> list[str]:
     if not ended:
         return []
     return [
-        f"the runs cannot tell {', '.join(ended)} of the loss law (at the end of its range): far beyond them its losses are "
-        "uncertain; a wider range of N and D would tell"
+        f"the runs do not determine {', '.join(ended)} of the loss law (at a bound of its range): far beyond the runs its "
+        "losses are uncertain; runs over a wider range of N and D would determine it"
     ]
 
 
+def _held_exponents(surface: Surface) -> list[str]:
+    """A note on the exponents that the table does not determine and that were not fitted, if there are any."""
+    if not surface.held:
+        return []
+    if set(surface.held) == {"sparsity"}:
+        return ["all runs have the same sparsity: no effect of it on learning rate and batch size is assumed"]
+    return [
+        f"the table does not determine the effect of {', '.join(surface.held)}: Step Law's published exponent is used"
+    ]
+
+
+def _resamples(frame: pd.DataFrame, steps: Iterable[int], seed: int) -> Iterator[pd.DataFrame]:
+    """Cluster bootstrap: for each of ``steps``, as many groups as ``frame`` has, drawn with replacement."""
+    groups = list(frame.groupby("group").indices.values())
+    rng = np.random.default_rng(seed)
+    for _ in steps:
+        drawn = [groups[place] for place in rng.choice(len(groups), size=len(groups))]
+        resampled = frame.take(np.concatenate(drawn))
+        # A group that is drawn twice becomes two groups, each with its own free level.
+        yield resampled.assign(group=np.repeat(np.arange(len(drawn)), [len(rows) for rows in drawn]))
+
+
+def _refits(
+    resamples: Iterable[pd.DataFrame], surface: Surface | None, law: LossLaw | None, form: str
+) -> tuple[list[Surface], list[LossLaw]]:
+    """Fits surface and loss law again to each resample, starting from the fits to all runs."""
+    surfaces: list[Surface] = []
+    laws: list[LossLaw] = []
+    for resampled in resamples:
+        try:
+            again = fit_surface(resampled, start=surface) if surface is not None else None
+            if law is not None:
+                laws.append(law_of(minima(again, resampled[~resampled["diverged"]]), form, start=law))
+            if again is not None:
+                surfaces.append(again)
+        except InputError:
+            continue  # this sample has too few sizes; `fit_table` reports how many were fitted
+    return surfaces, laws
+
+
+def _covered(finished: pd.DataFrame, hyperparameters: bool) -> dict[str, list[float]]:
+    """[least, most] of each quantity in the runs."""
+    columns = ["n_total", "n_active", "tokens"] + (["learning_rate", "batch_tokens"] if hyperparameters else [])
+    values = {column: finished[column] for column in columns}
+    values["compute"] = compute_of(finished)
+    values["sparsity"] = finished["n_active"] / finished["n_total"]
+    return {name: [float(value.min()), float(value.max())] for name, value in values.items()}
+
+
 def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress) -> Fit:
-    """Fit, choose, hold out and resample. Raises InputError when the table says too little for anything."""
-    frame, notes = table.frame, list(table.warnings)
+    """Fit, choose the form of the loss, hold out and resample. Raises InputError when the runs are too few for any fit."""
+    frame, finished, notes = table.frame, table.finished, list(table.warnings)
     surface = step_law = None
     if table.has_hyperparameters:
         surface = fit_surface(frame)
         step_law = fit_step_law(frame)
-        if surface.held:
-            notes.append(
-                f"the table cannot tell the effect of {', '.join(surface.held)}: Step Law's published exponent is used there"
-                if set(surface.held) != {"sparsity"}
-                else "one sparsity only: its effect on learning rate and batch size is taken as none"
-            )
-    finished = table.finished
+        notes += _held_exponents(surface)
     best = minima(surface, finished)
     parts = hold_outs(frame if surface is not None else finished, surface is not None)
     form, why = choose_form(best, parts)
@@ -126,42 +171,18 @@ def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress) -
         if surface is None:
             raise
         notes.append(f"no loss law: {error}")
-    groups = list(frame.groupby("group").indices.values())
-    rng = np.random.default_rng(seed)
-    surfaces: list[Surface] = []
-    laws: list[LossLaw] = []
-    for _ in progress(range(samples)):
-        drawn = [groups[place] for place in rng.choice(len(groups), size=len(groups))]
-        resampled = frame.take(np.concatenate(drawn))
-        # A group drawn twice is two groups with free levels of their own.
-        resampled = resampled.assign(group=np.repeat(np.arange(len(drawn)), [len(rows) for rows in drawn]))
-        try:
-            again = fit_surface(resampled, start=surface) if surface is not None else None
-            if law is not None:
-                laws.append(law_of(minima(again, resampled[~resampled["diverged"]]), form, start=law))
-            if again is not None:
-                surfaces.append(again)
-        except InputError:
-            continue  # a sample without enough sizes; the share that remains is reported
+    surfaces, laws = _refits(_resamples(frame, progress(range(samples)), seed), surface, law, form)
     if samples and max(len(surfaces), len(laws)) < 0.8 * samples:
         notes.append(
             f"only {max(len(surfaces), len(laws))} of {samples} resamples could be fitted: intervals are optimistic"
         )
-    columns = ["n_total", "n_active", "tokens"] + (["learning_rate", "batch_tokens"] if surface is not None else [])
-    ranges = {column: [float(finished[column].min()), float(finished[column].max())] for column in columns}
-    compute = compute_of(finished)
-    ratio = finished["n_active"] / finished["n_total"]
-    ranges |= {
-        "compute": [float(compute.min()), float(compute.max())],
-        "sparsity": [float(ratio.min()), float(ratio.max())],
-    }
     return Fit(
         convention=table.convention,
         runs=len(frame),
         groups=int(frame["group"].nunique()),
         sizes=count_sizes(finished),
         durations=int((finished["tokens"] / finished["n_total"]).round(1).nunique()),
-        ranges=ranges,
+        ranges=_covered(finished, surface is not None),
         surface=surface,
         step_law=step_law,
         surface_samples=surfaces,

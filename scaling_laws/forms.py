@@ -1,7 +1,7 @@
-"""Forms that the loss may take, each a function of a model and its data with a few parameters.
+"""Functional forms of the loss: each is a function of a model and its data, with a few parameters.
 
-N_a, N_t are activated and total parameters in units of 1e9, D tokens in units of 1e10, x = N_t / N_a (1 when dense), G
-granularity, U unique tokens:
+N_a and N_t are activated and total parameters in units of 1e9, D is tokens in units of 1e10, x = N_t / N_a (1 for a dense
+model), G is granularity, U is unique tokens:
 
     chinchilla        E + A/N_a^a + B/D^b                                                     arXiv 2203.15556
     effective         E + A/N^a + B/D^b,  N = N_a^(1-w) N_t^w                                 one N for sparse and dense
@@ -11,9 +11,9 @@ granularity, U unique tokens:
     abnar             E + A/N_t^a + B/D^b + C x^l + F x^m/N_t^f                               arXiv 2501.12370
     data_constrained  chinchilla of N' and D' that saturate when U is repeated                arXiv 2305.16264
 
-Clark's law has neither E nor D (its models see one amount of data) and an x that saturates; here the first two are added and
-the last is left out, and x counts parameters instead of experts, so that top-k and shared experts are covered. Abnar's
-sparsity S is 1 - 1/x.
+Clark's law has neither E nor D, because its models all see the same amount of data, and its x saturates. Here E and D are
+added and the saturation is left out; x counts parameters instead of experts, which covers top-k and shared experts.
+Abnar's sparsity S is 1 - 1/x.
 """
 
 from collections.abc import Callable
@@ -25,13 +25,14 @@ import pandas as pd
 from scipy.optimize import nnls
 
 UNIT_N, UNIT_D = 1e9, 1e10
-# arXiv 2305.16264: tokens and parameters lose half of their worth after about this many repetitions.
+# R_D* and R_N* of arXiv 2305.16264: after this many repetitions, the worth of one more has fallen to 1/e.
 REPEATED_DATA, EXCESS_PARAMETERS = 15.4, 5.3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Points:
-    """Models and their data, arrays of one length; ``granularity`` is 1 and ``unique_tokens`` is tokens where unknown."""
+    """Models and their data, as arrays of equal length. Unknown ``granularity`` is 1; unknown ``unique_tokens`` are
+    ``tokens``."""
 
     n_total: np.ndarray
     n_active: np.ndarray
@@ -49,12 +50,12 @@ class Points:
 
     @property
     def sparsity(self) -> np.ndarray:
-        """x of the module's text."""
+        """x in the module's docstring."""
         return self.n_total / self.n_active
 
 
 def points(n_total: Any, n_active: Any, tokens: Any, granularity: Any = None, unique_tokens: Any = None) -> Points:
-    """Points of numbers or arrays, broadcast."""
+    """Points made of numbers or arrays, which are broadcast."""
     given = [n_total, n_active, tokens, 1.0 if granularity is None else granularity]
     given.append(tokens if unique_tokens is None else unique_tokens)
     arrays = np.broadcast_arrays(*(np.atleast_1d(np.asarray(value, float)) for value in given))
@@ -68,16 +69,16 @@ def points(n_total: Any, n_active: Any, tokens: Any, granularity: Any = None, un
 
 
 def points_of(frame: pd.DataFrame) -> Points:
-    """Points of the rows of a table."""
+    """Points made of the rows of a table."""
     optional = [frame[c].to_numpy(float) if c in frame else None for c in ("granularity", "unique_tokens")]
     return points(*(frame[c].to_numpy(float) for c in ("n_total", "n_active", "tokens")), *optional)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """``names`` and ``kinds`` of parameters: "positive" (searched in logs), "share" (0 to 1, in logits) or "free", within
-    ``bounds``; ``exponents`` are those that a reader compares. ``starts`` gives parameter vectors to start from;
-    ``untold`` says why a table cannot fix this form, or nothing."""
+    """A form and its parameters. The ``kinds`` are "positive" (searched as logs), "share" (0 to 1, searched as logits) and
+    "free", within ``bounds``. ``exponents`` names those that readers compare. ``starts`` gives parameter vectors to start
+    the search from. ``untold`` returns why a table does not determine this form, or an empty string if it does."""
 
     name: str
     names: tuple[str, ...]
@@ -96,7 +97,7 @@ def _chinchilla(p: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
 
 
 def _linear_starts(n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> list[np.ndarray]:
-    """E, A, B, a, b: for a few exponents, the rest by non-negative least squares (variable projection)."""
+    """Values of E, A, B, a, b: a few exponents, and the rest by non-negative least squares (variable projection)."""
     found = []
     for a in (0.2, 0.35, 0.5, 0.8):
         for b in (0.3, 0.45):
@@ -130,7 +131,7 @@ def _farseer(p: np.ndarray, points: Points) -> np.ndarray:
 
 
 def _farseer_starts(points: Points, loss: np.ndarray) -> list[np.ndarray]:
-    """Chinchilla's solution written in this form, with the exponents' drift begun at nothing."""
+    """Chinchilla's solution written in this form, with exponents that do not depend on N at first."""
     found = []
     for e, big_a, big_b, a, b in _linear_starts(points.n, points.d, loss)[::2]:
         for g in (0.15, 0.4):
@@ -161,7 +162,7 @@ def _abnar(p: np.ndarray, points: Points) -> np.ndarray:
 
 
 def _saturate(unique: np.ndarray, total: np.ndarray, constant: float) -> np.ndarray:
-    """Worth of ``total`` of which only ``unique`` is new: equations 5 and 6 of arXiv 2305.16264."""
+    """The effective amount of ``total`` if only ``unique`` of it is new: equations 5 and 6 of arXiv 2305.16264."""
     repeated = np.maximum(total / unique - 1, 0.0)
     return unique * (1 + constant * -np.expm1(-repeated / constant))
 
@@ -169,7 +170,7 @@ def _saturate(unique: np.ndarray, total: np.ndarray, constant: float) -> np.ndar
 def _data_constrained(p: np.ndarray, points: Points) -> np.ndarray:
     _, big_a, big_b, a, b, r_d, r_n = p
     unique = points.unique_tokens / UNIT_D
-    # The size that would be compute-optimal for the unique tokens (its section 3.1); more parameters than that saturate.
+    # The size that is compute-optimal for the unique tokens (section 3.1 there); parameters beyond it saturate.
     balance = (a * big_a / (b * big_b)) ** (1 / (a + b))
     enough = np.clip((unique * balance) ** (b / a) * balance, 1e-6, 1e9)
     n = np.where(points.n > enough, _saturate(np.minimum(enough, points.n), points.n, r_n), points.n)
@@ -200,7 +201,7 @@ def _extended(
     text: str,
     exponents: tuple[str, ...] = (),
 ) -> Form:
-    """Chinchilla's parameters, and ``extra`` ones: name -> (kind, bounds, start)."""
+    """A form with Chinchilla's parameters and the ``extra`` ones: name -> (kind, bounds, start)."""
     begin = np.array([start for _, _, start in extra.values()])
     return replace(
         CHINCHILLA,
@@ -274,7 +275,7 @@ FORMS: dict[str, Form] = {
             name="farseer",
             names=("p", "q", "g", "r", "s", "t", "v", "k", "h"),
             kinds=("positive", "free", "positive", "free", "free", "free", "free", "free", "free"),
-            # Narrow exponents: where runs do not tell them, a wide range bends the law a little beyond the runs.
+            # Narrow bounds for exponents: if the runs do not determine them, wide ones bend the law just beyond the runs.
             bounds=((1e-4, 20), (-20, 5), (0.02, 2), (-5, 5), (-20, 20), (-5, 5), (-5, 2), (-0.5, 0.5), (-0.5, 0.5)),
             exponents=("g", "h", "k"),
             predict=_farseer,

@@ -1,16 +1,17 @@
-"""Which small runs to launch: groups of runs that most reduce the expected excess loss of the target, per FLOP.
+"""Chooses the small runs to launch: the groups of runs that most reduce the target's expected excess loss per FLOP.
 
-A group is a size and a duration with a 3 x 3 grid of learning rate and batch around its expected optimum. Where learning
-rates are constant until a decay at the end (WSD), up to three neighbouring durations share one grid: nine trunks run to the
-longest, and the shorter ones branch off and decay, which costs little more than the trunk (arXiv 2404.06395). With
-the surface of `scaling_laws.surface` linearised there, and a level of its own for each group, its runs add information
-about the laws; the covariance of (log lr*, log B*) at the target follows, and from it the expected excess loss
-tr(C^T C Cov). Groups are added greedily while the budget lasts (Bayesian c-optimal design; the prior is Step Law). What
-is promised holds where the prior's optimum is about right; grids that miss the true optimum tell less.
+A group is a size and a duration with a 3 x 3 grid of learning rate and batch size around its expected optimum. With a WSD
+schedule (a constant learning rate, then a decay) up to three neighbouring durations share one grid: nine trunks run to the
+longest duration, and the shorter runs branch off and decay, which costs little more than the trunks (arXiv 2404.06395).
+
+The surface of `scaling_laws.surface` is linearised at each grid, and each group has its own level. The runs of a group then
+add Fisher information about the laws, which gives the covariance of (log lr*, log B*) at the target and the expected excess
+loss tr(C^T C Cov). Groups are added greedily while the budget lasts (Bayesian c-optimal design with Step Law as the prior).
+The expectation holds if the prior's optimum is about right: grids that miss the true optimum tell less.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,17 +20,19 @@ from scaling_laws.surface import NOISE, PRIOR, Surface, _features, _shape, step_
 
 STEP = 0.8  # between neighbours of the grid, in log
 GRID = np.array([-STEP, 0.0, STEP])
-SHARING = 3  # neighbouring durations that one grid can serve: their optima differ by less than its step
-# Standard deviations of the prior: log lr* and log B* at the reference, exponents of N and D, effect of sparsity; the shape.
+SHARING = 3  # neighbouring durations that can share a grid, because their optima differ by less than its step
+SIZES, DURATIONS = 3, 2  # the fewest that determine a law in N and a law in D
+# Standard deviations of the prior: first log lr* or log B* at the reference, the exponents of N and D and the effect of
+# sparsity, then the shape.
 _PRIOR_LAW = (0.7, *PRIOR)
 _PRIOR_SHAPE = (0.5, 0.05, 0.5, 0.005, 0.005, 0.005, 0.005)
-_TYPICAL_SHAPE = (-2.4, -0.04, -2.5, 0.0, 0.0, 0.0, 0.0)  # of the public sweeps
+_TYPICAL_SHAPE = (-2.4, -0.04, -2.5, 0.0, 0.0, 0.0, 0.0)  # as fitted to the public sweeps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run to launch; ``group`` numbers the (size, duration) it belongs to, ``trunk`` the run (its place in the list)
-    that it branches from where its decay begins, if any. ``flops`` are its own."""
+    """One run to launch. ``group`` numbers its (size, duration). ``trunk`` is the index of the run that it branches from
+    where its decay begins, if any; ``flops`` then leaves out the trunk."""
 
     group: int
     trunk: int | None
@@ -43,7 +46,8 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Design:
-    """``excess``: expected excess loss at the target after 0, 1, 2, ... groups; ``deviation``: of log lr*, log B* there."""
+    """Runs to launch. ``excess`` is the expected excess loss at the target after 0, 1, 2, ... groups, ``deviation`` the
+    standard deviation of log lr* and of log B* there."""
 
     runs: list[Run]
     excess: list[float]
@@ -56,7 +60,7 @@ class Design:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A size with a grid that serves ``durations`` (tokens), the longest by trunks of their own."""
+    """A size with a grid for ``durations`` (tokens). Trunks run to the longest."""
 
     size: tuple[float, float]
     durations: tuple[float, ...]
@@ -68,12 +72,12 @@ class _Candidate:
 
     @property
     def middle(self) -> float:
-        """The duration that the grid is centred for."""
+        """The duration that the grid is centred on."""
         return float(np.exp(np.mean(np.log(self.durations))))
 
 
 def _information(prior: Surface, candidate: _Candidate) -> np.ndarray:
-    """Fisher information of a grid's runs about (law of lr, law of B, shape), the level of each duration profiled out."""
+    """Fisher information in a grid's runs about (law of lr, law of B, shape), with each duration's level profiled out."""
     size = candidate.size
     centre = [float(value[0]) for value in prior.optimum(size[0], size[1], candidate.middle)]
     total = np.zeros((0,))
@@ -103,7 +107,7 @@ def _information_of_one(prior: Surface, size: tuple[float, float], tokens: float
 
 
 def _expected(information: np.ndarray, prior: Surface, target: np.ndarray) -> tuple[float, np.ndarray]:
-    """(expected excess loss, covariance of log lr* and log B*) at the target's features."""
+    """(expected excess loss, covariance of log lr* and log B*) at a target given by its features."""
     pick = np.zeros((2, information.shape[0]))
     pick[0, :4], pick[1, 4:8] = target, target
     covariance = pick @ np.linalg.solve(information, pick.T)
@@ -112,16 +116,48 @@ def _expected(information: np.ndarray, prior: Surface, target: np.ndarray) -> tu
     return float(np.trace(root.T @ root @ covariance)), covariance
 
 
-def _completion(candidates: Sequence[_Candidate], chosen: Sequence[int]) -> float:
-    """The least that three sizes and two durations still cost after ``chosen``."""
-    used = {candidates[index].size for index in chosen}
-    durations = set().union(*(candidates[index].ratios for index in chosen))
+@dataclass(frozen=True)
+class _Selection:
+    """The chosen candidates, the FLOPs that they leave, and the information of the prior and their runs together."""
+
+    chosen: tuple[_Candidate, ...]
+    left: float
+    information: np.ndarray
+
+    @property
+    def sizes(self) -> set[tuple[float, float]]:
+        return {candidate.size for candidate in self.chosen}
+
+    @property
+    def durations(self) -> set[float]:
+        return set().union(*(candidate.ratios for candidate in self.chosen))
+
+    @property
+    def complete(self) -> bool:
+        """Whether laws in N and in D can be fitted."""
+        return len(self.sizes) >= SIZES and len(self.durations) >= DURATIONS
+
+    def needs(self, candidate: _Candidate) -> bool:
+        """Whether the candidate may be added next. An incomplete selection takes only those that bring it nearer."""
+        if len(self.sizes) < SIZES:
+            return candidate.size not in self.sizes
+        return len(self.durations) >= DURATIONS or not candidate.ratios <= self.durations
+
+    def overlapping(self, candidate: _Candidate) -> list[_Candidate]:
+        """The chosen candidates of the same size that have a duration in common with this one."""
+        return [other for other in self.chosen if other.size == candidate.size and other.ratios & candidate.ratios]
+
+
+def _completion(candidates: Sequence[_Candidate], chosen: Sequence[_Candidate]) -> float:
+    """FLOPs that the missing ones of three sizes and two durations cost at least after ``chosen``."""
+    used = {candidate.size for candidate in chosen}
+    durations = set().union(*(candidate.ratios for candidate in chosen))
     cheapest: dict[tuple[float, float], float] = {}
     for candidate in candidates:
         if candidate.size not in used:
             cheapest[candidate.size] = min(candidate.cost, cheapest.get(candidate.size, np.inf))
-    total = sum(sorted(cheapest.values())[: max(0, 3 - len(used))])
-    if len(durations) < 2:
+    total = sum(sorted(cheapest.values())[: max(0, SIZES - len(used))])
+    if len(durations) < DURATIONS:
         total += min((c.cost for c in candidates if not c.ratios <= durations and c.size in used), default=0.0)
     return total
 
@@ -129,7 +165,7 @@ def _completion(candidates: Sequence[_Candidate], chosen: Sequence[int]) -> floa
 def _candidates(
     sizes: Sequence[tuple[float, float]], ratios: Sequence[float], decay_share: float | None
 ) -> list[_Candidate]:
-    """Every size with every duration, and with WSD every stretch of up to `SHARING` neighbouring durations."""
+    """Every size with every duration, and with WSD also with up to `SHARING` neighbouring durations."""
     ordered = sorted(ratios)
     found = []
     for size in sizes:
@@ -141,6 +177,34 @@ def _candidates(
     return found
 
 
+def _extended(
+    selection: _Selection, candidates: Sequence[_Candidate], prior: Surface, target: np.ndarray
+) -> _Selection | None:
+    """Adds the candidate that lowers the expected excess loss most per FLOP. Returns None if no candidate is worth it."""
+    excess, _ = _expected(selection.information, prior, target)
+    # A group must remove at least a thousandth of the excess loss that remains.
+    least = 1e-3 * excess if selection.complete else 0.0
+    scored: list[tuple[float, _Selection]] = []
+    for candidate in candidates:
+        replaced = selection.overlapping(candidate)
+        # Each duration of a size is run once, but a grid may be replaced by one with more durations.
+        if len(replaced) > 1 or any(not other.ratios < candidate.ratios for other in replaced):
+            continue
+        if not selection.needs(candidate):
+            continue
+        cost = candidate.cost - sum(other.cost for other in replaced)
+        chosen = (*(other for other in selection.chosen if other not in replaced), candidate)
+        # The first groups must leave enough of the budget to complete the selection.
+        if cost + _completion(candidates, chosen) > selection.left:
+            continue
+        information = selection.information + _information(prior, candidate)
+        information = information - sum((_information(prior, other) for other in replaced), np.zeros_like(information))
+        gain = excess - _expected(information, prior, target)[0]
+        if gain > least:
+            scored.append((gain / cost, _Selection(chosen, selection.left - cost, information)))
+    return max(scored, key=lambda one: one[0])[1] if scored else None
+
+
 def design_ladder(
     target: tuple[float, float, float],
     sizes: Sequence[tuple[float, float]],
@@ -149,78 +213,44 @@ def design_ladder(
     prior: Surface | None = None,
     decay_share: float | None = None,
 ) -> Design:
-    """Runs for a recommendation at ``target`` = (n_total, n_active, tokens) within ``flops_budget`` (6 N_active D, summed).
+    """Chooses runs that a recommendation for ``target`` = (n_total, n_active, tokens) is best made from.
 
-    ``sizes``: (n_total, n_active) that can be built; ``tokens_per_parameter``: durations, of activated parameters;
-    ``decay_share``: of a run's tokens, where it is a WSD run that can branch off a longer one. Raises InputError when the
-    budget does not pay for three sizes at two durations.
+    The sum of their 6 N_active D stays within ``flops_budget``. ``sizes``: (n_total, n_active) of the models that can be
+    built; ``tokens_per_parameter``: durations, in tokens per activated parameter; ``decay_share``: the decay's share of a
+    run's tokens with WSD, where runs can branch off longer ones, else None. Raises InputError when the budget does not pay
+    for three sizes at two durations.
     """
     known = prior if prior is not None else step_law_as_published()
     if not any(known.shape):
-        known = Surface(
-            learning_rate=known.learning_rate, batch=known.batch, shape=list(_TYPICAL_SHAPE), held=known.held
-        )
+        known = replace(known, shape=list(_TYPICAL_SHAPE))
     candidates = _candidates(sizes, tokens_per_parameter, decay_share)
     at_target = _features(*target)[0]
-    total = np.diag(1 / np.array([*_PRIOR_LAW, *_PRIOR_LAW, *_PRIOR_SHAPE]) ** 2)
-    excess, covariance = _expected(total, known, at_target)
-    history, left = [excess], flops_budget
-    chosen: list[int] = []
-    while True:
-        scored = []
-        used = {candidates[index].size for index in chosen}
-        durations = set().union(*(candidates[index].ratios for index in chosen))
-        for index, candidate in enumerate(candidates):
-            same = [i for i in chosen if candidates[i].size == candidate.size]
-            shared = [i for i in same if candidates[i].ratios & candidate.ratios]
-            # A grid may be extended to more durations, which replaces it; otherwise each duration is run once.
-            if len(shared) > 1 or any(not candidates[i].ratios < candidate.ratios for i in shared):
-                continue
-            cost = candidate.cost - sum(candidates[i].cost for i in shared)
-            if cost > left:
-                continue
-            # Laws in N and in D need three sizes and two durations before anything else.
-            if len(used) < 3 and candidate.size in used:
-                continue
-            if len(used) >= 3 and len(durations) < 2 and candidate.ratios <= durations:
-                continue
-            after = [*(i for i in chosen if i not in shared), index]
-            # And what is bought first must leave enough for them.
-            if cost + _completion(candidates, after) > left:
-                continue
-            information = total + _information(known, candidate)
-            information = information - sum((_information(known, candidates[i]) for i in shared), np.zeros_like(total))
-            value, _ = _expected(information, known, at_target)
-            # What a group gains must still be worth noticing: a thousandth of what is left to lose.
-            gain = history[-1] - value
-            if gain > (1e-3 * history[-1] if len(used) >= 3 and len(durations) >= 2 else 0.0):
-                scored.append((gain / cost, cost, information, after))
-        if not scored:
-            break
-        _, cost, total, chosen = max(scored, key=lambda one: one[0])
-        excess, covariance = _expected(total, known, at_target)
-        history.append(excess)
-        left -= cost
-    used = {candidates[index].size for index in chosen}
-    durations = set().union(*(candidates[index].ratios for index in chosen))
-    if len(used) < 3 or len(durations) < 2:
-        cheapest = min(range(len(candidates)), key=lambda index: candidates[index].cost)
-        least = candidates[cheapest].cost + _completion(candidates, [cheapest])
+    before = np.diag(1 / np.array([*_PRIOR_LAW, *_PRIOR_LAW, *_PRIOR_SHAPE]) ** 2)
+    selection = _Selection((), flops_budget, before)
+    history = [_expected(before, known, at_target)[0]]
+    while (extended := _extended(selection, candidates, known, at_target)) is not None:
+        selection = extended
+        history.append(_expected(selection.information, known, at_target)[0])
+    if not selection.complete:
+        cheapest = min(candidates, key=lambda candidate: candidate.cost)
+        least = cheapest.cost + _completion(candidates, [cheapest])
         raise InputError(
-            f"--flops-budget {flops_budget:.3g} pays for {len(used)} sizes at {len(durations)} durations; at least 3 and 2 "
-            f"are needed, about {least:.2g} FLOPs for the three smallest: raise it, or begin with a smaller recipe"
+            f"--flops-budget {flops_budget:.3g} pays for {len(selection.sizes)} sizes at {len(selection.durations)} "
+            f"durations; at least {SIZES} and {DURATIONS} are needed, about {least:.2g} FLOPs for the three smallest: "
+            "raise it, or start with a smaller recipe"
         )
     runs: list[Run] = []
     group = 0
-    for candidate in sorted((candidates[index] for index in chosen), key=lambda c: c.cost):
+    for candidate in sorted(selection.chosen, key=lambda c: c.cost):
         runs += _runs_of(candidate, known, group, len(runs), decay_share or 0.0)
         group += len(candidate.durations)
+    _, covariance = _expected(selection.information, known, at_target)
     deviation = np.sqrt(np.diag(covariance))
     return Design(runs=runs, excess=history, deviation=(float(deviation[0]), float(deviation[1])))
 
 
 def _runs_of(candidate: _Candidate, law: Surface, group: int, place: int, decay_share: float) -> list[Run]:
-    """Trunks first, at the longest duration, then the branches of each shorter one."""
+    """The runs of a grid: first the trunks, at the longest duration, then the branches of each shorter one."""
     n_total, n_active = candidate.size
     rate, batch = (float(value[0]) for value in law.optimum(n_total, n_active, candidate.middle))
     found = []

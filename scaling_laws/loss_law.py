@@ -1,4 +1,4 @@
-"""Loss as a function of model and data: one of `scaling_laws.forms`, fitted by Huber's cost on log loss."""
+"""Loss as a function of model and data: one of `scaling_laws.forms`, fitted to log loss with a Huber cost."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,14 +10,14 @@ from scipy.optimize import least_squares
 from scaling_laws.errors import InputError
 from scaling_laws.forms import FORMS, Form, Points, points
 
-DELTA = 1e-3  # Huber's, of log loss, as in arXiv 2203.15556
-MOST_STEPS = 200  # of one search; what is not told by the runs would wander for thousands
+DELTA = 1e-3  # of the Huber cost on log loss, as in arXiv 2203.15556
+MOST_STEPS = 200  # of one search; parameters that the runs do not determine would drift for thousands
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossLaw:
-    """A fitted form and its ``values`` by name, in units of 1e9 parameters and 1e10 tokens. ``objective``: summed Huber
-    cost; ``spread``: of the exponents over the starts that reached it; ``condition``: of the Jacobian there."""
+    """A fitted form and its ``values`` by name, in units of 1e9 parameters and 1e10 tokens. ``objective`` is the summed
+    Huber cost, ``spread`` the range of exponents among the starts that reached it, ``condition`` the Jacobian's there."""
 
     form: str
     values: dict[str, float]
@@ -32,7 +32,7 @@ class LossLaw:
         return form.predict(np.array([self.values[name] for name in form.names]), where)
 
     def predict(self, n_total: Any, n_active: Any, tokens: Any, **others: Any) -> np.ndarray:
-        """`at` of numbers or arrays; ``others`` are granularity and unique_tokens."""
+        """`at` for numbers or arrays. ``others`` may be granularity and unique_tokens."""
         return self.at(points(n_total, n_active, tokens, **others))
 
     @property
@@ -46,7 +46,7 @@ class LossLaw:
 def _search_space(
     form: Form, loss: np.ndarray
 ) -> tuple[Callable[..., Any], Callable[..., Any], np.ndarray, np.ndarray]:
-    """(to searched coordinates, back, lower, upper)."""
+    """(function to search coordinates, its inverse, lower bounds, upper bounds)."""
     positive, share = (np.array([kind == which for kind in form.kinds]) for which in ("positive", "share"))
 
     def forth(p: np.ndarray) -> np.ndarray:
@@ -68,14 +68,14 @@ def _search_space(
 
 
 def fit_loss(where: Points, loss: np.ndarray, form: str = "chinchilla", start: LossLaw | None = None) -> LossLaw:
-    """Fit ``form`` to losses (nats per token). With ``start``, only from there (for resampling). Raises InputError for what
-    the points cannot tell."""
+    """Fit ``form`` to losses (nats per token). With ``start`` the search starts only there, for resampling. Raises
+    InputError if the points do not determine the form."""
     law = FORMS[form]
     distinct = len({*zip(*(getattr(where, name) for name in Points.__dataclass_fields__), strict=True)})
     if distinct < len(law.names):
         raise InputError(
-            f"{distinct} different (N, D) cannot fix the {len(law.names)} parameters of the loss law {form}: add sizes and "
-            "durations"
+            f"{distinct} different (N, D) do not determine the {len(law.names)} parameters of the loss law {form}: add "
+            "sizes and durations"
         )
     if why := law.untold(where):
         raise InputError(f"the loss law {form} cannot be fitted: {why}")
@@ -114,7 +114,7 @@ def fit_loss(where: Points, loss: np.ndarray, form: str = "chinchilla", start: L
 
 
 def compute_optimal(law: LossLaw, flops: float, ratio: float = 1.0) -> tuple[float, float, float]:
-    """(N_total, tokens, loss) of least loss for ``flops`` = 6 N_active D, at N_active = ratio * N_total."""
+    """(N_total, tokens, loss) with the least loss for ``flops`` = 6 N_active D and N_active = ratio * N_total."""
     n_active = np.geomspace(1e6, 1e14, 4001)
     tokens = flops / (6 * n_active)
     loss = law.predict(n_active / ratio, n_active, tokens)

@@ -34,8 +34,8 @@ def _save(figure: "Figure", path: Path) -> Path:
 
 
 def draw_surface(fit: Fit, frame: pd.DataFrame, path: Path) -> Path:
-    """Up to six groups, from the least to the most compute: runs coloured by excess loss, the surface's contours, its
-    optimum, and the published or fitted Step Law's point."""
+    """Draw up to six groups, from the least to the most compute: runs coloured by excess loss, the surface's contours and
+    optimum, and Step Law's point."""
     assert fit.surface is not None and fit.step_law is not None
     plt = _pyplot()
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -95,7 +95,7 @@ def draw_surface(fit: Fit, frame: pd.DataFrame, path: Path) -> Path:
 
 
 def draw_loss(fit: Fit, frame: pd.DataFrame, path: Path) -> Path:
-    """Predicted against measured loss of every group (or run), and the residuals over compute."""
+    """Draw predicted against measured loss of every group (or run), and the residuals over compute."""
     assert fit.loss_law is not None
     plt = _pyplot()
     points = minima(fit.surface, frame)
@@ -120,7 +120,7 @@ def draw_loss(fit: Fit, frame: pd.DataFrame, path: Path) -> Path:
 
 
 def draw_validation(fit: Fit, path: Path) -> Path:
-    """Held-out errors: the recommendation's excess loss against Step Law's, and the loss law's error."""
+    """Draw held-out errors: the excess loss of the recommendation and of Step Law, and the error of the loss law."""
     plt = _pyplot()
     rows = [row for row in fit.validation if "loss_error" in row]
     names = [row["held_out"].replace(" (", "\n(") + f"\n{row['compute_ratio']:.2g}x the compute fitted" for row in rows]
@@ -147,7 +147,8 @@ def draw_validation(fit: Fit, path: Path) -> Path:
 
 
 def draw_isoflop(fit: Fit, frame: pd.DataFrame, path: Path) -> Path:
-    """Loss over size at a few budgets, with the least of each; groups of runs of about that budget; and beyond the runs."""
+    """Draw loss over size at a few budgets, inside and beyond the runs, with each optimum and the groups of about that
+    budget."""
     assert fit.loss_law is not None
     plt = _pyplot()
     low, high = fit.ranges["compute"]
@@ -185,7 +186,7 @@ def draw_isoflop(fit: Fit, frame: pd.DataFrame, path: Path) -> Path:
 
 
 def draw_extrapolation(fit: Fit, path: Path) -> Path:
-    """Errors of groups that were left out, over how many times more compute they have than the runs fitted."""
+    """Draw the errors of held-out groups over how many times more compute they have than the fitted runs."""
     plt = _pyplot()
     kinds = [("loss_error", "error of the predicted loss", "#7f7f7f")]
     if fit.surface is not None:
@@ -219,7 +220,7 @@ def draw_extrapolation(fit: Fit, path: Path) -> Path:
 
 
 def draw_exponents(fit: Fit, path: Path) -> Path:
-    """Exponents of every refit to resampled groups, the fitted ones, and the published ones of Step Law."""
+    """Draw the exponents of every refit to resampled groups, the fitted exponents, and Step Law's published ones."""
     plt = _pyplot()
     shown: list[tuple[str, list[float], float, float | None]] = []
     if fit.surface is not None and len(fit.surface_samples) >= 20:

@@ -1,7 +1,7 @@
-"""Learning rate, batch size and predicted loss of a run that is about to be launched, and how far to trust them."""
+"""Recommends learning rate and batch size for a run to launch, predicts its loss, and says how far to trust them."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,15 +12,16 @@ from scaling_laws.loss_law import compute_optimal
 from scaling_laws.surface import PUBLISHED, WINDOW, Surface
 
 WIDE = 1e-3  # excess loss that a wide batch may cost
-LEAST_GROUPS = 5  # groups below which resamples are too much alike to tell anything
-MOST_COMPUTE, MOST_OTHER = 1000.0, 30.0  # how far outside the runs a request may lie without being asked twice
-LEAST_STEPS = 50  # of a run: with fewer no batch size is a recommendation
+LEAST_GROUPS = 5  # with fewer groups, resamples are too much alike to give an interval
+LEAST_SAMPLES = 20  # with fewer resamples, no interval is given
+MOST_COMPUTE, MOST_OTHER = 1000.0, 30.0  # times outside the runs; beyond, --accept-extrapolation is needed
+LEAST_STEPS = 50  # a batch size that leaves a run fewer steps is not recommended
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be launched. ``flops`` = 6 N_active D instead of sizes; ``ratio`` is then N_active / N_total, by default
-    the best that the runs cover."""
+    """The run to launch, given by its sizes or by ``flops`` = 6 N_active D. With ``flops``, ``ratio`` is N_active / N_total,
+    by default the best one that the runs cover."""
 
     n_total: float | None = None
     n_active: float | None = None
@@ -36,20 +37,53 @@ class Request:
 
 
 def _interval(values: list[float]) -> list[float] | None:
-    return [float(x) for x in np.percentile(values, [2.5, 97.5])] if len(values) >= 20 else None
+    return [float(x) for x in np.percentile(values, [2.5, 97.5])] if len(values) >= LEAST_SAMPLES else None
 
 
-def _beyond(fit: Fit, values: dict[str, float]) -> dict[str, float]:
-    """By quantity: how many times beyond the covered range, 1 inside it."""
+class _Target(NamedTuple):
+    """The run to recommend for, in the order of the laws' arguments: parameters, activated parameters, tokens."""
+
+    n_total: float
+    n_active: float
+    tokens: float
+
+    @property
+    def compute(self) -> float:
+        return 6 * self.n_active * self.tokens
+
+
+def _target(fit: Fit, request: Request) -> _Target:
+    """The sizes in the request, or the compute-optimal ones for its FLOPs. Raises InputError when it gives neither."""
+    if request.flops is not None:
+        if fit.loss_law is None:
+            raise InputError("--flops needs a loss law, which these runs do not give (too few sizes or durations)")
+        law, flops = fit.loss_law, request.flops
+        shares = _shares(fit) if request.ratio is None else [request.ratio]
+        ratio = min(shares, key=lambda share: compute_optimal(law, flops, share)[2])
+        n_total, tokens, _ = compute_optimal(law, flops, ratio)
+        n_active = n_total * ratio
+    else:
+        if request.n_total is None or request.tokens is None:
+            raise InputError("give --n-total and --tokens (and --n-active for MoE), or --flops")
+        n_total, tokens = request.n_total, request.tokens
+        n_active = n_total if request.n_active is None else request.n_active
+    if n_active > n_total:
+        raise InputError(f"--n-active {n_active:g} is larger than --n-total {n_total:g}")
+    return _Target(n_total, n_active, tokens)
+
+
+def _beyond(fit: Fit, target: _Target) -> dict[str, float]:
+    """How many times each quantity is outside the range of the runs; 1 inside it."""
+    sparsity = target.n_active / target.n_total
     found = {}
-    for name, value in values.items():
+    for name, value in {**target._asdict(), "compute": target.compute, "sparsity": sparsity}.items():
         low, high = fit.ranges[name]
         found[name] = max(1.0, value / high, low / value)
     return found
 
 
 def _refuse(fit: Fit, beyond: dict[str, float], accepted: bool) -> list[str]:
-    """Warnings of an extrapolation that was accepted; InputError for one that was not."""
+    """Warnings about an extrapolation that the user accepted. Raises InputError for one that was not accepted."""
     reasons = []
     if fit.sizes < 3:
         reasons.append(f"the runs have {fit.sizes} sizes, fewer than 3")
@@ -68,143 +102,148 @@ def _refuse(fit: Fit, beyond: dict[str, float], accepted: bool) -> list[str]:
 
 
 def _check_sense(rate: float, batch: float, batch_tokens: int, tokens: float) -> None:
-    """InputError for a learning rate or a batch that no run could use, whatever extrapolation was accepted."""
+    """Raises InputError for a learning rate or batch that no run could use, even if extrapolation was accepted."""
     if not (0 < rate < 1 and batch > 0):
         raise InputError(
             f"not recommended: the laws give a learning rate of {rate:.3g} and a batch of {batch:.3g} tokens there, which "
-            "is no answer: the runs do not tell what happens at this size; add runs closer to it"
+            "no run can use: the runs are too far from this size; add runs closer to it"
         )
     if batch > tokens / LEAST_STEPS:
         raise InputError(
             f"not recommended: the laws give a batch of {batch:,.0f} tokens, and a run of {tokens:.3g} tokens would have "
-            f"{tokens / batch:.3g} steps, fewer than {LEAST_STEPS}: check that batch_size of the table counts sequences, "
+            f"{tokens / batch:.3g} steps, fewer than {LEAST_STEPS}: check that the table's batch_size counts sequences, "
             "not tokens (then fit again), and that --tokens is in tokens"
         )
     if batch_tokens > tokens / LEAST_STEPS:
         raise InputError(
-            f"not recommended: --data-parallel x --micro-batch x --seq-len make steps of {batch_tokens:,} tokens, and a run "
-            f"of {tokens:.3g} tokens would have {tokens / batch_tokens:.3g} of them, fewer than {LEAST_STEPS}: use fewer "
+            f"not recommended: --data-parallel x --micro-batch x --seq-len make a step of {batch_tokens:,} tokens, and a "
+            f"run of {tokens:.3g} tokens would have {tokens / batch_tokens:.3g} steps, fewer than {LEAST_STEPS}: use fewer "
             "ranks, or train longer"
         )
 
 
-def _excesses(samples: list[Surface], n_total: float, n_active: float, tokens: float, rate: Any, batch: Any) -> Any:
-    """[samples, points]: the excess loss of each point (rate, batch) in each resampled surface, from 0 to `WINDOW`: beyond
-    it a cubic is any number, and one resample that is far off would be the mean of all."""
-    return np.clip([s.excess(n_total, n_active, tokens, rate, batch) for s in samples], 0.0, WINDOW)
+def _why_no_intervals(fit: Fit) -> list[str]:
+    """A note if there are too few resamples for intervals, or if they are too much alike."""
+    if fit.groups < LEAST_GROUPS:
+        return [f"{fit.groups} groups of runs are too few to resample: no intervals"]
+    if len(fit.surface_samples) < LEAST_SAMPLES:
+        return [f"fewer than {LEAST_SAMPLES} resamples: no intervals; fit with --samples 200"]
+    return []
 
 
-def _widest(samples: list[Surface], surface: Surface, n_total: float, n_active: float, tokens: float) -> float:
+def _excesses(samples: list[Surface], target: _Target, rate: Any, batch: Any) -> Any:
+    """The excess loss [samples, points] of each point (rate, batch) in each resampled surface, clipped to 0 ... `WINDOW`.
+    Beyond `WINDOW` the cubic can take any value, and one resample that is far off would dominate the mean."""
+    return np.clip([s.excess(*target, rate, batch) for s in samples], 0.0, WINDOW)
+
+
+def _widest(samples: list[Surface], surface: Surface, target: _Target) -> float:
     """The largest batch, in tokens, whose mean excess over resamples at its own best learning rate is under `WIDE`."""
-    best_rate, best_batch = (float(x[0]) for x in surface.optimum(n_total, n_active, tokens))
+    best_rate, best_batch = _optimum(surface, target)
     widest = best_batch
     for factor in np.geomspace(1, 30, 60):
         rates = best_rate * np.geomspace(0.3, 6, 40)
         batch = np.full_like(rates, best_batch * factor)
-        if float(np.min(np.mean(_excesses(samples, n_total, n_active, tokens, rates, batch), axis=0))) > WIDE:
+        if float(np.min(np.mean(_excesses(samples, target, rates, batch), axis=0))) > WIDE:
             break
         widest = best_batch * factor
     return widest
 
 
-def recommend(fit: Fit, request: Request) -> dict[str, Any]:
-    """Plain values under the documented keys. Raises InputError for a request that the runs cannot answer."""
-    if fit.surface is None:
-        raise InputError("the runs of this fit have no learning_rate and batch_size: only a loss law was fitted")
-    if request.flops is not None:
-        if fit.loss_law is None:
-            raise InputError("--flops needs a loss law, which these runs do not give (too few sizes or durations)")
-        shares = _shares(fit) if request.ratio is None else [request.ratio]
-        ratio = min(shares, key=lambda share: compute_optimal(fit.loss_law, request.flops, share)[2])  # type: ignore[arg-type]
-        n_total, tokens, _ = compute_optimal(fit.loss_law, request.flops, ratio)
-        n_active = n_total * ratio
-    else:
-        if request.n_total is None or request.tokens is None:
-            raise InputError("give --n-total and --tokens (and --n-active for MoE), or --flops")
-        n_total, tokens = request.n_total, request.tokens
-        n_active = n_total if request.n_active is None else request.n_active
-    if n_active > n_total:
-        raise InputError(f"--n-active {n_active:g} is larger than --n-total {n_total:g}")
-    compute = 6 * n_active * tokens
-    values = {
-        "n_total": n_total,
-        "n_active": n_active,
-        "tokens": tokens,
-        "compute": compute,
-        "sparsity": n_active / n_total,
-    }
-    beyond = _beyond(fit, values)
-    warnings = list(fit.warnings) + _refuse(fit, beyond, request.accept_extrapolation)
-    samples = fit.surface_samples or [fit.surface]
-    told = len(fit.surface_samples) >= 20 and fit.groups >= LEAST_GROUPS
-    if fit.groups < LEAST_GROUPS:
-        warnings.append(f"{fit.groups} groups of runs are too few to resample: no intervals")
-    elif not told:
-        warnings.append("fewer than 20 resamples: no intervals; fit with --samples 200")
-    rate, batch = (float(x[0]) for x in fit.surface.optimum(n_total, n_active, tokens))
-    optima = [s.optimum(n_total, n_active, tokens) for s in fit.surface_samples]
-    unit = request.data_parallel * request.micro_batch
-    sequences = max(unit, round(batch / request.seq_len / unit) * unit)
-    batch_tokens = sequences * request.seq_len
-    _check_sense(rate, batch, batch_tokens, tokens)
-    if unit * request.seq_len > 1.5 * batch:
-        warnings.append(
-            f"one micro-batch on every rank ({unit * request.seq_len:,} tokens) is more than the best batch"
-        )
-    excesses = _excesses(samples, n_total, n_active, tokens, np.array([rate]), np.array([batch_tokens]))[:, 0]
-    excess = float(np.mean(excesses))
+def _optimum(surface: Surface, target: _Target) -> tuple[float, float]:
+    """(learning rate, batch size in tokens) that minimise the loss."""
+    rate, batch = surface.optimum(*target)
+    return float(rate[0]), float(batch[0])
+
+
+def _batch_warnings(batch_tokens: int, widest: float, excesses: np.ndarray) -> list[str]:
+    """Warnings about a batch whose excess loss is untrustworthy, or too large at any learning rate. ``excesses`` is the
+    excess loss in each resampled surface."""
+    warnings = []
     if np.median(excesses) >= WINDOW:
         warnings.append(
             f"the excess is {WINDOW:.0%} or more, where the surface is not trusted: the loss will be higher than predicted"
         )
-    widest = _widest(samples, fit.surface, n_total, n_active, tokens)
-    critical = bool(batch_tokens > widest)
-    if critical:
+    if batch_tokens > widest:
         warnings.append(
             f"the batch is past the critical size: beyond {widest:,.0f} tokens it costs more than {WIDE:.1%} of loss"
         )
-    predicted, loss_interval = None, None
-    if fit.loss_law is not None:
-        others = {"granularity": request.granularity or fit.granularity, "unique_tokens": request.unique_tokens}
-        where = points(n_total, n_active, tokens, **others)
-        predicted = float(fit.loss_law.at(where)[0]) * (1 + excess)
-        losses = [float(law.at(where)[0]) for law in fit.loss_samples]
-        loss_interval = _interval(losses) if told else None
+    return warnings
+
+
+def _losses(fit: Fit, request: Request, target: _Target) -> tuple[float | None, list[float]]:
+    """(loss at the optimum, that loss in each resample); (None, []) without a loss law."""
+    if fit.loss_law is None:
+        return None, []
+    others = {"granularity": request.granularity or fit.granularity, "unique_tokens": request.unique_tokens}
+    where = points(*target, **others)
+    return float(fit.loss_law.at(where)[0]), [float(law.at(where)[0]) for law in fit.loss_samples]
+
+
+def _other_laws(fit: Fit, target: _Target) -> dict[str, Any]:
+    """The recommendations of the Step Law fitted to these runs, if any, and of the published laws."""
+
+    def optimum(law: Surface) -> dict[str, float]:
+        rate, batch = _optimum(law, target)
+        return {"learning_rate": rate, "batch_size_tokens": batch}
+
+    fitted = {"step_law": optimum(fit.step_law)} if fit.step_law is not None else {}
+    return {**fitted, "published": {name: optimum(law()) for name, law in PUBLISHED.items()}}
+
+
+def recommend(fit: Fit, request: Request) -> dict[str, Any]:
+    """The recommendation, as plain values under documented keys. Raises InputError if the runs cannot answer the request."""
+    if fit.surface is None:
+        raise InputError("the runs of this fit have no learning_rate and batch_size: only a loss law was fitted")
+    target = _target(fit, request)
+    beyond = _beyond(fit, target)
+    warnings = list(fit.warnings) + _refuse(fit, beyond, request.accept_extrapolation)
+    no_intervals = _why_no_intervals(fit)
+    warnings += no_intervals
+    samples = fit.surface_samples or [fit.surface]
+    optima = [_optimum(sample, target) for sample in fit.surface_samples]
+    rate, batch = _optimum(fit.surface, target)
+    unit = request.data_parallel * request.micro_batch
+    sequences = max(unit, round(batch / request.seq_len / unit) * unit)
+    batch_tokens = sequences * request.seq_len
+    _check_sense(rate, batch, batch_tokens, target.tokens)
+    if unit * request.seq_len > 1.5 * batch:
+        warnings.append(
+            f"one micro-batch on every rank ({unit * request.seq_len:,} tokens) is more than the best batch"
+        )
+    excesses = _excesses(samples, target, np.array([rate]), np.array([batch_tokens]))[:, 0]
+    widest = _widest(samples, fit.surface, target)
+    warnings += _batch_warnings(batch_tokens, widest, excesses)
+    excess = float(np.mean(excesses))
+    loss, losses = _losses(fit, request, target)
+    resampled = {
+        "learning_rate": [optimum[0] for optimum in optima],
+        "batch_size_tokens": [optimum[1] for optimum in optima],
+        "predicted_loss": losses,
+        "predicted_excess_loss": list(excesses),
+    }
     result: dict[str, Any] = {
-        "n_total": n_total,
-        "n_active": n_active,
-        "tokens": tokens,
-        "flops": compute,
+        **target._asdict(),
+        "flops": target.compute,
         "learning_rate": rate,
         "batch_size_tokens": batch_tokens,
         "batch_size_sequences": sequences,
         "widest_batch_tokens": widest,
-        "past_critical_batch": critical,
-        "predicted_loss": predicted,
+        "past_critical_batch": bool(batch_tokens > widest),
+        "predicted_loss": None if loss is None else loss * (1 + excess),
         "predicted_excess_loss": excess,
-        "intervals": {
-            "learning_rate": _interval([float(x[0][0]) for x in optima]) if told else None,
-            "batch_size_tokens": _interval([float(x[1][0]) for x in optima]) if told else None,
-            "predicted_loss": loss_interval,
-            "predicted_excess_loss": _interval(list(excesses)) if told else None,
-        },
+        "intervals": {name: None if no_intervals else _interval(values) for name, values in resampled.items()},
         "extrapolation": beyond,
         "warnings": warnings,
+        **_other_laws(fit, target),
     }
-    if fit.step_law is not None:
-        other_rate, other_batch = (float(x[0]) for x in fit.step_law.optimum(n_total, n_active, tokens))
-        result["step_law"] = {"learning_rate": other_rate, "batch_size_tokens": other_batch}
-    result["published"] = {}
-    for name, law in PUBLISHED.items():
-        other_rate, other_batch = (float(x[0]) for x in law().optimum(n_total, n_active, tokens))
-        result["published"][name] = {"learning_rate": other_rate, "batch_size_tokens": other_batch}
-    if request.flops is not None and fit.loss_law is not None:
-        result["shapes"] = _shapes(fit, request.flops, n_active / n_total)
+    if request.flops is not None:
+        result["shapes"] = _shapes(fit, request.flops, target.n_active / target.n_total)
     return result
 
 
 def _shares(fit: Fit) -> list[float]:
-    """Activated shares that the runs cover, in halves from the largest; one where the law knows nothing of sparsity."""
+    """Activated shares that the runs cover, each half of the one before; one share if the law does not use sparsity."""
     low, high = fit.ranges["sparsity"]
     if fit.loss_law is None or "N_total" not in fit.loss_law.text:
         return [high]
@@ -215,8 +254,8 @@ def _shares(fit: Fit) -> list[float]:
 
 
 def _shapes(fit: Fit, flops: float, wanted: float) -> list[dict[str, float]]:
-    """The compute-optimal model at each share of activated parameters: what its share costs against the best one, and
-    what half and twice its size cost."""
+    """The compute-optimal model at each share of activated parameters, with the loss that it costs over the best share,
+    and what half and twice its size would cost."""
     assert fit.loss_law is not None
     law, rows = fit.loss_law, []
     for ratio in sorted({*_shares(fit), wanted}, reverse=True):

@@ -1,4 +1,4 @@
-"""The page that a person reads: what was fitted, how well, how far it may be trusted, with pictures."""
+"""Writes the report of a fit: what was fitted, how well, how far to trust it, with pictures."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def _law(fit: Fit, which: str) -> str:
 
 
 def report_text(fit: Fit, pictures: list[str]) -> str:
-    """Markdown."""
+    """The report as Markdown."""
     least, most = fit.ranges["compute"]
     lines = [
         "# Scaling fit",

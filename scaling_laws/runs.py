@@ -1,4 +1,4 @@
-"""The table of runs: one typed schema from CSV or JSONL, every bad row reported with its line."""
+"""Reads tables of runs, CSV or JSONL, into one typed schema, and reports every bad row with its line."""
 
 import math
 import re
@@ -31,14 +31,15 @@ CONVENTIONS = ("non_vocabulary", "with_vocabulary")
 GROUP = ("n_total", "n_active", "tokens", "num_experts", "top_k", "granularity", "shared_hidden", "unique_tokens")
 TRUE, FALSE = ("1", "true", "yes", "1.0"), ("", "0", "false", "no", "0.0", "none", "nan")
 SHOWN = 20  # problems in one message
-LEAST_RATIO, MOST_RATIO = 0.01, 1e5  # tokens per activated parameter of the median run: beyond them, units are mixed
-LEAST_STEPS = 20  # of the median run: below it, batch sizes are not what they are taken for
+LEAST_RATIO, MOST_RATIO = 0.01, 1e5  # tokens per activated parameter of the median run; outside, units are mixed up
+LEAST_STEPS = 20  # of the median run; with fewer, batch_size is not in sequences
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunTable:
-    """Checked runs. ``frame`` has the required columns (n_active = n_total where the table has none), `batch_tokens`,
-    `diverged` and `group`: runs of the same model and data (`GROUP`), the unit that is resampled and held out."""
+    """Checked runs. ``frame`` has the required columns (n_active = n_total if the table has none), `batch_tokens`,
+    `diverged` and `group`. A group is the runs of one model and its data (`GROUP`), the unit that is resampled and held
+    out."""
 
     frame: pd.DataFrame
     convention: str
@@ -55,7 +56,7 @@ class RunTable:
 
 
 def _number(value: Any) -> float | None:
-    """None for an empty cell; NaN for what is no number (a boolean of JSON is none)."""
+    """The number in a cell: None if it is empty, NaN if it is not a number (JSON's booleans are not)."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, bool):
@@ -79,13 +80,13 @@ def _wrong(column: str, given: Any, hint: str = "", expected: str = "a positive 
 
 
 def _truth(value: Any) -> bool | None:
-    """None for what is neither."""
+    """Whether a cell says true or false; None if it says neither."""
     text = str(value).strip().lower()
     return True if text in TRUE else False if text in FALSE else None
 
 
 def _row(record: dict[str, Any], hyperparameters: bool) -> tuple[dict[str, Any], list[str]]:
-    """Typed values of a row and what is wrong with it."""
+    """(typed values of a row, its problems)."""
     diverged = _truth(record.get("diverged"))
     row: dict[str, Any] = {"diverged": bool(diverged)}
     problems = [] if diverged is not None else [_wrong("diverged", record["diverged"], expected="true or false")]
@@ -94,7 +95,7 @@ def _row(record: dict[str, Any], hyperparameters: bool) -> tuple[dict[str, Any],
             continue
         value = _number(record.get(column))
         if column == "n_active" and value is None:
-            row[column] = row["n_total"]  # dense; what is wrong with n_total has been said
+            row[column] = row["n_total"]  # a dense model; problems of n_total are already listed
             continue
         if column == "loss" and row["diverged"]:
             row[column] = math.nan
@@ -163,7 +164,7 @@ def _table(frame: pd.DataFrame) -> RunTable:
     twice = frame.duplicated(keys) & ~frame["diverged"]
     if twice.any():
         sources = ", ".join(frame.loc[twice, "source"].head(5))
-        warnings.append(f"{int(twice.sum())} rows repeat another in every setting and are left out ({sources} ...)")
+        warnings.append(f"{int(twice.sum())} rows repeat another row in every setting and are left out ({sources} ...)")
         frame = frame[~twice]
     if frame["diverged"].all():
         raise InputError("every run diverged: there is no loss to fit; add runs at lower learning rates")
@@ -177,7 +178,7 @@ def _table(frame: pd.DataFrame) -> RunTable:
 
 
 def _check_units(frame: pd.DataFrame) -> list[str]:
-    """Warnings on medians that are small; InputError for those that no run has."""
+    """Warnings about medians that are suspiciously small. Raises InputError for medians that no run can have."""
     warnings = []
     for column, never, seldom, unit in (("n_total", 1e3, 1e5, "parameters"), ("tokens", 1e4, 1e6, "tokens")):
         median = frame[column].median()
@@ -189,14 +190,14 @@ def _check_units(frame: pd.DataFrame) -> list[str]:
     ratio = (frame["tokens"] / frame["n_active"]).median()
     if not LEAST_RATIO <= ratio <= MOST_RATIO:
         raise InputError(
-            f"the median run has {ratio:.3g} tokens per activated parameter, which no run has: is one of n_total, n_active "
-            "and tokens in millions or billions? They count parameters and tokens"
+            f"the median run has {ratio:.3g} tokens per activated parameter, which is impossible: is one of n_total, "
+            "n_active and tokens in millions or billions? They count parameters and tokens"
         )
     return warnings
 
 
 def _check_steps(frame: pd.DataFrame) -> None:
-    """Raise InputError where a step would be longer than its run, or runs have next to no steps: batch_size is in tokens."""
+    """Raises InputError if a step is longer than its run or runs have few steps: batch_size is then in tokens."""
     steps = frame["tokens"] / frame["batch_tokens"]
     worst = frame.loc[steps.idxmin()]
     told = (

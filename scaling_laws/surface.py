@@ -1,12 +1,12 @@
-"""Optimal learning rate and batch size: one response surface shared by all groups of runs, and Step Law as baseline.
+"""Optimal learning rate and batch size: one response surface for all groups of runs, with Step Law as the baseline.
 
-For runs of group g (equal N_total, N_active, D), with u = log lr - log lr* and v = log B - log B* (B in tokens),
+For runs of a group g (equal N_total, N_active, D), with u = log lr - log lr* and v = log B - log B* (B in tokens),
 
     log L = level_g + |C (u, v)|^2 + c1 u^3 + c2 u^2 v + c3 u v^2 + c4 v^3
     log lr* = a0 + a1 log N_total + a2 log D + a3 log(N_active / N_total),   log B* likewise
 
-C is lower triangular with positive diagonal, so the quadratic part is positive definite and (lr*, B*) its minimum. Levels
-are free, so the laws are learned from the shape within groups and not from how loss falls between them.
+C is lower triangular with a positive diagonal, so the quadratic part is positive definite with its minimum at (lr*, B*).
+Levels are free, so the laws are learned from the shape within groups and not from how the loss falls between them.
 """
 
 from collections.abc import Iterable
@@ -19,9 +19,10 @@ from scipy.optimize import least_squares
 
 from scaling_laws.errors import InputError
 
-# Around these the logarithms are taken, so that intercepts are values at a familiar size.
+# Logarithms are relative to these, so that intercepts are values at a familiar size.
 REFERENCE_N, REFERENCE_D = 1e9, 1e10
-# Step Law (arXiv 2503.04715): lr 1.79 N^-0.713 D^0.307, B 0.58 D^0.571 tokens; exponents used where a table cannot tell.
+# Step Law (arXiv 2503.04715): lr 1.79 N^-0.713 D^0.307, B 0.58 D^0.571 tokens. A table that does not determine an exponent
+# gets it from here.
 STEP_LAW_LR, STEP_LAW_B = (1.79, -0.713, 0.307), (0.58, 0.0, 0.571)
 # DeepSeek LLM (arXiv 2401.02954, equation 1): lr 0.3118 C^-0.1250, B 0.2920 C^0.3271 tokens. Its C counts attention too;
 # here it is 6 N D.
@@ -29,13 +30,13 @@ DEEPSEEK_LR, DEEPSEEK_B = (0.3118, -0.1250), (0.2920, 0.3271)
 WINDOW = 0.05  # rows within 5% of their group's best: farther out the cubic does not describe the loss
 HUBER = 1e-3  # of log loss, where the soft-L1 cost turns from square to linear
 _SHAPE = 7
-# Step Law's exponents as a prior, with these standard deviations for N, D and the effect of sparsity (none); NOISE is the
-# standard deviation of log loss between seeds. It decides where groups are few and is not felt where they are many.
+# Step Law's exponents are a prior with these standard deviations for N, D and sparsity (which it gives no effect). NOISE is
+# the standard deviation of log loss between seeds. The prior matters if there are few groups, and not if there are many.
 PRIOR, NOISE = (0.15, 0.15, 0.2), 1.5e-3
 
 
 def group_excess(frame: pd.DataFrame) -> pd.Series:
-    """How far each finished run's loss is above its group's best, relative."""
+    """Each finished run's loss relative to its group's best, minus 1."""
     return frame["loss"] / frame.groupby("group")["loss"].transform("min") - 1
 
 
@@ -62,8 +63,8 @@ def _shape(q: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Surface:
-    """Coefficients of the laws for log lr* and log B* (of 1, log N_total / 1e9, log D / 1e10, log N_active / N_total) and
-    the shape. ``held`` are features that the table could not tell and that kept Step Law's exponents."""
+    """The laws for log lr* and log B*, as coefficients of (1, log N_total / 1e9, log D / 1e10, log N_active / N_total), and
+    the shape. ``held`` names features that the table does not determine, which keep Step Law's exponents."""
 
     learning_rate: list[float]
     batch: list[float]
@@ -71,12 +72,12 @@ class Surface:
     held: list[str]
 
     def optimum(self, n_total: Any, n_active: Any, tokens: Any) -> tuple[np.ndarray, np.ndarray]:
-        """(learning rate, batch size in tokens) of least loss."""
+        """(learning rate, batch size in tokens) that minimise the loss."""
         x = _features(n_total, n_active, tokens)
         return np.exp(x @ np.array(self.learning_rate)), np.exp(x @ np.array(self.batch))
 
     def excess(self, n_total: Any, n_active: Any, tokens: Any, learning_rate: Any, batch_tokens: Any) -> np.ndarray:
-        """Loss above the optimum's, relative, of a run with other hyperparameters; not trusted beyond `WINDOW`."""
+        """Relative loss over the optimum's for a run with other hyperparameters. Beyond `WINDOW` it is not to be trusted."""
         best_rate, best_batch = self.optimum(n_total, n_active, tokens)
         u, v = np.log(np.asarray(learning_rate) / best_rate), np.log(np.asarray(batch_tokens) / best_batch)
         return np.expm1(_shape(np.array(self.shape), u, v))
@@ -89,21 +90,21 @@ FEATURES = ("1", "n_total", "tokens", "sparsity")
 
 
 def _free(frame: pd.DataFrame) -> np.ndarray:
-    """Which features the groups of ``frame`` can tell apart."""
+    """The features whose effects the groups of ``frame`` determine, as a mask."""
     groups = frame.groupby("group").first()
     ratio = (groups["n_active"] / groups["n_total"]).round(3)
     free = [True, groups["n_total"].nunique() > 1, groups["tokens"].nunique() > 1, ratio.nunique() > 1]
     if free[1] and free[2]:
-        # With (nearly) one D/N only, N and D move together: D keeps the published exponent.
+        # If D/N is (nearly) the same everywhere, N and D vary together, and D keeps the published exponent.
         together = np.corrcoef(np.log(groups["n_total"]), np.log(groups["tokens"]))[0, 1]
         free[2] = bool(abs(together) < 0.99)
     return np.array(free)
 
 
 def fit_surface(frame: pd.DataFrame, start: Surface | None = None) -> Surface:
-    """Fit the surface to finished runs within `WINDOW` of their group's best by soft-L1 on log loss, levels profiled out.
-    Diverged runs are censored: the surface must be at least `WINDOW` high there. Raises InputError when there is too
-    little to fit."""
+    """Fit the surface to the finished runs within `WINDOW` of their group's best, with a soft-L1 cost on log loss and levels
+    profiled out. Diverged runs are censored: the surface must be at least `WINDOW` high there. Raises InputError if the
+    runs are too few."""
     finished = frame[~frame["diverged"]]
     near = finished[group_excess(finished) <= WINDOW]
     sizes = near.groupby("group").size()
@@ -151,7 +152,7 @@ def fit_surface(frame: pd.DataFrame, start: Surface | None = None) -> Surface:
         best = near.loc[near.groupby("group")["loss"].idxmin()]
         xb = _features(best["n_total"], best["n_active"], best["tokens"])
         a0, b0 = _published(STEP_LAW_LR), _published(STEP_LAW_B)
-        # The published slopes through the middle of this table's own best runs.
+        # Start with the published slopes, through the middle of this table's best runs.
         a0[0] += np.median(np.log(best["learning_rate"]) - xb @ a0)
         b0[0] += np.median(np.log(best["batch_tokens"]) - xb @ b0)
         p0 = np.concatenate([a0[free], b0[free], [np.log(0.1), 0.0, np.log(0.1)], np.zeros(_SHAPE - 3)])
@@ -162,8 +163,9 @@ def fit_surface(frame: pd.DataFrame, start: Surface | None = None) -> Surface:
 
 
 def fit_step_law(frame: pd.DataFrame) -> Surface:
-    """The baseline of arXiv 2503.04715: power laws (learning rate in N_total and D, batch in D alone) by least squares in
-    logs, through the runs within 0.25% of their group's best. It has no shape: `excess` of the result means nothing."""
+    """The baseline of arXiv 2503.04715: power laws for the learning rate in N_total and D and for the batch in D alone,
+    fitted by least squares in logs to the runs within 0.25% of their group's best. The result has no shape, so its
+    `excess` is meaningless."""
     finished = frame[~frame["diverged"]]
     near = finished[group_excess(finished) <= 0.0025]
     told = _free(near) & np.array([True, True, True, False])
@@ -185,7 +187,7 @@ def step_law_as_published() -> Surface:
 
 
 def deepseek_law() -> Surface:
-    """DeepSeek LLM's law of compute, with C = 6 N_active D = 6 (N_active / N_total) N_total D."""
+    """DeepSeek LLM's law in compute, with C = 6 N_active D = 6 (N_active / N_total) N_total D."""
     laws = []
     for scale, by_c in (DEEPSEEK_LR, DEEPSEEK_B):
         law = _published((scale * 6**by_c, by_c, by_c))
@@ -203,7 +205,7 @@ PUBLISHED = {"Step Law, published": step_law_as_published, "DeepSeek LLM": deeps
 
 def profiled_minima(surface: Surface, frame: pd.DataFrame) -> pd.DataFrame:
     """Each group's loss at its own optimum: the level that the surface gives it, from all runs near its best. One row per
-    group: n_total, n_active, tokens, loss, and granularity and unique_tokens where the table has them."""
+    group with n_total, n_active, tokens and loss, and with granularity and unique_tokens if the table has them."""
     finished = frame[~frame["diverged"]]
     near = finished[group_excess(finished) <= WINDOW]
     height = surface.excess(
@@ -216,14 +218,14 @@ def profiled_minima(surface: Surface, frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def power_law(surface: Surface, which: str) -> dict[str, float]:
-    """{scale, n_total, tokens, sparsity}: the law written as scale * N_total^. * D^. * (N_active / N_total)^."""
+    """{scale, n_total, tokens, sparsity} of the law scale * N_total^n_total * D^tokens * (N_active / N_total)^sparsity."""
     law = surface.learning_rate if which == "learning_rate" else surface.batch
     scale = np.exp(law[0] - law[1] * np.log(REFERENCE_N) - law[2] * np.log(REFERENCE_D))
     return {"scale": float(scale), "n_total": law[1], "tokens": law[2], "sparsity": law[3]}
 
 
 def nearest_run_excess(surface: Surface, frame: pd.DataFrame) -> dict[int, float]:
-    """By group: excess loss over the group's best of the run nearest (in logs) to what ``surface`` recommends."""
+    """By group: the excess loss, over the group's best, of the run nearest (in logs) to the recommendation."""
     found = {}
     for group, runs in frame[~frame["diverged"]].groupby("group"):
         first = runs.iloc[0]
@@ -234,6 +236,6 @@ def nearest_run_excess(surface: Surface, frame: pd.DataFrame) -> dict[int, float
 
 
 def mean(values: Iterable[float]) -> float:
-    """Arithmetic mean; NaN of nothing."""
+    """The arithmetic mean; NaN for no values."""
     found = list(values)
     return float(np.mean(found)) if found else float("nan")

@@ -1,4 +1,4 @@
-"""Rows of a CSV or JSONL file with their line numbers; what would be read wrongly is refused."""
+"""Reads the rows of a CSV or JSONL file with their line numbers. Refuses files that would be misread."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 from scaling_laws.errors import InputError
 
-# Names that people give to our columns; a table that uses one is told which of ours it is, never read by guess.
+# Other common names of our columns. A table that uses one is not read by guess: the error says how to rename it.
 OTHER_NAMES = {
     "n_total": ("n", "params", "parameters", "num_params", "model_size"),
     "tokens": ("d", "train_tokens", "data", "dataset_size"),
@@ -21,7 +21,7 @@ _TOKENS_A_STEP = ("batch_tokens", "batch_size_tokens", "tokens_per_step", "batch
 
 
 def hint_of_names(missing: Sequence[str], columns: set[str]) -> str:
-    """Which of ``columns`` look like ``missing`` ones by another name, as the end of a message; empty for none."""
+    """The end of a message that says which ``columns`` are probably ``missing`` ones by another name; empty if none are."""
     by_lower = {column.lower(): column for column in columns}
     found = [
         f"{by_lower[other]!r} to {name}"
@@ -37,10 +37,10 @@ def hint_of_names(missing: Sequence[str], columns: set[str]) -> str:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, values by column) of each row; a byte order mark, as Excel writes it, is not part of a name.
+    """Yield (line number, values by column) for each row. A byte order mark, which Excel writes, is skipped.
 
-    Raises InputError for a file that cannot be read, a column given twice, another separator than the comma, and rows that
-    are longer or shorter than the header.
+    Raises InputError for a file that cannot be read, for a repeated column, for separators other than commas, and for rows
+    that are longer or shorter than the header.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:

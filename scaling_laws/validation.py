@@ -1,4 +1,4 @@
-"""What a fit is worth where it was not fitted: runs held out by size, compute, sparsity; the loss's form chosen by it."""
+"""Tests fits on runs that they have not seen, held out by size, compute or sparsity, and chooses the loss's form by that."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,25 +12,25 @@ from scaling_laws.forms import FORMS, points_of
 from scaling_laws.loss_law import LossLaw, fit_loss
 from scaling_laws.surface import Surface, fit_step_law, fit_surface, mean, nearest_run_excess, profiled_minima
 
-ALIKE = 1.1  # sizes of models that were meant to be alike differ by a few percent (experts, shared experts)
-LEAST_GROUPS = 5  # to fit on, where the largest compute is left out
-DEPTHS = (0.5, 0.65, 0.8)  # share of groups fitted: a form is chosen for going far, not only for the next step
-# A form with more parameters must beat a simpler one by this much of its held-out error.
+ALIKE = 1.1  # models of one intended size differ by a few percent (experts, shared experts)
+LEAST_GROUPS = 5  # to fit to when the largest compute is held out
+DEPTHS = (0.5, 0.65, 0.8)  # shares of the groups to fit to: a form must also extrapolate far, not only one step
+# A form with more parameters must lower a simpler one's held-out error to less than this share of it.
 WORTH = 0.95
 
 
 def minima(surface: Surface | None, frame: pd.DataFrame) -> pd.DataFrame:
-    """What the loss law is fitted to: each group's profiled minimum, or the runs themselves where nothing was tuned."""
+    """The rows that the loss law is fitted to: each group's profiled minimum, or the runs themselves without a surface."""
     return profiled_minima(surface, frame) if surface is not None else frame
 
 
 def law_of(found: pd.DataFrame, form: str, start: LossLaw | None = None) -> LossLaw:
-    """`fit_loss` of rows with a loss."""
+    """`fit_loss` for a table's rows."""
     return fit_loss(points_of(found), found["loss"].to_numpy(float), form=form, start=start)
 
 
 def count_sizes(frame: pd.DataFrame) -> int:
-    """Number of sizes, those within `ALIKE` of the next counting as one."""
+    """The number of sizes. Sizes within a factor `ALIKE` of the next count as one."""
     ordered = np.sort(frame["n_total"].unique())
     return int(1 + (np.diff(np.log(ordered)) > np.log(ALIKE)).sum())
 
@@ -42,7 +42,7 @@ def compute_of(frame: pd.DataFrame) -> pd.Series:
 
 @dataclass(frozen=True, kw_only=True)
 class HoldOut:
-    """A part left out, and what the rest says without it: nothing but ``not_possible`` where the rest is too little."""
+    """Runs that were held out, and how well the others predict them. ``not_possible`` says why if they are too few."""
 
     name: str
     groups: int
@@ -54,7 +54,7 @@ class HoldOut:
     not_possible: str = ""
 
     def loss_error(self, form: str) -> float:
-        """Mean relative error of the loss predicted for what was left out. Raises InputError."""
+        """Mean relative error of the loss predicted for the held-out runs. Raises InputError."""
         law = law_of(self.inside, form)
         return float(np.mean(np.abs(law.at(points_of(self.outside)) / self.outside["loss"].to_numpy() - 1)))
 
@@ -77,7 +77,7 @@ def hold_out(frame: pd.DataFrame, out: pd.Series, name: str, tuned: bool) -> Hol
 
 
 def _parts(frame: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
-    """(name, rows held out) of every extrapolation that the table allows."""
+    """Every extrapolation that the table allows, as (name, mask of the rows to hold out)."""
     if count_sizes(frame) > 2:
         largest = frame["n_total"].max()
         yield f"largest N ({largest:.3g})", frame["n_total"] > largest / ALIKE
@@ -97,12 +97,12 @@ def _parts(frame: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
 
 
 def hold_outs(frame: pd.DataFrame, tuned: bool) -> list[HoldOut]:
-    """The largest size, the largest compute and each sparsity, left out one after the other."""
+    """The largest size, the largest compute and each sparsity, held out one after the other."""
     return [hold_out(frame, out, name, tuned) for name, out in _parts(frame)]
 
 
 def choose_form(frame: pd.DataFrame, parts: list[HoldOut]) -> tuple[str, list[str]]:
-    """The form of least held-out error, simpler ones first in a tie (`WORTH`), and a note on the others."""
+    """(the form with the least held-out error, preferring simpler ones by `WORTH`; a note on all forms)."""
     table = points_of(frame)
     forms = [name for name, form in FORMS.items() if not form.untold(table)]
     errors: dict[str, float] = {}
@@ -114,7 +114,7 @@ def choose_form(frame: pd.DataFrame, parts: list[HoldOut]) -> tuple[str, list[st
             try:
                 found.append(part.loss_error(form))
             except InputError:
-                continue  # the rest is too little for this form: it is judged on the other parts
+                continue  # too few runs remain for this form: it is judged by the other hold-outs
         if found and len(found) >= 0.5 * sum(not part.not_possible for part in parts):
             errors[form] = mean(found)
     if not errors:
@@ -129,7 +129,7 @@ def choose_form(frame: pd.DataFrame, parts: list[HoldOut]) -> tuple[str, list[st
 
 
 def summarize(parts: list[HoldOut], form: str) -> list[dict[str, Any]]:
-    """Plain rows for the fit's file and report."""
+    """The hold-outs as plain rows, for the fit's file and report."""
     rows = []
     for part in parts:
         row: dict[str, Any] = {"held_out": part.name, "groups": part.groups, "compute_ratio": part.compute_ratio}
@@ -147,8 +147,9 @@ def summarize(parts: list[HoldOut], form: str) -> list[dict[str, Any]]:
 
 
 def over_extrapolation(frame: pd.DataFrame, form: str, tuned: bool) -> list[dict[str, float]]:
-    """Fitted to groups of up to some compute, for a few limits, each larger group: how many times farther it lies, and the
-    errors there (of the predicted loss; excess of the run nearest to the recommendation, and to Step Law's)."""
+    """Fits to the groups below a limit of compute, for a few limits, and tries each larger group. A row has the group's
+    compute over the limit's, the error of the predicted loss, and the excess loss of the runs nearest to the
+    recommendation and to Step Law's."""
     compute = compute_of(frame)
     groups = np.sort(compute.groupby(frame["group"]).first().to_numpy())
     found = []

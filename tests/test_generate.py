@@ -5,6 +5,7 @@ import contextlib
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ from transformers import PreTrainedTokenizerFast
 from qwen_moe.checkpoint.huggingface.convert import convert_from_hf, save_pretrained
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
-from qwen_moe.generate import end_tokens, generate, generate_text, register, sample
+from qwen_moe.generate import Sampling, end_tokens, generate, generate_text, register, sample
 from tests.models.hf_reference import FAMILIES, draw_weights, hf_model, model_configs, true_float64
 
 SETTINGS = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def greedy(max_new_tokens: int) -> Sampling:
+    return Sampling(max_new_tokens=max_new_tokens, temperature=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -42,7 +47,7 @@ def test_greedy_equals_transformers(family: str, data: st.DataObject) -> None:
             eos_token_id=3,
             pad_token_id=3,
         )
-    assert generate(ours, ids, new, eos_token_id=3).tolist() == expected.tolist()
+    assert generate(ours, ids, greedy(new), eos_token_id=3).tolist() == expected.tolist()
 
 
 @SETTINGS
@@ -57,7 +62,8 @@ def test_cache_changes_nothing(config: ModelConfig, seed: int, temperature: floa
         for _ in range(20):
             token = sample(model(expected)[:, -1], temperature, 0.9, generator)
             expected = torch.cat([expected, token.unsqueeze(1)], dim=1)
-    assert generate(model, ids, 20, temperature, 0.9, seed=11).tolist() == expected.tolist()
+    sampling = Sampling(max_new_tokens=20, temperature=temperature, top_p=0.9, seed=11)
+    assert generate(model, ids, sampling).tolist() == expected.tolist()
 
 
 def test_cache_takes_several_tokens_at_once() -> None:
@@ -78,9 +84,9 @@ def test_ended_sequences_are_filled() -> None:
     """One sequence ends before the other: its rest is the end token, and the longest decides the length."""
     model = draw_weights(_config(), 5)
     ids = torch.tensor([[1, 2], [7, 9], [4, 4]])
-    free = generate(model, ids, 30)[:, 2:].tolist()
+    free = generate(model, ids, greedy(30))[:, 2:].tolist()
     end = free[0][2]
-    out = generate(model, ids, 30, eos_token_id=[end, 10**6])[:, 2:].tolist()
+    out = generate(model, ids, greedy(30), eos_token_id=[end, 10**6])[:, 2:].tolist()
     ends = [row.index(end) if end in row else 29 for row in free]
     assert len(out[0]) == max(ends) + 1
     for row, other, at in zip(out, free, ends, strict=True):
@@ -127,7 +133,7 @@ def test_outputs_that_are_no_numbers_are_named() -> None:
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="outputs are NaN or infinite"):
-        generate(model, torch.zeros(1, 3, dtype=torch.int64), 2)
+        generate(model, torch.zeros(1, 3, dtype=torch.int64), greedy(2))
 
 
 @pytest.mark.parametrize("value", [["x"], True, 2**40, -1, {}, "2"])
@@ -140,13 +146,14 @@ def test_end_tokens_that_are_no_ids(value: Any, tmp_path: Path) -> None:
 def test_seed_decides() -> None:
     model = draw_weights(_config(), 2)
     ids = torch.tensor([[1, 2, 3]])
-    first, again, other = (generate(model, ids, 25, 1.0, seed=seed).tolist() for seed in (1, 1, 2))
+    sampling = Sampling(max_new_tokens=25, temperature=1, top_p=1)
+    first, again, other = (generate(model, ids, replace(sampling, seed=seed)).tolist() for seed in (1, 1, 2))
     assert first == again != other
 
 
 def test_mode_of_the_model_is_kept() -> None:
     model = draw_weights(_config(), 2).train()
-    generate(model, torch.tensor([[1]]), 2)
+    generate(model, torch.tensor([[1]]), greedy(2))
     assert model.training
 
 
@@ -216,7 +223,7 @@ def test_text_equals_transformers(folders: tuple[Path, Path]) -> None:
     assert model.generation_config.eos_token_id == reader.eos_token_id == 29
     inputs = reader("hello", return_tensors="pt")
     expected = model.generate(**inputs, max_new_tokens=30, do_sample=False, pad_token_id=29)[0]
-    result = generate_text(checkpoint, "hello", max_new_tokens=30, temperature=0)
+    result = generate_text(checkpoint, "hello", greedy(30))
     assert result.prompt + result.completion == reader.decode(expected, skip_special_tokens=True)
 
 
@@ -237,22 +244,24 @@ def test_text_equals_transformers(folders: tuple[Path, Path]) -> None:
 )
 def test_bad_input(folders: tuple[Path, Path], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        generate_text(folders[0], **({"prompt": "abcde", "max_new_tokens": 3} | changes))
+        values = {"max_new_tokens": 3} | changes
+        prompt = values.pop("prompt", "abcde")
+        generate_text(folders[0], prompt, Sampling(**values))
 
 
 def test_no_tokenizer_and_no_directory(tmp_path: Path) -> None:
     save_pretrained(draw_weights(_config(), 4, torch.float32), tmp_path / "bare")
     with pytest.raises(UserError, match="has no tokenizer"):
-        generate_text(tmp_path / "bare", "a")
+        generate_text(tmp_path / "bare", "a", Sampling())
     with pytest.raises(UserError, match="does not exist"):
-        generate_text(tmp_path / "nowhere", "a")
+        generate_text(tmp_path / "nowhere", "a", Sampling())
 
 
 def test_tokenizer_of_another_model(tmp_path: Path) -> None:
     save_pretrained(draw_weights(_config(vocab_size=5), 4, torch.float32), tmp_path / "small", tokenizer=None)
     tokenizer().save_pretrained(str(tmp_path / "small"))
     with pytest.raises(UserError, match="token 25 but the model's vocabulary has 5"):
-        generate_text(tmp_path / "small", "z", max_new_tokens=2)
+        generate_text(tmp_path / "small", "z", Sampling(max_new_tokens=2))
 
 
 @pytest.mark.parametrize(
@@ -272,7 +281,7 @@ def test_damaged_files_beside_the_weights(
     shutil.copytree(folders[0], tmp_path / "hf")
     (tmp_path / "hf" / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        generate_text(tmp_path / "hf", "abc", max_new_tokens=2)
+        generate_text(tmp_path / "hf", "abc", Sampling(max_new_tokens=2))
 
 
 def test_code_in_a_strangers_directory_is_not_run(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -285,5 +294,5 @@ def test_code_in_a_strangers_directory_is_not_run(folders: tuple[Path, Path], tm
         values.pop("tokenizer_class", None)
         (directory / name).write_text(json.dumps(values))
     with contextlib.suppress(UserError):
-        generate_text(directory, "abc", max_new_tokens=2)
+        generate_text(directory, "abc", Sampling(max_new_tokens=2))
     assert not (tmp_path / "made").exists()

@@ -1,4 +1,4 @@
-"""`qwen-moe plan RECIPE --gpus N --gpu NAME`: the fastest layouts that fit, what they hold, how long they take."""
+"""`qwen-moe plan RECIPE --gpus N --gpu NAME`: the fastest layouts that fit in memory, with their memory and step time."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = subparsers.add_parser("plan", help="the fastest parallel layouts that fit on a cluster (docs/plan.md)")
     parser.add_argument("recipe", type=Path, nargs="?")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--gpus", type=whole(1, MOST_PROCESSES), help="how many, in all")
+    parser.add_argument("--gpus", type=whole(1, MOST_PROCESSES), help="number of GPUs in all")
     parser.add_argument("--gpu", default="h100-80gb", help="a name, or a .yaml file (default: h100-80gb)")
     parser.add_argument("--gpus-per-node", type=whole(1, MOST_PROCESSES), default=8)
     parser.add_argument("--network", default="ib400", help="a name, or a .yaml file (default: ib400)")
@@ -25,14 +25,14 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--global-batch", type=whole(1, LARGEST_SIZE), help="sequences per step (default: the recipe's)"
     )
     parser.add_argument(
-        "--imbalance", type=number(least=1), default=1.0, help="tokens of the busiest expert over the average one's"
+        "--imbalance", type=number(least=1), default=1.0, help="tokens of the busiest expert over the average"
     )
     parser.add_argument("--precision", choices=("bf16", "fp8", "any"), default="any", help="default: any")
-    parser.add_argument("--price", type=number(least=0), help="per GPU-hour (default: the GPU's file)")
+    parser.add_argument("--price", type=number(least=0), help="per GPU-hour (default: as in the GPU's file)")
     parser.add_argument("--top", type=whole(1), default=5)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--write", action="store_true", help="put the best layout into the recipe")
-    parser.add_argument("--check-published", action="store_true", help="the model of time against published runs")
+    parser.add_argument("--write", action="store_true", help="write the best layout into the recipe")
+    parser.add_argument("--check-published", action="store_true", help="compare predicted times with published runs")
     parser.set_defaults(func=run)
 
 
@@ -46,10 +46,10 @@ def run(args: argparse.Namespace) -> int:
             f"--gpus {args.gpus} is not a multiple of --gpus-per-node {args.gpus_per_node}: give whole nodes"
         )
     if args.write and (found := find_recipe(args.recipe)) != args.recipe:
-        raise UserError(f"--write changes the recipe, and {args.recipe} comes with qwen-moe: cp {found} my.yaml first")
-    from qwen_moe.planning.hardware import load_gpu, load_network
+        raise UserError(f"--write changes the recipe, and {args.recipe} is qwen-moe's own: cp {found} my.yaml first")
+    from qwen_moe.planning.hardware import Cluster, load_gpu, load_network
 
-    gpu, network = load_gpu(args.gpu), load_network(args.network)
+    cluster = Cluster(load_gpu(args.gpu), load_network(args.network), args.gpus_per_node)
     overrides = list(args.overrides)
     if args.global_batch is not None:
         overrides.append(f"training.global_batch_size={args.global_batch}")
@@ -59,12 +59,12 @@ def run(args: argparse.Namespace) -> int:
     from qwen_moe.planning.text import plan_text
 
     precisions = PRECISIONS if args.precision == "any" else (args.precision,)
-    search = Search(config, args.gpus, gpu, network, args.gpus_per_node, args.imbalance, args.price, precisions)
+    search = Search(config, args.gpus, cluster, args.imbalance, args.price, precisions)
     plan = search.run(args.top)
     written: dict[str, Any] = {}
     if args.write:
         if not plan.best:
-            raise UserError(f"{args.recipe}: nothing fits on {args.gpus} x {gpu.name}, so nothing was written\n"
+            raise UserError(f"{args.recipe}: nothing fits on {args.gpus} x {cluster.gpu.name}, so nothing was written\n"
                             + plan_text(plan, str(args.recipe)))  # fmt: skip
         written = _write(args.recipe, overrides, config, plan.best[0].choice, args.gpus)
     if args.json:
@@ -75,20 +75,20 @@ def run(args: argparse.Namespace) -> int:
         for key, (old, new) in written["changed"].items():
             sys.stdout.write(f"{args.recipe}: {key} {'(not given)' if old is None else old} -> {new}\n")
         if not written["changed"]:
-            sys.stdout.write(f"{args.recipe}: as it was\n")
+            sys.stdout.write(f"{args.recipe}: unchanged\n")
         elif not written["comments_kept"]:
-            sys.stdout.write(f"{args.recipe}: its form could not be edited, so it was written anew, without comments\n")
+            sys.stdout.write(f"{args.recipe}: could not be edited in place, so it was rewritten without its comments\n")
     return 0
 
 
 def _facts(plan: Any) -> dict[str, Any]:
     return {
         "gpus": plan.gpus,
-        "gpu": plan.gpu.model_dump(),
-        "network": plan.network.model_dump(),
-        "gpus_per_node": plan.gpus_per_node,
+        "gpu": plan.cluster.gpu.model_dump(),
+        "network": plan.cluster.network.model_dump(),
+        "gpus_per_node": plan.cluster.gpus_per_node,
         "global_batch_size": plan.config.training.global_batch_size,
-        "usable_bytes": plan.gpu.usable_bytes,
+        "usable_bytes": plan.cluster.gpu.usable_bytes,
         "legal_layouts": plan.legal,
         "seconds": plan.seconds,
         "best": [scored.facts() for scored in plan.best],
@@ -101,7 +101,7 @@ def _facts(plan: Any) -> dict[str, Any]:
 
 
 def _write(path: Path, overrides: list[str], config: RunConfig, choice: Any, gpus: int) -> dict[str, Any]:
-    """Put ``choice`` and the ``overrides`` it was planned with into the recipe, if a run would accept the result."""
+    """Write ``choice`` and the ``overrides`` it was planned with into the recipe. Raises if a run would not accept it."""
     import yaml
 
     from launchers.folder.atomic import write_text
@@ -115,7 +115,7 @@ def _write(path: Path, overrides: list[str], config: RunConfig, choice: Any, gpu
         section, _, leaf = key.partition(".")
         if not leaf or "." in leaf:
             raise UserError(
-                f"--write cannot put override {override!r} into the recipe: write it there yourself, then plan"
+                f"--write cannot write override {override!r} into the recipe: write it there yourself, then plan"
             )
         settings.setdefault(section, {})[leaf] = yaml.safe_load(value)
     for section, entries in choice.settings().items():

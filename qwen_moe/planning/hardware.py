@@ -1,7 +1,8 @@
-"""GPUs and networks as data: one YAML file each, shipped with the package, in the user's own folder, or anywhere."""
+"""GPUs and networks, each described by a YAML file: shipped with the package, in the user's folder, or at any path."""
 
 import difflib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Self, TypeVar
 
@@ -15,11 +16,10 @@ Share = Annotated[PositiveFloat, Field(le=1)]
 
 
 class Efficiency(Section):
-    """What share of a peak is reached, and the sizes at which half of that is. Defaults are those of an H100, calibrated
-    as `qwen_moe/planning/published.py` says.
+    """The shares of peak rates that are reached. Defaults are for an H100, calibrated in `qwen_moe/planning/published.py`.
 
-    A product of an ``m x k`` with a ``k x n`` matrix runs at ``peak * share * s(m) * s(n) * s(k)``, s(x) = x / (x + half):
-    small products leave a GPU's units idle at their edges.
+    A GEMM of an ``m x k`` with a ``k x n`` matrix runs at ``peak * share * s(m) * s(n) * s(k)`` with
+    s(x) = x / (x + gemm_half_size), because small GEMMs leave some of a GPU's units idle.
     """
 
     gemm: Share = 0.74
@@ -30,16 +30,16 @@ class Efficiency(Section):
     memory: Share = 0.76
     nvlink: Share = 0.75
     network: Share = 0.80
-    all_to_all: Share = 0.70  # of what `nvlink` and `network` leave, where a token is sent once per expert
+    all_to_all: Share = 0.70  # a further factor on `nvlink` and `network` if a token is sent once per expert
 
 
 class Gpu(Section):
-    """One kind of GPU. Bandwidths are of one GPU, in one direction."""
+    """One kind of GPU. Bandwidths are per GPU and direction."""
 
     name: str
     memory_gib: PositiveFloat
     reserved_gib: NonNegativeFloat  # context, communication library, fragmentation
-    peak_tflops: dict[str, PositiveFloat]  # by precision (bf16, fp8), dense
+    peak_tflops: dict[str, PositiveFloat]  # by precision (bf16, fp8), without sparsity
     memory_gb_per_second: PositiveFloat
     nvlink_gb_per_second: PositiveFloat
     nvlink_latency_us: PositiveFloat = 8.0
@@ -52,7 +52,7 @@ class Gpu(Section):
     def _check(self) -> Self:
         if "bf16" not in self.peak_tflops or self.peak_tflops.keys() - {"bf16", "fp8"}:
             raise ValueError(
-                f"peak_tflops has {', '.join(self.peak_tflops) or 'nothing'}: give bf16, and fp8 if it has that"
+                f"peak_tflops has {', '.join(self.peak_tflops) or 'nothing'}: give bf16, and fp8 if the GPU has it"
             )
         if self.reserved_gib >= self.memory_gib:
             raise ValueError(f"reserved_gib {self.reserved_gib:g} leaves nothing of memory_gib {self.memory_gib:g}")
@@ -64,15 +64,24 @@ class Gpu(Section):
 
 
 class Network(Section):
-    """What connects nodes. ``gb_per_second`` is of one GPU, in one direction."""
+    """The network between nodes. ``gb_per_second`` is per GPU and direction."""
 
     name: str
     gb_per_second: PositiveFloat
     latency_us: PositiveFloat
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes of ``gpus_per_node`` GPUs of one kind, and the network between them."""
+
+    gpu: Gpu
+    network: Network
+    gpus_per_node: int
+
+
 def user_folder() -> Path:
-    """Where a user's own `gpus/NAME.yaml` and `networks/NAME.yaml` lie; they come before those of the package."""
+    """The folder of a user's own `gpus/NAME.yaml` and `networks/NAME.yaml`, which override the package's."""
     base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
     return Path(base) / "qwen-moe" / "hardware"
 
@@ -81,7 +90,7 @@ Kind = TypeVar("Kind", Gpu, Network)
 
 
 def known(kind: str) -> dict[str, Path]:
-    """Names and files of all ``kind`` (gpus, networks); the user's own replace the package's."""
+    """Names and files of every ``kind`` (gpus, networks). The user's files override the package's."""
     found: dict[str, Path] = {}
     for folder in (Path(__file__).parent / kind, user_folder() / kind):
         found |= {path.stem: path for path in sorted(folder.glob("*.yaml"))}
@@ -111,10 +120,10 @@ def _load(schema: type[Kind], kind: str, option: str, name: str) -> Kind:
 
 
 def load_gpu(name: str) -> Gpu:
-    """The GPU of that name or file. Raises UserError naming the nearest one."""
+    """The GPU with the given name or file. Raises UserError, which suggests the nearest name."""
     return _load(Gpu, "gpus", "--gpu", name)
 
 
 def load_network(name: str) -> Network:
-    """The network of that name or file. Raises UserError naming the nearest one."""
+    """The network with the given name or file. Raises UserError, which suggests the nearest name."""
     return _load(Network, "networks", "--network", name)

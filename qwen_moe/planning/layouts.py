@@ -1,4 +1,4 @@
-"""Every layout that a run may have on a number of GPUs, judged by the run's own check (`training.layout.run_layout`)."""
+"""Lists every layout that a run may have on a number of GPUs, by the run's own check (`sharding.layout.run_layout`)."""
 
 import math
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ PRECISIONS = ("bf16", "fp8")
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What the search decides. ``per_rank``: pipeline stages on each rank (0 is never used here)."""
+    """The settings that the search chooses. ``per_rank`` is the number of pipeline stages on each rank, never 0 here."""
 
     tp: int = 1
     pp: int = 1
@@ -42,7 +42,7 @@ class Choice:
         return " ".join([*degrees, self.precision])
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """The recipe's sections that it decides."""
+        """These settings as sections of a recipe."""
         per_rank = self.per_rank if self.pp > 1 and self.schedule == "interleaved_1f1b" else 0
         degrees = {name: getattr(self, name) for name in ("tp", "pp", "cp", "ep", "etp")}
         parallel = degrees | {"schedule": self.schedule, "stages_per_rank": per_rank, "sharding": self.sharding}
@@ -54,7 +54,7 @@ class Choice:
 
 
 def apply(config: RunConfig, choice: Choice) -> RunConfig:
-    """``config`` with ``choice`` in it, through the config's own checks. Raises ValueError when they refuse it."""
+    """``config`` with the settings of ``choice``. Raises ValueError if the config's own checks refuse them."""
     settings = choice.settings()
     changed = config.model_copy(
         update={
@@ -63,12 +63,12 @@ def apply(config: RunConfig, choice: Choice) -> RunConfig:
             "precision": PrecisionConfig(**vars(config.precision) | settings["precision"]),
         }
     )
-    changed.check()  # the other sections have been checked and are as they were
+    changed.check()  # the other sections are unchanged and have been checked before
     return changed
 
 
 def legal(config: RunConfig, choice: Choice, gpus: int) -> RunLayout | str:
-    """The layout of ``choice`` on ``gpus`` processes, or why there is none."""
+    """The layout of ``choice`` on ``gpus`` processes, or the reason why it is not legal."""
     try:
         return run_layout(apply(config, choice), gpus)
     except (UserError, ValueError) as error:
@@ -76,7 +76,7 @@ def legal(config: RunConfig, choice: Choice, gpus: int) -> RunLayout | str:
 
 
 def _shardings(choice: Choice) -> list[Choice]:
-    """``choice`` with every sharding that goes with its schedule; the layout is the same."""
+    """``choice`` with each sharding that its schedule allows. They have the same layout."""
     found = []
     for sharding in get_args(ParallelConfig.model_fields["sharding"].annotation):
         with suppress(ValidationError):
@@ -91,7 +91,7 @@ def divisors(number: int) -> list[int]:
 
 
 def _degrees(config: RunConfig, gpus: int) -> Iterator[Choice]:
-    """Degrees that the number of GPUs and the model allow, by the checks that `run_layout` makes first."""
+    """The degrees that the number of GPUs and the model allow, by the checks that `run_layout` makes first."""
     from parallel.mesh import LayoutError, layout_for
     from qwen_moe.sharding.layout import check_layout
 
@@ -111,7 +111,7 @@ def _degrees(config: RunConfig, gpus: int) -> Iterator[Choice]:
 
 
 def _schedules(pp: int, layers: int) -> Iterator[tuple[str, int]]:
-    """(schedule, stages per rank) to try."""
+    """Every (schedule, stages per rank) to try."""
     if pp == 1:
         yield "1f1b", 1
         return
@@ -123,7 +123,7 @@ def _schedules(pp: int, layers: int) -> Iterator[tuple[str, int]]:
 
 
 def precisions(config: RunConfig, wanted: tuple[str, ...]) -> list[str]:
-    """Those of ``wanted`` that the recipe's other settings of precision go with."""
+    """The precisions in ``wanted`` that are compatible with the recipe's other precision settings."""
     found = []
     for name in wanted:
         try:
@@ -153,7 +153,7 @@ def legal_choices(
                 found = legal(config, first, gpus)
                 if isinstance(found, str):
                     continue
-                # Recomputation and precision change nothing of what the check looks at.
+                # The check does not depend on recomputation or precision.
                 for choice in _shardings(first):
                     for precision in computes:
                         for recompute in ("none", "full"):

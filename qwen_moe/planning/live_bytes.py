@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors that are alive while code runs, on real or on fake tensors."""
+"""Counts the bytes of the tensors that are alive while code runs. The tensors may be real or fake."""
 
 from typing import Any
 
@@ -9,15 +9,16 @@ from torch.utils._pytree import tree_leaves
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    """Of the plain tensors in ``tree``; a wrapper such as DTensor has no bytes of its own, its local tensor comes too."""
+    """Storages of the plain tensors in ``tree``. Wrappers such as DTensor have none; their local tensors are seen too."""
     tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
     return [tensor.untyped_storage() for tensor in tensors if not is_traceable_wrapper_subclass(tensor)]
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within it, every storage that an operation makes is followed until it is freed or emptied. Storages made before are
-    not counted. ``live`` is what is held now and ``peak`` (looked for only with ``peaks``, after every operation) the most
-    that was held since the last `reset_peak`, in bytes.
+    """A context that tracks every storage that an operation allocates until it is freed or emptied.
+
+    Storages allocated before are not counted. ``live`` is the number of bytes alive now. ``peak`` is the largest number
+    since the last `reset_peak`; it is measured after every operation, and only with ``peaks``.
     """
 
     def __init__(self, peaks: bool = True) -> None:
@@ -41,7 +42,7 @@ class LiveBytes(TorchDispatchMode):
     def live(self) -> int:
         total = 0
         for address, reference in list(self._made.items()):
-            # The size is asked for again: FSDP empties and fills storages in place.
+            # Read the size each time, because FSDP empties and fills storages in place.
             storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
             if storage is None:
                 del self._made[address]

@@ -1,19 +1,19 @@
-"""Bytes that a rank holds at the fullest moment of a step.
+"""Peak memory of a rank during a step, in bytes.
 
-Parameters, gradients and optimizer state follow from shapes and are exact. What FSDP2 holds besides its shards:
+Parameters, gradients and optimizer state follow from shapes and are exact. Besides its shards, FSDP2 holds:
 
-* the weights of each unit gathered in the compute dtype, dim 0 (of experts: how many of them are local) filled up to a
-  multiple of the data-parallel ranks: with zero2 from the first forward to the end of the step (under a
-  pipeline) or of the micro-batch's backward; with zero3 the root and two units at a time, but under a pipeline all of them,
-  because torch.distributed.pipelining keeps what a backward has gathered until the last one;
-* the unsharded gradients of every unit, in the dtype of their reduction, from the first micro-batch's backward to the
-  last's, when there is more than one (they are reduced once per step);
-* the buffers of one all-gather and one reduction of a unit.
+* Gathered weights in the compute dtype, with dim 0 (for experts: the number of local experts) padded to a multiple of the
+  data-parallel ranks. With zero2 every unit is held from the first forward to the end of the micro-batch's backward, or of
+  the step under a pipeline. With zero3 the root and two units are held at a time; under a pipeline all are, because
+  torch.distributed.pipelining keeps what a backward has gathered until the last backward.
+* Unsharded gradients of every unit, in the dtype of their reduction, from the first micro-batch's backward to the last's if
+  there are several micro-batches, because they are reduced once per step.
+* The buffers of one all-gather and one reduction of a unit.
 
-Schedules that run backward in two halves (zbv, dualpipev) keep gradients between the two; they are taken as half of the
-micro-batch's activations.
+Schedules that split backward into two halves (zbv, dualpipev) keep gradients between them, which are estimated as half of
+the micro-batch's activations.
 
-A pipeline also has a receive buffer for every micro-batch and stage, in both directions, for as long as it lives.
+A pipeline also allocates receive buffers for every micro-batch and stage, in both directions, and keeps them.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from qwen_moe.sharding.layout import RunLayout
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes. ``sharded_*`` and ``optimizer`` are exact; ``pipeline_rank`` is the one that holds the most."""
+    """Memory of a rank in bytes. ``sharded_*`` and ``optimizer`` are exact."""
 
     sharded_weights: float
     gathered_weights: float
@@ -57,7 +57,7 @@ class Memory:
 
 
 class MemoryModel:
-    """Memory of one recipe by choice and layout; terms that layouts share are computed once."""
+    """Predicts the memory of one recipe for any choice and layout. Terms that layouts share are computed once."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.model = config, config.model
@@ -67,26 +67,26 @@ class MemoryModel:
         self._layers: dict[tuple[object, ...], tuple[float, float]] = {}
 
     def saved(self, precision: str) -> SavedActivations:
-        """The counts of layers in ``precision``."""
+        """The activation counts of layers in ``precision``."""
         if precision not in self._saved:
             self._saved[precision] = SavedActivations(self.config, precision)
         return self._saved[precision]
 
     def fullest(self, choice: Choice, layout: RunLayout) -> Memory:
-        """Of the pipeline rank that holds the most, at the place that holds the most."""
+        """Memory of the worst-case rank."""
         per_rank = flights(choice.schedule, choice.pp, layout.micro_batches, layout.per_rank)
         return max(
             (self.of_rank(choice, layout, r, f) for r, f in enumerate(per_rank)), key=lambda memory: memory.total
         )
 
     def floor(self, choice: Choice, layout: RunLayout) -> float:
-        """Bytes of weights, gradients and optimizer of the fullest pipeline rank: what does not fit so needs no counting of
-        activations, which takes most of the time."""
+        """Bytes of weights, gradients and optimizer state on the worst-case rank. A layout for which these do not fit
+        needs no count of activations, which takes most of the time."""
         per_rank = flights(choice.schedule, choice.pp, layout.micro_batches, layout.per_rank)
         return max(sum(self._standing(choice, layout, self._units(layout, flight, FIRST))[:3]) for flight in per_rank)
 
     def _units(self, layout: RunLayout, flight: Flight, place: Place) -> tuple[UnitShare, int, int]:
-        """(all units of a rank together, the largest root, the largest layer's unit), of which buffers are made."""
+        """(sum of all units of a rank, elements of its largest root, elements of the largest unit of its layers)."""
         by_stage = [self._stage_units(layout, stage, place) for stage in flight.stages]
         total = add(unit for stage in by_stage for unit in stage)
         root = max(stage[0].padded for stage in by_stage)
@@ -95,7 +95,7 @@ class MemoryModel:
     def _standing(
         self, choice: Choice, layout: RunLayout, units: tuple[UnitShare, int, int]
     ) -> tuple[float, float, float, float]:
-        """(weights beyond the sharded ones, gradients at most, sharded weights and optimizer, sharded weights alone)."""
+        """(gathered weights, largest size of gradients, sharded weights and optimizer state, sharded weights alone)."""
         total, root, biggest = units
         compute = DTYPES[choice.precision].itemsize
         sharded = total.sharded * self.master
@@ -113,7 +113,7 @@ class MemoryModel:
     def of_rank(
         self, choice: Choice, layout: RunLayout, pipeline_rank: int, flight: Flight, place: Place = FIRST
     ) -> Memory:
-        """Of pipeline rank ``pipeline_rank``, whose stages and micro-batches in flight are ``flight``."""
+        """Memory of pipeline rank ``pipeline_rank``, whose stages and micro-batches in flight are ``flight``."""
         compute = DTYPES[choice.precision].itemsize
         reduce = max(4, compute)
         units = self._units(layout, flight, place)
@@ -149,7 +149,7 @@ class MemoryModel:
         return found
 
     def _activations(self, choice: Choice, layout: RunLayout, flight: Flight) -> tuple[float, float]:
-        """(held, working) bytes at the fullest moment."""
+        """(held, working) bytes when they are largest."""
         stages = [self._stage_activations(choice, layout, stage) for stage in flight.stages]
         held = max(sum(n * bytes_ for n, (bytes_, _) in zip(moment, stages, strict=True)) for moment in flight.moments)
         return held, max(working for _, working in stages)
@@ -179,7 +179,7 @@ class MemoryModel:
         layers = {moe: saved.layer(tp, choice.ep, choice.etp, moe, batch) for moe in kinds}
         held, working = saved.shared(tp, batch), max(layer.working for layer in layers.values())
         if choice.recompute == "full":
-            # Layers keep their outputs and the orders of their rows. In backward one layer at a time is whole again.
+            # Layers keep their outputs and the order of their rows. Backward recomputes one layer at a time.
             working += max(layer.held for layer in layers.values())
             layers = {moe: saved.layer(tp, choice.ep, choice.etp, moe, batch, recompute=True) for moe in kinds}
         held += sum(kinds[moe] * layer.held for moe, layer in layers.items())
@@ -191,12 +191,12 @@ class MemoryModel:
 
     @staticmethod
     def _kept_weights(choice: Choice, total: UnitShare) -> float:
-        """With zero2, products keep their FP8 weights for a whole step: a byte for each, the embedding's and norms' too."""
+        """FP8 copies of weights, which zero2 keeps for a whole step: counted as a byte for every parameter."""
         return float(total.whole) if choice.precision == "fp8" and choice.sharding == "zero2" else 0.0
 
     @staticmethod
     def _unit_buffers(layout: RunLayout, elements: int, bytes_per_element: int) -> float:
-        """An all-gather or a reduction, or both, of one unit in flight."""
+        """The buffers of an all-gather, a reduction or both of one unit."""
         return float(elements * bytes_per_element) if max(layout.layout.dp, layout.layout.edp) > 1 else 0.0
 
     def _receive_buffers(self, choice: Choice, layout: RunLayout, flight: Flight) -> float:

@@ -1,4 +1,4 @@
-"""Compares `step_time` with published runs: one set of constants for all rows, fitted to some and held out from others."""
+"""Compares `step_time` with published runs. One set of constants serves all of them; it was fitted to some of the runs."""
 
 import statistics
 from collections.abc import Iterator
@@ -12,26 +12,26 @@ from parallel.mesh import layout_for
 from parallel.stages import split_layers
 from qwen_moe.config import ModelConfig, parse_model
 from qwen_moe.models.flops import layer_costs
-from qwen_moe.planning.hardware import Gpu, load_gpu, load_network
+from qwen_moe.planning.hardware import Cluster, Gpu, load_gpu, load_network
 from qwen_moe.planning.layouts import Choice
 from qwen_moe.planning.software import MEGATRON, Software
 from qwen_moe.planning.step_time import StepTime, StepTimeModel
 from qwen_moe.sharding.layout import RunLayout
 
 SEQUENCE = 4096
-# With other micro-batches to hide behind, Megatron's two streams hide about this share of the all-to-alls.
+# Megatron's two streams hide about this share of the all-to-alls behind other micro-batches.
 EP_OVERLAP = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """TFLOP/s per GPU, published and predicted."""
+    """A published run: TFLOP/s per GPU, as published and as predicted."""
 
     name: str
     published: float
     predicted: float
     fitted: bool
-    further: bool  # not among the seven that the model was asked to predict
+    further: bool  # not among the seven runs that the model was asked to predict
     assumed: str
     source: str
     step: StepTime
@@ -60,10 +60,10 @@ def _layout(run: dict[str, Any], model: ModelConfig, choice: Choice) -> RunLayou
 
 
 def rows(gpu: Gpu | None = None, software: Software = MEGATRON, ep_overlap: float = EP_OVERLAP) -> Iterator[Row]:
-    """Every published run with our prediction."""
+    """Each published run with our prediction."""
     data = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8"))
     gpu = gpu or load_gpu("h100-80gb")
-    network = load_network("ib400")
+    cluster = Cluster(gpu, load_network("ib400"), gpus_per_node=8)
     for run in data["runs"]:
         model, choice = _model(run["model"], data["models"]), Choice(**run["layout"])
         used = replace(
@@ -73,7 +73,7 @@ def rows(gpu: Gpu | None = None, software: Software = MEGATRON, ep_overlap: floa
         )
         factor = data["score_factors"].get(run["model"], 1.0)
         recomputed = run.get("recomputed", 0.0)
-        times = StepTimeModel(model, SEQUENCE, gpu, network, 8, used, score_factor=factor, recomputed=recomputed)
+        times = StepTimeModel(model, SEQUENCE, cluster, used, score_factor=factor, recomputed=recomputed)
         step = times.step(choice, _layout(run, model, choice))
         flops = times.flops() * run["global_batch"] * SEQUENCE / run["gpus"]
         yield Row(
@@ -94,7 +94,7 @@ def median_error(found: list[Row]) -> float:
 
 
 def table(found: list[Row]) -> str:
-    """As Markdown."""
+    """The comparison as a Markdown table."""
     lines = ["| run (H100) | published | predicted | error | constants |", "|---|---|---|---|---|"]
     for row in found:
         kind = ("fitted" if row.fitted else "held out") + ("; further" if row.further else "")

@@ -1,4 +1,4 @@
-"""Writes settings into a recipe as text, so that its comments and its order stay."""
+"""Edits a recipe as text, so that it keeps its comments and its order."""
 
 import re
 from typing import Any
@@ -22,9 +22,9 @@ def _wanted(values: dict[str, Any], settings: Settings) -> dict[str, Any]:
 
 
 def _edit_section(lines: list[str], section: str, entries: dict[str, Any]) -> list[str]:
-    """``lines`` with ``entries`` in block ``section``, which is appended where it is missing."""
+    """``lines`` with ``entries`` set in the block ``section``, which is appended if it is missing."""
     for place, line in enumerate(lines):
-        if re.match(rf"{re.escape(section)}:\s*\{{.*\}}\s*(#.*)?$", line):  # written on one line: one line per key
+        if re.match(rf"{re.escape(section)}:\s*\{{.*\}}\s*(#.*)?$", line):  # a section on one line gets a line per key
             own, comment = yaml.safe_load(line)[section], re.search(r"\}\s*(#.*)?$", line)
             head = f"{section}:" + (f"  {comment[1]}" if comment and comment[1] else "")
             block = [f"  {key}: {_value(value)}" for key, value in (own | entries).items()]
@@ -52,7 +52,7 @@ def _edit_section(lines: list[str], section: str, entries: dict[str, Any]) -> li
 
 
 def edit_recipe(text: str, settings: Settings) -> tuple[str, bool]:
-    """``text`` with ``settings`` in it, and whether its comments could stay (else it is written anew)."""
+    """(``text`` with ``settings`` in it, whether its comments were kept). Without them the recipe is rewritten."""
     wanted = _wanted(yaml.safe_load(text) or {}, settings)
     lines = text.splitlines()
     for section, entries in settings.items():
@@ -67,7 +67,7 @@ def edit_recipe(text: str, settings: Settings) -> tuple[str, bool]:
 
 
 def differences(values: dict[str, Any], settings: Settings) -> dict[str, tuple[Any, Any]]:
-    """``section.key`` -> (what the recipe says or None, what it will say), of what changes."""
+    """The settings that change: ``section.key`` -> (the recipe's value or None, the new value)."""
     found = {}
     for section, entries in settings.items():
         own = values.get(section) or {}

@@ -1,8 +1,8 @@
-"""Activations by counting: a layer runs on shapes alone and what stays alive for its backward is added up.
+"""Counts activations: runs layers on shapes alone and adds up the tensors that stay alive for backward.
 
-No formula of what a module saves can go stale here. What is counted is a part of one layer, of two, the first and the
-last, for each (tp, etp, experts shared or not), with micro-batches of one and two sequences.
-`tests/planning/test_memory.py` compares with whole models under FSDP2 and with real tensors.
+There is thus no formula of what a module saves that could become outdated. The stage modules that are run hold one layer,
+two layers, the first or the last layer, for each (tp, etp, experts split or not), with micro-batches of one and two
+sequences. `tests/planning/test_memory.py` compares the counts with whole models under FSDP2 and with real tensors.
 """
 
 import math
@@ -28,7 +28,7 @@ from qwen_moe.sharding.model import build_parts
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """Bytes of one micro-batch. ``held`` lives from forward to backward; ``working`` more exists for a moment in either."""
+    """Bytes of one micro-batch: ``held`` from forward to backward, and up to ``working`` more within either of them."""
 
     held: float
     working: float
@@ -36,8 +36,8 @@ class Saved:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What is run to be counted: a part with ``layers``. ``middle``: their kind counts, not their place; there is neither
-    embedding nor head. ``forward_only``: ``working`` is not looked for."""
+    """A run to count: a stage module with ``layers``. With ``middle`` only the kinds of the layers matter, and there is
+    neither embedding nor head. With ``forward_only``, ``working`` is not measured."""
 
     tp: int = 1
     ep: int = 1
@@ -52,8 +52,8 @@ class Run:
 
 @contextmanager
 def fake_grids(layout: Layout, kv_heads: int, rank: int = 0) -> Iterator[Grids]:
-    """The grids of a layout of any size in this process alone: every collective answers at once. Needs a process without
-    a process group."""
+    """The grids of a layout of any size, in this process alone: every collective returns at once. The process must not
+    have a process group."""
     dist.init_process_group("fake", rank=rank, world_size=layout.world_size, store=FakeStore())
     try:
         yield Grids(layout, "cpu", kv_heads=kv_heads)
@@ -62,26 +62,26 @@ def fake_grids(layout: Layout, kv_heads: int, rank: int = 0) -> Iterator[Grids]:
 
 
 def _smallest_factor(number: int) -> int:
-    """The smallest divisor above 1 (1 for 1)."""
+    """The smallest divisor above 1; 1 for 1."""
     return next((d for d in range(2, number + 1) if number % d == 0), 1)
 
 
 class SavedActivations:
-    """Activations of ``config``'s layers in ``precision``, counted when first asked for.
+    """Activations of ``config``'s layers in ``precision``, counted when they are first needed.
 
-    Bytes are ``constant + slope * micro_batch``: where the constant matters (tables of RoPE, the head's gradient that is
-    formed in forward), micro-batches of one and of two sequences are counted.
+    Bytes are ``constant + slope * micro_batch``, found from micro-batches of one and of two sequences. The constant comes
+    from RoPE's tables and from the head's gradient, which is formed in forward.
     """
 
     def __init__(self, config: RunConfig, precision: str = "bf16") -> None:
         self.config, self.model, self.precision = config, config.model, precision
         self.sequence = config.data.sequence_length
         self._counted: dict[Run, Saved] = {}
-        # A layer of each kind (MoE or not), to be counted in the middle of a model.
+        # A layer of each kind (MoE or not), to count in the middle of a model.
         self._middle = {self.model.is_moe_layer(i): i for i in range(self.model.num_hidden_layers)}
 
     def hidden(self, tp: int) -> int:
-        """Bytes of a rank's hidden states of one sequence, as they travel between layers and stages."""
+        """Bytes of a rank's hidden states of one sequence, as layers and stages pass them on."""
         return self.sequence // tp * self.model.hidden_size * DTYPES[self.precision].itemsize
 
     def _count(self, run: Run) -> Saved:
@@ -104,27 +104,27 @@ class SavedActivations:
         return self._at(Run(tp=tp, layers=(self._middle[moe],), middle=True), micro_batch)
 
     def shared(self, tp: int, micro_batch: int = 1) -> float:
-        """What a part holds once, for all its layers."""
+        """Bytes that a stage module holds once for all its layers."""
         moe = next(iter(self._middle))
         two = self._at(Run(tp=tp, layers=(self._middle[moe],) * 2, middle=True, forward_only=True), micro_batch)
         return 2 * self._one(tp, moe, micro_batch).held - two.held
 
     def layer(self, tp: int, ep: int, etp: int, moe: bool, micro_batch: int = 1, recompute: bool = False) -> Saved:
-        """One layer, its output included (which is the next one's input)."""
+        """Bytes of one layer, including its output, which is the next layer's input."""
         run = Run(tp=tp, layers=(self._middle[moe],), middle=True, recompute=recompute, forward_only=recompute)
         if moe and etp > 1:
             run = replace(run, ep=ep, etp=etp)
-        elif moe and ep > 1:  # how many ranks share the experts changes nothing but the length of lists of counts
+        elif moe and ep > 1:  # the number of ranks changes only the length of lists of counts
             run = replace(run, ep=_smallest_factor(self.model.num_experts))
         found = self._at(run, micro_batch)
         return Saved(held=found.held - self.shared(tp, micro_batch), working=found.working)
 
     def first(self, tp: int, micro_batch: int = 1) -> float:
-        """What the embedding adds."""
+        """Bytes that the embedding adds."""
         return self._end(tp, 0, micro_batch).held if self.model.num_hidden_layers > 1 else 0.0
 
     def last(self, tp: int, micro_batch: int = 1) -> Saved:
-        """What the final norm, the head and the loss add (of a model of one layer, the embedding too)."""
+        """Bytes that the final norm, the head and the loss add; in a model of one layer, the embedding's too."""
         return self._end(tp, self.model.num_hidden_layers - 1, micro_batch)
 
     def _end(self, tp: int, layer: int, micro_batch: int) -> Saved:
@@ -134,15 +134,15 @@ class SavedActivations:
 
 
 def count(config: RunConfig, run: Run) -> Saved:
-    """Run a part forward and backward on fake tensors. Parameters, their gradients and the input do not count; the output
-    does. Raises UserError for sizes whose experts only run one by one, which needs real numbers."""
+    """Run a stage module forward and backward on fake tensors. Parameters, their gradients and the input are not counted;
+    the output is. Raises UserError for sizes whose experts run one by one, which fake tensors cannot do."""
     model, layers, dtype = config.model, run.layers, DTYPES[run.precision]
     config = config.model_copy(
         update={"precision": config.precision.model_copy(update={"compute": run.precision, "kernels": "auto"})}
     )
     sequence, tp = config.data.sequence_length, run.tp
     if run.middle:
-        # The same kind of layer, repeated in the middle of a model that is long enough.
+        # Put layers of these kinds into the middle of a model that is two layers longer.
         kinds = [model.is_moe_layer(layer) for layer in layers]
         dense = tuple(index + 1 for index, moe in enumerate(kinds) if not moe)
         changes = {"num_hidden_layers": len(layers) + 2, "decoder_sparse_step": 1, "mlp_only_layers": dense}
@@ -180,7 +180,7 @@ def count(config: RunConfig, run: Run) -> Saved:
                 except DataDependentOutputException:
                     raise UserError(
                         f"model.hidden_size {model.hidden_size} or moe_intermediate_size {model.moe_intermediate_size} / "
-                        f"etp {run.etp} is not a multiple of {16 // dtype.itemsize}, which grouped products need: such "
+                        f"etp {run.etp} is not a multiple of {16 // dtype.itemsize}, which grouped GEMMs need: such "
                         "models cannot be planned for"
                     ) from None
                 return Saved(held=held, working=max(0, live.peak - held))

@@ -1,4 +1,4 @@
-"""What a pipeline schedule means for memory and time: micro-batches in flight and idle time, from its own actions."""
+"""Micro-batches in flight and idle time of a pipeline schedule, computed from its own actions."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,21 +9,21 @@ from parallel.timeline import BACKWARD, FORWARD, INPUT, WEIGHT, actions, play
 
 @dataclass(frozen=True)
 class Flight:
-    """A pipeline rank: its stages, and the micro-batches of each that are in flight at moments when no other moment has as
-    many of all of them. One between the halves of its backward counts as one and a half (see memory.py)."""
+    """The stages of a pipeline rank and the Pareto-maximal numbers of micro-batches in flight per stage. A micro-batch
+    between the halves of its backward counts as one and a half (see memory.py)."""
 
     stages: tuple[int, ...]
     moments: tuple[tuple[float, ...], ...]
 
 
 def enough(pp: int, micro_batches: int) -> int:
-    """A number of micro-batches that behaves like ``micro_batches``: beyond two rounds a schedule repeats itself."""
+    """A smaller number of micro-batches that behaves like ``micro_batches``: after two rounds a schedule repeats itself."""
     return 2 * pp if micro_batches > 2 * pp and micro_batches % pp == 0 else micro_batches
 
 
 @lru_cache(maxsize=4096)
 def flights(schedule: str, pp: int, micro_batches: int, per_rank: int) -> tuple[Flight, ...]:
-    """Of every pipeline rank. ``pp`` 1 runs one micro-batch after the other."""
+    """The `Flight` of each pipeline rank. With ``pp`` 1 micro-batches run one after another."""
     if pp == 1:
         return (Flight((0,), ((1,),)),)
     found = []
@@ -42,7 +42,7 @@ def flights(schedule: str, pp: int, micro_batches: int, per_rank: int) -> tuple[
 
 @lru_cache(maxsize=4096)
 def idle_micro_batches(schedule: str, pp: int, micro_batches: int, per_rank: int) -> float:
-    """Idle time of a step, in forwards and backwards of one micro-batch through an average rank, all stages alike."""
+    """Idle time of a step. The unit is the forward and backward of a micro-batch on a rank; all stages are equally slow."""
     if pp == 1:
         return 0.0
     run = enough(pp, micro_batches)

@@ -1,4 +1,4 @@
-"""Scores every legal layout by its step time, then asks the fastest whether they fit, until enough do."""
+"""Predicts the step time of every legal layout, then checks from the fastest on whether they fit, until enough do."""
 
 import time
 from dataclasses import asdict, dataclass, replace
@@ -7,7 +7,7 @@ from typing import Any
 
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
-from qwen_moe.planning.hardware import Gpu, Network
+from qwen_moe.planning.hardware import Cluster
 from qwen_moe.planning.layouts import PRECISIONS, Choice, legal_choices
 from qwen_moe.planning.memory import Memory, MemoryModel
 from qwen_moe.planning.software import OURS
@@ -18,7 +18,7 @@ from qwen_moe.sharding.layout import RunLayout
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """One layout. Rates are per GPU; ``mfu`` is against the peak of the layout's precision."""
+    """A layout with its predictions. Rates are per GPU; ``mfu`` is relative to the peak of the layout's precision."""
 
     choice: Choice
     layout: RunLayout
@@ -50,7 +50,7 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class Misfit:
-    """A layout that would be faster than the best but does not fit, and the nearest change of it that does."""
+    """A layout that would be faster than the best one but does not fit, and the nearest layout that does."""
 
     scored: Scored
     nearest: Scored | None
@@ -58,14 +58,12 @@ class Misfit:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """``best``: the fastest that fit, no two with the same degrees. ``gpus_needed``: where nothing fits, the next number of
-    GPUs on which something does (0: none was found)."""
+    """The result of a search. ``best``: the fastest layouts that fit, no two with the same degrees. ``gpus_needed``: if
+    nothing fits, a number of GPUs on which something does (0: none was found)."""
 
     config: RunConfig
     gpus: int
-    gpu: Gpu
-    network: Network
-    gpus_per_node: int
+    cluster: Cluster
     legal: int
     seconds: float
     best: list[Scored]
@@ -78,7 +76,7 @@ FIELDS = ("recompute", "micro_batch", "sharding", "schedule", "per_rank", "pp", 
 
 
 def changes(old: Choice, new: Choice) -> list[str]:
-    """``field old -> new`` of what differs, the stages of a schedule with it."""
+    """The fields that differ, as ``field old -> new``."""
     found = []
     for name in FIELDS:
         before, after = getattr(old, name), getattr(new, name)
@@ -88,25 +86,23 @@ def changes(old: Choice, new: Choice) -> list[str]:
 
 
 class Search:
-    """The models of memory and time of one recipe on one cluster."""
+    """The search for layouts of one recipe on ``gpus`` GPUs of one cluster."""
 
     def __init__(
         self,
         config: RunConfig,
         gpus: int,
-        gpu: Gpu,
-        network: Network,
-        gpus_per_node: int,
+        cluster: Cluster,
         imbalance: float = 1.0,
         price: float | None = None,
         precisions: tuple[str, ...] = PRECISIONS,
     ) -> None:
-        self.config, self.gpus, self.gpu, self.network, self.gpus_per_node = config, gpus, gpu, network, gpus_per_node
-        self.price = gpu.price_per_gpu_hour if price is None else price
-        self.precisions = tuple(name for name in precisions if name in gpu.peak_tflops)
+        self.config, self.gpus, self.cluster, self.gpu = config, gpus, cluster, cluster.gpu
+        self.price = self.gpu.price_per_gpu_hour if price is None else price
+        self.precisions = tuple(name for name in precisions if name in self.gpu.peak_tflops)
         self.memory = MemoryModel(config)
         sequence = config.data.sequence_length
-        self.time = StepTimeModel(config.model, sequence, gpu, network, gpus_per_node, OURS, imbalance)
+        self.time = StepTimeModel(config.model, sequence, cluster, OURS, imbalance)
 
     def run(self, top: int) -> Plan:
         """Raises UserError when no layout is legal."""
@@ -146,9 +142,7 @@ class Search:
         return Plan(
             config=self.config,
             gpus=self.gpus,
-            gpu=self.gpu,
-            network=self.network,
-            gpus_per_node=self.gpus_per_node,
+            cluster=self.cluster,
             legal=len(found),
             seconds=time.monotonic() - begin,
             best=best,
@@ -160,8 +154,8 @@ class Search:
         )
 
     def _countable(self, choice: Choice) -> bool:
-        """Whether each slice of an expert is whole in the 16 bytes of grouped products (`planning.saved`), where the experts
-        are at all. Thinner slices are legal, but run one expert at a time, and nobody wants them."""
+        """Whether slices of experts are multiples of the 16 bytes that grouped GEMMs need (`planning.saved`). Other slices
+        are legal, but their experts run one at a time, which nobody wants."""
         model = self.config.model
         return choice.etp == 1 or (model.moe_intermediate_size // choice.etp) % 8 == 0
 
@@ -186,14 +180,14 @@ class Search:
         return self._score(choice, layout, self.memory.fullest(choice, layout), step)
 
     def _fitting(self, step: StepTime, choice: Choice, layout: RunLayout) -> Scored | None:
-        """The layout with its memory; None where it does not fit."""
+        """The layout with its memory, or None if it does not fit."""
         if self.memory.floor(choice, layout) > self.gpu.usable_bytes:
             return None
         scored = self._whole((step, choice, layout))
         return scored if scored.memory.total <= self.gpu.usable_bytes else None
 
     def _telling(self, misfits: list[Timed], something_fits: bool) -> list[Scored]:
-        """The fastest of three different degrees; where nothing fits at all, the ones that need the least."""
+        """The fastest layouts with three different sets of degrees or, if nothing fits, those that need the least memory."""
         found: dict[tuple[int, ...], Scored] = {}
         ordered = misfits
         if not something_fits:
@@ -209,7 +203,7 @@ class Search:
         return list(found.values())
 
     def _nearest(self, choice: Choice, index: dict[Choice, tuple[StepTime, RunLayout]]) -> Scored | None:
-        """The fastest fitting layout that differs in one field; else in recomputation and one field."""
+        """The fastest layout that fits and differs in one field, else in recomputation and one field."""
         for start in (choice, replace(choice, recompute="full")):
             near = [other for other in index if _distance(start, other) <= 1]
             for other in sorted(near, key=lambda c: index[c][0].total):
@@ -219,7 +213,7 @@ class Search:
         return None
 
     def _enough_gpus(self) -> int:
-        """The smallest of twice, four, ... 32 times the GPUs on which the leanest layout fits."""
+        """The smallest of 2, 4, ... 32 times the GPUs on which a layout fits, or 0."""
         for times in (2, 4, 8, 16, 32):
             gpus = times * self.gpus
             fits = (
@@ -238,8 +232,8 @@ _degrees_of = attrgetter("recompute", "micro_batch", "sharding", "pp", "tp", "ep
 
 
 def _distance(one: Choice, other: Choice) -> int:
-    """Fields that differ; a schedule and its stages count once."""
+    """The number of fields that differ. A schedule and its stages count as one."""
     same_schedule = (one.schedule, one.per_rank) == (other.schedule, other.per_rank)
-    # A pipeline begins or ends with the schedule that goes with it.
+    # A change from or to pp 1 changes the schedule with it.
     free = (one.pp == 1) != (other.pp == 1)
     return sum(map(ne, _degrees_of(one), _degrees_of(other))) + (not same_schedule and not free)

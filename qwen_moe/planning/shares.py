@@ -1,4 +1,4 @@
-"""What one rank holds of the parameters, from the plan's own table of splits and FSDP2's rule of cutting dim 0."""
+"""The share of the parameters that one rank holds, by the sharding table and FSDP2's rule of splitting dim 0."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Place:
     etp: int = 0
 
 
-FIRST = Place()  # holds the most of everything that does not divide evenly
+FIRST = Place()  # holds the largest share of everything that does not divide evenly
 
 
 def place_of(layout: Layout, rank: int) -> Place:
@@ -43,8 +43,8 @@ def place_of(layout: Layout, rank: int) -> Place:
 
 @dataclass(frozen=True, kw_only=True)
 class UnitShare:
-    """Elements of one FSDP unit. ``whole``: this rank's part before FSDP cuts it; ``padded``: the same with dim 0 filled up
-    to a multiple of the ranks, which a gather makes; ``sharded``: after the cut; ``tensors``: how many parameters."""
+    """Elements of one FSDP unit on a rank: ``whole`` before FSDP shards it, ``sharded`` after, and ``padded`` when it is
+    gathered, with dim 0 padded to a multiple of the ranks. ``tensors`` is its number of parameters."""
 
     whole: int
     padded: int
@@ -53,7 +53,7 @@ class UnitShare:
 
 
 def _axes(layout: Layout, place: Place, kv_heads: int) -> Any:
-    """What `placement` asks of Grids, without process groups."""
+    """The axes that `placement` reads from Grids, without process groups."""
     held = min(layout.tp, kv_heads)
     copies = layout.tp // held
     return SimpleNamespace(
@@ -67,13 +67,13 @@ def _axes(layout: Layout, place: Place, kv_heads: int) -> Any:
 
 @lru_cache(maxsize=64)
 def _shapes(model: ModelConfig, layer: int) -> dict[str, torch.Size]:
-    """Parameters of a part that is layer ``layer`` alone, with the embedding or head that belong to it."""
+    """Parameters of a stage module that holds only layer ``layer``, with the embedding or head that go with it."""
     with torch.device("meta"):
         return {name: p.shape for name, p in DecoderLM(model, layers=[layer]).named_parameters()}
 
 
 class Shares:
-    """Units of ``model`` by layout; layers of a kind are equal."""
+    """FSDP units of ``model`` in any layout. Layers of the same kind have the same units."""
 
     def __init__(self, model: ModelConfig) -> None:
         self.model = model
@@ -88,7 +88,7 @@ class Shares:
         return self._of(("layer", moe), layout, place, index, [dense, experts] if experts else [dense])
 
     def root(self, layout: Layout, first: bool, last: bool, place: Place = FIRST) -> UnitShare:
-        """What a stage holds outside its layers: embedding, final norm, head."""
+        """The unit of a stage outside its layers: embedding, final norm and head."""
         found: dict[str, int] = {}
         for index, wanted in ((0, first), (self.model.num_hidden_layers - 1, last)):
             if wanted:
@@ -123,7 +123,7 @@ class Shares:
 
 
 def add(units: Iterable[UnitShare]) -> UnitShare:
-    """The sum."""
+    """The sum of ``units``, field by field."""
     units = list(units)
     return UnitShare(
         whole=sum(u.whole for u in units),

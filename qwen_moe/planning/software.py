@@ -1,26 +1,26 @@
-"""How a training program uses the hardware: what it overlaps and fuses. Ours, and Megatron's for the published runs."""
+"""How a training program uses the hardware: what it overlaps and fuses. One is ours, one is Megatron's (published runs)."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Software:
-    """Shares are of a communication's time that is hidden behind computation, if there is that much of it."""
+    """Overlap and fusion. ``*_overlap`` is the share of communication that computation hides, if it takes as long."""
 
     name: str
     tp_overlap: float
-    ep_overlap: float  # of the all-to-alls, behind other micro-batches
-    shared_expert_overlap: bool  # dispatch in forward, combine in backward, behind the shared expert
+    ep_overlap: float  # all-to-alls behind other micro-batches
+    shared_expert_overlap: bool  # the shared expert hides dispatch in forward and combine in backward
     once_per_node: bool  # a token travels once to each node that has experts for it (DeepEP), not once per expert
     pp_overlap: float
-    dp_overlap: float  # without a pipeline, or with one that reduces during its last backward
-    pipeline_reduces_at_end: bool  # gradients are reduced after a stage's last backward, behind nothing
+    dp_overlap: float  # without a pipeline, or if the pipeline reduces during its last backward
+    pipeline_reduces_at_end: bool  # gradients are reduced after a stage's last backward, when nothing can hide it
     elementwise: float  # bytes moved by unfused operations, relative to the counts in step_time.py
-    dense_kernels: int  # launched by one layer in forward and backward, experts' products not counted
+    dense_kernels: int  # launched by one layer in forward and backward, without the experts' GEMMs
     moe_kernels: int
-    fp8_matrix_us: float  # to launch and run what finds the largest value of one matrix and casts it
-    pads_shards: bool  # dim 0 filled up to a multiple of the data-parallel ranks (FSDP2)
-    gathers_each_micro_batch: bool  # weights, without a pipeline (FSDP2 reshards after each backward)
+    fp8_matrix_us: float  # to launch and run the kernels that find a matrix's largest value and cast it
+    pads_shards: bool  # dim 0 is padded to a multiple of the data-parallel ranks (FSDP2)
+    gathers_each_micro_batch: bool  # weights are, without a pipeline (FSDP2 reshards after each backward)
 
 
 OURS = Software(

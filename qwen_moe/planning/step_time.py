@@ -1,9 +1,8 @@
-"""Seconds of a training step by part: products, attention and memory traffic of each layer, what is communicated and not
-hidden behind them, the pipeline's idle time, the optimizer.
+"""Predicts the seconds of a training step: each layer's GEMMs, attention and memory traffic, the communication that they
+do not hide, the pipeline's idle time and the optimizer.
 
-Nothing here was measured by us on a GPU. The constants (`hardware.Efficiency`, `software.Software`) are the same for every
-model and layout, and are compared with published runs (`published.py`).
-Shapes: T tokens of a micro-batch, N rows (token, expert) of a rank, D hidden, F expert hidden, S sequence, V vocabulary.
+We measured none of this on a GPU. The constants (`hardware.Efficiency`, `software.Software`) are the same for every model
+and layout, and `published.py` compares the predictions with published runs.
 """
 
 import math
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from parallel.stages import V_SHAPED, stages_of_rank
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.flops import flops_per_token
-from qwen_moe.planning.hardware import Gpu, Network
+from qwen_moe.planning.hardware import Cluster
 from qwen_moe.planning.layouts import Choice
 from qwen_moe.planning.schedules import idle_micro_batches
 from qwen_moe.planning.shares import Shares, add
@@ -24,12 +23,13 @@ BF16 = 2  # bytes
 
 @dataclass(frozen=True)
 class Part:
-    """Seconds of a forward and backward of one micro-batch through something; ``experts`` grow with their imbalance."""
+    """Seconds that some layers take for the forward and backward of one micro-batch. ``experts`` is the time that grows
+    with the imbalance between experts."""
 
     compute: float = 0.0
     tp: float = 0.0
     ep: float = 0.0
-    experts: float = 0.0  # of compute and ep together, not in addition
+    experts: float = 0.0  # already included in compute and ep
 
     def __add__(self, other: "Part") -> "Part":
         return Part(self.compute + other.compute, self.tp + other.tp, self.ep + other.ep, self.experts + other.experts)
@@ -44,8 +44,8 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds. ``tp``, ``ep``, ``pp`` and ``dp`` are communication that nothing hides; ``imbalance``: the costliest pipeline
-    rank above the average one, and the busiest expert above the average one."""
+    """Seconds of a step. ``tp``, ``ep``, ``pp`` and ``dp`` are exposed communication. ``imbalance`` is the excess of the
+    slowest pipeline rank and of the busiest expert over the average ones."""
 
     compute: float
     tp: float
@@ -63,36 +63,37 @@ class StepTime:
 
 
 class StepTimeModel:
-    """Time of ``model`` on one kind of GPU and network. ``imbalance``: rows of the busiest expert rank over the average
-    one's. For published runs: ``score_factor`` is attention's scores relative to those of ``model``, ``recomputed`` the
-    share of a forward that backward repeats."""
+    """Predicts step times of ``model`` on a cluster.
+
+    ``imbalance`` is the number of rows on the busiest expert rank over the average. Two settings describe published runs:
+    ``score_factor`` scales the FLOPs of attention scores, and ``recomputed`` is the share of a forward that backward
+    repeats.
+    """
 
     def __init__(
         self,
         model: ModelConfig,
         sequence: int,
-        gpu: Gpu,
-        network: Network,
-        gpus_per_node: int,
+        cluster: Cluster,
         software: Software,
         imbalance: float = 1.0,
         score_factor: float = 1.0,
         recomputed: float = 0.0,
     ) -> None:
-        self.model, self.sequence, self.gpu, self.network = model, sequence, gpu, network
-        self.gpus_per_node, self.software, self.imbalance = gpus_per_node, software, imbalance
+        self.model, self.sequence, self.software, self.imbalance = model, sequence, software, imbalance
+        self.gpu, self.network, self.gpus_per_node = cluster.gpu, cluster.network, cluster.gpus_per_node
         self.score_factor, self.recomputed = score_factor, recomputed
         self.shares = Shares(model)
         self._moe_layers = frozenset(model.moe_layers)
-        self.memory_rate = gpu.memory_gb_per_second * 1e9 * gpu.efficiency.memory
+        self.memory_rate = self.gpu.memory_gb_per_second * 1e9 * self.gpu.efficiency.memory
         self._layers: dict[tuple[object, ...], Part] = {}
         self._means: dict[tuple[object, ...], tuple[Part, float]] = {}
         self._elements: dict[tuple[object, ...], tuple[float, float, float]] = {}
 
-    # Elements of time
+    # Single operations
 
-    def _product(self, m: float, n: float, k: float, precision: str, count: float = 1, grouped: bool = False) -> float:
-        """``count`` products of ``[m, k] x [k, n]``, their input's and their weight's gradients (s is symmetric)."""
+    def _gemm(self, m: float, n: float, k: float, precision: str, count: float = 1, grouped: bool = False) -> float:
+        """``count`` GEMMs ``[m, k] x [k, n]``, with those of backward for the gradients of input and weight."""
         e = self.gpu.efficiency
         share = e.grouped_gemm if grouped else e.gemm
         half = e.gemm_half_size
@@ -100,20 +101,20 @@ class StepTimeModel:
         peak, quantize = self.gpu.peak_tflops["bf16"] * 1e12 * share, 0.0
         if precision == "fp8":
             peak = self.gpu.peak_tflops["fp8"] * 1e12 * share * e.fp8_gemm / e.gemm
-            # Largest value, then cast and transpose, of what comes in and of its gradient: 2 + 2 read, 1 + 1 written.
+            # Find the largest value, then cast and transpose, for the input and for its gradient: 2 + 2 reads, 1 + 1 writes.
             quantize = 6 * count * m * (k + n) / self.memory_rate
-            # Each matrix by kernels of its own: input, gradient and weight, found the largest of and cast.
+            # Each of the three matrices (input, gradient, weight) has its own kernels for this.
             quantize += 6 * count * self.software.fp8_matrix_us * 1e-6
         time = 2 * m * n * k * count / (peak * filled)
         bytes_ = count * (m * k + k * n + m * n) * BF16
         return 3 * max(time, bytes_ / self.memory_rate) + quantize
 
     def _moved(self, elements: float, times: float, bytes_per_element: float = BF16) -> float:
-        """Memory traffic of elementwise work: ``elements`` read or written ``times`` times in forward and backward."""
+        """Time of elementwise operations that read or write ``elements`` ``times`` times in forward and backward."""
         return elements * times * bytes_per_element * self.software.elementwise / self.memory_rate
 
     def _group_rate(self, ranks: int, stride: int) -> float:
-        """Bytes per second of a ring over ``ranks``, ``stride`` apart; its members on a node share their adapters."""
+        """Bytes per second of a ring over ``ranks`` that are ``stride`` apart. Ranks on one node share their adapters."""
         e = self.gpu.efficiency
         nvlink = self.gpu.nvlink_gb_per_second * 1e9 * e.nvlink
         here = min(ranks, max(1, self.gpus_per_node // stride))
@@ -124,18 +125,18 @@ class StepTimeModel:
         return (self.network.latency_us if across else self.gpu.nvlink_latency_us) * 1e-6
 
     def _ring(self, bytes_: float, ranks: int, stride: int) -> float:
-        """An all-gather or reduce-scatter of ``bytes_`` in all."""
+        """An all-gather or reduce-scatter of a tensor that is ``bytes_`` large when whole."""
         return bytes_ * (ranks - 1) / ranks / self._group_rate(ranks, stride) if ranks > 1 else 0.0
 
     def _tp(self, tp: int, tokens: float, times: float) -> float:
-        """``times`` gathers or reduce-scatters of hidden states over tp."""
+        """``times`` all-gathers or reduce-scatters of hidden states over tp."""
         if tp == 1:
             return 0.0
         time = self._ring(tokens * self.model.hidden_size * BF16, tp, 1) * (1 - self.software.tp_overlap)
         return times * (time + self._latency(tp, 1))
 
     def _all_to_all(self, rows: float, ep: int, etp: int) -> float:
-        """One direction of ``rows`` (after copies for etp) of hidden size."""
+        """Dispatch or combine of ``rows`` hidden states, counted after they are copied for etp."""
         ranks = ep * etp
         if ranks == 1:
             return 0.0
@@ -147,7 +148,7 @@ class StepTimeModel:
         across = bytes_ * (nodes - 1) / nodes
         if self.software.once_per_node and nodes > 1:
             across *= min(1.0, nodes * (1 - (1 - 1 / nodes) ** top_k) / top_k)
-            within = bytes_ * (here - 1) / here  # what has arrived is spread over the node
+            within = bytes_ * (here - 1) / here  # the node that receives a token passes it on to its own ranks
         slowest = max(
             within / (self.gpu.nvlink_gb_per_second * 1e9 * e.nvlink),
             across / (self.network.gb_per_second * 1e9 * e.network),
@@ -155,10 +156,10 @@ class StepTimeModel:
         share = 1.0 if self.software.once_per_node else e.all_to_all
         return slowest / share + self._latency(ranks, 1) * (1 + math.log2(ranks) / 2)
 
-    # Parts of the model
+    # Layers, embedding and head
 
     def layer(self, choice: Choice, moe: bool) -> Part:
-        """A layer, forward and backward of one micro-batch, with a second forward where it is recomputed."""
+        """Forward and backward of one micro-batch through a layer, with the second forward if it is recomputed."""
         key = (*_layer_key(choice), moe)
         if key not in self._layers:
             part = self._attention(choice) + (self._moe(choice) if moe else self._feed_forward(choice))
@@ -169,7 +170,7 @@ class StepTimeModel:
             if choice.precision == "fp8":
                 kernels *= 1.5
             launch = kernels * self.gpu.kernel_launch_us * 1e-6
-            # The host cannot run ahead of a layer that waits for the sizes of what it will receive.
+            # The host cannot run ahead of an MoE layer, which waits for the sizes of what it will receive.
             waits = max(0.0, launch - part.total)
             self._layers[key] = part + Part(compute=waits)
         return self._layers[key]
@@ -179,23 +180,21 @@ class StepTimeModel:
         tokens = choice.micro_batch * self.sequence / choice.cp
         d, c = m.hidden_size, m.head_dim
         heads, kv = m.num_attention_heads / tp, max(1.0, m.num_key_value_heads / tp)
-        products = self._product(tokens, (heads + 2 * kv) * c, d, precision) + self._product(
-            tokens, d, heads * c, precision
-        )
+        gemms = self._gemm(tokens, (heads + 2 * kv) * c, d, precision) + self._gemm(tokens, d, heads * c, precision)
         scores = 4 * heads * c * m.keys_per_query(self.sequence) * tokens * self.score_factor
-        # Backward has five products where forward has two.
+        # Backward has five GEMMs and forward two.
         scores_time = 3.5 * scores / (self.gpu.peak_tflops["bf16"] * 1e12 * self.gpu.efficiency.attention)
-        # Two norms and two residual sums on this rank's tokens; rope, and copies to the kernel's layout.
+        # Two norms and two residual sums on this rank's tokens, then RoPE and copies to the kernel's layout.
         moved = self._moved(tokens / tp * d, 24) + self._moved(tokens * (heads + 2 * kv) * c, 14)
         moved += self._moved(tokens * (heads + kv) * c, 8) if m.qk_norm else 0.0
-        return Part(compute=products + scores_time + moved, tp=self._tp(tp, tokens, 5))
+        return Part(compute=gemms + scores_time + moved, tp=self._tp(tp, tokens, 5))
 
     def _feed_forward(self, choice: Choice, hidden: int = 0) -> Part:
         d, f = self.model.hidden_size, (hidden or self.model.intermediate_size) / choice.tp
         tokens = choice.micro_batch * self.sequence / choice.cp
-        products = self._product(tokens, 2 * f, d, choice.precision) + self._product(tokens, d, f, choice.precision)
+        gemms = self._gemm(tokens, 2 * f, d, choice.precision) + self._gemm(tokens, d, f, choice.precision)
         moved = self._moved(tokens * f, 8) + self._moved(tokens / choice.tp * d, 4)
-        return Part(compute=products + moved, tp=self._tp(choice.tp, tokens, 5))
+        return Part(compute=gemms + moved, tp=self._tp(choice.tp, tokens, 5))
 
     def _moe(self, choice: Choice) -> Part:
         m, tp, ep, etp = self.model, choice.tp, choice.ep, choice.etp
@@ -203,10 +202,10 @@ class StepTimeModel:
         tokens = choice.micro_batch * self.sequence / choice.cp / tp
         rows = tokens * m.num_experts_per_tok * etp
         each = rows / local
-        experts = self._product(each, 2 * f, d, choice.precision, local, grouped=True)
-        experts += self._product(each, d, f, choice.precision, local, grouped=True)
+        experts = self._gemm(each, 2 * f, d, choice.precision, local, grouped=True)
+        experts += self._gemm(each, d, f, choice.precision, local, grouped=True)
         experts += self._moved(rows * f, 8)
-        # Sort and weighted sum, and with an exchange two more orders of the rows.
+        # Sort the rows and sum them with weights; an all-to-all reorders them twice more.
         moved = self._moved(rows * d, 10 if ep * etp == 1 else 18) + self._moved(tokens * m.num_experts, 10, 4)
         shared = Part()
         if m.shared_expert_intermediate_size:
@@ -225,7 +224,7 @@ class StepTimeModel:
             part += Part(compute=self._moved(tokens / choice.tp * d, 6), tp=self._tp(choice.tp, tokens, 2))
         if last:
             v = self.model.vocab_size / choice.tp
-            head = self._product(tokens, v, d, "bf16") + self._moved(tokens * v, 9, 4)
+            head = self._gemm(tokens, v, d, "bf16") + self._moved(tokens * v, 9, 4)
             part += Part(compute=head, tp=self._tp(choice.tp, tokens, 2))
         return part
 
@@ -261,7 +260,7 @@ class StepTimeModel:
         )
 
     def _ranks_of(self, choice: Choice, layout: RunLayout) -> tuple[Part, float]:
-        """(average pipeline rank, the seconds of the costliest) of one micro-batch."""
+        """(time of the average pipeline rank, seconds of the slowest one) for one micro-batch."""
         key = (*_layer_key(choice), choice.pp, layout.per_rank, choice.schedule in V_SHAPED, layout.layers)
         if key not in self._means:
             ranks, zero = self._stages(choice, layout), Part()
@@ -280,7 +279,7 @@ class StepTimeModel:
         return 2 * one * layout.per_rank * layout.micro_batches * (1 - self.software.pp_overlap)
 
     def _data_parallel(self, choice: Choice, layout: RunLayout, forward: float) -> tuple[float, float]:
-        """(exposed communication, optimizer): of the average rank. ``forward`` of a micro-batch is what hides a gather."""
+        """(exposed communication, optimizer) of the average rank. A micro-batch's ``forward`` can hide an all-gather."""
         dense, experts, sharded = self._elements_of(choice, layout)
         grid, software = layout.layout, self.software
         width = 1 if choice.precision == "fp8" else BF16
@@ -302,11 +301,11 @@ class StepTimeModel:
             reduces = reduce
         else:
             reduces = max(reduce * (1 - hide), reduce - hide * 2 * forward)
-        # AdamW reads four and writes three numbers of four bytes; the norm and clipping read and write the gradient.
+        # AdamW reads four and writes three numbers of four bytes. The norm reads the gradient; clipping reads and writes it.
         return gathers + reduces, sharded * 40 / self.memory_rate
 
     def _elements_of(self, choice: Choice, layout: RunLayout) -> tuple[float, float, float]:
-        """(dense, experts) that an average rank gathers, and what its optimizer updates."""
+        """(dense elements, expert elements) that an average rank gathers, and the elements that its optimizer updates."""
         key = (layout.layout, choice.pp)
         if key not in self._elements:
             moe, layers = len(self._moe_layers), self.model.num_hidden_layers
@@ -324,11 +323,11 @@ class StepTimeModel:
         return self._elements[key]
 
     def flops(self) -> float:
-        """Training FLOPs per token by the convention of `models/flops.py`, scores scaled by ``score_factor``."""
+        """Training FLOPs per token, counted as in `models/flops.py`, with attention scores scaled by ``score_factor``."""
         found = flops_per_token(self.model, self.sequence)
         return found.training + 3 * (self.score_factor - 1) * found.attention_scores
 
 
 def _layer_key(choice: Choice) -> tuple[object, ...]:
-    """What a layer's time depends on."""
+    """The fields that a layer's time depends on."""
     return (choice.tp, choice.cp, choice.ep, choice.etp, choice.micro_batch, choice.recompute, choice.precision)

@@ -1,4 +1,4 @@
-"""The plan as a table for people."""
+"""The text that `qwen-moe plan` prints."""
 
 from qwen_moe.planning.memory import Memory
 from qwen_moe.planning.search import Misfit, Plan, Scored, changes
@@ -18,8 +18,8 @@ def _time(scored: Scored) -> str:
 
 
 def _one(number: int, scored: Scored, plan: Plan) -> list[str]:
-    grid, usable = scored.layout.layout, plan.gpu.usable_bytes / GIB
-    cost = f"   {scored.cost:,.0f} {plan.gpu.currency}" if scored.cost else ""
+    grid, usable = scored.layout.layout, plan.cluster.gpu.usable_bytes / GIB
+    cost = f"   {scored.cost:,.0f} {plan.cluster.gpu.currency}" if scored.cost else ""
     stages = [len(layers) for layers in scored.layout.layers]
     layers = f"{min(stages)}-{max(stages)}" if min(stages) != max(stages) else f"{stages[0]}"
     pipeline = f", {scored.layout.per_rank} stages per rank of {layers} layers" if scored.choice.pp > 1 else ""
@@ -34,7 +34,7 @@ def _one(number: int, scored: Scored, plan: Plan) -> list[str]:
 
 
 def _misfit(misfit: Misfit, plan: Plan) -> list[str]:
-    scored, usable = misfit.scored, plan.gpu.usable_bytes / GIB
+    scored, usable = misfit.scored, plan.cluster.gpu.usable_bytes / GIB
     faster = f", {plan.best[0].step.total / scored.step.total - 1:.1%} faster" if plan.best else ""
     lines = [
         f"   {scored.choice}: {scored.memory.total / GIB:.1f} of {usable:.1f} GiB{faster}",
@@ -50,10 +50,10 @@ def _misfit(misfit: Misfit, plan: Plan) -> list[str]:
 
 
 def plan_text(plan: Plan, name: str) -> str:
-    """What `qwen-moe plan` prints."""
-    config = plan.config
+    """The best layouts, and those that would be faster but do not fit."""
+    config, cluster = plan.config, plan.cluster
     lines = [
-        f"{name} on {plan.gpus} x {plan.gpu.name}, {plan.gpus_per_node} per node, {plan.network.name}",
+        f"{name} on {plan.gpus} x {cluster.gpu.name}, {cluster.gpus_per_node} per node, {cluster.network.name}",
         f"global batch {config.training.global_batch_size:,} x {config.data.sequence_length:,} tokens, "
         f"{config.training.train_tokens / 1e9:,.1f} billion tokens in all",
         f"{plan.legal:,} legal layouts, {plan.seconds:.1f} s; times are estimates (docs/plan.md), memory is counted",

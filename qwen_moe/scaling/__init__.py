@@ -1,4 +1,4 @@
-"""`qwen-moe scaling`: the verbs of scaling_laws, and those that need to know what a recipe and a run are."""
+"""`qwen-moe scaling`: the verbs of scaling_laws, and those that read recipes and runs."""
 
 import argparse
 

@@ -1,8 +1,8 @@
-"""`qwen-moe scaling collect`: from run folders to the table that `scaling fit` reads, and what is not in it and why.
+"""`qwen-moe scaling collect`: makes the table that `scaling fit` reads from run folders, and says which runs it leaves out.
 
-The loss of a run is its training loss, averaged over the last 2% of its steps (10 at least): the final smoothed training
-loss that public sweeps (Step Law, arXiv 2503.04715) give, whose window is not published; or with ``--loss validation``
-the loss on the validation sequences after the last step, the better one where they are many and batches small.
+The loss of a run is its training loss averaged over the last 2% of its steps, at least 10. Public sweeps (Step Law, arXiv
+2503.04715) also give a smoothed final training loss, with an unpublished window. With ``--loss validation`` it is the loss
+on the validation sequences after the last step, which is better if there are many of them and batches are small.
 """
 
 import argparse
@@ -23,7 +23,7 @@ Loss = Literal["train", "validation"]
 
 
 def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    collect = verbs.add_parser("collect", help="make the table of runs that fit reads, from run folders")
+    collect = verbs.add_parser("collect", help="make the table that `fit` reads from run folders")
     collect.add_argument(
         "runs", nargs="+", type=Path, metavar="LADDER_DIR|RUN_DIR", help="a folder of recipes, or run folders"
     )
@@ -40,7 +40,7 @@ def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """``rows`` of the table; ``left_out``: (run, state, why) of those that are not in it; ``notes`` on those that are."""
+    """The ``rows`` of the table, (run, state, why) of each run ``left_out``, and ``notes`` on the runs in the table."""
 
     rows: list[dict[str, Any]]
     left_out: list[tuple[str, str, str]]
@@ -63,14 +63,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def text(found: Collected) -> list[str]:
-    """What is not in the table and why, a line for each run; then what to know of those that are."""
+    """A line for each run that is not in the table or diverged, with the reason, then the notes."""
     lines = [f"{name}: {state}{': ' if why else ''}{why}" for name, state, why in found.left_out]
     lines += [f"{row['run']}: diverged: {row['why']}" for row in found.rows if row["diverged"]]
     return lines + [f"note: {note}" for note in found.notes]
 
 
 def _runs_of(path: Path) -> list[tuple[str, Path, RunConfig]]:
-    """(name, run folder, what was asked for) of a run folder, or of every recipe of a ladder."""
+    """(name, run folder, config) of a run folder, or of every recipe in a folder of recipes."""
     from qwen_moe.launch.folder import open_folder
     from qwen_moe.runs.records import RESOLVED
 
@@ -82,7 +82,7 @@ def _runs_of(path: Path) -> list[tuple[str, Path, RunConfig]]:
 
 
 def collect(paths: Sequence[Path], loss: Loss) -> Collected:
-    """Read every run. Raises UserError where none can be used, or where their losses cannot be compared."""
+    """Read every run. Raises UserError if none can be used or if their losses cannot be compared."""
     from qwen_moe.runs.outcome import difference, read_outcome
 
     rows: list[dict[str, Any]] = []
@@ -112,7 +112,7 @@ def collect(paths: Sequence[Path], loss: Loss) -> Collected:
             repeated.append(name)
     if len(vocabularies) > 1:
         sizes = ", ".join(f"{size:,} ({name})" for size, name in vocabularies.items())
-        raise UserError(f"losses of different vocabularies cannot be compared: {sizes}; collect those apart")
+        raise UserError(f"losses with different vocabularies cannot be compared: {sizes}; collect each apart")
     if not any(not row["diverged"] for row in rows):
         why = "; ".join(f"{name} {state}" for name, state, _ in left_out[:5]) or "all diverged"
         raise UserError(
@@ -126,7 +126,7 @@ def collect(paths: Sequence[Path], loss: Loss) -> Collected:
 
 
 def final_loss(records: Sequence[dict[str, Any]], config: RunConfig, loss: Loss) -> tuple[float, float | None] | None:
-    """(loss, its standard error where it can be told), nats per token; None where a validation loss is missing."""
+    """(loss, its standard error if known) in nats per token; None if the validation loss is missing."""
     if loss == "validation":
         found = [r["validation_loss"] for r in records if "validation_loss" in r and r["step"] == config.train_steps]
         return (float(found[-1]), None) if found else None
@@ -168,7 +168,7 @@ def _settings(name: str, config: RunConfig) -> dict[str, Any]:
 
 
 def _repeats(config: RunConfig) -> int:
-    """Tokens that differ, where a run reads some more than once and its data says how many there are; else 0."""
+    """The number of different tokens if a run reads some more than once and its data has a manifest; else 0."""
     from qwen_moe.data.inputs import train_datasets
     from qwen_moe.data.manifest import read_manifest
 
@@ -181,7 +181,7 @@ def _repeats(config: RunConfig) -> int:
 
 
 def write_table(found: Collected, output: Path) -> None:
-    """Atomically. Columns that no run has a value for are left out."""
+    """Write the table atomically, without the columns that no run has a value for."""
     from launchers.folder.atomic import write_text
 
     columns = list(dict.fromkeys(key for row in found.rows for key in row if key != "why"))

@@ -1,4 +1,4 @@
-"""`qwen-moe scaling ladder`: the small runs to launch next, as recipes made from the large run's."""
+"""`qwen-moe scaling ladder`: writes recipes of the small runs to launch next, made from the large run's recipe."""
 
 import argparse
 import csv
@@ -21,11 +21,14 @@ DURATIONS = (10.0, 20.0, 40.0, 80.0, 160.0)  # tokens per activated parameter
 def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     ladder = verbs.add_parser("ladder", help="which small runs to launch next, as recipes")
     ladder.add_argument(
-        "recipe", type=Path, metavar="RECIPE.yaml", help="of the large run: its model and train_tokens are the target"
+        "recipe",
+        type=Path,
+        metavar="RECIPE.yaml",
+        help="the large run's recipe: its model and train_tokens are the target",
     )
     ladder.add_argument("overrides", nargs="*", metavar="section.key=value")
     ladder.add_argument(
-        "--flops-budget", type=number(above=0), required=True, help="6 N_active D of all small runs together"
+        "--flops-budget", type=number(above=0), required=True, help="sum of 6 N_active D over the small runs"
     )
     ladder.add_argument("--output", type=Path, required=True, metavar="LADDER_DIR")
     ladder.add_argument(
@@ -36,8 +39,8 @@ def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 
 
 def smaller_models(model: ModelConfig) -> list[ModelConfig]:
-    """``model`` made narrower and shallower by up to 12 times, at most six sizes, each 1.5 times the next or more: head_dim,
-    number of experts, top-k, query heads per KV head and vocabulary stay, so that sparsity does too."""
+    """At most six models, up to 12 times narrower and shallower than ``model``, each at least 1.5 times as large as the
+    next. They keep head_dim, number of experts, top-k, query heads per KV head and vocabulary, and so the sparsity."""
     found: list[tuple[int, ModelConfig]] = []
     whole = count_parameters(model).non_vocabulary_total
     for factor in (1.2, 1.4, 1.6, 2, 2.5, 3, 4, 5, 6, 8, 10, 12):
@@ -65,13 +68,13 @@ def smaller_models(model: ModelConfig) -> list[ModelConfig]:
 
 
 def _decay_share(config: RunConfig) -> float | None:
-    """Of a run's tokens, where runs of other durations can branch off it."""
+    """The decay's share of a run's tokens with WSD, where shorter runs can branch off; None for other schedules."""
     return config.schedule.decay_tokens / config.training.train_tokens if config.schedule.kind == "wsd" else None
 
 
 def _recipe(config: RunConfig, model: ModelConfig, run: Any, shortest: float) -> dict[str, Any]:
-    """The recipe of one small run: the large one's settings with this run's model, duration, learning rate and batch.
-    ``shortest``: tokens of the shortest run that shares its trunk, which the warm-up must fit."""
+    """The recipe of one small run: the large run's, with this run's model, duration, learning rate and batch size. The
+    warm-up must fit into the shortest run that shares its trunk, which has ``shortest`` tokens."""
     values = config.model_dump(mode="json", exclude_none=True)
     sequence, micro = config.data.sequence_length, config.training.micro_batch_size
     batch = max(1, round(run.batch_tokens / sequence))
@@ -94,7 +97,7 @@ def _recipe(config: RunConfig, model: ModelConfig, run: Any, shortest: float) ->
 def write_recipes(
     config: RunConfig, models: list[ModelConfig], runs: list[Any], output: Path
 ) -> tuple[dict[str, str], list]:
-    """(file name -> text, rows of the table)."""
+    """(text of each recipe by file name, rows of the table)."""
     names = [f"run_{number:03d}" for number in range(len(runs))]
     shortest: dict[int, float] = {}
     for place, run in enumerate(runs):
@@ -114,7 +117,7 @@ def write_recipes(
         last = (trunk["training"]["train_tokens"] - trunk["schedule"]["decay_tokens"]) // per_step
         step = min(step, last)
         if step < 1:
-            continue  # too short to share anything: it runs from the start
+            continue  # too short to branch off: it runs from the start
         branches[place] = step
         draft["data"]["order_tokens"] = trunk["training"]["train_tokens"]
         draft["checkpoint"]["branch_from"] = str(Path(trunk["run_dir"]) / CHECKPOINTS / f"step_{step:08d}")
@@ -149,12 +152,12 @@ def run(args: argparse.Namespace) -> int:
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"--output {args.output} is a file: give a new or empty folder")
     if args.output.exists() and any(args.output.iterdir()):
-        raise UserError(f"--output {args.output} is not empty: give another folder, so that no recipe is mixed up")
+        raise UserError(f"--output {args.output} is not empty: give another folder, so that recipes are not mixed up")
     models = smaller_models(config.model)
     if len(models) < 3:
         raise UserError(
-            f"{args.recipe}: its model can only be made {len(models)} times smaller in steps of 1.5, and a ladder needs 3 "
-            "sizes: give the recipe of a larger model (more layers and KV heads)"
+            f"{args.recipe}: its model has only {len(models)} smaller sizes in steps of 1.5 times, and a ladder needs 3: "
+            "give the recipe of a larger model (more layers and KV heads)"
         )
     sizes = [(float(c.non_vocabulary_total), float(c.non_vocabulary_activated)) for c in map(count_parameters, models)]
     large = count_parameters(config.model)

@@ -1,4 +1,4 @@
-"""`qwen-moe scaling predict`: the loss that runs in flight will end with, and which of them are not worth their end."""
+"""`qwen-moe scaling predict`: predicts the final loss of running runs, and says which are not worth finishing."""
 
 import argparse
 import json
@@ -13,27 +13,29 @@ from qwen_moe.options import number
 if TYPE_CHECKING:
     from scaling_laws.curves import Curve
 
-# A run this far above its group's best tells the surface nothing (scaling_laws.surface.WINDOW).
+# The surface does not use runs this far above their group's best (scaling_laws.surface.WINDOW).
 HOPELESS = 0.05
 
 
 def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    predict = verbs.add_parser("predict", help="the loss that runs in flight will end with, from their curves so far")
+    predict = verbs.add_parser("predict", help="predict the final loss of running runs from their curves so far")
     what = "run_dir, or a CSV with step, learning_rate, loss"
-    predict.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=f"{what}, one row a step to the run's end")
+    predict.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help=f"{what}, with one row per step to the run's end"
+    )
     predict.add_argument(
         "--like", nargs="+", type=Path, default=[], metavar="RUN", help="finished runs to learn from; give a few"
     )
     predict.add_argument(
-        "--hopeless-above", type=number(above=0), metavar="LOSS", help="call runs hopeless that surely end above it"
+        "--hopeless-above", type=number(above=0), metavar="LOSS", help="runs that surely end above it are hopeless"
     )
     predict.add_argument("--json", action="store_true")
     predict.set_defaults(func=run, needs=("scipy",))
 
 
 def open_curve(path: Path) -> tuple["Curve", tuple[Any, ...] | None]:
-    """The curve of a run directory or CSV, and the group it is compared in: (n_total, n_active, tokens), none for a CSV.
-    Raises UserError."""
+    """(curve of a run directory or CSV, the group that it is compared in). A group is (n_total, n_active, tokens), or None
+    for a CSV. Raises UserError."""
     import numpy as np
 
     from launchers.folder.run_folder import METRICS
@@ -49,14 +51,14 @@ def open_curve(path: Path) -> tuple["Curve", tuple[Any, ...] | None]:
         return read_curve(path), None
     for name in (RESOLVED, METRICS):
         if not (path / name).is_file():
-            raise UserError(f"{path} holds no {name}: give the run_dir of a run that has trained some steps")
+            raise UserError(f"{path} has no {name}: give the run_dir of a run that has trained some steps")
     config = load_config(path / RESOLVED)
     records = read_lines(path / METRICS)
     found = {record["step"]: record["loss"] for record in records if "loss" in record}
     last = max(found, default=0)
     if last > config.train_steps or min(found, default=1) < 1:
         raise UserError(
-            f"{path / METRICS} records step {last}, but the run has {config.train_steps}: is it another run's?"
+            f"{path / METRICS} records step {last}, but the run has {config.train_steps}: does it belong to another run?"
         )
     loss = np.full(last, np.nan)
     for step, value in found.items():
@@ -95,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _judge(rows: list[dict[str, Any]], limit: float | None) -> None:
-    """Hopeless: surely above ``limit``, or surely more than `HOPELESS` above what a run of its group surely reaches."""
+    """Mark runs as hopeless that surely end above ``limit``, or more than `HOPELESS` above what another run of their group
+    surely reaches."""
     best: dict[Any, float] = defaultdict(lambda: math.inf)
     for row in rows:
         if row["group"] is not None:
@@ -116,10 +119,10 @@ def _text(rows: list[dict[str, Any]], learnt: bool) -> str:
             f"{row['run']:{width}s} {row['done']:5.0%} {row['predicted_loss']:10.4f} {low:8.4f} {high:8.4f} "
             f"{tried:>9s}{verdict}"
         )
-    lines.append("backtest: the same prediction from two thirds of what is known, against the last of it")
+    lines.append("backtest: error when the end of the known curve is predicted from its first two thirds")
     if not learnt:
         lines.append(
-            "what the fall of the learning rate will bring is taken from publications until it is seen: --like FINISHED_RUN "
-            "narrows it"
+            "how much the loss falls as the learning rate does is taken from publications until it is seen: "
+            "--like FINISHED_RUN narrows the interval"
         )
     return "\n".join(lines)

@@ -11,7 +11,7 @@ import qwen_moe.planning
 from qwen_moe.cli import main
 from qwen_moe.config import load_config
 from qwen_moe.errors import UserError
-from qwen_moe.planning.hardware import known, load_gpu, load_network
+from qwen_moe.planning.hardware import Cluster, known, load_gpu, load_network
 from qwen_moe.planning.layouts import legal_choices
 from qwen_moe.planning.memory import MemoryModel
 from qwen_moe.planning.recipe_edit import edit_recipe
@@ -102,7 +102,7 @@ def test_what_is_written_keeps_comments_and_runs(recipe: Path, capsys: pytest.Ca
     assert run_layout(config, 8) and config.training.global_batch_size == 32
     assert text.index("parallel:") < text.index("schedule:") < text.index("precision:")
     assert plan(recipe, "--gpus", 8, "--write") == 0
-    assert "as it was" in capsys.readouterr().out and recipe.read_text() == text
+    assert "unchanged" in capsys.readouterr().out and recipe.read_text() == text
 
 
 def test_editing_is_exact_or_starts_anew() -> None:
@@ -153,7 +153,7 @@ def test_overrides_may_stand_anywhere(recipe: Path, capsys: pytest.CaptureFixtur
         (("--gpus", 7, "--gpus-per-node", 7), "no layout"),
         (
             ("--gpus", 8, "data.prepare.text_key=x", "--write"),
-            "there is nothing to read|cannot put override|is missing",
+            "there is nothing to read|cannot write override|is missing",
         ),
     ],
 )
@@ -214,7 +214,7 @@ def test_what_does_not_fit_is_named_with_what_would(recipe: Path, tmp_path: Path
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY)
     config, gpu = load_config(recipe), load_gpu(str(path))
-    found = Search(config, 8, gpu, load_network("ib400"), 8).run(3)
+    found = Search(config, 8, Cluster(gpu, load_network("ib400"), 8)).run(3)
     assert found.best and found.misfits
     for scored in found.best:
         assert scored.memory.total <= gpu.usable_bytes
@@ -231,7 +231,7 @@ def test_the_best_is_the_best_of_all(recipe: Path, tmp_path: Path) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY)
     config, gpu, network = load_config(recipe), load_gpu(str(path)), load_network("ib400")  # a GPU without FP8
-    memory, times = MemoryModel(config), Search(config, 4, gpu, network, 8).time
+    memory, times = MemoryModel(config), Search(config, 4, Cluster(gpu, network, 8)).time
     scored = [
         (memory.fullest(choice, layout).total, times.step(choice, layout).total)
         for choice, layout in legal_choices(config, 4, wanted=("bf16",))
@@ -240,14 +240,14 @@ def test_the_best_is_the_best_of_all(recipe: Path, tmp_path: Path) -> None:
     for size in (gpu.usable_bytes, 1.000001 * fastest[0], 0.999999 * fastest[0], 1.000001 * leanest[0]):
         limited = gpu.model_copy(update={"memory_gib": size / 2**30})
         expected = min(seconds for held, seconds in scored if held <= limited.usable_bytes)
-        assert Search(config, 4, limited, network, 8).run(1).best[0].step.total == expected
+        assert Search(config, 4, Cluster(limited, network, 8)).run(1).best[0].step.total == expected
 
 
 def test_slices_of_experts_too_thin_to_count_are_left_out() -> None:
-    """1408 / 32 = 44 features are legal, but no whole number of the 16 bytes that grouped products need."""
+    """1408 / 32 = 44 features are legal, but not a multiple of the 16 bytes that grouped GEMMs need."""
     config = recipes.turbo_style(global_batch_size=64)
     assert any(choice.etp == 32 for choice, _ in legal_choices(config, 32))
-    search = Search(config, 32, load_gpu("h100-80gb"), load_network("ib400"), 8, precisions=("bf16",))
+    search = Search(config, 32, Cluster(load_gpu("h100-80gb"), load_network("ib400"), 8), precisions=("bf16",))
     assert all(scored.choice.etp < 32 for scored in search.run(1).best)
 
 

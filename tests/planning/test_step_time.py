@@ -6,7 +6,7 @@ import pytest
 
 from qwen_moe.config import parse_model
 from qwen_moe.models.flops import flops_per_token
-from qwen_moe.planning.hardware import Gpu, Network, load_gpu, load_network
+from qwen_moe.planning.hardware import Cluster, Gpu, Network, load_gpu, load_network
 from qwen_moe.planning.layouts import Choice, legal
 from qwen_moe.planning.published import median_error, rows
 from qwen_moe.planning.software import OURS
@@ -22,7 +22,7 @@ def step(choice: Choice, gpus: int = 64, gpu: Gpu = H100, network: Network = IB4
     config = turbo_style()
     layout = legal(config, choice, gpus)
     assert isinstance(layout, RunLayout), layout
-    return StepTimeModel(config.model, 4096, gpu, network, 8, OURS, imbalance).step(choice, layout)
+    return StepTimeModel(config.model, 4096, Cluster(gpu, network, 8), OURS, imbalance).step(choice, layout)
 
 
 def test_published_runs_are_predicted() -> None:

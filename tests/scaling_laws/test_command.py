@@ -158,7 +158,7 @@ def table(path: Path, rows: list[dict[str, str]]) -> Path:
         ),
         ([GOOD | {"batch_size": "262144"}], "half of the runs have fewer than 7.45 steps"),
         ([GOOD | {"n_total": "0.1", "tokens": "2"}], "median of n_total is 0.1: is it in millions or billions?"),
-        ([GOOD | {"n_total": "5000"}], "4e+05 tokens per activated parameter, which no run has"),
+        ([GOOD | {"n_total": "5000"}], "4e+05 tokens per activated parameter, which is impossible"),
         ([GOOD | {"n_total": "1e12", "batch_size": "1"}], "0.002 tokens per activated parameter"),
         ([GOOD | {"tokens": "2000"}], "the median of tokens is 2000: is it in millions or billions?"),
         ([GOOD | {"diverged": "perhaps"}], "runs.csv:2: diverged is 'perhaps', expected true or false"),
@@ -270,7 +270,7 @@ def test_a_damaged_fit_is_not_read(damage: str, fit_dir: Path, tmp_path: Path) -
     }[damage]
     assert damaged != text
     (tmp_path / "fit.json").write_text(damaged)
-    with pytest.raises(InputError, match=r"is damaged or of another version .*: fit again"):
+    with pytest.raises(InputError, match=r"is damaged or from another version .*: fit again"):
         load_fit(tmp_path)
 
 
@@ -283,12 +283,12 @@ def test_a_batch_that_leaves_a_run_without_steps_is_refused(fit_dir: Path) -> No
     batch = [fit.surface.batch[0] + 7.6, *fit.surface.batch[1:]]  # times 2,000
     wrong = replace(fit, surface=replace(fit.surface, batch=batch))
     request = Request(n_total=2e8, tokens=4e9, seq_len=1024, accept_extrapolation=True)
-    with pytest.raises(InputError, match="check that batch_size of the table counts sequences"):
+    with pytest.raises(InputError, match="check that the table's batch_size counts sequences"):
         laws.recommend(wrong, request)
     with pytest.raises(InputError, match="use fewer ranks, or train longer"):
         laws.recommend(fit, replace(request, data_parallel=100_000))
     rate = [fit.surface.learning_rate[0] + 9, *fit.surface.learning_rate[1:]]
-    with pytest.raises(InputError, match="which is no answer"):
+    with pytest.raises(InputError, match="which no run can use"):
         laws.recommend(replace(fit, surface=replace(fit.surface, learning_rate=rate)), request)
 
 

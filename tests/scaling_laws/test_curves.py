@@ -144,7 +144,7 @@ def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["scaling", "predict", str(tmp_path / "nowhere")]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert main(["scaling", "predict", str(tmp_path)]) == 2
-    assert "holds no config.yaml" in capsys.readouterr().err
+    assert "has no config.yaml" in capsys.readouterr().err
     run = run_directory(tmp_path / "run", 1.0, 0.5)
     assert main(["scaling", "predict", str(run), "--like", str(run)]) == 2
     assert "has done 50% of its steps: give finished runs" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from qwen_moe.checkpoint.huggingface.directory import (
     side_files,
 )
 from qwen_moe.checkpoint.huggingface.export import (
+    ExportRequest,
     check_expert_bias,
     check_source,
     config_bytes,
@@ -207,18 +208,20 @@ def convert_to_hf(
     found, left = side_files(side) if side.is_dir() else ([], [])
     kept = [name for name in found if name != Path(CONFIG)]
     shards = export(
-        source,
-        config,
+        ExportRequest(
+            source=source,
+            config=config,
+            dtypes=dtypes,
+            fp8=fp8,
+            max_shard_size=max_shard_size,
+            layout=ShardLayout.read(path / HF_SHARDS) if (path / HF_SHARDS).is_file() else None,
+            original_config=(side / CONFIG).read_bytes() if Path(CONFIG) in found else None,
+            keeps_dtypes=(path / HF_SHARDS).is_file() and all(dtypes[name] == source.dtype(name) for name in names),
+            token_ids=token_ids(side),
+            write_side_files=lambda partial: copy_files(side, kept, partial),
+            progress=progress,
+        ),
         hf_dir,
-        dtypes=dtypes,
-        max_shard_size=max_shard_size,
-        layout=ShardLayout.read(path / HF_SHARDS) if (path / HF_SHARDS).is_file() else None,
-        original=(side / CONFIG).read_bytes() if Path(CONFIG) in found else None,
-        original_dtypes=(path / HF_SHARDS).is_file() and all(dtypes[name] == source.dtype(name) for name in names),
-        write_side_files=lambda partial: copy_files(side, kept, partial),
-        tokens=token_ids(side),
-        progress=progress,
-        fp8=fp8,
     )
     return Conversion(
         source=str(path),
@@ -305,15 +308,14 @@ def save_pretrained(
 
     found = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     export(
-        source,
-        model.config,
+        ExportRequest(
+            source=source,
+            config=model.config,
+            dtypes={name: wanted or source.dtype(name) for name in parameters(model.config)},
+            max_shard_size=max_shard_size,
+            original_config=None if original_config is None else config_bytes(original_config),
+            token_ids={key: value for key, value in found.items() if value is not None},
+            write_side_files=write_side_files,
+        ),
         Path(hf_dir),
-        dtypes={name: wanted or source.dtype(name) for name in parameters(model.config)},
-        max_shard_size=max_shard_size,
-        layout=None,
-        original=None if original_config is None else config_bytes(original_config),
-        original_dtypes=False,
-        write_side_files=write_side_files,
-        tokens={key: value for key, value in found.items() if value is not None},
-        progress=False,
     )

@@ -1,8 +1,9 @@
-"""Writing a whole Hugging Face directory from any source of our tensors, after checking that it can hold them."""
+"""Writes a whole Hugging Face directory from any source of our tensors, and checks first that it can hold them."""
 
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from qwen_moe.checkpoint.huggingface.directory import (
     write_shards,
 )
 from qwen_moe.checkpoint.huggingface.fp8 import fp8_part, fp8_pieces
-from qwen_moe.checkpoint.huggingface.names import expert_biases, hf_pieces, parameters
+from qwen_moe.checkpoint.huggingface.names import Piece, expert_biases, hf_pieces, parameters
 from qwen_moe.checkpoint.resolve import MODEL_CONFIG
 from qwen_moe.checkpoint.tensor_store import TensorSource
 from qwen_moe.config import ModelConfig
@@ -54,7 +55,7 @@ def progress_bar(total: int, what: str, show: bool) -> tqdm:
 
 
 def token_ids(directory: Path) -> dict[str, Any]:
-    """bos, eos and pad token ids by a tokenizer's files, for a config.json that is made anew."""
+    """bos, eos and pad token ids read from a tokenizer's files, for a config.json that is made without an original."""
     if not (directory / "tokenizer_config.json").is_file() or not (directory / "tokenizer.json").is_file():
         return {}
     named = read_json(directory / "tokenizer_config.json")
@@ -85,7 +86,7 @@ def _object(content: bytes) -> dict[str, Any]:
 
 
 def check_source(source: TensorSource, config: ModelConfig, where: str) -> None:
-    """Every parameter there with its shape, and nothing that is neither a parameter nor a known buffer."""
+    """Raises UserError unless ``source`` has every parameter with its shape, and nothing else but known buffers."""
     wanted: dict[str, tuple[int, ...]] = {name: parameter.shape for name, parameter in parameters(config).items()}
     found = source.shapes()
     known = wanted | expert_biases(config)
@@ -98,10 +99,11 @@ def check_source(source: TensorSource, config: ModelConfig, where: str) -> None:
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"the weights of {where} are not those of its {MODEL_CONFIG}: {'; '.join(wrong[:3])}{more}")
+        raise UserError(f"the weights of {where} do not match its {MODEL_CONFIG}: {'; '.join(wrong[:3])}{more}")
 
 
 def check_expert_bias(source: TensorSource, config: ModelConfig, drop: bool) -> tuple[str, ...]:
+    """Notes on the nonzero expert biases that the export drops. Raises UserError if there are any and not ``drop``."""
     found = source.shapes()
     nonzero = [name for name in expert_biases(config) if name in found and bool(source.read(name).any())]
     if not nonzero:
@@ -115,47 +117,76 @@ def check_expert_bias(source: TensorSource, config: ModelConfig, drop: bool) -> 
     return (f"the nonzero expert_bias of {len(nonzero)} layers was dropped: routing differs from training",)
 
 
-def export(
-    source: TensorSource,
-    config: ModelConfig,
-    hf_dir: Path,
-    *,
-    dtypes: dict[str, torch.dtype],
-    max_shard_size: int | str | None,
-    layout: ShardLayout | None,
-    original: bytes | None,
-    original_dtypes: bool,
-    write_side_files: Callable[[Path], None],
-    tokens: dict[str, Any],
-    progress: bool,
-    fp8: bool = False,
-) -> Shards:
-    """Write a whole Hugging Face directory; ``dtypes`` of every parameter as exported, but for linears with ``fp8``."""
-    pieces = hf_pieces(config)
-    ordered = [piece for parameter in parameters(config).values() for piece in parameter.pieces]
-    quantization: dict[str, Any] = {}
-    if fp8:
-        ordered, quantization = fp8_pieces(ordered)
-        pieces, layout = {piece.hf_name: piece for piece in ordered}, None
-    shards = same_shards(layout, pieces, dtypes) if layout is not None and max_shard_size is None else None
-    if shards is None:
-        limit = DEFAULT_MAX_SHARD_BYTES if max_shard_size is None else parse_size(max_shard_size)
-        shards = plan_shards(ordered, dtypes, limit)
-    old = _object(original) if original is not None else None
-    main = dtypes["model.embed_tokens.weight"]
-    values = hf_config(config, old, None if old is not None and original_dtypes else dtype_name(main))
-    if old is None:
-        values |= tokens
-    values.pop("quantization_config", None)  # of the original, whose weights were dequantized
-    if fp8:
-        values["quantization_config"] = quantization
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """The weights to export and the form that they take in the Hugging Face directory.
+
+    ``dtypes``: the dtype that each parameter is written in; with ``fp8``, linear weights are FP8 blocks instead.
+    ``max_shard_size`` None: keep the files of ``layout``, which the weights came in, or write files of at most
+    `DEFAULT_MAX_SHARD_BYTES` where there is no layout.
+    ``original_config``: the config.json that came with the weights, written unchanged if it still describes the model;
+    ``keeps_dtypes`` says that ``dtypes`` are those it was written for. ``token_ids``: bos, eos and pad ids for a
+    config.json that is made without an original.
+    """
+
+    source: TensorSource
+    config: ModelConfig
+    dtypes: dict[str, torch.dtype]
+    fp8: bool = False
+    max_shard_size: int | str | None = None
+    layout: ShardLayout | None = None
+    original_config: bytes | None = None
+    keeps_dtypes: bool = False
+    token_ids: dict[str, Any] = field(default_factory=dict)
+    write_side_files: Callable[[Path], None]
+    progress: bool = False
+
+
+def export(request: ExportRequest, hf_dir: Path) -> Shards:
+    """Write a whole Hugging Face directory ``hf_dir``, or nothing. Raises UserError."""
+    pieces, shards, quantization = _plan_tensors(request)
+    config_json = _config_json(request, quantization)
     require_free(hf_dir, shards.data_bytes + (1 << 20))
-    with written_aside(hf_dir) as partial, progress_bar(shards.data_bytes, "exporting", progress) as bar:
-        write_shards(partial, shards, source, pieces, bar.update, fp8_part)
-        write_side_files(partial)
-        (partial / CONFIG).write_bytes(original if original is not None and values == old else config_bytes(values))
+    with (
+        written_aside(hf_dir) as partial,
+        progress_bar(shards.data_bytes, "exporting", request.progress) as bar,
+    ):
+        write_shards(partial, shards, request.source, pieces, bar.update, fp8_part)
+        request.write_side_files(partial)
+        (partial / CONFIG).write_bytes(config_json)
         for file in files_in(partial):
             with (partial / file).open("rb") as handle:
                 os.fsync(handle.fileno())
         os.replace(partial, hf_dir)
     return shards
+
+
+def _plan_tensors(request: ExportRequest) -> tuple[dict[str, Piece], Shards, dict[str, Any]]:
+    """(tensors by Hugging Face name, the files that hold them, config.json's ``quantization_config`` if any)."""
+    ordered = [piece for parameter in parameters(request.config).values() for piece in parameter.pieces]
+    pieces, shards = hf_pieces(request.config), None
+    quantization: dict[str, Any] = {}
+    if request.fp8:
+        ordered, quantization = fp8_pieces(ordered)
+        pieces = {piece.hf_name: piece for piece in ordered}
+    elif request.layout is not None and request.max_shard_size is None:
+        shards = same_shards(request.layout, pieces, request.dtypes)
+    if shards is None:
+        limit = request.max_shard_size
+        max_bytes = DEFAULT_MAX_SHARD_BYTES if limit is None else parse_size(limit)
+        shards = plan_shards(ordered, request.dtypes, max_bytes)
+    return pieces, shards, quantization
+
+
+def _config_json(request: ExportRequest, quantization: dict[str, Any]) -> bytes:
+    original = request.original_config
+    old = _object(original) if original is not None else None
+    main = dtype_name(request.dtypes["model.embed_tokens.weight"])
+    values = hf_config(request.config, old, None if old is not None and request.keeps_dtypes else main)
+    if old is None:
+        values |= request.token_ids
+    # An original's entry describes FP8 weights, which were dequantized when they were read.
+    values.pop("quantization_config", None)
+    if quantization:
+        values["quantization_config"] = quantization
+    return original if original is not None and values == old else config_bytes(values)

@@ -260,6 +260,19 @@ def test_fused_experts_are_read(tmp_path: Path) -> None:
     assert apart.keys() == expected.keys() and all(torch.equal(apart[name], expected[name]) for name in expected)
 
 
+def test_config_without_a_dtype_comes_back_unless_the_dtype_changes(tmp_path: Path) -> None:
+    by_hand(tmp_path / "hf", model(), torch.float32, files=1)
+    path = tmp_path / "hf" / "config.json"
+    values = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("dtype", "torch_dtype")}
+    path.write_text(json.dumps(values))
+    convert_from_hf(tmp_path / "hf", tmp_path / "checkpoint")
+    convert_to_hf(tmp_path / "checkpoint", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(tmp_path / "hf")
+    convert_to_hf(tmp_path / "checkpoint", tmp_path / "bf16", dtype="bf16")
+    written = json.loads((tmp_path / "bf16" / "config.json").read_text())
+    assert written == values | dict.fromkeys(("dtype", "torch_dtype"), "bfloat16")
+
+
 def test_target_that_holds_something(tmp_path: Path) -> None:
     by_hand(tmp_path / "hf", model(), torch.float32, files=1)
     (tmp_path / "taken").mkdir()
