@@ -16,11 +16,6 @@ class ObjectiveConfig(Section):
         """Of a loss."""
         return "nats per token"
 
-    @property
-    def detects_spikes(self) -> bool:
-        """Whether `training.spike_nats` has a meaning: a loss in nats that changes slowly."""
-        return True
-
     def loss_of_guessing(self, vocab_size: int) -> float:
         """A run that ends with a loss above this has learnt nothing."""
         return math.log(vocab_size)

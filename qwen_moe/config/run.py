@@ -324,8 +324,6 @@ class RunConfig(Section):
         self._check_fp8()
         self._check_tokens()
         self._check_balance()
-        if self.training.spike_nats and not self.objective.detects_spikes:
-            raise ValueError(f"training.spike_nats has no meaning for objective {self.objective.kind}: leave it at 0")
         late = [step for step in self.checkpoint.keep_steps if step > self.train_steps]
         if late:
             raise ValueError(f"checkpoint.keep_steps {late} are past the last step, {self.train_steps}")
