@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from launchers.folder.atomic import replaced
+from qwen_moe.config import ObjectiveConfig, load_config
 from qwen_moe.errors import UserError
 from qwen_moe.packages import missing_text
+from qwen_moe.runs.records import RESOLVED
 
 NEEDED = (
     "tokens",
@@ -57,8 +59,14 @@ def _records(run_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
+def _objective(run_dir: Path) -> ObjectiveConfig:
+    """What the run minimizes; the default where its recipe is not there."""
+    path = run_dir / RESOLVED
+    return load_config(path).objective if path.is_file() else ObjectiveConfig()
+
+
 def summarize(run_dir: Path) -> dict[str, Any]:
-    """The figures of a run: last and validation loss, speed, memory, expert imbalance. Losses in nats per token."""
+    """The figures of a run: last and validation loss and their unit, speed, memory, expert imbalance."""
     records = _records(run_dir)
     steps = [record for record in records if "loss" in record]
     validations = [record for record in records if "validation_loss" in record]
@@ -72,6 +80,7 @@ def summarize(run_dir: Path) -> dict[str, Any]:
         "step": last["step"],
         "tokens": last["tokens"],
         "loss": last["loss"],
+        "unit": _objective(run_dir).unit,
         "validation_loss": validations[-1]["validation_loss"] if validations else None,
         "tokens_per_second": tokens_per_step / seconds,
         "model_flops_per_second": tokens_per_step / seconds * per_token,
@@ -87,7 +96,7 @@ def summarize(run_dir: Path) -> dict[str, Any]:
 def as_text(facts: dict[str, Any]) -> str:
     """The same for a person."""
     lines = [f"{facts['run_dir']}: step {facts['step']:,}, {facts['tokens']:,} tokens"]
-    lines.append(f"  training loss     {facts['loss']:.4f} nats per token")
+    lines.append(f"  training loss     {facts['loss']:.4f} {facts['unit']}")
     if facts["validation_loss"] is not None:
         lines.append(f"  validation loss   {facts['validation_loss']:.4f}")
     lines.append(
@@ -125,14 +134,14 @@ def draw(run_dir: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     records = _records(run_dir)
-    paths = [_draw_loss(records, run_dir / LOSS_PICTURE)]
+    paths = [_draw_loss(records, _objective(run_dir).unit, run_dir / LOSS_PICTURE)]
     loads = [record for record in records if "expert_counts" in record]
     if loads:
         paths.append(_draw_load(records, loads, run_dir / LOAD_PICTURE))
     return paths
 
 
-def _draw_loss(records: list[dict[str, Any]], path: Path) -> Path:
+def _draw_loss(records: list[dict[str, Any]], unit: str, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     steps = [record for record in records if "loss" in record]
@@ -149,7 +158,7 @@ def _draw_loss(records: list[dict[str, Any]], path: Path) -> Path:
             color="tab:orange",
             label=f"validation (last {validations[-1]['validation_loss']:.3f})",
         )
-    upper.set_ylabel("cross-entropy (nats per token)")
+    upper.set_ylabel(f"loss ({unit})")
     upper.legend()
     upper.grid(alpha=0.3)
     lower.plot(tokens, [record["learning_rate"] for record in steps], color="tab:green")
