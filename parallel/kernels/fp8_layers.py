@@ -18,8 +18,8 @@ from parallel.collectives import (
 from parallel.gemm import widens
 from parallel.kernels.formats import E4M3, Quantized
 from parallel.kernels.interface import ExpertPart, GroupedMM
+from parallel.kernels.matmul import expert, mm, sizes_of, transposed
 from parallel.kernels.padding import Padding
-from parallel.kernels.products import expert, mm, sizes_of, transposed
 from parallel.kernels.quantizer import Quantizer
 from parallel.mesh import Axis
 

@@ -31,9 +31,9 @@ from parallel.mesh import Axis
 SUPPORTED = (
     "2.9.0", "2.10.0", "2.11.0", "2.12.0", "2.13.0", "2.14.1", "2.15.0", "2.16.1", "2.17.1", "2.18.0", "2.19.0", "2.20.2",
 )  # fmt: skip
-# Features of a product must be multiples of this in FP8; Transformer Engine raises from within a layer otherwise.
+# Features of a matmul must be multiples of this in FP8; Transformer Engine raises from within a layer otherwise.
 MULTIPLE = {"delayed": 16, "current": 16, "blockwise": 16, "mxfp8": 32}
-# Rows that an FP8 product of no rows at all is done on instead: a multiple of every recipe's alignment.
+# Rows that an FP8 matmul of no rows at all is done on instead: a multiple of every recipe's alignment.
 SOME_ROWS = 32
 
 
@@ -134,34 +134,32 @@ class TransformerEngineKernels(Kernels):
         self.keep_weights = keep_weights
         if recipe is not None:
             self.recipe = make_recipe(recipe, self.te, te_recipe, reduce_amax=stage.size > 1)
-        self.products: list[_Product] = []
+        self.matmuls: list[_Matmul] = []
         self.step, self._in_step, self._inside = 0, False, False
 
     def column(self, path: str, parent: nn.Module, names: Sequence[str]) -> Project:
-        products = []
+        matmuls = []
         for name in names:
             linear = getattr(parent, name)
-            products.append(self._linear(f"{path}.{name}", linear.in_features, linear.out_features))
+            matmuls.append(self._linear(f"{path}.{name}", linear.in_features, linear.out_features))
 
         def project(x: torch.Tensor, *linears: nn.Linear) -> tuple[torch.Tensor, ...]:
             if self.tp.size > 1:
                 x = gather_sequence(x, self.tp)
-            return tuple(
-                product(x, linear.weight, linear.bias) for product, linear in zip(products, linears, strict=True)
-            )
+            return tuple(matmul(x, linear.weight, linear.bias) for matmul, linear in zip(matmuls, linears, strict=True))
 
         return project
 
     def row(self, path: str, parent: nn.Module, name: str) -> None:
         old = getattr(parent, name)
         new = _RowLinear(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
-        new.product, new.axis = self._linear(f"{path}.{name}", old.in_features, old.out_features), self.tp
+        new.matmul, new.axis = self._linear(f"{path}.{name}", old.in_features, old.out_features), self.tp
         swap(parent, name, new)
 
     def grouped(self, path: str, part: ExpertPart) -> GroupedMM:
-        product = _GroupedProduct(self, path, part)
-        self.products.append(product)
-        return product
+        matmul = _GroupedMatmul(self, path, part)
+        self.matmuls.append(matmul)
+        return matmul
 
     def norm(self, path: str, parent: nn.Module, name: str) -> None:
         """Statistics in float32 and one rounding at the end, where ours, as transformers does, rounds before the weight."""
@@ -170,14 +168,14 @@ class TransformerEngineKernels(Kernels):
         te_norm.weight = old.weight
         setattr(parent, name, te_norm)
 
-    def _linear(self, path: str, in_features: int, out_features: int) -> "_LinearProduct":
+    def _linear(self, path: str, in_features: int, out_features: int) -> "_LinearMatmul":
         self.check_sizes(path, out_features, in_features)
-        product = _LinearProduct(self, path)
-        self.products.append(product)
-        return product
+        matmul = _LinearMatmul(self, path)
+        self.matmuls.append(matmul)
+        return matmul
 
     def check_sizes(self, path: str, out_features: int, in_features: int) -> None:
-        """Raise KernelsUnavailable unless FP8 products have kernels for a weight of this size."""
+        """Raise KernelsUnavailable unless FP8 matmuls have kernels for a weight of this size."""
         multiple = MULTIPLE[self.ours.name] if self.ours is not None else 1
         if in_features % multiple or out_features % multiple:
             assert self.ours is not None
@@ -189,10 +187,10 @@ class TransformerEngineKernels(Kernels):
     def materialize(self, device: torch.device) -> None:
         if self.ours is not None and self.ours.name == "delayed":
             steps = self.ours.history_length
-            for product in self.products:
-                product.state = [
+            for matmul in self.matmuls:
+                matmul.state = [
                     _State(torch.ones(n, device=device), torch.zeros(steps, n, device=device))
-                    for n in (3 * product.gemms, 2 * product.gemms)
+                    for n in (3 * matmul.gemms, 2 * matmul.gemms)
                 ]
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -210,28 +208,28 @@ class TransformerEngineKernels(Kernels):
                 self._inside = False
 
     def recomputed(self) -> AbstractContextManager[Any]:
-        """For a product: nothing within `forward`, an autocast of its own when a layer is recomputed in backward."""
+        """For a matmul: nothing within `forward`, an autocast of its own when a layer is recomputed in backward."""
         return nullcontext() if self._inside else self.autocast()
 
     def begin_step(self) -> None:
         self.step, self._in_step = self.step + 1, True
         # What an evaluation has seen is no part of training.
-        current = [state.amax_history[0] for product in self.products for state in product.state]
+        current = [state.amax_history[0] for matmul in self.matmuls for state in matmul.state]
         if current:
             torch._foreach_zero_(current)
 
     def end_step(self) -> None:
         self._in_step = False
 
-    def first_use(self, product: "_Product") -> bool | None:
+    def first_use(self, matmul: "_Matmul") -> bool | None:
         """Whether weights must be quantized (True), are from an earlier micro-batch (False), or not to be kept (None)."""
         if not self.keep_weights or not self._in_step or not torch.is_grad_enabled():
             return None
-        first, product.used_in = product.used_in != self.step, self.step
+        first, matmul.used_in = matmul.used_in != self.step, self.step
         return first
 
     def state(self) -> dict[str, torch.Tensor]:
-        return {name: tensor for product in self.products for name, tensor in product.named_state()}
+        return {name: tensor for matmul in self.matmuls for name, tensor in matmul.named_state()}
 
 
 class _State:
@@ -241,7 +239,7 @@ class _State:
         self.scale, self.amax_history = scale, amax_history
 
 
-class _Product:
+class _Matmul:
     """One of Transformer Engine's modules, made at its first use, and its state. Not an nn.Module, so that the model has
     no parameters but its own."""
 
@@ -275,12 +273,12 @@ class _Product:
                 yield f"{name}.{direction}.amax_history", state.amax_history[:, part]
 
     def _places(self) -> Iterator[tuple[str, int]]:
-        """(name, which of this module's products it is)."""
+        """(name, which of this module's matmuls it is)."""
         yield self.path, 0
 
 
-class _LinearProduct(_Product):
-    """``product(x [..., A], weight [O, A], bias [O] or None) -> [..., O]``."""
+class _LinearMatmul(_Matmul):
+    """``matmul(x [..., A], weight [O, A], bias [O] or None) -> [..., O]``."""
 
     te_linear: Any = None
 
@@ -302,8 +300,8 @@ class _LinearProduct(_Product):
             return functional_call(te_linear, lent, (x,), options, tie_weights=False)
 
 
-class _GroupedProduct(_Product):
-    """``product(x [N, A], weight [E, O, A], counts [E]) -> [N, O]``: rows of expert e follow those of e - 1.
+class _GroupedMatmul(_Matmul):
+    """``matmul(x [N, A], weight [E, O, A], counts [E]) -> [N, O]``: rows of expert e follow those of e - 1.
 
     In FP8 each expert's rows are padded with zeros, which move no amax, to the multiple that the recipe needs, and the
     results of these rows are dropped. Reads ``counts`` on the host, once a call: Transformer Engine wants a list.
@@ -348,13 +346,13 @@ class _GroupedProduct(_Product):
 
 
 class _RowLinear(nn.Linear):
-    """``[B, S, A / n] -> [B, S / n, O]`` with the product of the provider; the bias is added to the finished sum."""
+    """``[B, S, A / n] -> [B, S / n, O]`` with the matmul of the provider; the bias is added to the finished sum."""
 
-    product: Callable[..., torch.Tensor]
+    matmul: Callable[..., torch.Tensor]
     axis: Axis
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.axis.size == 1:
-            return self.product(input, self.weight, self.bias)
-        y = reduce_scatter_sequence(self.product(input, self.weight, None), self.axis)
+            return self.matmul(input, self.weight, self.bias)
+        y = reduce_scatter_sequence(self.matmul(input, self.weight, None), self.axis)
         return y if self.bias is None else y + self.bias
