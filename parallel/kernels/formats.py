@@ -18,7 +18,7 @@ FP32_MAX = torch.finfo(torch.float32).max
 @dataclass(frozen=True)
 class Quantized:
     """``data [..., R, C]`` in FP8, and the factors ``inverse`` that turn it back into values. With ``block`` (rows, columns)
-    there is one factor per block: ``[..., ceil(R / rows), ceil(C / columns)]``. Without, ``inverse`` broadcasts over data."""
+    there is one factor per block: ``[..., ceil(R / rows), ceil(C / columns)]``. Without, ``inverse`` broadcasts."""
 
     data: torch.Tensor
     inverse: torch.Tensor
