@@ -30,7 +30,7 @@ def make_grids(config: RunConfig, layout: RunLayout, device: torch.device) -> Gr
     return Grids(layout.layout, device.type, kv_heads=config.model.num_key_value_heads)
 
 
-def plan_model(config: RunConfig, layout: RunLayout, grids: Grids) -> ParallelModel:
+def shard_model(config: RunConfig, layout: RunLayout, grids: Grids) -> ParallelModel:
     """This rank's parts on the meta device, cut to its share and wrapped by FSDP; no storage yet."""
     master, compute = DTYPES[config.precision.master], DTYPES[config.precision.compute]
     pipeline = config.parallel
@@ -73,8 +73,8 @@ def plan_model(config: RunConfig, layout: RunLayout, grids: Grids) -> ParallelMo
 
 
 def build_model(config: RunConfig, layout: RunLayout, grids: Grids, device: torch.device) -> ParallelModel:
-    """`plan_model` with storage on ``device`` and its initial values, drawn from names: no layout changes them."""
-    model = plan_model(config, layout, grids)
+    """`shard_model` with storage on ``device`` and its initial values, drawn from names: no layout changes them."""
+    model = shard_model(config, layout, grids)
     for part in model.parts:
         part.to_empty(device=device)
         keep_statistics_dtypes(part)

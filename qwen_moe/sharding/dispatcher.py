@@ -41,13 +41,13 @@ class AllToAllDispatcher:
             weights = weights.repeat_interleave(self.etp, dim=1)
         sent = sum(plan.send)
         token = self.exchange.start(permute(x, order)[:sent], plan)
-        beside = overlap()
+        overlapped = overlap()
         arrived = self.exchange.finish(token, plan)
         outputs = experts(reorder(arrived, plan.by_expert, plan.arrival), plan.counts)
         rows = self.exchange.send_back(reorder(outputs, plan.arrival, plan.by_expert), plan)
         if sent < total:  # dropped choices stay zero
             rows = nn.functional.pad(rows, (0, 0, 0, total - sent))
-        return combine(rows, weights, order), beside
+        return combine(rows, weights, order), overlapped
 
     def _copies(self, order: Permutation, send: list[int]) -> Permutation:
         """The order of rows when the rows of each ep destination are repeated for its etp ranks; dropped rows last."""

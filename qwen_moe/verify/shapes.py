@@ -19,7 +19,7 @@ from parallel.sequence import SequenceShard
 from qwen_moe.checkpoint.optimizer_state import optimizer_state
 from qwen_moe.config import RunConfig
 from qwen_moe.models.init import keep_statistics_dtypes
-from qwen_moe.sharding.build import DTYPES, make_grids, plan_model
+from qwen_moe.sharding.build import DTYPES, make_grids, shard_model
 from qwen_moe.sharding.layout import run_layout
 from qwen_moe.training.optimizer import build_optimizer
 from qwen_moe.training.step import Trainer
@@ -47,7 +47,7 @@ def run_shapes(config: RunConfig, world_size: int, rank: int) -> ShapeReport:
     try:
         device = torch.device("cpu")
         grids = make_grids(config, layout, device)
-        model = plan_model(config, layout, grids)
+        model = shard_model(config, layout, grids)
         training, sequence = config.training, config.data.sequence_length
         rows = training.micro_batch_size
         with FakeTensorMode(allow_non_fake_inputs=True):
