@@ -110,8 +110,8 @@ def _blocks(n: int, seq: int, repeats: int) -> list[tuple[slice, int, int, slice
 
 
 def _mask(size: int, repeats: int) -> torch.Tensor:
-    """``[size * R, size]``, added to the scores of ``size`` queries on the diagonal: 0 where attention is allowed, else -inf.
-    For fewer queries, slice the top-left corner."""
+    """``[size * R, size]``, added to the scores of ``size`` queries on the diagonal: 0 where attention is allowed, -inf
+    elsewhere. For fewer queries, slice the top-left corner."""
     return torch.full((size, size), float("-inf")).triu_(1).repeat_interleave(repeats, 0)
 
 
