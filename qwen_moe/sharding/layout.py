@@ -1,4 +1,4 @@
-"""From a recipe and a number of processes to a layout: the one check that everything fits, before any work starts."""
+"""The layout of a recipe on a number of processes. All checks that sizes and degrees fit happen here, before any work."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from qwen_moe.models.flops import layer_costs
 
 @dataclass(frozen=True, kw_only=True)
 class RunLayout:
-    """Degrees, and which layers each pipeline stage has."""
+    """The degrees of a run, and the layers of each pipeline stage."""
 
     layout: Layout
-    layers: tuple[tuple[int, ...], ...]  # of each stage
-    per_rank: int  # stages
+    layers: tuple[tuple[int, ...], ...]  # by stage
+    per_rank: int  # stages per pipeline rank
     micro_batches: int  # per step and data-parallel rank
 
 
@@ -27,8 +27,8 @@ def _degrees(config: RunConfig) -> dict[str, int]:
 
 
 def processes(config: RunConfig, gpus: int = 0) -> int:
-    """Processes to start on this machine: ``launch.nproc``, or the next number that the layout divides. With ``gpus`` (0:
-    none), at most one process for each. Raises UserError when the layout needs more."""
+    """Processes to start on this machine: ``launch.nproc``, or the next larger number that the layout divides. With ``gpus``
+    above 0, at most one process per GPU. Raises UserError if the layout needs more."""
     degrees = _degrees(config)
     count = smallest_world(config.launch.nproc, **degrees)
     if not gpus or count <= gpus:
@@ -44,7 +44,7 @@ def processes(config: RunConfig, gpus: int = 0) -> int:
 
 
 def check_layout(config: ModelConfig, layout: Layout, sequence_length: int) -> None:
-    """Raise LayoutError, naming every size that does not divide, unless the model can be split as ``layout`` asks."""
+    """Raise LayoutError, naming every size that does not divide, unless ``layout`` can split the model."""
     tp, ep, etp = layout.tp, layout.ep, layout.etp
     problems = []
 
