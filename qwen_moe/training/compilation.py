@@ -1,4 +1,4 @@
-"""Whether a run's chains of elementwise work are compiled."""
+"""Decides whether a run compiles its elementwise chains."""
 
 import torch
 
@@ -7,13 +7,13 @@ from qwen_moe.errors import UserError
 from qwen_moe.models.flops import flops_per_token
 from qwen_moe.models.ops.compiled import compile_kernels, missing_compiler, try_compiler
 
-# Of a whole run on CPUs: two minutes or so on two cores. Not per process, so that no layout decides it.
+# FLOPs of a whole run on CPUs, about two minutes on two cores. Not per process, so that the layout does not decide.
 _FLOPS_WORTH_COMPILING = 1e13
 
 
 def choose_compilation(config: RunConfig, device: torch.device) -> str:
-    """Switch compilation of elementwise chains on or off as `precision.compile` says, before a model is built. Returns what
-    was chosen, for people. Raises UserError where it is asked for and cannot be."""
+    """Switch compilation of elementwise chains on or off, as `precision.compile` says, before a model is built. Returns a
+    sentence about the choice. Raises UserError if compilation is required and cannot work."""
     wanted, precision = config.precision.compile, config.precision.compute
     compile_kernels(False)
     if wanted == "never" or precision == "fp64":

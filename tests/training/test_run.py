@@ -149,7 +149,7 @@ def test_interrupt_then_the_same_command_gives_the_same_run(tmp_path: Path, corp
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
-    assert "the same command goes on from there" in stderr and "Traceback" not in stderr
+    assert "the same command resumes from there" in stderr and "Traceback" not in stderr
     assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 1
     outcome = run_to_end(recipe)
     assert outcome.returncode == 0, outcome.stderr
