@@ -1,4 +1,4 @@
-"""`qwen-moe verify RECIPE --layout tp=2,pp=2,ep=4 [--fuzz N]`: is every layout the same computation as one process?"""
+"""`qwen-moe verify RECIPE --layout tp=2,pp=2,ep=4 [--fuzz N]`: check that every layout computes the same as one process."""
 
 import argparse
 import json
@@ -36,7 +36,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help=f"axes {', '.join(AXES)} and {', '.join(OPTIONS)}; dp is as small as possible unless given; repeatable",
     )
     parser.add_argument("--fuzz", type=whole(), default=0, metavar="N", help="N random layouts of random small models")
-    parser.add_argument("--seed", type=whole(), default=0, help="of --fuzz")
+    parser.add_argument("--seed", type=whole(), default=0, help="seed of --fuzz")
     parser.add_argument("--max-ranks", type=whole(2, 1024), default=8, help="largest number of processes (default 8)")
     parser.add_argument(
         "--shapes",
@@ -50,8 +50,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def parse_layout(text: str, config: RunConfig) -> tuple["Layout", RunConfig]:
-    """The layout that ``text`` asks for, axes that it does not name being 1 (dp: as small as possible), and the recipe
-    with its other options."""
+    """The layout that ``text`` describes, and the recipe with the other options of ``text``. Axes that it does not name are
+    1; dp is as small as possible."""
     from parallel.mesh import Layout, LayoutError, layout_for, smallest_world
 
     degrees: dict[str, int] = {}
@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shapes(args: argparse.Namespace, config: RunConfig) -> int:
-    """The first rank of each pipeline stage, and the last rank of all."""
+    """Run the first process of each pipeline rank, and the last process, on shapes alone."""
     from dataclasses import asdict
 
     from qwen_moe.verify.shapes import run_shapes

@@ -1,6 +1,6 @@
-"""The same training in one process, written out as means with torch's own cross-entropy, AdamW and no distributed code.
+"""Reference training in one process, written with means, torch's own cross-entropy and AdamW, and no distributed code.
 
-It shares the model's layers with the runs it judges, and nothing else: not their losses, sums, clipping or optimizer.
+It shares the model's layers with the runs that it checks, but not their losses, sums, clipping or optimizer.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from qwen_moe.verify.probe import probe_loss
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """Figures, gradients (before clipping) and, at the end, parameters of a run of a few steps, by name."""
+    """Figures and gradients (before clipping) of a few steps, and the final parameters, by name."""
 
     figures: list[dict[str, float]]
     counts: list[Any]  # expert counts [L, E] and dropped choices of each step
@@ -31,8 +31,8 @@ class Trajectory:
 
 
 def _balance(config: RunConfig, router: RouterStatistics, ranks: int, seen: torch.Tensor | None) -> torch.Tensor:
-    """Balance loss of one wave (the micro-batches that ``ranks`` data-parallel ranks run at a time) times its tokens.
-    ``seen [L, E]``: choices of the global batch up to and including this wave."""
+    """The balance loss of the micro-batches that ``ranks`` data-parallel ranks run at the same time, times their tokens.
+    ``seen [L, E]``: choices of the global batch up to and including these micro-batches."""
     experts, top_k = config.model.num_experts, config.model.num_experts_per_tok
     layers, rows = router.counts.shape[:2]
     sequence = config.data.sequence_length
@@ -58,13 +58,13 @@ def _balance(config: RunConfig, router: RouterStatistics, ranks: int, seen: torc
 def _losses(
     config: RunConfig, model: DecoderLM, batch: dict[str, torch.Tensor], ranks: int, probe: bool
 ) -> dict[str, Any]:
-    """Mean losses of a global batch, differentiable, and its counts."""
-    rows, per_wave = batch["labels"].shape[0], config.training.micro_batch_size * ranks
+    """The mean losses of a global batch, differentiable, and its counts."""
+    rows, rows_at_once = batch["labels"].shape[0], config.training.micro_batch_size * ranks
     counted, tokens = (rows if probe else (batch["labels"] >= 0).sum()), batch["labels"].numel()
     loss = likelihood = balance = z = torch.zeros((), dtype=torch.float64)
     counts, dropped = None, 0
-    for begin in range(0, rows, per_wave):
-        part = {name: tensor[begin : begin + per_wave] for name, tensor in batch.items()}
+    for begin in range(0, rows, rows_at_once):
+        part = {name: tensor[begin : begin + rows_at_once] for name, tensor in batch.items()}
         labels = part["labels"]
         hidden, router = model.hidden_states(part["input_ids"], part.get("position_ids"), part.get("document_ids"))
         logits = hidden @ model.head_weight.T
@@ -90,8 +90,8 @@ def _losses(
 
 
 def train_reference(config: RunConfig, ranks: int, steps: int = STEPS, probe: bool = False) -> Trajectory:
-    """Train ``steps`` steps. ``ranks``: data-parallel size of the layout to compare with, which says which micro-batches
-    are run at a time (global-batch balancing counts what came before)."""
+    """Train ``steps`` steps. ``ranks``: data-parallel size of the layout to compare with. It decides which micro-batches run
+    at the same time, which matters because global-batch balancing counts all micro-batches so far."""
     model = build_model(config.model, config.seed, torch.float64)
     model.train()
     for module in model.modules():
