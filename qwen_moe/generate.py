@@ -1,4 +1,4 @@
-"""Sampling text from a model with a key/value cache, and the verb `qwen-moe generate`. Torch is imported when used."""
+"""Samples text from a model with a key/value cache; the verb `qwen-moe generate`. Torch is imported when used."""
 
 import argparse
 import json
@@ -38,7 +38,7 @@ def _check_prompt(length: int, smallest: int, largest: int, max_new_tokens: int,
     if smallest < 0 or largest >= config.vocab_size:
         wrong = largest if largest >= config.vocab_size else smallest
         raise UserError(
-            f"the prompt has token {wrong} but the model's vocabulary has {config.vocab_size}: the tokenizer is of "
+            f"the prompt has token {wrong} but the model's vocabulary has {config.vocab_size}: the tokenizer belongs to "
             "another model"
         )
     if length + max_new_tokens > config.max_position_embeddings:
@@ -51,7 +51,7 @@ def _check_prompt(length: int, smallest: int, largest: int, max_new_tokens: int,
 
 def sample(logits: "torch.Tensor", temperature: float, top_p: float, generator: "torch.Generator") -> "torch.Tensor":
     """One token per row of ``logits [B, V]``, as ``[B]``: the argmax at temperature 0, else nucleus sampling
-    (arXiv 1904.09751): the fewest tokens whose probabilities sum to at least ``top_p``, drawn by probability.
+    (arXiv 1904.09751), which draws from the fewest tokens whose probabilities sum to at least ``top_p``.
 
     Draws on the CPU, so that a seed gives the same tokens on every device.
     """
@@ -60,12 +60,12 @@ def sample(logits: "torch.Tensor", temperature: float, top_p: float, generator: 
     if temperature == 0:
         return logits.argmax(-1)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    # The largest is taken off first: divided by a temperature near 0, the others alone may overflow, to probability 0.
+    # Subtract the largest logit first: divided by a temperature near 0, only the others can overflow, to probability 0.
     logits = logits.to(wide)
     probabilities = ((logits - logits.amax(-1, keepdim=True)).double() / temperature).softmax(-1).to(wide).cpu()
     if top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        # A token stays while those before it have not reached top_p; the first always stays.
+        # A token stays if the tokens before it have not reached top_p; the first always stays.
         beyond = ordered.cumsum(-1) - ordered >= top_p
         beyond[..., 0] = False
         ordered = ordered.masked_fill(beyond, 0)
@@ -85,8 +85,8 @@ def generate(
 ) -> "torch.Tensor":
     """Continue ``input_ids [B, S]`` (no padding) and return prompt and new tokens ``[B, S + N]``, N <= max_new_tokens.
 
-    ``eos_token_id``: one or several ids that end a sequence; ended ones are filled with the first, and N is what the
-    longest needs. Raises UserError for values out of range and beyond the model's max_position_embeddings.
+    ``eos_token_id``: one or several ids that end a sequence. Ended sequences are filled with the first id, and N is set by
+    the longest. Raises UserError for values out of range and lengths beyond the model's max_position_embeddings.
     """
     import torch
     from tqdm import tqdm
@@ -112,7 +112,7 @@ def generate(
                 logits = linear(states[:, -1], model.head_weight)
                 if not bool(logits.isfinite().all()):
                     raise UserError(
-                        "the model's outputs are NaN or infinite: its weights are damaged, or its sizes need a wider dtype "
+                        "the model's outputs are NaN or infinite: its weights are damaged, or it needs a wider dtype "
                         "(--dtype fp32)"
                     )
                 token = sample(logits, temperature, top_p, generator)
@@ -130,7 +130,7 @@ def generate(
 
 @dataclass(frozen=True)
 class Continuation:
-    """``finish_reason``: "stop" at an end token, "length" at max_new_tokens."""
+    """A generated text. ``finish_reason``: "stop" at an end token, "length" at max_new_tokens."""
 
     prompt: str
     completion: str
@@ -142,7 +142,7 @@ class Continuation:
 
 
 def tokenizer_folder(directory: Path) -> Path:
-    """Where the tokenizer of a checkpoint, run or Hugging Face directory lies. Raises UserError when there is none."""
+    """The folder with the tokenizer of a checkpoint or Hugging Face directory. Raises UserError if there is none."""
     from qwen_moe.checkpoint.resolve import HF_FOLDER
 
     folder = directory / HF_FOLDER if (directory / HF_FOLDER).is_dir() else directory
@@ -154,7 +154,7 @@ def tokenizer_folder(directory: Path) -> Path:
 
 
 def end_tokens(folder: Path, tokenizer: Any) -> list[int]:
-    """End tokens as Hugging Face chooses them: generation_config.json, else config.json, else the tokenizer's."""
+    """End tokens in Hugging Face's order: from generation_config.json, else config.json, else the tokenizer."""
     for name in ("generation_config.json", "config.json"):
         if not (folder / name).is_file():
             continue
@@ -183,7 +183,7 @@ def generate_text(
 ) -> Continuation:
     """Continue ``prompt`` with the model and tokenizer of a checkpoint, run or Hugging Face directory.
 
-    ``dtype`` None: as stored, or the run's compute dtype. ``device`` None: the GPU where there is one. Raises UserError.
+    ``dtype`` None: as stored, or the run's compute dtype. ``device`` None: the GPU if there is one. Raises UserError.
     """
     _check_sampling(max_new_tokens, temperature, top_p, seed)
     if not prompt:
@@ -204,9 +204,9 @@ def generate_text(
     from transformers import AutoTokenizer
 
     try:
-        # Never code of the folder's own, and no question whether to run it.
+        # Never run code from the folder, and do not ask whether to run it.
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the library raises plain Exception, KeyError, ... for files that are damaged
+    except Exception as error:  # for damaged files the library raises plain Exception, KeyError, ...
         raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from None
     tokens = tokenizer(prompt)["input_ids"]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

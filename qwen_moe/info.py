@@ -1,4 +1,4 @@
-"""`qwen-moe info NAME`: parameters, FLOPs per token and bytes of a preset, recipe or saved model."""
+"""`qwen-moe info NAME` prints parameters, FLOPs per token and bytes of a preset, recipe or saved model."""
 
 import argparse
 import json
@@ -117,7 +117,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--micro-batches", type=whole(1, 100_000), help="per step and data-parallel rank (default: the recipe's)"
     )
     schedule.add_argument(
-        "--stages-per-rank", type=whole(0, 10_000), default=0, help="default: the schedule's own number"
+        "--stages-per-rank", type=whole(0, 10_000), default=0, help="default: 1 for 1f1b, 2 for the others"
     )
     schedule.add_argument("--output", type=Path, help="the picture (schedule.png)")
     parser.set_defaults(func=run)

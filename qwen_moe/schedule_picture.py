@@ -1,4 +1,4 @@
-"""`qwen-moe info --schedule`: a pipeline schedule as a picture, with its idle share and peak activations per rank."""
+"""`qwen-moe info --schedule` draws a pipeline schedule, with its idle share and peak activations per rank."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,13 @@ NAMES = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backwar
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """A schedule played through."""
+    """A simulated schedule."""
 
     name: str
     pp: int
     micro_batches: int
     per_rank: int
-    layers: list[int] | None  # of each stage
+    layers: list[int] | None  # number of layers by stage
     timeline: "Timeline"
 
     def facts(self) -> dict[str, Any]:
@@ -42,7 +42,7 @@ class Schedule:
 def describe_schedule(
     recipe: RunConfig | None, *, schedule: str, pp: int | None, micro_batches: int | None, per_rank: int
 ) -> Schedule:
-    """Play ``schedule`` through: with a recipe, by its layers' costs; what is not given is the recipe's."""
+    """Simulate ``schedule``, with a recipe by the costs of its layers. Arguments that are not given come from the recipe."""
     from parallel.mesh import LayoutError
     from parallel.pipeline import SCHEDULES
     from parallel.stages import check_schedule, split_layers, stages_per_rank
@@ -95,7 +95,7 @@ def describe_schedule(
 
 
 def schedule_text(found: Schedule) -> str:
-    """What the picture shows, in words."""
+    """The content of the picture as text."""
     line = f"{found.name}, pp {found.pp}, {found.micro_batches} micro-batches, {found.per_rank} stages per rank"
     lines = [line]
     if found.layers is not None:
@@ -109,7 +109,7 @@ def schedule_text(found: Schedule) -> str:
 
 
 def draw_schedule(found: Schedule, path: Path) -> None:
-    """The picture, as PNG: a row per rank, a box per action with its micro-batch, darker for later stages of a rank."""
+    """Draw a PNG: a row per rank and a box per action with its micro-batch, paler for later stages of a rank."""
     import matplotlib
 
     matplotlib.use("agg")
