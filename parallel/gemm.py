@@ -87,13 +87,13 @@ class _Linears(torch.autograd.Function):
                 dx.addmm_(dy, widen(weight))
             dx = dx.view_as(x).to(x.dtype)
         operand = widen(x.flatten(0, -2)) if any(ctx.needs_input_grad[1::2]) else None
-        found: list[torch.Tensor | None] = []
+        parameter_gradients: list[torch.Tensor | None] = []
         for dy, need_weight, need_bias in zip(
             rows, ctx.needs_input_grad[1::2], ctx.needs_input_grad[2::2], strict=True
         ):
-            found.append((dy.T @ operand).to(x.dtype) if need_weight and operand is not None else None)
-            found.append(dy.sum(0).to(x.dtype) if need_bias else None)
-        return dx, *found
+            parameter_gradients.append((dy.T @ operand).to(x.dtype) if need_weight and operand is not None else None)
+            parameter_gradients.append(dy.sum(0).to(x.dtype) if need_bias else None)
+        return dx, *parameter_gradients
 
 
 def linears(x: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[torch.Tensor, ...]:

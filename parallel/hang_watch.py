@@ -92,7 +92,7 @@ class HangWatch:
         if silent:
             lines.append(f"  no report from ranks {silent}: frozen, or dead")
         explanations: list[Callable[..., str | None]] = [first_mismatch, behind]
-        lines += [f"  {found}" for explain in explanations if (found := explain(traces))]
+        lines += [f"  {explanation}" for explain in explanations if (explanation := explain(traces))]
         for rank in sorted(reports):
             calls = traces[rank]
             lines.append(f"rank {rank}: last collective {calls[-1] if calls else 'none'}")

@@ -121,11 +121,13 @@ class Grids:
         self.ep = Axis("ep", layout.ep, self.exchange.index // layout.etp, None)
         self.etp = Axis("etp", layout.etp, self.exchange.index % layout.etp, None)
         self.stage = self._axis(self._mesh(device_type, {"pp": layout.pp, "stage": layout.stage_size}), "stage")
-        held = min(layout.tp, kv_heads)
-        if held == layout.tp:
+        kv_ranks = min(layout.tp, kv_heads)
+        if kv_ranks == layout.tp:
             self.kv, self.kv_replica = self.tp, Axis("kv_replica", 1, 0, None)
         else:
-            heads = self._mesh(device_type, {"rest": world // layout.tp, "kv": held, "kv_replica": layout.tp // held})
+            heads = self._mesh(
+                device_type, {"rest": world // layout.tp, "kv": kv_ranks, "kv_replica": layout.tp // kv_ranks}
+            )
             self.kv, self.kv_replica = self._axis(heads, "kv"), self._axis(heads, "kv_replica")
 
     @staticmethod

@@ -69,13 +69,13 @@ def split_layers(costs: Sequence[float], num_stages: int, first: float = 0.0, la
         table: dict[tuple[int, int], tuple[float, list[int]]] = {(num_stages, layers): (0.0, [])}
         for stage in range(num_stages - 1, -1, -1):
             for begin in range(stage, layers - (num_stages - stage) + 1):
-                found = [
+                candidates = [
                     (objective(cost_of(stage, begin, end), table[stage + 1, end][0]), [end, *table[stage + 1, end][1]])
                     for end in range(begin + 1, layers + 1)
                     if (stage + 1, end) in table and cost_of(stage, begin, end) <= limit
                 ]
-                if found:
-                    table[stage, begin] = min(found)
+                if candidates:
+                    table[stage, begin] = min(candidates)
         return table[0, 0][1]
 
     ends = best(max, math.inf)

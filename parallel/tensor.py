@@ -59,12 +59,12 @@ class _ColumnParallel(torch.autograd.Function):
         full = widen(join_sequence(gather.wait()).flatten(0, 1)) if gather is not None else None
         if need[0]:
             scatter = start_reduce_scatter_sequence(dx, ctx.axis)
-        found: list[torch.Tensor | None] = []
+        parameter_gradients: list[torch.Tensor | None] = []
         for dy, need_weight, need_bias in zip(grad_wide, need_weights, need_biases, strict=True):
             rows = dy.flatten(0, 1)
-            found.append((rows.T @ full).to(x.dtype) if need_weight and full is not None else None)
-            found.append(rows.sum(0).to(x.dtype) if need_bias else None)
-        return (scatter.wait() if scatter is not None else None, None, *found)
+            parameter_gradients.append((rows.T @ full).to(x.dtype) if need_weight and full is not None else None)
+            parameter_gradients.append(rows.sum(0).to(x.dtype) if need_bias else None)
+        return (scatter.wait() if scatter is not None else None, None, *parameter_gradients)
 
 
 def column_parallel(axis: Axis, x: torch.Tensor, *layers: nn.Linear) -> tuple[torch.Tensor, ...]:

@@ -105,7 +105,7 @@ def cgroup_cpus(root: Path = _ROOT) -> float | None:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    found = []
+    quotas = []
     for line in lines:
         number, controllers, path = [*line.split(":", 2), "", ""][:3]
         if number == "0":
@@ -119,8 +119,8 @@ def cgroup_cpus(root: Path = _ROOT) -> float | None:
             # Inside a container the path may be the host's and not exist here; the base folder is then the container's own.
             for place in (folder, *folder.parents):
                 if place.is_relative_to(base) and (cpus := _quota(place)) is not None:
-                    found.append(cpus)
-    return min(found, default=None)
+                    quotas.append(cpus)
+    return min(quotas, default=None)
 
 
 def _quota(folder: Path) -> float | None:

@@ -58,15 +58,15 @@ def actions(schedule: str, pp: int, micro_batches: int, per_rank: int) -> list[l
     """(kind, stage, micro-batch) of every rank in order. Cached: do not modify the result."""
     if schedule == "1f1b":
         return [_one_forward_one_backward(pp, rank, micro_batches) for rank in range(pp)]
-    found = []
+    by_rank = []
     for rank in get_schedule_ops(SCHEDULES[schedule], pp, micro_batches, num_stages_per_rank=per_rank):
         order: list[tuple[str, int, int]] = []
         for action in rank:
             for part in () if action is None else action.sub_actions or (action,):
                 if part.microbatch_index is not None:
                     order.append((part.computation_type.value, part.stage_index, part.microbatch_index))
-        found.append(order)
-    return found
+        by_rank.append(order)
+    return by_rank
 
 
 def play(schedule: str, pp: int, micro_batches: int, per_rank: int, costs: Sequence[float] | None = None) -> Timeline:

@@ -47,12 +47,12 @@ def recorded() -> list[Collective]:
     if hasattr(c10d, "_dump_nccl_trace") and "nccl" in str(dist.get_backend()):
         dumps = [c10d._dump_nccl_trace]
     members = _members()
-    found = []
+    calls = []
     for dump in dumps:
         for entry in pickle.loads(dump(True, True, False)).get("entries", []):
             name, description = entry["process_group"]
             sizes, dtypes = entry.get("input_sizes", []), entry.get("input_dtypes", [])
-            found.append(
+            calls.append(
                 Collective(
                     group=description or name,
                     ranks=members.get(name, ()),
@@ -65,7 +65,7 @@ def recorded() -> list[Collective]:
                     called_from=_caller(entry.get("frames", [])),
                 )
             )
-    return found
+    return calls
 
 
 def _members() -> dict[str, tuple[int, ...]]:

@@ -101,11 +101,11 @@ def yaml_mapping(text: str, where: str) -> dict[str, Any]:
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice: keep one")
-    return found
+    return values
 
 
 def json_object(text: str, where: str) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def _schedule(args: argparse.Namespace) -> int:
     recipe = load_config(Path(args.name)) if args.name and Path(args.name).suffix in (".yaml", ".yml") else None
     if args.name and recipe is None:
         raise UserError(f"--schedule reads a recipe.yaml, not {args.name!r}: give one, or --pp and --micro-batches")
-    found = describe_schedule(
+    schedule = describe_schedule(
         recipe,
         schedule=args.schedule or (recipe.parallel.schedule if recipe is not None else ""),
         pp=args.pp,
@@ -161,10 +161,10 @@ def _schedule(args: argparse.Namespace) -> int:
     if missing := missing_text("matplotlib"):
         print(f"no picture: {missing}", file=sys.stderr)
     else:
-        draw_schedule(found, picture)
+        draw_schedule(schedule, picture)
     shown = None if missing else str(picture)
     if args.json:
-        sys.stdout.write(json.dumps(found.facts() | {"picture": shown}, indent=1) + "\n")
+        sys.stdout.write(json.dumps(schedule.facts() | {"picture": shown}, indent=1) + "\n")
     else:
-        sys.stdout.write(schedule_text(found) + (f"\n  picture           {shown}\n" if shown else "\n"))
+        sys.stdout.write(schedule_text(schedule) + (f"\n  picture           {shown}\n" if shown else "\n"))
     return 0

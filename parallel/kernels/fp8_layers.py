@@ -85,13 +85,15 @@ class _Linears(torch.autograd.Function):
         if dx is not None:
             dx = dx.view(*grad_outputs[0].shape[:-1], -1)
             scatter = start_reduce_scatter_sequence(dx, axis) if axis.size > 1 else None
-        found: list[torch.Tensor | None] = []
+        parameter_gradients: list[torch.Tensor | None] = []
         for gradient, dy, need_weight, need_bias in zip(
             gradients, grad_outputs, need_weights, need_biases, strict=True
         ):
-            found.append(mm(transposed(gradient.over_rows), transposed(over_tokens), dy.dtype) if need_weight else None)
-            found.append(dy.flatten(0, -2).sum(0) if need_bias else None)
-        return (scatter.wait() if scatter is not None else dx, None, None, None, None, *found)
+            parameter_gradients.append(
+                mm(transposed(gradient.over_rows), transposed(over_tokens), dy.dtype) if need_weight else None
+            )
+            parameter_gradients.append(dy.flatten(0, -2).sum(0) if need_bias else None)
+        return (scatter.wait() if scatter is not None else dx, None, None, None, None, *parameter_gradients)
 
 
 def linears(

@@ -148,12 +148,12 @@ class Quantizer:
             return kept
         weight = weight.detach()
         if self.recipe.name == "mxfp8":
-            found = quantize_blocks(weight, E4M3, (32, 1) if over_rows else (1, 32), e8m0=True)
+            quantized = quantize_blocks(weight, E4M3, (32, 1) if over_rows else (1, 32), e8m0=True)
         elif self.recipe.name == "blockwise":
-            found = quantize_blocks(weight, E4M3, (128, 128), e8m0=False)
+            quantized = quantize_blocks(weight, E4M3, (128, 128), e8m0=False)
         else:
             amax = weight.abs().amax((-2, -1)).float()
-            found = quantize_by(weight, E4M3, self._scale(name, amax, E4M3, first)[..., None, None])
+            quantized = quantize_by(weight, E4M3, self._scale(name, amax, E4M3, first)[..., None, None])
         if self._in_step and self.keep_weights:
-            self._kept[name, separate] = found
-        return found
+            self._kept[name, separate] = quantized
+        return quantized

@@ -72,8 +72,8 @@ class DelayedScaling:
         self.scale.copy_(torch.where((amax > 0) & amax.isfinite(), scale, self.scale))
 
     def state(self) -> dict[str, torch.Tensor]:
-        found = {}
+        state = {}
         for name, (start, count) in self.slots.items():
-            found[f"{name}.amax_history"] = self.history[start : start + count]
-            found[f"{name}.scale"] = self.scale[start : start + count]
-        return found
+            state[f"{name}.amax_history"] = self.history[start : start + count]
+            state[f"{name}.scale"] = self.scale[start : start + count]
+        return state

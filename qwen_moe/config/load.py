@@ -118,10 +118,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe, from a file or from the package (`find_recipe`), and apply `section.key=value` overrides (values are
     YAML). Raises UserError naming every problem."""
     expected = f"the path of a YAML file, or one of {', '.join(sorted(file.stem for file in RECIPES.glob('*.yaml')))}"
-    found = find_recipe(path)
-    if found != path and path.suffix:
-        print(f"{path} does not exist: reading {found}, which comes with qwen-moe", file=sys.stderr)
-    values = yaml_mapping(read_text(found, "recipe", expected), f"recipe {path}")
+    source = find_recipe(path)
+    if source != path and path.suffix:
+        print(f"{path} does not exist: reading {source}, which comes with qwen-moe", file=sys.stderr)
+    values = yaml_mapping(read_text(source, "recipe", expected), f"recipe {path}")
     _apply_overrides(values, overrides)
     return parse_config(values, str(path))
 

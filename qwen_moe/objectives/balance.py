@@ -67,8 +67,8 @@ class Balancer:
             return experts * (fraction * router.prob_sum).sum()
         prob_sum = router.prob_sum.sum(1)
         if scope == "global_batch":
-            seen = all_reduce_sum(router.counts.sum(1), self.stage)
-            self._buffer = seen if self._buffer is None else self._buffer + seen
+            chosen = all_reduce_sum(router.counts.sum(1), self.stage)
+            self._buffer = chosen if self._buffer is None else self._buffer + chosen
             counts = self._buffer
         else:
             counts = self.sequence.sum(router.counts.sum(1))

@@ -114,9 +114,9 @@ def rule_of(name: str) -> Rule:
     """The rule of a setting: its own, or that of an enclosing section. Raises KeyError if it has none."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
-        found = _RULES.get(".".join(parts[:length]))
-        if found is not None:
-            return found
+        rule = _RULES.get(".".join(parts[:length]))
+        if rule is not None:
+            return rule
     raise KeyError(name)
 
 
@@ -176,7 +176,7 @@ class Difference:
 def differences(saved: Mapping[str, Any], config: RunConfig, rules: Collection[Rule]) -> list[Difference]:
     """The settings with these rules in which ``config`` differs from ``saved``: the settings of a checkpoint of any version,
     or a whole config as JSON."""
-    now, found = flat(config, rules), []
+    now, changed = flat(config, rules), []
     for name, default in settings_of():
         if name not in now:
             continue
@@ -187,5 +187,5 @@ def differences(saved: Mapping[str, Any], config: RunConfig, rules: Collection[R
                 continue
             before = list(default) if isinstance(default, tuple) else default
         if before != now[name]:
-            found.append(Difference(name, None if before is ... else before, now[name]))
-    return found
+            changed.append(Difference(name, None if before is ... else before, now[name]))
+    return changed

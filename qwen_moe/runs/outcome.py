@@ -50,13 +50,13 @@ def read_outcome(config: RunConfig, run_dir: Path) -> RunOutcome:
 
 def _failure(run_dir: Path) -> tuple[str, str]:
     """(kind, message) of the last attempt's failure: as `train` recorded it, else the last decision of a launched run."""
-    found = read_json(run_dir / FAILURE)
-    if not isinstance(found, dict) or not isinstance(found.get("message"), str):
+    failure = read_json(run_dir / FAILURE)
+    if not isinstance(failure, dict) or not isinstance(failure.get("message"), str):
         attempts = RunFolder(run_dir).attempts()
         last = attempts[-1].decision() if attempts else None
         stopped = last is not None and last["action"] == "stop"
-        found = {"kind": last["kind"], "message": last["reason"]} if last is not None and stopped else None
-    return (str(found.get("kind", "")), str(found["message"])) if found else ("", "")
+        failure = {"kind": last["kind"], "message": last["reason"]} if last is not None and stopped else None
+    return (str(failure.get("kind", "")), str(failure["message"])) if failure else ("", "")
 
 
 def difference(config: RunConfig, run_dir: Path) -> str:

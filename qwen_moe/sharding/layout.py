@@ -111,16 +111,16 @@ def _split_by_cost(model: ModelConfig, sequence_length: int, stages: int) -> Seq
 
 
 def _stage_layers(config: RunConfig, stages: int) -> Sequence[Sequence[int]]:
-    given, layers = config.parallel.pipeline_split, config.model.num_hidden_layers
-    if not given:
+    split, layers = config.parallel.pipeline_split, config.model.num_hidden_layers
+    if not split:
         return _split_by_cost(config.model, config.data.sequence_length, stages)
-    if len(given) != stages or sum(given) != layers:
+    if len(split) != stages or sum(split) != layers:
         raise UserError(
-            f"parallel.pipeline_split {list(given)} has {len(given)} stages with {sum(given)} layers, but there are "
+            f"parallel.pipeline_split {list(split)} has {len(split)} stages with {sum(split)} layers, but there are "
             f"{stages} stages and {layers} layers: give that many numbers with that sum, or leave it out"
         )
-    found, begin = [], 0
-    for count in given:
-        found.append(range(begin, begin + count))
+    by_stage, begin = [], 0
+    for count in split:
+        by_stage.append(range(begin, begin + count))
         begin += count
-    return found
+    return by_stage

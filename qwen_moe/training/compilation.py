@@ -14,11 +14,11 @@ _FLOPS_WORTH_COMPILING = 1e13
 def choose_compilation(config: RunConfig, device: torch.device) -> str:
     """Switch compilation of elementwise chains on or off, as `precision.compile` says, before a model is built. Returns a
     sentence about the choice. Raises UserError if compilation is required and cannot work."""
-    wanted, precision = config.precision.compile, config.precision.compute
+    choice, precision = config.precision.compile, config.precision.compute
     compile_kernels(False)
-    if wanted == "never" or precision == "fp64":
+    if choice == "never" or precision == "fp64":
         return "elementwise chains are not compiled"
-    if wanted == "auto" and device.type == "cpu":
+    if choice == "auto" and device.type == "cpu":
         tokens = config.train_steps * config.tokens_per_step
         if tokens * flops_per_token(config.model, config.data.sequence_length).training < _FLOPS_WORTH_COMPILING:
             return "elementwise chains are not compiled: the run is short"
@@ -27,6 +27,6 @@ def choose_compilation(config: RunConfig, device: torch.device) -> str:
     if problem is None:
         compile_kernels(True)
         return "elementwise chains are compiled by torch.compile"
-    if wanted == "always":
+    if choice == "always":
         raise UserError(f"precision.compile is always, but {problem}; or set it to auto or never")
     return f"elementwise chains are not compiled, training is slower: {problem}"

@@ -149,21 +149,21 @@ class ShardAdamW(torch.optim.Optimizer):
             to[key] = group[key]
         steps = set()
         for parameter, shard in pairs:
-            own = self.state[parameter]
+            state = self.state[parameter]
             if parameter.grad is None:
                 continue
-            if own["step"].device.type != "cpu":  # a resume puts it on the device
-                own["step"] = own["step"].cpu()
-            done = int(own["step"])
+            if state["step"].device.type != "cpu":  # a resume puts it on the device
+                state["step"] = state["step"].cpu()
+            done = int(state["step"])
             steps.add(done)
             shard.data = self._near(local(parameter).detach())
             shard.grad = self._near(local(parameter.grad))
             self._library.state[shard] = {
                 "step": done,
-                "exp_avg": local(own["exp_avg"]),
-                "exp_avg_sq": local(own["exp_avg_sq"]),
+                "exp_avg": local(state["exp_avg"]),
+                "exp_avg_sq": local(state["exp_avg_sq"]),
             }
-            own["step"] += 1
+            state["step"] += 1
         if not self.on_host:
             # Apex counts steps per group. In our training every parameter has a gradient in every step.
             assert len(steps) == 1, f"parameters of one group were updated {sorted(steps)} times"

@@ -202,19 +202,19 @@ class Trainer:
         sum_replicas([(p, placements[name].replicas) for name, p in self.model.named_parameters()])
         if not self.model.tied_apart:
             return
-        held = {
+        tied = {
             stage: part.model.embed_tokens.weight
             for part, stage in zip(self.model.parts, self.model.stages, strict=True)
             if part.first or part.last
         }
-        gradients = [local(weight.grad) for weight in held.values() if weight.grad is not None]
-        assert len(gradients) == len(held)
-        if len(held) == 2:
+        gradients = [local(weight.grad) for weight in tied.values() if weight.grad is not None]
+        assert len(gradients) == len(tied)
+        if len(tied) == 2:
             total = gradients[0] + gradients[1]
             for gradient in gradients:
                 gradient.copy_(total)
-        elif held:
-            peer = self.grids.pp.size - 1 if 0 in held else 0
+        elif tied:
+            peer = self.grids.pp.size - 1 if 0 in tied else 0
             exchange_and_add(gradients[0], peer, self.grids.pp)
 
     def _end_of_step_balance(self) -> tuple[torch.Tensor | None, int]:
@@ -226,10 +226,10 @@ class Trainer:
         table = torch.zeros(layers, config.num_experts + 1, dtype=torch.int64, device=self.device)
         routers = self.routers()
         rows = [place for place, _ in routers]
-        found = [b.end_step() for part in self.model.parts if (b := self._balancers[id(part)]).has_counts]
-        if found:
-            table[rows, :-1] = torch.cat([counts for counts, _ in found])
-            table[rows, -1] = torch.cat([dropped for _, dropped in found])
+        per_part = [b.end_step() for part in self.model.parts if (b := self._balancers[id(part)]).has_counts]
+        if per_part:
+            table[rows, :-1] = torch.cat([counts for counts, _ in per_part])
+            table[rows, -1] = torch.cat([dropped for _, dropped in per_part])
         table = all_reduce_sum(table, self.grids.world)
         counts = table[:, :-1]
         if self.config.balance.bias_update_rate and routers:

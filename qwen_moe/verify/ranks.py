@@ -31,12 +31,12 @@ class Report:
 
 
 def _pieces(model: ParallelModel, of_gradients: bool) -> list[tuple[str, list[int], torch.Tensor]]:
-    found = []
+    pieces = []
     for name, parameter in model.named_parameters():
         tensor = parameter.grad if of_gradients else parameter
         if tensor is not None:
-            found.append((name, model.range_of(name, parameter)[0], local(tensor).detach().clone()))
-    return found
+            pieces.append((name, model.range_of(name, parameter)[0], local(tensor).detach().clone()))
+    return pieces
 
 
 def make_trainer(config: RunConfig, objective: Objective | None = None) -> Trainer:

@@ -74,8 +74,8 @@ def _losses(
         else:
             loss = loss + F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
         if router is not None:
-            found = router.counts.sum(1)
-            counts = found if counts is None else counts + found
+            chosen = router.counts.sum(1)
+            counts = chosen if counts is None else counts + chosen
             dropped += int(router.dropped.sum())
             balance = balance + _balance(config, router, ranks, counts)
             z = z + router.z_sum.sum()
@@ -110,10 +110,10 @@ def train_reference(config: RunConfig, ranks: int, steps: int = STEPS, probe: bo
     figures, gradients, counts = [], [], []
     layers = max(1, len(config.model.moe_layers))
     for step in range(steps):
-        found = _losses(config, model, global_batch(config, step), ranks, probe)
+        means = _losses(config, model, global_batch(config, step), ranks, probe)
         balance = config.balance
         weight = 0.0 if balance.scope == "none" else balance.coefficient
-        total = found["loss"] + weight * found["balance"] + balance.z_loss_coefficient * found["z"]
+        total = means["loss"] + weight * means["balance"] + balance.z_loss_coefficient * means["z"]
         optimizer.zero_grad()
         total.backward()
         gradients.append({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
@@ -129,16 +129,16 @@ def train_reference(config: RunConfig, ranks: int, steps: int = STEPS, probe: bo
         per_layer = 1 if balance.scope == "huggingface" else layers
         figures.append(
             {
-                "loss": found["loss"].item(),
-                "balance loss": found["balance"].item() / per_layer,
-                "z-loss": found["z"].item() / layers,
+                "loss": means["loss"].item(),
+                "balance loss": means["balance"].item() / per_layer,
+                "z-loss": means["z"].item() / layers,
                 "gradient norm": norm,
-                "log-likelihood": found["likelihood"].item(),
+                "log-likelihood": means["likelihood"].item(),
             }
         )
-        counts.append((None if found["counts"] is None else found["counts"].tolist(), found["dropped"]))
+        counts.append((None if means["counts"] is None else means["counts"].tolist(), means["dropped"]))
         if balance.bias_update_rate:
-            load = found["counts"].double()
+            load = means["counts"].double()
             routers = [layer.mlp.gate for layer in model.model.layers if isinstance(layer.mlp, MoE)]
             for router, row in zip(routers, load, strict=True):
                 router.expert_bias += balance.bias_update_rate * (row.mean() - row).sign().float()

@@ -34,12 +34,10 @@ class Visibility:
 
     def dense(self, queries: int, device: torch.device) -> torch.Tensor:
         """The boolean mask ``[B or 1, 1, S, P + S]``, True where attention is allowed. All layers share it."""
-        found = self._dense.get((queries, device))
-        if found is None:
-            found = torch.ones(queries, self.past + queries, dtype=torch.bool, device=device).tril(self.past)[
-                None, None
-            ]
+        mask = self._dense.get((queries, device))
+        if mask is None:
+            mask = torch.ones(queries, self.past + queries, dtype=torch.bool, device=device).tril(self.past)[None, None]
             if self.documents is not None:
-                found = found & (self.documents[:, :, None] == self.documents[:, None, :]).unsqueeze(1)
-            self._dense[queries, device] = found
-        return found
+                mask = mask & (self.documents[:, :, None] == self.documents[:, None, :]).unsqueeze(1)
+            self._dense[queries, device] = mask
+        return mask

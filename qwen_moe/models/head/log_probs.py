@@ -42,11 +42,11 @@ class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
         operand = widen(weight)
-        found = []
+        chunks = []
         for start in range(0, x.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            found.append(_log_probs((widen(x[rows]) @ operand.T).to(x.dtype), labels[rows]))
-        log_probs, lse = (torch.cat(parts) for parts in zip(*found, strict=True))
+            chunks.append(_log_probs((widen(x[rows]) @ operand.T).to(x.dtype), labels[rows]))
+        log_probs, lse = (torch.cat(parts) for parts in zip(*chunks, strict=True))
         ctx.save_for_backward(x, weight, labels, lse)
         ctx.chunk_tokens = chunk_tokens
         return log_probs

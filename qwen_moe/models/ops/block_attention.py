@@ -98,15 +98,15 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 def _blocks(n: int, seq: int, repeats: int) -> list[tuple[slice, int, int, slice]]:
     """(heads, first query, last query + 1, rows of these queries) of every block."""
-    found = []
+    blocks = []
     for begin in range(0, seq, QUERIES):
         end = min(seq, begin + QUERIES)
         rows = slice(begin * repeats, end * repeats)
         most = max(1, SCORE_BYTES // (4 * (end - begin) * repeats * end))
         at_a_time = max(size for size in range(1, min(n, most) + 1) if n % size == 0)
         for first in range(0, n, at_a_time):
-            found.append((slice(first, first + at_a_time), begin, end, rows))
-    return found
+            blocks.append((slice(first, first + at_a_time), begin, end, rows))
+    return blocks
 
 
 def _mask(size: int, repeats: int) -> torch.Tensor:
