@@ -27,7 +27,7 @@ EXPORT = ("checkpoint.export_hf=true", "sample_prompt=router expert")
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenised corpus of sentences made of few words, so that a few steps learn something."""
+    """A tokenized corpus of sentences made of few words, so that a few steps learn something."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = random.Random(0)
     words = ["router", "expert", "token", "gradient", "tensor", "pipeline", "batch", "loss"]
