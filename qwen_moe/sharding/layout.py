@@ -84,13 +84,13 @@ def run_layout(config: RunConfig, world_size: int) -> RunLayout:
         check_layout(model, layout, config.data.sequence_length)
     except LayoutError as error:
         raise UserError(f"parallel: {error}") from None
-    wave = training.micro_batch_size * layout.dp
-    if training.global_batch_size % wave:
+    samples_at_once = training.micro_batch_size * layout.dp
+    if training.global_batch_size % samples_at_once:
         raise UserError(
             f"training.global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
-            f"{training.micro_batch_size} x {layout.dp} data-parallel processes = {wave}: change one of the three"
+            f"{training.micro_batch_size} x {layout.dp} data-parallel processes = {samples_at_once}: change one of the three"
         )
-    micro_batches = training.global_batch_size // wave
+    micro_batches = training.global_batch_size // samples_at_once
     if parallel.pp == 1:
         whole = tuple(range(model.num_hidden_layers))
         return RunLayout(layout=layout, layers=(whole,), per_rank=1, micro_batches=micro_batches)

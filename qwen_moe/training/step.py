@@ -92,7 +92,7 @@ class Trainer:
         """Run forward, backward and update of optimizer step ``step`` (from 0) on this data-parallel rank's micro-batches.
         Raises BadStep on every rank if the loss is not finite or is above ``highest_loss``."""
         config = self.config
-        count = self._counted_over_ranks(micro_batches)
+        count = self._count_over_ranks(micro_batches)
         if count == 0:
             raise UserError(f"step {step}: the global batch has no valid label; check the data's labels")
         sums = self.forward_backward(micro_batches, count)
@@ -163,7 +163,7 @@ class Trainer:
         for part in self.model.parts:
             part.train()
 
-    def _counted_over_ranks(self, micro_batches: Sequence[Batch]) -> int:
+    def _count_over_ranks(self, micro_batches: Sequence[Batch]) -> int:
         """The objective's count, summed over all ranks' micro-batches."""
         counts = [self.objective.count(self.sequence.of_batch(batch), self.sequence) for batch in micro_batches]
         return int(all_reduce_sum(torch.stack(counts).sum().to(self.device), self.grids.data))
@@ -243,7 +243,7 @@ class Trainer:
         forward passes communicate."""
         for part in self.model.parts:
             part.eval()
-        count = self._counted_over_ranks(micro_batches)
+        count = self._count_over_ranks(micro_batches)
         batches = [self._to_device(batch) for batch in micro_batches]
         outputs = self.engine.forward(batches)
         self.model.reshard()

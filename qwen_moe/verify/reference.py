@@ -60,7 +60,7 @@ def _losses(
 ) -> dict[str, Any]:
     """The mean losses of a global batch, differentiable, and its counts."""
     rows, rows_at_once = batch["labels"].shape[0], config.training.micro_batch_size * ranks
-    counted, tokens = (rows if probe else (batch["labels"] >= 0).sum()), batch["labels"].numel()
+    count, tokens = (rows if probe else (batch["labels"] >= 0).sum()), batch["labels"].numel()
     loss = likelihood = balance = z = torch.zeros((), dtype=torch.float64)
     counts, dropped = None, 0
     for begin in range(0, rows, rows_at_once):
@@ -80,8 +80,8 @@ def _losses(
             balance = balance + _balance(config, router, ranks, counts)
             z = z + router.z_sum.sum()
     return {
-        "loss": loss / counted,
-        "likelihood": likelihood / counted,
+        "loss": loss / count,
+        "likelihood": likelihood / count,
         "balance": balance / tokens,
         "z": z / tokens,
         "counts": counts,

@@ -31,11 +31,11 @@ def _losses_and_gradients(
     before rounding). May overwrite ``logits``."""
     wide = logits.to(accumulation_dtype(logits.dtype))
     losses, lse, of_label = _statistics(wide, labels)
-    loss, counted = losses.sum(dtype=torch.float64), (labels >= 0).unsqueeze(1)
+    loss, valid = losses.sum(dtype=torch.float64), (labels >= 0).unsqueeze(1)
     # Not in place when compiled: compiled by torch 2.11, the loss would read the overwritten logits.
     shifted = wide - lse if torch.compiler.is_compiling() else wide.sub_(lse)
-    dz = shifted.exp_().mul_(counted).to(logits.dtype)
-    return loss, dz, (((of_label - lse).exp() - 1) * counted).to(logits.dtype)
+    dz = shifted.exp_().mul_(valid).to(logits.dtype)
+    return loss, dz, (((of_label - lse).exp() - 1) * valid).to(logits.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
