@@ -1,1 +1,1 @@
-"""Parallel engine: meshes, sharding and process start-up. Knows nothing of Qwen; imports torch only."""
+"""Parallel engine: meshes, sharding and process start-up. It knows nothing of Qwen and imports torch only."""

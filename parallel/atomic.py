@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write atomically. Not waited for the disk: whoever reads it runs on this machine."""
+    """Write atomically. No fsync: every reader runs on this machine."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_bytes(content)
     os.replace(partial, path)

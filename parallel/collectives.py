@@ -1,4 +1,4 @@
-"""Collectives over one axis, and autograd pairs of them: what backward does stands beside what forward does.
+"""Collectives over one axis, and autograd functions that pair each forward collective with its backward.
 
 Shapes: B batch, S sequence, D hidden; ``n`` is the size of the axis. Sequence-split tensors are ``[B, S / n, D]``.
 """
@@ -8,14 +8,14 @@ import torch.distributed as dist
 
 from parallel.mesh import Axis
 
-# torch 2.13 renamed these two and warns of the old names, the only ones that earlier versions have.
+# torch 2.13 renamed these two and deprecates the old names; earlier versions have only the old ones.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def all_reduce_sum(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """A new tensor: the sum over ``axis``. The argument is not changed (in-place reduction of a count that is used
-    again is a classic way to count twice)."""
+    """The sum over ``axis`` as a new tensor. The argument is not changed: reducing a count in place and using it again
+    counts twice."""
     total = tensor.clone()
     if axis.size > 1:
         dist.all_reduce(total, group=axis.group)
@@ -26,7 +26,7 @@ class Pending:
     """A collective in flight and the buffer it fills; `wait` returns the finished tensor."""
 
     def __init__(self, work: dist.Work | None, buffer: torch.Tensor, keep: torch.Tensor | None = None) -> None:
-        self._work, self.buffer, self._keep = work, buffer, keep  # what is being sent must outlive the send
+        self._work, self.buffer, self._keep = work, buffer, keep  # the tensor being sent must outlive the send
 
     def wait(self) -> torch.Tensor:
         if self._work is not None:
@@ -49,7 +49,7 @@ def join_sequence(gathered: torch.Tensor) -> torch.Tensor:
 
 
 def start_reduce_scatter_sequence(x: torch.Tensor, axis: Axis) -> Pending:
-    """Begin to sum ``[B, S, D]`` over ranks; each keeps its part ``[B, S / n, D]`` of the sequence."""
+    """Begin to sum ``[B, S, D]`` over ranks; each rank keeps its part ``[B, S / n, D]`` of the sequence."""
     parts = x.unflatten(1, (axis.size, -1)).transpose(0, 1).contiguous()
     buffer = x.new_empty(parts.shape[1:])
     work = reduce_scatter_single(buffer, parts.flatten(0, 1), group=axis.group, async_op=True)
@@ -57,7 +57,7 @@ def start_reduce_scatter_sequence(x: torch.Tensor, axis: Axis) -> Pending:
 
 
 class _AllReduce(torch.autograd.Function):
-    """forward: sum over ranks. backward: sum of what every rank's own use of the sum gives back."""
+    """forward: sum over ranks. backward: sum over ranks of the gradients of the result."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -70,7 +70,7 @@ class _AllReduce(torch.autograd.Function):
 
 
 def all_reduce_with_gradient(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """The sum of ``x`` over ``axis``, whose gradient is the sum of all ranks' gradients of it."""
+    """The sum of ``x`` over ``axis``. Its backward sums the gradients of all ranks."""
     return x if axis.size == 1 else _AllReduce.apply(x, axis)
 
 
@@ -106,18 +106,18 @@ class _GatherSequence(torch.autograd.Function):
 
 
 def gather_sequence(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """This rank's part ``[B, S / n, D]`` of the sequence -> all of it ``[B, S, D]``, for a product over its own columns."""
+    """This rank's part ``[B, S / n, D]`` of the sequence -> all of it ``[B, S, D]``, for a matmul with its own columns."""
     return _GatherSequence.apply(x, axis)
 
 
 class _AttachLoss(torch.autograd.Function):
-    """forward: x. backward: x's gradient, and 1 for the loss: ``loss`` is added to the objective without being an
-    output, so that every pipeline stage can have losses of its own."""
+    """forward: returns x. backward: passes x's gradient on and gives the loss a gradient of 1. ``loss`` thus joins the
+    objective without being an output, so every pipeline stage can have losses of its own."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(loss)
-        ctx.mark_dirty(x)  # the tensor itself with a new place in the graph: neither a copy nor a view
+        ctx.mark_dirty(x)  # returns the same tensor at a new place in the graph: neither a copy nor a view
         return x
 
     @staticmethod
@@ -127,5 +127,5 @@ class _AttachLoss(torch.autograd.Function):
 
 
 def attach_loss(x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-    """``x`` (not a view) unchanged; its backward adds the gradient of scalar ``loss``, once, whatever scales x's own."""
+    """Return ``x`` (not a view) unchanged. Its backward adds the gradient of the scalar ``loss`` once, unscaled."""
     return _AttachLoss.apply(x, loss)

@@ -1,6 +1,6 @@
-"""Data parallelism through FSDP2: sharding on two grids, sums of gradients, one finalization, the global norm.
+"""Data parallelism through FSDP2: sharding on two grids, gradient sums, and the global gradient norm.
 
-Gradients are summed over ranks, never averaged: the caller divides the loss by a count that is global already.
+Gradients are summed over ranks, never averaged: the caller divides the loss by a global count.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,10 +25,11 @@ def shard(
     reduce_dtype: torch.dtype,
     reshard_after_forward: bool,
 ) -> None:
-    """Shard ``units`` (each gathered at once, over its own mesh; inner ones first) and the rest over ``mesh``, in place.
+    """Shard each of ``units`` over its own mesh, inner units first, and the remaining parameters over ``mesh``, in place.
 
     forward: all-gather of each unit in ``compute_dtype``. backward: reduce-scatter (sum) of its gradients in
-    ``reduce_dtype``. With ``reshard_after_forward`` parameters are gathered again in backward (ZeRO-3), else kept.
+    ``reduce_dtype``. With ``reshard_after_forward`` parameters are gathered again in backward (ZeRO-3); otherwise they
+    stay gathered.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     sizes = {}
@@ -38,23 +39,23 @@ def shard(
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     sizes[model] = mesh.size()
     for module, size in sizes.items():
-        # One rank's sum is its own gradient; asked for a factor, FSDP2 would still divide every gradient by it.
+        # A single rank needs no sum, and FSDP2 would still run a division over every gradient if given a factor.
         if size > 1 and isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of a DTensor; a plain tensor as it is."""
+    """This rank's shard of a DTensor; a plain tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def sum_replicas(parameters: Iterable[tuple[nn.Parameter, Sequence[Axis]]]) -> None:
-    """Sum the gradients of parameters that are whole on every rank of an axis over which their inputs were split.
+    """Sum the gradients of parameters that are replicated over an axis on which their inputs were split.
 
-    One coalesced all-reduce per axis and dtype, once per step. A parameter without a gradient (a rank whose part of the
-    model did not use it) takes part with zeros, so that every rank makes the same calls.
+    One coalesced all-reduce per axis and dtype, once per step. A parameter that this rank did not use has no gradient and
+    contributes zeros, so that every rank makes the same calls.
     """
     groups: dict[tuple[str, torch.dtype], tuple[Axis, list[torch.Tensor]]] = {}
     for parameter, axes in parameters:
@@ -72,7 +73,8 @@ def sum_replicas(parameters: Iterable[tuple[nn.Parameter, Sequence[Axis]]]) -> N
 
 @torch.no_grad()
 def exchange_and_add(gradient: torch.Tensor, peer: int, axis: Axis) -> None:
-    """``gradient`` becomes the sum of this rank's and rank ``peer``'s of ``axis`` (a parameter that two stages hold)."""
+    """Add rank ``peer``'s gradient to ``gradient`` in place. ``peer`` is an index on ``axis``; both ranks call this, for a
+    parameter that two stages hold."""
     mine = gradient.contiguous()
     other = torch.empty_like(mine)
     assert axis.group is not None
@@ -88,10 +90,10 @@ def exchange_and_add(gradient: torch.Tensor, peer: int, axis: Axis) -> None:
 
 @torch.no_grad()
 def global_norm(parameters: Iterable[nn.Parameter], world: Axis, device: torch.device) -> torch.Tensor:
-    """2-norm of all gradients, as a float64 scalar: ``parameters`` are those that this rank counts, each shard and each
-    replicated parameter on one rank only."""
+    """2-norm of all gradients, as a float64 scalar. ``parameters`` are the ones that this rank counts: each shard and each
+    replicated parameter must be counted on exactly one rank."""
     gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    # Each shard's norm in float32 (float64 for float64) from one kernel; their squares are added in float64.
+    # One kernel computes each shard's norm in float32 (float64 for float64); the squares are added in float64.
     wide = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
     norms = torch._foreach_norm([g for g in gradients if g.numel()], 2, dtype=wide)
     square = (

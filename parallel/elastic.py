@@ -1,11 +1,11 @@
-"""torch's elastic agent, in the versions that are supported."""
+"""Settings of torch's elastic agent that work in every supported version of torch."""
 
 from typing import Any
 
 
 def launch_config(*, shutdown_timeout: int, **values: Any) -> Any:
-    """A `LaunchConfig`. ``shutdown_timeout``: seconds that processes have to end after SIGTERM; torch 2.11 has no such
-    option and gives them 30."""
+    """Make a `LaunchConfig`. Processes get ``shutdown_timeout`` seconds to end after SIGTERM; torch 2.11 has no such
+    option and gives them 30 seconds."""
     from torch.distributed.launcher.api import LaunchConfig
 
     if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:

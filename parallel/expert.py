@@ -1,7 +1,7 @@
-"""All-to-all of token rows among the ranks that share experts, in flight while other work is done.
+"""All-to-all of token rows among the ranks that share experts, overlapped with other work.
 
 Shapes: E experts, R = ep * etp ranks of an exchange, L = E / ep experts of a rank, N rows sent, M rows received.
-The rank with index ``i`` holds experts ``(i // etp) * L`` and following, and slice ``i % etp`` of their hidden dim.
+The rank with index ``i`` holds the L experts from ``(i // etp) * L`` on, and slice ``i % etp`` of their hidden dim.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from parallel.mesh import Axis
 
 @dataclass
 class ExchangePlan:
-    """Who sends how many rows to whom in one layer, and the order that sorts what arrives by expert."""
+    """How many rows each rank sends to each other in one layer, and the order that sorts received rows by expert."""
 
     send: list[int]
     receive: list[int]
@@ -35,13 +35,13 @@ class Exchange:
         self.local_experts = num_experts * etp // axis.size
 
     def plan(self, counts: torch.Tensor, rows: int) -> ExchangePlan:
-        """From this rank's rows per expert ``[E]`` (``rows`` in all, before copies for etp)."""
+        """Exchange row counts. ``counts [E]``: this rank's rows per expert; ``rows``: their sum, before copies for etp."""
         ranks, local = self.axis.size, self.local_experts
-        # Every slice of an expert (etp) needs the rows: they are sent to each rank that holds one.
+        # Every rank that holds a slice of an expert (etp) needs all of the expert's rows.
         outgoing = counts.view(-1, 1, local).expand(-1, self.etp, local).reshape(ranks, local)
         incoming = torch.empty_like(outgoing)
         dist.all_to_all_single(incoming, outgoing.contiguous(), group=self.axis.group)
-        if isinstance(counts, FakeTensor):  # a shape-only run has no numbers: balanced routing
+        if isinstance(counts, FakeTensor):  # a shape-only run has no values: assume balanced routing
             send = [rows * self.etp // ranks] * ranks
             send[0] += rows * self.etp - sum(send)
             receive = list(send)
@@ -77,8 +77,8 @@ def _launch(rows: torch.Tensor, plan: ExchangePlan, axis: Axis, back: bool) -> P
 
 
 class _Start(torch.autograd.Function):
-    """forward: launch the all-to-all; the output is a token (the input itself), the rows are in ``plan.out``.
-    backward: wait for the reverse all-to-all that `_Finish.backward` launched; what ran between them overlapped."""
+    """forward: launch the all-to-all. The output is a token (a view of the input); the rows arrive in ``plan.out``.
+    backward: wait for the reverse all-to-all that `_Finish.backward` launched. Work between the two overlaps."""
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor, plan: ExchangePlan, axis: Axis, back: bool) -> torch.Tensor:
@@ -95,8 +95,8 @@ class _Start(torch.autograd.Function):
 
 
 class _Finish(torch.autograd.Function):
-    """forward: wait for the rows. backward: launch the reverse all-to-all of their gradient and return its buffer,
-    which has the token's shape and is filled when `_Start.backward` has waited."""
+    """forward: wait for the rows. backward: launch the reverse all-to-all of their gradient and return its buffer. The
+    buffer has the token's shape and is filled once `_Start.backward` has waited."""
 
     @staticmethod
     def forward(ctx, token: torch.Tensor, plan: ExchangePlan, axis: Axis, back: bool) -> torch.Tensor:
@@ -112,7 +112,7 @@ class _Finish(torch.autograd.Function):
 
 
 class _Reorder(torch.autograd.Function):
-    """forward: rows[index]. backward: gradient[inverse], a gather instead of a scatter-add, so deterministic."""
+    """forward: rows[index]. backward: gradient[inverse], a gather instead of a scatter-add, hence deterministic."""
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""Matrix products (GEMMs) in half precision on CPUs that have no instructions for it.
+"""Half-precision GEMMs on CPUs without half-precision instructions.
 
-torch multiplies bfloat16 and float16 matrices by plain loops on such a CPU, about a hundred times slower than float32
-(pytorch #146508). Here their operands are widened to float32 and the product is rounded to the operands' dtype: the
-same operands, the same rounding of the result, sums in float32. Where the instructions exist, and on every other
-device, `widen` returns its argument and nothing changes.
+On such a CPU torch multiplies bfloat16 and float16 matrices with plain loops, about a hundred times slower than float32
+(pytorch #146508). Here the operands are widened to float32 and the result is rounded to the operands' dtype: the
+operands and the rounding of the result are the same, and sums are in float32. Where the instructions exist, and on every
+other device, `widen` returns its argument and nothing changes.
 """
 
 import functools
@@ -20,10 +20,10 @@ _EMULATED = ("AVX512_CORE", "AVX512_CORE_VNNI")
 
 @functools.cache
 def has_hardware(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of ``dtype`` by instructions made for it.
+    """Whether this CPU has instructions that multiply matrices of ``dtype``.
 
-    Read from the processor and from what oneDNN may use of it (`ONEDNN_MAX_CPU_ISA`), once per process. Not measured: two
-    processes of a run, or a run and its resumption, must not choose differently because one of them was disturbed.
+    Read once per process from the processor's features and from oneDNN's limit (`ONEDNN_MAX_CPU_ISA`). It is not measured:
+    two processes of a run, or a run and its resumption, must not choose differently because one of them was disturbed.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return True
@@ -38,23 +38,23 @@ def has_hardware(dtype: torch.dtype) -> bool:
 
 
 def widens(x: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether products of ``x``, in ``dtype`` (its own), are computed in float32 here. Not those of subclasses: fake tensors
-    stand for any device."""
+    """Whether matmuls of ``x``, in ``dtype`` (default: its own), are computed in float32. Always False for subclasses,
+    because fake tensors stand for any device."""
     return x.device.type == "cpu" and type(x) in (torch.Tensor, nn.Parameter) and not has_hardware(dtype or x.dtype)
 
 
 def widen(x: torch.Tensor) -> torch.Tensor:
-    """``x`` as an operand: itself, or in float32 where this CPU has no instructions for products of its dtype."""
+    """``x`` as a matmul operand: unchanged, or in float32 where this CPU has no instructions for its dtype."""
     return x.float() if widens(x) else x
 
 
 def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x [..., A]`` times ``weight [O, A]`` transposed, plus ``bias [O]``, in the weight's dtype: ``[..., O]``.
 
-    ``x`` may be widened already. Not for autograd, which would save the widened operands.
+    ``x`` may be widened already. Do not use it under autograd, which would save the widened operands.
     """
     if x.dtype == weight.dtype and x.numel() == x.shape[-1]:
-        return F.linear(x, weight, bias)  # one row: torch's product of matrix and vector sums in float32 everywhere
+        return F.linear(x, weight, bias)  # one row: torch's matrix-vector kernel sums in float32 on every CPU
     return F.linear(widen(x), widen(weight), None if bias is None else widen(bias)).to(weight.dtype)
 
 
@@ -67,7 +67,7 @@ def mm_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 class _Linears(torch.autograd.Function):
-    """y_i = x W_i^T + b_i. backward: dx = sum_i dy_i W_i, added up inside the products; dW_i = dy_i^T x."""
+    """y_i = x W_i^T + b_i. backward: dx = sum_i dy_i W_i, accumulated inside the GEMMs; dW_i = dy_i^T x."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -87,19 +87,19 @@ class _Linears(torch.autograd.Function):
                 dx.addmm_(dy, widen(weight))
             dx = dx.view_as(x).to(x.dtype)
         operand = widen(x.flatten(0, -2)) if any(ctx.needs_input_grad[1::2]) else None
-        found: list[torch.Tensor | None] = []
+        parameter_gradients: list[torch.Tensor | None] = []
         for dy, need_weight, need_bias in zip(
             rows, ctx.needs_input_grad[1::2], ctx.needs_input_grad[2::2], strict=True
         ):
-            found.append((dy.T @ operand).to(x.dtype) if need_weight and operand is not None else None)
-            found.append(dy.sum(0).to(x.dtype) if need_bias else None)
-        return dx, *found
+            parameter_gradients.append((dy.T @ operand).to(x.dtype) if need_weight and operand is not None else None)
+            parameter_gradients.append(dy.sum(0).to(x.dtype) if need_bias else None)
+        return dx, *parameter_gradients
 
 
 def linears(x: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """``x [..., A]`` by each pair of ``parameters``, ``weight [O_i, A]`` and ``bias [O_i]`` or None: ``[..., O_i]`` each.
+    """``x [..., A] -> [..., O_i]`` for each pair ``weight [O_i, A]``, ``bias [O_i]`` (or None) of ``parameters``.
 
-    Differentiable; saves ``x`` and the weights in the dtypes they have.
+    Differentiable; saves ``x`` and the weights in their own dtypes.
     """
     return _Linears.apply(x, *parameters)
 
@@ -110,7 +110,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def description(dtype: torch.dtype) -> str:
-    """How this CPU computes products of ``dtype``, for people."""
+    """A sentence that says how this CPU computes matmuls of ``dtype``."""
     name = str(dtype).removeprefix("torch.")
     if has_hardware(dtype):
         return f"{name} products by the processor's own instructions"

@@ -1,4 +1,4 @@
-"""How many GPUs this machine gives a process, found without importing torch (seconds that a command would wait)."""
+"""Counts the GPUs that a process can use, without importing torch (which would delay every command by seconds)."""
 
 import os
 import re
@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def visible_gpus(environ: Mapping[str, str] | None = None, devices: Path = Path("/dev")) -> int:
-    """NVIDIA GPUs that torch would find here; 0 where there are none, where torch was built for CPUs, or where the system
-    does not list them (then only torch itself can tell)."""
+    """The number of NVIDIA GPUs that torch would find: 0 without GPUs, with a CPU build of torch, or where the system does
+    not list its GPUs in ``devices`` (only torch can tell then)."""
     environ = os.environ if environ is None else environ
     if not _torch_has_cuda():
         return 0

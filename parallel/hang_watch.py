@@ -1,7 +1,8 @@
-"""Ends a job whose collectives wait too long, naming every rank's last collective and where in the code it is.
+"""Ends a job whose collectives wait too long, and prints every rank's last collective and stack.
 
-Each rank has a thread that looks at its recorded collectives. Whoever finds one that has waited past the limit opens a
-folder of reports; the threads of all ranks see it and report too. The lowest rank there sums up, and all exit.
+Each rank has a thread that looks at its recorded collectives. The first to find a collective that has waited past the
+limit writes a report into a shared folder; the threads of all other ranks see it and report too. The lowest reporting
+rank prints a summary, and all ranks exit.
 """
 
 import json
@@ -31,15 +32,15 @@ class HangWatch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
-        """Remove the reports of an earlier attempt (rank 0) and begin. Ranks need not start together."""
+        """Begin to watch. Rank 0 removes the reports of an earlier attempt. Ranks need not start together."""
         if self.rank == 0 and self.folder.exists():
             for old in self.folder.glob("rank_*.json"):
                 old.unlink()
         self._thread.start()
 
     def stop(self) -> None:
-        """End the watch. When it has found a hang, this does not return: the process ends with the report, and not with
-        the errors of connections that the other ranks' ends have broken."""
+        """End the watch. This does not return if a hang was found: the process then ends with the report, not with errors
+        from connections that other ranks' exits have broken."""
         self._end.set()
         self._thread.join()
 
@@ -80,7 +81,7 @@ class HangWatch:
         return self.rank == min(ranks)
 
     def summary(self) -> str:
-        """What happened, the ranks that are to blame first, then every rank's last collective and innermost frames."""
+        """The likely culprits first, then every rank's last collective and innermost frames."""
         reports, traces = {}, {}
         for file in self.folder.glob("rank_*.json"):
             report = json.loads(file.read_text(encoding="utf-8"))
@@ -91,7 +92,7 @@ class HangWatch:
         if silent:
             lines.append(f"  no report from ranks {silent}: frozen, or dead")
         explanations: list[Callable[..., str | None]] = [first_mismatch, behind]
-        lines += [f"  {found}" for explain in explanations if (found := explain(traces))]
+        lines += [f"  {explanation}" for explain in explanations if (explanation := explain(traces))]
         for rank in sorted(reports):
             calls = traces[rank]
             lines.append(f"rank {rank}: last collective {calls[-1] if calls else 'none'}")
@@ -109,12 +110,12 @@ def _collective(values: dict[str, object]) -> Collective:
 
 
 class MismatchError(RuntimeError):
-    """Ranks of one group did not make the same collectives; the message names the first difference."""
+    """The ranks of a group made different collectives; the message names the first difference."""
 
 
 def compare_collectives() -> None:
-    """Check that all ranks of every group have made the same collectives (kind, shapes, dtypes, in order) so far, as far
-    as the record goes. All ranks call it together. Raises MismatchError on every rank."""
+    """Check that all ranks of every group have made the same recorded collectives (kind, shapes, dtypes, in order). All
+    ranks must call it together. Raises MismatchError on every rank."""
     import torch.distributed as dist
 
     mine = recorded()

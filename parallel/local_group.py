@@ -1,4 +1,4 @@
-"""`run_local(fn, world_size, *args)`: call ``fn(*args)`` in real gloo processes of this machine, for every rank's result."""
+"""`run_local(fn, world_size, *args)` calls ``fn(*args)`` in real gloo processes and returns every rank's result."""
 
 import faulthandler
 import multiprocessing
@@ -14,16 +14,16 @@ from typing import Any
 
 from parallel.atomic import write_bytes
 
-# Ranks are forked from a server that has imported the slow things once and computed nothing: a fresh process for each
-# call at a fraction of the cost of a new interpreter.
+# Ranks are forked from a server that has imported torch once and computed nothing. Each call gets fresh processes at a
+# fraction of the cost of new interpreters.
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
-ECHO_SECONDS = 1.0  # after the first failure, for the other ranks to say what they saw
+ECHO_SECONDS = 1.0  # after the first failure, the time in which other ranks may report theirs
 
 
 class RankFailed(RuntimeError):
-    """Ranks raised, died or ran past the limit. The message has their tracebacks; ``cause`` is one line."""
+    """Ranks raised, died or ran past the limit. The message has their tracebacks; ``cause`` is a one-line summary."""
 
     def __init__(self, message: str, cause: str) -> None:
         super().__init__(message)
@@ -31,7 +31,7 @@ class RankFailed(RuntimeError):
 
 
 def preload(modules: Sequence[str]) -> None:
-    """Name what ranks need imported. Has an effect before the first `run_local` of this process only."""
+    """Name modules for the server to import. Call it before the first `run_local` of this process; later has no effect."""
     _CONTEXT.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", *modules])
 
 
@@ -66,8 +66,8 @@ def _run_rank(fn: Callable[..., Any], rank: int, world_size: int, folder: str, a
 
 
 def run_local(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300) -> list[Any]:
-    """Results by rank. ``fn`` must be importable. Raises RankFailed with what every rank that failed has to say, the cause
-    before its echoes; ranks that still run, and may wait for a lost one for ever, are killed."""
+    """Return the results by rank. ``fn`` must be importable. Raises RankFailed with every failed rank's traceback, root
+    cause first. Ranks that still run, perhaps waiting for a lost rank, are killed."""
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             _CONTEXT.Process(target=_run_rank, args=(fn, rank, world_size, folder, args)) for rank in range(world_size)
@@ -96,7 +96,9 @@ def run_local(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
                 fault = Path(folder) / f"{rank}.fault"
                 failures.append((f"{cause}\n{fault.read_text() if fault.exists() else ''}", cause))
     if failures:
-        failures.sort(key=lambda failure: "by peer" in failure[1])  # a lost peer is an echo of what came before
+        failures.sort(
+            key=lambda failure: "by peer" in failure[1]
+        )  # an error about a lost peer follows from another failure
         raise RankFailed("\n".join(text for text, _ in failures), failures[0][1])
     if hung:
         cause = f"ranks {hung} of {world_size} still ran after {timeout} s"

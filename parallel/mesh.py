@@ -7,7 +7,7 @@ Rank r of the world is ``((pp_index * dp + dp_index) * cp + cp_index) * tp + tp_
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # torch is imported where groups are made: degrees are checked before anything waits for it
+if TYPE_CHECKING:  # torch is imported where groups are made, so degrees are checked before anything waits for it
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -56,7 +56,7 @@ class Layout:
 
 
 def layout_for(world_size: int, *, pp: int = 1, cp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1) -> Layout:
-    """The layout of ``world_size`` processes: dp is what is left. Raises LayoutError naming every factor."""
+    """The layout of ``world_size`` processes; dp is what the other degrees leave. Raises LayoutError naming every factor."""
     model = tp * cp * pp
     if world_size % model:
         raise LayoutError(
@@ -73,7 +73,7 @@ def layout_for(world_size: int, *, pp: int = 1, cp: int = 1, tp: int = 1, ep: in
 
 
 def smallest_world(at_least: int, *, pp: int = 1, cp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1) -> int:
-    """The smallest number of processes from ``at_least`` on that these degrees divide."""
+    """The smallest number of processes, not below ``at_least``, that these degrees divide."""
     world = at_least
     while world % (tp * cp * pp) or (world // pp) % (ep * etp):
         world += 1
@@ -82,7 +82,7 @@ def smallest_world(at_least: int, *, pp: int = 1, cp: int = 1, tp: int = 1, ep: 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a grid as a rank sees it: its group, the group's size and the rank's place in it."""
+    """One axis of a grid as a rank sees it: its group, the group's size and the rank's index in it."""
 
     name: str
     size: int
@@ -91,12 +91,12 @@ class Axis:
 
 
 class Grids:
-    """The groups of this rank on both grids. All ranks make it together (it creates process groups).
+    """The groups of this rank on both grids. All ranks must construct it together: it creates process groups.
 
-    ``data``: the ranks (dp x cp) that hold the same dense parameters and other tokens; FSDP shards over them
+    ``data``: the dp x cp ranks that hold the same dense parameters and different tokens; FSDP shards over them
     (``dense_shard``). ``stage``: all ranks with this rank's layers. ``exchange``: the ep x etp ranks among which tokens
-    travel (index = ep_index * etp + etp_index). ``kv``: where tp exceeds the KV heads, the tp ranks that hold different
-    heads, and ``kv_replica`` those that hold the same one.
+    travel (index = ep_index * etp + etp_index). Where tp exceeds the KV heads, ``kv`` is the tp ranks that hold different
+    heads and ``kv_replica`` the tp ranks that hold the same head.
     """
 
     def __init__(self, layout: Layout, device_type: str, kv_heads: int = 1) -> None:
@@ -113,19 +113,21 @@ class Grids:
         self.pp, self.dp, self.cp, self.tp = (self._axis(self.dense, name) for name in ("pp", "dp", "cp", "tp"))
         if layout.cp == 1:
             self.dense_shard, self.data = self.dense["dp"], self.dp
-        else:  # dp and cp lie side by side, so the two axes can be one
+        else:  # dp and cp are adjacent in the rank order, so one axis can cover both
             joint = self._mesh(device_type, {"pp": layout.pp, "data": layout.dp * layout.cp, "tp": layout.tp})
             self.dense_shard, self.data = joint["data"], self._axis(joint, "data")
         self.edp, self.exchange = self._axis(self.expert, "edp"), self._axis(self.expert, "exchange")
-        # An axis inside a group that is never communicated over by itself needs no group of its own.
+        # Nothing communicates over ep or etp alone, so they need no groups of their own.
         self.ep = Axis("ep", layout.ep, self.exchange.index // layout.etp, None)
         self.etp = Axis("etp", layout.etp, self.exchange.index % layout.etp, None)
         self.stage = self._axis(self._mesh(device_type, {"pp": layout.pp, "stage": layout.stage_size}), "stage")
-        held = min(layout.tp, kv_heads)
-        if held == layout.tp:
+        kv_ranks = min(layout.tp, kv_heads)
+        if kv_ranks == layout.tp:
             self.kv, self.kv_replica = self.tp, Axis("kv_replica", 1, 0, None)
         else:
-            heads = self._mesh(device_type, {"rest": world // layout.tp, "kv": held, "kv_replica": layout.tp // held})
+            heads = self._mesh(
+                device_type, {"rest": world // layout.tp, "kv": kv_ranks, "kv_replica": layout.tp // kv_ranks}
+            )
             self.kv, self.kv_replica = self._axis(heads, "kv"), self._axis(heads, "kv_replica")
 
     @staticmethod

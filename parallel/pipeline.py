@@ -1,7 +1,7 @@
-"""Layers -> stages -> ranks, and a step over micro-batches through torch.distributed.pipelining's schedules.
+"""One training step over micro-batches, in one process or through torch.distributed.pipelining's schedules.
 
-A part of the model is a module ``part(x, **batch)``: the first takes FIRST_INPUT of the batch, the others the hidden states
-that the part before gave; the last gives what the loss takes, with the batch. Losses are sums: nothing is divided here.
+A stage module is called as ``part(x, **batch)``. The first stage takes FIRST_INPUT of the batch, each later stage takes the
+hidden states of the stage before it, and the last stage's output goes to the loss. Losses are sums: nothing is divided here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,17 +35,17 @@ SCHEDULES: dict[str, Any] = {
 
 
 class Sequential:
-    """No pipeline: the whole model is one part, and micro-batches are run one after the other.
+    """No pipeline: the whole model is one stage, and micro-batches run one after the other.
 
-    ``keep_gathered``: parameters that FSDP gathers stay whole from one micro-batch of a step to the next. The peak of memory
-    is the same unless they are dropped after forward too (ZeRO-3): every backward begins with all of them.
+    ``keep_gathered``: parameters that FSDP gathers stay gathered from one micro-batch of a step to the next. This does not
+    raise peak memory unless they are also dropped after forward (ZeRO-3), because every backward begins with all of them.
     """
 
     def __init__(self, part: nn.Module, loss: Loss, keep_gathered: bool = False) -> None:
         self.part, self.loss, self.keep_gathered = part, loss, keep_gathered
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
-        """Run and backpropagate all ``micro_batches``; gradients are reduced with the last. Their losses, detached."""
+        """Run and backpropagate all ``micro_batches``; gradients are reduced with the last. Returns the detached losses."""
         losses = []
         for index, batch in enumerate(micro_batches):
             if isinstance(self.part, FSDPModule):
@@ -58,7 +58,7 @@ class Sequential:
         return losses
 
     def forward(self, micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
-        """What the last part gives for each micro-batch."""
+        """The model's output for each micro-batch."""
         return [self._run(batch) for batch in micro_batches]
 
     def _run(self, batch: Batch) -> torch.Tensor:
@@ -68,7 +68,7 @@ class Sequential:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatchShapes:
-    """Meta tensors of one micro-batch: what the first stage takes, what travels between stages, and what the last gives."""
+    """Meta tensors of one micro-batch: the first stage's input, what travels between stages, and the last stage's output."""
 
     first: torch.Tensor
     hidden: torch.Tensor
@@ -78,7 +78,7 @@ class MicroBatchShapes:
 class Pipeline:
     """This rank's stages of a pipeline over ``axis``, run by one of `SCHEDULES`. All ranks of the axis step together.
 
-    ``parts`` by stage. Every rank is given the same batches; hidden states travel between neighbours.
+    ``parts``: this rank's stage modules by stage. Every rank gets the same batches; hidden states travel between neighbours.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Pipeline:
         )
 
     def _loss_of(self, output: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-        """The schedules hand a loss its share of one target tensor: here, which micro-batch the output is of."""
+        """Schedules split one target tensor over micro-batches; ours holds the micro-batch's number."""
         return self.loss(output, self._running[int(number)])
 
     @property
@@ -127,7 +127,7 @@ class Pipeline:
         return self.num_stages - 1 in self.parts
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
-        """Run and backpropagate all ``micro_batches``. Losses, detached, where the last stage is; elsewhere none."""
+        """Run and backpropagate all ``micro_batches``. Returns the detached losses on the last stage's rank, else []."""
         assert len(micro_batches) == self.micro_batches
         whole = {name: torch.cat([batch[name] for batch in micro_batches]) for name in micro_batches[0]}
         first = whole.pop(FIRST_INPUT)
@@ -135,14 +135,14 @@ class Pipeline:
         arguments = (first,) if 0 in self.parts else ()
         numbers = (
             torch.arange(self.micro_batches) if self.has_last else None
-        )  # on the CPU: reading one waits for nothing
+        )  # on the CPU, so that reading one does not synchronize with a GPU
         self._running = micro_batches
         self.schedule.step(*arguments, target=numbers, losses=losses, return_outputs=False, **whole)
         self._running = ()
         return [loss.detach() for loss in losses]
 
     def forward(self, micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
-        """Forward only, any number of micro-batches: what the last part gives, where it is; elsewhere nothing."""
+        """Forward only, any number of micro-batches. Returns the outputs on the last stage's rank, else []."""
         results = []
         for batch in micro_batches:
             rest = dict(batch)

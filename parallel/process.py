@@ -1,4 +1,4 @@
-"""One process of a run: who it is (torchrun or Slurm), its device, its process group, and its end."""
+"""One process of a run: its rank (from torchrun or Slurm), its device, its process group, and its end."""
 
 import ctypes
 import os
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 from parallel.threads import Threads, available_cpus, choose_threads
 
-if TYPE_CHECKING:  # torch is imported in `start`: who this process is, is asked before anything waits for it
+if TYPE_CHECKING:  # torch is imported in `start`, so that asking for the rank does not wait for it
     import torch
     from torch.distributed import Store
 
 
 class ProcessError(ValueError):
-    """This process cannot be a rank of the run: the launcher did not say which, others did not come, or its GPU is taken."""
+    """This process cannot join the run: the launcher gave no rank, other ranks are missing, or its GPU is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ def _from_slurm(environ: dict[str, str]) -> ProcessInfo:
 
 
 def started_by_launcher(environ: dict[str, str] | None = None) -> bool:
-    """True when torchrun, or an srun step of several tasks, has started this process."""
+    """Whether torchrun, or an srun step of several tasks, started this process."""
     environ = dict(os.environ) if environ is None else environ
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return True
@@ -60,7 +60,9 @@ def started_by_launcher(environ: dict[str, str] | None = None) -> bool:
 
 
 def process_info(environ: dict[str, str] | None = None) -> ProcessInfo:
-    """This process's place, from torchrun's variables, else Slurm's, else the only one (a free port is chosen)."""
+    """This process's ranks from torchrun's variables, else from Slurm's; else it is the only one, and gets a free port.
+
+    Raises ProcessError when the variables are incomplete."""
     environ = dict(os.environ) if environ is None else environ
     try:
         if "RANK" in environ and "WORLD_SIZE" in environ:
@@ -88,10 +90,10 @@ def start(
     timeout_minutes: float = 30,
     admit: Callable[[], None] | None = None,
 ) -> "torch.device":
-    """Join the process group (NCCL with gloo for CPU tensors on GPUs, else gloo) and return this process's device.
+    """Join the process group (with GPUs: NCCL, and gloo for CPU tensors; else gloo) and return this process's device.
 
-    ``threads``: CPU threads of this process (`own_threads` by default). ``admit``: called by rank 0 when all are there;
-    what it raises ends all. Raises ProcessError when some do not come, naming them.
+    ``threads``: CPU threads of this process (`own_threads` by default). ``admit``: rank 0 calls it when all ranks have
+    arrived; an exception in it ends every rank. Raises ProcessError naming the ranks that do not arrive.
     """
     die_with_parent()
     import torch
@@ -121,7 +123,7 @@ def start(
 
 
 def _claim_gpu(store: "Store", gpu: str, info: ProcessInfo, visible: int) -> None:
-    """Raises ProcessError where another rank has the same GPU: NCCL would refuse it later, in words of its own."""
+    """Raise ProcessError if another rank has the same GPU. NCCL would refuse it later with a less helpful message."""
     if store.add(f"gpu/{gpu}", 1) > 1:
         raise ProcessError(
             f"rank {info.rank} has the same GPU as another rank: {info.local_world_size} processes were started on "
@@ -132,19 +134,19 @@ def _claim_gpu(store: "Store", gpu: str, info: ProcessInfo, visible: int) -> Non
 
 
 def own_threads(info: ProcessInfo, asked: int = 0, before: int = 0) -> Threads:
-    """CPU threads of this process. Several processes of a node that start together cannot tell each other's load from a
-    stranger's: the load counts for a process alone on its node (or for whoever starts them: `parallel.threads`)."""
+    """CPU threads of this process. Processes that start together cannot tell each other's load from other users' load, so
+    the load counts only for a process that is alone on its node, or in the parent that starts them (`parallel.threads`)."""
     environ = dict(os.environ)
     shared = info.local_world_size
     on_node = environ.get("SLURM_CPUS_ON_NODE", "")
     if "RANK" not in environ and on_node.isdecimal() and available_cpus()[0] * shared <= int(on_node):
-        shared = 1  # srun has bound each task to CPUs of its own
+        shared = 1  # srun has bound each task to its own CPUs
     return choose_threads(shared, asked, load=info.local_world_size == 1, before=before, environ=environ)
 
 
 def die_with_parent() -> None:
-    """Ask the kernel (Linux) to kill this process when its parent dies, so that no rank is orphaned: what it would save
-    then is no longer under the run folder's lock."""
+    """Ask the Linux kernel to kill this process when its parent dies. An orphaned rank could save a checkpoint without
+    holding the run folder's lock."""
     if sys.platform.startswith("linux"):
         pr_set_pdeathsig = 1
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The meeting of a run's processes before anything else: who has come, who is missing, and whether rank 0 lets them in."""
+"""Rendezvous of a run's processes before anything else: who has arrived, who is missing, and whether rank 0 admits them."""
 
 import os
 import socket
@@ -9,22 +9,22 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-SAY_SECONDS = 15.0  # after so long without the others, and from then on each minute, this is said
+SAY_SECONDS = 15.0  # a process that has waited this long prints a note, and another every minute
 PATIENCE_SECONDS = 600.0
 _LOOK_SECONDS = 0.5
 
 
 class MeetingError(ValueError):
-    """The processes of the run did not come together; the message says who is missing, or why rank 0 refused."""
+    """The processes of the run did not all arrive; the message names the missing ranks, or says why rank 0 refused."""
 
 
 def meet(
     rank: int, world_size: int, *, patience: float = PATIENCE_SECONDS, admit: Callable[[], None] | None = None
 ) -> dist.Store:
-    """A store that all processes have joined. Rank 0 calls ``admit`` when all are there; what it raises is raised there,
-    and as a MeetingError with its text on every other rank.
+    """Return a store that all processes have joined. Rank 0 calls ``admit`` when all ranks have arrived. An exception in
+    ``admit`` is raised on rank 0, and as a MeetingError with the same text on every other rank.
 
-    Raises MeetingError after ``patience`` seconds, naming the missing ranks; says so long before.
+    Raises MeetingError after ``patience`` seconds, naming the missing ranks. Prints a note long before that.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     end = time.monotonic() + patience
@@ -37,7 +37,7 @@ def meet(
                 admit()
         except Exception as error:
             store.set("verdict", f"no {error}")
-            time.sleep(2 * _LOOK_SECONDS)  # the store is gone with this process: let the others read it
+            time.sleep(2 * _LOOK_SECONDS)  # the store ends with this process: let the others read the verdict
             raise
         store.set("verdict", "yes")
         return dist.PrefixStore("run", store)
@@ -48,15 +48,15 @@ def meet(
 
 
 def _open(host: str, port: int, rank: int, world_size: int, end: float) -> dist.Store:
-    """torchrun's store, or one that rank 0 holds; others try until it is there."""
+    """Open torchrun's store, or one that rank 0 serves; other ranks retry until it is up."""
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if rank == 0 and not agent:
         try:
             return dist.TCPStore(host, port, world_size, True, timedelta(minutes=5), False, multi_tenant=True)
         except (RuntimeError, ValueError) as error:
             raise MeetingError(
-                f"rank 0 cannot listen on {host}:{port} ({_first_line(error)}): is another run on it? Set MASTER_PORT "
-                "to a free one"
+                f"rank 0 cannot listen on {host}:{port} ({_first_line(error)}): is another run using it? Set MASTER_PORT "
+                "to a free port"
             ) from None
     start, said = time.monotonic(), 0.0
     while True:
@@ -103,7 +103,7 @@ def _wait_for_all(store: dist.Store, world_size: int, end: float, patience: floa
 
 def _verdict(store: dist.Store, rank: int, host: str, port: int) -> str:
     try:
-        while not store.check(["verdict"]):  # rank 0's patience ends it
+        while not store.check(["verdict"]):  # ends when rank 0 decides or runs out of patience
             time.sleep(_LOOK_SECONDS / 5)
         return store.get("verdict").decode("utf-8", errors="replace")
     except RuntimeError:

@@ -1,9 +1,9 @@
-"""How the tokens of a sequence are split over ranks: the one description that layers, losses and data share.
+"""How the tokens of a sequence are split over ranks: one description that layers, losses and data share.
 
-A sequence is cut into ``cp`` parts, which stay apart from input to loss, and each of these into ``tp`` parts between the
-layers (sequence parallelism, arXiv 2205.05198). Parts are contiguous and in order of rank. A batch arrives whole;
-`of_batch` gives the rank its cp part.
-Shapes: B batch, S sequence.
+A sequence is cut into ``cp`` parts, which stay apart from input to loss. Between layers each of these is cut into ``tp``
+parts (sequence parallelism, arXiv 2205.05198). Parts are contiguous and in rank order. A batch arrives whole; `of_batch`
+selects this rank's cp part. The model's input has length S / cp ("given"); a rank holds S / (cp * tp) tokens between
+layers ("held"). Shapes: B batch, S sequence.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import torch
 from parallel.collectives import all_gather_single, all_reduce_sum, all_reduce_with_gradient
 from parallel.mesh import Axis, Grids
 
-# A micro-batch: fields [b, S] by name. The first stage of a model takes FIRST_INPUT; every stage and the loss get the rest.
+# A micro-batch: fields [b, S] by name. The first stage takes FIRST_INPUT; every stage and the loss get the other fields.
 Batch = dict[str, torch.Tensor]
 FIRST_INPUT = "input_ids"
 
@@ -22,7 +22,7 @@ ALONE = Axis("alone", 1, 0, None)
 
 @dataclass(frozen=True)
 class SequenceShard:
-    """This rank's part of every sequence. The default is all of it."""
+    """This rank's part of every sequence. The default is the whole sequence."""
 
     tp: Axis = ALONE
     cp: Axis = ALONE
@@ -33,7 +33,7 @@ class SequenceShard:
 
     @property
     def parts(self) -> int:
-        """Into how many parts a sequence is cut between layers."""
+        """The number of parts that a sequence is cut into between layers."""
         return self.tp.size * self.cp.size
 
     def length(self, whole: int) -> int:
@@ -41,35 +41,35 @@ class SequenceShard:
         return whole // self.parts
 
     def tokens(self, given: torch.Tensor) -> int:
-        """Tokens of whole sequences of which this rank is given ``given [B, S / cp]``."""
+        """The number of tokens in the whole sequences, B * S, from this rank's input ``given [B, S / cp]``."""
         return given.numel() * self.cp.size
 
     def of_batch(self, batch: Batch) -> Batch:
-        """The cp part of each field ``[B, S]``: what the model is given."""
+        """This rank's cp part ``[B, S / cp]`` of each field ``[B, S]``: the model's input."""
         if self.cp.size == 1:
             return batch
         return {name: field.chunk(self.cp.size, dim=1)[self.cp.index] for name, field in batch.items()}
 
     def held(self, field: torch.Tensor) -> torch.Tensor:
-        """``[B, S / parts]``: of a field ``[B, S / cp]`` that the model is given, the tokens that this rank holds between
-        layers, and gives the log-probabilities of."""
+        """``[B, S / cp] -> [B, S / parts]``: the tokens of an input field that this rank holds between layers. The
+        log-probability head returns values for these tokens."""
         return field if self.tp.size == 1 else field.chunk(self.tp.size, dim=1)[self.tp.index]
 
     def row_sums(self, x: torch.Tensor) -> torch.Tensor:
-        """``[B]``: each sequence's sum of ``x [B, S / parts]`` over all ranks that hold parts of it. Differentiable. A loss
-        of it is the same on each of those ranks: `share` makes it one loss."""
+        """``[B]``: each sequence's sum of ``x [B, S / parts]`` over all ranks that hold parts of it. Differentiable. All
+        those ranks compute the same loss from it; use `share` to count that loss once."""
         return all_reduce_with_gradient(all_reduce_with_gradient(x.sum(1), self.tp), self.cp)
 
     def share(self, loss: torch.Tensor) -> torch.Tensor:
-        """This rank's share of a loss that all ranks of a sequence have computed alike."""
+        """This rank's share of a loss that all ranks of a sequence have computed identically."""
         return loss / self.parts
 
     def given_length(self, held: int) -> int:
-        """S / cp, the length of what the model is given, from what a rank holds between layers."""
+        """S / cp, the length of the model's input, from the length that a rank holds between layers."""
         return held * self.tp.size
 
     def whole_length(self, held: int) -> int:
-        """S, the length of the whole sequence, from what a rank holds between layers."""
+        """S, the length of the whole sequence, from the length that a rank holds between layers."""
         return held * self.parts
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,7 @@ class SequenceShard:
         return before + _prefix(all_reduce_sum(counts, self.tp), self.cp)
 
     def positions(self, given: int, past: int, device: torch.device) -> torch.Tensor:
-        """``[given]``: positions of what the model is given. With a cache (``past`` > 0) cp must be 1."""
+        """``[given]``: positions of the model's input. With a cache (``past`` > 0) cp must be 1."""
         assert past == 0 or self.cp.size == 1
         begin = past + self.cp.index * given
         return torch.arange(begin, begin + given, device=device)

@@ -1,4 +1,4 @@
-"""Layers -> stages -> ranks: the arithmetic of pipelines, which needs no torch."""
+"""Assigns layers to pipeline stages and stages to ranks, without torch."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,13 +10,13 @@ V_SHAPED = ("zbv", "dualpipev")
 
 
 def splits_backward() -> bool:
-    """Whether this torch can run the V-shaped schedules, which compute gradients of inputs and of weights apart: 2.11 cannot
-    do so through our autograd functions ("Attribute '_input_metadata' is invalid"), 2.13 can, 2.12 was not tried."""
+    """Whether this torch can run the V-shaped schedules, which split backward into input and weight gradients. torch 2.11
+    fails with our autograd functions ("Attribute '_input_metadata' is invalid"), 2.13 works, 2.12 is untested."""
     return tuple(int(part) for part in version("torch").split(".")[:2]) >= (2, 13)
 
 
 def stages_per_rank(schedule: str, asked: int = 0) -> int:
-    """Stages on each rank: what was ``asked`` for, or (0) the schedule's own number."""
+    """Stages on each rank: ``asked``, or if that is 0 the schedule's default."""
     return asked or (1 if schedule == "1f1b" else 2)
 
 
@@ -50,10 +50,10 @@ def check_schedule(schedule: str, pp: int, per_rank: int, micro_batches: int, la
 
 
 def split_layers(costs: Sequence[float], num_stages: int, first: float = 0.0, last: float = 0.0) -> list[list[int]]:
-    """Layers of each stage, consecutive and never none, such that the costliest stage is as cheap as can be.
+    """The layers of each stage, consecutive and at least one, such that the costliest stage is as cheap as possible.
 
-    ``costs`` per layer; ``first`` and ``last`` are what the first stage (embedding) and the last (norm, head, loss) do
-    besides. Among such splits, the one with the least sum of squared stage costs. Exact, by dynamic programming.
+    ``costs`` are per layer; ``first`` and ``last`` are the extra costs of the first stage (embedding) and the last stage
+    (norm, head, loss). Ties go to the smallest sum of squared stage costs. Exact, by dynamic programming.
     """
     layers = len(costs)
     assert 1 <= num_stages <= layers
@@ -69,13 +69,13 @@ def split_layers(costs: Sequence[float], num_stages: int, first: float = 0.0, la
         table: dict[tuple[int, int], tuple[float, list[int]]] = {(num_stages, layers): (0.0, [])}
         for stage in range(num_stages - 1, -1, -1):
             for begin in range(stage, layers - (num_stages - stage) + 1):
-                found = [
+                candidates = [
                     (objective(cost_of(stage, begin, end), table[stage + 1, end][0]), [end, *table[stage + 1, end][1]])
                     for end in range(begin + 1, layers + 1)
                     if (stage + 1, end) in table and cost_of(stage, begin, end) <= limit
                 ]
-                if found:
-                    table[stage, begin] = min(found)
+                if candidates:
+                    table[stage, begin] = min(candidates)
         return table[0, 0][1]
 
     ends = best(max, math.inf)
@@ -85,7 +85,7 @@ def split_layers(costs: Sequence[float], num_stages: int, first: float = 0.0, la
 
 
 def stages_of_rank(schedule: str, pp: int, per_rank: int, rank: int) -> list[int]:
-    """Stages that pipeline rank ``rank`` holds, in order: looped, or V-shaped (the first and the last meet on rank 0)."""
+    """Stages that pipeline rank ``rank`` holds, in order: looped, or V-shaped (rank 0 holds the first and the last)."""
     if schedule in V_SHAPED:
         return [rank, 2 * pp - 1 - rank]
     return [rank + pp * turn for turn in range(per_rank)]

@@ -1,7 +1,8 @@
 """Tensor-parallel layers with sequence parallelism (arXiv 1909.08053, 2205.05198).
 
-Between layers every rank holds its part ``[B, S / n, D]`` of the sequence. A block gathers it, works on its own
-columns, and reduce-scatters the partial sums of its rows. Shapes: T tokens, V vocabulary, A/O input/output features.
+Between layers every rank holds its part ``[B, S / n, D]`` of the sequence. A block gathers the sequence, applies its own
+columns of the first weights, and reduce-scatters the partial sums from its own rows of the last weight.
+Shapes: T tokens, V vocabulary, A/O input/output features.
 """
 
 from collections.abc import Sequence
@@ -21,17 +22,17 @@ from parallel.mesh import Axis
 
 
 def split_range(size: int, axis: Axis) -> tuple[int, int]:
-    """(first, count) of this rank's part when ``size`` things are dealt out in order, the first ranks taking one more."""
+    """(first, count) of this rank's part when ``size`` items are split in order; the first ranks take one more if uneven."""
     each, more = divmod(size, axis.size)
     first = axis.index * each + min(axis.index, more)
     return first, each + (axis.index < more)
 
 
 class _ColumnParallel(torch.autograd.Function):
-    """y_i = gather(x) W_i^T + b_i for several W_i at the cost of one gather.
+    """y_i = gather(x) W_i^T + b_i for several W_i, with a single gather.
 
-    backward: dx = reduce-scatter(sum_i dy_i W_i), dW_i = dy_i^T gather(x). Only this rank's part of x is saved: it is
-    gathered again while dx is computed, and dx is reduce-scattered while the dW_i are.
+    backward: dx = reduce-scatter(sum_i dy_i W_i), dW_i = dy_i^T gather(x). Only this rank's part of x is saved. The second
+    gather overlaps with computing dx, and the reduce-scatter of dx overlaps with computing the dW_i.
     """
 
     @staticmethod
@@ -58,12 +59,12 @@ class _ColumnParallel(torch.autograd.Function):
         full = widen(join_sequence(gather.wait()).flatten(0, 1)) if gather is not None else None
         if need[0]:
             scatter = start_reduce_scatter_sequence(dx, ctx.axis)
-        found: list[torch.Tensor | None] = []
+        parameter_gradients: list[torch.Tensor | None] = []
         for dy, need_weight, need_bias in zip(grad_wide, need_weights, need_biases, strict=True):
             rows = dy.flatten(0, 1)
-            found.append((rows.T @ full).to(x.dtype) if need_weight and full is not None else None)
-            found.append(rows.sum(0).to(x.dtype) if need_bias else None)
-        return (scatter.wait() if scatter is not None else None, None, *found)
+            parameter_gradients.append((rows.T @ full).to(x.dtype) if need_weight and full is not None else None)
+            parameter_gradients.append(rows.sum(0).to(x.dtype) if need_bias else None)
+        return (scatter.wait() if scatter is not None else None, None, *parameter_gradients)
 
 
 def column_parallel(axis: Axis, x: torch.Tensor, *layers: nn.Linear) -> tuple[torch.Tensor, ...]:
@@ -75,7 +76,8 @@ def column_parallel(axis: Axis, x: torch.Tensor, *layers: nn.Linear) -> tuple[to
 
 
 class RowParallelLinear(nn.Linear):
-    """``[B, S, A / n] -> [B, S / n, O]``: this rank's input features, partial sums reduce-scattered, then the bias."""
+    """``[B, S, A / n] -> [B, S / n, O]``: multiplies this rank's input features, reduce-scatters the partial sums, and then
+    adds the bias."""
 
     axis: Axis
 
@@ -85,7 +87,7 @@ class RowParallelLinear(nn.Linear):
 
 
 class VocabParallelEmbedding(nn.Embedding):
-    """Token ids ``[B, S]`` -> ``[B, S / n, D]``; holds the rows ``first .. first + count`` of the vocabulary."""
+    """Token ids ``[B, S]`` -> ``[B, S / n, D]``; holds the vocabulary rows from ``first`` on."""
 
     axis: Axis
     first: int
@@ -98,7 +100,7 @@ class VocabParallelEmbedding(nn.Embedding):
 
 
 def local_shape(shape: Sequence[int], splits: dict[int, Axis]) -> tuple[list[int], list[int]]:
-    """(offsets, sizes) of this rank's part of a tensor of ``shape`` whose dims are split over axes."""
+    """(offsets, sizes) of this rank's part of a tensor of ``shape``. ``splits`` maps a dim to the axis that splits it."""
     offsets, sizes = [0] * len(shape), list(shape)
     for dim, axis in splits.items():
         offsets[dim], sizes[dim] = split_range(shape[dim], axis)

@@ -1,4 +1,4 @@
-"""How many CPU threads a process gets: what the cgroup, the affinity and the machine's other users leave. No torch."""
+"""Chooses the CPU threads of a process from its cgroup, its affinity and the load of other users. No torch."""
 
 import math
 import os
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OMP = "OMP_NUM_THREADS"
-DECIDED = "QWEN_MOE_THREADS"  # "COUNT WHY", set by a process that has decided for those that it starts
+DECIDED = "QWEN_MOE_THREADS"  # "COUNT WHY", set by a process that has decided for its children
 _SAMPLE_SECONDS = 0.4
 _ROOT = Path("/")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Threads:
-    """Threads of one process, and why so many, in words."""
+    """The number of threads of one process, and the reason for it as text."""
 
     count: int
     why: str
@@ -24,18 +24,19 @@ class Threads:
         return f"{self.count} CPU thread{'s' if self.count > 1 else ''} per process: {self.why}"
 
     def environment(self) -> dict[str, str]:
-        """For processes that are started, so that they neither decide again nor start with more."""
+        """Variables for child processes, so that they neither decide again nor start with more threads."""
         return {OMP: str(self.count), DECIDED: f"{self.count} {self.why}"}
 
 
 def choose_threads(
     processes: int, asked: int = 0, *, load: bool = True, before: int = 0, environ: dict[str, str] | None = None
 ) -> Threads:
-    """Threads for each of ``processes`` that share this machine (or this process's part of it).
+    """Threads for each of ``processes`` processes that share this machine (or this process's part of it).
 
-    In this order: ``asked`` (the recipe's), what a parent process decided, the user's OMP_NUM_THREADS, ``before`` (the
-    count of the run's earlier attempts, where the machine still has it: sums of another count round differently), and
-    else the CPUs of the affinity mask and the cgroup, less those that others keep busy now (``load``).
+    The first of these that applies: ``asked`` (the recipe's setting); the decision of a parent process; the user's
+    OMP_NUM_THREADS; ``before``, the count of the run's earlier attempts if the machine still has as many CPUs (another
+    count would change the rounding of sums); the CPUs of the affinity mask and the cgroup, less the CPUs that others keep
+    busy now (``load``).
     """
     environ = dict(os.environ) if environ is None else environ
     if asked:
@@ -49,7 +50,7 @@ def choose_threads(
     share = max(1, allowed // processes)
     divided = f" for {processes} processes" if processes > 1 else ""
     if before and before <= share:
-        return Threads(count=before, why="as in this run's attempts before, so that the rounding stays the same")
+        return Threads(count=before, why="as in this run's earlier attempts, so that the rounding stays the same")
     busy = busy_cpus() if load else 0.0
     free = max(1, math.floor(allowed - busy + 0.3))
     count_ = max(1, free // processes)
@@ -57,12 +58,13 @@ def choose_threads(
     if count_ < share:
         why += f", of which others keep {busy:.1f} busy; launch.threads or {OMP} overrides"
     if before:
-        why += f"; attempts before had {before}, so rounding may differ from theirs"
+        why += f"; earlier attempts had {before}, so rounding may differ from theirs"
     return Threads(count=count_, why=why)
 
 
 def limit_threads() -> None:
-    """For a command of one process, before it imports torch: as `choose_threads`, said where others take CPUs away."""
+    """Limit the threads of a one-process command before it imports torch, as `choose_threads` says. Prints the count when
+    it is below the machine's CPUs."""
     if _users_own(dict(os.environ)):
         return
     threads = choose_threads(1)
@@ -75,8 +77,8 @@ def limit_threads() -> None:
 
 
 def _users_own(environ: dict[str, str]) -> int:
-    """The user's OMP_NUM_THREADS (the first number of a list such as `4,2`), or 0. torchrun sets 1 for several processes
-    where the user has set nothing; the two cannot be told apart, and its 1 is no choice of anyone's."""
+    """The user's OMP_NUM_THREADS (the first number of a list such as `4,2`), or 0. When the user sets nothing, torchrun sets
+    it to 1 for several processes. A user's 1 cannot be told from torchrun's, so 1 under torchrun is ignored."""
     first = environ.get(OMP, "").split(",")[0].strip()
     if not first.isdecimal() or not int(first):
         return 0
@@ -86,7 +88,8 @@ def _users_own(environ: dict[str, str]) -> int:
 
 
 def available_cpus(root: Path = _ROOT) -> tuple[int, str]:
-    """CPUs that this process may use, and what limits them: its affinity mask (cpusets are in it) or its cgroup's quota."""
+    """The CPUs that this process may use, and what limits them: its affinity mask (which includes cpusets) or its cgroup's
+    quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cgroup_cpus(root)
     if quota is not None and quota < allowed:
@@ -96,13 +99,13 @@ def available_cpus(root: Path = _ROOT) -> tuple[int, str]:
 
 
 def cgroup_cpus(root: Path = _ROOT) -> float | None:
-    """The smallest CPU quota on the way from this process's cgroup to the top, in CPUs; None without one. Versions 2
-    (cpu.max) and 1 (cpu.cfs_quota_us)."""
+    """The smallest CPU quota of this process's cgroup and its parents, in CPUs; None without a quota. Reads cgroup v2
+    (cpu.max) and v1 (cpu.cfs_quota_us)."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    found = []
+    quotas = []
     for line in lines:
         number, controllers, path = [*line.split(":", 2), "", ""][:3]
         if number == "0":
@@ -113,11 +116,11 @@ def cgroup_cpus(root: Path = _ROOT) -> float | None:
             continue
         for base in bases:
             folder = base / path.lstrip("/")
-            # Inside a container the path may be the host's, which is not there: the top is then the container's own.
+            # Inside a container the path may be the host's and not exist here; the base folder is then the container's own.
             for place in (folder, *folder.parents):
                 if place.is_relative_to(base) and (cpus := _quota(place)) is not None:
-                    found.append(cpus)
-    return min(found, default=None)
+                    quotas.append(cpus)
+    return min(quotas, default=None)
 
 
 def _quota(folder: Path) -> float | None:
@@ -134,7 +137,7 @@ def _quota(folder: Path) -> float | None:
 
 
 def busy_cpus() -> float:
-    """How many of this process's CPUs others keep busy at the moment. An idle machine costs no waiting."""
+    """How many of this process's CPUs other processes keep busy now. Returns at once on an idle machine."""
     try:
         if os.getloadavg()[0] < 0.3:
             return 0.0
@@ -152,7 +155,7 @@ def busy_cpus() -> float:
 
 
 def _busy_ticks() -> int | None:
-    """Clock ticks that the CPUs of the affinity mask have worked since the start; None where /proc does not tell."""
+    """Busy clock ticks since boot, summed over the CPUs of the affinity mask; None where /proc does not have them."""
     try:
         lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
         allowed = {f"cpu{number}" for number in os.sched_getaffinity(0)}

@@ -1,4 +1,4 @@
-"""When each rank of a pipeline does what: a schedule's actions played through with given durations."""
+"""Simulates a pipeline schedule with given durations: what each rank does when."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 
 from parallel.pipeline import SCHEDULES
 
-# Kinds of work: forward, full backward, backward by inputs, backward by weights.
+# Kinds of work: forward, full backward, backward for input gradients, backward for weight gradients.
 FORWARD, BACKWARD, INPUT, WEIGHT = "F", "B", "I", "W"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """One action of a rank. Times in units of a forward through an average rank's layers."""
+    """One action of a rank. Times are in units of one forward through an average rank's layers."""
 
     rank: int
     stage: int
@@ -26,8 +26,8 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """A step of a pipeline. ``peak`` per rank: the most activations held at once, in micro-batches through an average
-    rank's layers."""
+    """One pipeline step. ``peak``: per rank, the most activations held at once, in units of one micro-batch through an
+    average rank's layers."""
 
     work: list[Work]
     ranks: int
@@ -37,13 +37,13 @@ class Timeline:
 
     @property
     def idle_share(self) -> float:
-        """Idle time of all ranks over all their time: the bubble."""
+        """The bubble: idle time of all ranks divided by their total time."""
         return sum(self.idle) / self.ranks
 
 
 def _one_forward_one_backward(pp: int, rank: int, micro_batches: int) -> list[tuple[str, int, int]]:
-    """Schedule1F1B, which runs without a list of actions: as many forwards as there are stages from here to the end,
-    then a backward and a forward in turn, then the backwards that are left."""
+    """The actions of Schedule1F1B, for which torch makes no list: one forward for each stage from this one to the last,
+    then backward and forward in turn, then the remaining backwards."""
     ahead = min(micro_batches, pp - rank)
     order = [(FORWARD, rank, m) for m in range(ahead)]
     for m in range(micro_batches):
@@ -55,23 +55,23 @@ def _one_forward_one_backward(pp: int, rank: int, micro_batches: int) -> list[tu
 
 @lru_cache(maxsize=1024)
 def actions(schedule: str, pp: int, micro_batches: int, per_rank: int) -> list[list[tuple[str, int, int]]]:
-    """(kind, stage, micro-batch) of every rank in order. Cached: not to be changed."""
+    """(kind, stage, micro-batch) of every rank in order. Cached: do not modify the result."""
     if schedule == "1f1b":
         return [_one_forward_one_backward(pp, rank, micro_batches) for rank in range(pp)]
-    found = []
+    by_rank = []
     for rank in get_schedule_ops(SCHEDULES[schedule], pp, micro_batches, num_stages_per_rank=per_rank):
         order: list[tuple[str, int, int]] = []
         for action in rank:
             for part in () if action is None else action.sub_actions or (action,):
                 if part.microbatch_index is not None:
                     order.append((part.computation_type.value, part.stage_index, part.microbatch_index))
-        found.append(order)
-    return found
+        by_rank.append(order)
+    return by_rank
 
 
 def play(schedule: str, pp: int, micro_batches: int, per_rank: int, costs: Sequence[float] | None = None) -> Timeline:
-    """Play ``schedule`` through. ``costs`` of a forward through each stage (equal by default) are scaled so that those
-    of a rank are 1 on average; a backward takes twice as long, each of its halves once. Messages take no time."""
+    """Simulate ``schedule``. ``costs``: of a forward through each stage (equal by default), scaled so that a rank's total is
+    1 on average. A full backward takes twice a forward, each of its halves as long as one. Messages take no time."""
     stages = pp * per_rank
     costs = list(costs) if costs is not None else [1.0] * stages
     scale = pp / sum(costs)
@@ -111,7 +111,7 @@ def play(schedule: str, pp: int, micro_batches: int, per_rank: int, costs: Seque
 def _ready(
     kind: str, stage: int, micro_batch: int, stages: int, done: dict[tuple[str, int, int], float]
 ) -> float | None:
-    """When what an action needs is there; None when it has not been played yet."""
+    """The time at which an action's inputs are ready; None if one of them has not been simulated yet."""
     if kind == FORWARD:
         return 0.0 if stage == 0 else done.get((FORWARD, stage - 1, micro_batch))
     if kind == WEIGHT:
@@ -126,13 +126,13 @@ def _ready(
 
 
 def _peak(work: Sequence[Work], share: Sequence[float]) -> float:
-    """Activations are held from the begin of a forward to the end of the backward by weights."""
+    """The most activations held at once: each is held from the start of its forward to the end of its weight backward."""
     events = []
     for item in work:
         if item.kind == FORWARD:
             events.append((item.begin, 1, share[item.stage]))
         elif item.kind in (BACKWARD, WEIGHT):
-            events.append((item.end, 0, -share[item.stage]))  # at one moment, what ends comes before what begins
+            events.append((item.end, 0, -share[item.stage]))  # at equal times, ends sort before begins
     held = peak = 0.0
     for _, _, change in sorted(events):
         held += change

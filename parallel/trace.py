@@ -1,4 +1,4 @@
-"""What this rank's collectives were, from PyTorch's flight recorder, and whether all ranks of a group made the same ones."""
+"""This rank's collectives from PyTorch's flight recorder, and whether all ranks of a group made the same ones."""
 
 import os
 import pickle
@@ -13,7 +13,7 @@ BUFFER = "TORCH_FR_BUFFER_SIZE"
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """One collective of one rank. ``number`` counts those of its group; ``shapes`` and ``dtypes`` are of its inputs."""
+    """One collective of one rank. ``number`` counts within its group; ``shapes`` and ``dtypes`` describe its inputs."""
 
     group: str
     ranks: tuple[int, ...]  # of the group
@@ -34,25 +34,25 @@ class Collective:
 
 
 def enable_recorder(entries: int = 2000) -> None:
-    """Ask for a record of the last ``entries`` collectives; before the process group is made."""
+    """Ask torch to record the last ``entries`` collectives. Call it before the process group is made."""
     os.environ.setdefault(BUFFER, str(entries))
 
 
 def recorded() -> list[Collective]:
-    """The recorded collectives of this rank, oldest first. Point-to-point messages are recorded by NCCL, not by gloo."""
+    """The recorded collectives of this rank, oldest first. NCCL records point-to-point messages too, gloo does not."""
     from torch._C import _distributed_c10d as c10d
 
-    # includeCollectives, includeStackTraces, onlyActive. NCCL's own recorder has another door.
+    # The arguments below are includeCollectives, includeStackTraces, onlyActive. NCCL's recorder has its own dump function.
     dumps = [c10d._dump_fr_trace] if hasattr(c10d, "_dump_fr_trace") else []
     if hasattr(c10d, "_dump_nccl_trace") and "nccl" in str(dist.get_backend()):
         dumps = [c10d._dump_nccl_trace]
     members = _members()
-    found = []
+    calls = []
     for dump in dumps:
         for entry in pickle.loads(dump(True, True, False)).get("entries", []):
             name, description = entry["process_group"]
             sizes, dtypes = entry.get("input_sizes", []), entry.get("input_dtypes", [])
-            found.append(
+            calls.append(
                 Collective(
                     group=description or name,
                     ranks=members.get(name, ()),
@@ -65,7 +65,7 @@ def recorded() -> list[Collective]:
                     called_from=_caller(entry.get("frames", [])),
                 )
             )
-    return found
+    return calls
 
 
 def _members() -> dict[str, tuple[int, ...]]:
@@ -82,14 +82,14 @@ def _caller(frames: Sequence[Mapping[str, object]]) -> str:
 
 
 def _compared(call: Collective) -> tuple[object, ...]:
-    if "all_to_all" in call.name or "alltoall" in call.name:  # their numbers of rows differ between ranks by design
+    if "all_to_all" in call.name or "alltoall" in call.name:  # the number of rows differs between ranks by design
         return call.name, tuple(shape[1:] for shape in call.shapes), call.dtypes
     return call.name, call.shapes, call.dtypes
 
 
 def first_mismatch(traces: Mapping[int, Sequence[Collective]]) -> str | None:
-    """The earliest collective at which two ranks of a group differ in kind, shapes or dtypes, told in words; None if all
-    agree. ``traces``: recorded collectives by rank; only numbers that all compared ranks have recorded are compared."""
+    """Describe the earliest collective at which two ranks of a group differ in kind, shapes or dtypes; None if all agree.
+    ``traces``: recorded collectives by rank. Only collectives that all ranks of the group have recorded are compared."""
     by_group: dict[tuple[str, tuple[int, ...]], dict[int, dict[int, Collective]]] = {}
     for rank, calls in traces.items():
         for call in calls:
@@ -109,7 +109,7 @@ def first_mismatch(traces: Mapping[int, Sequence[Collective]]) -> str | None:
 
 
 def behind(traces: Mapping[int, Sequence[Collective]]) -> str | None:
-    """Which ranks of a group have made fewer calls than others that wait for them, told in words; None if there are none."""
+    """Describe which ranks of a group have made fewer collectives than ranks that wait for them; None if there are none."""
     last: dict[tuple[str, tuple[int, ...]], dict[int, Collective]] = {}
     for rank, calls in traces.items():
         for call in calls:
@@ -123,5 +123,5 @@ def behind(traces: Mapping[int, Sequence[Collective]]) -> str | None:
         late = [r for r in members if r not in calls_by_rank or calls_by_rank[r].number < furthest]
         if late:
             rank, call = next(iter(sorted(waiting.items())))
-            return f"ranks {late} have not come to call {furthest} of {group}, in which rank {rank} waits: {call}"
+            return f"ranks {late} have not reached collective {furthest} of {group}; rank {rank} waits in it: {call}"
     return None

@@ -1,8 +1,8 @@
 """Losses and log-probabilities over a vocabulary that is split over ranks.
 
-Every chunk of rows is gathered from all ranks of the axis, so each rank forms its own columns of all their logits; the
-statistics of a row (maximum, sum of exponentials, the label's logit) are reduced over ranks. Values cover this rank's
-tokens only, so that they add up over ranks like every other sum. Negative labels do not count.
+Every chunk of rows is gathered from all ranks of the axis, and each rank computes its own columns of their logits. Three
+values per row (maximum, sum of exponentials, the label's logit) are reduced over ranks. Results cover this rank's tokens
+only, so that they add up over ranks like every other sum. Negative labels are ignored.
 Shapes: B batch, S sequence, ``n`` the size of the axis, T tokens of this rank, D hidden, V vocabulary.
 """
 
@@ -17,13 +17,13 @@ from parallel.mesh import Axis
 
 
 class _Chunk(NamedTuple):
-    """Rows of all ranks: their hidden states ``[n R, D]`` as an operand, labels ``[n R]``, and this rank's logits."""
+    """One chunk: R rows of each of the n ranks."""
 
-    full: torch.Tensor
-    logits: torch.Tensor  # [n R, V / n], in the dtype of statistics
+    full: torch.Tensor  # [n R, D], hidden states, widened for matmuls
+    logits: torch.Tensor  # [n R, V / n], this rank's columns, in the accumulation dtype
     valid: torch.Tensor  # [n R], label not negative
-    mine: torch.Tensor  # [n R], valid and among this rank's columns
-    target: torch.Tensor  # [n R, 1], this rank's column of the label, 0 where not mine
+    mine: torch.Tensor  # [n R], valid and the label is among this rank's columns
+    target: torch.Tensor  # [n R, 1], local column of the label, 0 where not ``mine``
 
 
 def _gather(x_c: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -43,7 +43,7 @@ def _chunk(x_c: torch.Tensor, operand: torch.Tensor, labels_c: torch.Tensor, fir
 
 
 def _row_statistics(c: _Chunk, axis: Axis) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For each row: exp(logits - max) ``[n R, V / n]``, its sum over all columns, the label's logit, and the max."""
+    """For each row: exp(logits - max) ``[n R, V / n]``, its sum over all columns, the label's shifted logit, and the max."""
     top = c.logits.amax(-1)
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=axis.group)
     exponentials = c.logits.sub(top.unsqueeze(1)).exp_()
@@ -55,8 +55,8 @@ def _row_statistics(c: _Chunk, axis: Axis) -> tuple[torch.Tensor, torch.Tensor, 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     """Sum over this rank's valid tokens of logsumexp(z) - z[label], z = x W^T with W's rows split over ranks.
 
-    dz = softmax(z) - onehot; dx = reduce-scatter(dz W), dW = dz^T x: formed while the chunk's logits exist. The gradient is
-    that of the sum over all ranks' tokens.
+    dz = softmax(z) - onehot, dx = reduce-scatter(dz W), dW = dz^T x, computed in forward while the chunk's logits exist.
+    They are the gradients of the sum over all ranks' tokens.
     """
 
     @staticmethod
@@ -107,8 +107,8 @@ def vocab_parallel_cross_entropy(
 ) -> torch.Tensor:
     """Summed cross-entropy, in nats, of this rank's part of the sequence; a scalar in float32 (float64 for float64).
 
-    ``x [B, S / n, D]``, ``weight [V / n, D]`` (rows ``first`` and following), ``labels [B, S]``, negative where a token
-    does not count. At most ``chunk_tokens`` rows of ``V / n`` logits exist on a rank at a time.
+    ``x [B, S / n, D]``, ``weight [V / n, D]`` (rows ``first`` and following), ``labels [B, S]``, negative where a token is
+    ignored. At most ``chunk_tokens`` rows of ``V / n`` logits exist on a rank at a time.
     """
     return _VocabParallelCrossEntropy.apply(x.flatten(0, 1), weight, _by_rank(labels, axis), first, axis, chunk_tokens)
 
@@ -116,7 +116,7 @@ def vocab_parallel_cross_entropy(
 class _VocabParallelLogProbs(torch.autograd.Function):
     """l_t = z_t[label_t] - logsumexp(z_t) of this rank's tokens, z = x W^T with W's rows split over ranks.
 
-    backward gathers the upstream gradients with the hidden states and recomputes a chunk's logits:
+    backward gathers the upstream gradients and the hidden states and recomputes each chunk's logits:
     dz_t = g_t (onehot - softmax(z_t)), dx = reduce-scatter(dz W), dW = dz^T x.
     """
 
@@ -169,7 +169,7 @@ def vocab_parallel_log_probs(
     x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_tokens: int, *, first: int, axis: Axis
 ) -> torch.Tensor:
     """Log-probability, in nats, of each label of this rank's part of the sequence: ``[B, S / n]`` in float32 (float64 for
-    float64), 0 where the label is negative. Arguments as of `vocab_parallel_cross_entropy`."""
+    float64), 0 where the label is negative. Takes the same arguments as `vocab_parallel_cross_entropy`."""
     return _VocabParallelLogProbs.apply(
         x.flatten(0, 1), weight, _by_rank(labels, axis), first, axis, chunk_tokens
     ).view(x.shape[:2])

@@ -11,7 +11,7 @@ __all__ = ["__version__", "from_pretrained", "save_pretrained"]
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that `qwen-moe --help` and the config do not wait for torch.
+    # Imported lazily, so that `qwen-moe --help` and the config do not wait for torch.
     if name in ("from_pretrained", "save_pretrained"):
         from qwen_moe.checkpoint.huggingface import convert as huggingface
 

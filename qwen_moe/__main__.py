@@ -1,4 +1,4 @@
-"""`python -m qwen_moe`: the same as `qwen-moe`."""
+"""`python -m qwen_moe` is the same as `qwen-moe`."""
 
 import sys
 

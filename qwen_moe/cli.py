@@ -12,8 +12,8 @@ from qwen_moe.errors import UserError, explain_failure
 from qwen_moe.options import Parser
 from qwen_moe.packages import check_installed
 
-# Modules with a `register(subparsers)`; they import nothing heavy at the top, so that --help is quick. A verb that needs
-# packages of an extra names them as its parser's default ``needs``.
+# Modules with a `register(subparsers)`. They import nothing heavy at the top, so that --help is quick. A verb that needs
+# packages of an extra lists them in its parser's default ``needs``.
 VERBS = (
     "qwen_moe.training.command",
     "qwen_moe.runs.report",
@@ -28,7 +28,7 @@ VERBS = (
     "qwen_moe.launch.observe",
     "qwen_moe.planning.command",
 )
-# Verbs that compute in this process; what runs in several decides for them (`parallel.threads`).
+# Verbs that compute in this process. Commands that start several processes choose their threads (`parallel.threads`).
 ONE_PROCESS = ("generate", "convert", "verify", "report")
 
 
@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    # argparse takes overrides only in one run of arguments; they may also stand after options.
+    # argparse takes overrides from one block of arguments only; here they may also follow options.
     if rest and hasattr(args, "overrides") and all("=" in item and not item.startswith("-") for item in rest):
         args.overrides += rest
     elif rest:
@@ -55,9 +55,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Exit code: 0, 2 for an error the user can fix, 130 when interrupted, the verb's own otherwise.
+    """Run one verb. Returns its exit code, 2 for an error that the user can fix, or 130 when interrupted.
 
-    What the user or the machine did wrong is one line. Any other exception is a mistake of ours and keeps its traceback.
+    An error of the user or the machine is printed as one line. Any other exception is a bug of ours and keeps its traceback.
     """
     from launchers.errors import LaunchError
     from scaling_laws.errors import InputError
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # `qwen-moe ... | head`: who read has seen enough. What Python would still write at exit goes nowhere.
+        # `qwen-moe ... | head`: the reader has closed the pipe. Discard what Python would still write at exit.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -1,4 +1,4 @@
-"""Reads YAML and JSON that people wrote: what these formats would take in silence for something else is refused."""
+"""Reads YAML and JSON that people write, and refuses input that these formats would silently misread."""
 
 import json
 import re
@@ -19,7 +19,7 @@ class _Twice(yaml.MarkedYAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without what surprises: the last of two equal keys wins, 010 is 8, 1:30 is 90, 2026-01-31 is a date."""
+    """YAML 1.1 without its surprises: the last of two equal keys wins, 010 is 8, 1:30 is 90, 2026-01-31 is a date."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         lines: dict[str, int] = {}
@@ -39,7 +39,7 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, form) for tag, form in rules if tag not in (_INT, _FLOAT, _TIME)]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-# Forms that YAML 1.1 has too, so that what PyYAML writes without quotes is read back as what it was.
+# These forms are also valid in YAML 1.1, so a value that PyYAML writes without quotes is read back unchanged.
 _Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     _FLOAT,
@@ -49,13 +49,13 @@ _Loader.add_implicit_resolver(
 
 
 def _check_size(values: Any) -> None:
-    """Raise ValueError where lists and mappings hold themselves or more than `MOST_VALUES` values in all."""
+    """Raise ValueError if lists and mappings contain themselves or more than `MOST_VALUES` values in total."""
     left, count = [values], 0
     while left:
         value = left.pop()
         count += 1
         if count > MOST_VALUES:
-            raise ValueError("it holds itself or more than a million values, by its aliases")
+            raise ValueError("its aliases make it contain itself, or more than a million values")
         if isinstance(value, dict):
             odd = [key for key in value if not isinstance(key, str)]
             if odd:
@@ -66,8 +66,8 @@ def _check_size(values: Any) -> None:
 
 
 def yaml_value(text: str, where: str) -> Any:
-    """The value of a YAML text; mappings have names as keys. Raises UserError that begins with ``where``: for what is no
-    YAML, and for a key given twice, with both lines."""
+    """The value of a YAML text; keys of mappings are names. Raises a UserError that begins with ``where`` for invalid YAML,
+    and for a key given twice (with both lines)."""
     try:
         values = yaml.load(text, _Loader)
         _check_size(values)
@@ -81,7 +81,7 @@ def yaml_value(text: str, where: str) -> Any:
 
 
 def read_text(path: Path, what: str, example: str) -> str:
-    """A UTF-8 file without its byte order mark. Raises UserError; ``example``: what to give where there is no such file."""
+    """The text of a UTF-8 file without its byte order mark. Raises UserError. ``example``: what to give if it is missing."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -101,15 +101,15 @@ def yaml_mapping(text: str, where: str) -> dict[str, Any]:
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice: keep one")
-    return found
+    return values
 
 
 def json_object(text: str, where: str) -> dict[str, Any]:
-    """The object that a JSON text holds. Raises UserError that begins with ``where``, for a key given twice too."""
+    """The object that a JSON text holds. Raises a UserError that begins with ``where``, also for a key given twice."""
     try:
         values = json.loads(text, object_pairs_hook=_pairs)
     except ValueError as error:

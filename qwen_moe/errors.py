@@ -1,4 +1,4 @@
-"""The one exception that means: the user can fix this. Its message names the value, what was expected and the fix."""
+"""The exception for errors that the user can fix. Its message names the value, what was expected and the fix."""
 
 import errno
 
@@ -8,10 +8,10 @@ class UserError(Exception):
 
 
 def explain_os_error(error: OSError) -> str:
-    """The message for an error of the operating system that reached the top."""
+    """The message for an operating system error that reached the command line."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error}: free some space, then run the same command again; what was complete before is not harmed"
-    name = getattr(error, "filename2", None) or error.filename  # the second is what was to be replaced
+        return f"{error}: free some space, then run the same command again; finished files are not harmed"
+    name = getattr(error, "filename2", None) or error.filename  # filename2 is the target of a rename
     if name and isinstance(error, IsADirectoryError):
         return f"{name} is a folder: give a file"
     if name and isinstance(error, NotADirectoryError):
@@ -22,7 +22,7 @@ def explain_os_error(error: OSError) -> str:
 
 
 def explain_failure(error: BaseException) -> str | None:
-    """One line for what input or the machine brings about anywhere; None for everything else, which is a mistake of ours."""
+    """One line for an error that comes from the input or the machine; None for anything else, which is a bug of ours."""
     if isinstance(error, OSError):
         return explain_os_error(error)
     if isinstance(error, UnicodeDecodeError):

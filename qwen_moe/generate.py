@@ -167,12 +167,12 @@ def end_tokens(folder: Path, tokenizer: Any) -> list[int]:
         if not (folder / name).is_file():
             continue
         values = json_object(read_text(folder / name, "the model's", "the model's own directory"), str(folder / name))
-        found = values.get("eos_token_id")
-        if found is None:
+        eos = values.get("eos_token_id")
+        if eos is None:
             continue
-        ends = found if isinstance(found, list) else [found]
+        ends = eos if isinstance(eos, list) else [eos]
         if not all(isinstance(end, int) and not isinstance(end, bool) and 0 <= end < 2**31 for end in ends):
-            raise UserError(f"{folder / name}: eos_token_id is {found!r}, expected an id or a list of ids")
+            raise UserError(f"{folder / name}: eos_token_id is {eos!r}, expected an id or a list of ids")
         return ends
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 

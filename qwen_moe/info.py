@@ -1,4 +1,4 @@
-"""`qwen-moe info NAME`: parameters, FLOPs per token and bytes of a preset, recipe or saved model."""
+"""`qwen-moe info NAME` prints parameters, FLOPs per token and bytes of a preset, recipe or saved model."""
 
 import argparse
 import json
@@ -117,7 +117,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--micro-batches", type=whole(1, 100_000), help="per step and data-parallel rank (default: the recipe's)"
     )
     schedule.add_argument(
-        "--stages-per-rank", type=whole(0, 10_000), default=0, help="default: the schedule's own number"
+        "--stages-per-rank", type=whole(0, 10_000), default=0, help="default: 1 for 1f1b, 2 for the others"
     )
     schedule.add_argument("--output", type=Path, help="the picture (schedule.png)")
     parser.set_defaults(func=run)
@@ -150,7 +150,7 @@ def _schedule(args: argparse.Namespace) -> int:
     recipe = load_config(Path(args.name)) if args.name and Path(args.name).suffix in (".yaml", ".yml") else None
     if args.name and recipe is None:
         raise UserError(f"--schedule reads a recipe.yaml, not {args.name!r}: give one, or --pp and --micro-batches")
-    found = describe_schedule(
+    schedule = describe_schedule(
         recipe,
         schedule=args.schedule or (recipe.parallel.schedule if recipe is not None else ""),
         pp=args.pp,
@@ -161,10 +161,10 @@ def _schedule(args: argparse.Namespace) -> int:
     if missing := missing_text("matplotlib"):
         print(f"no picture: {missing}", file=sys.stderr)
     else:
-        draw_schedule(found, picture)
+        draw_schedule(schedule, picture)
     shown = None if missing else str(picture)
     if args.json:
-        sys.stdout.write(json.dumps(found.facts() | {"picture": shown}, indent=1) + "\n")
+        sys.stdout.write(json.dumps(schedule.facts() | {"picture": shown}, indent=1) + "\n")
     else:
-        sys.stdout.write(schedule_text(found) + (f"\n  picture           {shown}\n" if shown else "\n"))
+        sys.stdout.write(schedule_text(schedule) + (f"\n  picture           {shown}\n" if shown else "\n"))
     return 0

@@ -1,4 +1,4 @@
-"""What this machine does for a run: cores, memory, how it multiplies matrices and how fast (`qwen-moe info --machine`)."""
+"""Facts about this machine: cores, memory, and how it computes matmuls and how fast (`qwen-moe info --machine`)."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ def _processor() -> str:
 
 
 def machine_facts() -> dict[str, Any]:
-    """Measured on this process's threads, in about a second. Rates are FLOP/s of a square matmul."""
+    """Measure this machine with this process's threads, in about a second. Rates are FLOP/s of a square matmul."""
     import torch
 
     from parallel.gemm import description, has_hardware
@@ -49,7 +49,7 @@ def machine_facts() -> dict[str, Any]:
 
 
 def machine_text(facts: dict[str, Any]) -> str:
-    """`machine_facts` for people."""
+    """Human-readable summary of `machine_facts`."""
     memory = f", {facts['memory_bytes'] / 1e9:.0f} GB of memory" if facts["memory_bytes"] else ""
     load = f", load {facts['load']:.1f}" if facts["load"] is not None else ""
     lines = [

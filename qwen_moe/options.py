@@ -1,7 +1,7 @@
-"""Options of the command line: every number is finite and in range and every path is one, or one line says what is wrong.
+"""Types of command-line options: numbers must be finite and in range and paths valid; an error is one line.
 
-`Parser` holds what is true of all of them, so that no verb can forget it: ``type=int`` takes whole numbers of 64 bits,
-``type=float`` finite ones and ``type=Path`` no empty path. `whole` and `number` are for those that have a range.
+`Parser` checks plain types for every verb: ``type=int`` takes whole numbers of 64 bits, ``type=float`` takes finite numbers,
+and ``type=Path`` refuses an empty path. `whole` and `number` are types with a range.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from qwen_moe.errors import UserError
 
 LARGEST = 2**63 - 1
-LARGEST_SEED = 2**32 - 1  # what numpy's generators of megatron-core take
+LARGEST_SEED = 2**32 - 1  # the limit of the numpy generators that megatron-core uses
 SHOWN = 60  # characters of a wrong value in a message
 
 
@@ -33,7 +33,7 @@ def _range(least: float | None, above: float | None, most: float | None) -> str:
 
 
 def whole(least: int = 0, most: int = LARGEST) -> Callable[[str], int]:
-    """The type of an option that is a whole number in a range; 2e6 and 2_000 are whole numbers too."""
+    """An option type: a whole number in a range. It accepts 2e6 and 2_000 too."""
 
     def convert(text: str) -> int:
         try:
@@ -51,7 +51,7 @@ def whole(least: int = 0, most: int = LARGEST) -> Callable[[str], int]:
 def number(
     *, least: float | None = None, above: float | None = None, most: float | None = None
 ) -> Callable[[str], float]:
-    """The type of an option that is a finite number in a range."""
+    """An option type: a finite number in a range."""
 
     def convert(text: str) -> float:
         try:
@@ -71,14 +71,14 @@ def number(
 
 
 def given_path(text: str) -> Path:
-    """The type of options that are paths: an empty one would be the current folder."""
+    """An option type: a path. An empty path is refused, because it would mean the current folder."""
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"{_shown(text)}: expected a path (. for the current folder)")
     return Path(text)
 
 
 def given_prefix(text: str) -> Path:
-    """The type of options that are the beginning of files' names."""
+    """An option type: a folder and the beginning of file names."""
     path = given_path(text)
     if not path.name:
         raise argparse.ArgumentTypeError(f"{_shown(text)}: expected a folder and the beginning of a name (data/train)")
@@ -86,7 +86,7 @@ def given_prefix(text: str) -> Path:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose mistakes are UserErrors of one line and whose plain types are checked (see above)."""
+    """argparse's parser with one-line UserErrors and checked plain types (see the module's docstring)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

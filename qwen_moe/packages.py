@@ -1,4 +1,4 @@
-"""Packages that only some work needs, each in an extra of pyproject.toml; one message where they are missing."""
+"""Optional packages, each in an extra of pyproject.toml, and the message for missing ones."""
 
 from importlib.util import find_spec
 
@@ -15,7 +15,7 @@ EXTRAS = {
 
 
 def is_installed(name: str) -> bool:
-    """Whether ``name`` can be found; it is not imported."""
+    """Whether package ``name`` is installed, without importing it."""
     try:
         return find_spec(name) is not None
     except (ImportError, ValueError):
@@ -23,7 +23,7 @@ def is_installed(name: str) -> bool:
 
 
 def missing_text(*names: str) -> str:
-    """What is said where some of ``names`` (keys of `EXTRAS`) are not installed, with the fix; empty where all are."""
+    """The message with the fix if some of ``names`` (keys of `EXTRAS`) are not installed; empty if all are installed."""
     absent = [name for name in names if not is_installed(name)]
     if not absent:
         return ""
@@ -33,6 +33,6 @@ def missing_text(*names: str) -> str:
 
 
 def check_installed(what: str, *names: str, otherwise: str = "") -> None:
-    """Raises UserError where some of ``names`` are missing. ``what`` needs them; ``otherwise`` is another way out."""
+    """Raise UserError if some of ``names`` are missing. ``what`` needs them; ``otherwise``: an alternative to installing."""
     if text := missing_text(*names):
         raise UserError(f"{what}: {text}{otherwise and ', or '}{otherwise}")

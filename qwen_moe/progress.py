@@ -8,7 +8,7 @@ Item = TypeVar("Item")
 
 
 def bar(items: Iterable[Item], what: str, unit: str = "", total: int | None = None) -> Iterable[Item]:
-    """``items``, counted on stderr after the first second: often on a terminal, every ten seconds in a log."""
+    """Iterate over ``items`` with a bar on stderr that appears after a second. A log gets a line every ten seconds."""
     from tqdm import tqdm
 
     often = 0.2 if sys.stderr.isatty() else 10.0

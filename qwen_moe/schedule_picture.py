@@ -1,4 +1,4 @@
-"""`qwen-moe info --schedule`: a pipeline schedule as a picture, with its idle share and peak activations per rank."""
+"""`qwen-moe info --schedule` draws a pipeline schedule, with its idle share and peak activations per rank."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,13 @@ NAMES = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backwar
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """A schedule played through."""
+    """A simulated schedule."""
 
     name: str
     pp: int
     micro_batches: int
     per_rank: int
-    layers: list[int] | None  # of each stage
+    layers: list[int] | None  # number of layers by stage
     timeline: "Timeline"
 
     def facts(self) -> dict[str, Any]:
@@ -42,7 +42,7 @@ class Schedule:
 def describe_schedule(
     recipe: RunConfig | None, *, schedule: str, pp: int | None, micro_batches: int | None, per_rank: int
 ) -> Schedule:
-    """Play ``schedule`` through: with a recipe, by its layers' costs; what is not given is the recipe's."""
+    """Simulate ``schedule``, with a recipe by the costs of its layers. Arguments that are not given come from the recipe."""
     from parallel.mesh import LayoutError
     from parallel.pipeline import SCHEDULES
     from parallel.stages import check_schedule, split_layers, stages_per_rank
@@ -75,10 +75,10 @@ def describe_schedule(
             name=schedule, pp=pp, micro_batches=micro_batches, per_rank=per_rank, layers=None, timeline=timeline
         )
     costs = layer_costs(recipe.model, recipe.data.sequence_length)
-    given = recipe.parallel.pipeline_split
-    if given and len(given) == stages:
-        ends = [sum(given[: n + 1]) for n in range(stages)]
-        split = [list(range(end - count, end)) for end, count in zip(ends, given, strict=True)]
+    own_split = recipe.parallel.pipeline_split
+    if own_split and len(own_split) == stages:
+        ends = [sum(own_split[: n + 1]) for n in range(stages)]
+        split = [list(range(end - count, end)) for end, count in zip(ends, own_split, strict=True)]
     else:
         split = split_layers(costs.layers, stages, first=costs.embedding, last=costs.head)
     by_stage = [sum(costs.layers[layer] for layer in part) for part in split]
@@ -94,32 +94,32 @@ def describe_schedule(
     )
 
 
-def schedule_text(found: Schedule) -> str:
-    """What the picture shows, in words."""
-    line = f"{found.name}, pp {found.pp}, {found.micro_batches} micro-batches, {found.per_rank} stages per rank"
+def schedule_text(schedule: Schedule) -> str:
+    """The content of the picture as text."""
+    line = f"{schedule.name}, pp {schedule.pp}, {schedule.micro_batches} micro-batches, {schedule.per_rank} stages per rank"
     lines = [line]
-    if found.layers is not None:
-        lines.append(f"  layers by stage   {' '.join(map(str, found.layers))}")
-    lines.append(f"  idle share        {found.timeline.idle_share:.1%} of all ranks' time (the bubble)")
-    for rank, (idle, peak) in enumerate(zip(found.timeline.idle, found.timeline.peak, strict=True)):
+    if schedule.layers is not None:
+        lines.append(f"  layers by stage   {' '.join(map(str, schedule.layers))}")
+    lines.append(f"  idle share        {schedule.timeline.idle_share:.1%} of all ranks' time (the bubble)")
+    for rank, (idle, peak) in enumerate(zip(schedule.timeline.idle, schedule.timeline.peak, strict=True)):
         lines.append(
             f"    rank {rank:<4d} idle {idle:6.1%}, activations of {peak:.2f} micro-batches through a rank's layers at most"
         )
     return "\n".join(lines)
 
 
-def draw_schedule(found: Schedule, path: Path) -> None:
-    """The picture, as PNG: a row per rank, a box per action with its micro-batch, darker for later stages of a rank."""
+def draw_schedule(schedule: Schedule, path: Path) -> None:
+    """Draw a PNG: a row per rank and a box per action with its micro-batch, paler for later stages of a rank."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
-    timeline = found.timeline
-    figure, axes = plt.subplots(figsize=(min(30, max(9, 0.32 * timeline.length * 1.2)), 1.6 + 0.5 * found.pp))
+    timeline = schedule.timeline
+    figure, axes = plt.subplots(figsize=(min(30, max(9, 0.32 * timeline.length * 1.2)), 1.6 + 0.5 * schedule.pp))
     numbers = timeline.length < 90
-    earliest = {rank: min(item.stage for item in timeline.work if item.rank == rank) for rank in range(found.pp)}
+    earliest = {rank: min(item.stage for item in timeline.work if item.rank == rank) for rank in range(schedule.pp)}
     for item in timeline.work:
         later = item.stage != earliest[item.rank]
         axes.barh(
@@ -139,20 +139,22 @@ def draw_schedule(found: Schedule, path: Path) -> None:
         f"rank {rank}\nidle {idle:.0%}, peak {peak:.1f}"
         for rank, (idle, peak) in enumerate(zip(timeline.idle, timeline.peak, strict=True))
     ]
-    axes.set_yticks(range(found.pp), labels, fontsize=8)
+    axes.set_yticks(range(schedule.pp), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, timeline.length)
     axes.set_xlabel("time, in forwards of one micro-batch through a rank's layers")
     axes.set_title(
-        f"{found.name}: pp {found.pp}, {found.micro_batches} micro-batches, idle {timeline.idle_share:.1%}; "
+        f"{schedule.name}: pp {schedule.pp}, {schedule.micro_batches} micro-batches, idle {timeline.idle_share:.1%}; "
         "peak = activations held, in micro-batches",
         fontsize=10,
     )
     kinds = [kind for kind in COLOURS if any(item.kind == kind for item in timeline.work)]
     handles = [Patch(color=COLOURS[kind], label=NAMES[kind]) for kind in kinds]
-    if found.per_rank > 1:
+    if schedule.per_rank > 1:
         handles.append(Patch(color="#999999", alpha=0.62, label="paler: a later stage of the rank"))
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.55 / found.pp - 0.12), ncol=4, fontsize=8)
+    axes.legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.55 / schedule.pp - 0.12), ncol=4, fontsize=8
+    )
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     with replaced(path) as file:

@@ -19,7 +19,7 @@ from qwen_moe.errors import UserError
         ("? [1, 2]\n: 3\n", "a key is a list or a mapping, in line 1"),
         ("1: 2\n", "the key 1 is not a name"),
         ("a: {null: 2}\n", "the key None is not a name"),
-        ("a: &x [*x]\n", "it holds itself"),
+        ("a: &x [*x]\n", "make it contain itself"),
         ("[" * 20_000, "nested too deeply"),
         ("a: [1\n", "is not valid YAML"),
         ("a: \0\n", "is not valid YAML"),

@@ -1,1 +1,1 @@
-"""Providers of the products inside parallel layers: plain torch, FP8 through torch, and others behind one interface."""
+"""Providers of matmul kernels for parallel layers: plain torch, FP8 through torch, and others behind one interface."""

@@ -1,7 +1,7 @@
-"""FP8 tensors: scales from largest values, rounding, and back. Shapes: R rows, C columns of a matrix, any dims before.
+"""FP8 tensors: scales from amax, quantization and dequantization. Shapes: R rows, C columns, any leading dims.
 
-E4M3 and E5M2 are those of arXiv 2209.05433; torch rounds to nearest, ties to even. A value beyond the largest is that
-largest (TE's casts saturate); NaN stays NaN.
+E4M3 and E5M2 are defined in arXiv 2209.05433; torch rounds to nearest, ties to even. Values beyond the largest saturate
+(as TE's casts do); NaN stays NaN.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ FP32_MAX = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class Quantized:
-    """``data [..., R, C]`` in FP8, and the factors ``inverse`` that give the values back: of one block of ``block`` (rows,
-    columns) each, ``[..., ceil(R / rows), ceil(C / columns)]``; or, with ``block`` None, any that broadcast over data."""
+    """``data [..., R, C]`` in FP8, and the factors ``inverse`` that turn it back into values. With ``block`` (rows, columns)
+    there is one factor per block: ``[..., ceil(R / rows), ceil(C / columns)]``. Without, ``inverse`` broadcasts."""
 
     data: torch.Tensor
     inverse: torch.Tensor
@@ -26,11 +26,11 @@ class Quantized:
 
     @property
     def exact_in_bf16(self) -> bool:
-        """Factors of blocks are powers of two, so that values are the 4 or fewer bits of FP8 at another exponent."""
+        """Block factors are powers of two, so a value keeps FP8's 4 or fewer significant bits; only its exponent changes."""
         return self.block is not None
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
-        """``[..., R, C]``: exact in float32; in bfloat16 too where `exact_in_bf16`."""
+        """The values ``[..., R, C]``: exact in float32, and in bfloat16 too where `exact_in_bf16`."""
         data = widen(self.data, dtype)
         if self.block is None:
             return data * self.inverse.to(dtype)
@@ -46,14 +46,14 @@ def _table(fp8: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
 
 
 def widen(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """FP8 values in ``dtype``. On CPU by table: torch's own conversion of E4M3 to bfloat16 measured 4 times slower."""
+    """FP8 values in ``dtype``. The CPU path uses a table: torch's conversion of E4M3 to bfloat16 measured 4 times slower."""
     if data.device.type != "cpu" or type(data) is not torch.Tensor:
         return data.to(dtype)
     return torch.take(_table(data.dtype, dtype), data.view(torch.uint8).long())
 
 
 def blocks(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """``[..., R, C]``, padded with zeros to whole blocks, as ``[..., R / rows, rows, C / columns, columns]``."""
+    """Pad ``[..., R, C]`` with zeros to whole blocks and view it as ``[..., R / rows, rows, C / columns, columns]``."""
     rows, columns = block
     right, below = -x.shape[-1] % columns, -x.shape[-2] % rows
     if right or below:
@@ -65,9 +65,9 @@ def blocks(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
 
 
 def scale_of(amax: torch.Tensor, fp8: torch.dtype, power_of_two: bool) -> torch.Tensor:
-    """The float32 factor that brings ``amax`` to the largest value of ``fp8``, as TE's `compute_scale_from_amax`: 1 for
-    an amax of 0 or infinity, at most the largest float32; ``power_of_two``: the next one below."""
-    # Not `number / tensor`, which torch computes by a reciprocal, one rounding too many.
+    """The float32 factor that scales ``amax`` to the largest value of ``fp8``, as in TE's `compute_scale_from_amax`: 1 for
+    an amax of 0 or infinity, and at most the largest float32. ``power_of_two`` rounds it down to a power of two."""
+    # Not `number / tensor`: torch computes that with a reciprocal, which rounds twice.
     scale = torch.div(torch.full_like(amax, LARGEST[fp8]), amax).clamp(max=FP32_MAX)
     scale = torch.where((amax == 0) | amax.isinf(), 1.0, scale)
     if power_of_two:  # drop the mantissa; NaN would become infinity
@@ -77,16 +77,16 @@ def scale_of(amax: torch.Tensor, fp8: torch.dtype, power_of_two: bool) -> torch.
 
 
 def e8m0_scale_of(amax: torch.Tensor, fp8: torch.dtype) -> torch.Tensor:
-    """The power of two that MXFP8 multiplies a block by: 2^-e with e = ceil(log2(amax / largest)), as an E8M0 factor 2^e.
+    """The power of two that MXFP8 multiplies a block by: 2^-e with e = ceil(log2(amax / largest)). 2^e is stored as E8M0.
 
-    OCP MX 1.0 leaves the rounding of e open and suggests the floor of log2(amax) minus the format's largest exponent,
-    which clips the largest values of a block; TE and arXiv 2506.08027 round up, so that nothing is clipped.
+    OCP MX 1.0 leaves the rounding of e open and suggests floor(log2(amax)) minus the format's largest exponent, which
+    clips the largest values of a block. TE and arXiv 2506.08027 round up, so that nothing is clipped.
     """
     bits = (amax * (1.0 / LARGEST[fp8])).view(torch.int32)
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
     up = (mantissa > 0) & (exponent < 0xFE) & ~((exponent == 0) & (mantissa <= 0x400000))
     power = 127 - (exponent + up.to(torch.int32))  # of the scale
-    # 2^127 is the largest normal power and 2^-127 the smallest E8M0 factor; halves keep both inside float32.
+    # 2^127 is float32's largest power of two, and 2^-127 is the smallest E8M0 factor (a float32 subnormal).
     scale = torch.ldexp(torch.ones_like(amax), power.clamp(-127, 127))
     return torch.where(amax.isnan(), amax, scale)
 
@@ -97,7 +97,7 @@ def cast(scaled: torch.Tensor, fp8: torch.dtype) -> torch.Tensor:
 
 
 def quantize_blocks(x: torch.Tensor, fp8: torch.dtype, block: tuple[int, int], e8m0: bool) -> Quantized:
-    """``x [..., R, C]`` with one power-of-two factor for each block of (rows, columns), from its own largest value."""
+    """Quantize ``x [..., R, C]`` with one power-of-two factor per block of (rows, columns), from the block's amax."""
     grid = blocks(x.float(), block)
     amax = grid.abs().amax((-3, -1)) if grid.numel() else grid.new_zeros(*grid.shape[:-3], grid.shape[-2])
     scale = e8m0_scale_of(amax, fp8) if e8m0 else scale_of(amax, fp8, power_of_two=True)
@@ -106,5 +106,5 @@ def quantize_blocks(x: torch.Tensor, fp8: torch.dtype, block: tuple[int, int], e
 
 
 def quantize_by(x: torch.Tensor, fp8: torch.dtype, scale: torch.Tensor) -> Quantized:
-    """``x`` times ``scale`` (which broadcasts over it) in FP8."""
+    """Quantize ``x`` times ``scale``, which broadcasts over it."""
     return Quantized(cast(x.float() * scale, fp8), scale.reciprocal())

@@ -1,4 +1,4 @@
-"""Linear layers whose products have FP8 operands: of one input, row-parallel, and of experts' sorted rows.
+"""Linear layers with FP8 operands: several layers of one input, row-parallel layers, and experts' grouped layers.
 
 Shapes: B batch, S sequence, ``n`` the size of an axis, N rows, A/O input/output features, E experts of this rank.
 """
@@ -18,17 +18,17 @@ from parallel.collectives import (
 from parallel.gemm import widens
 from parallel.kernels.formats import E4M3, Quantized
 from parallel.kernels.interface import ExpertPart, GroupedMM
+from parallel.kernels.matmul import expert, mm, sizes_of, transposed
 from parallel.kernels.padding import Padding
-from parallel.kernels.products import expert, mm, sizes_of, transposed
 from parallel.kernels.quantizer import Quantizer
 from parallel.mesh import Axis
 
 
 class _Linears(torch.autograd.Function):
-    """y_i = x W_i^T + b_i for several W_i, of x gathered over ``axis`` (size 1: x itself), with FP8 operands.
+    """y_i = x W_i^T + b_i for several W_i with FP8 operands. x is gathered over ``axis`` if its size is above 1.
 
-    backward: dx = reduce-scatter(sum_i dy_i W_i), dW_i = dy_i^T x. Saved is x in FP8, rounded for dW's contraction; where
-    the sequence is split, this rank's part of it as it is, which is gathered and rounded again.
+    backward: dx = reduce-scatter(sum_i dy_i W_i), dW_i = dy_i^T x. If the sequence is not split, x is saved in FP8,
+    quantized for dW's contraction. Otherwise this rank's part of x is saved, and gathered and quantized again in backward.
     """
 
     @staticmethod
@@ -61,7 +61,7 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         quantizer, axis = ctx.quantizer, ctx.axis
-        tensors = ctx.saved_tensors  # once: recomputation allows no second look
+        tensors = ctx.saved_tensors  # read once: recomputation forbids a second unpacking
         weights, saved = tensors[: ctx.weights], tensors[ctx.weights :]
         need = ctx.needs_input_grad
         need_weights, need_biases = need[5::2], need[6::2]
@@ -85,13 +85,15 @@ class _Linears(torch.autograd.Function):
         if dx is not None:
             dx = dx.view(*grad_outputs[0].shape[:-1], -1)
             scatter = start_reduce_scatter_sequence(dx, axis) if axis.size > 1 else None
-        found: list[torch.Tensor | None] = []
+        parameter_gradients: list[torch.Tensor | None] = []
         for gradient, dy, need_weight, need_bias in zip(
             gradients, grad_outputs, need_weights, need_biases, strict=True
         ):
-            found.append(mm(transposed(gradient.over_rows), transposed(over_tokens), dy.dtype) if need_weight else None)
-            found.append(dy.flatten(0, -2).sum(0) if need_bias else None)
-        return (scatter.wait() if scatter is not None else dx, None, None, None, None, *found)
+            parameter_gradients.append(
+                mm(transposed(gradient.over_rows), transposed(over_tokens), dy.dtype) if need_weight else None
+            )
+            parameter_gradients.append(dy.flatten(0, -2).sum(0) if need_bias else None)
+        return (scatter.wait() if scatter is not None else dx, None, None, None, None, *parameter_gradients)
 
 
 def linears(
@@ -108,7 +110,7 @@ _HERE = Axis("here", 1, 0, None)
 
 
 class Fp8RowLinear(nn.Linear):
-    """``[B, S, A / n] -> [B, S / n, O]`` with FP8 operands; partial sums are reduce-scattered in the activations' dtype."""
+    """``[B, S, A / n] -> [B, S / n, O]`` with FP8 operands. Partial sums are reduce-scattered in the activations' dtype."""
 
     quantizer: Quantizer
     path: str
@@ -168,7 +170,7 @@ def _by_expert(
     counts: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """``x [N, K]`` by ``weight [E, O, K]``: ``[N, O]``."""
+    """``x [N, K]`` times ``weight [E, O, K]`` transposed, expert by expert: ``[N, O]``."""
     if x.exact_in_bf16:
         return grouped_mm(x.values(dtype), weight.values(dtype), counts)
     parts = x.data.split(list(sizes))
@@ -176,7 +178,7 @@ def _by_expert(
 
 
 def _outer_by_expert(dy: Quantized, x: Quantized, padding: Padding, dtype: torch.dtype) -> torch.Tensor:
-    """``dy [N, O]``, ``x [N, A]`` (padded rows where in blocks) -> ``[E, O, A]``."""
+    """dW_e = dy_e^T x_e: ``dy [N, O]``, ``x [N, A]`` -> ``[E, O, A]``. Block formats come with padded rows."""
     if dy.exact_in_bf16:
         wide = torch.float32 if widens(dy.data, dtype) else dtype
         left, right = dy.values(wide), x.values(wide)

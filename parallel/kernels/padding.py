@@ -1,4 +1,4 @@
-"""Rows of experts padded to a multiple, for kernels and scaling blocks that no two experts may share."""
+"""Pads each expert's rows to a multiple, for kernels that need one and for scaling blocks that must not span two experts."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Padding:
-    """Of rows sorted by expert, ``sizes`` each: where they lie when each expert's are padded to a multiple."""
+    """Positions of rows sorted by expert (``sizes`` rows each) after each expert's rows are padded to ``multiple``."""
 
     def __init__(self, sizes: Sequence[int], multiple: int, device: torch.device) -> None:
         self.sizes = list(sizes)
@@ -24,12 +24,12 @@ class Padding:
             self.index = real + of_row
 
     def add(self, rows: torch.Tensor) -> torch.Tensor:
-        """``[N, D]`` with rows of zeros put in: they change no largest value, and no product."""
+        """Insert rows of zeros into ``[N, D]``. They change no amax and no matmul result."""
         if not self.needed:
             return rows
         out = rows.new_zeros(sum(self.padded), *rows.shape[1:])
         return out.index_copy_(0, self.index, rows)
 
     def remove(self, rows: torch.Tensor) -> torch.Tensor:
-        """The real rows ``[N, D]`` again."""
+        """Drop the padding: the original rows ``[N, D]``."""
         return rows.index_select(0, self.index) if self.needed else rows

@@ -1,15 +1,15 @@
-"""How tensors of FP8 products are rounded: the four recipes and their state.
+"""Quantizes the operands of FP8 matmuls: the four FP8 recipes and their state.
 
-A product y = x w^T has three contractions: y over A, dx = dy w over O, dw = dy^T x over tokens. Each operand is rounded to
-FP8 with factors that are constant along the contraction, or along blocks of it:
+A layer y = x w^T has three matmuls: y contracts over A, dx = dy w over O, dw = dy^T x over tokens. Each operand is
+quantized to FP8 with factors that are constant along the contraction, or along blocks of it:
 
-delayed    one factor for a tensor, from earlier steps (TE DelayedScaling; `parallel.kernels.scaling`)
-current    one factor for a tensor, from its own largest value (TE Float8CurrentScaling)
+delayed    one factor per tensor, from earlier steps (TE DelayedScaling; `parallel.kernels.scaling`)
+current    one factor per tensor, from its own amax (TE Float8CurrentScaling)
 blockwise  1 x 128 tiles of x and dy, 128 x 128 blocks of w (TE Float8BlockScaling; arXiv 2412.19437, section 3.3.2)
 mxfp8      1 x 32 blocks with E8M0 factors (OCP MX 1.0; TE MXFP8BlockScaling)
 
-In the last two a tensor and its transpose are rounded separately, both from the original. In all but delayed, factors
-are of the part of a tensor that a rank multiplies (for a stack of experts: of each expert's rows or weight).
+In the last two, a tensor and its transpose are quantized separately, both from the original. In all but delayed, factors
+are per local shard: the part of the tensor that this rank multiplies (for stacked experts, each expert's rows or weight).
 Shapes: N rows (tokens, or choices sorted by expert), A/O input/output features, E experts of this rank.
 """
 
@@ -31,7 +31,7 @@ BLOCK = {"blockwise": 128, "mxfp8": 32}
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """``hybrid``: gradients in E5M2, else all in E4M3. The last three are of ``delayed``."""
+    """An FP8 recipe. ``hybrid``: gradients in E5M2, else everything in E4M3. Only ``delayed`` uses the last three fields."""
 
     name: Literal["delayed", "current", "blockwise", "mxfp8"]
     hybrid: bool
@@ -41,12 +41,13 @@ class Recipe:
 
     @property
     def row_alignment(self) -> int:
-        """Rows of one expert that share factors in the contraction over tokens: no two experts may."""
+        """How many rows share one factor in the contraction over tokens. An expert's rows are padded to this multiple, so
+        that no two experts share a factor."""
         return BLOCK.get(self.name, 1)
 
 
 class Operand:
-    """Rows ``x [N, C]`` rounded for contractions over their features C and over the N rows, each when it is needed."""
+    """Rows ``x [N, C]``, quantized lazily for contractions over the features C and over the N rows."""
 
     def __init__(self, over_features: Callable[[], Quantized], over_rows: Callable[[], Quantized]) -> None:
         self._features, self._rows = over_features, over_rows
@@ -61,11 +62,11 @@ class Operand:
 
 
 class Quantizer:
-    """Rounds named tensors as ``recipe`` says, and keeps its state. ``gradient``: the format of output gradients.
+    """Quantizes named tensors by ``recipe`` and keeps its state. ``gradient``: the format of output gradients.
 
-    ``keep_weights``: FP8 weights are kept from a step's first micro-batch to its last. Not where parameters are gathered
-    for each use to save memory (ZeRO-3): rounding again gives the same bits, and keeping them would hold what was to be
-    let go of. ``stage``: the ranks that share largest values (see `DelayedScaling`).
+    ``keep_weights``: keep FP8 weights from a step's first micro-batch to its last. Leave it off where parameters are
+    gathered for each use to save memory (ZeRO-3): quantizing again gives the same bits, and keeping the result would hold
+    the memory that resharding frees. ``stage``: the ranks that share amax (see `DelayedScaling`).
     """
 
     def __init__(self, stage: Axis, recipe: Recipe, *, keep_weights: bool) -> None:
@@ -78,7 +79,7 @@ class Quantizer:
         self._kept: dict[tuple[str, bool], Quantized] = {}
 
     def add(self, name: str, count: int = 1, weights: tuple[str, ...] = ("",)) -> None:
-        """The input, weights and output gradients of product ``name`` (of ``count`` experts)."""
+        """Register the input, weights and output gradients of layer ``name`` (with ``count`` experts)."""
         if self.scaling is None:
             return
         self.scaling.add(f"{name}.input", E4M3, count)
@@ -88,7 +89,7 @@ class Quantizer:
 
     @property
     def kept(self) -> int:
-        """Weights kept in FP8 at the moment."""
+        """The number of weights kept in FP8 now."""
         return len(self._kept)
 
     def begin_step(self) -> None:
@@ -104,14 +105,14 @@ class Quantizer:
             self.scaling.end_step()
 
     def _scale(self, name: str, amax: torch.Tensor, fp8: torch.dtype, first: int = 0) -> torch.Tensor:
-        """The scale of a tensor (``amax []``) or of each of its experts (``[E]``), in amax's shape."""
+        """The scale of a tensor (``amax []``) or of each of its experts (``amax [E]``), in the shape of ``amax``."""
         if self.scaling is None:
             return scale_of(amax, fp8, power_of_two=False)
         self.scaling.note(name, amax, first)
         return self.scaling.scales(name, first, amax.numel()).view_as(amax)
 
     def matrix(self, name: str, x: torch.Tensor, fp8: torch.dtype) -> Operand:
-        """``x [N, C]`` of one linear's product."""
+        """Quantize ``x [N, C]``, an operand of one linear layer."""
         block, e8m0 = BLOCK.get(self.recipe.name), self.recipe.name == "mxfp8"
         if block is not None:
             return Operand(
@@ -122,7 +123,8 @@ class Quantizer:
         return Operand(lambda: one, lambda: one)
 
     def rows(self, name: str, x: torch.Tensor, fp8: torch.dtype, part: ExpertPart, padding: Padding) -> Operand:
-        """``x [N, C]`` sorted by expert; over each expert's rows, these padded to whole blocks."""
+        """Quantize ``x [N, C]``, sorted by expert. For contractions over rows, each expert's rows are padded to whole
+        blocks."""
         block, e8m0 = BLOCK.get(self.recipe.name), self.recipe.name == "mxfp8"
         if block is not None:
             return Operand(
@@ -138,19 +140,20 @@ class Quantizer:
         return Operand(lambda: one, lambda: one)
 
     def weight(self, name: str, weight: torch.Tensor, over_rows: bool, first: int = 0) -> Quantized:
-        """``[O, A]`` or ``[E, O, A]`` for contractions over A, or ``over_rows``, O. Kept within a step."""
+        """Quantize ``weight [O, A]`` or ``[E, O, A]`` for contractions over A, or with ``over_rows`` over O. The result is
+        kept within a step."""
         separate = over_rows and self.recipe.name == "mxfp8"
         kept = self._kept.get((name, separate))
         if kept is not None:
             return kept
         weight = weight.detach()
         if self.recipe.name == "mxfp8":
-            found = quantize_blocks(weight, E4M3, (32, 1) if over_rows else (1, 32), e8m0=True)
+            quantized = quantize_blocks(weight, E4M3, (32, 1) if over_rows else (1, 32), e8m0=True)
         elif self.recipe.name == "blockwise":
-            found = quantize_blocks(weight, E4M3, (128, 128), e8m0=False)
+            quantized = quantize_blocks(weight, E4M3, (128, 128), e8m0=False)
         else:
             amax = weight.abs().amax((-2, -1)).float()
-            found = quantize_by(weight, E4M3, self._scale(name, amax, E4M3, first)[..., None, None])
+            quantized = quantize_by(weight, E4M3, self._scale(name, amax, E4M3, first)[..., None, None])
         if self._in_step and self.keep_weights:
-            self._kept[name, separate] = found
-        return found
+            self._kept[name, separate] = quantized
+        return quantized

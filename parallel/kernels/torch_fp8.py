@@ -1,4 +1,4 @@
-"""The provider of FP8 products through torch, on any device."""
+"""The kernel provider for FP8 matmuls through torch, on any device."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,8 +13,8 @@ from parallel.mesh import Axis
 
 
 class TorchFp8(Kernels):
-    """All projections and experts with FP8 operands by ``recipe``; norms and attention are the model's own, and so is
-    ``grouped_mm``, which multiplies experts' values where those are exact in bfloat16."""
+    """Runs all projections and experts with FP8 operands by ``recipe``. Norms and attention stay the model's own.
+    ``grouped_mm`` (also the model's) multiplies experts' dequantized values where those are exact in bfloat16."""
 
     def __init__(self, tp: Axis, stage: Axis, recipe: Recipe, *, keep_weights: bool, grouped_mm: GroupedMM) -> None:
         super().__init__(tp)

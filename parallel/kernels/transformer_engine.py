@@ -1,13 +1,13 @@
-"""Products and norms by NVIDIA's Transformer Engine on GPUs, in FP8 by one of its four recipes or in bf16.
+"""Matmuls and norms by NVIDIA's Transformer Engine (TE) on GPUs, in bf16 or in FP8 by one of TE's four recipes.
 
-This is the only file that uses Transformer Engine, and `tests/parallel/kernels/test_te_contract.py` holds every name in it
-against the sources of the releases in SUPPORTED: ``te`` is `transformer_engine.pytorch`, ``te_recipe`` its recipes, and
-variables whose names begin with ``te_`` are its objects.
+This is the only file that uses TE. `tests/parallel/kernels/test_te_contract.py` checks every TE name in it against the
+sources of the releases in SUPPORTED: ``te`` is `transformer_engine.pytorch`, ``te_recipe`` is its recipes, and variables
+whose names begin with ``te_`` are TE objects.
 
-Its linear modules are kept outside of the model and lent our weights for each call (``functional_call``), so parameters
-keep their names and stacked shapes, whatever FSDP does with them. Communication stays ours: Transformer Engine gathers
-and scatters dim 0 of ``[S, B, D]``, our sequences are dim 1. Hence also no LayerNormLinear: under sequence parallelism
-the gather lies between norm and projections, and an MoE's norm feeds the router in high precision.
+TE's linear modules are kept outside the model and borrow our weights for each call (``functional_call``), so parameters
+keep their names and stacked shapes, whatever FSDP does with them. Communication stays ours: TE gathers and scatters dim 0
+of ``[S, B, D]``, while our sequences are dim 1. For the same reason LayerNormLinear is not used: under sequence parallelism
+the gather lies between the norm and the projections, and an MoE's norm also feeds the router in high precision.
 """
 
 import ctypes
@@ -27,18 +27,18 @@ from parallel.kernels.interface import ExpertPart, GroupedMM, Kernels, Project, 
 from parallel.kernels.quantizer import Recipe
 from parallel.mesh import Axis
 
-# The releases whose sources were checked; one patch release for each.
+# The releases whose sources were checked, one patch release each.
 SUPPORTED = (
     "2.9.0", "2.10.0", "2.11.0", "2.12.0", "2.13.0", "2.14.1", "2.15.0", "2.16.1", "2.17.1", "2.18.0", "2.19.0", "2.20.2",
 )  # fmt: skip
-# Features of a product must be multiples of this in FP8; Transformer Engine raises from within a layer otherwise.
+# In FP8 a weight's features must be multiples of this; otherwise TE raises inside a layer.
 MULTIPLE = {"delayed": 16, "current": 16, "blockwise": 16, "mxfp8": 32}
-# Rows that an FP8 product of no rows at all is done on instead: a multiple of every recipe's alignment.
+# An FP8 matmul of zero rows runs on this many rows of zeros instead: a multiple of every recipe's alignment.
 SOME_ROWS = 32
 
 
 class KernelsUnavailable(RuntimeError):
-    """Transformer Engine, or a recipe of its, does not work here; the message says why and what to do."""
+    """Transformer Engine, or one of its recipes, does not work here; the message says why and what to do."""
 
 
 def load_transformer_engine() -> tuple[Any, Any]:
@@ -65,14 +65,14 @@ def load_transformer_engine() -> tuple[Any, Any]:
 
 
 def _share_cudnn() -> None:
-    """Load all of the cuDNN that torch brings before Transformer Engine looks for one: it would take those of its libraries
-    that torch has not loaded yet from the system, and two releases in one process do not work (undefined symbols)."""
+    """Load all libraries of torch's cuDNN before TE looks for cuDNN. TE would otherwise load from the system the libraries
+    that torch has not loaded yet, and two cuDNN releases in one process fail with undefined symbols."""
     if "CUDNN_HOME" in os.environ or "CUDNN_PATH" in os.environ:
         return  # the user's choice
     try:
         spec = find_spec("nvidia.cudnn")
     except ModuleNotFoundError:
-        return  # torch was built against the system's
+        return  # torch was built against the system's cuDNN
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         for library in sorted(Path(folder, "lib").glob("libcudnn*.so.*")):
             with suppress(OSError):
@@ -81,7 +81,7 @@ def _share_cudnn() -> None:
 
 
 def make_recipe(ours: Recipe, te: Any, te_recipe: Any, *, reduce_amax: bool) -> Any:
-    """Transformer Engine's recipe object for ``ours``. Raises KernelsUnavailable where this GPU cannot do it."""
+    """TE's recipe object for ``ours``. Raises KernelsUnavailable if this GPU does not support the recipe."""
     fp8_format = te_recipe.Format.HYBRID if ours.hybrid else te_recipe.Format.E4M3
     if ours.name == "delayed":
         works, why = te.is_fp8_available(return_reason=True)
@@ -103,19 +103,19 @@ def make_recipe(ours: Recipe, te: Any, te_recipe: Any, *, reduce_amax: bool) -> 
         recipe = te_recipe.MXFP8BlockScaling(fp8_format=fp8_format)
     if not works:
         raise KernelsUnavailable(
-            f"this GPU cannot do precision.fp8.recipe {ours.name} by Transformer Engine: {why} Use another recipe, or "
+            f"this GPU cannot run precision.fp8.recipe {ours.name} in Transformer Engine: {why} Use another recipe, or "
             "precision.kernels=torch"
         )
     return recipe
 
 
 class TransformerEngineKernels(Kernels):
-    """The provider; without ``recipe``, in bf16. ``stage``: the ranks over which delayed scaling takes the largest amax,
-    all that hold this rank's layers, so that they quantize alike and hold equal state.
+    """The TE provider; without ``recipe`` it computes in bf16. ``stage``: the ranks over which delayed scaling takes the
+    maximum amax. These are all ranks with this rank's layers, so that they quantize alike and hold equal state.
 
-    ``keep_weights``: FP8 weights are kept from a step's first micro-batch to its last; not where parameters are gathered
-    for each use to save memory (ZeRO-3). ``recompute``: layers run a second time in backward. The recipes without state
-    do so under an autocast of their own; delayed scaling cannot (its histories would advance twice).
+    ``keep_weights``: keep FP8 weights from a step's first micro-batch to its last; leave it off where parameters are
+    gathered for each use to save memory (ZeRO-3). ``recompute``: layers run a second time in backward. Recipes without
+    state do so under their own autocast; delayed scaling cannot, because its histories would advance twice.
     """
 
     name = "Transformer Engine"
@@ -126,7 +126,7 @@ class TransformerEngineKernels(Kernels):
         super().__init__(tp)
         if recipe is not None and recipe.name == "delayed" and recompute:
             raise KernelsUnavailable(
-                "precision.fp8.recipe delayed cannot be recomputed in backward by Transformer Engine: use "
+                "Transformer Engine cannot recompute layers in backward with precision.fp8.recipe delayed: use "
                 "training.recompute=none, or recipe current or blockwise"
             )
         self.te, te_recipe = load_transformer_engine()
@@ -134,50 +134,48 @@ class TransformerEngineKernels(Kernels):
         self.keep_weights = keep_weights
         if recipe is not None:
             self.recipe = make_recipe(recipe, self.te, te_recipe, reduce_amax=stage.size > 1)
-        self.products: list[_Product] = []
+        self.matmuls: list[_Matmul] = []
         self.step, self._in_step, self._inside = 0, False, False
 
     def column(self, path: str, parent: nn.Module, names: Sequence[str]) -> Project:
-        products = []
+        matmuls = []
         for name in names:
             linear = getattr(parent, name)
-            products.append(self._linear(f"{path}.{name}", linear.in_features, linear.out_features))
+            matmuls.append(self._linear(f"{path}.{name}", linear.in_features, linear.out_features))
 
         def project(x: torch.Tensor, *linears: nn.Linear) -> tuple[torch.Tensor, ...]:
             if self.tp.size > 1:
                 x = gather_sequence(x, self.tp)
-            return tuple(
-                product(x, linear.weight, linear.bias) for product, linear in zip(products, linears, strict=True)
-            )
+            return tuple(matmul(x, linear.weight, linear.bias) for matmul, linear in zip(matmuls, linears, strict=True))
 
         return project
 
     def row(self, path: str, parent: nn.Module, name: str) -> None:
         old = getattr(parent, name)
         new = _RowLinear(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
-        new.product, new.axis = self._linear(f"{path}.{name}", old.in_features, old.out_features), self.tp
+        new.matmul, new.axis = self._linear(f"{path}.{name}", old.in_features, old.out_features), self.tp
         swap(parent, name, new)
 
     def grouped(self, path: str, part: ExpertPart) -> GroupedMM:
-        product = _GroupedProduct(self, path, part)
-        self.products.append(product)
-        return product
+        matmul = _GroupedMatmul(self, path, part)
+        self.matmuls.append(matmul)
+        return matmul
 
     def norm(self, path: str, parent: nn.Module, name: str) -> None:
-        """Statistics in float32 and one rounding at the end, where ours, as transformers does, rounds before the weight."""
+        """TE's RMSNorm computes in float32 and rounds once at the end. Ours rounds before the weight, like transformers."""
         te, old = self.te, getattr(parent, name)
         te_norm = te.RMSNorm(old.weight.shape[0], eps=old.eps, dtype=old.weight.dtype, device="meta")
         te_norm.weight = old.weight
         setattr(parent, name, te_norm)
 
-    def _linear(self, path: str, in_features: int, out_features: int) -> "_LinearProduct":
+    def _linear(self, path: str, in_features: int, out_features: int) -> "_LinearMatmul":
         self.check_sizes(path, out_features, in_features)
-        product = _LinearProduct(self, path)
-        self.products.append(product)
-        return product
+        matmul = _LinearMatmul(self, path)
+        self.matmuls.append(matmul)
+        return matmul
 
     def check_sizes(self, path: str, out_features: int, in_features: int) -> None:
-        """Raise KernelsUnavailable unless FP8 products have kernels for a weight of this size."""
+        """Raise KernelsUnavailable unless TE has FP8 kernels for a weight of this size."""
         multiple = MULTIPLE[self.ours.name] if self.ours is not None else 1
         if in_features % multiple or out_features % multiple:
             assert self.ours is not None
@@ -189,10 +187,10 @@ class TransformerEngineKernels(Kernels):
     def materialize(self, device: torch.device) -> None:
         if self.ours is not None and self.ours.name == "delayed":
             steps = self.ours.history_length
-            for product in self.products:
-                product.state = [
+            for matmul in self.matmuls:
+                matmul.state = [
                     _State(torch.ones(n, device=device), torch.zeros(steps, n, device=device))
-                    for n in (3 * product.gemms, 2 * product.gemms)
+                    for n in (3 * matmul.gemms, 2 * matmul.gemms)
                 ]
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -201,7 +199,7 @@ class TransformerEngineKernels(Kernels):
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        # Leaving the outermost autocast reduces and applies what delayed scaling has seen: once for a whole part.
+        # Leaving the outermost autocast reduces and applies delayed scaling's amax: once per stage module's forward.
         with self.autocast():
             self._inside = True
             try:
@@ -210,50 +208,51 @@ class TransformerEngineKernels(Kernels):
                 self._inside = False
 
     def recomputed(self) -> AbstractContextManager[Any]:
-        """For a product: nothing within `forward`, an autocast of its own when a layer is recomputed in backward."""
+        """The context of one matmul: empty within `forward`, an autocast when a layer is recomputed in backward."""
         return nullcontext() if self._inside else self.autocast()
 
     def begin_step(self) -> None:
         self.step, self._in_step = self.step + 1, True
-        # What an evaluation has seen is no part of training.
-        current = [state.amax_history[0] for product in self.products for state in product.state]
+        # Drop the amax that an evaluation has recorded.
+        current = [state.amax_history[0] for matmul in self.matmuls for state in matmul.state]
         if current:
             torch._foreach_zero_(current)
 
     def end_step(self) -> None:
         self._in_step = False
 
-    def first_use(self, product: "_Product") -> bool | None:
-        """Whether weights must be quantized (True), are from an earlier micro-batch (False), or not to be kept (None)."""
+    def first_use(self, matmul: "_Matmul") -> bool | None:
+        """TE's ``is_first_microbatch``: quantize the weights (True), reuse an earlier micro-batch's (False), or keep none
+        (None)."""
         if not self.keep_weights or not self._in_step or not torch.is_grad_enabled():
             return None
-        first, product.used_in = product.used_in != self.step, self.step
+        first, matmul.used_in = matmul.used_in != self.step, self.step
         return first
 
     def state(self) -> dict[str, torch.Tensor]:
-        return {name: tensor for product in self.products for name, tensor in product.named_state()}
+        return {name: tensor for matmul in self.matmuls for name, tensor in matmul.named_state()}
 
 
 class _State:
-    """Delayed scaling's state of ``n`` tensors: ``scale [n]`` and ``amax_history [steps, n]``."""
+    """Delayed scaling's state for ``n`` tensors: ``scale [n]`` and ``amax_history [steps, n]``."""
 
     def __init__(self, scale: torch.Tensor, amax_history: torch.Tensor) -> None:
         self.scale, self.amax_history = scale, amax_history
 
 
-class _Product:
-    """One of Transformer Engine's modules, made at its first use, and its state. Not an nn.Module, so that the model has
-    no parameters but its own."""
+class _Matmul:
+    """One TE module, made at its first use, and its state. It is not an nn.Module, so that it adds no parameters to the
+    model."""
 
     gemms = 1
 
     def __init__(self, kernels: TransformerEngineKernels, path: str) -> None:
         self.kernels, self.path, self.used_in = kernels, path, -1
-        self.state: list[_State] = []  # of forward, of backward; empty where a recipe has none
+        self.state: list[_State] = []  # forward, backward; empty for recipes without state
 
     def adopt(self, te_module: Any) -> None:
-        """Give a new ``te_module`` the state that was materialized, or loaded, before; then its own tensors are the state.
-        Called within an autocast, which is where the module takes its recipe from."""
+        """Copy the materialized or loaded state into a new ``te_module``, whose own tensors are the state from then on.
+        Call it within an autocast, from which the module takes its recipe."""
         if not self.state:
             return
         te_module.init_fp8_metadata(num_gemms=self.gemms)
@@ -275,12 +274,12 @@ class _Product:
                 yield f"{name}.{direction}.amax_history", state.amax_history[:, part]
 
     def _places(self) -> Iterator[tuple[str, int]]:
-        """(name, which of this module's products it is)."""
+        """(name, index among this module's GEMMs) of each GEMM."""
         yield self.path, 0
 
 
-class _LinearProduct(_Product):
-    """``product(x [..., A], weight [O, A], bias [O] or None) -> [..., O]``."""
+class _LinearMatmul(_Matmul):
+    """``matmul(x [..., A], weight [O, A], bias [O] or None) -> [..., O]``."""
 
     te_linear: Any = None
 
@@ -302,11 +301,11 @@ class _LinearProduct(_Product):
             return functional_call(te_linear, lent, (x,), options, tie_weights=False)
 
 
-class _GroupedProduct(_Product):
-    """``product(x [N, A], weight [E, O, A], counts [E]) -> [N, O]``: rows of expert e follow those of e - 1.
+class _GroupedMatmul(_Matmul):
+    """``matmul(x [N, A], weight [E, O, A], counts [E]) -> [N, O]``: rows of expert e follow those of e - 1.
 
-    In FP8 each expert's rows are padded with zeros, which move no amax, to the multiple that the recipe needs, and the
-    results of these rows are dropped. Reads ``counts`` on the host, once a call: Transformer Engine wants a list.
+    In FP8 each expert's rows are padded with zeros to the multiple that the recipe needs, and the results of these rows are
+    dropped. Zeros do not change an amax. ``counts`` is read on the host once per call, because TE takes a list.
     """
 
     te_grouped_linear: Any = None
@@ -332,7 +331,7 @@ class _GroupedProduct(_Product):
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         kernels, splits, rows = self.kernels, counts.tolist(), x.shape[0]
-        if not rows:  # the kernels want some, and delayed scaling that every rank takes part
+        if not rows:  # the kernels need some rows, and delayed scaling needs every rank to take part
             x, splits = x.new_zeros(SOME_ROWS, x.shape[1]) + x.sum(), [SOME_ROWS] + [0] * (self.gemms - 1)
         with kernels.recomputed():
             te_grouped_linear = self.te_grouped_linear = self.te_grouped_linear or self._make(weight)
@@ -348,13 +347,13 @@ class _GroupedProduct(_Product):
 
 
 class _RowLinear(nn.Linear):
-    """``[B, S, A / n] -> [B, S / n, O]`` with the product of the provider; the bias is added to the finished sum."""
+    """``[B, S, A / n] -> [B, S / n, O]`` with the provider's matmul. The bias is added to the reduced sum."""
 
-    product: Callable[..., torch.Tensor]
+    matmul: Callable[..., torch.Tensor]
     axis: Axis
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.axis.size == 1:
-            return self.product(input, self.weight, self.bias)
-        y = reduce_scatter_sequence(self.product(input, self.weight, None), self.axis)
+            return self.matmul(input, self.weight, self.bias)
+        y = reduce_scatter_sequence(self.matmul(input, self.weight, None), self.axis)
         return y if self.bias is None else y + self.bias

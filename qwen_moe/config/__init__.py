@@ -1,4 +1,4 @@
-"""What a run is: its settings (`run`), and how a recipe becomes them (`load`)."""
+"""The settings of a run (`run`), and how they are read from a recipe (`load`)."""
 
 from qwen_moe.config.load import dump_config, find_recipe, load_config, parse_config, parse_model
 from qwen_moe.config.model import ModelConfig

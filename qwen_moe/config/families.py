@@ -1,6 +1,6 @@
-"""The model families, one row of features each. Other code asks for a feature, never for a family by name.
+"""The model families, one row of features each. Other code asks for a feature, never for a family's name.
 
-A family that combines these features anew is one more row; see "How to add a model family" in CONTRIBUTING.md.
+A new combination of these features is one more row; see "How to add a model family" in CONTRIBUTING.md.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,18 +10,18 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What is true of every model of a family.
+    """The features that all models of a family share.
 
     ``architecture``: Hugging Face's class, as `architectures` in config.json names it.
-    ``moe``: some feed-forward layers are mixtures of experts; all are dense otherwise.
-    ``shared_expert``: every MoE layer has a shared expert behind a sigmoid gate; none has one otherwise.
+    ``moe``: some feed-forward layers are mixtures of experts; otherwise all are dense.
+    ``shared_expert``: every MoE layer has a shared expert behind a sigmoid gate; otherwise none has.
     ``qk_norm``: each head of q and k is normalized before RoPE.
-    ``qkv_bias``: whether q, k and v have biases where the settings of a model do not say.
-    ``qkv_bias_key``: the key of config.json that says so; empty where Hugging Face has none, and ``qkv_bias`` then
-    holds for every model of the family.
-    ``o_bias``: the output projection has a bias where q, k and v have.
-    ``expert_count_keys``: the keys of config.json that the number of experts is written to.
-    ``defaults``: what transformers takes for a key that config.json does not have, by our names; ``qkv_bias`` apart.
+    ``qkv_bias``: the default for whether q, k and v have biases.
+    ``qkv_bias_key``: the key of config.json for this; empty if Hugging Face has none, so that ``qkv_bias`` holds for every
+    model of the family.
+    ``o_bias``: the output projection has a bias if q, k and v have.
+    ``expert_count_keys``: the keys of config.json to which the number of experts is written.
+    ``defaults``: transformers' values for keys that config.json lacks, by our names, without ``qkv_bias``.
     """
 
     architecture: str
@@ -36,8 +36,8 @@ class Family:
 
     @property
     def hf_defaults(self) -> dict[str, Any]:
-        """What transformers takes for a key that config.json does not have, for every setting that it reads there. The
-        number of experts is under `num_experts` whatever ``expert_count_keys`` are."""
+        """transformers' values for keys that config.json lacks, for every setting that it reads there. The number of experts
+        is always under `num_experts`."""
         bias = {self.qkv_bias_key: self.qkv_bias} if self.qkv_bias_key else {}
         return dict(self.defaults) | bias
 
@@ -112,7 +112,7 @@ FAMILIES: dict[str, Family] = {
         qkv_bias=False,
         qkv_bias_key="attention_bias",
         o_bias=True,
-        expert_count_keys=("num_experts", "num_local_experts"),  # its name in transformers 4, and in 5
+        expert_count_keys=("num_experts", "num_local_experts"),  # the names in transformers 4 and 5
         defaults=_MOE
         | {
             "hidden_size": 2048,

@@ -1,7 +1,7 @@
-"""Kinds of values in settings, and the frozen section that settings are grouped in.
+"""Types of setting values, and the frozen section that groups settings.
 
-Every number is finite and no boolean (Python counts ``true`` as 1), every path is one. Limits are far above anything that is
-trained; beyond them sums overflow or nothing ever answers.
+Every number is finite and not a boolean (Python counts ``true`` as 1), and every path is valid. Limits are far above any
+real training run; beyond them sums overflow or a command never ends.
 """
 
 from pathlib import Path
@@ -10,15 +10,15 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 LARGEST = 2**63 - 1
-# Ids of tokens are stored in at most 32 bits, and sizes of one tensor's dimension are no larger.
+# Token ids are stored in at most 32 bits, and no dim of a tensor is larger.
 LARGEST_SIZE = 2**31 - 1
-LARGEST_SEED = 2**32 - 1  # megatron-core draws orders of documents with numpy's RandomState, which takes 32 bits
+LARGEST_SEED = 2**32 - 1  # megatron-core shuffles documents with numpy's RandomState, which takes 32 bits
 MOST_LAYERS = 10_000
 MOST_PROCESSES = 2**20
 
 
 def whole_number(value: Any) -> Any:
-    """YAML reads 2e6 as text and 2.0e+6 as a float; both are counts here."""
+    """Accept 2e6, which YAML reads as text, and 2.0e+6, which it reads as a float, as whole numbers."""
     if isinstance(value, str) and value.isascii():
         try:
             return int(value)

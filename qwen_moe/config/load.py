@@ -1,4 +1,4 @@
-"""A recipe to settings: YAML, `section.key=value` overrides, every mistake in one message; and settings to YAML."""
+"""Reads a recipe: YAML, `section.key=value` overrides, and one message for all mistakes. Also writes settings as YAML."""
 
 import difflib
 import os
@@ -16,17 +16,17 @@ from qwen_moe.config.run import RunConfig
 from qwen_moe.documents import read_text, yaml_mapping, yaml_value
 from qwen_moe.errors import UserError
 
-# recipes/ at the top of the repository is what this links to; a wheel holds the files.
+# In the repository this is a link to recipes/ at the top; a wheel holds the files.
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def shorten(text: str) -> str:
-    """``text`` for a message: its beginning, where it is long."""
+    """``text`` for a message, cut off if it is long."""
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"
 
 
 def _valid_keys(path: tuple[str | int, ...]) -> list[str]:
-    """Names allowed in the section that ``path`` (of an unknown key) lies in."""
+    """The keys that are valid in the section of ``path``, the path of an unknown key."""
     section: type[BaseModel] = RunConfig
     for part in path[:-1]:
         field = section.model_fields.get(str(part))
@@ -59,7 +59,7 @@ def _explain(error: ValidationError, source: str, root: tuple[str, ...] = ()) ->
 
 
 def parse_model(values: dict[str, Any], source: str) -> ModelConfig:
-    """ModelConfig from plain values, `preset: NAME` resolved and overridden by the other keys."""
+    """ModelConfig from plain values. `preset: NAME` is resolved, and the other keys override it."""
     values = dict(values)
     if "preset" in values:
         values = preset_values(str(values.pop("preset"))) | values
@@ -95,7 +95,7 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
 
 
 def parse_config(values: dict[str, Any], source: str) -> RunConfig:
-    """RunConfig from plain values; every problem found is in one UserError."""
+    """RunConfig from plain values. Raises one UserError with all problems."""
     values = dict(values)
     if isinstance(values.get("model"), dict) and "preset" in values["model"]:
         values["model"] = parse_model(values["model"], source).model_dump()
@@ -106,8 +106,8 @@ def parse_config(values: dict[str, Any], source: str) -> RunConfig:
 
 
 def find_recipe(path: Path) -> Path:
-    """``path``; or the recipe that comes with the package, where there is no such path but `demo` or `recipes/demo.yaml` is
-    the name of one."""
+    """``path`` itself if it exists, else the packaged recipe of that name (`demo` or `recipes/demo.yaml`), if there is one,
+    else ``path``."""
     if os.path.exists(path) or path.parent not in (Path(), Path("recipes")) or path.suffix not in ("", ".yaml"):
         return path
     ours = RECIPES / f"{path.stem}.yaml"
@@ -115,17 +115,17 @@ def find_recipe(path: Path) -> Path:
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe, a file or one that comes with the package (`find_recipe`), and apply `section.key=value` overrides
-    (values are YAML). Raises UserError naming every problem."""
+    """Read a recipe, from a file or from the package (`find_recipe`), and apply `section.key=value` overrides (values are
+    YAML). Raises UserError naming every problem."""
     expected = f"the path of a YAML file, or one of {', '.join(sorted(file.stem for file in RECIPES.glob('*.yaml')))}"
-    found = find_recipe(path)
-    if found != path and path.suffix:
-        print(f"{path} is not here: {found}, which comes with qwen-moe, is read", file=sys.stderr)
-    values = yaml_mapping(read_text(found, "recipe", expected), f"recipe {path}")
+    source = find_recipe(path)
+    if source != path and path.suffix:
+        print(f"{path} does not exist: reading {source}, which comes with qwen-moe", file=sys.stderr)
+    values = yaml_mapping(read_text(source, "recipe", expected), f"recipe {path}")
     _apply_overrides(values, overrides)
     return parse_config(values, str(path))
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    """The resolved config as YAML, which `load_config` reads back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)

@@ -20,8 +20,8 @@ FamilyName = Annotated[str, AfterValidator(_known_family)]
 class ModelConfig(Section):
     """The shape of one model. Field names are Hugging Face's.
 
-    ``family`` names a row of `qwen_moe/config/families.py`, which fixes what the other fields leave open.
-    ``qkv_bias``: q, k and v have biases, and so has the output projection in families with ``o_bias``.
+    ``family`` names a row of `qwen_moe/config/families.py`, which decides what the other fields do not.
+    ``qkv_bias``: q, k and v have biases, and in families with ``o_bias`` the output projection too.
     A layer is MoE when ``(index + 1) % decoder_sparse_step == 0`` and it is not in ``mlp_only_layers``.
     """
 

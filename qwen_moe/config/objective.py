@@ -1,4 +1,4 @@
-"""What a run minimizes, and what its losses mean to those that read them. No torch: the code is in `qwen_moe.objectives`."""
+"""The objective that a run minimizes, and the meaning of its losses. No torch: `qwen_moe.objectives` computes it."""
 
 import math
 from typing import Literal
@@ -7,15 +7,15 @@ from qwen_moe.config.fields import Section
 
 
 class ObjectiveConfig(Section):
-    """``likelihood``: the mean negative log-likelihood of valid labels: pre-training, and fine-tuning on answers."""
+    """``likelihood``: the mean negative log-likelihood of valid labels, for pre-training and for fine-tuning on answers."""
 
     kind: Literal["likelihood"] = "likelihood"
 
     @property
     def unit(self) -> str:
-        """Of a loss."""
+        """The unit of a loss."""
         return "nats per token"
 
     def loss_of_guessing(self, vocab_size: int) -> float:
-        """A run that ends with a loss above this has learnt nothing."""
+        """The loss of uniform guessing. A run that ends above it has learned nothing."""
         return math.log(vocab_size)

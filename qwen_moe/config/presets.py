@@ -1,16 +1,16 @@
 """Named model shapes: published Qwen sizes, our Turbo- and Plus-style ones, and the demo's.
 
-Published shapes are those of the models' own `config.json`. Qwen2.5-Turbo and Qwen2.5-Plus are MoE models whose sizes
-were never published (arXiv 2412.15115, section 2 says only: fine-grained experts, shared experts, replacing the dense
-feed-forward layers). Ours are choices, made so:
+Published shapes come from the models' own `config.json`. Qwen2.5-Turbo and Qwen2.5-Plus are MoE models whose sizes were
+never published (arXiv 2412.15115, section 2 says only that fine-grained and shared experts replace the dense feed-forward
+layers). Our shapes for them are choices:
 
 * both take Qwen2.5's vocabulary (151,936: divisible by 128, so it splits evenly over any usual tensor-parallel degree
   without further padding), QKV bias, RoPE base 1,000,000 and 32,768 native positions;
 * experts are fine-grained (arXiv 2401.06066): 64 per layer, each an eighth (Turbo) or about an eleventh (Plus) of the
-  dense feed-forward width, 8 of them active, plus one gated shared expert as wide as 4 routed ones: a third of the
-  activated feed-forward is always on, so that common knowledge need not be learned by every expert;
-* `turbo_style` (17.5B in all, 3.9B activated) is sized to serve at the cost of Qwen2.5-3B and to fit one 80 GB GPU in
-  bf16; `plus_style` (133B, 27B activated) keeps its activated size between Qwen2.5-14B and 32B and its total between
+  dense feed-forward width, 8 of them active, plus one gated shared expert as wide as 4 routed ones. A third of the
+  activated feed-forward is thus always on, so that not every expert has to learn common knowledge;
+* `turbo_style` (17.5B total, 3.9B activated) is sized to serve at the cost of Qwen2.5-3B and to fit one 80 GB GPU in
+  bf16; `plus_style` (133B total, 27B activated) has an activated size between Qwen2.5-14B and 32B and a total between
   the 72B dense model and Qwen3-235B-A22B;
 * widths are multiples of 128 (FP8 blocks, tensor-parallel degrees up to 8), layer counts even (pipeline stages), and
   8 KV heads allow tensor parallelism of 8 without replicating KV.
@@ -163,7 +163,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 _SHORT = {"max_position_embeddings": 32768}
-# Published variants of a preset: the same parameters, and what else their config.json says.
+# Published variants of a preset: the same parameters with other settings from their config.json.
 _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{name}-base": (name, {}) for name in PRESETS if name.startswith(("qwen1.5", "qwen2"))},
     **{f"{name}-instruct": (name, _SHORT | {"rms_norm_eps": 1e-6}) for name in PRESETS if name.startswith("qwen2.5")},
@@ -173,7 +173,7 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def _plain(name: str) -> str:
-    """As presets are written: of a pasted name or address the model's own part, in small letters."""
+    """Bring a pasted name or address into the form of preset names: the model's own part, in lower case."""
     name = name.strip().lower().removeprefix("https://").removeprefix("huggingface.co/").strip("/")
     return name.removeprefix("qwen/")
 
@@ -184,7 +184,7 @@ def is_preset(name: str) -> bool:
 
 
 def preset_values(name: str) -> dict[str, Any]:
-    """A copy of the named preset's fields, in any case, with or without `Qwen/`. Raises UserError naming the nearest."""
+    """A copy of the fields of preset ``name``, in any case, with or without `Qwen/`. Raises UserError naming the nearest."""
     plain = _plain(name)
     if plain in _VARIANTS:
         base, changes = _VARIANTS[plain]

@@ -1,4 +1,4 @@
-"""RunConfig: everything that defines a run, strict and frozen."""
+"""RunConfig: all settings of a run, strict and frozen."""
 
 import math
 from typing import Annotated, Literal, Self
@@ -26,14 +26,14 @@ from qwen_moe.config.objective import ObjectiveConfig
 
 
 class Dataset(Section):
-    """One `.bin/.idx` pair (`prefix`, without the ending) and its weight in the blend."""
+    """One `.bin/.idx` pair (`prefix` is its path without the suffix) and its weight in the blend."""
 
     prefix: GivenPrefix
     weight: PositiveFloat = 1.0
 
 
 class Prepare(Section):
-    """What `qwen-moe train` prepares first, when it is not there yet: the same as `qwen-moe data prepare`."""
+    """Data that `qwen-moe train` prepares first if it does not exist, as `qwen-moe data prepare` would."""
 
     input: tuple[str, ...] = Field(min_length=1)
     output: GivenPrefix
@@ -43,8 +43,8 @@ class Prepare(Section):
 
 
 class DataConfig(Section):
-    """Which tokens are read, in which order. ``split`` is Megatron's train,validation,test weights over documents.
-    ``order_tokens``: the length of training that the order is drawn for, 0 for the run's own; a branch gives its trunk's."""
+    """The tokens to read and their order. ``split``: Megatron's train,validation,test weights over documents.
+    ``order_tokens``: the training length for which the order is drawn; 0 is the run's own, and a branch sets its trunk's."""
 
     prepare: Prepare | None = None
     train: tuple[Dataset, ...] = ()
@@ -65,7 +65,7 @@ class DataConfig(Section):
         except ValueError:
             weights = []
         if not (1 <= len(weights) <= 3 and all(0 <= w < math.inf for w in weights) and weights[0] > 0):
-            raise ValueError(f"{split!r} is not of the form 'train,validation,test': numbers, that of train above 0")
+            raise ValueError(f"{split!r} is not of the form 'train,validation,test': give numbers, the first above 0")
         return split
 
     @model_validator(mode="after")
@@ -80,10 +80,10 @@ class DataConfig(Section):
 
 
 class TrainingConfig(Section):
-    """How long, in which batches. Batch sizes count sequences; ``train_tokens`` counts tokens of all ranks.
+    """Training length and batch sizes. Batch sizes count sequences; ``train_tokens`` counts tokens of all ranks.
 
-    A step whose loss is NaN or infinite, or (``spike_nats`` > 0) that far above the median of recent ones, is not taken: the
-    run goes back to its newest checkpoint and leaves out the batches since then, at most ``max_skips`` times.
+    If a loss is NaN, infinite or (with ``spike_nats`` > 0) that far above the median of recent losses, the step is not
+    taken: the run goes back to its newest checkpoint and skips the batches since then, at most ``max_skips`` times.
     """
 
     train_tokens: PositiveInt
@@ -98,9 +98,9 @@ class TrainingConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with decoupled weight decay (arXiv 1711.05101), not applied to norms and biases.
+    """AdamW with decoupled weight decay (arXiv 1711.05101), which is not applied to norms and biases.
 
-    ``provider``: whose kernel updates the weights: torch's fused one, NVIDIA Apex's, or DeepSpeed's, which keeps the
+    ``provider``: the kernel that updates the weights: torch's fused one, NVIDIA Apex's, or DeepSpeed's, which keeps the
     moments in host memory (docs/optimizers.md)."""
 
     provider: Literal["torch", "apex", "deepspeed"] = "torch"
@@ -113,7 +113,7 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate over tokens: linear warm-up, then cosine to the end, or constant and a decay at the end (WSD)."""
+    """Learning rate over tokens: linear warm-up, then cosine decay to the end, or constant with a final decay (WSD)."""
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_tokens: NonNegativeInt = 0
@@ -131,10 +131,10 @@ class ScheduleConfig(Section):
 
 
 class BalanceConfig(Section):
-    """Load balancing of experts (see qwen_moe/objectives/balance.py for the definitions).
+    """Load balancing of experts (qwen_moe/objectives/balance.py has the definitions).
 
-    ``capacity_factor`` > 0: an expert serves at most that many times its fair share of a sequence in training, and the
-    choices beyond are dropped and counted; 0 (dropless) drops none.
+    ``capacity_factor`` > 0: in training an expert serves at most that many times its fair share of a sequence; further
+    choices are dropped and counted. 0 (dropless) drops none.
     """
 
     scope: Literal["none", "micro_batch", "sequence", "global_batch", "huggingface"] = "global_batch"
@@ -145,13 +145,13 @@ class BalanceConfig(Section):
 
 
 class Fp8Config(Section):
-    """How operands of FP8 products are scaled (docs/fp8.md); used with ``compute`` fp8 only.
+    """Scaling of the operands of FP8 matmuls (docs/fp8.md); used with ``compute`` fp8 only.
 
-    ``recipe``: ``delayed`` (one scale for a tensor, from its largest values of earlier steps), ``current`` (from the
-    tensor at hand), ``blockwise`` (1 x 128 tiles, weights 128 x 128) or ``mxfp8`` (1 x 32 blocks), as Transformer Engine
-    defines them. ``format`` auto is the recipe's own: hybrid (gradients in E5M2) for the first two, e4m3 for the others.
-    ``amax_history_len`` (steps), ``amax_compute_algo`` and ``margin`` (the scale is divided by 2^margin) are of ``delayed``.
-    ``first_layers_in_bf16`` and ``last_layers_in_bf16``: decoder layers that are left out.
+    ``recipe``: ``delayed`` (one scale per tensor, from its amax in earlier steps), ``current`` (from the current tensor),
+    ``blockwise`` (1 x 128 tiles, weights 128 x 128) or ``mxfp8`` (1 x 32 blocks), as Transformer Engine defines them.
+    ``format`` auto means hybrid (gradients in E5M2) for the first two and e4m3 for the others. ``amax_history_len`` (steps),
+    ``amax_compute_algo`` and ``margin`` (the scale is divided by 2^margin) apply to ``delayed`` only.
+    ``first_layers_in_bf16`` and ``last_layers_in_bf16``: numbers of decoder layers without FP8.
     """
 
     recipe: Literal["delayed", "current", "blockwise", "mxfp8"] = "blockwise"
@@ -167,18 +167,18 @@ class Fp8Config(Section):
         return self.format == "hybrid" or (self.format == "auto" and self.recipe in ("delayed", "current"))
 
     def plain_layers(self, layers: int) -> tuple[int, ...]:
-        """Of ``layers`` decoder layers, those without FP8."""
+        """The indices of the layers without FP8, out of ``layers`` decoder layers."""
         last = layers - self.last_layers_in_bf16
         return tuple(i for i in range(layers) if i < self.first_layers_in_bf16 or i >= last)
 
 
 class PrecisionConfig(Section):
-    """``compute``: dtype of matmuls and activations. ``master``: dtype of the weights the optimizer updates.
+    """``compute``: dtype of matmuls and activations. ``master``: dtype of the weights that the optimizer updates.
 
-    With ``compute`` fp8 the products of attention's projections, feed-forward and experts have FP8 operands (``fp8``) and
-    everything else is bf16. ``kernels`` is what computes them: ``torch``, ``te`` (Transformer Engine) or ``auto``, which is
-    te where it can be imported and the GPU has FP8, else torch. ``compile``: whether torch.compile makes one kernel of each
-    chain of elementwise work; auto does on GPUs, and on CPUs in runs long enough to win back the half minute that it takes.
+    With ``compute`` fp8 the matmuls of attention's projections, feed-forward and experts have FP8 operands (``fp8``), and
+    everything else is bf16. ``kernels``: ``torch``, ``te`` (Transformer Engine) or ``auto``, which is te for fp8 if it can
+    be imported and the GPU has FP8, else torch. ``compile``: whether torch.compile fuses each elementwise chain into a
+    kernel; auto does so on GPUs, and on CPUs in runs long enough to make up for the half minute of compilation.
     """
 
     compute: Literal["fp64", "fp32", "bf16", "fp8"] = "bf16"
@@ -204,7 +204,7 @@ class PrecisionConfig(Section):
         if width[self.master] < width[self.compute]:
             raise ValueError(
                 f"precision.master {self.master} is narrower than precision.compute {self.compute}: "
-                "the optimizer would lose what the model computes; use the same or a wider one"
+                "the optimizer would lose precision that the model computes; use the same dtype or a wider one"
             )
         if self.compute == "fp64" and self.compile == "always":
             raise ValueError("precision.compile always is for fp32, bf16 and fp8, not fp64: leave it out")
@@ -214,13 +214,13 @@ class PrecisionConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Degrees of tensor (with sequence), pipeline, context, expert and expert-tensor parallelism; data parallelism is
-    what remains of the processes. Attention uses tp x cp x dp ranks of a stage, experts ep x etp x edp of the same ones.
+    """Degrees of tensor (with sequence), pipeline, context, expert and expert-tensor parallelism. Data parallelism takes
+    the other processes. Attention splits a stage's ranks into tp x cp x dp; experts split them into ep x etp x edp.
 
-    ``schedule`` and ``stages_per_rank`` (0: the schedule's own number) count only with pp > 1. ``pipeline_split`` gives
-    the number of layers of each stage; empty, it is chosen by their cost. ``sharding`` is what data-parallel ranks do
-    not hold twice: optimizer state, and gradients (zero2), and parameters between uses (zero3), as in ZeRO
-    (arXiv 1910.02054). ``check_collectives`` compares every rank's collectives with its group's after each step.
+    ``schedule`` and ``stages_per_rank`` (0: the schedule's default) matter only with pp > 1. ``pipeline_split``: the number
+    of layers of each stage; if empty, layers are split by cost. ``sharding``: data-parallel ranks shard optimizer state and
+    gradients (zero2), and with zero3 also parameters between uses, as in ZeRO (arXiv 1910.02054). ``check_collectives``
+    compares every rank's collectives with its group's after each step.
     """
 
     tp: Degree = 1
@@ -239,16 +239,16 @@ class ParallelConfig(Section):
     def _check(self) -> Self:
         if self.pp > 1 and self.schedule in ("zbv", "dualpipev") and self.sharding == "zero3":
             raise ValueError(
-                f"schedule {self.schedule} runs backward in two halves, between which torch's FSDP would drop the weights "
-                "that zero3 gathers (gradients come out wrong): use sharding zero2 with it, or another schedule"
+                f"schedule {self.schedule} splits backward into two halves, between which torch's FSDP would free the "
+                "weights that zero3 gathers (gradients would be wrong): use sharding zero2 with it, or another schedule"
             )
         return self
 
 
 class CheckpointConfig(Section):
-    """``keep`` counts the newest checkpoints that are not deleted; those of ``keep_steps`` are written and never are.
-    ``load_from`` starts from another run's weights; ``branch_from`` goes on from another run's checkpoint, optimizer, step
-    and data included (a WSD trunk's, to decay from there: the two runs must agree up to that step)."""
+    """``keep``: how many of the newest checkpoints are kept. ``keep_steps``: steps whose checkpoints are always kept.
+    ``load_from`` starts from another run's weights. ``branch_from`` continues another run's checkpoint with its optimizer,
+    step and data, for example to decay from a WSD trunk; the two runs must agree up to that step."""
 
     interval: PositiveInt = 200
     keep: PositiveInt = 2
@@ -266,8 +266,8 @@ class CheckpointConfig(Section):
 
 
 class WandbConfig(Section):
-    """Weights & Biases, in the words of `wandb.init`. ``name``: the run folder's by default. ``mode``: by default what
-    WANDB_MODE says, else online."""
+    """Arguments of `wandb.init` for Weights & Biases. ``name``: by default the run folder's name. ``mode``: by default
+    WANDB_MODE, else online."""
 
     project: str = Field(min_length=1)
     entity: str = ""
@@ -278,8 +278,8 @@ class WandbConfig(Section):
 
 
 class LoggingConfig(Section):
-    """Where records go beside metrics.jsonl. ``tensorboard``: "auto" is where it is installed. ``expert_load_interval``:
-    steps between records of every expert's token count (its imbalance is in every record)."""
+    """Recorders besides metrics.jsonl. ``tensorboard`` auto means: if it is installed. ``expert_load_interval``: steps
+    between records of every expert's token count (every record has the imbalance)."""
 
     tensorboard: bool | Literal["auto"] = "auto"
     wandb: WandbConfig | None = None
@@ -287,8 +287,8 @@ class LoggingConfig(Section):
 
 
 class LaunchConfig(Section):
-    """``nproc``: processes that `qwen-moe train` starts on this machine, unless torchrun or Slurm started it; more, if the
-    layout needs more."""
+    """``nproc``: processes that `qwen-moe train` starts on this machine unless torchrun or Slurm started it; it starts more
+    if the layout needs more. ``threads``: CPU threads per process; 0 chooses."""
 
     nproc: Degree = 1
     threads: Annotated[NonNegativeInt, Field(le=4096)] = 0
@@ -296,7 +296,7 @@ class LaunchConfig(Section):
 
 
 class RunConfig(Section):
-    """One run. ``run_dir`` holds everything it writes."""
+    """One run. Everything that it writes goes to ``run_dir``."""
 
     run_dir: GivenPath
     seed: Seed = 1234
@@ -320,7 +320,7 @@ class RunConfig(Section):
         return self
 
     def check(self) -> None:
-        """Raise ValueError for settings of different sections that do not go together."""
+        """Raise ValueError if settings of different sections conflict."""
         self._check_fp8()
         self._check_tokens()
         self._check_balance()
@@ -354,7 +354,7 @@ class RunConfig(Section):
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"data.sequence_length {self.data.sequence_length} is larger than model.max_position_embeddings "
-                f"{self.model.max_position_embeddings}: shorten the one or raise the other"
+                f"{self.model.max_position_embeddings}: lower the former or raise the latter"
             )
         tokens_per_step = training.global_batch_size * self.data.sequence_length
         if training.train_tokens < tokens_per_step:
@@ -378,16 +378,15 @@ class RunConfig(Section):
             raise ValueError("balance.capacity_factor is set but the model is dense: leave it out")
         if self.balance.scope == "huggingface" and self.parallel.pp > 1:
             raise ValueError(
-                "balance.scope huggingface pools all layers before its product, which pipeline stages cannot: use another "
-                "scope, or parallel.pp=1"
+                "balance.scope huggingface pools all layers, which pipelines cannot do: use another scope or parallel.pp=1"
             )
         if self.balance.bias_update_rate:
             if not self.model.is_moe_family:
                 raise ValueError("balance.bias_update_rate is set but the model is dense: leave it out")
             if self.checkpoint.export_hf:
                 raise ValueError(
-                    "balance.bias_update_rate gives experts a selection bias, which Hugging Face's format cannot hold: "
-                    "set checkpoint.export_hf to false (`qwen-moe convert to-hf --drop-expert-bias` exports without it)"
+                    "balance.bias_update_rate gives experts a selection bias, which Hugging Face's format cannot store: set "
+                    "checkpoint.export_hf to false (`qwen-moe convert to-hf --drop-expert-bias` exports without the bias)"
                 )
 
     @property

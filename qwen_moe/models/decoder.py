@@ -25,21 +25,21 @@ from qwen_moe.models.norm import RMSNorm
 from qwen_moe.models.rope import RotaryTables, make_rope
 from qwen_moe.models.sequence import SequencePart, WholeSequence
 
-# (hidden [B, S, D], head's weight [V, D], labels [B, S], rows of logits at a time) -> [] or [B, S]
+# (hidden [B, S, D], head weight [V, D], labels [B, S], rows of logits per chunk) -> [] or [B, S]
 CrossEntropy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 LogProbs = CrossEntropy
 
 
 class LossSums(NamedTuple):
-    """What one micro-batch adds to the losses: sums over its tokens. ``router`` fields have a leading layer dim [L]."""
+    """One micro-batch's losses as sums over its tokens. ``router`` fields have a leading layer dim [L]."""
 
-    cross_entropy: torch.Tensor  # [], sum over counted tokens, in nats
-    tokens: torch.Tensor  # [] int64, tokens counted (label not -100)
+    cross_entropy: torch.Tensor  # [], sum over valid tokens, in nats
+    tokens: torch.Tensor  # [] int64, number of valid tokens (label not -100)
     router: RouterStatistics | None  # prob_sum, counts [L, B, E], z_sum, dropped [L, B]; None for dense models
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then + feed-forward or MoE of its norm. Returns the router's statistics or None."""
+    """x = x + attention(norm(x)), then x + feed-forward or MoE of norm(x). Returns x, and router statistics or None."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class DecoderLayer(nn.Module):
 
 
 class Layers(nn.Module):
-    """Layers by their index in the whole model, of which some may be elsewhere. Iterates in order of depth."""
+    """Decoder layers by their index in the whole model; other stages may hold the rest. Iterates in order of depth."""
 
     def __init__(self, config: ModelConfig, indices: Iterable[int]) -> None:
         super().__init__()
@@ -98,8 +98,8 @@ class DecoderLM(nn.Module):
     """A causal language model: ``model(input_ids [B, S]) -> logits [B, S, V]``.
 
     ``recompute`` drops each layer's activations in forward and computes them again in backward. ``layers`` (default all)
-    makes it a consecutive part of the model: without layer 0 it takes hidden states instead of token ids, without the
-    last layer it gives hidden states before the final norm.
+    selects consecutive layers for a pipeline stage: without layer 0 the module takes hidden states instead of token ids,
+    and without the last layer it returns hidden states before the final norm.
     """
 
     def __init__(self, config: ModelConfig, recompute: bool = False, layers: Sequence[int] | None = None) -> None:
@@ -119,7 +119,7 @@ class DecoderLM(nn.Module):
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """``[V, D]``; with tied embeddings, the embedding itself."""
+        """The head's weight ``[V, D]``: with tied embeddings, the embedding itself."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def hidden_states(
@@ -131,8 +131,8 @@ class DecoderLM(nn.Module):
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         """Final normed states ``[B, S, D]`` and the routers' statistics, stacked over MoE layers.
 
-        ``document_ids [B, S]`` (equal within a document) keep attention from looking across documents. Of a part of the
-        model, ``input_ids`` may be hidden states, and the states returned are those that the next part takes.
+        ``document_ids [B, S]`` (equal within a document) keep attention inside each document. On a later pipeline stage
+        ``input_ids`` are hidden states; before the last stage the result feeds the next stage.
         """
         past = cache.length if cache is not None else 0
         seq = input_ids.shape[1] if self.first else self.sequence.given_length(input_ids.shape[1])
@@ -172,7 +172,7 @@ class DecoderLM(nn.Module):
         document_ids: torch.Tensor | None = None,
         chunk_tokens: int = 1024,
     ) -> LossSums:
-        """Sums of this micro-batch. ``labels [B, S]`` are already shifted: the token that follows; -100 is not counted."""
+        """This micro-batch's sums. ``labels [B, S]`` are already shifted to the next token; -100 is ignored."""
         x, router = self.hidden_states(input_ids, position_ids, document_ids)
         loss = self.cross_entropy(x, self.head_weight, labels, chunk_tokens)
         return LossSums(loss, (labels >= 0).sum(), router)

@@ -1,4 +1,4 @@
-"""SwiGLU feed-forward (arXiv 2002.05202), dense layers and the shared expert."""
+"""SwiGLU feed-forward (arXiv 2002.05202), used in dense layers and as the shared expert."""
 
 import torch
 from torch import nn

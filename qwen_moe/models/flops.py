@@ -1,4 +1,4 @@
-"""Counts: total and activated parameters, FLOPs per token, bytes. The one place that counts them."""
+"""Total and activated parameters, FLOPs per token, and bytes. No other file counts them."""
 
 from dataclasses import asdict, dataclass
 
@@ -7,8 +7,8 @@ from qwen_moe.config import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
-    """``activated``: what one token uses, embedding and head included (the convention of Qwen's published figures).
-    ``non_vocabulary*``: the same without embedding and head (the N of scaling laws)."""
+    """``activated``: parameters that one token uses, including embedding and head (the convention of Qwen's published
+    figures). ``non_vocabulary*``: without embedding and head (the N of scaling laws)."""
 
     total: int
     activated: int
@@ -17,7 +17,7 @@ class ParameterCounts:
 
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
-    """Counted from the shape alone; `tests/models/test_flops.py` compares with built modules."""
+    """Parameter counts from the config alone; `tests/models/test_flops.py` compares them with built modules."""
     d, c = config.hidden_size, config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     attention = d * c * (2 * heads + 2 * kv_heads)
@@ -43,9 +43,9 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class FlopsPerToken:
-    """Forward FLOPs per token by part, a multiply-add counted as 2; training is 3 times ``forward`` (backward is twice
-    forward). Causal: a query looks at (S + 1) / 2 keys on average. The head is counted, the embedding look-up is free,
-    elementwise work is not counted."""
+    """Forward FLOPs per token by component; a multiply-add counts as 2. Training takes 3 times ``forward``, because backward
+    takes twice forward. Attention is causal: a query sees (S + 1) / 2 keys on average. The head is counted; the embedding
+    lookup and elementwise work are not."""
 
     attention_projections: float
     attention_scores: float
@@ -92,13 +92,13 @@ class TrainingBytes:
     optimizer: int
 
 
-# fp8: the gathered bf16 weights, and their FP8 copy that is kept between micro-batches.
+# fp8: the gathered bf16 weights and their FP8 copy, which is kept between micro-batches.
 DTYPE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp8": 3}
 
 
 def training_bytes(config: ModelConfig, compute: str = "bf16", master: str = "fp32") -> TrainingBytes:
-    """AdamW keeps two moments in the master dtype; gradients are in the master dtype; a separate copy of the weights in
-    the compute dtype exists where the two differ."""
+    """AdamW keeps two moments in the master dtype, and gradients are in the master dtype. If the compute dtype differs, the
+    weights also have a copy in it."""
     total = count_parameters(config).total
     return TrainingBytes(
         weights=total * DTYPE_BYTES[compute],
@@ -117,13 +117,13 @@ class LayerCosts:
     head: float
 
 
-# The embedding multiplies nothing: it moves a row in forward and adds one in backward. On machines that do about 150
-# FLOPs in the time of moving a byte, that is about as long as this many FLOPs for each of its elements.
+# The embedding multiplies nothing: it copies a row in forward and adds one in backward. On machines that do about 150 FLOPs
+# in the time of moving a byte, this takes about as long as this many FLOPs per element.
 _EMBEDDING_FLOPS_PER_ELEMENT = 1000.0
 
 
 def layer_costs(config: ModelConfig, sequence_length: int) -> LayerCosts:
-    """What a split of layers into pipeline stages should weigh (see `flops_per_token`)."""
+    """The costs that a split of layers into pipeline stages should balance (see `flops_per_token`)."""
     flops = flops_per_token(config, sequence_length)
     moe = set(config.moe_layers)
     attention = (flops.attention_projections + flops.attention_scores) / config.num_hidden_layers

@@ -1,4 +1,4 @@
-"""Initial values: every parameter drawn from a seed made of its name, so that no layout changes the model."""
+"""Initial values: every parameter is drawn from a seed made of its name, so that the layout does not change the model."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ def initial_value(
 ) -> torch.Tensor:
     """The float32 initial value of parameter ``name``: ones for norms, zeros for biases, normal(0, std) otherwise.
 
-    Stacked experts ``[E, ...]`` are drawn one expert at a time, each from its own seed, so that a rank that holds some
-    of them draws only those: ``experts`` = (first, count), all by default.
+    Stacked experts ``[E, ...]`` are drawn one expert at a time, each from its own seed, so a rank draws only the experts
+    that it holds: ``experts`` = (first, count), by default all.
     """
     if name.endswith("norm.weight"):
         return torch.ones(tuple(shape))
@@ -38,7 +38,7 @@ def initial_value(
 
 @torch.no_grad()
 def initialize_whole(model: nn.Module, seed: int, std: float) -> None:
-    """Fill every parameter and buffer of a whole model whose storage exists."""
+    """Fill every parameter and buffer of a whole model, whose storage must exist."""
     for name, parameter in model.named_parameters():
         parameter.copy_(initial_value(name, parameter.shape, seed, std))
     for _, buffer in model.named_buffers():
@@ -56,7 +56,7 @@ def build_model(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float
 
 
 def keep_statistics_dtypes(model: nn.Module) -> None:
-    """Undo a module-wide dtype change for the buffers that are statistics: the expert biases stay float32."""
+    """Undo a module-wide dtype change for the routers' expert biases, which stay float32."""
     for module in model.modules():
         if hasattr(module, "expert_bias"):
             module.expert_bias = module.expert_bias.to(torch.float32)

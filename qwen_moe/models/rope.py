@@ -15,8 +15,8 @@ from qwen_moe.models.ops.rotate import rotate
 
 
 class RotaryTables(NamedTuple):
-    """What attention needs of positions: ``cos, sin [B or 1, S, C/2]`` of the rotation angles, and the factor of the
-    scores before the softmax (C^-1/2; some ways to extend a context change it)."""
+    """``cos, sin [B or 1, S, C/2]`` of the rotation angles, and the factor of the scores before the softmax (C^-1/2; some
+    methods of context extension change it)."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -25,14 +25,14 @@ class RotaryTables(NamedTuple):
 
 @dataclass(frozen=True)
 class Rope:
-    """Angles ``position * theta^(-2 i / C)``. A kind of scaling is another class with the same `tables`."""
+    """Angles ``position * theta^(-2 i / C)``. Another kind of RoPE scaling is another class with the same `tables`."""
 
     head_dim: int
     theta: float
 
     def tables(self, position_ids: torch.Tensor, dtype: torch.dtype) -> RotaryTables:
-        """For ``position_ids [B or 1, S]``. Angles are computed in float32 (float64 when ``dtype`` is float64) and their
-        cosines rounded to ``dtype`` at the end."""
+        """The tables for ``position_ids [B or 1, S]``. Angles, cosines and sines are computed in float32 (float64 when
+        ``dtype`` is float64) and rounded to ``dtype`` at the end."""
         wide = accumulation_dtype(dtype)
         exponent = torch.arange(0, self.head_dim, 2, dtype=wide, device=position_ids.device) / self.head_dim
         angles = position_ids[..., None].to(wide) * self.theta**-exponent
@@ -45,5 +45,5 @@ def make_rope(config: ModelConfig) -> Rope:
 
 
 def apply_rope(x: torch.Tensor, rotary: RotaryTables) -> torch.Tensor:
-    """Rotate ``x [B, S, H, C]`` by tables of its positions; dims i and i + C/2 form a pair."""
+    """Rotate ``x [B, S, H, C]`` by the tables of its positions; dims i and i + C/2 form a pair."""
     return rotate(x, rotary.cos.unsqueeze(2), rotary.sin.unsqueeze(2))

@@ -1,4 +1,7 @@
-"""What layers ask about the split of a sequence over ranks, and the answers where it is whole on this device."""
+"""The split of a sequence over devices as the layers see it, and the case without a split.
+
+The model's input may cover a part of a sequence ("given"); between layers a device may hold a part of that ("held").
+"""
 
 from typing import Protocol
 
@@ -6,16 +9,16 @@ import torch
 
 
 class SequencePart(Protocol):
-    """The part of each sequence that this device holds between layers; `parallel.sequence` has the split ones."""
+    """The part of each sequence that this device holds between layers. `parallel.sequence` implements real splits."""
 
     def given_length(self, held: int) -> int:
-        """The length of what the model is given (token ids, documents), from what is held between layers."""
+        """The length of the model's input (token ids, document ids), from the length held between layers."""
 
     def whole_length(self, held: int) -> int:
-        """The length of the whole sequence, from what is held between layers."""
+        """The length of the whole sequence, from the length held between layers."""
 
     def positions(self, given: int, past: int, device: torch.device) -> torch.Tensor:
-        """``[given]``: the positions in the sequence of what the model is given, after ``past`` earlier tokens."""
+        """``[given]``: the positions of the model's input in the sequence, after ``past`` earlier tokens."""
 
     def earlier(self, counts: torch.Tensor) -> torch.Tensor:
         """The sum of ``counts`` over all devices that hold earlier parts of the same sequences."""

@@ -9,13 +9,13 @@ The scopes differ in the tokens that f is counted over:
 
 * ``micro_batch``: the micro-batch of one rank. ``sequence``: each sequence by itself.
 * ``global_batch`` (arXiv 2501.11873): all ranks and all micro-batches of the step up to and including this one. The
-  counts and their number of tokens are buffered together and cleared after the optimizer step.
-* ``huggingface``: what transformers' load_balancing_loss_func computes: all layers of a micro-batch pooled before the
-  product, and f summing to k instead of 1.
+  counts are buffered and cleared after the optimizer step.
+* ``huggingface``: as transformers' load_balancing_loss_func: all layers of a micro-batch are pooled before the product
+  f_e * P_e, and f sums to k instead of 1.
 
-Everything is a sum over ranks and micro-batches of terms divided by the tokens of the global batch, known beforehand:
-f may come from all ranks, but P is this micro-batch's own, so nothing is divided by a group size. Layers are added up
-(except for ``huggingface``, which pools them).
+Every loss is a sum over ranks and micro-batches of terms that are divided by the tokens of the global batch, a number known
+beforehand. f may come from all ranks, but P is this micro-batch's own, so nothing is divided by a group size. Layers are
+summed (``huggingface`` pools them).
 """
 
 from dataclasses import dataclass, field
@@ -31,10 +31,10 @@ from qwen_moe.models.moe.router import RouterStatistics
 
 @dataclass
 class Balancer:
-    """Forms the auxiliary losses of one part of the model; `end_step` returns this rank's own counts of the step.
+    """Computes the auxiliary losses of one stage module. `end_step` returns this rank's own counts of the step.
 
-    ``sequence``: how tokens of a sequence are split over ranks. ``stage``: all ranks with these layers, over
-    which a global batch is split.
+    ``sequence``: the split of a sequence over ranks. ``stage``: all ranks with these layers, over which a global batch is
+    split.
     """
 
     config: BalanceConfig
@@ -47,17 +47,17 @@ class Balancer:
     _buffer: torch.Tensor | None = None
 
     def loss(self, router: RouterStatistics, tokens: int, global_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(balance loss, z-loss) of one micro-batch of ``tokens`` tokens (all ranks of ``sequence`` together), before
-        their coefficients: this rank's share of a sum over the ``global_tokens`` of the step. Shapes as in
-        LossSums.router."""
+        """(balance loss, z-loss) of one micro-batch, before their coefficients: this rank's share of the step's loss.
+        ``tokens``: of the micro-batch over all ranks of ``sequence``; ``global_tokens``: of the step. ``router`` has the
+        shapes of LossSums.router."""
         self._local.append(router.counts.sum(1))
         self._dropped.append(router.dropped.sum(1))
         z_loss = router.z_sum.sum() / global_tokens
         return self._balance(router, tokens) / global_tokens, z_loss
 
     def _balance(self, router: RouterStatistics, tokens: int) -> torch.Tensor:
-        """The balance loss times this micro-batch's tokens. The fraction f counts all ranks that share its tokens; the
-        probabilities are this rank's own, so that the sum over ranks is the loss and nothing is divided by their number."""
+        """This rank's share of the balance loss times the micro-batch's tokens. f counts all ranks of its scope. The
+        probabilities are this rank's own, so that the sum over ranks is the loss and needs no division."""
         scope, experts, k = self.config.scope, self.num_experts, self.top_k
         dtype = router.prob_sum.dtype
         if scope == "sequence":
@@ -67,8 +67,8 @@ class Balancer:
             return experts * (fraction * router.prob_sum).sum()
         prob_sum = router.prob_sum.sum(1)
         if scope == "global_batch":
-            seen = all_reduce_sum(router.counts.sum(1), self.stage)
-            self._buffer = seen if self._buffer is None else self._buffer + seen
+            chosen = all_reduce_sum(router.counts.sum(1), self.stage)
+            self._buffer = chosen if self._buffer is None else self._buffer + chosen
             counts = self._buffer
         else:
             counts = self.sequence.sum(router.counts.sum(1))
@@ -76,17 +76,17 @@ class Balancer:
             layers = prob_sum.shape[0]
             fraction = counts.sum(0).to(dtype) / (layers * tokens)
             return experts * (fraction * prob_sum.sum(0) / layers).sum()
-        # Every token makes exactly k choices, so the choices of a layer are k times its tokens.
+        # Every token makes exactly k choices, so a layer's choices are k times its tokens.
         fraction = counts.to(dtype) / counts[0].sum().to(dtype)
         return experts * (fraction * prob_sum).sum()
 
     @property
     def has_counts(self) -> bool:
-        """False for a part without a MoE layer."""
+        """Whether this step has counts; False for a stage module without MoE layers."""
         return bool(self._local)
 
     def end_step(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's expert counts ``[L, E]`` and dropped choices ``[L]`` of the step, int64; the buffers are cleared."""
+        """Return this rank's expert counts ``[L, E]`` and dropped choices ``[L]`` of the step, int64; clear the buffers."""
         counts, dropped = torch.stack(self._local).sum(0), torch.stack(self._dropped).sum(0)
         self._local, self._dropped, self._buffer = [], [], None
         return counts, dropped
@@ -95,7 +95,7 @@ class Balancer:
 @torch.no_grad()
 def update_expert_bias(biases: list[torch.Tensor], counts: torch.Tensor, rate: float) -> None:
     """Move each MoE layer's selection bias ``[E]`` by ``rate`` against its load error (arXiv 2408.15664, algorithm 1):
-    b_e += rate * sign(mean load - load of e). ``counts [L, E]`` are the whole step's."""
+    b_e += rate * sign(mean load - load of e). ``counts [L, E]`` cover the whole step."""
     load = counts.double()
     error = load.mean(1, keepdim=True) - load
     for bias, layer_error in zip(biases, error, strict=True):
@@ -103,6 +103,6 @@ def update_expert_bias(biases: list[torch.Tensor], counts: torch.Tensor, rate: f
 
 
 def maximum_violation(counts: torch.Tensor) -> list[float]:
-    """Per layer, how far the fullest expert is above the mean load, relative: max / mean - 1 (arXiv 2408.15664)."""
+    """Per layer, the relative excess of the fullest expert over the mean load: max / mean - 1 (arXiv 2408.15664)."""
     load = counts.double()
     return (load.amax(1) / load.mean(1) - 1).tolist()

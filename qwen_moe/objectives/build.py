@@ -1,4 +1,4 @@
-"""From the objective section of a recipe to the code that computes it."""
+"""Builds the objective that a recipe's objective section names."""
 
 from qwen_moe.config import ObjectiveConfig
 from qwen_moe.objectives.base import Objective

@@ -1,4 +1,4 @@
-"""Negative log-likelihood of the next token: pre-training, and supervised fine-tuning, which differ in their labels only."""
+"""Negative log-likelihood of the next token, for pre-training and supervised fine-tuning (they differ only in labels)."""
 
 import torch
 
@@ -7,7 +7,7 @@ from qwen_moe.objectives.base import Objective
 
 
 class Likelihood(Objective):
-    """-log p of each valid label (not negative), in nats; divided by their number."""
+    """The sum of -log p over valid (non-negative) labels, in nats, divided by their number."""
 
     head = "cross_entropy"
 

@@ -1,1 +1,1 @@
-"""The run folder: what a run writes about itself, and how it is read."""
+"""The run folder: what a run records about itself, and how it is read."""

@@ -1,4 +1,4 @@
-"""What a run was made with: one JSON line per attempt in attempts.jsonl, and the resolved config beside it."""
+"""Records each attempt of a run: one JSON line in attempts.jsonl, and the resolved config beside it."""
 
 import importlib.metadata
 import json
@@ -23,7 +23,7 @@ _PACKAGES = ("qwen-moe", "torch", "megatron-core", "transformers", "tokenizers",
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that can change a run's numbers."""
+    """Installed versions of the packages that can change a run's results."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -34,8 +34,8 @@ def package_versions() -> dict[str, str]:
 
 
 def code_commit() -> dict[str, Any]:
-    """Commit of this checkout and whether files differ from it; empty where the code is not in git, as when it is installed
-    inside a checkout of something else."""
+    """The commit of this checkout and whether files differ from it. Empty if the code is not in git, also when it is
+    installed inside a checkout of something else."""
     here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:

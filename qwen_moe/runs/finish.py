@@ -1,4 +1,4 @@
-"""After the last step: pictures, a Hugging Face directory, and text sampled from it by transformers."""
+"""Work after the last step: pictures, a Hugging Face directory, and text that transformers samples from it."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ HF = "hf"
 
 
 def finish_run(config: RunConfig) -> dict[str, Any]:
-    """Write what a finished run leaves and print its summary to stderr. Safe to repeat: what is there is kept."""
+    """Write the outputs of a finished run and print its summary to stderr. Safe to repeat: an existing export is kept."""
     run_dir = config.run_dir
     facts = summarize(run_dir)
     facts["pictures"] = draw_if_possible(run_dir)
@@ -40,7 +40,7 @@ def finish_run(config: RunConfig) -> dict[str, Any]:
 
 
 def sample_with_transformers(hf_dir: Path, prompt: str, seed: int, new_tokens: int = 160) -> str:
-    """Text that `transformers` generates from a Hugging Face directory: an independent reader of what was exported."""
+    """Text that `transformers` generates from a Hugging Face directory, as an independent check of the export."""
     import torch
     import transformers
 

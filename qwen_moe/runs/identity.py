@@ -1,4 +1,4 @@
-"""What makes two runs the same: one table with a row for every setting. Resume, branch, outcome and pipeline ask it."""
+"""Decides whether two runs are the same, by one table of every setting, for resume, branch, outcome and pipeline."""
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,10 +15,9 @@ from qwen_moe.config import RunConfig
 
 class Rule(Enum):
     """What a setting decides. ``TRAJECTORY``: every step. ``RATES``: the learning rates, and through them every step.
-    ``HORIZON``: how long the run is; on resume it may change where that leaves the steps that are done as they were.
-    ``DATA``: where the data lies; on resume the fingerprint of its content is compared instead. ``RESULT``: nothing that a
-    checkpoint is followed by, but what a run from its beginning to its end gives. ``FREE``: neither; where and how it runs,
-    what it writes down."""
+    ``HORIZON``: the run's length; on resume it may change if the finished steps stay the same. ``DATA``: where the data is;
+    on resume the fingerprint of its content is compared instead. ``RESULT``: the result of a whole run, but not the steps
+    that follow a given checkpoint. ``FREE``: none of these, only where and how the run computes and what it records."""
 
     TRAJECTORY = "trajectory"
     RATES = "rates"
@@ -28,7 +27,7 @@ class Rule(Enum):
     FREE = "free"
 
 
-# Names of settings; a name of a section stands for all of it. Only `model` is one, so that no new setting is forgotten.
+# Names of settings. A section's name covers all its settings; only `model` is one, so that new settings are not overlooked.
 TABLE: dict[Rule, tuple[str, ...]] = {
     Rule.TRAJECTORY: (
         "seed",
@@ -37,7 +36,7 @@ TABLE: dict[Rule, tuple[str, ...]] = {
         *("data.respect_document_boundaries", "data.mask_end_of_document"),
         *("training.global_batch_size", "objective.kind"),
         *("optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_grad_norm"),
-        "optimizer.learning_rate",  # the peak: of a branch too, for a trunk is one run with all its branches
+        "optimizer.learning_rate",  # the peak; a trunk and its branches have the same
         *("balance.scope", "balance.coefficient", "balance.z_loss_coefficient", "balance.bias_update_rate"),
         "balance.capacity_factor",
         *("precision.compute", "precision.master"),
@@ -55,16 +54,19 @@ TABLE: dict[Rule, tuple[str, ...]] = {
         *("data.prepare.train_tokenizer", "data.prepare.vocab_size", "data.prepare.text_key"),
     ),
     Rule.RESULT: (
-        *("checkpoint.load_from", "checkpoint.branch_from"),  # where it begins
+        *("checkpoint.load_from", "checkpoint.branch_from"),  # where the run begins
         *("training.validation_interval", "training.validation_sequences"),  # what is measured
-        *("training.max_skips", "training.spike_nats"),  # what a checkpoint says that was left out stays left out
-        "training.micro_batch_size",  # counts in the balancing loss of some scopes, as the layout does
+        *("training.max_skips", "training.spike_nats"),  # batches that a checkpoint records as skipped stay skipped
+        "training.micro_batch_size",  # affects the balancing loss in some scopes, as the layout does
     ),
     Rule.FREE: (
         *("run_dir", "sample_prompt"),
         *("training.recompute", "training.loss_chunk_tokens"),
-        "optimizer.provider",  # whose kernel, not what it computes
-        *("precision.kernels", "precision.compile"),  # another machine may have another provider of the same recipe
+        "optimizer.provider",  # another kernel for the same computation
+        *(
+            "precision.kernels",
+            "precision.compile",
+        ),  # another machine may have another provider for the same FP8 recipe
         *("parallel.tp", "parallel.pp", "parallel.cp", "parallel.ep", "parallel.etp", "parallel.schedule"),
         *("parallel.stages_per_rank", "parallel.pipeline_split", "parallel.sharding"),
         *("parallel.collective_timeout_minutes", "parallel.check_collectives"),
@@ -78,16 +80,17 @@ TABLE: dict[Rule, tuple[str, ...]] = {
 _RULES = {name: rule for rule, names in TABLE.items() for name in names}
 
 ON_RESUME = frozenset({Rule.TRAJECTORY, Rule.RATES, Rule.HORIZON})
-ON_BRANCH = frozenset({Rule.TRAJECTORY})  # rates of the past are compared one by one
+ON_BRANCH = frozenset({Rule.TRAJECTORY})  # past learning rates are compared step by step instead
 OF_RESULTS = frozenset(Rule) - {Rule.FREE}
 
-# Sections that a checkpoint may leave out: it says them elsewhere (model_config.json), or did before it had them in its
-# settings (in the fingerprint of its data). Any other setting that it leaves out came after it, and had its default.
+# Sections that a checkpoint's settings may lack because it records them elsewhere: in model_config.json, or in older
+# checkpoints in the fingerprint of the data. Any other setting that is absent is newer than the checkpoint and had its
+# default.
 _SAID_ELSEWHERE = ("model", "data")
 
 
 def _section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The section that a field holds, given or left out; None for a setting."""
+    """The class of the section that a field holds (optional or not); None for a setting."""
     kind = field.annotation
     choices = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     sections = [choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)]
@@ -95,8 +98,8 @@ def _section_of(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def settings_of(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, default) of every setting; the default is Ellipsis where there is none. None for those of a section
-    that is left out by default."""
+    """(dotted name, default) of every setting. The default is Ellipsis for a required setting, and None for the settings of
+    a section that is absent by default."""
     for key, field in section.model_fields.items():
         inner, name = _section_of(field), f"{prefix}{key}"
         default = field.get_default(call_default_factory=True, validated_data={})
@@ -108,17 +111,17 @@ def settings_of(section: type[BaseModel] = RunConfig, prefix: str = "") -> Itera
 
 
 def rule_of(name: str) -> Rule:
-    """The row of a setting: its own, or that of a section it lies in. Raises KeyError when it has none."""
+    """The rule of a setting: its own, or that of an enclosing section. Raises KeyError if it has none."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
-        found = _RULES.get(".".join(parts[:length]))
-        if found is not None:
-            return found
+        rule = _RULES.get(".".join(parts[:length]))
+        if rule is not None:
+            return rule
     raise KeyError(name)
 
 
 def is_free(name: str) -> bool:
-    """Whether ``name`` is a setting that does not tell two runs apart."""
+    """Whether ``name`` is a setting that may differ between equal runs."""
     return _RULES.get(name) is Rule.FREE
 
 
@@ -126,8 +129,8 @@ _LEFT_OUT = object()
 
 
 def _value(settings: Mapping[str, Any], name: str) -> Any:
-    """The value of ``name`` in nested settings: None below a section that is null, `_LEFT_OUT` where the name is not there.
-    Whatever stands in place of a section is no value of its settings, and returned as such."""
+    """The value of ``name`` in nested settings: None below a null section, and `_LEFT_OUT` if the name is absent. If a plain
+    value is in the place of a section, that value is returned."""
     value: Any = settings
     for part in name.split("."):
         if not isinstance(value, Mapping):
@@ -139,13 +142,13 @@ def _value(settings: Mapping[str, Any], name: str) -> Any:
 
 
 def flat(config: RunConfig, rules: Collection[Rule]) -> dict[str, Any]:
-    """JSON values of the settings with these rules, by dotted name."""
+    """The JSON values of settings with these rules, by dotted name."""
     dump = config.model_dump(mode="json")
     return {name: _value(dump, name) for name, _ in settings_of() if rule_of(name) in rules}
 
 
 def saved_settings(config: RunConfig) -> dict[str, Any]:
-    """What a checkpoint keeps of the settings, by section: all that a resume compares, but the model."""
+    """The settings that a checkpoint keeps, by section: all that a resume compares, except the model."""
     nested: dict[str, Any] = {}
     for name, value in flat(config, ON_RESUME).items():
         *sections, key = name.split(".")
@@ -160,7 +163,7 @@ def saved_settings(config: RunConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting whose value was another one; as text ``section.key was X, is now Y``."""
+    """A setting whose value has changed. Its text is ``section.key was X, is now Y``."""
 
     name: str
     before: Any
@@ -171,9 +174,9 @@ class Difference:
 
 
 def differences(saved: Mapping[str, Any], config: RunConfig, rules: Collection[Rule]) -> list[Difference]:
-    """In which settings with these rules ``config`` differs from ``saved``: those of a checkpoint, of whatever version, or
-    of a whole config as JSON."""
-    now, found = flat(config, rules), []
+    """The settings with these rules in which ``config`` differs from ``saved``: the settings of a checkpoint of any version,
+    or a whole config as JSON."""
+    now, changed = flat(config, rules), []
     for name, default in settings_of():
         if name not in now:
             continue
@@ -184,5 +187,5 @@ def differences(saved: Mapping[str, Any], config: RunConfig, rules: Collection[R
                 continue
             before = list(default) if isinstance(default, tuple) else default
         if before != now[name]:
-            found.append(Difference(name, None if before is ... else before, now[name]))
-    return found
+            changed.append(Difference(name, None if before is ... else before, now[name]))
+    return changed

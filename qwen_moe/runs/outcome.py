@@ -1,4 +1,4 @@
-"""How a run is doing, or has ended, from what its folder holds; no torch."""
+"""The state of a run, read from its folder; no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +10,12 @@ from qwen_moe.config import RunConfig, load_config
 from qwen_moe.runs.identity import OF_RESULTS, Difference, differences
 from qwen_moe.runs.records import RESOLVED, read_lines
 
-FAILURE = "failure.json"  # why the last attempt gave up: {"kind", "message"}; gone when the next one starts
+FAILURE = "failure.json"  # why the last attempt failed: {"kind", "message"}; removed when the next one starts
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOutcome:
-    """``state`` complete means: every step is recorded. ``why`` says more, unless complete. ``records``: metrics.jsonl."""
+    """``state`` is complete if every step is recorded; otherwise ``why`` says more. ``records``: from metrics.jsonl."""
 
     state: Literal["missing", "unfinished", "diverged", "complete"]
     why: str
@@ -24,8 +24,8 @@ class RunOutcome:
 
 
 def read_outcome(config: RunConfig, run_dir: Path) -> RunOutcome:
-    """The run of ``config`` in ``run_dir``. A step that was not finite, or losses that ended above those of guessing (log of
-    the vocabulary), count as diverged. Raises UserError for a damaged metrics.jsonl."""
+    """The outcome of the run of ``config`` in ``run_dir``. A non-finite step, or a final loss not below the loss of guessing
+    (see the objective), counts as diverged. Raises UserError for a damaged metrics.jsonl."""
     path = run_dir / METRICS
     records = read_lines(path)
     steps = [record for record in records if "loss" in record]
@@ -49,23 +49,23 @@ def read_outcome(config: RunConfig, run_dir: Path) -> RunOutcome:
 
 
 def _failure(run_dir: Path) -> tuple[str, str]:
-    """(kind, message) of why the last attempt gave up: `train`'s, else the last decision of a launched run."""
-    found = read_json(run_dir / FAILURE)
-    if not isinstance(found, dict) or not isinstance(found.get("message"), str):
+    """(kind, message) of the last attempt's failure: as `train` recorded it, else the last decision of a launched run."""
+    failure = read_json(run_dir / FAILURE)
+    if not isinstance(failure, dict) or not isinstance(failure.get("message"), str):
         attempts = RunFolder(run_dir).attempts()
         last = attempts[-1].decision() if attempts else None
         stopped = last is not None and last["action"] == "stop"
-        found = {"kind": last["kind"], "message": last["reason"]} if last is not None and stopped else None
-    return (str(found.get("kind", "")), str(found["message"])) if found else ("", "")
+        failure = {"kind": last["kind"], "message": last["reason"]} if last is not None and stopped else None
+    return (str(failure.get("kind", "")), str(failure["message"])) if failure else ("", "")
 
 
 def difference(config: RunConfig, run_dir: Path) -> str:
-    """How the run in ``run_dir`` differs from ``config`` in what its result depends on; empty where it does not, or is not
-    there."""
+    """The settings that affect the result and differ between the run in ``run_dir`` and ``config``, as text. Empty if there
+    is no difference or no run."""
     return "; ".join(map(str, changed_settings(config, run_dir)))
 
 
 def changed_settings(config: RunConfig, run_dir: Path) -> list[Difference]:
-    """As `difference`, one by one."""
+    """Like `difference`, as a list."""
     path = run_dir / RESOLVED
     return differences(load_config(path).model_dump(mode="json"), config, OF_RESULTS) if path.is_file() else []

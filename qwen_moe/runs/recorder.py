@@ -1,4 +1,4 @@
-"""What a run records: metrics.jsonl, other recorders, the progress bar, and the matmul peak it compares itself with."""
+"""Records a run: metrics.jsonl, other recorders and the progress bar; and measures the matmul peak for comparison."""
 
 import contextlib
 import io
@@ -26,7 +26,7 @@ from qwen_moe.runs.sinks import Sink, not_recorded, open_sinks
 def measure_matmul_peak(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
     """FLOP/s of a square matmul on this process's device and threads: the best of repeated timings.
 
-    Of float32 where products of ``dtype`` are computed in float32 (`parallel.gemm`), and for float64 on a GPU.
+    Measures float32 where matmuls of ``dtype`` are computed in float32 (`parallel.gemm`), and for float64 on a GPU.
     """
     size = 1024 if device.type == "cpu" else 8192
     if (dtype == torch.float64 and device.type == "cuda") or (device.type == "cpu" and not has_hardware(dtype)):
@@ -44,7 +44,7 @@ def measure_matmul_peak(dtype: torch.dtype, device: torch.device, seconds: float
 
 
 def peak_memory(device: torch.device) -> int:
-    """Highest memory use of this process so far, bytes: allocated on a GPU, resident on a CPU."""
+    """The highest memory use of this process so far, in bytes: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     scale = 1 if sys.platform == "darwin" else 1024
@@ -52,7 +52,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 class MetricsLog:
-    """Appends one JSON line per record. A resumed run first drops the lines of steps that it will do again."""
+    """Appends one JSON line per record. A resumed run first drops the lines of steps that it will repeat."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self.path = path
@@ -63,18 +63,18 @@ class MetricsLog:
         self._write_waiting()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Raises OSError where the file cannot be written; the record then waits for the next call."""
+        """Append ``record``. Raises OSError if the file cannot be written; the record then waits for the next call."""
         self.waiting.append(record)
         self._write_waiting()
 
     def go_back(self, step: int) -> None:
-        """Drop the lines after ``step``. Raises OSError, and then does so before the next record is written."""
+        """Drop the lines after ``step``. If it raises OSError, the lines are dropped before the next record is written."""
         self.waiting = [record for record in self.waiting if record["step"] <= step]
         self._rewind = step if self._rewind is None else min(step, self._rewind)
         self._write_waiting()
 
     def close(self) -> None:
-        """Raises OSError where records still wait; they are lost."""
+        """Close the file. Raises OSError if waiting records could not be written; they are lost."""
         try:
             self._write_waiting()
         finally:
@@ -86,10 +86,10 @@ class MetricsLog:
                 self._drop_after(self._rewind)
                 self._rewind = None
             if self._file is None:
-                # Opened anew after a failure: the old one may be a handle of a file server that was away.
+                # Reopen after a failure: the old handle may belong to a file server that was unreachable.
                 self._file = io.FileIO(self.path, "a")
                 self._size = min(self._size, os.fstat(self._file.fileno()).st_size)
-                self._file.truncate(self._size)  # no part of a line stays
+                self._file.truncate(self._size)  # remove a partial line
             content = "".join(json.dumps(record) + "\n" for record in self.waiting).encode()
             rest = memoryview(content)
             while rest:
@@ -115,7 +115,7 @@ class MetricsLog:
 
 
 def open_recorder(config: RunConfig, *, resumed_step: int) -> "Recorder":
-    """The recorder that the recipe asks for; every rank calls it."""
+    """The recorder that the recipe configures. Every rank must call it."""
     sinks, warnings = open_sinks(config, resumed_step=resumed_step) if dist.get_rank() == 0 else ([], [])
     recorder = Recorder(config.run_dir, resumed_step=resumed_step, train_steps=config.train_steps, sinks=sinks)
     for warning in warnings:
@@ -124,10 +124,10 @@ def open_recorder(config: RunConfig, *, resumed_step: int) -> "Recorder":
 
 
 class Recorder:
-    """Rank 0's view of the run for people and tools; on other ranks every method does nothing.
+    """Rank 0's records of the run for users and tools; on other ranks every method does nothing.
 
-    A place that records go to may fail: that is said once, and training goes on. What metrics.jsonl could not take is
-    written as soon as it can be; ``sinks`` that fail are left.
+    If a destination fails, the recorder warns once and training continues. Records that metrics.jsonl could not take are
+    written later; a sink that fails is dropped.
     """
 
     def __init__(self, run_dir: Path, *, resumed_step: int, train_steps: int, sinks: Sequence[Sink] = ()) -> None:
@@ -137,7 +137,7 @@ class Recorder:
         self.log = MetricsLog(run_dir / METRICS, resumed_step)
         self._log_failed = False
         self.sinks = list(sinks)
-        # A terminal is redrawn often; a log file gets a line a minute at most.
+        # A terminal is redrawn often; a log file gets a line every 30 seconds at most.
         interval = 0.2 if sys.stderr.isatty() else 30
         self.bar = tqdm(
             total=train_steps,
@@ -151,7 +151,7 @@ class Recorder:
         )
 
     def step(self, record: dict[str, Any]) -> None:
-        """One training step: written, and shown in the bar."""
+        """Record one training step and show it in the bar."""
         if not self.active:
             return
         self._record(record)
@@ -163,13 +163,13 @@ class Recorder:
         self.bar.update(1)
 
     def begin(self, work: str) -> None:
-        """Show ``work`` beside the bar until the first step is done. Its time is left out of the time that is shown as left:
-        a first step compiles, reads files for the first time and allocates."""
+        """Show ``work`` beside the bar until the first step is done. A first step compiles, reads files for the first time
+        and allocates, so it does not enter the estimate of the remaining time."""
         if self.active:
             self.bar.set_postfix_str(work, refresh=True)
 
     def first_step_done(self) -> None:
-        """Estimate the time that is left from here on."""
+        """Base the estimate of the remaining time on the steps from here on."""
         if not self.active:
             return
         # Not bar.reset: it draws a bar of no steps, whose speed is negative.
@@ -177,7 +177,7 @@ class Recorder:
         self.bar.start_t = self.bar.last_print_t = time.time()
 
     def go_back(self, step: int, record: dict[str, Any], message: str) -> None:
-        """Forget what was recorded after ``step``, and say why."""
+        """Drop the records after ``step``, and record and print the reason."""
         if not self.active:
             return
         self._log(lambda: self.log.go_back(step))
@@ -186,7 +186,7 @@ class Recorder:
         self.event(record, message)
 
     def event(self, record: dict[str, Any], message: str) -> None:
-        """A validation or another thing worth a line of its own."""
+        """Record a validation or another event, and print ``message``."""
         if not self.active:
             return
         self._record(record)

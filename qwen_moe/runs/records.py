@@ -1,4 +1,4 @@
-"""Reading what a run recorded; no torch."""
+"""Reads the records of a run; no torch."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from qwen_moe.errors import UserError
 
 ATTEMPTS = "attempts.jsonl"
 RESOLVED = "config.yaml"  # the recipe with every setting
-# What readers compute with, where a record has it.
+# Optional fields of a record that must be numbers, because readers compute with them.
 NUMBERS = (
     "loss",
     "validation_loss",
@@ -25,7 +25,7 @@ NUMBERS = (
 
 
 class DamagedRecords(UserError, ValueError):
-    """A line of a metrics.jsonl is not what a run writes."""
+    """A line of metrics.jsonl is not one that a run writes."""
 
 
 def _is_number(value: Any) -> bool:
@@ -39,7 +39,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _problem(record: Any) -> str:
-    """What is wrong with a parsed line; empty for nothing."""
+    """What is wrong with a parsed line; empty if nothing is."""
     if not isinstance(record, dict):
         return f"it is not an object but {type(record).__name__}"
     step = record.get("step")
@@ -58,7 +58,7 @@ def _problem(record: Any) -> str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line cut off by a crash is left out. Raises DamagedRecords."""
+    """The records of a metrics.jsonl. A last line that a crash has cut off is ignored. Raises DamagedRecords."""
     if not path.exists():
         return []
     records = []
@@ -81,8 +81,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def earlier_threads(run_dir: Path, world_size: int) -> int:
-    """CPU threads per process of the run's last attempt with as many processes; 0 when there is none, or its record is
-    damaged."""
+    """CPU threads per process of the run's last attempt with ``world_size`` processes; 0 if there is no such attempt or its
+    record is damaged."""
     try:
         lines = (run_dir / ATTEMPTS).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -71,7 +71,7 @@ def summarize(run_dir: Path) -> dict[str, Any]:
     steps = [record for record in records if "loss" in record]
     validations = [record for record in records if "validation_loss" in record]
     last = steps[-1]
-    # The first steps warm caches up; the median of the rest is what the run is worth.
+    # The first steps warm up caches, so the speed is the median of the others.
     seconds = sorted(record["step_seconds"] for record in (steps[5:] or steps))[len(steps[5:] or steps) // 2]
     tokens_per_step = last["tokens"] / last["step"]
     per_token = last["model_flops_per_second"] / last["tokens_per_second"]
@@ -94,7 +94,7 @@ def summarize(run_dir: Path) -> dict[str, Any]:
 
 
 def as_text(facts: dict[str, Any]) -> str:
-    """The same for a person."""
+    """Human-readable summary of the figures."""
     lines = [f"{facts['run_dir']}: step {facts['step']:,}, {facts['tokens']:,} tokens"]
     lines.append(f"  training loss     {facts['loss']:.4f} {facts['unit']}")
     if facts["validation_loss"] is not None:
@@ -114,8 +114,8 @@ def as_text(facts: dict[str, Any]) -> str:
 
 
 def draw_if_possible(run_dir: Path) -> list[str]:
-    """The paths of the pictures of `draw`; none where they cannot be drawn, which one line on stderr says: figures and
-    finished runs are worth having without them."""
+    """Draw the pictures and return their paths. If they cannot be drawn, print one line to stderr and return none: a
+    finished run does not depend on them."""
     if missing := missing_text("matplotlib"):
         print(f"no pictures: {missing}; then `qwen-moe report {run_dir}` draws them", file=sys.stderr)
         return []
@@ -123,13 +123,13 @@ def draw_if_possible(run_dir: Path) -> list[str]:
         return [str(path) for path in draw(run_dir)]
     except UserError:
         raise
-    except Exception as error:  # a full disk, or a matplotlib that is broken
+    except Exception as error:  # a full disk, or a broken matplotlib
         print(f"no pictures: {type(error).__name__}: {error}", file=sys.stderr)
         return []
 
 
 def draw(run_dir: Path) -> list[Path]:
-    """Write loss.png and, for MoE models, expert_load.png into the run folder; their paths."""
+    """Write loss.png and, for MoE models, expert_load.png into the run folder. Returns their paths."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Where a run's records go beside metrics.jsonl: TensorBoard and Weights & Biases, as the recipe's ``logging`` says."""
+"""Recorders besides metrics.jsonl: TensorBoard and Weights & Biases, as the recipe's ``logging`` section configures them."""
 
 import io
 import secrets
@@ -16,27 +16,27 @@ from qwen_moe.packages import check_installed, is_installed
 
 TENSORBOARD = "tensorboard"
 WANDB_RUN = "wandb.json"
-# How long the end of a run waits for what has not been sent yet; it stays in the run folder, for `wandb sync`.
+# How long the end of a run waits for unsent records. They stay in the run folder for `wandb sync`.
 SECONDS_TO_FINISH = 60.0
 
 
 class Sink(Protocol):
-    """Takes the records of rank 0. Where a method raises, the run warns once and goes on without this sink."""
+    """Takes the records of rank 0. If a method raises, the run warns once and continues without this sink."""
 
     name: str
 
     def write(self, record: dict[str, Any]) -> None:
-        """One record: its ``step``, and figures by name."""
+        """Write one record: its ``step``, and figures by name."""
 
     def go_back(self, step: int) -> None:
-        """The steps after ``step`` will be done again."""
+        """Prepare for the steps after ``step`` to be repeated."""
 
     def close(self) -> None:
-        """The run ends here, for now."""
+        """End this attempt's records."""
 
 
 def check_recorders(config: RunConfig) -> None:
-    """Raises UserError where the recipe asks for a recorder whose package is not installed."""
+    """Raise UserError if the recipe requires a recorder whose package is not installed."""
     if config.logging.tensorboard is True:
         check_installed("logging.tensorboard", "tensorboard", otherwise="set it to auto or false")
     if config.logging.wandb is not None:
@@ -44,8 +44,8 @@ def check_recorders(config: RunConfig) -> None:
 
 
 def open_sinks(config: RunConfig, *, resumed_step: int) -> tuple[list[Sink], list[str]]:
-    """The recorders of the recipe, on rank 0, and a warning for each that could not be opened. Raises UserError for a
-    wrong setting or login of Weights & Biases at the start of a run; a resumed one goes on without it."""
+    """Open the recipe's recorders on rank 0. Returns them, and a warning for each that could not be opened. At the start of
+    a run, a wrong setting or login of Weights & Biases raises UserError; a resumed run continues without it."""
     logging, sinks, warnings = config.logging, list[Sink](), list[str]()
     try:
         if logging.tensorboard is True or (logging.tensorboard == "auto" and is_installed("tensorboard")):
@@ -66,7 +66,10 @@ def open_sinks(config: RunConfig, *, resumed_step: int) -> tuple[list[Sink], lis
 
 def not_recorded(name: str, error: BaseException) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
-    return f"warning: {name} gets no more records of this attempt ({reason[:300]}); training goes on, metrics.jsonl has all"
+    return (
+        f"warning: {name} gets no more records of this attempt ({reason[:300]}); training continues, and metrics.jsonl has "
+        "all records"
+    )
 
 
 def _figures(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -76,7 +79,7 @@ def _figures(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 class TensorBoard:
-    """Event files in ``folder``; of steps that are done again, the later record is shown."""
+    """Event files in ``folder``. For repeated steps TensorBoard shows the later record."""
 
     name = "TensorBoard"
 
@@ -103,7 +106,7 @@ class TensorBoard:
 
 @contextmanager
 def _no_questions() -> Iterator[None]:
-    """Without a login wandb asks for one where stdin is a terminal, and the run would wait for the answer."""
+    """Hide stdin from wandb, which would otherwise ask for a login on a terminal and block the run."""
     stdin, sys.stdin = sys.stdin, io.StringIO()
     try:
         yield
@@ -112,9 +115,9 @@ def _no_questions() -> Iterator[None]:
 
 
 class WeightsAndBiases:
-    """One run of Weights & Biases for a run folder: its id is kept there, and a resumed run goes on with it.
+    """One W&B run per run folder. Its id is kept in the folder, and a resumed run continues it.
 
-    Steps are the figure ``step``, for W&B's own count cannot go back. Steps that are done again are shown twice.
+    The x-axis is the figure ``step``, because W&B's own step cannot go back. Repeated steps are shown twice.
     """
 
     name = "Weights & Biases"
@@ -124,11 +127,11 @@ class WeightsAndBiases:
 
         kept = config.run_dir / WANDB_RUN
         if not kept.exists():
-            # Before W&B knows it: a kill in between must not make a second run.
+            # Written before W&B knows the id, so that a kill in between does not lead to a second run.
             write_json(kept, {"id": secrets.token_hex(6)})
         identity = (read_object(kept) or {}).get("id")
         if not isinstance(identity, str) or not identity:
-            raise UserError(f"{kept} is damaged: put it back, or delete it to begin another run of Weights & Biases")
+            raise UserError(f"{kept} is damaged: restore it, or delete it to begin a new Weights & Biases run")
         try:
             with _no_questions():
                 self._run = wandb.init(

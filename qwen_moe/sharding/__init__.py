@@ -1,1 +1,1 @@
-"""The one folder that knows models and ranks: how parameters are split, and a rank's part of the model."""
+"""How parameters are split over ranks, and a rank's part of the model. Only this folder knows both models and ranks."""

@@ -1,5 +1,5 @@
-"""The sharded model of one rank: its parts cut by the plan, FSDP around them, initial values, and the engine that runs
-micro-batches through them."""
+"""Builds one rank's model: sharded stage modules wrapped by FSDP, initial values, and the engine that runs micro-batches
+through them."""
 
 from typing import Any
 
@@ -21,17 +21,17 @@ from qwen_moe.sharding.kernels import choose_kernels
 from qwen_moe.sharding.layout import RunLayout
 from qwen_moe.sharding.model import ParallelModel, build_parts
 
-# fp8 is the operands of some products only: what lies between them is bf16.
+# In fp8 only the operands of some matmuls are FP8; everything between them is bf16.
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 def make_grids(config: RunConfig, layout: RunLayout, device: torch.device) -> Grids:
-    """The process groups of ``layout``. All ranks call it together."""
+    """Create the process groups of ``layout``. All ranks must call it together."""
     return Grids(layout.layout, device.type, kv_heads=config.model.num_key_value_heads)
 
 
-def plan_model(config: RunConfig, layout: RunLayout, grids: Grids) -> ParallelModel:
-    """This rank's parts on the meta device, cut to its share and wrapped by FSDP; no storage yet."""
+def shard_model(config: RunConfig, layout: RunLayout, grids: Grids) -> ParallelModel:
+    """This rank's stage modules on the meta device (without storage), cut to its shards and wrapped by FSDP."""
     master, compute = DTYPES[config.precision.master], DTYPES[config.precision.compute]
     pipeline = config.parallel
     stages = (
@@ -73,8 +73,8 @@ def plan_model(config: RunConfig, layout: RunLayout, grids: Grids) -> ParallelMo
 
 
 def build_model(config: RunConfig, layout: RunLayout, grids: Grids, device: torch.device) -> ParallelModel:
-    """`plan_model` with storage on ``device`` and its initial values, drawn from names: no layout changes them."""
-    model = plan_model(config, layout, grids)
+    """`shard_model` with storage on ``device`` and initial values, which depend on names and the seed, not on the layout."""
+    model = shard_model(config, layout, grids)
     for part in model.parts:
         part.to_empty(device=device)
         keep_statistics_dtypes(part)
@@ -86,7 +86,7 @@ def build_model(config: RunConfig, layout: RunLayout, grids: Grids, device: torc
 def build_engine(
     config: RunConfig, layout: RunLayout, model: ParallelModel, loss: Loss, device: torch.device
 ) -> Sequential | Pipeline:
-    """What runs micro-batches forward and backward through ``model``, with ``loss`` of the last part's output."""
+    """The engine that runs micro-batches forward and backward through ``model``. ``loss`` takes the last stage's output."""
     if model.grids.pp.size == 1:
         return Sequential(model.parts[0], loss, keep_gathered=config.parallel.sharding != "zero3")
     schedule = config.parallel.schedule

@@ -1,4 +1,4 @@
-"""Tokens to the ranks that hold their experts, and back."""
+"""The token dispatcher across ranks: an all-to-all to the ranks that hold the experts, and one back."""
 
 from collections.abc import Callable
 
@@ -12,10 +12,10 @@ from qwen_moe.models.ops.permute import Permutation, combine, permute, sort_by_e
 
 
 class AllToAllDispatcher:
-    """Sends each choice to the ranks that hold its expert and brings the results back; ``overlap`` runs in between.
+    """Sends each choice to the ranks that hold its expert and brings the results back; ``overlap`` runs meanwhile.
 
-    Rows sorted by expert are sorted by destination too. With etp, each row goes to every rank that holds a slice of its
-    expert and the partial results are summed by `combine` (a token then has K * etp rows).
+    Rows sorted by expert are also sorted by destination. With etp, each row goes to every rank that holds a slice of its
+    expert, and `combine` sums the partial results (a token then has K * etp rows).
     """
 
     def __init__(self, grids: Grids, num_experts: int) -> None:
@@ -41,21 +41,21 @@ class AllToAllDispatcher:
             weights = weights.repeat_interleave(self.etp, dim=1)
         sent = sum(plan.send)
         token = self.exchange.start(permute(x, order)[:sent], plan)
-        beside = overlap()
+        overlapped = overlap()
         arrived = self.exchange.finish(token, plan)
         outputs = experts(reorder(arrived, plan.by_expert, plan.arrival), plan.counts)
         rows = self.exchange.send_back(reorder(outputs, plan.arrival, plan.by_expert), plan)
         if sent < total:  # dropped choices stay zero
             rows = nn.functional.pad(rows, (0, 0, 0, total - sent))
-        return combine(rows, weights, order), beside
+        return combine(rows, weights, order), overlapped
 
     def _copies(self, order: Permutation, send: list[int]) -> Permutation:
-        """The order of rows when the rows of each ep destination are repeated for its etp ranks; dropped rows last."""
+        """``order`` with the rows of each ep destination repeated for its etp ranks; dropped rows stay last."""
         etp, device = self.etp, order.token.device
         sizes = [*send[::etp], order.token.numel() - sum(send[::etp])]
         position = torch.arange(order.token.numel(), device=device)
         source = torch.cat([part.repeat(etp) for part in position.split(sizes)])
-        # Copy c of a row lies c blocks after where its block begins.
+        # The copies of a block are consecutive: copy c of a row comes c block sizes after its first copy.
         block = torch.repeat_interleave(
             torch.arange(len(sizes), device=device), torch.tensor(sizes, device=device), output_size=position.numel()
         )

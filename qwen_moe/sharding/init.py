@@ -1,4 +1,4 @@
-"""Initial values of this rank's shards: the part that it holds of the value that the whole parameter has."""
+"""Initial values of this rank's shards, cut from the value of the whole parameter."""
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -9,7 +9,7 @@ from qwen_moe.sharding.model import ParallelModel
 
 @torch.no_grad()
 def initialize(model: ParallelModel, seed: int, std: float) -> None:
-    """Fill this rank's shards of every parameter with their part of the value that the whole one has, and zero buffers."""
+    """Fill this rank's shard of every parameter with its part of the whole parameter's initial value, and zero buffers."""
     for name, parameter in model.named_parameters():
         place = model.placements[name]
         offsets, sizes = model.range_of(name, parameter)

@@ -1,4 +1,4 @@
-"""Which provider of kernels a run has."""
+"""Chooses a run's kernel provider."""
 
 import torch
 
@@ -13,7 +13,7 @@ from qwen_moe.models.ops.grouped_matmul import grouped_mm
 
 
 def fp8_recipe(config: Fp8Config) -> Recipe:
-    """The settings of `precision.fp8` as the recipe of products."""
+    """The FP8 recipe that `precision.fp8` describes."""
     return Recipe(
         name=config.recipe,
         hybrid=config.hybrid,
@@ -24,7 +24,7 @@ def fp8_recipe(config: Fp8Config) -> Recipe:
 
 
 def choose_kernels(config: RunConfig, grids: Grids) -> Kernels:
-    """The provider that `precision.kernels` names, for this rank's layers. Raises UserError where it is not there."""
+    """The provider that `precision.kernels` names, for this rank's layers. Raises UserError if it is not available."""
     precision = config.precision
     recipe = fp8_recipe(precision.fp8) if precision.compute == "fp8" else None
     missing = ""
@@ -49,7 +49,7 @@ def _keeps_weights(config: RunConfig) -> bool:
 def _transformer_engine(config: RunConfig, grids: Grids, recipe: Recipe | None) -> TransformerEngineKernels:
     if config.precision.compute not in ("bf16", "fp8"):
         raise KernelsUnavailable(
-            f"Transformer Engine's products are bf16 or FP8, but precision.compute is {config.precision.compute}"
+            f"Transformer Engine computes in bf16 or FP8, but precision.compute is {config.precision.compute}"
         )
     kernels = TransformerEngineKernels(
         grids.tp,
@@ -58,7 +58,7 @@ def _transformer_engine(config: RunConfig, grids: Grids, recipe: Recipe | None) 
         keep_weights=_keeps_weights(config),
         recompute=config.training.recompute == "full",
     )
-    # Of the others the plan asks with their sizes; experts' are known here.
+    # Other layers are checked when they are built; expert sizes are already known here.
     if config.model.is_moe_family:
         hidden, inner = config.model.hidden_size, config.model.moe_intermediate_size // grids.etp.size
         kernels.check_sizes("mlp.experts.down_proj", hidden, inner)

@@ -1,4 +1,4 @@
-"""From a recipe and a number of processes to a layout: the one check that everything fits, before any work starts."""
+"""The layout of a recipe on a number of processes. All checks that sizes and degrees fit happen here, before any work."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from qwen_moe.models.flops import layer_costs
 
 @dataclass(frozen=True, kw_only=True)
 class RunLayout:
-    """Degrees, and which layers each pipeline stage has."""
+    """The degrees of a run, and the layers of each pipeline stage."""
 
     layout: Layout
-    layers: tuple[tuple[int, ...], ...]  # of each stage
-    per_rank: int  # stages
+    layers: tuple[tuple[int, ...], ...]  # by stage
+    per_rank: int  # stages per pipeline rank
     micro_batches: int  # per step and data-parallel rank
 
 
@@ -27,8 +27,8 @@ def _degrees(config: RunConfig) -> dict[str, int]:
 
 
 def processes(config: RunConfig, gpus: int = 0) -> int:
-    """Processes to start on this machine: ``launch.nproc``, or the next number that the layout divides. With ``gpus`` (0:
-    none), at most one process for each. Raises UserError when the layout needs more."""
+    """Processes to start on this machine: ``launch.nproc``, or the next larger number that the layout divides. With ``gpus``
+    above 0, at most one process per GPU. Raises UserError if the layout needs more."""
     degrees = _degrees(config)
     count = smallest_world(config.launch.nproc, **degrees)
     if not gpus or count <= gpus:
@@ -44,7 +44,7 @@ def processes(config: RunConfig, gpus: int = 0) -> int:
 
 
 def check_layout(config: ModelConfig, layout: Layout, sequence_length: int) -> None:
-    """Raise LayoutError, naming every size that does not divide, unless the model can be split as ``layout`` asks."""
+    """Raise LayoutError, naming every size that does not divide, unless ``layout`` can split the model."""
     tp, ep, etp = layout.tp, layout.ep, layout.etp
     problems = []
 
@@ -84,13 +84,13 @@ def run_layout(config: RunConfig, world_size: int) -> RunLayout:
         check_layout(model, layout, config.data.sequence_length)
     except LayoutError as error:
         raise UserError(f"parallel: {error}") from None
-    wave = training.micro_batch_size * layout.dp
-    if training.global_batch_size % wave:
+    samples_at_once = training.micro_batch_size * layout.dp
+    if training.global_batch_size % samples_at_once:
         raise UserError(
             f"training.global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
-            f"{training.micro_batch_size} x {layout.dp} data-parallel processes = {wave}: change one of the three"
+            f"{training.micro_batch_size} x {layout.dp} data-parallel processes = {samples_at_once}: change one of the three"
         )
-    micro_batches = training.global_batch_size // wave
+    micro_batches = training.global_batch_size // samples_at_once
     if parallel.pp == 1:
         whole = tuple(range(model.num_hidden_layers))
         return RunLayout(layout=layout, layers=(whole,), per_rank=1, micro_batches=micro_batches)
@@ -111,16 +111,16 @@ def _split_by_cost(model: ModelConfig, sequence_length: int, stages: int) -> Seq
 
 
 def _stage_layers(config: RunConfig, stages: int) -> Sequence[Sequence[int]]:
-    given, layers = config.parallel.pipeline_split, config.model.num_hidden_layers
-    if not given:
+    split, layers = config.parallel.pipeline_split, config.model.num_hidden_layers
+    if not split:
         return _split_by_cost(config.model, config.data.sequence_length, stages)
-    if len(given) != stages or sum(given) != layers:
+    if len(split) != stages or sum(split) != layers:
         raise UserError(
-            f"parallel.pipeline_split {list(given)} has {len(given)} stages with {sum(given)} layers, but there are "
+            f"parallel.pipeline_split {list(split)} has {len(split)} stages with {sum(split)} layers, but there are "
             f"{stages} stages and {layers} layers: give that many numbers with that sum, or leave it out"
         )
-    found, begin = [], 0
-    for count in given:
-        found.append(range(begin, begin + count))
+    by_stage, begin = [], 0
+    for count in split:
+        by_stage.append(range(begin, begin + count))
         begin += count
-    return found
+    return by_stage

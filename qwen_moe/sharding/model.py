@@ -1,4 +1,4 @@
-"""The model as one rank trains it: its parts, where their parameters lie, and which copies count."""
+"""The model as one rank trains it: its stage modules, the placement of their parameters, and which copies count."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,9 +20,9 @@ from qwen_moe.sharding.table import Placement
 
 
 class TrainingPart(DecoderLM):
-    """A consecutive part of the model as training runs it: ``forward(x, labels, ...)`` gives hidden states; the last part
-    gives what ``head`` says: the summed cross-entropy ``[1]``, or the labels' log-probabilities ``[B, S / parts]``.
-    ``attach`` gets the routers' statistics and may tie losses to the output."""
+    """A stage module: consecutive layers as training runs them. ``forward(x, labels, ...)`` returns hidden states; on the
+    last stage it returns what ``head`` names: the summed cross-entropy ``[1]`` or the labels' log-probabilities
+    ``[B, S / parts]``. ``attach`` receives the router statistics and may attach losses to the output."""
 
     head: Head = "cross_entropy"
     chunk_tokens = 1024
@@ -44,7 +44,7 @@ class TrainingPart(DecoderLM):
         elif self.last:
             out = self.log_probs(
                 out, self.head_weight, labels, self.chunk_tokens
-            ).clone()  # no view: FSDP warns of those
+            ).clone()  # not a view, about which FSDP warns
         if self.attach is not None and router is not None and torch.is_grad_enabled():
             out = self.attach(self, out, router, labels)
         return out
@@ -52,10 +52,10 @@ class TrainingPart(DecoderLM):
 
 @dataclass
 class ParallelModel:
-    """This rank's parts of the model (more than one where the schedule interleaves) and where their parameters lie.
+    """This rank's stage modules (several if the schedule interleaves) and the placement of their parameters.
 
-    ``stages`` are the parts' places among all ``num_stages``. With tied embeddings the first and the last stage hold a
-    copy each, also where both are on this rank; their gradients are summed, so that the copies stay equal.
+    ``stages`` are the stage numbers of ``parts``, out of ``num_stages``. With tied embeddings the first and the last stage
+    each hold a copy, even on the same rank. The gradients of the copies are summed, so that the copies stay equal.
     """
 
     config: ModelConfig
@@ -67,12 +67,12 @@ class ParallelModel:
     placements: dict[str, Placement] = field(default_factory=dict)
 
     def use_head(self, head: Head) -> None:
-        """Choose what the last part gives, before an engine is built for it."""
+        """Choose the last stage's output. Call it before an engine is built for the model."""
         for part in self.parts:
             part.head = head
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every parameter of every part; a twin has the name of its original, which comes first."""
+        """Every parameter of every stage module. A tied copy shares its original's name and is yielded after it."""
         for part in self.parts:
             yield from part.named_parameters()
 
@@ -89,7 +89,7 @@ class ParallelModel:
 
     @property
     def tied_apart(self) -> bool:
-        """True when the embedding and the head are one parameter held by two stages."""
+        """Whether the embedding and the head are one parameter that two stages hold."""
         return self.config.tie_word_embeddings and self.num_stages > 1
 
     def counts_in_norm(self, name: str, stage: int) -> bool:
@@ -99,10 +99,10 @@ class ParallelModel:
         return all(axis.index == 0 for axis in self.placements[name].replicas)
 
     def range_of(self, name: str, parameter: torch.Tensor) -> tuple[list[int], list[int]]:
-        """(offsets, sizes) in the whole parameter of what this rank stores of it after FSDP's cut of dim 0."""
+        """(offsets, sizes) of this rank's shard within the whole parameter, after FSDP has cut dim 0."""
         place = self.placements[name]
         offsets, sizes = list(place.offsets), list(place.sizes)
-        # FSDP shows the gathered parameter, which is not the optimizer's, between a forward and its backward.
+        # Between a forward and its backward, FSDP exposes the gathered parameter, which is not the optimizer's.
         assert isinstance(parameter, DTensor), f"{name} is gathered: call `reshard` first"
         mesh = parameter.device_mesh
         chunk = -(-sizes[0] // mesh.size())
@@ -112,7 +112,7 @@ class ParallelModel:
         return offsets, sizes
 
     def reshard(self) -> None:
-        """Let go of gathered parameters that a forward without a backward has left."""
+        """Free gathered parameters that a forward without a backward has left."""
         for module in self.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -129,8 +129,8 @@ def build_parts(
     kernels: Kernels,
     plain_layers: Collection[int] = (),
 ) -> ParallelModel:
-    """The parts ``stages`` of the model on the meta device, cut to this rank's share. ``layers[s]`` are those of stage s;
-    products are by ``kernels`` but in ``plain_layers``."""
+    """The stage modules ``stages`` on the meta device, cut to this rank's shards. ``layers[s]`` are the layers of stage s.
+    ``kernels`` supplies matmuls and norms, except in ``plain_layers``."""
     stages = list(stages)
     parts = []
     with torch.device("meta"):

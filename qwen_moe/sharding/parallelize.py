@@ -1,4 +1,4 @@
-"""The swap of modules that makes a part of the model parallel."""
+"""Makes a stage module parallel by swapping its submodules."""
 
 from collections.abc import Collection
 from functools import partial
@@ -22,7 +22,7 @@ from qwen_moe.sharding.table import Placement, placement
 
 
 def _ask_for_kernels(path: str, module: nn.Module, kernels: Kernels, grids: Grids) -> None:
-    """Let ``kernels`` supply the products and norms of one block. Router, embedding and head are never asked for."""
+    """Let ``kernels`` replace the matmuls and norms of one block. Router, embedding and head always stay the model's own."""
     if isinstance(module, Attention):
         module.project = kernels.column(path, module, ("q_proj", "k_proj", "v_proj")) or module.project
         kernels.row(path, module, "o_proj")
@@ -41,8 +41,8 @@ def _ask_for_kernels(path: str, module: nn.Module, kernels: Kernels, grids: Grid
 
 
 def parallelize(part: DecoderLM, grids: Grids, kernels: Kernels, plain_layers: Collection[int]) -> dict[str, Placement]:
-    """Cut ``part`` (on the meta device) to this rank's share and swap in parallel modules, with products by ``kernels``
-    but in ``plain_layers``. Placements by parameter name."""
+    """Cut stage module ``part`` (on the meta device) to this rank's shards and swap in parallel modules. ``kernels``
+    supplies matmuls and norms, except in ``plain_layers``. Returns placements by parameter name."""
     config, tp = part.config, grids.tp
     placements = {name: placement(name, p.shape, grids) for name, p in part.named_parameters()}
     sequence = SequenceShard.of(grids)

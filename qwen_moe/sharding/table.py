@@ -1,6 +1,6 @@
-"""How every parameter is split over the ranks: the table below is the whole plan.
+"""How every parameter is split over the ranks: one table.
 
-Applying it (`sharding.parallelize`) happens on the meta device: no rank ever holds a whole model.
+`sharding.parallelize` applies it on the meta device, so no rank ever holds a whole model.
 """
 
 import fnmatch
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from parallel.mesh import Axis, Grids
 from parallel.tensor import local_shape
 
-# Parameter path -> {dim: axis it is split over}. Axes are attributes of Grids. What is not listed is whole on every
-# rank. `kv` is tp, or the part of it that holds different KV heads where tp exceeds their number.
+# Parameter path -> {dim: axis that splits it}. Axes are attributes of Grids. Parameters that are not listed are replicated.
+# `kv` is tp, or where tp exceeds the number of KV heads, the tp ranks that hold different heads.
 SPLITS: dict[str, dict[int, str]] = {
     "model.embed_tokens.weight": {0: "tp"},
     "lm_head.weight": {0: "tp"},
@@ -28,23 +28,23 @@ SPLITS: dict[str, dict[int, str]] = {
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one parameter lies. ``replicas`` are the axes on which whole copies exist whose gradients are partial (their
-    inputs are split over it): they are summed once per step."""
+    """This rank's part of one parameter. ``replicas``: axes over which the parameter is replicated while its inputs are
+    split, so that its gradients are partial and are summed once per step."""
 
-    shape: tuple[int, ...]  # of the whole
-    offsets: tuple[int, ...]  # of this rank's part, before FSDP cuts its dim 0
+    shape: tuple[int, ...]  # of the whole parameter
+    offsets: tuple[int, ...]  # of this rank's part, before FSDP cuts dim 0
     sizes: tuple[int, ...]
     replicas: tuple[Axis, ...]
     is_expert: bool
 
 
 def is_expert(name: str) -> bool:
-    """True for the stacked weights of routed experts, which live on the expert grid."""
+    """Whether ``name`` is a stacked weight of routed experts, which is split over the expert grid."""
     return ".mlp.experts." in name
 
 
 def placement(name: str, shape: Sequence[int], grids: Grids) -> Placement:
-    """The placement of parameter ``name`` of (whole) ``shape`` on this rank."""
+    """This rank's placement of parameter ``name``, whose whole shape is ``shape``."""
     matching = [split for pattern, split in SPLITS.items() if fnmatch.fnmatchcase(name, pattern)]
     assert len(matching) <= 1, name
     splits = {dim: getattr(grids, axis) for dim, axis in matching[0].items()} if matching else {}

@@ -1,4 +1,4 @@
-"""Going on from another run's checkpoint: a trunk at constant learning rate, and branches that decay from it."""
+"""Branches: a run that continues from another run's checkpoint, for example to decay from a constant-rate trunk."""
 
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from qwen_moe.training.schedule import first_other_rate, learning_rate
 
 
 def check_branch(config: RunConfig, saved: dict[str, Any], step: int, where: Path) -> None:
-    """Raise UserError unless a run with settings ``saved`` did, up to ``step``, what ``config`` would have done: the same
-    batches, the same learning rates; only what comes after may differ."""
+    """Raise UserError unless a run with settings ``saved`` trained, up to ``step``, as ``config`` would have: on the same
+    batches with the same learning rates. Later steps may differ."""
     try:
         problems = _problems(config, saved, step)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -33,7 +33,7 @@ def _problems(config: RunConfig, saved: dict[str, Any], step: int) -> list[str]:
                 "training": config.training.model_copy(update={"train_tokens": saved["training"]["train_tokens"]}),
             }
         )
-        # A constant rate and that before a decay may differ by their rounding.
+        # A constant rate and the rate before a decay may differ by rounding.
         other = first_other_rate(trunk, config, step, tolerance=1e-9)
         if other is not None:
             problems.append(

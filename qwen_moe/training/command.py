@@ -1,4 +1,4 @@
-"""`qwen-moe train RECIPE.yaml [section.key=value ...]`: prepare data, start processes, export what was trained."""
+"""`qwen-moe train RECIPE.yaml [section.key=value ...]`: prepare data, start processes, export the trained model."""
 
 import argparse
 import contextlib
@@ -18,7 +18,7 @@ from qwen_moe.runs.records import RESOLVED
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser("train", help="train a model from a recipe; run again to go on after a stop")
+    parser = subparsers.add_parser("train", help="train a model from a recipe; run it again to resume after a stop")
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--json", action="store_true", help="print the outcome as one JSON object on stdout")
@@ -40,12 +40,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _join(config: RunConfig) -> int:
-    """torchrun or Slurm started this process: be one rank of the run; rank 0 finishes it."""
+    """Run one rank of a run whose processes torchrun or Slurm started. Rank 0 finishes the run."""
     from launchers.local.lock import RunLock
     from parallel.process import process_info
     from qwen_moe.training.worker import run_worker
 
-    held: list[RunLock] = []  # by rank 0, until it ends; another run here is refused on every rank
+    held: list[RunLock] = []  # rank 0 holds the lock until it ends; another run of the folder is refused on every rank
 
     def admit() -> None:
         held.append(RunLock(config.run_dir, "rank 0 of qwen-moe train, started by torchrun or srun"))
@@ -82,9 +82,9 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
         prepare_inputs(config)
         (config.run_dir / FAILURE).unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(prefix="qwen-moe-") as folder:
-            # Not in the run folder: the failure to be told may be that its disk is full.
+            # Not in the run folder: the failure may be that its disk is full.
             failure = Path(folder) / "failure.json"
-            # The run folder keeps the settings it was trained with until its checkpoint is known to be of this recipe.
+            # The run folder keeps its own settings until its checkpoint is known to match this recipe.
             resolved = Path(folder) / RESOLVED
             write_text(resolved, dump_config(config))
             command = [sys.executable, "-m", "qwen_moe.training.elastic"]
@@ -94,7 +94,7 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
                 command, config.run_dir, failure, _environment(config, nproc), limit, lock.pass_fds
             ).run()
         if outcome.message:
-            print(file=sys.stderr)  # the progress bar of a run that failed has no line end
+            print(file=sys.stderr)  # a failed run's progress bar does not end its line
             _note_failure(config.run_dir / FAILURE, outcome.kind, outcome.message)
             raise UserError(outcome.message)
         if outcome.code != 0:
@@ -107,7 +107,7 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
 
 
 def _note_failure(path: Path, kind: str, message: str) -> None:
-    """For those who ask later how the run ended; a full disk must not hide the message itself."""
+    """Record how the run ended. Errors are ignored: a full disk must not hide the message itself."""
     with contextlib.suppress(OSError):
         write_json(path, {"kind": kind, "message": message})
 

@@ -1,8 +1,8 @@
 """`python -m qwen_moe.training.elastic NPROC CONFIG FAILURE_FILE`: NPROC workers under one elastic agent.
 
-The same agent as the `torchrun` command, without its traceback when a worker fails: the workers have said what is wrong.
-It holds the run folder's lock with the command that started it, and gets SIGTERM when that one dies (`launchers.local`).
-Without a GPU it forks its workers, so that one process imports what all of them need.
+This is torchrun's agent without its traceback when a worker fails, because the workers have already reported the error. It
+shares the run folder's lock with the command that started it, and gets SIGTERM when that command dies (`launchers.local`).
+Without a GPU it forks its workers, so that their imports happen once.
 """
 
 import logging
@@ -17,18 +17,18 @@ from launchers.local.supervisor import USER_ERROR
 
 
 def _may_fork() -> bool:
-    """Whether workers may be forked from here: a GPU's driver does not survive it, and macOS's own libraries do not."""
+    """Whether workers may be forked. GPU drivers and macOS's system libraries do not survive a fork."""
     import torch
 
     return sys.platform.startswith("linux") and not torch.cuda.is_available()
 
 
 def _forked_worker(config: str, failure_file: str) -> int:
-    """A worker in a process forked from the agent. Returns 0; any other exit code ends the process here."""
+    """Run a worker in a process forked from the agent. Returns 0; another exit code ends the process here."""
     from qwen_moe.training import worker
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_DFL)  # the agent's own handlers
+        signal.signal(number, signal.SIG_DFL)  # drop the agent's handlers
     signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.disable(logging.NOTSET)
     for stream in (sys.stdout, sys.stderr):
@@ -41,10 +41,10 @@ def _forked_worker(config: str, failure_file: str) -> int:
 
 
 def _entry(config: str, failure_file: str) -> tuple[Any, tuple[str, ...], str]:
-    """What elastic is to run, its arguments, and the method by which processes are started."""
+    """The entry point of a worker, its arguments, and the start method of its process."""
     if not _may_fork():
         return sys.executable, ("-u", "-m", "qwen_moe.training.worker", config, failure_file), "spawn"
-    # What every worker needs, imported once.
+    # Import what every worker needs before forking.
     import qwen_moe.runs.attempt
     import qwen_moe.training.loop  # noqa: F401
 
@@ -53,7 +53,7 @@ def _entry(config: str, failure_file: str) -> tuple[Any, tuple[str, ...], str]:
 
 def main(nproc: int, config: str, failure_file: str) -> int:
     os.environ[AGENT_PID] = str(os.getpid())
-    # Imported only now: the command is watched from the first line on.
+    # Imported only now, so that the parent is watched while torch is imported.
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
@@ -61,7 +61,7 @@ def main(nproc: int, config: str, failure_file: str) -> int:
     from parallel.elastic import launch_config
 
     entry, arguments, start_method = _entry(config, failure_file)
-    logging.disable(logging.CRITICAL)  # what failed is told by the workers and by the supervisor
+    logging.disable(logging.CRITICAL)  # the workers and the supervisor report failures
     launch = launch_config(
         min_nodes=1,
         max_nodes=1,

@@ -1,4 +1,4 @@
-"""A run whose length has changed: it goes on if the steps that are done are those of a run of the new length."""
+"""A run whose length has changed. It may continue if its finished steps are also those of a run of the new length."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -16,18 +16,18 @@ from qwen_moe.runs.finish import HF
 from qwen_moe.runs.identity import Difference, Rule, differences
 from qwen_moe.training.schedule import first_other_rate, learning_rate
 
-_ELSE = "put it back, or give another run_dir (checkpoint.load_from starts a new run from these weights)"
+_ELSE = "restore the setting, or use another run_dir (checkpoint.load_from starts a new run from these weights)"
 
 
 def with_length(config: RunConfig, tokens: int) -> RunConfig:
-    """``config`` as it was when the run was to be ``tokens`` long; not checked again."""
+    """``config`` for a run of ``tokens`` tokens; not validated again."""
     training = config.training.model_copy(update={"train_tokens": tokens})
     return config.model_copy(update={"training": training})
 
 
 def check_length(config: RunConfig, changed: Iterable[Difference], step: int) -> None:
-    """Raise UserError where one of the differences is of `training.train_tokens` and the ``step`` steps that are done would
-    not have been the same in a run of the new length. Of the data, see `qwen_moe.training.restore`."""
+    """Raise UserError if `training.train_tokens` changed and the first ``step`` steps would have had other learning rates in
+    a run of the new length. `is_of_another_length` checks the order of the data."""
     length = next((difference for difference in changed if difference.name == "training.train_tokens"), None)
     if length is None:
         return
@@ -36,21 +36,21 @@ def check_length(config: RunConfig, changed: Iterable[Difference], step: int) ->
     if step > config.train_steps:
         raise UserError(
             f"{config.run_dir} holds a longer run: {length}, which is {config.train_steps:,} steps, and {step:,} are done. "
-            f"Give at least {step * config.tokens_per_step} tokens; or {_ELSE}"
+            f"Set at least {step * config.tokens_per_step} tokens; or {_ELSE}"
         )
     before = with_length(config, length.before)
     other = first_other_rate(before, config, step)
     if other is not None:
         raise UserError(
-            f"{config.run_dir} cannot go on with another length: {length}, and with that the learning rate of step "
+            f"{config.run_dir} cannot continue with another length: {length}. With the new length the learning rate of step "
             f"{other + 1:,}, which is done, would have been {learning_rate(config, other):.3e} instead of "
             f"{learning_rate(before, other):.3e}. {_why(before)}; or {_ELSE}"
         )
 
 
 def is_of_another_length(config: RunConfig, state: TrainState, inputs: RunInputs) -> bool:
-    """Whether the checkpoint was trained on this data in the order for another length of training, which began with the same
-    samples. Raises UserError where it began with others. All ranks call."""
+    """Whether the checkpoint was trained on this data in the order for another training length that begins with the same
+    samples. Raises UserError if that order begins with other samples. All ranks must call it."""
     if inputs.is_of_this_data(state.data_fingerprint):
         return False
     length = inputs.length_with(state.data_fingerprint, _earlier_lengths(config, state.settings))
@@ -61,16 +61,16 @@ def is_of_another_length(config: RunConfig, state: TrainState, inputs: RunInputs
         return True
     now = max(config.data.order_tokens, config.training.train_tokens)
     raise UserError(
-        f"{config.run_dir} cannot go on with another length: a run of {now} tokens reads the data in another order than one "
-        f"of {length}, as it was (several passes are shuffled as a whole), and {read:,} batches have been read. Put "
-        "training.train_tokens and data.order_tokens back. For runs that may become longer, give the largest length as "
-        "data.order_tokens from the beginning"
+        f"{config.run_dir} cannot continue with another length: a run of {now} tokens reads the data in another order than "
+        f"one of {length}, its earlier length (several passes are shuffled as a whole), and {read:,} batches have been "
+        "read. Restore training.train_tokens and data.order_tokens. For runs that may become longer, set data.order_tokens "
+        "to the largest length from the beginning"
     )
 
 
 def _earlier_lengths(config: RunConfig, saved: dict[str, Any]) -> list[int]:
-    """Lengths in tokens that the order may have been drawn for when ``saved`` were the settings. Checkpoints of earlier
-    versions do not say `data.order_tokens`: then it was what it is now, or none was given."""
+    """Lengths in tokens for which a run with settings ``saved`` may have drawn its data order. Checkpoints of earlier
+    versions do not record `data.order_tokens`: it was then either what it is now, or not set."""
     before = {d.name: d.before for d in differences(saved, config, {Rule.HORIZON})}
     tokens = before.get("training.train_tokens", config.training.train_tokens)
     orders = [before.get("data.order_tokens", config.data.order_tokens), 0]
@@ -78,7 +78,7 @@ def _earlier_lengths(config: RunConfig, saved: dict[str, Any]) -> list[int]:
 
 
 def set_aside_export(config: RunConfig, changed: Iterable[Difference], say: Callable[[str], None]) -> None:
-    """What a complete run left is of its earlier end: keep it under the name of that step."""
+    """Rename the export of the run's earlier end, so that its name has that step."""
     before = next((d.before for d in changed if d.name == "training.train_tokens"), None)
     if before is None or dist.get_rank() != 0:
         return
@@ -86,25 +86,25 @@ def set_aside_export(config: RunConfig, changed: Iterable[Difference], say: Call
     aside = export.with_name(f"{HF}_{step_directory(Path(), with_length(config, before).train_steps).name}")
     if export.exists() and not aside.exists():
         os.replace(export, aside)
-        say(f"{export} is of the run as long as it was: kept as {aside}")
+        say(f"{export} is from the run's earlier end: kept as {aside}")
 
 
 def _is_count(value: Any) -> bool:
-    """Whether a value out of a checkpoint is a number of tokens."""
+    """Whether a value from a checkpoint is a number of tokens."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _why(config: RunConfig) -> str:
-    """What of the schedule depends on the length, and what does not."""
+    """Explain which part of the schedule depends on the length."""
     schedule = config.schedule
     if schedule.kind == "cosine":
         return (
-            "A cosine reaches to the end of the run, so that its rates depend on the length from the end of the warm-up on: "
-            "give runs that may become longer schedule.kind wsd or constant from their beginning"
+            "A cosine reaches to the end of the run, so its rates depend on the length from the end of the warm-up on: use "
+            "schedule.kind wsd or constant from the beginning for runs that may become longer"
         )
     decay = max(0, config.training.train_tokens - schedule.decay_tokens) // config.tokens_per_step
     return (
-        f"The final decay of {schedule.decay_tokens} tokens begins after step {decay:,} of the run as it was, and a run can "
-        "change its length before that and its new decay only: go on from an earlier checkpoint, with its path as "
-        "checkpoint.branch_from of a run with another run_dir (checkpoint.keep_steps keeps one)"
+        f"The final decay of {schedule.decay_tokens} tokens began after step {decay:,}, and a run can change its length "
+        "only before its old and its new decay begin: start a run with another run_dir whose checkpoint.branch_from is the "
+        "path of an earlier checkpoint (checkpoint.keep_steps keeps one)"
     )

@@ -1,4 +1,4 @@
-"""The training loop: build, resume, step, validate, checkpoint, stop; every rank runs it."""
+"""The training loop, which every rank runs: build, resume, step, validate, checkpoint, stop."""
 
 import signal
 import sys
@@ -42,7 +42,7 @@ from qwen_moe.training.step import BadStep, StepResult, Trainer
 
 
 class StopRequest:
-    """SIGTERM, SIGINT or one of ``more`` asks for an orderly end; all ranks agree on the step at which it comes."""
+    """SIGTERM, SIGINT or a signal of ``more`` requests a graceful stop. All ranks agree on the step at which they stop."""
 
     def __init__(self, device: torch.device, more: Sequence[int] = ()) -> None:
         self._asked = torch.zeros((), dtype=torch.int32, device=device)
@@ -53,7 +53,7 @@ class StopRequest:
         self._asked.fill_(1)
 
     def agreed(self) -> bool:
-        """True on every rank when any rank was asked. All ranks call it at the same step."""
+        """Whether any rank was asked to stop, equal on all ranks. All ranks must call it at the same step."""
         anyone = self._asked.clone()
         dist.all_reduce(anyone, op=dist.ReduceOp.MAX)
         return bool(anyone)
@@ -68,14 +68,14 @@ def _roll_back(
     step: int,
     bad: BadStep,
 ) -> int:
-    """Go back to the newest checkpoint and leave out the batches up to ``step``'s. Returns the checkpoint's step. Raises
-    UserError when that was done too often, or there is no checkpoint. All ranks call."""
+    """Go back to the newest checkpoint and skip the batches up to that of ``step``. Returns the checkpoint's step. Raises
+    BadStep after too many skips, or if there is no checkpoint. All ranks must call it."""
     if len(history.skips) >= config.training.max_skips:
         raise BadStep(
-            f"{bad}. Batches were skipped {len(history.skips)} times before; training.max_skips allows no more"
+            f"{bad}. Batches were already skipped {len(history.skips)} times; training.max_skips allows no more"
         )
     writer.finish()
-    # Up to here only: one past it was damaged when the run fell back, and is not of this trajectory should it be read now.
+    # A checkpoint after ``step`` was damaged when the run fell back, so it is not of this trajectory even if readable now.
     path, _ = newest_valid(config.run_dir / CHECKPOINTS, at_most=step)
     if path is None:
         raise bad
@@ -91,7 +91,7 @@ def _roll_back(
 
 
 class _Clock:
-    """Tokens per second of steps alone, smoothed, and their share of the measured matmul peak of all ranks."""
+    """The smoothed speed of steps in tokens per second, and its share of the measured matmul peak of all ranks."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.tokens = config.tokens_per_step
@@ -105,7 +105,7 @@ class _Clock:
         self.steps = 0
 
     def record(self, seconds: float) -> dict[str, float]:
-        """``seconds`` of one more step. The first, which may compile, does not enter the mean of those that follow."""
+        """Add a step that took ``seconds``. The first step, which may compile, does not enter the mean of later steps."""
         self.steps += 1
         self.smooth = seconds if self.smooth is None or self.steps == 2 else 0.9 * self.smooth + 0.1 * seconds
         rate = self.tokens / self.smooth
@@ -143,7 +143,7 @@ def _step_record(config: RunConfig, step: int, result: StepResult, device: torch
 def _build(
     config: RunConfig, info: ProcessInfo, device: torch.device, say: Callable[[str], None]
 ) -> tuple[RunInputs, Trainer, CheckpointWriter]:
-    """The run's data, its model with optimizer, and what saves them; nothing is restored yet. All ranks call."""
+    """Build the run's data, trainer and checkpoint writer. Nothing is restored yet. All ranks must call it."""
     layout = run_layout(config, info.world_size)
     grids = make_grids(config, layout, device)
     root = config.run_dir / CHECKPOINTS
@@ -156,7 +156,7 @@ def _build(
         say(description(torch.bfloat16))
     model = build_model(config, layout, grids, device)
     if config.precision.compute == "fp8":
-        say(f"FP8 products, recipe {config.precision.fp8.recipe}, by {model.kernels.name}")
+        say(f"FP8 matmuls, recipe {config.precision.fp8.recipe}, by {model.kernels.name}")
     trainer = Trainer(config, layout, model, build_optimizer(model, config.optimizer), device)
     writer = CheckpointWriter(
         root,
@@ -178,7 +178,7 @@ def _check_collectives(step: int) -> None:
 
 
 def _validate(config: RunConfig, trainer: Trainer, inputs: RunInputs, recorder: Recorder, done: int) -> None:
-    """Record the validation loss where it is due: every so many steps, and after the last."""
+    """Record the validation loss every `training.validation_interval` steps and after the last step."""
     interval = config.training.validation_interval
     if inputs.has_validation and (done == config.train_steps or (interval and done % interval == 0)):
         loss = trainer.evaluate(inputs.validation_micro_batches())
@@ -192,7 +192,7 @@ def train(
     heart: Heartbeat | None = None,
     stop_signals: Sequence[int] = (),
 ) -> int:
-    """Train to the end or to a request to stop. Returns 0 when the run is complete, 130 when it was stopped before."""
+    """Train to the end or until asked to stop. Returns 0 if the run is complete, 130 if it was stopped before that."""
 
     def say(message: str) -> None:
         if info.rank == 0:
@@ -241,7 +241,7 @@ def train(
     writer.finish()
     recorder.close()
     if stopped:
-        say(f"stopped after step {done} of {config.train_steps}; the same command goes on from there")
+        say(f"stopped after step {done} of {config.train_steps}; the same command resumes from there")
     return INTERRUPTED if stopped else 0
 
 
@@ -258,6 +258,6 @@ def _train_state(config: RunConfig, step: int, inputs: RunInputs, history: Histo
 
 
 def _note_progress(run_dir: Path, step: int, info: ProcessInfo) -> None:
-    """Tell the supervisor that a restart would not begin where this attempt began. One rank does."""
+    """Let rank 0 tell the supervisor that this attempt made progress, so that a restart begins later."""
     if info.rank == 0:
         (run_dir / PROGRESS).write_text(f"{step}\n", encoding="utf-8")

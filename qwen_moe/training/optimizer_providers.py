@@ -1,6 +1,6 @@
 """AdamW by other libraries: NVIDIA Apex's ``FusedAdam``, and DeepSpeed's ``DeepSpeedCPUAdam``, whose state stays in host
-memory. Neither knows DTensors, so each works on this rank's shards. State is kept under AdamW's names: a run may change
-its provider at any checkpoint."""
+memory. Neither supports DTensors, so both work on this rank's shards. State has the names of torch's AdamW, so a run may
+change its provider at any checkpoint."""
 
 import importlib.util
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def _deepspeed() -> Library:
 
 
 def provided_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over ``groups`` (of parameters, with their weight decay) by ``config.provider``. Raises UserError where it is
+    """AdamW by ``config.provider`` over parameter ``groups`` with their weight decay. Raises UserError if the provider is
     not installed, does not work on this machine, or has no kernel for the parameters' dtype."""
     dtypes = {p.dtype for group in groups for p in group["params"]}
     if torch.float64 in dtypes:
@@ -59,21 +59,21 @@ def provided_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) ->
 
 
 def _zeros(parameter: torch.Tensor, on_host: bool) -> torch.Tensor:
-    """float32 zeros of this rank's shard of ``parameter``, a DTensor where it is one; in host memory with ``on_host``."""
+    """float32 zeros like ``parameter`` (a DTensor if it is one), in host memory with ``on_host``."""
     zeros = torch.zeros_like(parameter, dtype=torch.float32)
     if not on_host or zeros.device.type == "cpu":
         return zeros
     if not isinstance(zeros, DTensor):
         return zeros.cpu()
-    # As FSDP2's own CPU offload: the mesh is of GPUs, the shard is not on one.
+    # As in FSDP2's CPU offload, the mesh has GPUs while the shard is on the CPU.
     return DTensor(zeros.to_local().cpu(), zeros._spec, requires_grad=False)
 
 
 class ShardAdamW(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101) whose arithmetic is ``library``'s, on shards.
+    """AdamW (arXiv 1711.05101) on shards, computed by ``library``.
 
-    ``state[parameter]`` holds ``exp_avg``, ``exp_avg_sq`` (float32) and ``step``, as torch's AdamW's does. With
-    ``on_host`` the moments are in host memory; weights and gradients of GPUs are copied there, and weights back.
+    ``state[parameter]`` holds ``exp_avg``, ``exp_avg_sq`` (float32) and ``step``, as in torch's AdamW. With ``on_host`` the
+    moments are in host memory; weights and gradients on GPUs are copied there, and the weights are copied back.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class ShardAdamW(torch.optim.Optimizer):
                     "exp_avg": _zeros(parameter, on_host),
                     "exp_avg_sq": _zeros(parameter, on_host),
                 }
-                # A rank may hold nothing of a parameter, for which the kernels were not written.
+                # A rank's shard may be empty, which the kernels do not support.
                 if local(parameter).numel():
                     pairs.append((parameter, nn.Parameter(self._near(local(parameter.detach())))))
             self._pairs.append(pairs)
@@ -143,28 +143,28 @@ class ShardAdamW(torch.optim.Optimizer):
                     shard.data = shard.new_empty(0)
 
     def _lend(self, group: dict[str, Any], pairs: list[tuple[torch.Tensor, nn.Parameter]], to: dict[str, Any]) -> None:
-        """Give the library this step's weights, gradients, moments, step and settings of one group."""
+        """Hand the library one group's weights, gradients, moments, step and settings."""
         assert self._library is not None
         for key in ("lr", "betas", "eps", "weight_decay"):
             to[key] = group[key]
         steps = set()
         for parameter, shard in pairs:
-            own = self.state[parameter]
+            state = self.state[parameter]
             if parameter.grad is None:
                 continue
-            if own["step"].device.type != "cpu":  # where a resume has put it
-                own["step"] = own["step"].cpu()
-            done = int(own["step"])
+            if state["step"].device.type != "cpu":  # a resume puts it on the device
+                state["step"] = state["step"].cpu()
+            done = int(state["step"])
             steps.add(done)
             shard.data = self._near(local(parameter).detach())
             shard.grad = self._near(local(parameter.grad))
             self._library.state[shard] = {
                 "step": done,
-                "exp_avg": local(own["exp_avg"]),
-                "exp_avg_sq": local(own["exp_avg_sq"]),
+                "exp_avg": local(state["exp_avg"]),
+                "exp_avg_sq": local(state["exp_avg_sq"]),
             }
-            own["step"] += 1
+            state["step"] += 1
         if not self.on_host:
-            # Apex counts steps by group. In our training every parameter has a gradient in every step.
+            # Apex counts steps per group. In our training every parameter has a gradient in every step.
             assert len(steps) == 1, f"parameters of one group were updated {sorted(steps)} times"
             to["step"] = steps.pop()

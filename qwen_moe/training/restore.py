@@ -1,4 +1,4 @@
-"""Where a run begins: its own newest checkpoint, another run's, another run's weights, or nothing."""
+"""The start of a run: its own newest checkpoint, another run's checkpoint, another run's weights, or initial values."""
 
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,21 @@ from qwen_moe.training.step import Trainer
 
 
 def restore(config: RunConfig, trainer: Trainer, inputs: RunInputs, say: Any) -> tuple[int, History]:
-    """Resume from the newest valid checkpoint of the run, or go on from `checkpoint.branch_from`, or load
-    `checkpoint.load_from`, or start. Steps done, and what is to be remembered."""
+    """Resume from the run's newest valid checkpoint; else continue from `checkpoint.branch_from`, load the weights of
+    `checkpoint.load_from`, or start from initial values. Returns the steps done and the history."""
     root = config.run_dir / CHECKPOINTS
     path, problems = newest_valid(root)
     for problem in problems:
         say(f"warning: this checkpoint is damaged and not used: {problem}")
     if problems:
-        say(f"falling back to {path.name if path else 'step 0: no checkpoint of this run is whole'}")
+        say(f"falling back to {path.name if path else 'step 0: this run has no undamaged checkpoint'}")
     if path is not None:
         state = resume(path, trainer.model, trainer.optimizer, config.model)
         changed = differences(state.settings, config, ON_RESUME)
         if other := [d for d in changed if rule_of(d.name) != Rule.HORIZON]:
             raise UserError(
-                f"{config.run_dir} holds a run with other settings: {'; '.join(map(str, other))}. Put them back to go on "
-                "with it, or give another run_dir (checkpoint.load_from starts a new run from its weights)"
+                f"{config.run_dir} holds a run with other settings: {'; '.join(map(str, other))}. Restore them to continue "
+                "the run, or use another run_dir (checkpoint.load_from starts a new run from its weights)"
             )
         check_length(config, changed, state.step)
         if not is_of_another_length(config, state, inputs):
@@ -62,6 +62,6 @@ def _check_data(state: TrainState, inputs: RunInputs, where: Path) -> None:
     if not inputs.is_of_this_data(state.data_fingerprint):
         raise UserError(
             f"{where} was trained on other data, or in another order (fingerprint {state.data_fingerprint}, now "
-            f"{inputs.fingerprint}): put the data section and files back (for a branch, data.order_tokens too), or give "
+            f"{inputs.fingerprint}): restore the data section and files (for a branch, data.order_tokens too), or use "
             "another run_dir"
         )

@@ -8,9 +8,9 @@ from qwen_moe.config import RunConfig
 def learning_rate(config: RunConfig, step: int) -> float:
     """Learning rate of optimizer step ``step`` (from 0).
 
-    Warm-up is linear in the tokens seen after the step and decay follows the tokens seen before it, so neither end
-    wastes a step at zero. ``cosine`` goes from the end of the warm-up to the end of training; ``wsd`` (arXiv 2404.06395)
-    is constant until the last ``decay_tokens``; ``constant`` has no decay.
+    Warm-up is linear in the tokens seen after the step, and decay follows the tokens seen before it, so no step has rate
+    zero. ``cosine`` decays from the end of the warm-up to the end of training; ``wsd`` (arXiv 2404.06395) is constant until
+    the last ``decay_tokens``; ``constant`` does not decay.
     """
     schedule, peak = config.schedule, config.optimizer.learning_rate
     floor, total = schedule.min_learning_rate, config.training.train_tokens
@@ -31,8 +31,8 @@ def learning_rate(config: RunConfig, step: int) -> float:
 
 
 def first_other_rate(before: RunConfig, after: RunConfig, steps: int, tolerance: float = 0.0) -> int | None:
-    """The first of ``steps`` optimizer steps (from 0) whose learning rates differ by more than ``tolerance``, a share of the
-    rate; None where none do."""
+    """The first of ``steps`` optimizer steps (from 0) whose learning rates differ by more than ``tolerance`` times the rate;
+    None if there is none."""
     for step in range(steps):
         rate = learning_rate(before, step)
         if abs(rate - learning_rate(after, step)) > tolerance * rate:
@@ -41,7 +41,7 @@ def first_other_rate(before: RunConfig, after: RunConfig, steps: int, tolerance:
 
 
 def _remaining(done: float, shape: str) -> float:
-    """Share of (peak - floor) left when ``done`` of the decay has passed."""
+    """The share of (peak - floor) that is left after share ``done`` of the decay."""
     if shape == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
     if shape == "sqrt":

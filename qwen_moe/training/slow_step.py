@@ -8,16 +8,16 @@ from collections.abc import Callable
 from qwen_moe.config import RunConfig
 from qwen_moe.models.flops import flops_per_token
 
-PATIENCE = 60.0  # seconds of one step before anything is said
+PATIENCE = 60.0  # seconds that one step may take before the notice
 
 
 def slow_step_reason(
     step: int, flops: float, peak: float, compiling: bool, load: float | None, cores: int, seconds: float
 ) -> str:
-    """One sentence. ``flops`` of the step, ``peak`` in FLOP/s of all ranks, ``load`` the machine's load average."""
+    """One sentence. ``flops``: of the step; ``peak``: FLOP/s of all ranks together; ``load``: the machine's load average."""
     text = f"step {step} has taken more than {seconds:.0f} s"
     if compiling:
-        text += ": it compiles kernels, once per machine and model (precision.compile=never does without)"
+        text += ": it compiles kernels, once per machine and model (precision.compile=never turns this off)"
     else:
         text += (
             f": it is {flops / 1e9:,.0f} GFLOP, at least {flops / peak:,.0f} s at the measured matmul peak of "
@@ -29,7 +29,7 @@ def slow_step_reason(
 
 
 class SlowStepNotice:
-    """Calls ``say`` once per run, from a thread of its own, when a step takes longer than `PATIENCE`.
+    """Calls ``say`` at most once per run, from its own thread, when a step takes longer than `PATIENCE`.
 
     ``peak``: measured FLOP/s of all ranks together.
     """

@@ -1,4 +1,4 @@
-"""One optimizer step over a global batch: every loss term a sum, every reduction a sum (DESIGN, decision 4)."""
+"""One optimizer step over a global batch. Every loss term is a sum, and every reduction is a sum."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,27 +23,26 @@ from qwen_moe.training.schedule import learning_rate
 
 
 class BadStep(UserError):
-    """A loss or gradient norm that is NaN or infinite, or a loss above the limit; the optimizer has not been stepped."""
+    """A loss or gradient norm is NaN or infinite, or a loss is above the limit. The optimizer has not been stepped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """Figures of one step over the whole global batch, equal on every rank."""
+    """Results of one step over the whole global batch, equal on every rank."""
 
-    loss: float  # the objective's, divided by count
+    loss: float  # the objective's sum divided by count
     metrics: dict[str, float]  # the objective's; in MoE models also balance_loss and z_loss, before their coefficients
     grad_norm: float  # before clipping
     learning_rate: float
     count: int  # what the objective divides by: valid tokens, pairs
     expert_counts: torch.Tensor | None  # [L, E] int64
-    dropped_choices: int  # of tokens to experts, beyond capacity, over all layers
+    dropped_choices: int  # assignments of tokens to experts beyond capacity, over all layers
 
 
 class Trainer:
-    """The model, its optimizer and what a step needs beside them.
+    """The model, its optimizer and everything else that a step needs.
 
-    ``objective``: the recipe's, where none is given. ``on_gradients``, where given, is called when all gradients are final
-    and before they are clipped.
+    ``objective``: by default the recipe's. ``on_gradients`` is called when all gradients are final, before clipping.
     """
 
     def __init__(
@@ -70,8 +69,8 @@ class Trainer:
             if model.counts_in_norm(name, stage)
         ]
         self._count = 1
-        self._auxiliary: list[torch.Tensor] = []  # (balance, z) of each part and micro-batch
-        self._metrics: list[torch.Tensor] = []  # the objective's of each micro-batch
+        self._auxiliary: list[torch.Tensor] = []  # (balance, z) of each stage module and micro-batch
+        self._metrics: list[torch.Tensor] = []  # the objective's metrics of each micro-batch
         self._balancers: dict[int, Balancer] = {}
         if config.model.is_moe_family:
             experts, top_k = config.model.num_experts, config.model.num_experts_per_tok
@@ -80,7 +79,7 @@ class Trainer:
                 self._balancers[id(part)] = Balancer(config.balance, experts, top_k, self.sequence, self.grids.stage)
 
     def routers(self) -> list[tuple[int, Router]]:
-        """(place among all MoE layers, router) of each MoE layer on this rank."""
+        """(index among all MoE layers, router) of each MoE layer on this rank."""
         places = {layer: place for place, layer in enumerate(self.config.model.moe_layers)}
         return [
             (places[layer.self_attn.layer], layer.mlp.gate)
@@ -90,12 +89,12 @@ class Trainer:
         ]
 
     def step(self, step: int, micro_batches: Sequence[Batch], highest_loss: float = float("inf")) -> StepResult:
-        """Forward, backward and update of optimizer step ``step`` (from 0) on this data-parallel rank's micro-batches.
-        Raises BadStep, on every rank, when the loss is not finite or above ``highest_loss``."""
+        """Run forward, backward and update of optimizer step ``step`` (from 0) on this data-parallel rank's micro-batches.
+        Raises BadStep on every rank if the loss is not finite or is above ``highest_loss``."""
         config = self.config
-        count = self._counted_over_ranks(micro_batches)
+        count = self._count_over_ranks(micro_batches)
         if count == 0:
-            raise UserError(f"step {step}: no token of the global batch counts in the loss; check the data's labels")
+            raise UserError(f"step {step}: the global batch has no valid label; check the data's labels")
         sums = self.forward_backward(micro_batches, count)
         if self.on_gradients is not None:
             self.on_gradients()
@@ -105,12 +104,12 @@ class Trainer:
         if not torch.isfinite(sums).all() or norm != norm or norm == float("inf"):
             raise BadStep(
                 f"step {step}: loss is {loss}, gradient norm {norm}; the weights were not updated. Lower "
-                "optimizer.learning_rate, lengthen schedule.warmup_tokens or look at the data of this step; a "
-                "checkpoint, if one was written, is from before it"
+                "optimizer.learning_rate, lengthen schedule.warmup_tokens or look at the data of this step; the newest "
+                "checkpoint, if there is one, is from before it"
             )
         if loss > highest_loss:
             raise BadStep(
-                f"step {step}: loss {loss:.4f} is a spike, above {highest_loss:.4f} (the median of recent ones and "
+                f"step {step}: loss {loss:.4f} is a spike, above {highest_loss:.4f} (the median of recent losses plus "
                 "training.spike_nats); the weights were not updated"
             )
         if config.optimizer.clip_grad_norm:
@@ -136,15 +135,15 @@ class Trainer:
         )
 
     def abandon_step(self) -> None:
-        """Forget the gradients and counts of a step that was not taken."""
+        """Discard the gradients and counts of a step that was not taken."""
         self.optimizer.zero_grad(set_to_none=True)
         for balancer in self._balancers.values():
             if balancer.has_counts:
                 balancer.end_step()
 
     def forward_backward(self, micro_batches: Sequence[Batch], count: int) -> torch.Tensor:
-        """Gradients of the step, final on every rank, and this rank's share of its loss, balance loss, z-loss and the
-        objective's metrics, ``[3 + metrics]`` float64. ``count``: what the objective divides by, of the global batch."""
+        """Compute the step's gradients, final on every rank. Returns this rank's share of the loss, the balance loss, the
+        z-loss and the objective's metrics, ``[3 + metrics]`` float64. ``count``: the objective's, of the global batch."""
         self.begin_step(count)
         losses = self.engine.forward_backward([self._to_device(batch) for batch in micro_batches])
         sums = torch.zeros(3 + len(self.objective.metrics), dtype=torch.float64, device=self.device)
@@ -158,14 +157,14 @@ class Trainer:
         return sums
 
     def begin_step(self, count: int) -> None:
-        """Make ready for micro-batches whose losses are shares of a mean over ``count``."""
+        """Prepare for micro-batches whose losses are divided by ``count``."""
         self._count, self._auxiliary, self._metrics = count, [], []
         self.model.kernels.begin_step()
         for part in self.model.parts:
             part.train()
 
-    def _counted_over_ranks(self, micro_batches: Sequence[Batch]) -> int:
-        """What the objective divides by, over all ranks' micro-batches."""
+    def _count_over_ranks(self, micro_batches: Sequence[Batch]) -> int:
+        """The objective's count, summed over all ranks' micro-batches."""
         counts = [self.objective.count(self.sequence.of_batch(batch), self.sequence) for batch in micro_batches]
         return int(all_reduce_sum(torch.stack(counts).sum().to(self.device), self.grids.data))
 
@@ -175,7 +174,7 @@ class Trainer:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in part.items()}
 
     def _loss(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """What the last part gave for a micro-batch, as its share of the mean."""
+        """A micro-batch's share of the mean loss, from the last stage's output."""
         loss, named = self.objective.loss(output, batch, self.sequence)
         if self.objective.metrics:
             values = [named[name].detach().double() for name in self.objective.metrics]
@@ -185,7 +184,7 @@ class Trainer:
     def _attach(
         self, part: TrainingPart, out: torch.Tensor, router: RouterStatistics, labels: torch.Tensor
     ) -> torch.Tensor:
-        """Tie a part's auxiliary losses to its output: their gradient is added in backward, scaled by nothing."""
+        """Attach auxiliary losses to the stage output; backward adds their gradient unscaled."""
         balance = self.config.balance
         tokens = self.sequence.tokens(labels)
         balance_loss, z_loss = self._balancers[id(part)].loss(router, tokens, self.config.tokens_per_step)
@@ -196,26 +195,26 @@ class Trainer:
         return attach_loss(out, loss)
 
     def finalize_gradients(self) -> None:
-        """Sum what is still partial: replicated parameters over the axis that splits their inputs, and tied embeddings
-        over the two stages that hold them, and let the kernels reduce their statistics. Once per step."""
+        """Sum gradients that are still partial, once per step: those of replicated parameters over the axis that splits
+        their inputs, and those of tied embeddings over the two stages that hold them. Kernels reduce their amax here too."""
         self.model.kernels.end_step()
         placements = self.model.placements
         sum_replicas([(p, placements[name].replicas) for name, p in self.model.named_parameters()])
         if not self.model.tied_apart:
             return
-        held = {
+        tied = {
             stage: part.model.embed_tokens.weight
             for part, stage in zip(self.model.parts, self.model.stages, strict=True)
             if part.first or part.last
         }
-        gradients = [local(weight.grad) for weight in held.values() if weight.grad is not None]
-        assert len(gradients) == len(held)
-        if len(held) == 2:
+        gradients = [local(weight.grad) for weight in tied.values() if weight.grad is not None]
+        assert len(gradients) == len(tied)
+        if len(tied) == 2:
             total = gradients[0] + gradients[1]
             for gradient in gradients:
                 gradient.copy_(total)
-        elif held:
-            peer = self.grids.pp.size - 1 if 0 in held else 0
+        elif tied:
+            peer = self.grids.pp.size - 1 if 0 in tied else 0
             exchange_and_add(gradients[0], peer, self.grids.pp)
 
     def _end_of_step_balance(self) -> tuple[torch.Tensor | None, int]:
@@ -223,14 +222,14 @@ class Trainer:
         if not config.is_moe_family:
             return None, 0
         layers = len(config.moe_layers)
-        # Every rank counted its own tokens in its own layers: one sum over all ranks is the whole step's.
+        # Every rank has counted its own tokens in its own layers, so one sum over all ranks covers the whole step.
         table = torch.zeros(layers, config.num_experts + 1, dtype=torch.int64, device=self.device)
         routers = self.routers()
         rows = [place for place, _ in routers]
-        found = [b.end_step() for part in self.model.parts if (b := self._balancers[id(part)]).has_counts]
-        if found:
-            table[rows, :-1] = torch.cat([counts for counts, _ in found])
-            table[rows, -1] = torch.cat([dropped for _, dropped in found])
+        per_part = [b.end_step() for part in self.model.parts if (b := self._balancers[id(part)]).has_counts]
+        if per_part:
+            table[rows, :-1] = torch.cat([counts for counts, _ in per_part])
+            table[rows, -1] = torch.cat([dropped for _, dropped in per_part])
         table = all_reduce_sum(table, self.grids.world)
         counts = table[:, :-1]
         if self.config.balance.bias_update_rate and routers:
@@ -240,15 +239,15 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> float:
-        """The objective's mean over all ranks' micro-batches. Every rank gives the same number of micro-batches (their
-        forward passes communicate)."""
+        """The objective's mean over all ranks' micro-batches. Every rank must pass the same number of micro-batches, because
+        forward passes communicate."""
         for part in self.model.parts:
             part.eval()
-        count = self._counted_over_ranks(micro_batches)
+        count = self._count_over_ranks(micro_batches)
         batches = [self._to_device(batch) for batch in micro_batches]
         outputs = self.engine.forward(batches)
         self.model.reshard()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for output, batch in zip(outputs, batches, strict=False):  # outputs are where the last part is only
+        for output, batch in zip(outputs, batches, strict=False):  # only the last stage's rank has outputs
             total += self.objective.loss(output, batch, self.sequence)[0].double()
         return float(all_reduce_sum(total, self.grids.world)) / count

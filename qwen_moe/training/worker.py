@@ -1,4 +1,4 @@
-"""`python -m qwen_moe.training.worker CONFIG FAILURE_FILE`: one process of a training run, from start-up to exit code."""
+"""`python -m qwen_moe.training.worker CONFIG FAILURE_FILE` runs one process of a training run, from start-up to exit."""
 
 import json
 import os
@@ -17,15 +17,15 @@ from qwen_moe.errors import UserError, explain_os_error
 
 
 def report_failure(failure_file: Path, message: str, kind: str = USER) -> None:
-    """Leave the message for the supervisor; the first process to fail is the one that is reported."""
+    """Write the message for the supervisor. Only the first process that fails is reported."""
     temporary = failure_file.with_name(f"{failure_file.name}.{os.getpid()}")
     try:
         temporary.write_text(json.dumps({"message": message, "kind": kind}), encoding="utf-8")
         os.link(temporary, failure_file)
     except FileExistsError:
-        pass  # another rank failed first and is the one to be reported
+        pass  # another rank failed first
     except OSError:
-        print(f"error: {message}", file=sys.stderr)  # no room even there
+        print(f"error: {message}", file=sys.stderr)  # the file could not be written
 
 
 def run_worker(
@@ -34,8 +34,8 @@ def run_worker(
     stop_signals: Sequence[int] = (),
     admit: Callable[[], None] | None = None,
 ) -> int:
-    """Train in this process as the rank that the environment says. Exit code: 0 done or stopped orderly, 2 user error.
-    ``admit``: rank 0 calls it when all ranks are there, before they begin; what it raises ends all of them."""
+    """Train in this process as the rank that the environment names. Returns `train`'s exit code. Raises UserError.
+    ``admit``: rank 0 calls it when all ranks have arrived, before they begin; an exception in it ends all ranks."""
     import torch.distributed as dist
 
     from parallel.hang_watch import HangWatch
@@ -48,7 +48,7 @@ def run_worker(
         # The watch below ends a hung job first, with a better message than the process group's own limit.
         minutes = 1.5 * config.parallel.collective_timeout_minutes + 1
         threads = own_threads(info, config.launch.threads, earlier_threads(config.run_dir, info.world_size))
-        os.environ |= threads.environment()  # for the record of the attempt, and for what this process starts
+        os.environ |= threads.environment()  # for the attempt's record and for child processes
         if info.rank == 0:
             print(threads.text(), file=sys.stderr, flush=True)
         device = start(info, threads, timeout_minutes=minutes, admit=admit)
@@ -62,7 +62,7 @@ def run_worker(
         return train(config, info, device, heart, stop_signals)
     finally:
         watch.stop()
-        # Not destroyed after an error: the others may be inside a collective, and the exit closes the sockets.
+        # Not after an error: other ranks may be inside a collective. The exit closes the sockets.
         if sys.exc_info()[0] is None:
             dist.destroy_process_group()
 
@@ -79,14 +79,14 @@ def main(config_path: Path, failure_file: Path) -> int:
         report_failure(failure_file, explain_os_error(error), DISK)
         return USER_ERROR
     except Exception:
-        # When another rank has failed and said why, a broken connection to it is only the echo.
+        # If another rank has reported its failure, this error is most likely a broken connection to it.
         if not failure_file.exists():
             traceback.print_exc()
         return 1
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once: threads of gloo or of a checkpoint in flight must not keep a failed one alive."""
+    """End this process at once, so that threads of gloo or of an asynchronous checkpoint cannot keep it alive."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,1 +1,1 @@
-"""Is a parallel layout the same computation as one process? Answered in float64, on this machine."""
+"""Checks in float64, on this machine, that a parallel layout computes the same as one process."""

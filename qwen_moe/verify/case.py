@@ -1,4 +1,4 @@
-"""What is verified: a recipe shrunk to a small model with the same features, or a random one; and its batches."""
+"""Cases to verify: a recipe shrunk to a small model with the same features, or a random small run; and their batches."""
 
 import math
 import random
@@ -24,21 +24,21 @@ def layout_overrides(layout: Layout, schedule: str = "1f1b", stages: int = 0) ->
 
 
 def kept_split(config: RunConfig, layout: Layout) -> tuple[int, ...]:
-    """The recipe's own ``parallel.pipeline_split`` where ``layout`` has its number of stages, else empty: the number of
-    layers of each stage. The shrunk model then keeps all layers, so that the split itself is what is verified."""
+    """The recipe's own ``parallel.pipeline_split`` (layers of each stage) if ``layout`` has as many stages, else empty. With
+    it the shrunk model keeps all layers, so that the split itself is verified."""
     split = config.parallel.pipeline_split
     return split if layout.pp > 1 and len(split) == _stages(config, layout) else ()
 
 
 def dropped_split(config: RunConfig, layout: Layout) -> str:
-    """Why the recipe's ``parallel.pipeline_split`` is not verified with ``layout``; empty where it is, or there is none."""
+    """Why the recipe's ``parallel.pipeline_split`` is not verified with ``layout``; empty if it is, or if there is none."""
     split = config.parallel.pipeline_split
     if not split or kept_split(config, layout):
         return ""
     stages = _stages(config, layout)
     return (
-        f"parallel.pipeline_split {list(split)} is of {len(split)} stages and this layout has {stages}: what is verified "
-        "is a split chosen by cost, not the recipe's own"
+        f"parallel.pipeline_split {list(split)} has {len(split)} stages and this layout has {stages}: a split chosen by "
+        "cost is verified instead of the recipe's own"
     )
 
 
@@ -48,7 +48,7 @@ def _stages(config: RunConfig, layout: Layout) -> int:
 
 
 def _smaller(model: ModelConfig, layout: Layout, stages: int, every_layer: bool) -> dict[str, Any]:
-    """A model with the features of ``model`` and sizes that ``layout`` divides; with all its layers if ``every_layer``."""
+    """A model with the features of ``model`` and small sizes that ``layout`` divides; ``every_layer`` keeps all layers."""
     tp, layers = layout.tp, max(2, stages, min(model.num_hidden_layers, 4))
     if every_layer:
         layers = model.num_hidden_layers
@@ -101,8 +101,8 @@ def _settings(
             "global_batch_size": batch,
             "loss_chunk_tokens": 7,
         },
-        # Where a gradient is near 0, AdamW's first update multiplies its rounding by learning_rate / eps: 1e6 at the
-        # default eps, which would turn 1e-16 into 1e-10 and say nothing of the layout.
+        # Where a gradient is near 0, AdamW's first update multiplies its rounding error by learning_rate / eps. At the
+        # default eps that factor is 1e6: it would turn 1e-16 into 1e-10, whatever the layout.
         "optimizer": {"learning_rate": 1e-2, "clip_grad_norm": 0.5, "eps": 1e-5},
         "precision": {"compute": "fp64", "master": "fp64"},
         "checkpoint": {"export_hf": False},
@@ -110,10 +110,10 @@ def _settings(
 
 
 def shrink(config: RunConfig, layout: Layout) -> RunConfig:
-    """``config`` with its model's features and training settings, small enough for ``layout`` on a laptop, in float64.
+    """A small float64 run for ``layout`` on a laptop, with the model features and training settings of ``config``.
 
-    The recipe's own ``pipeline_split`` is kept where it fits ``layout`` (`kept_split`). Raises UserError where it fits in
-    number of stages but its layers are not the model's.
+    The recipe's own ``pipeline_split`` is kept if it has as many stages as ``layout`` (`kept_split`). Raises UserError if
+    its layers then do not add up to the model's.
     """
     parallel = config.parallel
     split = kept_split(config, layout)
@@ -129,7 +129,7 @@ def shrink(config: RunConfig, layout: Layout) -> RunConfig:
     values["training"]["recompute"] = config.training.recompute
     values["optimizer"] |= {key: getattr(config.optimizer, key) for key in ("beta1", "beta2", "weight_decay")}
     values["balance"] = config.balance.model_dump()
-    # Weights that show: a coefficient of 0.001 would hide an error of its gradient below the tolerance's reach.
+    # Large coefficients: at 0.001 an error in this gradient would stay below the tolerance.
     for key in ("coefficient", "z_loss_coefficient"):
         if values["balance"][key]:
             values["balance"][key] = 0.1
@@ -142,7 +142,7 @@ def shrink(config: RunConfig, layout: Layout) -> RunConfig:
 
 
 class Case(NamedTuple):
-    """What is verified: a small run, the layout it is run in, and whether it minimizes the probe."""
+    """A case to verify: a small run, its layout, and whether it minimizes the probe."""
 
     config: RunConfig
     layout: Layout
@@ -175,7 +175,7 @@ def draw(seed: int, index: int, max_ranks: int) -> Case:
 
 
 def _draw_layout(rng: random.Random, max_ranks: int) -> tuple[Layout, str]:
-    """A layout, and a family of models that it can split."""
+    """A layout and a model family that it can split."""
     while True:
         tp, pp, dp = (
             rng.choice([1, 1, 2, 2, 3, 4]),
@@ -195,14 +195,14 @@ def _draw_layout(rng: random.Random, max_ranks: int) -> tuple[Layout, str]:
 
 
 def _draw_schedule(rng: random.Random, pp: int) -> tuple[str, int]:
-    """A schedule, and its stages per rank."""
+    """A schedule and its stages per rank."""
     schedules = ["1f1b", "interleaved_1f1b", *(V_SHAPED if splits_backward() else ())]
     schedule = rng.choice(schedules) if pp > 1 else "1f1b"
     return schedule, {"1f1b": 1, "interleaved_1f1b": rng.choice([2, 3])}.get(schedule, 2)
 
 
 def _draw_model(rng: random.Random, layout: Layout, family: str, layers: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of a model that ``layout`` divides, and of its balancing."""
+    """The settings of a model that ``layout`` divides, and the settings of its load balancing."""
     tp, features = layout.tp, FAMILIES[family]
     if tp > 1 and rng.random() < 0.5:
         kv_heads = rng.choice([d for d in range(1, tp + 1) if tp % d == 0])
@@ -249,8 +249,8 @@ def _draw_model(rng: random.Random, layout: Layout, family: str, layers: int) ->
 
 
 def global_batch(config: RunConfig, step: int) -> dict[str, torch.Tensor]:
-    """The batch of one step, ``[global_batch_size, S]``: random tokens, and uneven numbers of labels that do not count,
-    so that means and sums differ. Weights are for the probe alone."""
+    """The batch of one step, ``[global_batch_size, S]``: random tokens with uneven numbers of ignored labels, so that means
+    and sums differ. Only the probe uses ``weights``."""
     generator = torch.Generator().manual_seed(1000 * config.seed + step)
     rows, sequence = config.training.global_batch_size, config.data.sequence_length
     tokens = torch.randint(0, config.model.vocab_size, (rows, sequence + 1), generator=generator)

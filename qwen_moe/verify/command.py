@@ -1,4 +1,4 @@
-"""`qwen-moe verify RECIPE --layout tp=2,pp=2,ep=4 [--fuzz N]`: is every layout the same computation as one process?"""
+"""`qwen-moe verify RECIPE --layout tp=2,pp=2,ep=4 [--fuzz N]`: check that every layout computes the same as one process."""
 
 import argparse
 import json
@@ -36,7 +36,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help=f"axes {', '.join(AXES)} and {', '.join(OPTIONS)}; dp is as small as possible unless given; repeatable",
     )
     parser.add_argument("--fuzz", type=whole(), default=0, metavar="N", help="N random layouts of random small models")
-    parser.add_argument("--seed", type=whole(), default=0, help="of --fuzz")
+    parser.add_argument("--seed", type=whole(), default=0, help="seed of --fuzz")
     parser.add_argument("--max-ranks", type=whole(2, 1024), default=8, help="largest number of processes (default 8)")
     parser.add_argument(
         "--shapes",
@@ -50,8 +50,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def parse_layout(text: str, config: RunConfig) -> tuple["Layout", RunConfig]:
-    """The layout that ``text`` asks for, axes that it does not name being 1 (dp: as small as possible), and the recipe
-    with its other options."""
+    """The layout that ``text`` describes, and the recipe with the other options of ``text``. Axes that it does not name are
+    1; dp is as small as possible."""
     from parallel.mesh import Layout, LayoutError, layout_for, smallest_world
 
     degrees: dict[str, int] = {}
@@ -88,21 +88,21 @@ def _cases(args: argparse.Namespace, config: RunConfig) -> list[tuple[str, "Case
 
     cases = []
     for text in args.layout:
-        layout, wanted = parse_layout(text, config)
+        layout, recipe = parse_layout(text, config)
         if layout.world_size > args.max_ranks:
             raise UserError(
                 f"--layout {text!r} needs {layout.world_size} processes but --max-ranks is {args.max_ranks}: raise it or "
                 "verify a smaller layout"
             )
         try:
-            check_layout(wanted.model, layout, wanted.data.sequence_length)
+            check_layout(recipe.model, layout, recipe.data.sequence_length)
         except LayoutError as error:
             if layout.cp > 1:
                 raise UserError(f"--layout {text!r}: {error}") from None
             print(f"note: the recipe itself cannot run with {text}: {error}", file=sys.stderr)
-        small = shrink(wanted, layout)
+        small = shrink(recipe, layout)
         run_layout(small, layout.world_size)
-        if note := dropped_split(wanted, layout):
+        if note := dropped_split(recipe, layout):
             print(f"note: {text}: {note}", file=sys.stderr)
         cases.append((text, Case(small, layout)))
     for index in range(args.fuzz):
@@ -144,22 +144,25 @@ def run(args: argparse.Namespace) -> int:
             rows.append(row | {"equal": False, "error": str(error)})
             print(f"{label:44s} FAILED: {error.cause}", file=out, flush=True)
             continue
-        found = compare(reports, train_reference(small, layout.dp, STEPS, probe))
+        differences = compare(reports, train_reference(small, layout.dp, STEPS, probe))
         rows.append(
             row
             | {
-                "equal": found.equal,
-                "loss": found.loss,
-                "auxiliary": found.auxiliary,
-                "gradients": found.gradients,
-                "gradient_norm": found.grad_norm,
-                "parameters": found.parameters,
-                "worst": found.worst,
-                "wrong": found.wrong,
+                "equal": differences.equal,
+                "loss": differences.loss,
+                "auxiliary": differences.auxiliary,
+                "gradients": differences.gradients,
+                "gradient_norm": differences.grad_norm,
+                "parameters": differences.parameters,
+                "worst": differences.worst,
+                "wrong": differences.wrong,
             }
         )
-        figures = f"{found.loss:8.0e} {found.auxiliary:8.0e} {found.gradients:9.0e} {found.grad_norm:8.0e}"
-        print(f"{label:44s} {figures} {found.parameters:8.0e}{_verdict(found)}", file=out, flush=True)
+        figures = (
+            f"{differences.loss:8.0e} {differences.auxiliary:8.0e} {differences.gradients:9.0e} "
+            f"{differences.grad_norm:8.0e} {differences.parameters:8.0e}"
+        )
+        print(f"{label:44s} {figures}{_verdict(differences)}", file=out, flush=True)
     bad = [row["layout"] for row in rows if not row["equal"]]
     print(
         f"{len(rows) - len(bad)} of {len(rows)} layouts equal one process"
@@ -172,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shapes(args: argparse.Namespace, config: RunConfig) -> int:
-    """The first rank of each pipeline stage, and the last rank of all."""
+    """Run the first process of each pipeline rank, and the last process, on shapes alone."""
     from dataclasses import asdict
 
     from qwen_moe.verify.shapes import run_shapes
@@ -199,8 +202,8 @@ def _shapes(args: argparse.Namespace, config: RunConfig) -> int:
     return 0
 
 
-def _verdict(found: Any) -> str:
-    if found.equal:
+def _verdict(differences: Any) -> str:
+    if differences.equal:
         return ""
-    wrong = [*found.wrong, *(f"{kind}: {name}" for kind, name in found.worst.items() if name)]
+    wrong = [*differences.wrong, *(f"{kind}: {name}" for kind, name in differences.worst.items() if name)]
     return f"  NOT EQUAL ({'; '.join(wrong[:4])})"

@@ -1,4 +1,4 @@
-"""The largest relative difference between what the ranks of a layout hold and the run in one process."""
+"""The largest relative difference between a layout's ranks and the run in one process."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ TOLERANCE = 1e-10
 
 @dataclass(frozen=True, kw_only=True)
 class Differences:
-    """Largest relative differences over all steps, ranks and tensors. ``worst`` names the tensors; ``wrong`` lists what
-    must be equal and is not (counts, biases, elements that no rank holds)."""
+    """The largest relative differences over all steps, ranks and tensors. ``worst`` names the tensors. ``wrong`` lists
+    mismatches of values that must be equal (counts, biases) and elements that no rank holds."""
 
     loss: float
     auxiliary: float
@@ -40,10 +40,10 @@ def _relative(got: float, expected: float) -> float:
 def compare_pieces(
     reports: Iterable[Sequence[tuple[str, list[int], torch.Tensor]]], whole: dict[str, torch.Tensor], wrong: list[str]
 ) -> tuple[float, str]:
-    """(largest difference, name of the tensor) between pieces and wholes, relative to the largest element of the whole.
+    """(largest difference, name of the tensor) between pieces and wholes, relative to the whole's largest element.
 
-    A tensor that is all but zero is measured against a millionth of the largest element of all tensors instead: its
-    own scale is rounding.
+    A tensor that is almost zero consists of rounding errors; its difference is relative to a millionth of the largest
+    element of all tensors instead.
     """
     floor = 1e-6 * max(float(tensor.abs().max()) for tensor in whole.values())
     seen = {name: torch.zeros_like(tensor, dtype=torch.bool) for name, tensor in whole.items()}
@@ -63,7 +63,7 @@ def compare_pieces(
 
 
 def compare(reports: Sequence[Report], reference: Trajectory) -> Differences:
-    """Every rank's figures and pieces against the reference."""
+    """Compare every rank's figures and pieces with the reference."""
     wrong: list[str] = []
     largest = {"loss": 0.0, "balance loss": 0.0, "z-loss": 0.0, "gradient norm": 0.0, "log-likelihood": 0.0}
     for report in reports:

@@ -1,8 +1,8 @@
-"""An objective that needs everything an objective may ask for, so that layouts are proven for objectives to come.
+"""An objective that uses every feature of the objective contract, so that layouts are verified for future objectives.
 
 For each sequence, a = sum_t w_t log p_t over its valid tokens t; the loss is the mean over sequences of softplus(-a).
-So the gradient of each token differs, comes from the whole sequence, and depends on another field of the batch, as in
-direct preference optimization (arXiv 2305.18290) and policy gradients. Shapes: b sequences of S tokens.
+Each token's gradient is different and depends on the whole sequence and on another field of the batch, as in direct
+preference optimization (arXiv 2305.18290) and policy gradients. Shapes: b sequences of S tokens.
 """
 
 import torch
@@ -29,13 +29,13 @@ class Probe(Objective):
 
 
 def weights(labels: torch.Tensor, seed: int) -> torch.Tensor:
-    """``[b, S]`` float64 numbers around 0 for labels of that shape."""
+    """Random float64 weights around 0 in the shape ``[b, S]`` of ``labels``."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(labels.shape, generator=generator, dtype=torch.float64) / labels.shape[1] ** 0.5
 
 
 def probe_loss(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed loss and log-likelihood by torch's own functions, from whole ``logits [b, S, V]``."""
+    """The summed loss and log-likelihood from whole ``logits [b, S, V]``, with torch's own functions."""
     labels = batch["labels"]
     valid = labels >= 0
     log_probs = logits.log_softmax(-1).gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1) * valid

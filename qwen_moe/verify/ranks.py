@@ -1,4 +1,4 @@
-"""One rank of a verified run: train a few steps in a layout and report every piece of every tensor it holds."""
+"""One rank of a verified run: trains a few steps in a layout and reports its piece of every tensor."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from qwen_moe.verify.probe import Probe
 
 @dataclass
 class Report:
-    """What a rank saw. Pieces are (name, offsets in the whole, values)."""
+    """One rank's results. Pieces are (name, offsets in the whole, values)."""
 
     figures: list[dict[str, float]] = field(default_factory=list)
     counts: list[Any] = field(default_factory=list)
@@ -31,16 +31,16 @@ class Report:
 
 
 def _pieces(model: ParallelModel, of_gradients: bool) -> list[tuple[str, list[int], torch.Tensor]]:
-    found = []
+    pieces = []
     for name, parameter in model.named_parameters():
         tensor = parameter.grad if of_gradients else parameter
         if tensor is not None:
-            found.append((name, model.range_of(name, parameter)[0], local(tensor).detach().clone()))
-    return found
+            pieces.append((name, model.range_of(name, parameter)[0], local(tensor).detach().clone()))
+    return pieces
 
 
 def make_trainer(config: RunConfig, objective: Objective | None = None) -> Trainer:
-    """The trainer of this rank of an initialized process group."""
+    """This rank's trainer. The process group must be initialized."""
     device = torch.device("cpu")
     layout = run_layout(config, dist.get_world_size())
     grids = make_grids(config, layout, device)
@@ -57,7 +57,7 @@ def micro_batches(trainer: Trainer, step: int) -> list[dict[str, torch.Tensor]]:
 
 
 def train_rank(config: RunConfig, steps: int = STEPS, probe: bool = False) -> Report:
-    """Train ``steps`` steps of the case ``config`` in its layout; runs in every rank of an initialized process group.
+    """Train ``steps`` steps of the case ``config`` in its layout. Every rank of an initialized process group must call it.
     ``probe``: minimize the probe instead of the recipe's objective."""
     trainer, report = make_trainer(config, Probe() if probe else None), Report()
     trainer.on_gradients = lambda: report.gradients.append(_pieces(trainer.model, True))
@@ -69,7 +69,7 @@ def train_rank(config: RunConfig, steps: int = STEPS, probe: bool = False) -> Re
 
 
 def record_step(trainer: Trainer, report: Report, step: int) -> None:
-    """One step, its figures appended to ``report``."""
+    """Run one step and append its figures to ``report``."""
     result = trainer.step(step, micro_batches(trainer, step))
     report.figures.append(
         {

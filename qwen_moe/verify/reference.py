@@ -1,6 +1,6 @@
-"""The same training in one process, written out as means with torch's own cross-entropy, AdamW and no distributed code.
+"""Reference training in one process, written with means, torch's own cross-entropy and AdamW, and no distributed code.
 
-It shares the model's layers with the runs it judges, and nothing else: not their losses, sums, clipping or optimizer.
+It shares the model's layers with the runs that it checks, but not their losses, sums, clipping or optimizer.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from qwen_moe.verify.probe import probe_loss
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """Figures, gradients (before clipping) and, at the end, parameters of a run of a few steps, by name."""
+    """Figures and gradients (before clipping) of a few steps, and the final parameters, by name."""
 
     figures: list[dict[str, float]]
     counts: list[Any]  # expert counts [L, E] and dropped choices of each step
@@ -31,8 +31,8 @@ class Trajectory:
 
 
 def _balance(config: RunConfig, router: RouterStatistics, ranks: int, seen: torch.Tensor | None) -> torch.Tensor:
-    """Balance loss of one wave (the micro-batches that ``ranks`` data-parallel ranks run at a time) times its tokens.
-    ``seen [L, E]``: choices of the global batch up to and including this wave."""
+    """The balance loss of the micro-batches that ``ranks`` data-parallel ranks run at the same time, times their tokens.
+    ``seen [L, E]``: choices of the global batch up to and including these micro-batches."""
     experts, top_k = config.model.num_experts, config.model.num_experts_per_tok
     layers, rows = router.counts.shape[:2]
     sequence = config.data.sequence_length
@@ -58,13 +58,13 @@ def _balance(config: RunConfig, router: RouterStatistics, ranks: int, seen: torc
 def _losses(
     config: RunConfig, model: DecoderLM, batch: dict[str, torch.Tensor], ranks: int, probe: bool
 ) -> dict[str, Any]:
-    """Mean losses of a global batch, differentiable, and its counts."""
-    rows, per_wave = batch["labels"].shape[0], config.training.micro_batch_size * ranks
-    counted, tokens = (rows if probe else (batch["labels"] >= 0).sum()), batch["labels"].numel()
+    """The mean losses of a global batch, differentiable, and its counts."""
+    rows, rows_at_once = batch["labels"].shape[0], config.training.micro_batch_size * ranks
+    count, tokens = (rows if probe else (batch["labels"] >= 0).sum()), batch["labels"].numel()
     loss = likelihood = balance = z = torch.zeros((), dtype=torch.float64)
     counts, dropped = None, 0
-    for begin in range(0, rows, per_wave):
-        part = {name: tensor[begin : begin + per_wave] for name, tensor in batch.items()}
+    for begin in range(0, rows, rows_at_once):
+        part = {name: tensor[begin : begin + rows_at_once] for name, tensor in batch.items()}
         labels = part["labels"]
         hidden, router = model.hidden_states(part["input_ids"], part.get("position_ids"), part.get("document_ids"))
         logits = hidden @ model.head_weight.T
@@ -74,14 +74,14 @@ def _losses(
         else:
             loss = loss + F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
         if router is not None:
-            found = router.counts.sum(1)
-            counts = found if counts is None else counts + found
+            chosen = router.counts.sum(1)
+            counts = chosen if counts is None else counts + chosen
             dropped += int(router.dropped.sum())
             balance = balance + _balance(config, router, ranks, counts)
             z = z + router.z_sum.sum()
     return {
-        "loss": loss / counted,
-        "likelihood": likelihood / counted,
+        "loss": loss / count,
+        "likelihood": likelihood / count,
         "balance": balance / tokens,
         "z": z / tokens,
         "counts": counts,
@@ -90,8 +90,8 @@ def _losses(
 
 
 def train_reference(config: RunConfig, ranks: int, steps: int = STEPS, probe: bool = False) -> Trajectory:
-    """Train ``steps`` steps. ``ranks``: data-parallel size of the layout to compare with, which says which micro-batches
-    are run at a time (global-batch balancing counts what came before)."""
+    """Train ``steps`` steps. ``ranks``: data-parallel size of the layout to compare with. It decides which micro-batches run
+    at the same time, which matters because global-batch balancing counts all micro-batches so far."""
     model = build_model(config.model, config.seed, torch.float64)
     model.train()
     for module in model.modules():
@@ -110,10 +110,10 @@ def train_reference(config: RunConfig, ranks: int, steps: int = STEPS, probe: bo
     figures, gradients, counts = [], [], []
     layers = max(1, len(config.model.moe_layers))
     for step in range(steps):
-        found = _losses(config, model, global_batch(config, step), ranks, probe)
+        means = _losses(config, model, global_batch(config, step), ranks, probe)
         balance = config.balance
         weight = 0.0 if balance.scope == "none" else balance.coefficient
-        total = found["loss"] + weight * found["balance"] + balance.z_loss_coefficient * found["z"]
+        total = means["loss"] + weight * means["balance"] + balance.z_loss_coefficient * means["z"]
         optimizer.zero_grad()
         total.backward()
         gradients.append({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
@@ -129,16 +129,16 @@ def train_reference(config: RunConfig, ranks: int, steps: int = STEPS, probe: bo
         per_layer = 1 if balance.scope == "huggingface" else layers
         figures.append(
             {
-                "loss": found["loss"].item(),
-                "balance loss": found["balance"].item() / per_layer,
-                "z-loss": found["z"].item() / layers,
+                "loss": means["loss"].item(),
+                "balance loss": means["balance"].item() / per_layer,
+                "z-loss": means["z"].item() / layers,
                 "gradient norm": norm,
-                "log-likelihood": found["likelihood"].item(),
+                "log-likelihood": means["likelihood"].item(),
             }
         )
-        counts.append((None if found["counts"] is None else found["counts"].tolist(), found["dropped"]))
+        counts.append((None if means["counts"] is None else means["counts"].tolist(), means["dropped"]))
         if balance.bias_update_rate:
-            load = found["counts"].double()
+            load = means["counts"].double()
             routers = [layer.mlp.gate for layer in model.model.layers if isinstance(layer.mlp, MoE)]
             for router, row in zip(routers, load, strict=True):
                 router.expert_bias += balance.bias_update_rate * (row.mean() - row).sign().float()

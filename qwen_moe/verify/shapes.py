@@ -1,8 +1,8 @@
-"""Build any rank of a layout of any size and run one step of it on shapes alone: no memory, no other process.
+"""Builds any rank of a layout of any size and runs one step of it on shapes alone, without memory or other processes.
 
-PyTorch's fake process group answers every collective at once, and fake tensors have shapes but no data: what is checked
-is that every part is built, every collective and product has fitting shapes, and every parameter gets a gradient.
-Routing is taken as perfectly balanced. Hidden states are not sent between stages: each stage runs on its own.
+PyTorch's fake process group completes every collective at once, and fake tensors have shapes but no data. This checks that
+every stage module can be built, that the shapes of collectives and matmuls fit, and that every parameter gets a gradient.
+Routing is assumed to be perfectly balanced. Each stage runs alone: hidden states are not sent between stages.
 """
 
 import time
@@ -19,7 +19,7 @@ from parallel.sequence import SequenceShard
 from qwen_moe.checkpoint.optimizer_state import optimizer_state
 from qwen_moe.config import RunConfig
 from qwen_moe.models.init import keep_statistics_dtypes
-from qwen_moe.sharding.build import DTYPES, make_grids, plan_model
+from qwen_moe.sharding.build import DTYPES, make_grids, shard_model
 from qwen_moe.sharding.layout import run_layout
 from qwen_moe.training.optimizer import build_optimizer
 from qwen_moe.training.step import Trainer
@@ -27,7 +27,7 @@ from qwen_moe.training.step import Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeReport:
-    """What one rank holds: elements of parameters, gradients and optimizer moments, and the layers of its stages."""
+    """One rank's elements of parameters, gradients and optimizer moments, and the layers of its stages."""
 
     rank: int
     layout: str
@@ -39,15 +39,15 @@ class ShapeReport:
 
 
 def run_shapes(config: RunConfig, world_size: int, rank: int) -> ShapeReport:
-    """Build rank ``rank`` of ``world_size`` and run one step of two micro-batches. Needs a process without a process
-    group. Raises UserError for an illegal layout, and whatever shape does not fit."""
+    """Build rank ``rank`` of ``world_size`` and run one step of two micro-batches. The process must not have a process
+    group. Raises UserError for an illegal layout; a shape that does not fit raises torch's own error."""
     begin = time.monotonic()
     layout = run_layout(config, world_size)
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         device = torch.device("cpu")
         grids = make_grids(config, layout, device)
-        model = plan_model(config, layout, grids)
+        model = shard_model(config, layout, grids)
         training, sequence = config.training, config.data.sequence_length
         rows = training.micro_batch_size
         with FakeTensorMode(allow_non_fake_inputs=True):

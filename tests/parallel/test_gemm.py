@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from parallel import gemm
 from parallel.kernels.formats import E4M3, quantize_by, scale_of
-from parallel.kernels.products import mm as fp8_mm
+from parallel.kernels.matmul import mm as fp8_mm
 from qwen_moe.models.attention.gqa import Attention
 from qwen_moe.models.attention.mask import Visibility
 from qwen_moe.models.head.cross_entropy import linear_cross_entropy
@@ -155,7 +155,7 @@ a, b = (torch.randn(96, 64, generator=torch.Generator().manual_seed(s)).bfloat16
 y, exact = gemm.linear(a, b), a.double() @ b.double().T
 fp8 = torch.randint(-8, 9, (32, 32)).to(torch.float8_e4m3fn)  # small whole numbers: every sum is exact
 from parallel.kernels.formats import Quantized
-from parallel.kernels.products import mm
+from parallel.kernels.matmul import mm
 one = Quantized(fp8, torch.ones(()))
 print(json.dumps({"hardware": gemm.has_hardware(torch.bfloat16), "said": gemm.description(torch.bfloat16),
     "differ": (y != exact.bfloat16()).float().mean().item(),

@@ -47,7 +47,7 @@ def test_only_what_both_have_recorded_is_compared() -> None:
 
 def test_who_is_behind_is_named() -> None:
     found = behind({0: [call(1), call(2, done=False)], 1: [call(1)]})
-    assert found is not None and "ranks [1] have not come to call 2 of tp" in found
+    assert found is not None and "ranks [1] have not reached collective 2 of tp" in found
     assert behind({0: [call(1)], 1: [call(1)]}) is None
 
 
@@ -133,6 +133,6 @@ def test_a_hang_names_every_rank(tmp_path: Path, how: str) -> None:
     assert told.count("the job is hung") == 1, told
     assert "rank 0: last collective" in told and "rank 1: last collective" in told and "Float[5]" in told
     if how == "sleep":
-        assert "ranks [2] have not come to call" in told and "never_comes" in told
+        assert "ranks [2] have not reached collective" in told and "never_comes" in told
     else:
         assert "no report from ranks [2]" in told

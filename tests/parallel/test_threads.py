@@ -91,7 +91,7 @@ def test_who_has_a_say_and_in_which_order() -> None:
     assert choose_threads(2, before=3, environ=everything) == threads.Threads(count=5, why="because")
     assert choose_threads(2, before=3, environ={OMP: "6,2"}) == threads.Threads(count=6, why=f"{OMP} is set")
     found = choose_threads(2, before=3, environ={})
-    assert found.count == 3 and found.why.startswith("as in this run's attempts before")
+    assert found.count == 3 and found.why.startswith("as in this run's earlier attempts")
     assert choose_threads(2, environ={}).count == 4 and choose_threads(1, environ={}).count == 8
     assert choose_threads(100, environ={}).count == 1
 
@@ -110,7 +110,7 @@ def test_torchruns_own_one_is_no_users_choice() -> None:
 
 def test_an_earlier_count_that_the_machine_no_longer_has_is_said() -> None:
     found = choose_threads(2, before=6, environ={})
-    assert found.count == 4 and "attempts before had 6, so rounding may differ from theirs" in found.why
+    assert found.count == 4 and "earlier attempts had 6, so rounding may differ from theirs" in found.why
 
 
 def _busy(monkeypatch: pytest.MonkeyPatch, cpus: float) -> list[float]:

@@ -126,7 +126,7 @@ def test_a_cosine_is_refused(corpus: Path, tmp_path: Path) -> None:
     said = refused(tmp_path, corpus, 12)
     assert f"training.train_tokens was {6 * TOKENS}, is now {12 * TOKENS}" in said
     assert "the learning rate of step 2, which is done," in said and "A cosine reaches to the end" in said
-    assert "put it back" in said and "checkpoint.load_from" in said
+    assert "restore the setting" in said and "checkpoint.load_from" in said
 
 
 def test_data_that_come_in_another_order_are_refused(constant: Path, corpus: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_run_is_made_shorter_where_that_changes_nothing(constant: Path, corpus
     train(folder, corpus, 8, **CONSTANT)
     assert losses(folder) == losses(constant)[:8]
     said = refused(folder, corpus, 7, **CONSTANT)
-    assert "holds a longer run" in said and f"Give at least {8 * TOKENS} tokens" in said
+    assert "holds a longer run" in said and f"Set at least {8 * TOKENS} tokens" in said
     (entry,) = open_folder(folder, [])
     with pytest.raises(LaunchError, match=r"training\.train_tokens was"):
         is_complete(entry)

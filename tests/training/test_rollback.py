@@ -83,7 +83,7 @@ def test_it_is_tried_only_so_often(poisoned: Path, before: list[float], tmp_path
     _, limit = limit_below_the_worst(before)
     outcome = run_to_end(recipe(tmp_path / "x", poisoned), limit, "training.max_skips=0")
     assert outcome.returncode == 2, outcome.stderr
-    assert "Batches were skipped 0 times before; training.max_skips allows no more" in outcome.stderr
+    assert "Batches were already skipped 0 times; training.max_skips allows no more" in outcome.stderr
     assert "Traceback" not in outcome.stderr
 
 

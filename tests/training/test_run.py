@@ -27,7 +27,7 @@ EXPORT = ("checkpoint.export_hf=true", "sample_prompt=router expert")
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenised corpus of sentences made of few words, so that a few steps learn something."""
+    """A tokenized corpus of sentences made of few words, so that a few steps learn something."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = random.Random(0)
     words = ["router", "expert", "token", "gradient", "tensor", "pipeline", "batch", "loss"]
@@ -149,7 +149,7 @@ def test_interrupt_then_the_same_command_gives_the_same_run(tmp_path: Path, corp
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
-    assert "the same command goes on from there" in stderr and "Traceback" not in stderr
+    assert "the same command resumes from there" in stderr and "Traceback" not in stderr
     assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 1
     outcome = run_to_end(recipe)
     assert outcome.returncode == 0, outcome.stderr

@@ -100,7 +100,7 @@ def test_the_recipes_own_pipeline_split_is_what_is_verified(capsys: pytest.Captu
     assert same["parallel"]["pipeline_split"] == [5, 1] and same["model"]["num_hidden_layers"] == 6
     assert other["parallel"]["pipeline_split"] == [] and other["model"]["num_hidden_layers"] == 4
     assert err.count("note: ") == 1
-    assert "note: pp=3: parallel.pipeline_split [5, 1] is of 2 stages and this layout has 3: what is verified" in err
+    assert "note: pp=3: parallel.pipeline_split [5, 1] has 2 stages and this layout has 3: a split" in err
 
 
 def test_a_pipeline_split_of_another_number_of_layers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,1 +1,1 @@
-"""Attention: projections, what a query may see, and who computes the scores."""
+"""Attention: projections, which keys a query may see, and the kernels that compute scores."""

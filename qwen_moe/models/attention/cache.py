@@ -10,15 +10,15 @@ import torch
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, per layer, each held as ``[B, G, S, C]``; grown by doubling."""
+    """Keys and values of the tokens so far, per layer, each stored as ``[B, G, S, C]`` with room that grows by doubling."""
 
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     length: int = 0
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append ``[B, S_new, G, C]`` and return all keys and values, ``[B, S, G, C]`` each. The caller advances ``length``
-        after a step."""
+        """Append ``k, v [B, S_new, G, C]`` and return all keys and values, ``[B, S, G, C]`` each. The caller advances
+        ``length`` after all layers."""
         end = self.length + k.shape[1]
         for store, new in ((self.keys, k.transpose(1, 2)), (self.values, v.transpose(1, 2))):
             held = store.get(layer)

@@ -1,4 +1,4 @@
-"""The one place where scores are computed: softmax(scale * q k^T) v over the keys that a query may see.
+"""The attention core: softmax(scale * q k^T) v over the keys that a query may see. No other file computes scores.
 
 Shapes: B batch, S queries, T keys, H query heads, G key/value heads, C head dim.
 """
@@ -14,7 +14,7 @@ from qwen_moe.models.ops.block_attention import block_attention, blocks_pay
 
 
 class Attend(Protocol):
-    """``(q [B, S, H, C], k, v [B, T, G, C], visible, scale) -> [B, S, H, C]``; head h attends with key/value head
+    """``(q [B, S, H, C], k, v [B, T, G, C], visible, scale) -> [B, S, H, C]``. Query head h uses key/value head
     h // (H / G)."""
 
     def __call__(
@@ -23,7 +23,7 @@ class Attend(Protocol):
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Visibility, scale: float) -> torch.Tensor:
-    """By the fastest way that this device has for these shapes. See `Attend`."""
+    """Use the fastest kernel that this device has for these shapes. See `Attend`."""
     queries = q.shape[1]
     causal = visible.is_causal(queries)
     if causal and blocks_pay(q):

@@ -29,7 +29,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(dim, config.rms_norm_eps)
-        # Replaced where the sequence or the products are split or computed by other kernels.
+        # Sharding replaces these for tensor parallelism or other kernels.
         self.project: Project = project
         self.attend: Attend = attend
 

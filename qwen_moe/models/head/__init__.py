@@ -1,4 +1,4 @@
-"""What follows the last layer: the summed loss, or the log-probability of each label."""
+"""Heads after the last layer: the summed cross-entropy, or the log-probability of each label."""
 
 from typing import Literal
 

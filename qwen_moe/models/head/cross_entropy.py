@@ -1,4 +1,4 @@
-"""LM head and cross-entropy in one function over chunks of tokens: full logits never exist.
+"""LM head and cross-entropy in one function over chunks of tokens, so that full logits never exist.
 
 Shapes: T tokens, D hidden, V vocabulary.
 """
@@ -11,7 +11,7 @@ from qwen_moe.models.ops.dtypes import accumulation_dtype
 
 
 def _statistics(wide: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The losses ``[T, 1]`` of logits ``wide [T, V]`` (0 where not counted), their logsumexp and the label's logit."""
+    """Losses ``[T, 1]`` of logits ``wide [T, V]`` (0 where the label is negative), their logsumexp and the label's logit."""
     lse = wide.logsumexp(-1, keepdim=True)
     of_label = wide.gather(1, labels.unsqueeze(1).clamp_min(0))
     return (lse - of_label) * (labels >= 0).unsqueeze(1), lse, of_label
@@ -28,14 +28,14 @@ def _losses_and_gradients(
     logits: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The summed loss of ``logits [T, V]`` in float64, softmax(z), and softmax(z) - 1 at the labels ``[T, 1]`` (subtracted
-    before it is rounded). May overwrite ``logits``."""
+    before rounding). May overwrite ``logits``."""
     wide = logits.to(accumulation_dtype(logits.dtype))
     losses, lse, of_label = _statistics(wide, labels)
-    loss, counted = losses.sum(dtype=torch.float64), (labels >= 0).unsqueeze(1)
-    # Not in place when compiled: torch 2.11 then reads the overwritten logits for the loss as well.
+    loss, valid = losses.sum(dtype=torch.float64), (labels >= 0).unsqueeze(1)
+    # Not in place when compiled: compiled by torch 2.11, the loss would read the overwritten logits.
     shifted = wide - lse if torch.compiler.is_compiling() else wide.sub_(lse)
-    dz = shifted.exp_().mul_(counted).to(logits.dtype)
-    return loss, dz, (((of_label - lse).exp() - 1) * counted).to(logits.dtype)
+    dz = shifted.exp_().mul_(valid).to(logits.dtype)
+    return loss, dz, (((of_label - lse).exp() - 1) * valid).to(logits.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -49,7 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
         wide = accumulation_dtype(x.dtype)
         need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        total = torch.zeros((), dtype=torch.float64, device=x.device)  # of many tokens: rounded once, at the end
+        total = torch.zeros((), dtype=torch.float64, device=x.device)  # a sum over many tokens, rounded once at the end
         dx = torch.empty_like(x) if need_x else None
         dweight = torch.zeros(weight.shape, dtype=wide, device=x.device) if need_weight else None
         operand = widen(weight)
@@ -86,7 +86,7 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Summed cross-entropy, in nats, of ``softmax(x W^T)`` against ``labels``; a scalar in float32 (float64 for float64).
 
-    ``x [..., D]``, ``weight [V, D]``, ``labels [...]`` int64, negative where a token does not count. At most
-    ``chunk_tokens`` rows of logits exist at a time.
+    ``x [..., D]``, ``weight [V, D]``, ``labels [...]`` int64, negative where a token is ignored. At most ``chunk_tokens``
+    rows of logits exist at a time.
     """
     return _LinearCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight, labels.flatten(), chunk_tokens)

@@ -1,7 +1,7 @@
-"""Log-probabilities of given tokens in chunks: full logits never exist, and every token has a gradient of its own.
+"""Log-probabilities of labels in chunks: full logits never exist, and every token has its own upstream gradient.
 
-The cross-entropy of `head.cross_entropy` forms the gradient of a sum in forward, so it cannot weigh tokens afterwards.
-This one recomputes a chunk's logits in backward instead. Shapes: T tokens, D hidden, V vocabulary.
+`head.cross_entropy` forms the gradient of a sum in forward, so it cannot weight tokens afterwards. This head recomputes a
+chunk's logits in backward instead. Shapes: T tokens, D hidden, V vocabulary.
 """
 
 import torch
@@ -24,8 +24,8 @@ def _log_probs(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
 def _logit_gradients(
     logits: torch.Tensor, labels: torch.Tensor, lse: torch.Tensor, upstream: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-g softmax(z) ``[T, V]`` for upstream gradients g ``[T]``, and the labels' own elements g (1 - softmax(z)) ``[T, 1]``:
-    the difference is formed before it is rounded."""
+    """-g softmax(z) ``[T, V]`` for upstream gradients g ``[T]``, and g (1 - softmax(z)) at the labels ``[T, 1]`` (subtracted
+    before rounding)."""
     wide = logits.to(accumulation_dtype(logits.dtype))
     g = (upstream * (labels >= 0)).unsqueeze(1)
     dz = ((wide - lse).exp() * -g).to(logits.dtype)
@@ -42,11 +42,11 @@ class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
         operand = widen(weight)
-        found = []
+        chunks = []
         for start in range(0, x.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            found.append(_log_probs((widen(x[rows]) @ operand.T).to(x.dtype), labels[rows]))
-        log_probs, lse = (torch.cat(parts) for parts in zip(*found, strict=True))
+            chunks.append(_log_probs((widen(x[rows]) @ operand.T).to(x.dtype), labels[rows]))
+        log_probs, lse = (torch.cat(parts) for parts in zip(*chunks, strict=True))
         ctx.save_for_backward(x, weight, labels, lse)
         ctx.chunk_tokens = chunk_tokens
         return log_probs

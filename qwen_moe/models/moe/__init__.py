@@ -1,1 +1,1 @@
-"""The mixture-of-experts block: router, experts, and how tokens get from one to the other."""
+"""The mixture-of-experts block: router, experts, and the dispatch of tokens to experts."""

@@ -1,4 +1,4 @@
-"""The MoE block: router, dispatch of tokens to experts and back, gated shared expert.
+"""The MoE block: router, dispatch of tokens to experts and back, and a gated shared expert.
 
 Shapes: B batch, S sequence, T = B * S tokens, D hidden, E experts, K top-k.
 """
@@ -22,10 +22,10 @@ from qwen_moe.models.sequence import SequencePart, WholeSequence
 def within_capacity(
     indices: torch.Tensor, num_experts: int, capacity: int, earlier: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Which choices ``indices [B, S, K]`` are among the first ``capacity`` of their expert in their sequence: ``[B, S, K]``.
+    """Whether each choice of ``indices [B, S, K]`` is among its expert's first ``capacity`` in its sequence: ``[B, S, K]``.
 
-    First come, first served in order of position, so that no token's fate depends on later ones. ``earlier`` maps this
-    rank's counts ``[B, E]`` to those of the ranks that hold earlier parts of the sequence.
+    Choices are served in order of position, so that later tokens do not affect earlier ones. ``earlier`` maps this rank's
+    counts ``[B, E]`` to the sum over the ranks that hold earlier parts of the sequence.
     """
     batch, _, top_k = indices.shape
     flat = indices.flatten(1)
@@ -38,7 +38,7 @@ class MoE(nn.Module):
     """``forward(x [B, S, D]) -> (y [B, S, D], RouterStatistics)``: routed experts plus the sigmoid-gated shared one.
 
     ``capacity_factor`` > 0 lets an expert serve at most ``ceil(capacity_factor * S * K / E)`` choices of a sequence in
-    training; the rest are dropped and counted. The unit is the sequence so that no layout changes what is dropped.
+    training; the rest are dropped and counted. Capacity is per sequence, so that the layout does not change what is dropped.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -51,7 +51,7 @@ class MoE(nn.Module):
         if self.has_shared_expert:
             self.shared_expert = FeedForward(config.hidden_size, config.shared_expert_intermediate_size)
             self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False)
-        # Replaced where experts or sequences are split over ranks.
+        # Sharding replaces these where experts or sequences are split over ranks.
         self.dispatcher: Dispatcher = LocalDispatcher(config.num_experts)
         self.sequence: SequencePart = WholeSequence()
 

@@ -1,4 +1,4 @@
-"""How tokens get to their experts and back where all experts are on this device.
+"""The interface that brings tokens to their experts and back, and its version for one device.
 
 Shapes: T tokens, D hidden, K top-k, N = T * K rows sorted by expert.
 """
@@ -16,8 +16,8 @@ from qwen_moe.models.ops.permute import combine, permute, sort_by_expert
 class Dispatcher(Protocol):
     """Brings tokens to experts and results back.
 
-    Returns the routed output ``[T, D]`` and the value of ``overlap()``: work that the dispatcher may do while tokens travel.
-    With ``drops``, an index equal to the number of experts marks a choice that is dropped; its weight is 0.
+    Returns the routed output ``[T, D]`` and the value of ``overlap()``, which the dispatcher may run while tokens travel.
+    With ``drops``, an index equal to the number of experts marks a dropped choice, whose weight is 0.
     """
 
     def __call__(
@@ -32,7 +32,7 @@ class Dispatcher(Protocol):
 
 
 class LocalDispatcher:
-    """All experts are here: sort the rows, run the experts, put the results back. The oracle of every other dispatcher."""
+    """All experts are on this device: sort the rows, run the experts, restore the order. Other dispatchers must equal it."""
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts

@@ -13,15 +13,15 @@ from qwen_moe.models.ops.swiglu import joined_swiglu
 class Experts(nn.Module):
     """``forward(x [N, D], counts [E]) -> [N, D]``; rows of expert e follow those of e - 1.
 
-    ``gate_up_proj [E, 2, F, D]`` holds gate (index 0) and up (1), so that one grouped matmul does both and every split
-    of F keeps them together; ``down_proj [E, D, F]``.
+    ``gate_up_proj [E, 2, F, D]`` holds gate (index 0) and up (1), so that one grouped GEMM computes both and every split of
+    F keeps them together. ``down_proj`` is ``[E, D, F]``.
     """
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2, intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
-        # What a plan replaces where another provider of kernels does the products.
+        # Sharding replaces these when a kernel provider has its own grouped GEMM.
         self.up_mm: GroupedMM = grouped_mm
         self.down_mm: GroupedMM = grouped_mm
 

@@ -14,9 +14,9 @@ from qwen_moe.models.ops.dtypes import accumulation_dtype
 
 
 class RouterStatistics(NamedTuple):
-    """Sums over tokens, never means; kept per sequence so that every balancing scope can be formed from them.
+    """Sums over tokens, never means, kept per sequence so that every balancing scope can be computed from them.
 
-    They flow through the graph as outputs of the layer: recomputing a layer in backward cannot count a token twice.
+    They are outputs of the layer, so that recomputing a layer in backward cannot count a token twice.
     """
 
     prob_sum: torch.Tensor  # [B, E] float32 (float64 for float64 models), differentiable
@@ -28,9 +28,9 @@ class RouterStatistics(NamedTuple):
 class Router(nn.Module):
     """``forward(x [B, S, D]) -> (weights [T, K] in x's dtype, indices [T, K], RouterStatistics)``.
 
-    Softmax over all experts in float32, then top-k, as Qwen does. Logits are computed in float32 too: rounded to
-    bfloat16 they have three digits and near-ties would flip between a forward and its recomputation.
-    ``expert_bias`` (arXiv 2408.15664) moves the selection only, never the weights.
+    Softmax over all experts in float32, then top-k, as Qwen does. Logits are computed in float32 too: rounded to bfloat16
+    they would have about three digits, and near-ties would flip between a forward and its recomputation.
+    ``expert_bias`` (arXiv 2408.15664) affects the selection only, never the weights.
     """
 
     expert_bias: torch.Tensor

@@ -1,1 +1,1 @@
-"""Operations with a hand-written backward or a kernel of their own; the modules that use them read as plain mathematics."""
+"""Operations with a hand-written backward or kernel, kept apart so that the modules that use them stay plain."""

@@ -1,11 +1,11 @@
-"""Causal attention in blocks of queries, for CPUs: what lies above the diagonal is never computed.
+"""Causal attention in blocks of queries, for CPUs; blocks above the diagonal are never computed.
 
-As in FlashAttention (arXiv 2205.14135), the scores of a block exist only while they are used and backward computes them
-again from the row statistics; here a block is as large as fast matrix products like it. Scores are float32.
-torch's own CPU kernel computes the whole square, at a fraction of the matmul rate (`benchmarks/README.md`).
+As in FlashAttention (arXiv 2205.14135), the scores of a block exist only while they are used, and backward recomputes them
+from each row's logsumexp. Blocks are large enough for fast GEMMs. Scores are float32. torch's own CPU kernel computes the
+whole square, at a fraction of the GEMM rate (`benchmarks/README.md`).
 
-Shapes: B batch, S sequence, H query heads, G key/value heads, R = H / G, C head dim, N = B * G. The queries of one
-key/value head are rows of one product: row s * R + r is query s of head g * R + r.
+Shapes: B batch, S sequence, H query heads, G key/value heads, R = H / G, C head dim, N = B * G. The queries that share a
+key/value head are rows of one GEMM: row s * R + r is query s of head g * R + r.
 """
 
 import torch
@@ -13,9 +13,9 @@ import torch
 from parallel.gemm import widens
 from qwen_moe.models.ops.compiled import compiling, fused
 
-QUERIES = 64  # of a block
-SCORE_BYTES = 16 << 20  # of one block's scores over all heads that are worked on at a time
-LONGEST = 1024  # beyond it torch's kernel, which keeps scores in its caches, is as fast
+QUERIES = 64  # per block
+SCORE_BYTES = 16 << 20  # limit for one block's scores over all heads computed together
+LONGEST = 1024  # for longer sequences torch's kernel, which keeps scores in its caches, is as fast
 
 
 @fused
@@ -28,8 +28,8 @@ def _exponentials(scores: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tenso
 
 @fused
 def _score_gradients(scores: torch.Tensor, lse: torch.Tensor, dp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """p = exp(s - lse) and ds = p * (dp - sum over keys of p * dp), in dp's dtype. The sum is of dp as rounded, not dy * y
-    summed over C, so that a row of ds adds up to nothing."""
+    """p = exp(s - lse) and ds = p * (dp - sum over keys of p * dp), in dp's dtype. The sum uses the rounded dp, not the sum
+    of dy * y over C, so that a row of ds sums to zero."""
     p = (scores - lse).exp()
     wide = dp.to(p.dtype)
     return p.to(dp.dtype), (p * (wide - (p * wide).sum(-1, keepdim=True))).to(dp.dtype)
@@ -45,7 +45,7 @@ class _BlockAttention(torch.autograd.Function):
     """y = softmax(scale * q k^T) v below the diagonal.
 
     With p = exp(s - lse) and dp = dy v^T: ds = p * (dp - sum of p * dp), dv = p^T dy, dq = scale * ds k,
-    dk = scale * ds^T q. What is saved: q, k, v and lse.
+    dk = scale * ds^T q. Saves q, k, v and lse.
     """
 
     @staticmethod
@@ -97,33 +97,33 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(n: int, seq: int, repeats: int) -> list[tuple[slice, int, int, slice]]:
-    """(heads, first query, query after the last, rows of these queries) of every block."""
-    found = []
+    """(heads, first query, last query + 1, rows of these queries) of every block."""
+    blocks = []
     for begin in range(0, seq, QUERIES):
         end = min(seq, begin + QUERIES)
         rows = slice(begin * repeats, end * repeats)
         most = max(1, SCORE_BYTES // (4 * (end - begin) * repeats * end))
         at_a_time = max(size for size in range(1, min(n, most) + 1) if n % size == 0)
         for first in range(0, n, at_a_time):
-            found.append((slice(first, first + at_a_time), begin, end, rows))
-    return found
+            blocks.append((slice(first, first + at_a_time), begin, end, rows))
+    return blocks
 
 
 def _mask(size: int, repeats: int) -> torch.Tensor:
-    """``[size * R, size]`` to add to the scores of ``size`` queries on the diagonal: 0 where one may look, else -inf. Of
-    fewer queries, the upper left corner."""
+    """``[size * R, size]``, added to the scores of ``size`` queries on the diagonal: 0 where attention is allowed, -inf
+    elsewhere. For fewer queries, slice the top-left corner."""
     return torch.full((size, size), float("-inf")).triu_(1).repeat_interleave(repeats, 0)
 
 
 def blocks_pay(q: torch.Tensor) -> bool:
-    """Whether `block_attention` is faster than torch's for ``q [B, S, H, C]`` (measured: `benchmarks/README.md`)."""
+    """Whether `block_attention` is faster than torch's kernel for ``q [B, S, H, C]`` (measured: `benchmarks/README.md`)."""
     fast_bf16 = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not widens(q)
     return fast_bf16 and compiling() and 1 < q.shape[1] <= LONGEST
 
 
 def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention of ``q [B, S, H, C]`` to ``k, v [B, S, G, C]``, head h to key/value head h // (H / G), with
-    scores times ``scale``: ``[B, S, H, C]``."""
+    """Causal attention of ``q [B, S, H, C]`` to ``k, v [B, S, G, C]``: ``[B, S, H, C]``. Query head h uses key/value head
+    h // (H / G), and scores are multiplied by ``scale``."""
     grouped = q.unflatten(2, (k.shape[2], -1)).transpose(1, 2).contiguous()
     keys, values = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
     return _BlockAttention.apply(grouped, keys, values, scale).flatten(2, 3)

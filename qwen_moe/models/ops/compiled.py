@@ -1,8 +1,8 @@
 """Elementwise chains compiled into one kernel each by torch.compile: C++ on a CPU, Triton on a GPU.
 
-The functions marked `fused` are written once, in plain torch, and give the same mathematics compiled or not. A process
-switches compilation on for itself before it builds a model (`compile_kernels`, as `torch.set_num_threads`): training
-does where `precision.compile` says so; verification in float64 and everything short does not.
+Functions marked `fused` are written once, in plain torch, and compute the same compiled or not. Compilation is a switch of
+the process, like `torch.set_num_threads`: `compile_kernels` sets it before a model is built. Training follows
+`precision.compile`; verification in float64 and short runs do not compile.
 """
 
 import functools
@@ -21,7 +21,7 @@ _compiling = False
 
 
 def compile_kernels(on: bool) -> None:
-    """Whether functions marked `fused` are compiled from now on, in this process."""
+    """Set whether this process compiles functions marked `fused` from now on."""
     global _compiling
     _compiling = on
 
@@ -31,7 +31,7 @@ def compiling() -> bool:
 
 
 def missing_compiler(device_type: str) -> str | None:
-    """What `compile_kernels` would need on this machine and does not find, or None."""
+    """What compilation needs and this machine lacks, or None."""
     if device_type == "cuda":
         return None if importlib.util.find_spec("triton") else "triton, which comes with CUDA builds of torch"
     if shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++"):
@@ -40,21 +40,21 @@ def missing_compiler(device_type: str) -> str | None:
 
 
 def try_compiler(device: torch.device) -> str | None:
-    """Compile and run a first kernel on ``device``. None when it works, else why it does not, in one line."""
+    """Compile and run a small kernel on ``device``. Returns None if it works, else one line that says why not."""
     x = torch.ones(2, 8, device=device)
     try:
         torch.compile(lambda x: x.sigmoid() + x, dynamic=True)(x)
-    except Exception as error:  # whatever a compiler, its cache folder or a driver may raise
+    except Exception as error:  # a compiler, its cache folder or a driver may raise anything
         return f"torch.compile failed here ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
     return None
 
 
 def fused(function: Callable[P, R]) -> Callable[P, R]:
-    """Compile ``function`` at its first call while `compile_kernels` is on; call it as it is otherwise. Sizes stay
-    symbolic, so that new numbers of tokens compile nothing new.
+    """Compile ``function`` at its first call while compilation is on; otherwise call it directly. Sizes stay symbolic, so
+    that another number of tokens needs no new compilation.
 
-    Inside an autograd function, tensors are detached first: torch.compile would trace the function again for a view of
-    another tensor and for one that requires a gradient.
+    Inside an autograd function, tensors are detached first: torch.compile would otherwise trace the function again for
+    views and for tensors that require a gradient.
     """
     compiled: Callable[P, R] | None = None
 

@@ -1,4 +1,4 @@
-"""The dtype in which sums and statistics are formed."""
+"""The accumulation dtype of norms, softmax and losses."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Products of rows sorted by expert with each expert's own weight.
+"""Grouped GEMMs: rows sorted by expert times each expert's own weight.
 
 Shapes: N rows, E experts, O/A output/input features; rows of expert e follow those of e - 1.
 """
@@ -14,17 +14,17 @@ GroupedMM = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def loop_mm(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """``x [N, A]`` times ``weight [E, O, A]`` transposed, rows split by ``counts [E]``: the plain loop, any dtype."""
+    """``x [N, A]`` times ``weight [E, O, A]`` transposed, rows split by ``counts [E]``: a plain loop, for any dtype."""
     parts = x.split(counts.tolist())
     return torch.cat([linear(part, weight[expert]) for expert, part in enumerate(parts)])
 
 
 def grouped_mm(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """The same as `loop_mm` by the fastest way that there is for the dtype and device. `F.grouped_mm` has none for float64,
-    for no rows at all, and for rows that are not a multiple of 16 bytes long: these take the loop."""
+    """Like `loop_mm`, using the fastest kernel for the dtype and device. `F.grouped_mm` does not take float64, zero rows, or
+    rows whose length is not a multiple of 16 bytes; these use the loop."""
     if type(x) is not torch.Tensor:
-        # Shapes alone (FakeTensor), where there are no counts to loop over and torch knows the grouped product of bf16 only:
-        # one expert's product has the shapes of all.
+        # A FakeTensor has no counts to loop over, and torch's fake grouped_mm supports bf16 only. One expert's GEMM has the
+        # same shapes.
         return linear(x, weight[0])
     aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
     if x.dtype == torch.float64 or not aligned or not x.shape[0]:
@@ -37,11 +37,11 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> t
 
 
 class _RoundedLoop(torch.autograd.Function):
-    """`loop_mm` with products of few different sizes. forward: y = x W^T. backward: dx = dy W, dW = dy^T x.
+    """`loop_mm` with GEMMs of few different sizes. forward: y = x W^T. backward: dx = dy W, dW = dy^T x.
 
-    On a CPU, half-precision products are compiled by oneDNN for each size and kept; routing makes new sizes at every
-    step, and compiling them costs as much as multiplying. So a product takes the rows that follow an expert's, up to a
-    rounded number: in y and dx the next expert's product then overwrites what is too much, in dW those rows are zero.
+    On a CPU, oneDNN compiles a half-precision GEMM for each size and caches it. Routing makes new sizes at every step, and
+    compiling costs as much as multiplying. So the rows of each expert are rounded up by including the rows that follow
+    them. In y and dx the next expert's GEMM overwrites the surplus; in dW the surplus rows are zero.
     """
 
     @staticmethod
@@ -70,7 +70,7 @@ class _RoundedLoop(torch.autograd.Function):
 
 
 class _WidenedLoop(torch.autograd.Function):
-    """`loop_mm` for a CPU without instructions for the operands' dtype: one expert's operands are widened at a time."""
+    """`loop_mm` for a CPU without instructions for the operands' dtype. Operands are widened one expert at a time."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -105,7 +105,7 @@ def _rows_of_experts(counts: list[int]) -> Iterator[tuple[int, slice]]:
 
 
 def _rows_times(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """``x [N, A]`` times ``weight [E, A, O]`` by groups of rows."""
+    """``x [N, A]`` times ``weight [E, A, O]``, expert by expert."""
     out = x.new_empty(x.shape[0], weight.shape[2])
     for expert, begin, count, rounded in _rounded(counts):
         if count and begin + rounded <= x.shape[0]:
@@ -116,13 +116,13 @@ def _rows_times(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> tor
 
 
 def _some_rows(x: torch.Tensor, begin: int, count: int) -> torch.Tensor:
-    """``count`` rows of ``x`` from ``begin`` on; zeros where there are no more."""
+    """``count`` rows of ``x`` from ``begin`` on, padded with zeros past the end."""
     rows = x[begin : begin + count]
     return rows if rows.shape[0] == count else F.pad(rows, (0, 0, 0, count - rows.shape[0]))
 
 
 def _rounded(counts: list[int]) -> Iterator[tuple[int, int, int, int]]:
-    """(expert, first row, rows, rows rounded up to one of few numbers), in order of rows."""
+    """(expert, first row, rows, rows rounded up to a multiple), in order of rows."""
     begin = 0
     for expert, count in enumerate(counts):
         unit = 16 if count < 512 else 32 if count < 2048 else 64

@@ -1,4 +1,4 @@
-"""Token rows sorted by expert, and back: the two ends of every dispatch.
+"""Sorts token rows by expert, and combines them by token again: the two ends of every dispatch.
 
 Shapes: T tokens, D hidden, E experts, K top-k, N = T * K rows sorted by expert.
 """
@@ -25,7 +25,7 @@ def sort_by_expert(indices: torch.Tensor, num_experts: int) -> Permutation:
     order = flat.argsort(stable=True)
     row = torch.empty_like(order)
     row[order] = torch.arange(order.numel(), device=order.device)
-    # Not bincount, which on a GPU waits to learn the size of its result.
+    # Not bincount, which synchronizes with a GPU to learn the size of its result.
     counts = torch.zeros(num_experts, dtype=torch.int64, device=flat.device)
     return Permutation(
         token=order.div(indices.shape[1], rounding_mode="floor"),
@@ -35,7 +35,7 @@ def sort_by_expert(indices: torch.Tensor, num_experts: int) -> Permutation:
 
 
 class _Permute(torch.autograd.Function):
-    """x [T, D] -> rows [N, D]; backward sums each token's K rows where they lie (no scatter, so deterministic)."""
+    """x [T, D] -> rows [N, D]. backward sums each token's K rows by a gather (no scatter-add, hence deterministic)."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, token: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
@@ -57,7 +57,7 @@ def _combine_gradients(
 
 
 class _Combine(torch.autograd.Function):
-    """rows [N, D], weights [T, K] -> sum over K of weight * row, [T, D]; backward scales the gathered output gradient."""
+    """rows [N, D], weights [T, K] -> sum over K of weight * row, [T, D]. backward scales the gathered output gradient."""
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor, weights: torch.Tensor, token: torch.Tensor, row: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""RMSNorm (arXiv 1910.07467), forward and backward, with statistics in float32, or in float64 for float64."""
+"""RMSNorm (arXiv 1910.07467), forward and backward. The mean square is computed in float32 (float64 for float64)."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Rotation of pairs of features by given angles, forward and backward."""
+"""Rotates pairs of features by given angles, forward and backward."""
 
 import torch
 
@@ -12,7 +12,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 class _Rope(torch.autograd.Function):
-    """A rotation: its transpose is the rotation by minus the angle."""
+    """A rotation. Its backward is the transpose: the rotation by minus the angle."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -22,10 +22,10 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        # Contiguous, as x mostly is: strides of another order would be traced and compiled anew.
+        # Contiguous, as x usually is: another stride order would be traced and compiled again.
         return _rotate(grad_outputs[0].contiguous(), cos, -sin), None, None
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Dims i and i + C/2 of ``x [..., C]`` rotated by the angle whose ``cos, sin [..., C/2]`` broadcast over x."""
+    """Rotate dims i and i + C/2 of ``x [..., C]`` by the angles of ``cos, sin [..., C/2]``, which broadcast over x."""
     return _Rope.apply(x, cos, sin)

@@ -1,4 +1,4 @@
-"""SwiGLU's elementwise part (arXiv 2002.05202), forward and backward."""
+"""The elementwise part of SwiGLU (arXiv 2002.05202), forward and backward."""
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ class _SwiGLU(torch.autograd.Function):
     """silu(g) * u. Saves g and u only.
 
     With s = sigmoid(g): d silu(g)/dg = s * (1 + g * (1 - s)), so dg = dy * u * that and du = dy * silu(g).
-    Computed as rows, whatever the leading dims are: one number of dims is compiled once.
+    Leading dims are flattened, so that only one number of dims is compiled.
     """
 
     @staticmethod
@@ -47,7 +47,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _JoinedSwiGLU(torch.autograd.Function):
-    """The same of gate and up side by side, whose gradient is written in one piece."""
+    """SwiGLU on a fused [gate, up] input. Its gradient is one contiguous tensor."""
 
     @staticmethod
     def forward(ctx, gate_up: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """A stand-in for Transformer Engine on the CPU: its signatures and rules, plain torch arithmetic, nothing quantized.
 
 What the real one would refuse, or get silently wrong, fails or shows here: weights that were not lent or are stale, rows
-that are not aligned, modules of FP8 outside of an autocast, products left out of the reduction over ranks.
+that are not aligned, modules of FP8 outside of an autocast, matmuls left out of the reduction over ranks.
 `test_the_fake_has_the_real_signatures` compares it with the real sources.
 """
 
@@ -178,8 +178,8 @@ class _Base(nn.Module):
                 place.copy_(torch.maximum(place, part.abs().max()))
 
     def _run(self, x: torch.Tensor, names: list[str], splits: list[int], first: bool | None) -> Any:
-        """Input and weights as the product sees them, after what the real one does before it."""
-        assert _Global.depth, "a product outside of every autocast"
+        """Input and weights as the matmul sees them, after what the real one does before it."""
+        assert _Global.depth, "a matmul outside of every autocast"
         given = dict(self.named_parameters())
         # Release 2.9 asks its first parameter for the device.
         assert next(iter(given.values())).device.type != "meta", "weights were not lent"
@@ -202,7 +202,7 @@ class _Base(nn.Module):
             for name, weight in zip(names, weights):
                 if first or name not in self._workspaces:
                     self._workspaces[name] = weight.detach().clone()
-            # The kept copy is used in the product, the gradient goes to the weight that was given.
+            # The kept copy is used in the matmul, the gradient goes to the weight that was given.
             weights = [weight + (self._workspaces[n] - weight).detach() for n, weight in zip(names, weights)]
         return x, weights, recipe
 

@@ -1,6 +1,6 @@
 """Tensor, data, expert and expert-tensor parallel FP8 layers against one process that has everything.
 
-In float32 between the FP8 products, so that nothing but order of summation differs. Sizes are whole blocks on every rank,
+In float32 between the FP8 matmuls, so that nothing but order of summation differs. Sizes are whole blocks on every rank,
 so that all recipes but ``current`` (whose scales are of the part at hand) scale the same values alike in any layout.
 """
 
@@ -18,7 +18,7 @@ from parallel.kernels.torch_fp8 import TorchFp8
 from parallel.mesh import Axis, Grids, Layout
 from qwen_moe.models.ops.grouped_matmul import grouped_mm
 from tests.distributed import run_distributed
-from tests.parallel.kernels.products import HYBRID, ONE
+from tests.parallel.kernels.providers import HYBRID, ONE
 
 B, S, A, F, E, STEPS = 2, 128, 256, 256, 4, 3
 COUNTS = [130, 0, 128, 70]
@@ -54,8 +54,8 @@ def run(recipe: str, tp: Axis, group: Axis, pick: Callable[[Tensors], Tensors], 
     parent.down = nn.Linear(F, A, bias=False, device="meta")
     project = kernels.column("block", parent, ["up"])
     kernels.row("block", parent, "down")
-    product = kernels.grouped("experts", part)
-    assert project is not None and product is not None
+    matmul = kernels.grouped("experts", part)
+    assert project is not None and matmul is not None
     kernels.materialize(torch.device("cpu"))
     counts = torch.tensor(COUNTS[part.first : part.first + part.count])
     for step in range(STEPS):
@@ -65,7 +65,7 @@ def run(recipe: str, tp: Axis, group: Axis, pick: Callable[[Tensors], Tensors], 
         parent.up.weight, parent.down.weight = nn.Parameter(leaves["up"]), nn.Parameter(leaves["down"])
         (h,) = project(leaves["x"], parent.up)
         z = parent.down(torch.relu(h))
-        y = product(leaves["rows"], leaves["experts"], counts)
+        y = matmul(leaves["rows"], leaves["experts"], counts)
         weights = [parent.up.weight, parent.down.weight]
         grads = torch.autograd.grad(
             [z, y], [leaves["x"], *weights, leaves["rows"], leaves["experts"]], [own["dz"], own["drows"]]

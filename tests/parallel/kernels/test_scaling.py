@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from parallel.kernels.formats import E4M3, E5M2
 from parallel.kernels.scaling import DelayedScaling
 from parallel.kernels.torch_fp8 import TorchFp8
-from tests.parallel.kernels.products import ONE, RECIPES, provider
+from tests.parallel.kernels.providers import ONE, RECIPES, provider
 
 
 @pytest.mark.parametrize("most_recent", [False, True])

@@ -1,13 +1,13 @@
-"""Forward and backward of FP8 layers against float64: equal to products of operands rounded by the book, and within the
-bound that the formats' rounding gives against products that are not rounded."""
+"""Forward and backward of FP8 layers against float64: equal to matmuls of operands rounded by the book, and within the
+bound that the formats' rounding gives against matmuls that are not rounded."""
 
 import pytest
 import torch
 from torch import nn
 
-from parallel.kernels import products
+from parallel.kernels import matmul
 from parallel.kernels.formats import E4M3, Quantized
-from tests.parallel.kernels.products import HYBRID, RECIPES, experts_through, linear_through, provider
+from tests.parallel.kernels.providers import HYBRID, RECIPES, experts_through, linear_through, provider
 from tests.parallel.kernels.reference import rounded
 
 # Shapes that are no multiple of 16, 32 or 128.
@@ -16,7 +16,7 @@ N, A, O = 150, 200, 72  # noqa: E741
 
 def operands(outliers: bool = False) -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
     """x, w and dy; with ``outliers``, features of all three in which neighbours differ so much that a block across them
-    loses the small one's bits: a block along the wrong dim shows in the product of that feature."""
+    loses the small one's bits: a block along the wrong dim shows in the matmul of that feature."""
     generator = torch.Generator().manual_seed(3)
     x, w = torch.randn(N, A, generator=generator), torch.randn(O, A, generator=generator) * 0.05
     dy = torch.randn(N, O, generator=generator) * 1e-4
@@ -30,7 +30,7 @@ def operands(outliers: bool = False) -> tuple[torch.Tensor, nn.Linear, torch.Ten
 
 
 def by_the_book(recipe: str, x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The three products with every operand rounded along the contraction. ``delayed`` with a history of this very
+    """The three matmuls with every operand rounded along the contraction. ``delayed`` with a history of this very
     tensor scales as ``current``."""
     kind = "current" if recipe == "delayed" else recipe
     gradient = "e5m2" if HYBRID[recipe] else "e4m3"
@@ -44,7 +44,7 @@ def by_the_book(recipe: str, x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor)
 
 
 def exact(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Each product, and the sum of its terms' magnitudes."""
+    """Each matmul, and the sum of its terms' magnitudes."""
     x, w, dy = x.double(), w.double(), dy.double()
     pairs = {"y": (x, w.T), "dx": (dy, w), "dw": (dy.T, x)}
     return {name: (a @ b, a.abs() @ b.abs()) for name, (a, b) in pairs.items()}
@@ -169,7 +169,7 @@ def test_no_rows_at_all(recipe: str) -> None:
 
 
 def test_sizes_that_a_gpu_has_no_kernel_for_are_padded_with_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU wants K and N to be multiples of 16; the product is the same."""
+    """A GPU wants K and N to be multiples of 16; the matmul is the same."""
     generator = torch.Generator().manual_seed(5)
     for rows, columns, inner in ((526, 40, 72), (1, 7, 3), (16, 32, 48)):
         a, b = (
@@ -177,7 +177,7 @@ def test_sizes_that_a_gpu_has_no_kernel_for_are_padded_with_zeros(monkeypatch: p
         )
         expected = a.data.float() @ b.data.float().T / 4
         with monkeypatch.context() as patch:
-            patch.setattr(products, "_multiple", lambda device: 16)
-            assert all(size % 16 == 0 for size in products._padded(b.data, rows=True).shape)
-            assert products._padded(a.data, rows=False).shape == (rows, -(-inner // 16) * 16)
-            torch.testing.assert_close(products.mm(a, b, torch.float32), expected)
+            patch.setattr(matmul, "_multiple", lambda device: 16)
+            assert all(size % 16 == 0 for size in matmul._padded(b.data, rows=True).shape)
+            assert matmul._padded(a.data, rows=False).shape == (rows, -(-inner // 16) * 16)
+            torch.testing.assert_close(matmul.mm(a, b, torch.float32), expected)

@@ -42,13 +42,13 @@ def experts_through(
     kernels: TorchFp8, x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor, dy: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     count = counts.numel()
-    product = kernels.grouped("experts", ExpertPart(total=count, first=0, count=count))
+    matmul = kernels.grouped("experts", ExpertPart(total=count, first=0, count=count))
     kernels.materialize(torch.device("cpu"))
-    assert product is not None
+    assert matmul is not None
     for _ in range(2 if kernels.quantizer.scaling is not None else 1):
         kernels.begin_step()
         leaf, held = x.detach().requires_grad_(), weight.detach().requires_grad_()
-        y = product(leaf, held, counts)
+        y = matmul(leaf, held, counts)
         dx, dw = torch.autograd.grad(y, [leaf, held], dy)
         kernels.end_step()
     return {"y": y.detach(), "dx": dx, "dw": dw}

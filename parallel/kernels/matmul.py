@@ -1,6 +1,6 @@
-"""Products of FP8 matrices on any device: torch's FP8 kernel where one is exact, else the values in bfloat16 or float32.
+"""FP8 matmuls on any device: torch's FP8 kernel where it is exact, else matmuls of the values in bfloat16 or float32.
 
-Products of two FP8 values are exact in float32, in which all of these accumulate; the result is rounded once.
+A product of two FP8 values is exact in float32. Every path accumulates in float32 and rounds the result once.
 Shapes: ``a [M, K]`` and ``b [N, K]`` are contracted over K; rows of E experts follow each other.
 """
 
@@ -13,22 +13,22 @@ from parallel.kernels.formats import E5M2, Quantized, widen
 
 
 def _has_kernel(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether `torch._scaled_mm` multiplies these with one scale per tensor; on GPUs one of them must be E4M3."""
+    """Whether `torch._scaled_mm` can multiply these with one scale per tensor. On GPUs one operand must be E4M3."""
     if a.device.type == "cpu":
-        return not widens(a, torch.bfloat16)  # oneDNN has FP8 products where it has bfloat16's
+        return not widens(a, torch.bfloat16)  # oneDNN has FP8 matmuls wherever it has bfloat16 matmuls
     if a.device.type != "cuda" or torch.cuda.get_device_capability(a.device) < (8, 9):
         return False
     return not a.dtype == b.dtype == E5M2
 
 
 def _multiple(device: torch.device) -> int:
-    """K and N must be multiples of this; M may be any (seen on an H100)."""
+    """K and N must be multiples of this; M is free (observed on an H100)."""
     return 16 if device.type == "cuda" else 1
 
 
 def _padded(x: torch.Tensor, rows: bool) -> torch.Tensor:
-    """``x [R, C]`` with zeros up to a multiple of columns (and of ``rows``), which add nothing to a product; contiguous, the
-    one order of strides that has a kernel on GPUs."""
+    """Pad the columns of ``x [R, C]`` (and with ``rows`` its rows) with zeros to a multiple. Zeros do not change a matmul.
+    The result is contiguous, because GPU kernels exist for that stride order only."""
     multiple = _multiple(x.device)
     below, right = -x.shape[0] % multiple if rows else 0, -x.shape[1] % multiple
     if below or right:
@@ -37,8 +37,8 @@ def _padded(x: torch.Tensor, rows: bool) -> torch.Tensor:
 
 
 def _scalar(inverse: torch.Tensor) -> torch.Tensor:
-    """The one factor of a tensor, at a multiple of 16 bytes: from elsewhere (one of a stack's) cuBLASLt does not read it and
-    answers CUBLAS_STATUS_NOT_SUPPORTED."""
+    """A tensor's single factor, aligned to 16 bytes. cuBLASLt rejects an unaligned one (for example an element of a stack)
+    with CUBLAS_STATUS_NOT_SUPPORTED."""
     scalar = inverse.reshape(())
     return scalar.clone() if scalar.device.type == "cuda" and scalar.data_ptr() % 16 else scalar
 
@@ -69,7 +69,7 @@ def transposed(x: Quantized) -> Quantized:
 
 
 def sizes_of(counts: torch.Tensor, rows: int) -> list[int]:
-    """Rows of each expert as numbers; in a shape-only run, which has none, balanced ones."""
+    """Rows of each expert as integers. A shape-only run has no values and gets balanced counts."""
     if isinstance(counts, FakeTensor):
         experts = counts.shape[0]
         return [rows // experts + (i < rows % experts) for i in range(experts)]
@@ -77,5 +77,5 @@ def sizes_of(counts: torch.Tensor, rows: int) -> list[int]:
 
 
 def expert(x: Quantized, index: int) -> Quantized:
-    """Matrix ``index`` of a stack ``[E, R, C]``."""
+    """Matrix ``index`` of a stack ``[E, R, C]``, with its factors."""
     return Quantized(x.data[index], x.inverse[index], x.block)
