@@ -329,7 +329,7 @@ def _launch(at: Context) -> dict[str, Any]:
 
 
 STEPS = (
-    Step(name="prepare", what="tokenise the corpus", inputs=_prepare_inputs, do=_prepare),
+    Step(name="prepare", what="tokenize the corpus", inputs=_prepare_inputs, do=_prepare),
     Step(name="ladder", what="choose the small runs", inputs=_ladder_inputs, do=_ladder, keeps=True),
     Step(name="run", what="train the small runs", inputs=_run_inputs, do=_run, cost=_run_cost),
     Step(name="collect", what="make the table of runs", inputs=_collect_inputs, do=_collect),
