@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
                 write_page(at)
             if args.until == step.name:
                 print(
-                    f"stopped after {step.name}, as --until says; the same command without --until continues", file=sys.stderr
+                    f"stopped after {step.name}, as --until says; the same command without --until continues",
+                    file=sys.stderr,
                 )
                 break
         print(folder / "pipeline.md")
