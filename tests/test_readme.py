@@ -50,5 +50,7 @@ def test_everything_in_the_tree_exists() -> None:
 
 
 def test_names_are_relative_to_the_folder_above_them() -> None:
-    readme = "# x\n\n## Source tree\n\n    a/  one\n      b.py c.py  two\n      d/  three\n        e.py  four\n    f/  five\n"
+    readme = (
+        "# x\n\n## Source tree\n\n    a/  one\n      b.py c.py  two\n      d/  three\n        e.py  four\n    f/  f\n"
+    )
     assert tree_paths(readme) == ["a/", "a/b.py", "a/c.py", "a/d/", "a/d/e.py", "f/"]

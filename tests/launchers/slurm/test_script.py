@@ -138,7 +138,7 @@ def test_other_texts_stay(text: str) -> None:
 def test_containers(tmp_path: Path) -> None:
     script = render(spec(tmp_path, container_image="/images/torch.sqsh", container_mounts=("/data:/data",)))
     assert "--container-image=/images/torch.sqsh" in script and "/data:/data" in script and str(tmp_path) in script
-    with pytest.raises(LaunchError, match="holds a comma"):
+    with pytest.raises(LaunchError, match="contains a comma"):
         render(spec(tmp_path, container_image="x", container_mounts=("/a,b:/c",)))
 
 
