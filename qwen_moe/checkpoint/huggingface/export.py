@@ -1,4 +1,4 @@
-"""Writing a whole Hugging Face directory from any source of our tensors, after checking that it can hold them."""
+"""Writes a whole Hugging Face directory from any source of our tensors, after checking that the format can hold them."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def progress_bar(total: int, what: str, show: bool) -> tqdm:
 
 
 def token_ids(directory: Path) -> dict[str, Any]:
-    """bos, eos and pad token ids by a tokenizer's files, for a config.json that is made anew."""
+    """bos, eos and pad token ids from a tokenizer's files, for a new config.json."""
     if not (directory / "tokenizer_config.json").is_file() or not (directory / "tokenizer.json").is_file():
         return {}
     named = read_json(directory / "tokenizer_config.json")
@@ -85,7 +85,7 @@ def _object(content: bytes) -> dict[str, Any]:
 
 
 def check_source(source: TensorSource, config: ModelConfig, where: str) -> None:
-    """Every parameter there with its shape, and nothing that is neither a parameter nor a known buffer."""
+    """Raise UserError unless ``source`` has every parameter in its shape, and nothing else except known buffers."""
     wanted: dict[str, tuple[int, ...]] = {name: parameter.shape for name, parameter in parameters(config).items()}
     found = source.shapes()
     known = wanted | expert_biases(config)
@@ -98,7 +98,7 @@ def check_source(source: TensorSource, config: ModelConfig, where: str) -> None:
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"the weights of {where} are not those of its {MODEL_CONFIG}: {'; '.join(wrong[:3])}{more}")
+        raise UserError(f"the weights of {where} do not match its {MODEL_CONFIG}: {'; '.join(wrong[:3])}{more}")
 
 
 def check_expert_bias(source: TensorSource, config: ModelConfig, drop: bool) -> tuple[str, ...]:
@@ -130,7 +130,8 @@ def export(
     progress: bool,
     fp8: bool = False,
 ) -> Shards:
-    """Write a whole Hugging Face directory; ``dtypes`` of every parameter as exported, but for linears with ``fp8``."""
+    """Write a whole Hugging Face directory. ``dtypes`` are the exported dtypes of parameters; ``fp8`` overrides those of
+    linear layers."""
     pieces = hf_pieces(config)
     ordered = [piece for parameter in parameters(config).values() for piece in parameter.pieces]
     quantisation: dict[str, Any] = {}
@@ -146,7 +147,7 @@ def export(
     values = hf_config(config, old, None if old is not None and original_dtypes else dtype_name(main))
     if old is None:
         values |= tokens
-    values.pop("quantization_config", None)  # of the original, whose weights were dequantised
+    values.pop("quantization_config", None)  # the original's, but its weights were dequantized
     if fp8:
         values["quantization_config"] = quantisation
     require_free(hf_dir, shards.data_bytes + (1 << 20))

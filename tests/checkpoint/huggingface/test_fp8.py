@@ -1,4 +1,4 @@
-"""Block-quantised FP8 directories: written by ours and dequantised by transformers' own code, and read back."""
+"""Block-quantized FP8 directories: written by ours and dequantized by transformers' own code, and read back."""
 
 import json
 from pathlib import Path
@@ -97,7 +97,7 @@ def test_reading_back_and_writing_again_changes_no_value(checkpoint: Any, tmp_pa
     path, _ = checkpoint
     convert_to_hf(path, tmp_path / "fp8", dtype="fp8")
     read = convert_from_hf(tmp_path / "fp8", tmp_path / "again")
-    assert any("dequantised" in note for note in read.notes) and read.dtypes.keys() == {"bfloat16"}
+    assert any("dequantized" in note for note in read.notes) and read.dtypes.keys() == {"bfloat16"}
     convert_to_hf(tmp_path / "again", tmp_path / "fp8_again", dtype="fp8")
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("fp8", "fp8_again"))
     assert first.keys() == second.keys()
@@ -147,7 +147,7 @@ def test_what_does_not_belong_together_is_refused(checkpoint: Any, tmp_path: Pat
         values["quantization_config"]["quant_method"] = "gptq"
 
     cases = [(without_scale, NAME), (scale_of_other_blocks, "expected"), (not_told, "no quantization_config")]
-    for index, (change, part) in enumerate([*cases, (other_method, r"quantised (gptq)")]):
+    for index, (change, part) in enumerate([*cases, (other_method, r"quantized (gptq)")]):
         (tmp_path / str(index)).mkdir()
         assert part in _broken(tmp_path / str(index), path, change)
 
