@@ -81,7 +81,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         file="data `.bin`", damage="cut off", answer="refused",
-        draw=_file("data tokens", "data info", ["cut", 500]), says="cut off or belongs to another index",
+        draw=_file("data tokens", "data info", ["cut", 500]), says="truncated or belongs to another index",
     ),
     Row(
         file="data `.idx`", damage="one bit of a pointer", answer="refused",

@@ -105,7 +105,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One of our parameters: as Hugging Face's files hold it (``pieces``), and as transformers 5 does in memory (``fused``)."""
+    """One of our parameters, as Hugging Face's files hold it (``pieces``) and as transformers 5 holds it in memory
+    (``fused``)."""
 
     name: str
     shape: Shape
