@@ -64,8 +64,8 @@ def _encode(texts: list[str]) -> list[list[int]]:
             # The tokenizer's model has the control token as an ordinary word, so no setting can tell text from it.
             number = next(number for number in ids if number in _control)
             raise UserError(
-                f"tokenizer {_directory} turns text that spells {_control[number]!r} into that control token ({number}): "
-                "use a byte-level BPE tokenizer, or remove that text from the corpus"
+                f"tokenizer {_directory} turns text into the control token {_control[number]!r} ({number}), because the "
+                "text spells it: use a byte-level BPE tokenizer, or remove that text from the corpus"
             )
         found.append([*ids, _end_of_document])
     return found
