@@ -1,7 +1,7 @@
-"""`python -m launchers.conductor`, as batch scripts of earlier versions call `launchers.job.conductor`.
+"""`python -m launchers.conductor`: the name under which batch scripts of earlier versions call `launchers.job.conductor`.
 
-A job runs the code that lies there when it starts, with the script and the launch.json that it was submitted with: one that
-waits in the queue over an upgrade, or is requeued after it, comes here. Such a launch.json does not say what to start.
+A job runs the code that is installed when it starts, but with the script and launch.json of its submission. So a job that
+was queued before an upgrade, or is requeued after it, calls this module. Such a launch.json does not name the agent.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The error of this package that a user can mend."""
+"""The error of this package that a user can fix."""
 
 
 class LaunchError(ValueError):

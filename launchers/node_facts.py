@@ -1,4 +1,4 @@
-"""`python -m launchers.node_facts ATTEMPT`, as a conductor of an earlier version calls `launchers.job.node_facts`."""
+"""`python -m launchers.node_facts ATTEMPT`: the name under which older conductors call `launchers.job.node_facts`."""
 
 import sys
 

@@ -11,8 +11,8 @@ PACKAGES = ("qwen_moe", "parallel", "scaling_laws", "launchers")
 
 
 def tree_paths(readme: str) -> list[str]:
-    """Every path that the tree under "The house" names, relative to the repository; folders end in ``/``."""
-    lines = readme.split("\n## The house\n")[1].split("\n## ")[0].splitlines()
+    """Every path that the tree under "Source tree" names, relative to the repository; folders end in ``/``."""
+    lines = readme.split("\n## Source tree\n")[1].split("\n## ")[0].splitlines()
     found: list[str] = []
     folders: list[str] = []  # the folder at each depth of indentation
     for line in lines:
@@ -51,6 +51,6 @@ def test_everything_in_the_tree_exists() -> None:
 
 def test_names_are_relative_to_the_folder_above_them() -> None:
     readme = (
-        "# x\n\n## The house\n\n    a/  one\n      b.py c.py  two\n      d/  three\n        e.py  four\n    f/  five\n"
+        "# x\n\n## Source tree\n\n    a/  one\n      b.py c.py  two\n      d/  three\n        e.py  four\n    f/  f\n"
     )
     assert tree_paths(readme) == ["a/", "a/b.py", "a/c.py", "a/d/", "a/d/e.py", "f/"]

@@ -1,1 +1,1 @@
-"""What a run folder holds of a launched run, and how it is read."""
+"""A launched run's files in its run folder, and how they are read."""

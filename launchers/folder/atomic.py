@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all. Every file of a run, its data and its reports is written here."""
+"""Atomic writes: a file appears complete or not at all. Every file of a run, its data and its reports is written here."""
 
 import json
 import os
@@ -10,22 +10,22 @@ from typing import Any, BinaryIO
 
 
 def write_json(path: Path, value: Any, *, private: bool = False) -> None:
-    """Write atomically: a reader sees the old content or the new, never half of it."""
+    """Write atomically: a reader sees either the old content or the new content."""
     write_text(path, json.dumps(value, indent=1) + "\n", private=private)
 
 
 def write_text(path: Path, text: str, *, private: bool = False, durable: bool = True) -> None:
-    """Write atomically, see `replaced`."""
+    """Write atomically; see `replaced`."""
     with replaced(path, private=private, durable=durable) as file:
         file.write(text.encode())
 
 
 @contextmanager
 def replaced(path: Path, *, private: bool = False, durable: bool = True) -> Iterator[BinaryIO]:
-    """A file to write into, which takes the place of ``path`` when the block ends well; else ``path`` stays as it is.
+    """Yield a file that replaces ``path`` when the block ends without an exception; otherwise ``path`` stays unchanged.
 
-    It has the permissions that the user's umask gives; ``private``: for this user alone (0600). Not ``durable``: it may be
-    lost with the machine's power, and nobody waits for the disk.
+    The file has the permissions that the user's umask gives or, if ``private``, is readable by this user only (0600). If
+    not ``durable``, the write does not wait for the disk and may be lost in a power failure.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -36,7 +36,7 @@ def replaced(path: Path, *, private: bool = False, durable: bool = True) -> Iter
             if durable:
                 os.fsync(file.fileno())
         if not private:
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes them private, which a team's shared run is not
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files, but teams share runs
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Logs of a run's ranks, merged: oldest line first, each with its rank; all attempts are kept."""
+"""The logs of a run's ranks, merged by time, each line with its rank. The logs of all attempts are kept."""
 
 import heapq
 import time
@@ -10,10 +10,10 @@ from launchers.folder.run_folder import Attempt, RunFolder
 
 
 def choose_attempt(run: RunFolder, number: int | None) -> Attempt:
-    """The attempt ``number``, or the last. Raises LaunchError naming those that exist."""
+    """The attempt ``number``, or the last one. Raises LaunchError, which names the existing attempts."""
     attempts = run.attempts()
     if not attempts:
-        run.facts()  # says if this is no launched run at all
+        run.facts()  # raises if this is not a launched run
         raise LaunchError(f"{run.run_dir} has not started yet: there are no logs")
     if number is None:
         return attempts[-1]
@@ -24,7 +24,7 @@ def choose_attempt(run: RunFolder, number: int | None) -> Attempt:
 
 
 def read_tail(path: Path, lines: int = 20) -> str:
-    """The last lines of a text file; empty when there is none."""
+    """The last lines of a text file; empty if there is no such file."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 64_000))
@@ -35,7 +35,7 @@ def read_tail(path: Path, lines: int = 20) -> str:
 
 
 def rank_files(attempt: Attempt, rank: int | None) -> dict[int, Path]:
-    """Log files by rank; only that of ``rank`` when given."""
+    """Log files by rank; only the file of ``rank`` if it is given."""
     found = {}
     for path in sorted((attempt.folder / "ranks").glob("rank-*.log")):
         number = int(path.stem.removeprefix("rank-"))
@@ -52,14 +52,14 @@ def _lines(rank: int, path: Path) -> Iterator[tuple[str, int, str]]:
 
 
 def merged(attempt: Attempt, rank: int | None = None) -> Iterator[str]:
-    """`TIME [rank N] text` of every line, oldest first."""
+    """Every line as `TIME [rank N] text`, oldest first."""
     sources = [_lines(number, path) for number, path in rank_files(attempt, rank).items()]
     for stamp, number, text in heapq.merge(*sources, key=lambda line: (line[0], line[1])):
         yield f"{stamp} [rank {number}] {text}"
 
 
 def follow(run: RunFolder, attempt: Attempt, rank: int | None = None, poll_seconds: float = 0.5) -> Iterator[str]:
-    """As `merged`, and then what comes, into later attempts too, until the run has ended."""
+    """Like `merged`, then new lines as they are written, also of later attempts, until the run has ended."""
     while True:
         offsets: dict[int, int] = {}
         over = False
@@ -81,7 +81,7 @@ def follow(run: RunFolder, attempt: Attempt, rank: int | None = None, poll_secon
                 time.sleep(poll_seconds)
         decision = attempt.decision()
         if decision is None:
-            raise LaunchError(f"{attempt.folder / 'decision.json'} is damaged: how this attempt ended is not known")
+            raise LaunchError(f"{attempt.folder / 'decision.json'} is damaged: it does not say how this attempt ended")
         yield f"-- attempt {attempt.number}: {decision['action']} ({decision['kind']}): {decision['reason']}"
         if decision["action"] in ("done", "stop"):
             return

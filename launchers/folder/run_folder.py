@@ -1,14 +1,14 @@
-"""Where a launched run keeps what it writes: `RUN/launch/`, with one numbered folder per attempt; all writes atomic.
+"""The files of a launched run: `RUN/launch/`, with one numbered folder per attempt. All writes are atomic.
 
 launch/
-  launch.json           what was asked for, the job id; command.json the command; job.sbatch the script as submitted
-  recipe.yaml           the resolved recipe; code/ the commit, diff and untracked files it was launched with
-  excluded_nodes.json   nodes that this run does not want again, and why
+  launch.json           the request and the job id; command.json: the command; job.sbatch: the script as submitted
+  recipe.yaml           the resolved recipe; code/: the commit, diff and untracked files it was launched with
+  excluded_nodes.json   nodes that this run does not use again, and why
   attempts/003/
-    plan.json           nodes in rank order, address, ports; decision.json how it ended and what was decided
-    nodes/HOST.json     what the agent of that node last saw; facts/ and bandwidth/ are the preflight's
-    errors/, failures/  what ranks said when they failed, and what their agents saw
-    ranks/rank-0003.log every line with its time; stacks/ what ranks were doing when they were stopped
+    plan.json           nodes in rank order, address, ports; decision.json: how it ended and what was decided
+    nodes/HOST.json     what the agent of that node last saw; facts/ and bandwidth/ hold the preflight's results
+    errors/, failures/  what ranks reported when they failed, and what their agents saw
+    ranks/rank-0003.log every line with its time; stacks/: what ranks were doing when they were stopped
 """
 
 import json
@@ -27,7 +27,7 @@ _STEP = re.compile(r"step_(\d+)")
 
 
 def read_json(path: Path) -> Any:
-    """The content, or None when there is no such file or it is not readable JSON (being replaced, or cut off)."""
+    """The content, or None if there is no such file or it is not valid JSON (for example truncated)."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -35,18 +35,18 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """As `read_json`, and None also for what is no JSON object."""
+    """Like `read_json`, but also None if the content is not a JSON object."""
     found = read_json(path)
     return found if isinstance(found, dict) else None
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value out of a JSON file is a finite number that a float can hold."""
+    """Whether a value from a JSON file is a finite number that fits into a float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def is_step_record(record: Any) -> bool:
-    """Whether a line of metrics.jsonl is one to look at; a loss may be NaN, as that of a run that diverged."""
+    """Whether a line of metrics.jsonl is a valid record. A loss may be NaN, because a run may have diverged."""
     if not isinstance(record, dict):
         return False
     names = ("step", "tokens_per_second", "step_seconds", "time")
@@ -70,9 +70,9 @@ def last_metrics(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
-            continue  # cut off at either end
+            continue  # truncated at either end
         if not is_step_record(record):
-            continue  # damaged: the one before is as good for a look
+            continue  # damaged: use the record before it
         last = last or record
         if "loss" in record:
             return record, last
@@ -80,7 +80,7 @@ def last_metrics(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def rank_name(rank: int) -> str:
-    """File name of a rank: sorts in rank order."""
+    """The name of a rank's files, which sorts in rank order."""
     return f"rank-{rank:05d}"
 
 
@@ -101,21 +101,21 @@ class Attempt:
         write_json(self.folder / name, value, private=private)
 
     def decision(self) -> dict[str, Any] | None:
-        """How the attempt ended and what was decided; None where that is not written yet, or is damaged."""
+        """How the attempt ended and what was decided; None if the file is not written yet or is damaged."""
         found = self.read("decision.json")
         if not isinstance(found, dict) or not is_number(found.get("started")):
             return None
         return found if all(isinstance(found.get(key), str) for key in ("action", "kind", "reason")) else None
 
     def plan(self) -> dict[str, Any] | None:
-        """What the conductor wrote before it started anything; None where it is not written yet, or is damaged."""
+        """What the conductor wrote before it started anything; None if the file is not written yet or is damaged."""
         found = read_object(self.folder / "plan.json")
         if found is None or not isinstance(found.get("nodes"), list):
             return None
         return found if is_number(found.get("saved_step")) and is_number(found.get("time")) else None
 
     def read_all(self, subfolder: str) -> dict[str, Any]:
-        """Every JSON file of a sub-folder that holds an object or a list, by its name without the ending."""
+        """Every JSON file of a subfolder that holds an object or a list, by its name without the suffix."""
         found = {}
         for path in sorted((self.folder / subfolder).glob("[!.]*.json")):
             value = read_json(path)
@@ -139,7 +139,7 @@ class RunFolder:
         return self.launch / "launch.json"
 
     def facts(self) -> dict[str, Any]:
-        """What `launch` recorded. Raises LaunchError when the folder holds no launched run."""
+        """What `launch` recorded. Raises LaunchError if the folder holds no launched run."""
         found = read_object(self.facts_file)
         if found is None:
             raise LaunchError(
@@ -149,13 +149,13 @@ class RunFolder:
         wrong = [key for key in ("launched", "train_steps", "tokens_per_step") if not is_number(found.get(key))]
         if wrong:
             raise LaunchError(
-                f"{self.facts_file} is damaged: its {wrong[0]} is {found.get(wrong[0])!r:.60}, expected a number; the same "
-                "`qwen-moe launch` writes it anew and the run goes on"
+                f"{self.facts_file} is damaged: its {wrong[0]} is {found.get(wrong[0])!r:.60}, expected a number; run the "
+                "same `qwen-moe launch` again: it rewrites the file and resumes the run"
             )
         return found
 
     def attempts(self) -> list[Attempt]:
-        """Oldest first."""
+        """All attempts, oldest first."""
         root = self.launch / "attempts"
         if not root.is_dir():
             return []
@@ -171,7 +171,7 @@ class RunFolder:
         return attempt
 
     def saved_step(self) -> int:
-        """Step of the newest complete checkpoint; 0 when there is none."""
+        """Step of the newest complete checkpoint; 0 if there is none."""
         steps = [0]
         root = self.run_dir / CHECKPOINTS
         if root.is_dir():
@@ -182,7 +182,7 @@ class RunFolder:
         return max(steps)
 
     def excluded_nodes(self) -> dict[str, str]:
-        """Nodes this run does not want again, with the reason."""
+        """Nodes that this run does not use again, with the reason."""
         return read_object(self.launch / "excluded_nodes.json") or {}
 
     def exclude_nodes(self, nodes: dict[str, str]) -> None:

@@ -1,11 +1,14 @@
-"""What looks like a secret, by name and by shape; in doubt it is one. Standard library only: this runs on bare nodes too."""
+"""Finds what looks like a secret, by name and by shape; doubtful values count as secrets.
+
+Uses the standard library only, because it runs on nodes without other packages.
+"""
 
 import re
 from collections.abc import Iterator
 
 REMOVED = "[removed: looks like a secret]"
 
-# Parts of names, in any case: of variables, JSON and YAML keys, options of commands.
+# Parts of the names of variables, JSON and YAML keys, and command options; case does not matter.
 _IN_NAMES = (
     r"secret|passw|passphrase|passcode|credential|contrasen|private_?key|priv_?key|api_?key|access_?key|account_?key|"
     r"auth_?key|ssh_?key|signing_?key|encryption_?key|storage_?key|service_?key|master_?key|client_?key|license_?key|"
@@ -14,11 +17,11 @@ _IN_NAMES = (
 # Whole words of names.
 _WORDS = r"(?:^|_)(?:pass|pw|pwd)$|(?:^|_)(?:pat|pats|auth|oauth|authorization|sas|dsn|creds?|certs?|pin|netrc)(?:_|$)"
 _NAME = re.compile(f"{_IN_NAMES}|{_WORDS}", re.IGNORECASE)
-_KEY_WORD = re.compile(r"(?:^|_)keys?(?:_|$)", re.IGNORECASE)  # of variables only: in code, `key=` is no secret
+_KEY_WORD = re.compile(r"(?:^|_)keys?(?:_|$)", re.IGNORECASE)  # for variables only: in code, `key=` is not a secret
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _NOT_SECRET = {"PWD", "OLDPWD"}
 
-# Keys and tokens that are known by their beginning. A group, where there is one, is what is taken out.
+# Keys and tokens with a known prefix. If a pattern has a group, only the group is removed.
 _SHAPES = (
     r"\bhf_[A-Za-z0-9]{16,}",
     r"\bapi_org_[A-Za-z0-9]{16,}",
@@ -51,7 +54,7 @@ _SHAPES = (
     r"https://hooks\.slack\.com/services/[A-Za-z0-9/_-]+",
     r"(?i:\b(?:AccountKey|SharedAccessKey)=)([A-Za-z0-9+/=]{16,})",
     r"(?i:[?&](?:sig|signature|x-amz-signature|access_token|token|key)=)([A-Za-z0-9%+/=_.-]{12,})",
-    # A URL's password; the user and the host stay.
+    # A URL's password; the user and the host are kept.
     r"\b[a-zA-Z][a-zA-Z0-9+.-]*://[^\s/:@'\"]*:([^\s/@'\"]+)@",
     r"(?i:\b(?:bearer|basic)\s+)((?=[^\s'\"]*[0-9=])[A-Za-z0-9._~+/=-]{8,})",
     r"(?i:\bauthorization['\"]?\s*[:=]\s*['\"]?(?:\w+\s+)?)([^\s'\",}]{8,})",
@@ -59,7 +62,7 @@ _SHAPES = (
     r"(?i:\bwandb\s+login\s+(?:--\S+\s+)*)([0-9a-f]{40})",
 )
 _SHAPE = tuple(re.compile(text) for text in _SHAPES)
-# Whole blocks, also as lines of a diff, and cut off before their end.
+# Whole blocks, also as lines of a diff, and also if their end is missing.
 _BLOCK = re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z0-9 ]*-----|\Z)", re.DOTALL)
 
 _QUOTED = r"\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'"
@@ -75,7 +78,7 @@ _STRONG = re.compile(r"passw|passphrase|secret|credential|(?:^|_)(?:pass|pwd|pw)
 
 
 def is_secret(name: str) -> bool:
-    """True for names of environment variables, keys or options that are likely to hold something secret."""
+    """True for names of environment variables, keys or options that are likely to hold a secret."""
     if name in _NOT_SECRET:
         return False
     words = _words(name)
@@ -83,17 +86,17 @@ def is_secret(name: str) -> bool:
 
 
 def has_secret(value: str) -> bool:
-    """True when a text holds the known shape of a key, a token or a password in a URL."""
+    """True if a text contains the known shape of a key, a token or a password in a URL."""
     return bool(_BLOCK.search(value)) or any(shape.search(value) for shape in _SHAPE)
 
 
 def hidden(name: str, value: str) -> str:
-    """The value of a variable as it may be written down."""
+    """The value of a variable, or REMOVED if it looks like a secret."""
     return REMOVED if (is_secret(name) and not _PLAIN.fullmatch(value)) or has_secret(value) else value
 
 
 def redact(text: str) -> str:
-    """``text`` without keys, tokens and passwords: known shapes, and what is assigned to a name that says so."""
+    """``text`` without keys, tokens and passwords: known shapes, and values assigned to names of secrets."""
     text = _BLOCK.sub(REMOVED, text)
     for shape in _SHAPE:
         text = shape.sub(lambda match: match[0].replace(match[match.lastindex or 0], REMOVED), text)
@@ -102,7 +105,7 @@ def redact(text: str) -> str:
 
 
 def redact_command(words: list[str]) -> list[str]:
-    """A command line, each word by itself and as the value of the option before it."""
+    """Redact a command line: each word by itself, and as the value of the option before it."""
     return list(_redacted_words(words))
 
 
@@ -120,7 +123,7 @@ def _redacted_words(words: list[str]) -> Iterator[str]:
 
 
 def _words(name: str) -> str:
-    """`accessToken`, `access-token` as `access_token`."""
+    """`accessToken` or `access-token` as `access_token`."""
     return re.sub(r"[^A-Za-z0-9]+", "_", _CAMEL.sub("_", name))
 
 
@@ -135,11 +138,11 @@ def _assigned(match: re.Match[str]) -> str:
         return match[0]
     strong = _STRONG.search(words)
     if not quoted and _REFERENCE.match(inner):
-        return match[0]  # $VARIABLE, a call, an index: code that gets it from elsewhere
+        return match[0]  # $VARIABLE, a call, an index: code that reads the value from elsewhere
     if strong:
         secret = len(inner) >= 3
     else:
-        # `token: "<|endoftext|>"` and `token = text` are no secrets; letters and digits of some length are.
+        # `token: "<|endoftext|>"` and `token = text` are not secrets; long strings with digits are.
         secret = len(inner) >= 8 and bool(re.search(r"\d", inner)) and not re.search(r"[<>|\s]", inner)
     if not secret:
         return match[0]

@@ -1,4 +1,4 @@
-"""What a run was launched with: the commit, the diff, the files git does not know, or the whole code; secrets taken out."""
+"""Records the code that a run was launched with: the commit, diff and untracked files, or all code; secrets removed."""
 
 import hashlib
 import importlib.metadata
@@ -24,12 +24,12 @@ PACKAGES = (
     "nvidia-nccl-cu12",
     "nvidia-nccl-cu13",
 )
-_MAX_FILE_BYTES = 1_000_000  # larger ones are data
+_MAX_FILE_BYTES = 1_000_000  # larger files are data
 _MAX_UNTRACKED_BYTES = 20_000_000
 
 
 def code_hash(root: Path, packages: Sequence[str]) -> str:
-    """SHA-256 over names and contents of the Python files of ``packages``, which are folders of ``root``."""
+    """SHA-256 of the names and contents of the Python files of ``packages``, which are folders of ``root``."""
     digest = hashlib.sha256()
     for package in packages:
         for path in sorted((root / package).rglob("*.py")):
@@ -39,7 +39,7 @@ def code_hash(root: Path, packages: Sequence[str]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what can change a run's numbers or its speed."""
+    """Installed versions of the packages that can change a run's numbers or its speed."""
     found = {}
     for name in PACKAGES:
         try:
@@ -58,10 +58,10 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def take(root: Path, packages: Sequence[str], target: Path, redact: Callable[[str], str]) -> dict[str, Any]:
-    """Write the state of the code under ``root`` into ``target``, readable for this user alone, and return its facts.
+    """Write the state of the code under ``root`` into ``target``, readable by this user only, and return its facts.
 
-    ``packages`` are its folders that hold the code. ``redact`` takes secrets out of a text. Files that were left out for
-    their size are named in ``left_out``.
+    ``packages`` are the folders of ``root`` that hold the code. ``redact`` removes secrets from a text. ``left_out`` names
+    the files that were too large or unreadable.
     """
     facts: dict[str, Any] = {"root": str(root), "hash": code_hash(root, packages), "packages": versions()}
     top = _git(root, "rev-parse", "--show-toplevel")
@@ -83,7 +83,7 @@ def take(root: Path, packages: Sequence[str], target: Path, redact: Callable[[st
 
 
 def _archive(root: Path, files: list[Path], target: Path, redact: Callable[[str], str]) -> list[str]:
-    """Files that were too large for it, or could not be read."""
+    """Write ``files`` into an archive. Returns those that were too large or could not be read."""
     size, left_out = 0, []
     with replaced(target, private=True) as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
         for path in files:

@@ -1,1 +1,1 @@
-"""The job itself: attempts until the run is done, what nodes and ranks report, and what is decided from it."""
+"""The job while it runs: attempts until the run is done, reports of nodes and ranks, and decisions from them."""

@@ -1,4 +1,4 @@
-"""What the conductor asks of where it runs: Slurm's allocation, or this machine; the same questions to both."""
+"""Where the conductor runs: a Slurm allocation or this machine, behind the same interface."""
 
 import os
 import signal
@@ -13,13 +13,13 @@ from launchers.local.orphans import before_exec
 from launchers.slurm import commands as slurm
 
 
-class Here:
+class LocalMachine:
     """This machine, without Slurm: one node, nothing to requeue."""
 
     job = ""
     restarts = 0
     can_requeue = False
-    lock_fds: tuple[int, ...] = ()  # the run's lock, for what is started: it is held until the last of them has ended
+    lock_fds: tuple[int, ...] = ()  # the run's lock; processes started here hold it until the last of them has ended
 
     def nodes(self) -> list[str]:
         return ["localhost"]
@@ -46,7 +46,7 @@ class Here:
         )
 
     def kill(self, process: "subprocess.Popen[bytes]") -> None:
-        """The agent kills its ranks, which have sessions of their own, and ends."""
+        """Stop the agent, which first kills its ranks; they run in their own sessions."""
         process.send_signal(signal.SIGTERM)
 
     def still_mine(self) -> bool:
@@ -59,7 +59,7 @@ class Here:
         return ""
 
     def requeue(self, excluded: list[str]) -> None:
-        raise LaunchError("there is no queue here to requeue into")
+        raise LaunchError("this run is not a Slurm job: there is no queue to requeue it into")
 
     def spare_nodes(self, excluded: list[str]) -> int | None:
         return 0
@@ -76,7 +76,9 @@ class SlurmAllocation:
             self.number = int(environ["SLURM_JOB_ID"])
             self._node_list = environ["SLURM_JOB_NODELIST"]
         except (KeyError, ValueError):
-            raise LaunchError("this is not a Slurm job (SLURM_JOB_ID is not set): the conductor runs in one") from None
+            raise LaunchError(
+                "this is not a Slurm job (SLURM_JOB_ID is not set): run the conductor inside a job, or with --local"
+            ) from None
         # In an array, the plain id of a task may mean the whole array to scontrol.
         array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
         self.job = f"{array}_{task}" if array and task else str(self.number)
@@ -93,19 +95,20 @@ class SlurmAllocation:
         return node
 
     def port(self, attempt: int) -> int:
-        """From the job id, so that two jobs on shared nodes differ; another for each attempt, whose last may linger."""
+        """A port from the job id, so that jobs on shared nodes differ. Each attempt gets a new one, because the port of the
+        last attempt may still be in use."""
         return 20000 + (self.number * 7 + attempt) % 10000
 
     def switches(self) -> dict[str, str]:
         return slurm.topology()
 
     def start(self, command: list[str], output: IO[str]) -> "subprocess.Popen[bytes]":
-        # Without the lock: srun may outlive a conductor that was killed, and would keep the requeued job out for as long.
+        # srun does not get the lock: it may outlive a killed conductor and would then block the requeued job.
         # Slurm ends the step with its job, and a job is a singleton by name.
         return subprocess.Popen(command, stdout=output, stderr=output)
 
     def kill(self, process: "subprocess.Popen[bytes]") -> None:
-        """srun passes SIGTERM on as SIGKILL to every process of the step, stopped ones too, without slurmctld's help."""
+        """srun sends SIGKILL for it to every process of the step, even stopped ones, without slurmctld's help."""
         process.send_signal(signal.SIGTERM)
 
     def facts(self) -> dict[str, str]:
@@ -116,7 +119,7 @@ class SlurmAllocation:
             return {}
 
     def still_mine(self) -> bool:
-        """False when Slurm has taken this job elsewhere: a node whose slurmd is gone keeps running what it ran."""
+        """False if Slurm has started this job elsewhere: a node whose slurmd is gone keeps running its processes."""
         facts = self.facts()
         if not facts:
             return True
@@ -125,7 +128,7 @@ class SlurmAllocation:
         return facts.get("JobState") not in ("PENDING", "REQUEUED", "NODE_FAIL")
 
     def failed_node(self) -> str:
-        """A node of this allocation that Slurm holds for down, or ""."""
+        """A node of this allocation that Slurm considers down, or ""."""
         try:
             lines = slurm.run("sinfo", "-h", "-N", "-n", ",".join(self.nodes()), "-o", "%N|%T").splitlines()
         except slurm.SlurmError:
@@ -137,10 +140,10 @@ class SlurmAllocation:
         return ""
 
     def requeue(self, excluded: list[str]) -> None:
-        """Requeue this job, without ``excluded`` nodes; Slurm then ends this process.
+        """Requeue this job without ``excluded`` nodes; Slurm then ends this process.
 
-        The nodes can only be set while the job is pending, which it is from the requeue on; there are some seconds
-        (KillWait) before this process is killed. Where that fails, the next attempt sees the nodes and requeues again.
+        The nodes can only be set while the job is pending, which it is after the requeue; some seconds (KillWait) remain
+        before this process is killed. If setting them fails, the next attempt sees the nodes and requeues again.
         """
         slurm.requeue(self.job)
         end = time.monotonic() + 20
@@ -153,7 +156,7 @@ class SlurmAllocation:
                 time.sleep(0.3)
 
     def spare_nodes(self, excluded: list[str]) -> int | None:
-        """Nodes of the partition that are up and not excluded; None when that cannot be told."""
+        """Number of nodes of the partition that are up and not excluded; None if it is not known."""
         try:
             (partition,) = slurm.partitions([self.partition] if self.partition else [])
         except LaunchError:
@@ -162,5 +165,5 @@ class SlurmAllocation:
 
 
 def own_node_name(environ: "os._Environ[str] | dict[str, str]") -> str:
-    """The name under which Slurm knows this node; localhost outside of Slurm."""
+    """Slurm's name of this node; localhost outside Slurm."""
     return environ.get("SLURMD_NODENAME", "localhost") if "SLURM_JOB_ID" in environ else "localhost"

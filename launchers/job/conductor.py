@@ -1,7 +1,7 @@
-"""`python -m launchers.job.conductor --run RUN -- COMMAND...`: the batch script's last line, from start to decision.
+"""`python -m launchers.job.conductor --run RUN -- COMMAND...`: the batch script's last line. It runs the attempts.
 
-``COMMAND`` starts a Python on every node (`srun ... python -u`), or is one (`--local`). Attempts follow each other until
-the run is done, stops, or is requeued; each leaves a folder with everything known about it.
+``COMMAND`` starts Python on every node (`srun ... python -u`), or is a Python (`--local`). Attempts follow each other until
+the run is done, stops, or is requeued. Each attempt leaves a folder with everything known about it.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from launchers.errors import LaunchError
 from launchers.folder.atomic import write_json
 from launchers.folder.run_folder import Attempt, RunFolder, is_number, read_json, read_object
 from launchers.job import preflight
-from launchers.job.cluster import Here, SlurmAllocation
-from launchers.job.decide import Decision, Evidence, Hang, Limits, Past, decide
+from launchers.job.cluster import LocalMachine, SlurmAllocation
+from launchers.job.decide import Decision, Evidence, Hang, Limits, PastAttempt, decide
 from launchers.job.evidence import collect_failures, silent_ranks
 from launchers.job.hang_clock import HangClock
 from launchers.job.step import Step
@@ -40,16 +40,20 @@ def say(message: str) -> None:
 
 
 class NotOurs(Exception):
-    """Slurm has started this job again elsewhere: end without touching the run."""
+    """Slurm has started this job again elsewhere: this conductor must end without touching the run."""
 
 
 class Conductor:
     """One process per job, on its first node."""
 
     def __init__(
-        self, run: RunFolder, command: list[str], cluster: Here | SlurmAllocation, before: dict[str, Any] | None = None
+        self,
+        run: RunFolder,
+        command: list[str],
+        cluster: LocalMachine | SlurmAllocation,
+        before: dict[str, Any] | None = None,
     ) -> None:
-        """``before``: what launch.json of an older version does not hold. Raises LaunchError for one that is damaged."""
+        """``before``: facts that launch.json of an older version lacks. Raises LaunchError if launch.json is damaged."""
         self.run, self.cluster = run, cluster
         facts = (before or {}) | run.facts()
         self.facts = facts
@@ -68,7 +72,7 @@ class Conductor:
 
         def note(number: int, frame: FrameType | None) -> None:
             if self.warned and number == signal.SIGINT:
-                self.step.kill()  # asked twice in a terminal: do not wait for the checkpoint
+                self.step.kill()  # second Ctrl-C: do not wait for the checkpoint
             if not self.warned:
                 self.warned, self.warned_at = meanings[number], time.monotonic()
 
@@ -78,7 +82,7 @@ class Conductor:
     # ------------------------------------------------------------------ the run
 
     def conduct(self) -> int:
-        """Exit code of the job: 0 when the run is complete, 1 when it stopped for good, 130 after an interrupt here."""
+        """Exit code of the job: 0 if the run is complete, 1 if it stopped for good, 130 after a local interrupt."""
         self._finish_what_was_cut_off()
         first = True
         while True:
@@ -88,7 +92,7 @@ class Conductor:
             try:
                 nodes, evidence = self._attempt(attempt, saved, preflight_level=self._level(first))
             except NotOurs:
-                say("Slurm has started this job again elsewhere: nothing more is done here")
+                say("Slurm has started this job again elsewhere: this conductor ends")
                 return 1
             evidence = dataclasses.replace(evidence, saved_after=self.run.saved_step(), history=self._history(attempt))
             decision = self._possible(decide(evidence, self.limits), nodes)
@@ -126,11 +130,11 @@ class Conductor:
             "evidence": dataclasses.asdict(evidence),
         }
         attempt.write("decision.json", record)
-        excluded = f"; not again: {', '.join(sorted(decision.nodes))}" if decision.nodes else ""
+        excluded = f"; excluded: {', '.join(sorted(decision.nodes))}" if decision.nodes else ""
         say(f"attempt {attempt.number}: {decision.action} ({decision.kind}): {decision.reason}{excluded}")
 
-    def _history(self, current: Attempt) -> tuple[Past, ...]:
-        """Earlier attempts since the run was last launched by hand."""
+    def _history(self, current: Attempt) -> tuple[PastAttempt, ...]:
+        """Earlier attempts since the user last launched the run."""
         since = float(self.facts.get("launched", 0))
         found = []
         for attempt in self.run.attempts():
@@ -140,24 +144,24 @@ class Conductor:
                 evidence = evidence if isinstance(evidence, dict) else {}
                 after, before = evidence.get("saved_after", 0), evidence.get("saved_before", 0)
                 progressed = is_number(after) and is_number(before) and after > before
-                found.append(Past(kind=record["kind"], progressed=progressed, host=record.get("host", "")))
+                found.append(PastAttempt(kind=record["kind"], progressed=progressed, host=record.get("host", "")))
         return tuple(found)
 
     def _finish_what_was_cut_off(self) -> None:
-        """An attempt without a decision ended together with its conductor: its node failed, or the job was killed."""
+        """Write missing decisions: an attempt without one ended with its conductor (node failure, or a killed job)."""
         for attempt in self.run.attempts():
             plan = attempt.plan()
             if plan is None or (attempt.folder / "decision.json").exists():
                 continue
             failures = collect_failures(attempt)
-            why = failures[0].text() if failures else "its nodes left no word: node failure, or killed from outside"
+            why = failures[0].text() if failures else "its nodes reported nothing: node failure, or killed from outside"
             evidence = Evidence(saved_before=plan["saved_step"], saved_after=self.run.saved_step())
-            reason = f"the job was ended together with its conductor; {why}"
+            reason = f"the job ended together with its conductor; {why}"
             decision = Decision(action="requeue", kind="node failure", reason=reason)
             self._write(attempt, decision, evidence, plan["nodes"], plan["time"])
 
     def _possible(self, decision: Decision, nodes: list[str]) -> Decision:
-        """Exclusion needs another node to go to."""
+        """``decision``, or stop if nodes are to be excluded and none can replace them."""
         if not decision.nodes:
             return decision
         if not self.cluster.can_requeue:
@@ -210,7 +214,7 @@ class Conductor:
         return nodes, dataclasses.replace(self._train(attempt), saved_before=saved)
 
     def _preflight(self, attempt: Attempt, nodes: list[str], level: str) -> Evidence | None:
-        """None when the nodes are good."""
+        """None if the nodes are good; otherwise the evidence against them."""
         limits = self.facts["preflight"]
         stages = [("facts", FACTS, [str(attempt.folder)])]
         stages += [("bandwidth", self.agent, [str(attempt.folder), "bandwidth"])] if level == "full" else []
@@ -246,11 +250,11 @@ class Conductor:
                 looked = now
                 self._check_owner()
             if self.warned:
-                if now - signalled > REPEAT_SIGNAL_SECONDS:  # ranks that still import torch do not listen yet
+                if now - signalled > REPEAT_SIGNAL_SECONDS:  # ranks that are still importing torch have no handler yet
                     signalled = now
                     self.step.signal(self.checkpoint_signal)
                 if now - self.warned_at > max(20.0, 0.8 * float(self.facts["signal_seconds"])):
-                    say("no checkpoint within the time that is left: stopping without")
+                    say("no checkpoint within the remaining time: stopping without one")
                     self.step.stop()
             elif any((attempt.folder / "failures").glob("*.json")) or any(
                 node.get("death") for node in attempt.read_all("nodes").values()
@@ -265,7 +269,7 @@ class Conductor:
         return self._evidence(attempt, code, None)
 
     def _end_of_a_failure(self, attempt: Attempt) -> None:
-        """One rank has failed: give its own agent and the other ranks a moment to say so, take stacks, stop all."""
+        """After a rank has failed: give its agent and the other ranks a moment to report, take stacks, stop all."""
         self.step.signal(self.stack_signal)
         end = time.monotonic() + min(8.0, float(self.survive["stop_seconds"]) / 2)
         while time.monotonic() < end and self.step.poll() is None:
@@ -308,18 +312,18 @@ class Conductor:
 
 
 def _agent(run: RunFolder, facts: dict[str, Any]) -> str:
-    """The module that runs on every node, as the launch has written it."""
+    """The module that runs on every node, from launch.json."""
     found = facts.get("agent")
     if not isinstance(found, str) or not found:
         raise LaunchError(
-            f"{run.facts_file} is damaged: its agent is {found!r:.60}, expected the module to run on every node; the same "
-            "`qwen-moe launch` writes it anew and the run goes on"
+            f"{run.facts_file} is damaged: its agent is {found!r:.60}, expected the module to run on every node; run the "
+            "same `qwen-moe launch` again: it rewrites the file and resumes the run"
         )
     return found
 
 
 def _locked(run: RunFolder, what: str, patience: float = 180) -> RunLock:
-    """The lock of the run folder; what held it may be a conductor on a failed node that has not noticed yet."""
+    """The lock of the run folder. Waits for it, because a conductor on a failed node may hold it for a while."""
     end = time.monotonic() + patience
     while True:
         try:
@@ -331,7 +335,7 @@ def _locked(run: RunFolder, what: str, patience: float = 180) -> RunLock:
 
 
 def _run_of_task(path: Path, task: str) -> Path:
-    """The run folder of an array's task. Raises LaunchError when the list or the number is not what it should be."""
+    """The run folder of an array's task. Raises LaunchError if the list or the number is invalid."""
     found = read_json(path)
     try:
         return Path(found[int(task)])
@@ -342,7 +346,8 @@ def _run_of_task(path: Path, task: str) -> Path:
 
 
 def main(arguments: list[str], before: dict[str, Any] | None = None) -> int:
-    """Entry of the batch script. Exit code: see `Conductor.conduct`; 2 when it cannot begin. ``before``: see `Conductor`."""
+    """Entry point of the batch script. Returns `Conductor.conduct`'s exit code, or 2 if it cannot begin. ``before``: see
+    `Conductor`."""
     parser = argparse.ArgumentParser(prog="launchers.job.conductor")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--run", type=Path)
@@ -353,7 +358,7 @@ def main(arguments: list[str], before: dict[str, Any] | None = None) -> int:
     try:
         run_dir = options.run or _run_of_task(options.array, os.environ.get("SLURM_ARRAY_TASK_ID", ""))
         run = RunFolder(run_dir)
-        cluster = Here() if options.local else SlurmAllocation(os.environ)
+        cluster = LocalMachine() if options.local else SlurmAllocation(os.environ)
         conductor = Conductor(run, arguments[split + 1 :], cluster, before)
         conductor.listen()
         if cluster.job:

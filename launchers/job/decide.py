@@ -1,4 +1,4 @@
-"""From the evidence of one attempt to one decision: done, go on, requeue, exclude a node, or stop; with the reason."""
+"""Turns the evidence of one attempt into one decision with its reason: done, go on, requeue, exclude a node, or stop."""
 
 import re
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Literal
 
 Action = Literal["done", "go on", "requeue", "exclude", "stop"]
 
-# Kinds of failure. A rank whose peer has gone fails too, often first to say so: those are echoes, named last.
+# Kinds of failure. When a rank fails, its peers fail too and often report first. Such echoes are named last.
 USER, DISK, BAD_STEP, MEMORY, HARDWARE, CONNECTION, KILLED, CRASH, AGENT = (
     "user error",
     "disk",
@@ -19,7 +19,7 @@ USER, DISK, BAD_STEP, MEMORY, HARDWARE, CONNECTION, KILLED, CRASH, AGENT = (
     "crash",
     "agent",
 )
-CERTAIN = (USER, DISK, BAD_STEP)  # a restart would meet them again
+CERTAIN = (USER, DISK, BAD_STEP)  # not retryable
 _PATTERNS: tuple[tuple[str, str], ...] = (
     (MEMORY, r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED|Cannot allocate memory"),
     (
@@ -39,7 +39,7 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
 
 
 def classify(text: str) -> str:
-    """The kind of failure that an exception's text tells of."""
+    """The kind of failure that an exception's text describes."""
     for kind, pattern in _PATTERNS:
         if re.search(pattern, text):
             return kind
@@ -48,7 +48,7 @@ def classify(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """One rank (or agent: rank -1) that failed. ``time``: seconds since the epoch by its node's clock."""
+    """A rank that failed, or an agent (rank -1). ``time``: seconds since the epoch on its node's clock."""
 
     rank: int
     host: str
@@ -62,7 +62,7 @@ class Failure:
 
 
 def in_order_of_blame(failures: Sequence[Failure]) -> list[Failure]:
-    """First causes first: a user's error, then what is no echo of another's end, by time."""
+    """Root causes first: user errors, then failures that are not echoes, then echoes; each by time."""
     return sorted(
         failures, key=lambda f: (f.kind not in (USER, DISK, BAD_STEP), f.kind in (CONNECTION, AGENT), f.time, f.rank)
     )
@@ -70,7 +70,7 @@ def in_order_of_blame(failures: Sequence[Failure]) -> list[Failure]:
 
 @dataclass(frozen=True, kw_only=True)
 class Hang:
-    """No rank made a step for ``seconds``; ``silent`` ones gave no stack when asked: (rank, host, process state)."""
+    """No rank made a step for ``seconds``. ``silent`` ranks gave no stack when asked: (rank, host, process state)."""
 
     seconds: float
     silent: tuple[tuple[int, str, str], ...] = ()
@@ -85,19 +85,19 @@ class Hang:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Past:
-    """What counts of an earlier attempt."""
+class PastAttempt:
+    """The facts about an earlier attempt that decisions use."""
 
     kind: str  # failure, hang, node failure, time limit, preemption, preflight, ...
     progressed: bool
-    host: str = ""  # the node that its failure began on
+    host: str = ""  # the node where its failure began
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """Everything known when an attempt has ended. Steps are those of the newest checkpoint."""
 
-    outcome: str = ""  # what rank 0 said: complete, stopped, or nothing
+    outcome: str = ""  # reported by rank 0: complete, stopped, or nothing
     exit_code: int | None = None
     warned: str = ""  # time limit, terminated, interrupted
     cancelled: bool = False  # by `qwen-moe cancel` or scancel
@@ -106,10 +106,10 @@ class Evidence:
     failures: tuple[Failure, ...] = ()
     hang: Hang | None = None
     bad_nodes: dict[str, str] = field(default_factory=dict)  # preflight: node -> why
-    preflight_problem: str = ""  # a problem of no one node
+    preflight_problem: str = ""  # a problem that no single node causes
     saved_before: int = 0
     saved_after: int = 0
-    history: tuple[Past, ...] = ()
+    history: tuple[PastAttempt, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """``kind`` says what happened, ``reason`` in words, ``host`` where it began; ``nodes`` are to be excluded: why."""
+    """``kind`` says what happened, ``reason`` explains it, ``host`` is where it began. ``nodes`` to exclude -> why."""
 
     action: Action
     kind: str
@@ -132,12 +132,12 @@ class Decision:
     nodes: dict[str, str] = field(default_factory=dict)
 
 
-# What is the run's own doing: twice in a row without a new checkpoint, and a third time will not help.
+# Failures that the run itself may cause: they are limited if no new checkpoint comes between them.
 _COUNTED = {"failure", "hang", "time limit"}
 
 
 def decide(evidence: Evidence, limits: Limits) -> Decision:
-    """One decision. Certain ends first, then what asked us to go, then failures by their first cause."""
+    """One decision. Non-retryable endings come first, then requests to stop, then failures by their root cause."""
     if evidence.outcome == "complete":
         return Decision(action="done", kind="complete", reason="the run is complete")
     if evidence.cancelled:
@@ -159,7 +159,7 @@ def _what_happened(e: Evidence) -> Decision:
         return Decision(action="stop", kind=first.kind, reason=first.text(), host=first.host)
     saved = f"checkpoint of step {e.saved_after}"
     if e.preempted:
-        return Decision(action="requeue", kind="preemption", reason=f"preempted; goes on from the {saved}")
+        return Decision(action="requeue", kind="preemption", reason=f"preempted; resumes from the {saved}")
     if e.warned == "time limit":
         return Decision(action="requeue", kind="time limit", reason=f"warned before the time limit; {saved}")
     if e.warned:
@@ -186,12 +186,12 @@ def _what_happened(e: Evidence) -> Decision:
     if e.outcome == "stopped":
         return Decision(action="requeue", kind="terminated", reason=f"stopped from outside; {saved}")
     return Decision(
-        action="go on", kind="failure", reason=f"the processes ended with exit code {e.exit_code} and without a word"
+        action="go on", kind="failure", reason=f"the processes exited with code {e.exit_code} and no error report"
     )
 
 
 def _node_to_exclude(e: Evidence, limits: Limits, found: Decision) -> Decision:
-    """A node on which failures begin again and again is left out, whatever they are."""
+    """Exclude a node on which failures keep beginning, whatever their kind."""
     if found.action != "go on" or not found.host:
         return found
     in_a_row = 1

@@ -1,4 +1,4 @@
-"""What the ranks, agents and nodes of one attempt left behind, read back as failures, heartbeats and silences."""
+"""Reads the files that ranks, agents and nodes of one attempt left: failures, heartbeats and silent ranks."""
 
 import re
 import signal
@@ -24,7 +24,7 @@ def exit_text(code: int) -> str:
 
 
 def collect_failures(attempt: Attempt) -> list[Failure]:
-    """Failures of an attempt, first causes first: what ranks said themselves, else what their agents saw."""
+    """Failures of an attempt, root causes first: the ranks' own reports, or else what their agents saw."""
     said = {int(report["rank"]): report for report in attempt.read_all("errors").values()}
     found: dict[int, Failure] = {
         rank: Failure(
@@ -45,7 +45,7 @@ def collect_failures(attempt: Attempt) -> list[Failure]:
                     rank=rank,
                     host=host,
                     kind=KILLED if code < 0 else CRASH,
-                    message=exit_text(code) + _last_words(attempt, rank),
+                    message=exit_text(code) + _last_line(attempt, rank),
                     time=float(death["time"]),
                 )
     for host, report in attempt.read_all("nodes").items():
@@ -53,22 +53,22 @@ def collect_failures(attempt: Attempt) -> list[Failure]:
         if death and int(death["rank"]) not in found:
             rank = int(death["rank"])
             found[rank] = Failure(
-                rank=rank, host=host, kind=KILLED, message="died" + _last_words(attempt, rank), time=death["time"]
+                rank=rank, host=host, kind=KILLED, message="died" + _last_line(attempt, rank), time=death["time"]
             )
     if not found:
         found |= _agents_that_failed(attempt)
     return in_order_of_blame(list(found.values()))
 
 
-def _last_words(attempt: Attempt, rank: int) -> str:
-    """The last line of a rank that could not report, when that line tells of an error."""
+def _last_line(attempt: Attempt, rank: int) -> str:
+    """The last line of a rank that could not report, if that line describes an error."""
     tail = read_tail(attempt.folder / "ranks" / f"{rank_name(rank)}.log", 1)
     words = tail.partition(" ")[2].strip()
     return f"; its last line: {words[:200]}" if re.search(r"error|fault|abort|terminate", words, re.IGNORECASE) else ""
 
 
 def _agents_that_failed(attempt: Attempt) -> dict[int, Failure]:
-    """Nodes whose agent did not get to start ranks: srun names them, the lines before say why."""
+    """Nodes whose agent failed before it started ranks: srun names them, and the lines before say why."""
     tail = read_tail(attempt.folder / "srun.log", 200)
     found: dict[int, Failure] = {}
     for number, (host, how) in enumerate(_SRUN_EXIT.findall(tail)):
@@ -81,7 +81,7 @@ def _agents_that_failed(attempt: Attempt) -> dict[int, Failure]:
 
 
 def heartbeat_mark(attempt: Attempt) -> Any:
-    """Something that changes whenever any rank gives a sign of life."""
+    """A value that changes whenever any rank gives a sign of life."""
     return [
         (host, rank, state["pid"], state["beats"])
         for host, report in attempt.read_all("nodes").items()
@@ -105,6 +105,6 @@ def silent_ranks(attempt: Attempt) -> tuple[tuple[int, str, str], ...]:
 
 
 def describe_error(text: str) -> tuple[str, str]:
-    """(kind, last line) of a traceback's text."""
+    """(kind, last line) of a traceback."""
     lines = [line for line in text.strip().splitlines() if line.strip()]
     return classify(text), (lines[-1].strip()[:500] if lines else "no message")

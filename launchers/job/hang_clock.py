@@ -1,4 +1,4 @@
-"""When a run counts as hung."""
+"""Decides when a run counts as hung."""
 
 import time
 from typing import Any
@@ -8,7 +8,7 @@ from launchers.job.evidence import heartbeat_mark, phases
 
 
 class HangClock:
-    """Time since any rank gave a sign of life, by this process's own clock; start-up and the end may take longer."""
+    """Time since any rank gave a sign of life, on this process's clock. Start-up and the end may take longer."""
 
     def __init__(self, survive: dict[str, Any]) -> None:
         self._hang, self._startup = float(survive["hang_seconds"]), float(survive["startup_seconds"])

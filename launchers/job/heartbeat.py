@@ -1,4 +1,4 @@
-"""What one rank tells the agent of its node, through a small file on the node's own disk: alive, step, phase."""
+"""A rank's heartbeat: a small file on the node's own disk that tells the node's agent the step and the phase."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from launchers.folder.atomic import write_text
 class Heartbeat:
     """Written by a rank, read by `launchers.job.node_watch`. Without a path every method does nothing.
 
-    ``phase``: starting, training, saving, finishing, ended. ``beats`` grows with every sign of life, so that a reader
-    needs no clock of the writer's.
+    ``phase`` is starting, training, saving, finishing or ended. ``beats`` grows with every sign of life, so readers do not
+    depend on the writer's clock.
     """
 
     def __init__(self, path: Path | None = None, rank: int = 0) -> None:
@@ -24,22 +24,22 @@ class Heartbeat:
         self._write()
 
     def beat(self, step: int) -> None:
-        """``step`` optimizer steps are done."""
+        """Record that ``step`` optimizer steps are done."""
         changed = self._state["phase"] != "training"
         self._state |= {"step": step, "phase": "training"}
         self._state["beats"] += 1  # type: ignore[operator]
-        if changed or time.monotonic() - self._written > 0.1:  # quick steps need not each be a file
+        if changed or time.monotonic() - self._written > 0.1:  # quick steps do not each write the file
             self._write()
 
     def phase(self, name: str) -> None:
-        """Something else than steps begins."""
+        """Record that another phase begins."""
         self._state["phase"] = name
         self._state["beats"] += 1  # type: ignore[operator]
         self._write()
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Around a checkpoint; the longest one's seconds are kept, for the next launch to plan with."""
+        """Use around a checkpoint. Keeps the longest duration in seconds, for the next launch's time check."""
         before, start = str(self._state["phase"]), time.monotonic()
         self.phase("saving")
         yield

@@ -1,4 +1,4 @@
-"""`python -m launchers.job.node_facts ATTEMPT`: what one node is and has, as JSON; needs nothing but Python."""
+"""`python -m launchers.job.node_facts ATTEMPT`: one node's hardware and software as JSON; needs only Python."""
 
 import os
 import platform
@@ -31,7 +31,7 @@ _ENVIRONMENT = ("NCCL_", "GLOO_", "OMP_", "CUDA_", "TORCH_", "PYTORCH_", "SLURM_
 
 
 def gpus() -> list[dict[str, str]]:
-    """nvidia-smi's table; empty without it. An entry `{"error": ...}` when it fails."""
+    """nvidia-smi's table; empty if it is not installed. If it fails, one entry `{"error": ...}`."""
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits"]
@@ -46,9 +46,9 @@ def gpus() -> list[dict[str, str]]:
 
 
 def gather(disk_folder: Path, packages: Sequence[str]) -> dict[str, Any]:
-    """Everything the preflight judges and the manifest keeps; no variable that looks like a secret.
+    """Everything that the preflight judges and records, without variables that look like secrets.
 
-    ``packages`` are the folders beside this package whose code the nodes compare.
+    ``packages`` are the folders next to this package whose code the nodes compare.
     """
     try:
         free: float | None = shutil.disk_usage(disk_folder).free
@@ -84,7 +84,7 @@ def main(folder: str) -> int:
     plan = attempt.read("plan.json")
     limits = plan["preflight"]
     disk = Path(limits["disk_folder"] or plan["local_folder"])
-    # Clocks are compared with that of the shared file system's: a file's time comes from its server.
+    # Compare this node's clock with the shared file system's: a file's modification time comes from its server.
     name = own_node_name(os.environ)
     facts = gather(disk, plan.get("packages", []))
     probe = attempt.folder / "facts" / f".clock-{name}"
@@ -92,7 +92,7 @@ def main(folder: str) -> int:
     probe.write_text("")
     facts["clock_skew"] = before - probe.stat().st_mtime
     probe.unlink()
-    attempt.write(f"facts/{name}.json", facts, private=True)  # it holds variables
+    attempt.write(f"facts/{name}.json", facts, private=True)  # it holds environment variables
     return 0 if read_json(attempt.folder / "facts" / f"{name}.json") is not None else 1
 
 

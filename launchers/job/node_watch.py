@@ -1,4 +1,4 @@
-"""The agent's second pair of eyes on one node: heartbeats, deaths, log lines and stacks of its ranks, written to the run."""
+"""Per-node monitor: records heartbeats, deaths, log lines and stacks of the node's ranks in the run folder."""
 
 import os
 import threading
@@ -16,7 +16,7 @@ STACK_SECONDS = 1.5
 
 
 def process_state(pid: int) -> str:
-    """The kernel's letter: R, S, D, T (stopped), Z; "" when there is no such process."""
+    """The kernel's letter: R, S, D, T (stopped), Z; "" if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()[0]
     except (OSError, IndexError):
@@ -24,7 +24,7 @@ def process_state(pid: int) -> str:
 
 
 class LogShipper:
-    """Copies a growing file of a rank's output, line by line, each with the time at which it was seen."""
+    """Copies a rank's growing output file line by line, and adds the time at which it saw each line."""
 
     def __init__(self, source: Path, target: Path) -> None:
         self.source, self.target = source, target
@@ -38,7 +38,7 @@ class LogShipper:
         except OSError:
             return
         self._offset += len(data)
-        # A progress bar goes back to the start of its line: each of its states is a line here.
+        # A progress bar returns to the start of its line; each of its states becomes a line here.
         *lines, self._rest = (self._rest + data).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         if last and self._rest:
             lines, self._rest = [*lines, self._rest], b""
@@ -50,7 +50,7 @@ class LogShipper:
 
 
 class NodeWatch(threading.Thread):
-    """Looks at the ranks of ``host`` until `close`. ``local`` is the folder on the node's disk that they write into."""
+    """Monitors the ranks of ``host`` until `close`. ``local`` is the folder on the node's disk that they write to."""
 
     def __init__(self, attempt: Attempt, host: str, local: Path, stack_signal: int) -> None:
         super().__init__(daemon=True)
@@ -65,7 +65,7 @@ class NodeWatch(threading.Thread):
         self._requests: list[Callable[[], None]] = []
         self._over = threading.Event()
 
-    # -------------------------------------------------- called from signal handlers: only notes
+    # -------------------------------------------------- called from signal handlers: they only record requests
 
     def request_stacks(self) -> None:
         self._requests.append(self._ask_stacks)
@@ -79,11 +79,11 @@ class NodeWatch(threading.Thread):
         while not self._over.wait(LOOK_SECONDS):
             try:
                 self._look()
-            except OSError as error:  # a full or slow disk must not end the watch; the agent's log has it
+            except OSError as error:  # a full or slow disk must not end the monitor; the agent's log shows the error
                 print(f"watch: {error}", flush=True)
 
     def close(self) -> None:
-        """Look once more, and write everything that is left."""
+        """Look once more and write everything that remains."""
         self._over.set()
         if self.is_alive():
             self.join(timeout=30)
@@ -118,7 +118,7 @@ class NodeWatch(threading.Thread):
         for rank, state in sorted(self._ranks.items()):
             if state["state"] in ("", "Z") and state["phase"] != "ended":
                 self._first_death = {"rank": rank, "pid": state["pid"], "time": time.time(), "step": state["step"]}
-                self._ask_stacks()  # the others wait for it and will soon be stopped: what are they doing?
+                self._ask_stacks()  # the other ranks wait for it and will soon be stopped: record what they are doing
                 self._report(False)
                 return
 
@@ -136,7 +136,7 @@ class NodeWatch(threading.Thread):
 
     def _ask_stacks(self) -> None:
         if self._asked_at or self._stacks:
-            return  # once is enough: the decision follows
+            return  # once is enough, because the decision follows
         self._sizes = {rank: self._stack_size(rank) for rank in self._ranks}
         self._asked_at = time.monotonic()
         self._signal_ranks(self.stack_signal)

@@ -1,4 +1,4 @@
-"""Judging a node before the model is built: its facts and its bandwidth against the site's limits and the other nodes."""
+"""Judges nodes before the model is built: compares their facts and bandwidth with the site's limits and with each other."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from launchers.folder.run_folder import Attempt
 
 @dataclass(frozen=True)
 class Verdict:
-    """Nodes that may not take part and why; ``problem`` is one of no single node. ``lines`` are for the log."""
+    """Nodes that may not take part, and why. No single node causes ``problem``. ``lines`` are for the log."""
 
     bad_nodes: dict[str, str] = field(default_factory=dict)
     problem: str = ""
@@ -20,7 +20,7 @@ class Verdict:
 
 
 def judge(stage: str, attempt: Attempt, nodes: Sequence[str], limits: Mapping[str, Any], code_hash: str) -> Verdict:
-    """The verdict on stage ``facts`` or ``bandwidth`` from what the nodes wrote."""
+    """The verdict on stage ``facts`` or ``bandwidth``, from the files that the nodes wrote."""
     log = read_tail(attempt.folder / f"{stage}.log", 5)
     if stage == "facts":
         return judge_facts(attempt.read_all("facts"), nodes, limits, code_hash, log)
@@ -43,7 +43,7 @@ def judge_facts(
     code_hash: str,
     log: str = "",
 ) -> Verdict:
-    """Each node by itself, then against what most of the others have."""
+    """Judge each node by itself, then compare it with the majority of nodes."""
     missing = _missing(facts, nodes, "facts", log)
     if missing is not None:
         return missing
@@ -114,8 +114,9 @@ def judge_bandwidth(
 ) -> Verdict:
     """``found``: node -> GB/s of `all_reduce`, `all_to_all` (all nodes together) and `pair` (its best with any partner).
 
-    A collective over all ranks is as slow as its slowest node and names none: when it is below its limit, nodes whose
-    best pair is below the limit are to blame, else the one whose pair is far behind the others'.
+    A collective over all ranks is as slow as its slowest node but does not name it. If a collective is below its limit, the
+    nodes to blame are those whose best pair is below the limit and far behind the others' or, if there are none, all whose
+    best pair is below the limit.
     """
     missing = _missing(found, nodes, "bandwidth", log)
     if missing is not None:

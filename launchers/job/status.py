@@ -1,4 +1,4 @@
-"""How runs are doing: the queue, the run folder's attempts and the metrics, joined into one row for each run."""
+"""`status` and `cancel`: joins the queue, the run folder's attempts and the metrics into one row for each run."""
 
 import shutil
 import time
@@ -13,11 +13,11 @@ from launchers.folder.run_folder import RunFolder, last_metrics
 from launchers.local.lock import locked, read_holder
 from launchers.slurm import commands as slurm
 
-NO_SLURM = "there is no Slurm here to ask"
+NO_SLURM = "Slurm is not installed here"
 
 
 def find_runs(roots: Sequence[Path]) -> list[Path]:
-    """Launched runs among ``roots``: each is one, or is a folder that holds some, up to two levels down."""
+    """Launched runs in ``roots``: each root is a run, or holds runs up to two levels down."""
     found: list[Path] = []
     for root in roots:
         for pattern in ("launch/launch.json", "*/launch/launch.json", "*/*/launch/launch.json"):
@@ -26,7 +26,7 @@ def find_runs(roots: Sequence[Path]) -> list[Path]:
 
 
 def row(run_dir: Path, jobs: Mapping[str, slurm.Job] | None, unasked: str = "") -> dict[str, Any]:
-    """One run. ``jobs``: the queue by job id; None when it could not be asked, ``unasked`` says why."""
+    """The row of one run. ``jobs`` is the queue by job id, or None if it could not be read; then ``unasked`` says why."""
     run = RunFolder(run_dir)
     facts = run.facts()
     attempts = run.attempts()
@@ -63,7 +63,7 @@ def row(run_dir: Path, jobs: Mapping[str, slurm.Job] | None, unasked: str = "") 
 def _state(
     run: RunFolder, facts: Mapping[str, Any], job: slurm.Job | None, decision: Any, unasked: str
 ) -> tuple[str, str]:
-    """A word, and why, when there is more to say than the last decision does."""
+    """The state in one word, and a reason if the last decision does not give it."""
     current = decision if decision and decision["started"] >= float(facts.get("launched", 0)) else None
     if current and current["action"] == "done":
         return "complete", ""
@@ -86,7 +86,7 @@ def _state(
 
 
 def _forgotten(job_id: str) -> tuple[str, str]:
-    """A job that is not in the queue: what scontrol still knows, else what sacct does."""
+    """The state of a job that is not in the queue, from scontrol or else from sacct."""
     if not job_id:
         return "not submitted", ""
     try:
@@ -102,12 +102,12 @@ def _forgotten(job_id: str) -> tuple[str, str]:
             state, _, code = lines[0].partition("|")
             return state.split()[0].lower(), f"exit code {code}"
     except slurm.SlurmError:
-        pass  # no slurmdbd, or slurmctld is away: the run folder's word is all there is
+        pass  # no slurmdbd, or slurmctld does not answer: only the run folder is known
     return "gone", f"Slurm no longer knows job {job_id}"
 
 
 def table(rows: Sequence[Mapping[str, Any]], home: Path) -> str:
-    """For people; paths relative to ``home`` where they lie under it."""
+    """A human-readable table; paths under ``home`` are relative to it."""
     header = ("run", "job", "state", "attempts", "step", "loss", "tokens/s", "ETA", "last")
     cells = [header]
     for r in rows:
@@ -135,7 +135,7 @@ def _one_line(text: str, limit: int = 100) -> str:
 
 
 def ask_queue() -> tuple[dict[str, slurm.Job] | None, str]:
-    """The queue by job id; or None, and why in words, where there is no Slurm or it does not answer."""
+    """The queue by job id; or None and the reason, if Slurm is not installed or does not answer."""
     try:
         return {job.job_id: job for job in slurm.queue(slurm.ASK_SECONDS)}, ""
     except slurm.NoAnswer as error:
@@ -145,8 +145,7 @@ def ask_queue() -> tuple[dict[str, slurm.Job] | None, str]:
 
 
 def cancel(run_dir: Path) -> str:
-    """Mark the run as cancelled, so that it is not requeued, and cancel its job. Returns what was done."""
-
+    """Mark the run as cancelled, so that it is not requeued, and cancel its job. Returns a message."""
     run = RunFolder(run_dir)
     facts = run.facts()
     job = str(facts.get("job") or "")
@@ -162,6 +161,6 @@ def cancel(run_dir: Path) -> str:
     try:
         slurm.cancel(job)
     except slurm.SlurmError:
-        (run.launch / "cancelled.json").unlink(missing_ok=True)  # it goes on
+        (run.launch / "cancelled.json").unlink(missing_ok=True)  # the job still runs
         raise
-    return f"job {job} cancelled; `qwen-moe launch` of the same recipe goes on from step {run.saved_step()}"
+    return f"job {job} cancelled; `qwen-moe launch` of the same recipe resumes from step {run.saved_step()}"

@@ -1,7 +1,7 @@
-"""Many commands on this machine, a few at a time: in order, retried, with one line of progress, and stopped together.
+"""Runs many commands on this machine, a few at a time: in order, with retries, one line of progress, and a common stop.
 
-Each command is expected to go on by itself from what it saved when it is started again, to end in order on SIGTERM, and to
-leave exit code 2 for an error that another attempt would meet again.
+Each command must resume from what it saved when it is started again, stop gracefully on SIGTERM, and exit with code 2 on
+an error that another attempt would meet again.
 """
 
 import os
@@ -25,8 +25,9 @@ SHOWN_LINES = 5  # of a failed command's log
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """``after``: the task that must be complete before, if any. ``work``: of any unit, for the time that is left.
-    ``complete``, ``busy`` (another process works on it) and ``progress`` (share done, a few words) ask the disk."""
+    """``after`` names the task that must be complete before this one, if any. ``work`` is in any unit and serves to
+    estimate the remaining time. ``complete``, ``busy`` (another process works on the task) and ``progress`` (share done, a
+    few words) read the disk."""
 
     name: str
     command: tuple[str, ...]
@@ -40,7 +41,8 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """``state``: complete, failed, blocked (what it comes after did not complete) or stopped; ``why`` unless complete."""
+    """``state`` is complete, failed, blocked (the task before it did not complete) or stopped. ``why`` is empty if
+    complete."""
 
     state: str
     why: str = ""
@@ -54,7 +56,7 @@ class _Running:
 
 
 class Fleet:
-    """Runs ``tasks``, at most ``parallel`` at a time, each again at most ``retries`` times after it failed."""
+    """Runs ``tasks``, at most ``parallel`` at a time, and retries each failed task at most ``retries`` times."""
 
     def __init__(self, tasks: Sequence[Task], *, parallel: int, retries: int, environment: Mapping[str, str]) -> None:
         self.tasks, self.parallel, self.retries = list(tasks), parallel, retries
@@ -68,7 +70,7 @@ class Fleet:
         self._begun, self._before = time.monotonic(), 0.0
 
     def run(self) -> dict[str, Result]:
-        """Blocks until every task has a result. SIGINT and SIGTERM stop all in order; the second time at once."""
+        """Blocks until every task has a result. The first SIGINT or SIGTERM stops all gracefully; the second kills."""
         for task in self.tasks:
             if task.complete():
                 self.results[task.name] = Result(state="complete")
@@ -94,7 +96,7 @@ class Fleet:
                 self._tell()
                 time.sleep(POLL_SECONDS)
         finally:
-            self._end_all(signal.SIGKILL)  # only after an exception is there anything left
+            self._end_all(signal.SIGKILL)  # processes are left only after an exception
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self._stopping:
@@ -114,7 +116,7 @@ class Fleet:
         return [task for task in self.tasks if task.name not in self.results and task.name not in active]
 
     def _block(self) -> None:
-        """Give up what comes after something that did not complete."""
+        """Give up tasks whose ``after`` did not complete."""
         for task in self._waiting():
             before = self.results.get(task.after)
             if before is not None and before.state != "complete":
@@ -126,13 +128,13 @@ class Fleet:
                 return
             if (task.after and task.after not in self.results) or task.busy():
                 continue
-            if task.complete():  # another process has run it meanwhile
+            if task.complete():  # another process has completed it
                 self.results[task.name] = Result(state="complete")
                 continue
             attempt = self._attempts[task.name] = self._attempts.get(task.name, 0) + 1
             task.log.parent.mkdir(parents=True, exist_ok=True)
             with task.log.open("ab") as log:
-                # A session of its own: Ctrl-C in the terminal reaches only this process, which passes it on once.
+                # In its own session: Ctrl-C in the terminal reaches only this process, which passes it on once.
                 process = subprocess.Popen(
                     task.command,
                     env=self.environment,
@@ -143,7 +145,7 @@ class Fleet:
                     preexec_fn=before_exec(),
                 )
             self._running.append(_Running(task, process, attempt))
-            if self._stopping:  # asked while the process was being started
+            if self._stopping:  # the signal came while the process was being started
                 process.send_signal(signal.SIGTERM)
 
     def _reap(self) -> None:
@@ -157,12 +159,12 @@ class Fleet:
                 self.results[task.name] = Result(state="complete")
                 self._say(f"{task.name} complete: {task.progress()[1]}")
             elif self._stopping:
-                self.results[task.name] = Result(state="stopped", why="goes on with the same command")
+                self.results[task.name] = Result(state="stopped", why="the same command resumes it")
             elif code == USER_ERROR or running.attempt > self.retries:
-                self.results[task.name] = Result(state="failed", why=_last_words(task.log, code))
+                self.results[task.name] = Result(state="failed", why=_failure_text(task.log, code))
                 self._say(f"{task.name} failed: {self.results[task.name].why} (log: {task.log})")
             else:
-                self._say(f"{task.name} ended with exit code {code}; attempt {running.attempt + 1} goes on")
+                self._say(f"{task.name} ended with exit code {code}; attempt {running.attempt + 1} resumes it")
 
     def _work_done(self) -> float:
         return sum(
@@ -175,7 +177,7 @@ class Fleet:
         print(f"\r\x1b[K{line}" if self._tty else line, file=sys.stderr, flush=True)
 
     def _tell(self) -> None:
-        """One line: how many are done, what runs, and when all will be."""
+        """Print one line: how many runs are done, which ones run, and when all will be done."""
         now = time.monotonic()
         if now - self._told < (1.0 if self._tty else 30.0):
             return
@@ -205,8 +207,8 @@ class Fleet:
             print(line, file=sys.stderr, flush=True)
 
 
-def _last_words(log: Path, code: int) -> str:
-    """What a failed command said: its error, else the end of its log."""
+def _failure_text(log: Path, code: int) -> str:
+    """The error message of a failed command, or else the end of its log."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     if errors:

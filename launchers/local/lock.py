@@ -1,4 +1,4 @@
-"""The lock of a run folder: one run at a time works there. Held by the kernel for a process and for what it hands it to."""
+"""The lock of a run folder: only one run at a time works there. The kernel releases it when every holder has ended."""
 
 import errno
 import os
@@ -16,14 +16,14 @@ except ImportError:  # Windows has no flock; runs are then not locked
     fcntl = None  # type: ignore[assignment]
 
 NAME = "lock"
-# Someone who only asks whether the folder is locked (`locked`) holds it for an instant.
+# A process that only asks whether the folder is locked (`locked`) holds the lock for an instant.
 _TRIES, _PAUSE_SECONDS = 5, 0.05
 _HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """What the lock file says of who has taken it. ``pid`` 0 and empty texts: it does not say."""
+    """The holder that the lock file names. ``pid`` is 0 and the strings are empty if it does not say."""
 
     pid: int = 0
     host: str = ""
@@ -38,7 +38,7 @@ class Holder:
 
 
 def read_holder(run_dir: Path) -> Holder:
-    """Reads `PID HOST WHAT`, or the pid alone; whatever else the file holds is an unknown holder."""
+    """Reads `PID HOST WHAT`, or the pid alone; any other content means an unknown holder."""
     try:
         words = (run_dir / NAME).read_text(encoding="utf-8", errors="replace").strip().split(" ", 2)
     except OSError:
@@ -50,12 +50,13 @@ def read_holder(run_dir: Path) -> Holder:
 
 
 class RunLock:
-    """An exclusive lock on a run folder, let go by the kernel when this process, and every process that was started with
-    ``pass_fds=lock.pass_fds``, has ended, however it ends. Raises LaunchError, which names the holder.
+    """An exclusive lock on a run folder. The kernel releases it when this process, and every process that was started with
+    ``pass_fds=lock.pass_fds``, has ended in any way. Raises LaunchError, which names the holder.
 
-    A run that was killed leaves processes that stop a moment later: they are waited for, ``patience`` seconds at most.
+    Processes of a killed run stop a moment later. The constructor waits for them, at most ``patience`` seconds.
 
-    On NFS the kernel makes of it a lock of the server's, which other nodes see. A file system without locks is said.
+    On NFS the kernel takes the lock on the server, so other nodes see it. If the file system has no locks, a note is
+    printed.
     """
 
     def __init__(self, run_dir: Path, what: str = "", patience: float = 60) -> None:
@@ -79,13 +80,13 @@ class RunLock:
             time.sleep(_PAUSE_SECONDS)
         end, told = time.monotonic() + patience, False
         while time.monotonic() < end:
-            left = _left_by_dead_holder(run_dir)  # looked for before the try: what ends between the two is not missed
+            left = _left_by_dead_holder(run_dir)  # before the try, so that a process that ends in between is not missed
             if self._try(run_dir):
                 return
             if not left:
                 break
             if not told:
-                print(f"waiting for what an earlier run in {run_dir} has left: {_processes(left)}", file=sys.stderr)
+                print(f"waiting for what an earlier run in {run_dir} left behind: {_processes(left)}", file=sys.stderr)
                 told = True
             time.sleep(_PAUSE_SECONDS)
         raise LaunchError(
@@ -93,21 +94,21 @@ class RunLock:
         )
 
     def _try(self, run_dir: Path) -> bool:
-        """True when there is nothing more to try: the lock is ours, or this file system has none."""
+        """True if we hold the lock, or if this file system has no locks."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _HELD:
                 return False
             print(
-                f"note: {run_dir} cannot be locked ({error.strerror}): start no second run in it meanwhile",
+                f"note: {run_dir} cannot be locked ({error.strerror}): do not start a second run in it",
                 file=sys.stderr,
             )
         return True
 
     @property
     def pass_fds(self) -> tuple[int, ...]:
-        """Give these to `subprocess.Popen`: the child then holds the lock as well, until it ends."""
+        """Pass these to `subprocess.Popen`: the child then holds the lock too, until it ends."""
         return (self._file.fileno(),)
 
     def close(self) -> None:
@@ -115,7 +116,7 @@ class RunLock:
 
 
 def locked(run_dir: Path) -> bool:
-    """True when a process on this machine (or on a shared file system that passes locks on) holds the run."""
+    """True if a process on this machine (or on another one, if the file system shares locks) holds the run."""
     if fcntl is None:
         return False
     try:
@@ -136,16 +137,16 @@ def _this_command() -> str:
 
 
 def _who_holds(run_dir: Path) -> str:
-    """The holder that the lock file names; when that one is dead, what it has left running."""
+    """The holder that the lock file names; if it is dead, also the processes that it left running."""
     holder = read_holder(run_dir)
     left = _left_by_dead_holder(run_dir)
     if not left:
         return holder.text()
-    return f"{holder.text()}, which has ended, and by what it started and is still stopping ({_processes(left)})"
+    return f"{holder.text()}, which has ended, and by what it started, which is still stopping ({_processes(left)})"
 
 
 def _left_by_dead_holder(run_dir: Path) -> list[int]:
-    """Pids that keep the lock of a holder on this machine that has ended itself; empty where the holder lives."""
+    """Pids that still hold the lock of a dead holder on this machine; empty if the holder is alive."""
     holder = read_holder(run_dir)
     if not holder.pid or holder.host not in ("", socket.gethostname()) or Path(f"/proc/{holder.pid}").exists():
         return []
@@ -157,7 +158,7 @@ def _processes(pids: list[int]) -> str:
 
 
 def _open_in(path: Path) -> list[int]:
-    """Pids of this machine's processes that have the file open, as far as this user may see (Linux)."""
+    """Pids of this machine's processes that have the file open, if this user may see them (Linux)."""
     try:
         wanted = path.stat()
         pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
@@ -168,7 +169,7 @@ def _open_in(path: Path) -> list[int]:
         try:
             entries = list(Path(f"/proc/{pid}/fd").iterdir())
         except OSError:
-            continue  # another user's, or ended
+            continue  # belongs to another user, or has ended
         for entry in entries:
             try:
                 seen = entry.stat()

@@ -1,4 +1,4 @@
-"""Signals by name, and what answers those that ask a command to stop."""
+"""Signals by name, and temporary handlers for SIGINT and SIGTERM."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ def signal_number(name: str) -> int:
 
 @contextmanager
 def answered_by(stop: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM call ``stop`` within the block; afterwards what answered them before does so again."""
+    """SIGINT and SIGTERM call ``stop`` within the block; the earlier handlers are restored afterwards."""
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -1,8 +1,8 @@
 """Run a worker command under supervision on this machine: restart it after a crash, stop it on Ctrl-C.
 
-The command is expected to resume by itself from what it saved. It tells how it is doing through a file ``progress`` in
-the run folder (any text that changes when durable progress is made), a failure file, which should lie on another disk
-(an error that a restart cannot mend: ``{"message": ..., "kind": ...}``), and exit code 2 (the same, already told on stderr).
+The command must resume by itself from what it saved. It reports through three channels: a file ``progress`` in the run
+folder, whose text changes whenever durable progress is made; a failure file for non-retryable errors (``{"message": ...,
+"kind": ...}``), which should be on another disk; and exit code 2 for a non-retryable error already reported on stderr.
 """
 
 import json
@@ -26,7 +26,7 @@ GRACE_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a supervised run ended. ``message`` (and ``kind``) are set when the worker reported an error of its own."""
+    """How a supervised run ended. ``message`` (and ``kind``) are set if the worker reported an error."""
 
     code: int
     restarts: int
@@ -55,13 +55,13 @@ class Supervisor:
     ) -> None:
         self.command, self.run_dir, self.failure_file = list(command), run_dir, failure_file
         self.environment, self.limit = dict(environment), max_restarts_without_progress
-        self.pass_fds = tuple(pass_fds)  # the run folder's lock: who trains holds it, also when this process is killed
+        self.pass_fds = tuple(pass_fds)  # the run folder's lock: the worker holds it even if this process is killed
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = False
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self._stopping and self._process is not None:
-            self._process.kill()  # asked twice: do not wait for the checkpoint
+            self._process.kill()  # second signal: do not wait for the checkpoint
             return
         self._stopping = True
         if self._process is not None:
@@ -69,7 +69,7 @@ class Supervisor:
             self._process.send_signal(signal.SIGTERM)
 
     def run(self) -> Outcome:
-        """Blocks until the end. SIGINT and SIGTERM are passed on once as SIGTERM; the second time the command is killed."""
+        """Blocks until the end. The first SIGINT or SIGTERM is passed on as SIGTERM; the second kills the command."""
         with answered_by(self._stop):
             return self._supervise()
 
@@ -78,7 +78,7 @@ class Supervisor:
         while True:
             self.failure_file.unlink(missing_ok=True)
             before = _read(self.run_dir / PROGRESS)
-            # A session of its own: Ctrl-C in the terminal reaches only this process, which then asks for an orderly end.
+            # In its own session: Ctrl-C in the terminal reaches only this process, which then asks for a graceful stop.
             self._process = subprocess.Popen(
                 self.command,
                 env=self.environment,

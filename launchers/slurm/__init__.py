@@ -1,1 +1,1 @@
-"""Slurm: its commands, the site file, the script of a job, and what is refused before one is submitted."""
+"""Slurm: its commands, the site file, the script of a job, and the checks before it is submitted."""

@@ -1,4 +1,4 @@
-"""Slurm's commands: ask the queue and the partitions, submit, requeue, cancel. Text formats only, which are stable."""
+"""Slurm's commands: read the queue and the partitions, submit, requeue, cancel. Uses only text formats, which are stable."""
 
 import contextlib
 import getpass
@@ -26,7 +26,7 @@ ACTIVE = {
     "STOPPED",
 }
 _USABLE = {"idle", "mixed", "allocated", "completing", "reserved", "planned"}
-ASK_SECONDS = 10  # for questions that a person waits for
+ASK_SECONDS = 10  # timeout of queries that a person waits for
 _AWAY = re.compile(
     r"Unable to contact slurm controller|Socket timed out|connect failure|Connection (?:refused|timed out|reset)|"
     r"communication connection failure|Zero Bytes were transmitted|No route to host",
@@ -35,7 +35,7 @@ _AWAY = re.compile(
 _DEFAULTS_OF_QUESTIONS = ("SQUEUE_", "SINFO_", "SCANCEL_", "SACCT_")
 _KEPT = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_UMASK", "SLURM_TIME_FORMAT"}
 _GPUS = ("GRES", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK")
-_VARIABLES = {  # option of a script -> the SBATCH_... that would stand over it, where it has another name or several
+_VARIABLES = {  # option of a script -> the SBATCH_... that would override it, if its name differs or there are several
     "time": ("TIMELIMIT",),
     "array": ("ARRAY_INX",),
     "output": ("OUTPUT", "ERROR"),
@@ -49,22 +49,22 @@ _DAYS = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
 class SlurmError(LaunchError):
-    """A Slurm command failed; the message is its own."""
+    """A Slurm command failed; the message is the command's own."""
 
 
 class NoAnswer(SlurmError):
-    """Slurm's commands are here, but its controller does not answer."""
+    """Slurm's commands are installed, but its controller does not answer."""
 
     def __init__(self, why: str) -> None:
         super().__init__(
-            f"Slurm does not answer ({why}): try again later; `scontrol ping` tells whether slurmctld is up"
+            f"Slurm does not answer ({why}): try again later; `scontrol ping` says whether slurmctld is up"
         )
         self.short = f"Slurm does not answer ({why})"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """One node as sinfo shows it."""
+    """One node as shown by sinfo."""
 
     name: str
     state: str
@@ -102,13 +102,13 @@ class Job:
 
 
 def asking_environment() -> dict[str, str]:
-    """The environment without defaults of the commands that ask: SQUEUE_STATES and the like would hide jobs."""
+    """The environment without the defaults of query commands: variables such as SQUEUE_STATES would hide jobs."""
     return {name: value for name, value in os.environ.items() if not name.startswith(_DEFAULTS_OF_QUESTIONS)}
 
 
 def submitting_environment(script: str) -> dict[str, str]:
-    """sbatch's environment for a script. sbatch prefers SBATCH_X to the script's own `#SBATCH --x`, and hands the variables
-    of an allocation that this runs in, and srun's, on to the job: they are left out."""
+    """sbatch's environment for a script. It leaves out SBATCH_X where the script sets `#SBATCH --x`, because sbatch prefers
+    the variable. It also leaves out srun's variables and those of a surrounding allocation, which would reach the job."""
     options = re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE)
     dropped = {f"SBATCH_{name}" for name in ("WAIT", "ARRAY_INX", "NO_REQUEUE", "TEST_ONLY")}
     for option in options:
@@ -123,15 +123,15 @@ def submitting_environment(script: str) -> dict[str, str]:
 def run(
     *command: str, timeout: float = 60, cwd: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> str:
-    """stdout of a Slurm command. Raises SlurmError with its own words when it fails or is not installed, and NoAnswer when
-    the controller is away or ``timeout`` seconds have passed."""
+    """stdout of a Slurm command. Raises SlurmError with the command's message if it fails or is not installed, and NoAnswer
+    if the controller does not answer or ``timeout`` seconds have passed."""
     if shutil.which(command[0]) is None:
         raise SlurmError(
             f"there is no Slurm here ({command[0]} is not on PATH): run this on a login node of the cluster, or use "
             "`qwen-moe launch --local`"
         )
     pipe = subprocess.PIPE
-    # A session of its own: sites wrap these commands in scripts, whose children would keep the pipes open.
+    # In its own session: sites wrap these commands in scripts, whose children would keep the pipes open.
     with subprocess.Popen(
         command,
         stdout=pipe,
@@ -163,7 +163,7 @@ def parse_minutes(text: str) -> float | None:
         return None
     match = _DAYS.fullmatch(text.strip())
     if not match or len(text) > 32:
-        raise LaunchError(f"time {text!r} is not a time of Slurm's: use minutes, HH:MM:SS, or D-HH:MM:SS")
+        raise LaunchError(f"time {text!r} is not a Slurm time: use minutes, HH:MM:SS, or D-HH:MM:SS")
     days, *rest = match.groups()
     numbers = [int(part) for part in rest if part is not None]
     if days is not None:
@@ -177,20 +177,20 @@ def parse_minutes(text: str) -> float | None:
 
 
 def fields(line: str) -> dict[str, str]:
-    """`Key=Value` pairs of one line of `scontrol -o`; a value may hold blanks, up to the next key."""
+    """`Key=Value` pairs of one line of `scontrol -o`; a value may contain blanks and ends at the next key."""
     parts = re.split(r"(?:^|\s)([A-Za-z][A-Za-z0-9_/:]*)=", line.strip())
     return {key: value.strip() for key, value in zip(parts[1::2], parts[2::2])}
 
 
 def gpus_of(gres: str) -> int:
-    """GPUs in a gres text such as `gpu:8`, `gpu:h100:8(S:0-1)` or `gpu:a:2,gpu:b:2`."""
+    """Number of GPUs in a gres text such as `gpu:8`, `gpu:h100:8(S:0-1)` or `gpu:a:2,gpu:b:2`."""
     return sum(gpu_types(gres).values())
 
 
 def gpu_types(gres: str) -> dict[str, int]:
-    """The same by type, in lower case; "" for those without a type."""
+    """Number of GPUs in a gres text by type, in lower case; "" for GPUs without a type."""
     found: dict[str, int] = {}
-    for entry in re.sub(r"\([^)]*\)", "", gres).split(","):  # in brackets: sockets
+    for entry in re.sub(r"\([^)]*\)", "", gres).split(","):  # the brackets hold sockets
         # The count is the last part; a type may begin with a digit (`gpu:1g.10gb:7`, `gpu:1080ti:4`).
         name, *rest = entry.strip().split(":")
         if name == "gpu" and len(rest) in (1, 2) and rest[-1].isdecimal():
@@ -204,7 +204,7 @@ def _limit(text: str) -> int | None:
 
 
 def partitions(names: Sequence[str]) -> list[Partition]:
-    """The partitions ``names``, or the default one when there are none. Raises LaunchError naming those that exist."""
+    """The partitions ``names``, or the default one if there are none. Raises LaunchError, which names the existing ones."""
     lines = run("scontrol", "show", "partition", "-o").splitlines()
     everything = {p["PartitionName"]: p for p in map(fields, lines) if "PartitionName" in p}
     known = ", ".join(everything) or "none"
@@ -223,7 +223,7 @@ def _with_nodes(facts: Mapping[str, str]) -> Partition:
     nodes = []
     for line in run("sinfo", "-h", "-N", "-p", facts["PartitionName"], "-o", "%N|%T|%c|%G").splitlines():
         host, state, cpus, gres = line.split("|", 3)
-        # A trailing mark means: not responding, powering, in maintenance. Only a bare state is usable.
+        # A trailing mark means not responding, powering or in maintenance. Only a bare state is usable.
         types = gpu_types(gres)
         node = Node(name=host, state=state.strip(), cpus=int(cpus.rstrip("+")), gpus=gpus_of(gres), gpu_types=types)
         nodes.append(node)
@@ -237,7 +237,7 @@ def _with_nodes(facts: Mapping[str, str]) -> Partition:
 
 
 def hostnames(node_list: str) -> list[str]:
-    """`node[1-3]` written out."""
+    """Expand `node[1-3]` into names."""
     return run("scontrol", "show", "hostnames", node_list).split() if node_list else []
 
 
@@ -252,7 +252,7 @@ def queue(timeout: float = 60) -> list[Job]:
 
 
 def show_job(job_id: str) -> dict[str, str]:
-    """scontrol's facts of a job; empty when Slurm has forgotten it (MinJobAge)."""
+    """scontrol's facts about a job; empty if Slurm has forgotten it (MinJobAge)."""
     try:
         lines = run("scontrol", "show", "job", "-o", job_id, timeout=ASK_SECONDS).splitlines()
     except SlurmError as error:
@@ -263,7 +263,7 @@ def show_job(job_id: str) -> dict[str, str]:
 
 
 def accounts() -> dict[str, set[str]] | None:
-    """Accounts of this user and the qos each may use, from slurmdbd; None where there is none."""
+    """Accounts of this user and the qos that each may use, from slurmdbd; None if there is no slurmdbd."""
     command = ("sacctmgr", "-n", "-P", "show", "associations", f"user={getpass.getuser()}", "format=account,qos")
     try:
         lines = run(*command, timeout=15).splitlines()
@@ -277,7 +277,7 @@ def accounts() -> dict[str, set[str]] | None:
 
 
 def submit(script: Path) -> str:
-    """Submit from the script's folder (where its log goes); the job id."""
+    """Submit from the script's folder, where its log goes. Returns the job id."""
     environment = submitting_environment(script.read_text(encoding="utf-8"))
     answer = run("sbatch", "--parsable", script.name, cwd=script.parent, environment=environment)
     return answer.strip().splitlines()[-1].split(";")[0]
@@ -288,7 +288,7 @@ def cancel(job_id: str) -> None:
 
 
 def requeue(job_id: str, patience: float = 600) -> None:
-    """Requeue, waiting for a slurmctld that is being restarted. Raises SlurmError after ``patience`` seconds."""
+    """Requeue a job; retries while slurmctld is being restarted. Raises SlurmError after ``patience`` seconds."""
     end = time.monotonic() + patience
     while True:
         try:
@@ -306,7 +306,7 @@ def exclude(job_id: str, nodes: Sequence[str]) -> None:
 
 
 def topology() -> dict[str, str]:
-    """Leaf switch of each node, where the cluster has a topology/tree; empty otherwise."""
+    """Leaf switch of each node if the cluster has a topology/tree; empty otherwise."""
     try:
         lines = run("scontrol", "show", "topology").splitlines()
     except SlurmError:

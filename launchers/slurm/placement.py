@@ -1,19 +1,20 @@
-"""Which node gets which ranks: nodes under one switch next to each other, so that groups of near ranks stay near."""
+"""Decides which node gets which ranks. Nodes under one switch get neighboring ranks, so groups of near ranks stay near."""
 
 from collections.abc import Mapping, Sequence
 
 
 def order_nodes(nodes: Sequence[str], switches: Mapping[str, str]) -> list[str]:
-    """``nodes`` in rank order: those of one switch in a row, the switch of the first node first, otherwise as given.
+    """``nodes`` in rank order: nodes of one switch are adjacent, the first node's switch comes first, and the given order
+    is kept otherwise.
 
-    The first node stays first: it is the address at which all others meet.
+    The first node stays first, because it is the rendezvous address.
     """
     seen = list(dict.fromkeys(switches.get(node, "") for node in nodes))
     return sorted(nodes, key=lambda node: (seen.index(switches.get(node, "")), nodes.index(node)))
 
 
 def group_spans(size: int, processes_per_node: int, nodes: Sequence[str], switches: Mapping[str, str]) -> str:
-    """Where groups of ``size`` consecutive ranks lie: in words."""
+    """Where groups of ``size`` consecutive ranks lie, in words."""
     world = processes_per_node * len(nodes)
     hosts = [
         [nodes[rank // processes_per_node] for rank in range(first, min(first + size, world))]
@@ -29,7 +30,7 @@ def group_spans(size: int, processes_per_node: int, nodes: Sequence[str], switch
 def describe(
     nodes: Sequence[str], processes_per_node: int, switches: Mapping[str, str], groups: Mapping[str, int]
 ) -> str:
-    """A table for people: node, switch, ranks; then where each kind of group lies. ``groups``: name -> size in ranks."""
+    """A human-readable table of node, switch and ranks, and where each kind of group lies. ``groups``: name -> ranks."""
     lines = ["placement (node, switch, ranks):"]
     for index, node in enumerate(nodes):
         first = index * processes_per_node

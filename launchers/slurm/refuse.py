@@ -1,4 +1,4 @@
-"""Refusing a job before it is submitted: what the queue would accept and then let wait, or kill, for ever."""
+"""Checks before submission: finds jobs that Slurm would accept but never start, or would kill every time."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,8 +10,8 @@ from launchers.slurm.script import JobSpec
 
 
 def check_partitions(spec: JobSpec, partitions: Sequence[Partition]) -> tuple[list[str], list[str]]:
-    """(problems, notes) of a job on a list of partitions, of which Slurm takes any one. A job that can run in some of them
-    is no problem: the notes say why it cannot in the others."""
+    """(problems, notes) of a job on a list of partitions, from which Slurm takes one. If the job can run in some of them,
+    there is no problem, and the notes say why it cannot run in the others."""
     everywhere = {node.name for partition in partitions for node in partition.nodes}
     excluded = set(slurm.hostnames(spec.exclude)) if spec.exclude else set()
     where = f"partition {partitions[0].name} does" if len(partitions) == 1 else "these partitions do"
@@ -24,7 +24,7 @@ def check_partitions(spec: JobSpec, partitions: Sequence[Partition]) -> tuple[li
 
 
 def _check_partition(spec: JobSpec, partition: Partition, excluded: set[str]) -> list[str]:
-    """Problems of a job on a partition; empty when it can run there some day."""
+    """Problems of a job on a partition; empty if it can run there at some time."""
     problems = []
     name = partition.name
     if partition.state != "UP":
@@ -35,7 +35,7 @@ def _check_partition(spec: JobSpec, partition: Partition, excluded: set[str]) ->
     if spec.nodes > len(left):
         problems.append(
             f"--nodes {spec.nodes} is more than partition {name} has: {len(partition.nodes)} nodes{without}; it would "
-            "wait for ever"
+            "wait forever"
         )
     if partition.max_nodes is not None and spec.nodes > partition.max_nodes:
         problems.append(f"--nodes {spec.nodes} is more than partition {name} allows for one job: {partition.max_nodes}")
@@ -72,7 +72,7 @@ def _check_gpus(spec: JobSpec, name: str, left: Sequence[slurm.Node]) -> list[st
 
 
 def check_account(spec: JobSpec, accounts: Mapping[str, set[str]] | None) -> list[str]:
-    """Problems of account and qos, where slurmdbd can tell (None: it cannot)."""
+    """Problems of account and qos. ``accounts`` is None if slurmdbd does not answer."""
     if accounts is None:
         return []
     problems = []
@@ -85,7 +85,7 @@ def check_account(spec: JobSpec, accounts: Mapping[str, set[str]] | None) -> lis
 
 
 def check_time(spec: JobSpec, checkpoint_seconds: float, measured: bool) -> list[str]:
-    """Problems of the time limit and of how early Slurm warns, against the time that a checkpoint takes."""
+    """Problems of the time limit and of Slurm's warning time, compared with the time that a checkpoint takes."""
     problems = []
     how = "measured" if measured else "estimated from its size and hardware.checkpoint_gb_per_second"
     if spec.signal_seconds < 1.5 * checkpoint_seconds:
@@ -96,20 +96,20 @@ def check_time(spec: JobSpec, checkpoint_seconds: float, measured: bool) -> list
     minutes = parse_minutes(spec.time) if spec.time else None
     if minutes is not None and minutes * 60 <= spec.signal_seconds:
         problems.append(
-            f"--time {spec.time} is not longer than the {spec.signal_seconds} s before its end at which Slurm warns: "
-            "nothing would be trained; raise it, or lower --signal-seconds"
+            f"--time {spec.time} is not longer than the {spec.signal_seconds} s before its end when Slurm warns, so nothing "
+            "would be trained: raise it, or lower --signal-seconds"
         )
     return problems
 
 
 def refuse(problems: list[str]) -> None:
-    """Raises LaunchError with all problems, if any."""
+    """Raises LaunchError with all problems, if there are any."""
     if problems:
         raise LaunchError("; ".join(problems))
 
 
 def already_active(job: str, name: str, jobs: list[slurm.Job]) -> slurm.Job | None:
-    """The job in the queue that has this id (or is a task of it), or this name."""
+    """The job in the queue with this id (or a task of it), or with this name."""
     for found in jobs:
         if found.state in slurm.ACTIVE and (
             (job and (found.job_id == job or found.job_id.split("_")[0] == job)) or (name and found.name == name)

@@ -1,5 +1,5 @@
-"""What a job asks for in sbatch's own words: lists of partitions, GPUs by type, and free options that have a place of
-their own, so that `--sbatch partition=a,b` is checked as `--partition a,b` is."""
+"""Parses a job's request as sbatch writes it: lists of partitions, GPUs by type, and free options that JobSpec has a field
+for, so that `--sbatch partition=a,b` is checked like `--partition a,b`."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _FIELDS = ("account", "partition", "qos", "constraint", "exclude", "time", "gpus
 
 
 def parse_gpus(text: str, option: str = "--gpus-per-node") -> dict[str, int]:
-    """`8`, `a100:4` or `a100:2,h100:2` as count by type ("" is any type). Raises LaunchError for anything else."""
+    """Parse `8`, `a100:4` or `a100:2,h100:2` into counts by type ("" is any type). Raises LaunchError otherwise."""
     found: dict[str, int] = {}
     for part in text.split(","):
         match = _GPUS.fullmatch(part.strip())
@@ -29,7 +29,7 @@ def parse_gpus(text: str, option: str = "--gpus-per-node") -> dict[str, int]:
 
 
 def gpus_in_gres(text: str) -> tuple[str, str]:
-    """sbatch's `--gres` as (its GPUs, as `--gpus-per-node` has them; the rest). `gpu` alone is one GPU."""
+    """Split sbatch's `--gres` into (its GPUs, in the form of `--gpus-per-node`; the rest). `gpu` alone is one GPU."""
     gpus, rest = [], []
     for entry in filter(None, text.split(",")):
         name, *parts = re.split("[:=]", re.sub(r"^gres[:/]", "", entry.strip()))
@@ -43,18 +43,18 @@ def gpus_in_gres(text: str) -> tuple[str, str]:
 
 
 def split_names(text: str) -> list[str]:
-    """`a,b` as names. Raises LaunchError for an empty one."""
+    """Split `a,b` into names. Raises LaunchError for an empty name."""
     names = [name.strip() for name in text.split(",")] if text else []
     if not all(names):
-        raise LaunchError(f"--partition {text!r} holds an empty name: separate names with one comma")
+        raise LaunchError(f"--partition {text!r} contains an empty name: separate names with one comma")
     return list(dict.fromkeys(names))
 
 
 def take_known(texts: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Free options as (those that JobSpec has a field for, by that field's name; the others as they are).
+    """Split free options into (those that JobSpec has a field for, by the field's name; the others unchanged).
 
-    GPUs in `gres` become ``gpus_per_node``, and ``gres`` holds the option as it was given, for clusters that know only it.
-    Raises LaunchError for an option given twice with different values.
+    GPUs in `gres` become ``gpus_per_node``. ``gres`` keeps the option as given, for clusters without `--gpus-per-node`.
+    Raises LaunchError for an option that is given twice with different values.
     """
     known: dict[str, str] = {}
     others: list[str] = []

@@ -1,4 +1,4 @@
-"""The sbatch script of a run: what was asked for, as text; every value that comes from a user is quoted."""
+"""Writes the sbatch script of a run from a JobSpec; every value that comes from a user is quoted."""
 
 import re
 import shlex
@@ -12,7 +12,7 @@ from launchers.slurm.set_up import checked, without_variables
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./:,+@%=\[\]*-]+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# Written by this file; the same option given freely would win or be ignored depending on Slurm's order: refused.
+# Options that this file writes. If a user gives them too, Slurm's order decides which one counts, so they are refused.
 _OURS = {
     "job-name",
     "output",
@@ -40,8 +40,8 @@ class JobSpec:
     processes_per_node: int
     time: str = ""
     gpus_per_node: int = 0
-    gpu_request: str = ""  # sbatch's words for them where they have types (`a100:4`)
-    gres: str = ""  # where GPUs were asked for by --gres: written instead of --gpus-per-node
+    gpu_request: str = ""  # the GPUs in sbatch's form if they have types (`a100:4`)
+    gres: str = ""  # if GPUs were requested by --gres: written instead of --gpus-per-node
     cpus_per_task: int = 0
     account: str = ""
     partition: str = ""
@@ -63,7 +63,7 @@ class JobSpec:
 
 
 def parse_environment(pairs: list[str]) -> dict[str, str]:
-    """`K=V` arguments. Raises LaunchError for a bad name, and for a name that looks like a secret's."""
+    """Parse `K=V` arguments. Raises LaunchError for an invalid name."""
     found = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
@@ -74,39 +74,39 @@ def parse_environment(pairs: list[str]) -> dict[str, str]:
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
-    """Raises LaunchError for what may not be written into a script: bad names, secrets, NUL."""
+    """Raises LaunchError for variables that may not be written into a script: invalid names, secrets, NUL."""
     for name, value in environment.items():
         if not _VARIABLE.fullmatch(name):
             raise LaunchError(f"environment variable {name!r}: a name has letters, digits and _ only")
         if hidden(name, value) == REMOVED:
             raise LaunchError(
-                f"environment variable {name} looks like a secret, by its name or its value, which is not "
-                "scripts: export it in the shell that runs `qwen-moe launch`, from where sbatch passes it on, or read it "
+                f"environment variable {name} looks like a secret, by its name or its value, and secrets are not written "
+                "into scripts: export it in the shell that runs `qwen-moe launch`, and sbatch passes it on, or read it "
                 "from a file of yours in the site file's setup.commands"
             )
         if "\0" in value:
-            raise LaunchError(f"environment variable {name} holds a NUL character")
+            raise LaunchError(f"environment variable {name} contains a NUL character")
 
 
 def check_texts(spec: JobSpec) -> None:
-    """Raises LaunchError when a set-up command or a free option holds a key or token itself."""
+    """Raises LaunchError if a set-up command or a free option contains a key or token itself."""
     for what, texts in (("setup.commands", spec.setup), ("--sbatch", spec.sbatch_args), ("srun_args", spec.srun_args)):
         for text in texts:
             if has_secret(text):
                 raise LaunchError(
-                    f"{what}: {text[:20]!r}... holds what looks like a key, a token or a password, which is not "
+                    f"{what}: {text[:20]!r}... contains what looks like a key, a token or a password, and these are not "
                     "written into scripts: read it from a file of yours, `export NAME=$(cat FILE)`"
                 )
 
 
 def _header_value(option: str, value: str) -> str:
     if "\n" in value or "\r" in value or "\0" in value:
-        raise LaunchError(f"{option} {value!r} holds a line break, which a line of sbatch options cannot")
+        raise LaunchError(f"{option} {value!r} holds a line break, which a line of sbatch options cannot hold")
     return value if _PLAIN.fullmatch(value) else shlex.quote(value)
 
 
 def free_option(text: str) -> tuple[str, str]:
-    """`any=flag` or `--any=flag` as (name, value). Raises LaunchError for what is no option, or is ours to write."""
+    """Parse `any=flag` or `--any=flag` into (name, value). Raises LaunchError if it is not an option, or one of ours."""
     name, _, value = text.removeprefix("--").partition("=")
     if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
         raise LaunchError(f"--sbatch {text!r} is not a long option of sbatch: give it as 'name=value' or 'name'")
@@ -116,7 +116,7 @@ def free_option(text: str) -> tuple[str, str]:
 
 
 def _slurm_pattern(folder: Path) -> bool:
-    """True when Slurm would read something else than this folder's name in the path of a log."""
+    """True if Slurm would replace parts of this folder's name in the path of a log."""
     return "%" in str(folder) or "\\" in str(folder)
 
 
@@ -140,15 +140,18 @@ def _options(spec: JobSpec) -> list[tuple[str, str, str]]:
     log = "slurm-%A_%a.out" if spec.array else "slurm-%j.out"
     log_note = "relative to the folder that sbatch is called in: the run's launch folder"
     if _slurm_pattern(spec.folder):
-        log, log_note = "/dev/null", "Slurm would replace what follows % in the folder's name: the log is opened below"
+        log, log_note = (
+            "/dev/null",
+            "Slurm would replace what follows % in the folder's name, so the log is opened below",
+        )
     signal_note = f"warn the script (B:) {spec.signal_seconds} s before the time limit: checkpoint, then requeue"
     found += [
         (log_note, "output", log),
-        ("a restarted job goes on in the same log", "open-mode", "append"),
-        ("start again by itself when a node fails", "requeue", ""),
+        ("a restarted job appends to the same log", "open-mode", "append"),
+        ("restart the job automatically when a node fails", "requeue", ""),
         (signal_note, "signal", f"B:{spec.checkpoint_signal}@{spec.signal_seconds}"),
     ]
-    found += [("tasks, and how many at a time", "array", spec.array)] if spec.array else []
+    found += [("tasks, and how many run at a time", "array", spec.array)] if spec.array else []
     if spec.dependency:
         note = "singleton: never two jobs of this name at once" if "singleton" in spec.dependency else ""
         found += [(note, "dependency", spec.dependency)]
@@ -168,12 +171,12 @@ def _srun(spec: JobSpec) -> list[str]:
     """srun's arguments, quoted, one per line of the script."""
     found = [
         '--nodes="$SLURM_JOB_NUM_NODES"',
-        "--export=ALL",  # SBATCH_EXPORT=NONE, which sites set, would leave srun's processes without this script's variables
+        "--export=ALL",  # sites set SBATCH_EXPORT=NONE, which would hide this script's variables from srun's processes
         "--ntasks-per-node=1",
         "--label",
         "--cpu-bind=none",  # the agent gives each of its processes a share of the node's CPUs
         "--kill-on-bad-exit=0",  # the conductor first asks every rank for its stack, then stops them all
-        "--wait=300",  # should the conductor not do so
+        "--wait=300",  # in case the conductor does not do so
     ]
     found += [f"--cpus-per-task={spec.cpus_per_task}"] if spec.cpus_per_task else []
     if spec.container_image:
@@ -181,7 +184,7 @@ def _srun(spec: JobSpec) -> list[str]:
         ours = [f"{path}:{path}" for path in dict.fromkeys((spec.folder.parent, spec.code_root, spec.workdir))]
         for mount in (*ours, *spec.container_mounts):
             if "," in mount:
-                raise LaunchError(f"container mount {mount!r} holds a comma, which pyxis takes for the next mount")
+                raise LaunchError(f"container mount {mount!r} contains a comma, which pyxis reads as the next mount")
         found.append(f"--container-mounts={shlex.quote(','.join((*ours, *spec.container_mounts)))}")
         found.append(f"--container-workdir={shlex.quote(str(spec.workdir))}")
     return found + [shlex.quote(argument) for argument in spec.srun_args]
@@ -198,7 +201,7 @@ def render(spec: JobSpec) -> str:
     python = spec.container_python if spec.container_image else spec.python
     lines += [
         "",
-        "# A warning that comes before the conductor listens must not kill this shell.",
+        "# A warning that comes before the conductor handles it must not kill this shell.",
         f"trap '' {spec.checkpoint_signal}",
         "set -u",
         *_own_log(spec),

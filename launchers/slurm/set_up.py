@@ -1,11 +1,11 @@
-"""What the script does before the run: variables of the user's shell that would change its steps, and set-up commands."""
+"""The script's lines before the run: they unset variables that would change its steps and check set-up commands."""
 
 import re
 import shlex
 from collections.abc import Sequence
 
-# Read by srun from the environment, and harmful to a step that this script starts: another number of tasks or a time limit
-# of the step, output elsewhere. (--export, --cpu-bind, --wait and others are given as options, which stand over variables.)
+# Variables that srun reads and that would harm the script's steps: another number of tasks, a time limit of the step, output
+# elsewhere. (--export, --cpu-bind, --wait and others are given as options, which override variables.)
 _OF_SRUN = (
     "SLURM_EXPORT_ENV",
     "SLURM_IMMEDIATE",
@@ -22,13 +22,13 @@ _OF_SRUN = (
     "SLURM_WORKING_DIR",
 )
 _MODULE = re.compile(r"\s*(?:module(?:\s+-\S+)*\s+(?:load|add)|ml)\s+([^|]*)")
-# What Tcl modules (`x.c(213):ERROR:105: ...`, `ERROR: ...`, `Module ERROR`) and Lmod print; some leave a status of 0.
+# Errors that Tcl modules (`x.c(213):ERROR:105: ...`, `ERROR: ...`, `Module ERROR`) and Lmod print, some with a status of 0.
 _SAID = (
     r"^[[:space:]]*(ERROR:|Module ERROR|Lmod has detected the following error)|"
     r":ERROR:[0-9]+:|Unable to locate a modulefile"
 )
 _FUNCTIONS = f"""\
-load_modules() {{  # $1: a command that loads modules. Some kinds of `module` fail with a status of 0.
+load_modules() {{  # $1: a command that loads modules. Some versions of `module` fail with a status of 0.
   local before="${{LOADEDMODULES:-}}" said status name
   said="$(mktemp)" || return 1
   eval "$1" 2> "$said"; status=$?
@@ -46,27 +46,25 @@ load_modules() {{  # $1: a command that loads modules. Some kinds of `module` fa
 
 
 def without_variables() -> list[str]:
-    """Lines that unset what srun would read. They come before the site file's commands and variables, which stand."""
+    """Lines that unset what srun would read. They come before the site file's commands and variables, which are kept."""
     return [
         "",
-        "# Of the shell that launched this: srun would read them in place of what is asked below.",
+        "# Variables of the shell that launched this: srun would prefer them to the request below.",
         "unset ${!SRUN_*}" + "".join(f" {name}" for name in _OF_SRUN),
     ]
 
 
 def checked(commands: Sequence[str]) -> list[str]:
-    """Each command, and after it the end of the job if it failed. A line that goes on (``\\``) is not cut.
+    """Each command, followed by a line that ends the job if the command failed. A continued line (``\\``) is not split.
 
-    Of a line that only loads modules, what it prints and what it loads is looked at too, for not all kinds of `module` tell
-    by their status. One with `||` says itself what follows.
+    For a line that only loads modules, its output and the loaded modules are checked too, because some versions of `module`
+    fail with a status of 0. A line with `||` handles its own failure.
     """
     found = [_FUNCTIONS] if any(_loads_modules(command) for command in commands) else []
     for command in commands:
         found.append(_loading(command) if _loads_modules(command) else command)
         if not command.endswith("\\"):
-            text = (
-                f"error: the set-up command {command!r} of the site file failed; add `|| true` where that is expected"
-            )
+            text = f"error: the set-up command {command!r} of the site file failed; add `|| true` if that is expected"
             found.append(f"[ $? -eq 0 ] || {{ printf '%s\\n' {shlex.quote(text)} >&2; exit 1; }}")
     return found
 

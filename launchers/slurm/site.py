@@ -1,4 +1,4 @@
-"""The site file: one TOML file with what is the same for every job on a cluster; unknown keys are errors."""
+"""The site file: one TOML file with the settings that all jobs on a cluster share; unknown keys are errors."""
 
 import difflib
 import math
@@ -14,7 +14,7 @@ from launchers.errors import LaunchError
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmDefaults:
-    """Table [slurm]: sbatch's long options in snake_case, used where the command line gives none."""
+    """Table [slurm]: sbatch's long options in snake_case, used if the command line does not give them."""
 
     account: str = ""
     partition: str = ""
@@ -23,8 +23,8 @@ class SlurmDefaults:
     exclude: str = ""
     nodes: int = 1
     gpus_per_node: int = 0
-    processes_per_node: int = 0  # 0: one per GPU, or one where there are no GPUs
-    cpus_per_task: int = 0  # 0: all of the node's (with exclusive)
+    processes_per_node: int = 0  # 0: one per GPU, or one if there are no GPUs
+    cpus_per_task: int = 0  # 0: all CPUs of the node (with exclusive)
     time: str = ""
     exclusive: bool = True
     signal_seconds: int = 300  # how long before the time limit Slurm warns
@@ -34,11 +34,11 @@ class SlurmDefaults:
 
 @dataclass(frozen=True, kw_only=True)
 class SetupCommands:
-    """Table [setup]: shell lines run on the first node before anything else, and the interpreter of every node."""
+    """Table [setup]: shell lines that run on the first node before anything else, and the interpreter of every node."""
 
     commands: list[str] = field(default_factory=list)
     python: str = ""  # "" : the one that runs `qwen-moe launch`; must be on a file system that the nodes share
-    local_folder: str = "/tmp"  # a folder on each node's own disk, for heartbeats and logs on their way
+    local_folder: str = "/tmp"  # a folder on each node's own disk, for heartbeats and for logs before they are copied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class ContainerDefaults:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """Table [hardware]: for estimates only."""
+    """Table [hardware]: used for estimates only."""
 
     price_per_gpu_hour: float = 0.0
     currency: str = "USD"
@@ -63,7 +63,7 @@ class Hardware:
 
 @dataclass(frozen=True, kw_only=True)
 class PreflightLimits:
-    """Table [preflight]: what a node must have before the model is built; 0 switches a limit off."""
+    """Table [preflight]: what a node must have before the model is built; 0 disables a limit."""
 
     level: str = "full"  # full, quick (no bandwidth test), off
     timeout_seconds: float = 300
@@ -73,17 +73,17 @@ class PreflightLimits:
     min_free_disk_gb: float = 1.0
     disk_folder: str = ""  # "" : setup.local_folder
     max_clock_skew_seconds: float = 5.0
-    min_gpu_clock_share: float = 0.0  # of the GPU's own maximum, under no load often low: 0 by default
+    min_gpu_clock_share: float = 0.0  # share of the GPU's own maximum; 0 by default, because idle clocks are often low
     max_ecc_errors: int = 0  # uncorrected, volatile
 
 
 @dataclass(frozen=True, kw_only=True)
 class SurviveLimits:
-    """Table [survive]: when a run counts as hung, and how often it is started again."""
+    """Table [survive]: when a run counts as hung, and how often it is restarted."""
 
-    hang_seconds: float = 600  # no rank has finished a step or saved for so long
-    startup_seconds: float = 1800  # until the first step, and for what comes after the last
-    stop_seconds: float = 60  # from the decision to stop to the last process gone
+    hang_seconds: float = 600  # hung if no rank has finished a step or saved for so long
+    startup_seconds: float = 1800  # the same limit before the first step and after the last
+    stop_seconds: float = 60  # from the decision to stop until the last process is gone
     max_restarts: int = 50
     max_failures_without_progress: int = 2
     exclude_after: int = 2  # failures of the same node in a row
@@ -117,13 +117,13 @@ _SIGNALS = ("USR1", "USR2", "HUP", "URG", "WINCH")
 
 
 def default_site_path() -> Path:
-    """`$XDG_CONFIG_HOME/qwen-moe/slurm.toml`, else under ~/.config."""
+    """`$XDG_CONFIG_HOME/qwen-moe/slurm.toml`, or under ~/.config if that variable is not set."""
     base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
     return Path(base) / "qwen-moe" / "slurm.toml"
 
 
 def load_site(path: Path | None = None) -> Site:
-    """Read the site file. Without ``path`` the default one is read if it exists. Raises LaunchError naming every mistake."""
+    """Read the site file; without ``path``, the default one if it exists. Raises LaunchError, which names every mistake."""
     if path is None:
         path = default_site_path()
         if not path.exists():
@@ -138,7 +138,7 @@ def load_site(path: Path | None = None) -> Site:
 
 
 def parse_site(values: Mapping[str, Any], source: str) -> Site:
-    """A Site from the tables of a TOML document; every mistake is in one LaunchError."""
+    """Make a Site from the tables of a TOML document. One LaunchError names every mistake."""
     problems: list[str] = []
     sections: dict[str, Any] = {}
     for name, content in values.items():
@@ -165,7 +165,7 @@ def _unknown(name: str, valid: list[str], kind: str) -> str:
 def _environment(content: Mapping[str, Any], problems: list[str]) -> dict[str, str]:
     for key, value in content.items():
         if isinstance(value, dict | list | bool) or (isinstance(value, float) and not math.isfinite(value)):
-            problems.append(f"environment.{key} must be a text or a number")
+            problems.append(f"environment.{key} must be a string or a number")
     return {key: str(value) for key, value in content.items()}
 
 
@@ -181,7 +181,7 @@ def _section(name: str, kind: type, content: Mapping[str, Any], problems: list[s
         if not fits and not (wanted is float and type(value) is int):
             problems.append(f"{name}.{key} is {value!r}, expected {wanted.__name__}")
         elif wanted is list and not all(isinstance(item, str) for item in value):
-            problems.append(f"{name}.{key} must be a list of texts")
+            problems.append(f"{name}.{key} must be a list of strings")
     return kind(**{k: v for k, v in content.items() if k in known})
 
 
@@ -198,6 +198,6 @@ def _ranges(site: Site) -> list[str]:
         section = getattr(site, table)
         for entry in fields(section):
             value = getattr(section, entry.name)
-            if isinstance(value, int | float) and not 0 <= value < math.inf:  # neither is NaN
+            if isinstance(value, int | float) and not 0 <= value < math.inf:  # also refuses NaN
                 problems.append(f"{table}.{entry.name} is {value}, expected a number of 0 or more")
     return problems

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all: written beside their place, renamed when done, removed when not."""
+"""Directories that appear complete or not at all: written beside their final place, then renamed, or removed on failure."""
 
 import errno
 import shutil
@@ -13,7 +13,7 @@ from qwen_moe.errors import UserError
 
 
 def require_free(target: Path, needed: int) -> None:
-    """Refuse a target that holds something, or a disk that cannot hold ``needed`` bytes."""
+    """Raise UserError if the target is not empty, or its disk has less than ``needed`` bytes free."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty: give a new directory, or remove it first")
     parent = next(path for path in target.absolute().parents if path.exists())
@@ -21,13 +21,13 @@ def require_free(target: Path, needed: int) -> None:
     if needed > free:
         raise UserError(
             f"{target} needs {needed / 1e9:.2f} GB but its disk has {free / 1e9:.2f} GB free: free some, or give "
-            "another place"
+            "another directory"
         )
 
 
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
-    """A new directory beside ``target`` that is removed again when the body fails; disk problems become UserErrors."""
+    """Yield a new directory beside ``target``, removed if the body fails. Disk problems become UserErrors."""
     partial = partial_path(target)
     try:
         if partial.exists():

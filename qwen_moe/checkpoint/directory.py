@@ -1,7 +1,7 @@
-"""Checkpoint directories that a reader never sees half of: written aside, hashed, renamed; checked when read.
+"""Atomic checkpoint directories: written aside, hashed, renamed when complete, and checked when read.
 
-A directory is a checkpoint when it holds `manifest.json`, which is written last and lists every other file with its
-size and SHA-256. It is written as `NAME.partial` and renamed when whole.
+A directory is a checkpoint if it holds `manifest.json`, which is written last and lists every other file with its
+size and SHA-256. The directory is written as `NAME.partial` and renamed when complete.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ def partial_path(path: Path) -> Path:
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of one file, flushed to disk."""
+    """Size and SHA-256 of one file; also flushes it to disk."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -34,15 +34,15 @@ def file_entry(path: Path) -> dict[str, Any]:
 
 
 def files_in(directory: Path) -> list[Path]:
-    """Every file below ``directory`` but the manifest, relative, sorted."""
+    """Relative paths of every file below ``directory`` except the manifest, sorted."""
     found = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
     return sorted(path for path in found if path != Path(MANIFEST))
 
 
 def commit(path: Path, entries: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Finish the checkpoint written at ``partial_path(path)``: manifest, fsync, rename to ``path``.
+    """Finish the checkpoint at ``partial_path(path)``: write the manifest, fsync, rename to ``path``.
 
-    ``entries`` maps every file (relative, posix) to its `file_entry`; ``facts`` go into the manifest as they are.
+    ``entries`` maps every file (relative, posix) to its `file_entry`; ``facts`` go into the manifest unchanged.
     """
     partial = partial_path(path)
     listed, present = set(entries), {file.as_posix() for file in files_in(partial)}
@@ -65,8 +65,8 @@ def _sync_directory(path: Path) -> None:
 
 
 def verify(path: Path, only: Iterable[str] | None = None) -> None:
-    """Check sizes of all files and hashes of ``only`` (all when None). Raises CheckpointDamaged naming the first fault,
-    which may be that a file cannot be read."""
+    """Check the sizes of all files and the hashes of ``only`` (of all files if None). Raises CheckpointDamaged, which names
+    the first damaged or unreadable file."""
     entries = read_manifest(path)["files"]
     for name, entry in entries.items():
         try:
@@ -87,12 +87,12 @@ def verify(path: Path, only: Iterable[str] | None = None) -> None:
 
 
 def step_directory(root: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` lies under ``root``."""
+    """The path of the checkpoint of ``step`` under ``root``."""
     return root / f"step_{step:08d}"
 
 
 def step_directories(root: Path) -> dict[int, Path]:
-    """Every step directory under ``root`` by its step, oldest first, whole or not: one without a manifest has lost it."""
+    """Every step directory under ``root`` by its step, oldest first, even damaged ones, which may lack a manifest."""
     found = {}
     if root.is_dir():
         for path in root.iterdir():
@@ -108,7 +108,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def remove_directory(path: Path) -> None:
-    """Delete a checkpoint, or what is left of one; of one that is a link, the link."""
+    """Delete a checkpoint or the remains of one. If it is a link, delete only the link."""
     if path.is_symlink():
         path.unlink()
     elif path.exists():

@@ -1,8 +1,8 @@
-"""Saving and resuming sharded training state through torch.distributed.checkpoint, in any layout.
+"""Saves and resumes sharded training state through torch.distributed.checkpoint (DCP), in any layout.
 
-A training checkpoint `checkpoints/step_XXXXXXXX/` holds: DCP's files (weights and buffers under ``model.``, AdamW's
-moments under ``optimizer.``, random states under ``rng.``, scales of FP8 under ``kernels.``),
-`train_state.json`, `model_config.json`, `hf/` (tokenizer and Hugging Face files to export with) and
+A training checkpoint `checkpoints/step_XXXXXXXX/` holds DCP's files (weights and buffers under ``model.``, AdamW's
+moments under ``optimizer.``, random states under ``rng.``, FP8 scales under ``kernels.``),
+`train_state.json`, `model_config.json`, `hf/` (tokenizer and Hugging Face files for the export) and
 `manifest.json` (see qwen_moe/checkpoint/directory.py).
 """
 
@@ -45,13 +45,13 @@ KERNELS = "kernels"
 
 
 def model_state(model: ParallelModel) -> dict[str, torch.Tensor]:
-    """Every parameter, as this rank's piece of it, and every persistent buffer by name; they share the model's memory."""
+    """This rank's piece of every parameter, and every persistent buffer, by name; they share the model's memory."""
     state: dict[str, torch.Tensor] = dict(model.named_buffers())
     return state | _pieces(model, dict(_originals(model)))
 
 
 def _originals(model: ParallelModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters by name, of a name that comes twice (tied embeddings of two stages) the first."""
+    """Parameters by name. If a name occurs twice (tied embeddings of two stages), only the first one."""
     seen = set()
     for name, parameter in model.named_parameters():
         if name not in seen:
@@ -72,7 +72,7 @@ def _optimizer_pieces(model: ParallelModel, optimizer: torch.optim.Optimizer) ->
 
 @torch.no_grad()
 def _copy_to_twins(model: ParallelModel, optimizer: torch.optim.Optimizer | None) -> None:
-    """Where two stages of this rank hold one parameter, the second copy follows the first that was loaded."""
+    """If two stages of this rank hold copies of one parameter, copy the loaded one to the other."""
     originals = dict(_originals(model))
     for name, parameter in model.named_parameters():
         original = originals[name]
@@ -92,8 +92,8 @@ def _rng_state() -> dict[str, torch.Tensor]:
 
 
 def _kernels_state(model: ParallelModel) -> dict[str, Any]:
-    """What the kernels keep beside weights (FP8 scales), under ``kernels.``; nothing where they keep nothing. Not among
-    the model's buffers: weights are loaded and exported without it."""
+    """State that the kernels keep in addition to weights (FP8 scales), under ``kernels.``; empty if there is none. It is
+    not among the model's buffers, because weights are loaded and exported without it."""
     state = model.kernels.state()
     return {KERNELS: state} if state else {}
 
@@ -113,10 +113,10 @@ def _copy(value: Any) -> Any:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run; at most one is in flight. All ranks call every method together.
+    """Writes the checkpoints of one run, at most one at a time. All ranks must call every method together.
 
-    ``asynchronous``: `save` copies the state and returns; files are written by a thread with a process group of its
-    own. An error there is raised by the next `save` or `finish`.
+    If ``asynchronous``, `save` copies the state and returns, and a thread with its own process group writes the files.
+    The next `save` or `finish` raises an error of that thread.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class CheckpointWriter:
         self._error: BaseException | None = None
 
     def save(self, model: ParallelModel, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
-        """Write the checkpoint of ``state.step``. Raises UserError when the disk is full; what is there is not harmed."""
+        """Write the checkpoint of ``state.step``. Raises UserError if the disk is full; existing checkpoints are kept."""
         self.finish()
         tensors = _full_state(model, optimizer)
         if not self.asynchronous:
@@ -149,7 +149,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def finish(self) -> None:
-        """Wait for the checkpoint in flight and raise what went wrong with it."""
+        """Wait for the checkpoint that is being written, and raise its error if there is one."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -168,7 +168,7 @@ class CheckpointWriter:
         partial = partial_path(path)
         rank = dist.get_rank()
         if rank == 0:
-            # A checkpoint of this step that is already there failed its check on resume, or it would not be rewritten.
+            # An existing checkpoint of this step must have failed its check on resume, or it would not be rewritten.
             for stale in (partial, path):
                 remove_directory(stale)
             partial.mkdir(parents=True)
@@ -223,7 +223,7 @@ def _disk_problem(error: OSError, where: Path) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
             f"no space left on the disk of {where.parent}; free some, or lower checkpoint.keep, then run the same "
-            "command again: it goes on from the checkpoint before"
+            "command again: it resumes from the previous checkpoint"
         )
     return f"{error}"
 
@@ -241,7 +241,7 @@ def _first_cause(error: CheckpointException, where: Path) -> str:
 
 
 def _load(reader: SafeReader, tensors: dict[str, Any]) -> None:
-    """Read ``tensors`` in place. Raises UserError on every rank when one of them cannot."""
+    """Read ``tensors`` in place. Raises UserError on every rank if any rank cannot read its tensors."""
     try:
         dcp.load(tensors, storage_reader=reader, planner=TensorsOnly())
     except CheckpointException as error:
@@ -250,12 +250,12 @@ def _load(reader: SafeReader, tensors: dict[str, Any]) -> None:
 
 
 def _check_finite(path: Path, tensors: dict[str, Any]) -> None:
-    """Raise UserError on every rank when a tensor that was loaded holds NaN or infinite values anywhere."""
+    """Raise UserError on every rank if a loaded tensor holds NaN or infinite values on any rank."""
     found: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}
     for name, value in tensors.items():
         held = value.held if isinstance(value, Piece) else value
         if count := count_not_finite(held):
-            # By place: ranks may hold the same part.
+            # Keyed by offsets, because several ranks may hold the same part.
             found[name, tuple(value.offsets) if isinstance(value, Piece) else ()] = (count, value.numel())
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, found)
@@ -267,8 +267,8 @@ def _check_finite(path: Path, tensors: dict[str, Any]) -> None:
 
 
 def load_weights(path: Path, model: ParallelModel, config: ModelConfig) -> None:
-    """Load weights and buffers of a checkpoint into a model of any layout and dtype. Raises UserError when the
-    checkpoint is of another model."""
+    """Load weights and buffers of a checkpoint into a model of any layout and dtype. Raises UserError if the checkpoint
+    belongs to another model."""
     check_same_model(path, config)
     state = model_state(model)
     _load(SafeReader(path), {"model": state})
@@ -277,7 +277,7 @@ def load_weights(path: Path, model: ParallelModel, config: ModelConfig) -> None:
 
 
 def check_same_model(path: Path, config: ModelConfig) -> None:
-    """Raise UserError naming the fields in which the checkpoint's model differs from ``config``."""
+    """Raise UserError if the checkpoint's model differs from ``config``; the message names the fields."""
     saved = read_object(path / MODEL_CONFIG)
     wanted = config.model_dump(mode="json")
     differing = [
@@ -301,13 +301,13 @@ def _check_kernels_state(
             there = "it is not there" if shape is None else f"it has shape {shape}"
             raise UserError(
                 f"checkpoint {path} has no FP8 state {name} {tuple(tensor.shape)} ({there}): it was trained with "
-                f"precision {settings.get('precision')}. Put that and its provider (precision.kernels) back, or "
+                f"precision {settings.get('precision')}. Restore that setting and its provider (precision.kernels), or "
                 "give another run_dir (checkpoint.load_from starts a new run from its weights)"
             )
 
 
 def resume(path: Path, model: ParallelModel, optimizer: torch.optim.Optimizer, config: ModelConfig) -> TrainState:
-    """Load everything a training checkpoint holds. A random state exists for the ranks that saved; others keep theirs."""
+    """Load everything that a training checkpoint holds. Ranks without a saved random state keep their own."""
     check_same_model(path, config)
     state = read_train_state(path)
     tensors: dict[str, Any] = {"model": model_state(model), "optimizer": _optimizer_pieces(model, optimizer)}

@@ -1,4 +1,4 @@
-"""Weights that are NaN or infinite, told of by name before they are trained from, generated from or exported."""
+"""Finds NaN and infinite weights, and names them before they are used for training, generation or export."""
 
 import torch
 
@@ -6,17 +6,17 @@ from qwen_moe.errors import UserError
 
 
 def count_not_finite(tensor: torch.Tensor) -> int:
-    """Elements of ``tensor`` that are NaN or infinite; one pass over it, without a copy, when there are none."""
+    """Number of elements of ``tensor`` that are NaN or infinite. If there are none, it takes one pass without a copy."""
     if not tensor.numel() or not tensor.is_floating_point():
         return 0
-    low, high = tensor.aminmax()  # NaN when anything is
+    low, high = tensor.aminmax()  # NaN if any element is NaN
     if bool(torch.isfinite(low) & torch.isfinite(high)):
         return 0
     return int((~torch.isfinite(tensor)).sum())
 
 
 def check_finite(name: str, tensor: torch.Tensor, where: str) -> torch.Tensor:
-    """``tensor`` itself. Raises UserError when it holds NaN or infinite values: nothing good can come of them."""
+    """Returns ``tensor``. Raises UserError if it holds NaN or infinite values."""
     if count := count_not_finite(tensor):
         raise UserError(not_finite_message(name, count, tensor.numel(), where))
     return tensor
@@ -30,7 +30,7 @@ def not_finite_message(name: str, count: int, total: int, where: str) -> str:
 
 
 def check_cast(name: str, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """``after``, which is ``before`` (all finite) in another dtype. Raises UserError when it overflowed."""
+    """Returns ``after``, which is ``before`` (all finite) in another dtype. Raises UserError if it overflowed."""
     if before.dtype != after.dtype and (count := count_not_finite(after)):
         raise UserError(
             f"{count:,} values of tensor {name} are larger than {str(after.dtype).removeprefix('torch.')} can hold "

@@ -1,6 +1,6 @@
-"""`manifest.json`: what files a checkpoint has, of which size and SHA-256; it carries a checksum of itself.
+"""`manifest.json`: the files of a checkpoint with their sizes and SHA-256, and a checksum of the manifest itself.
 
-Format 2. Format 1, which older checkpoints have, has no checksum: there every value is checked by its form.
+This is format 2. Format 1 of older checkpoints has no checksum, so each of its values is checked by its form.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ class CheckpointDamaged(UserError):
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object in which no name comes twice. Raises CheckpointDamaged when the file is not there or not that."""
+    """Read a JSON object in which no name occurs twice. Raises CheckpointDamaged if the file is missing or anything else."""
     try:
         values = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_no_duplicates)
     except FileNotFoundError:
@@ -54,13 +54,13 @@ def _checksum(values: dict[str, Any]) -> str:
 
 
 def manifest_text(entries: dict[str, dict[str, Any]], facts: dict[str, Any]) -> str:
-    """The manifest that lists ``entries`` (file -> size and SHA-256), with ``facts`` as they are."""
+    """The text of a manifest that lists ``entries`` (file -> size and SHA-256) and contains ``facts`` unchanged."""
     values = {"format": FORMAT_VERSION, **facts, "files": entries}
     return json.dumps(values | {"checksum": _checksum(values)}, indent=1)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint ``path``. Raises CheckpointDamaged when there is none, or it is not whole."""
+    """The manifest of the checkpoint ``path``. Raises CheckpointDamaged if it is missing or damaged."""
     file = path / MANIFEST
     if not file.is_file():
         raise CheckpointDamaged(f"{path} is not a complete checkpoint: it has no {MANIFEST}")
@@ -87,7 +87,7 @@ def _check_entries(entries: Any) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise ValueError(f"the size of {name!r} is not a number of bytes")
         if not isinstance(entry.get("sha256"), str) or not _SHA256.fullmatch(entry["sha256"]):
-            raise ValueError(f"the SHA-256 of {name!r} is not one")
+            raise ValueError(f"the SHA-256 of {name!r} is not valid")
     for name in (METADATA, MODEL_CONFIG):
         if name not in entries:
             raise ValueError(f"it does not list {name}, which every checkpoint has")

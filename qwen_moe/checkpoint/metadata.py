@@ -1,8 +1,8 @@
-"""Reading `.metadata` of torch.distributed.checkpoint (DCP) without trusting it: nothing that is read is executed.
+"""Reads `.metadata` of torch.distributed.checkpoint (DCP) without trusting it: nothing that is read is executed.
 
-DCP writes that file with pickle and reads it with pickle, which runs what the file asks for. Here only names of the few
-classes of DCP's metadata are known; each stands for an inert record, and the real metadata is made from the records after
-every value was checked: types, ranges, that chunks make up their tensor, and that files lie in the checkpoint.
+DCP writes and reads that file with pickle, which runs whatever code the file asks for. This reader accepts only the names
+of the few classes of DCP's metadata and reads each object as an inert record. It makes the real metadata from the records
+after it has checked every value: types, ranges, that chunks make up their tensor, and that files lie in the checkpoint.
 """
 
 import io
@@ -38,7 +38,7 @@ _KNOWN = {
     (_MODULE + "filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
-    # The folder that the checkpoint was written to; not used.
+    # The folder that the checkpoint was written to; it is not used.
     *(("pathlib", name) for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
     *(("pathlib._local", name) for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
 }
@@ -46,7 +46,7 @@ _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(valu
 
 
 class _Record:
-    """What the file says of one object: arguments and state, of which nothing was made."""
+    """One object of the file as inert data: its arguments and its state."""
 
     kind = ""
 
@@ -59,10 +59,10 @@ class _Record:
 
 
 class _Unpickler(pickle._Unpickler):
-    """Knows the names above and dtypes, and makes a `_Record` of a class of its own for each name.
+    """Accepts only the names above and dtypes, and makes a subclass of `_Record` for each name.
 
-    Python's own implementation, not the one in C, which is five times as fast but takes 64 GB for a memo whose index is
-    damaged; this takes about 0.1 s for a thousand stored chunks.
+    This is Python's own implementation. The one in C is five times as fast, but allocates 64 GB for a memo with a damaged
+    index. This one takes about 0.1 s for a thousand stored chunks.
     """
 
     def __init__(self, content: bytes) -> None:
@@ -73,18 +73,18 @@ class _Unpickler(pickle._Unpickler):
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         if (module, name) not in _KNOWN:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of a checkpoint's metadata")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not part of a checkpoint's metadata")
         return self._kinds.setdefault((module, name), type(name, (_Record,), {"kind": name}))
 
 
 def read_metadata(path: Path) -> Metadata:
-    """The metadata of the DCP checkpoint in ``path``. Raises CheckpointDamaged for whatever is not exactly that."""
+    """The metadata of the DCP checkpoint in ``path``. Raises CheckpointDamaged for any other content."""
     file = path / METADATA
     try:
         return _metadata(_Unpickler(file.read_bytes()).load(), path)
     except OSError as error:
         raise CheckpointDamaged(f"{file} cannot be read: {error.strerror or error}") from None
-    # What is not a pickle makes the unpickler raise nearly anything.
+    # The unpickler may raise almost any exception for a file that is not a pickle.
     except Exception as error:
         raise CheckpointDamaged(f"{file} is not the metadata of a checkpoint: {error}") from None
 
@@ -98,7 +98,7 @@ def _state(record: Any, kind: str) -> dict[str, Any]:
 
 def _count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**62:
-        raise ValueError(f"a size or place is expected, found {value!r}")
+        raise ValueError(f"a size or offset is expected, found {value!r}")
     return value
 
 
@@ -123,7 +123,7 @@ def _tensor(name: str, state: dict[str, Any]) -> TensorStorageMetadata:
             raise ValueError(f"a part of {name} at {tuple(offsets)} does not lie in its shape {tuple(whole)}")
         chunks.append(ChunkStorageMetadata(offsets, sizes))
     if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(whole):
-        raise ValueError(f"the parts of {name} are not as many elements as its shape {tuple(whole)}")
+        raise ValueError(f"the parts of {name} do not have as many elements as its shape {tuple(whole)}")
     return TensorStorageMetadata(TensorProperties(dtype=values[0]), whole, chunks)
 
 
@@ -131,7 +131,7 @@ def _place(record: Any, path: Path, known: dict[str, int]) -> _StorageInfo:
     state = _state(record, "_StorageInfo")
     name, start, length = state["relative_path"], _count(state["offset"]), _count(state["length"])
     if state.get("transform_descriptors"):
-        raise ValueError(f"{name} is compressed or encrypted, which no checkpoint of ours is")
+        raise ValueError(f"{name} is compressed or encrypted, but our checkpoints never are")
     if name not in known:
         if (path / MANIFEST).is_file() and name not in read_manifest(path)["files"]:
             raise ValueError(f"{name} is not listed in {MANIFEST}")
@@ -169,7 +169,7 @@ def _metadata(record: Any, path: Path) -> Metadata:
 
 
 class SafeReader(dcp.FileSystemReader):
-    """DCP's reader of files with metadata that was checked. Its tensors are read by torch.load(weights_only=True)."""
+    """DCP's file reader with checked metadata. It reads tensors by torch.load(weights_only=True)."""
 
     _read: Metadata | None = None
 
@@ -179,9 +179,9 @@ class SafeReader(dcp.FileSystemReader):
 
 
 class TensorsOnly(DefaultLoadPlanner):
-    """DCP's planner, but for objects that are not tensors, which it would unpickle."""
+    """DCP's planner, which refuses objects that are not tensors instead of unpickling them."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         raise CheckpointDamaged(
-            f"{read_item.dest_index.fqn} is not a tensor in the checkpoint, but any object: not read"
+            f"{read_item.dest_index.fqn} is not a tensor in the checkpoint but another object, so it is not read"
         )

@@ -1,4 +1,4 @@
-"""The state of an AdamW optimizer by parameter name, as checkpoints hold it."""
+"""The state of an AdamW optimizer by parameter name, as stored in checkpoints."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Named(Protocol):
-    """Anything with parameters by name. A name may come twice (a parameter that two pipeline stages hold)."""
+    """Anything with named parameters. A name may occur twice: two pipeline stages may hold copies of one parameter."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
@@ -17,8 +17,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def optimizer_state(model: Named, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
-    """``{moment: {parameter name: tensor}}``, made of zeros where the optimizer has not stepped yet. The tensors are the
-    optimizer's own (DTensor shards under FSDP2): loading into them restores it. Of a name that comes twice, the first."""
+    """``{moment: {parameter name: tensor}}``; moments are zeros if the optimizer has not stepped yet. The tensors are the
+    optimizer's own (DTensor shards under FSDP2), so loading into them restores it. If a name occurs twice, the first
+    parameter is used."""
     state: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -32,7 +33,7 @@ def optimizer_state(model: Named, optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def set_optimizer_step(model: Named, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Set the number of updates done, from which AdamW corrects the bias of its moments."""
+    """Set the number of updates done; AdamW uses it to correct the bias of its moments."""
     for _, parameter in model.named_parameters():
         if parameter.requires_grad:
             optimizer.state[parameter]["step"] = torch.tensor(float(step), device=parameter.device)

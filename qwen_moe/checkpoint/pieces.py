@@ -1,7 +1,7 @@
-"""What one rank holds of a tensor, in a form that torch.distributed.checkpoint saves and loads by place in the whole.
+"""One rank's shard of a tensor, in a form that torch.distributed.checkpoint saves and loads by its offsets.
 
-A parameter may be cut by tensor, expert and data parallelism at once; its name, whole shape and this rank's offsets say
-all that a checkpoint needs, whatever cut it. So every layout writes, and reads, the same tensors.
+A parameter may be split by tensor, expert and data parallelism at once. A checkpoint needs only its name, its whole shape
+and this rank's offsets, whatever split it. So every layout writes and reads the same tensors.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 
 
 class Piece(torch.Tensor):
-    """A tensor of the whole's shape without storage of its own; ``held`` is this rank's part, which begins at ``offsets``.
+    """A tensor of the whole shape without its own storage. ``held`` is this rank's shard, which begins at ``offsets``.
 
-    Follows DCP's protocol for tensors that are stored in chunks (`_Checkpointable` in torch.distributed.checkpoint),
-    which DTensor follows too.
+    Like DTensor, it implements DCP's protocol for tensors that are stored in chunks (`_Checkpointable` in
+    torch.distributed.checkpoint).
     """
 
     held: torch.Tensor
@@ -60,11 +60,11 @@ class Piece(torch.Tensor):
         return self.held
 
     def copy(self) -> "Piece":
-        """The same piece with a copy of what it holds, on the CPU."""
+        """The same piece with a CPU copy of its shard."""
         return Piece(self.held.detach().cpu().clone(), self.shape, self.offsets)
 
 
 def piece_of(tensor: torch.Tensor, shape: Sequence[int], offsets: Sequence[int]) -> Piece:
-    """The piece that ``tensor`` (a DTensor's shard, or the tensor itself) is of a whole of ``shape``."""
+    """``tensor`` (a DTensor's shard, or the tensor itself) as the piece at ``offsets`` of a tensor of ``shape``."""
     held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return Piece(held.detach(), shape, offsets)

@@ -1,4 +1,4 @@
-"""Is there room on the disk for the checkpoints of a run? Asked before any work."""
+"""Checks, before any work, that the disk has room for the checkpoints of a run."""
 
 import shutil
 from pathlib import Path
@@ -15,13 +15,13 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 
 def check_disk_space(config: RunConfig, root: Path) -> None:
-    """Raise UserError unless the checkpoints still to be kept, and the one being written, fit on the disk of ``root``."""
+    """Raise UserError unless the checkpoints still to be kept, plus one being written, fit on the disk of ``root``."""
     root.mkdir(parents=True, exist_ok=True)
     each = checkpoint_bytes(config)
     missing = max(1, config.checkpoint.keep + len(config.checkpoint.keep_steps) + 1 - len(list_checkpoints(root)))
     free = shutil.disk_usage(root).free
     if free < missing * each:
         raise UserError(
-            f"{root} has {free / 1e6:,.1f} MB free but room for {missing} of {each / 1e6:,.1f} MB each is needed: "
+            f"{root} has {free / 1e6:,.1f} MB free but needs room for {missing} checkpoints of {each / 1e6:,.1f} MB each: "
             f"free some space, lower checkpoint.keep (now {config.checkpoint.keep}) or put run_dir elsewhere"
         )

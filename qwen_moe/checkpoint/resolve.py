@@ -1,4 +1,4 @@
-"""Which checkpoint a path means: a checkpoint itself, or the newest valid one of a run. No torch needed."""
+"""Finds the checkpoint that a path means: the checkpoint itself, or the newest valid one of a run. Needs no torch."""
 
 import sys
 from pathlib import Path
@@ -15,21 +15,21 @@ HF_FOLDER = "hf"
 
 
 def _steps(path: Path) -> list[Path]:
-    """Step directories of a run or of its `checkpoints/`, oldest first; those without a manifest are damaged ones."""
+    """Step directories of a run or of its `checkpoints/`, oldest first. Those without a manifest are damaged."""
     return list((step_directories(path) or step_directories(path / CHECKPOINTS)).values())
 
 
 def is_ours(path: Path) -> bool:
     """Whether ``path`` is a checkpoint, a run directory or its `checkpoints/`, rather than a Hugging Face directory."""
     found = [path, *_steps(path)]
-    # One that lost its manifest is a damaged checkpoint, and to be told of as that.
+    # A checkpoint that has lost its manifest must be reported as damaged, so .metadata counts too.
     return any((place / name).is_file() for place in found for name in (MANIFEST, METADATA))
 
 
 def resolve_checkpoint(path: Path) -> Path:
     """The checkpoint that ``path`` (a checkpoint, a run directory or its `checkpoints/`) means, fully verified.
 
-    Of several the newest that is whole is taken, and damaged newer ones are reported on stderr. Raises UserError.
+    If there are several, the newest intact one is used, and damaged newer ones are reported on stderr. Raises UserError.
     """
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist: give a checkpoint directory or a run directory")
@@ -58,7 +58,7 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def model_config(checkpoint: Path) -> ModelConfig:
-    """The model of a checkpoint. Raises UserError when the file is not there or is of another version."""
+    """The model config of a checkpoint. Raises UserError if the file is missing or of another version."""
     file = checkpoint / MODEL_CONFIG
     try:
         return ModelConfig.model_validate_json(file.read_bytes())

@@ -1,8 +1,9 @@
-"""Which checkpoints of a run are deleted. Only good ones count: written by this run, or checked, and on its trajectory.
+"""Decides which checkpoints of a run are deleted. Only good ones count: they are written by this run, or checked, and on
+its trajectory.
 
-A run that finds its newest checkpoint damaged goes on from an older one. What lies past that is abandoned: it must not
-count as kept, or it would push out what is good. It is set aside as `step_X.abandoned` by the first checkpoint that is
-written after, and deleted when the run is past it.
+A run that finds its newest checkpoint damaged resumes from an older one. Checkpoints after that are abandoned: if they
+counted as kept, they would displace good ones. When the next checkpoint is written, they are renamed to
+`step_X.abandoned`. They are deleted when the run has passed their step.
 """
 
 import os
@@ -21,9 +22,9 @@ _ABANDONED = re.compile(r"step_(\d+)\.abandoned")
 
 
 class Retention:
-    """Keeps the newest ``keep`` good checkpoints under ``root`` and those of ``keep_steps``, deletes the others.
+    """Keeps the newest ``keep`` good checkpoints under ``root`` and those of ``keep_steps``, and deletes the others.
 
-    Calls that say where the run is: `went_back_to`, `written`. Only one process may call `written`.
+    The run reports its position by `went_back_to` and `written`. Only one process may call `written`.
     """
 
     def __init__(self, root: Path, keep: int, keep_steps: tuple[int, ...] = ()) -> None:
@@ -32,13 +33,13 @@ class Retention:
         self._base = 0
 
     def went_back_to(self, step: int) -> None:
-        """The run goes on from ``step``, whose checkpoint was checked (0: from the start); those past it count no more."""
+        """The run resumes from ``step``, whose checkpoint was checked (0: from the start). Later ones no longer count."""
         self._base = step
         self._good = [good for good in self._good if good < step] + ([step] if step else [])
 
     def written(self, step: int) -> None:
-        """The checkpoint of ``step`` is whole: delete what is not kept, and what an interrupted write left. A deletion that
-        is itself interrupted leaves a `.partial`, never a damaged checkpoint."""
+        """The checkpoint of ``step`` is complete: delete what is not kept, and the remains of interrupted writes. An
+        interrupted deletion leaves a `.partial`, never a damaged checkpoint."""
         self._good = [good for good in self._good if good < step] + [step]
         present = step_directories(self.root)
         kept = self._newest_good(present) | set(self.keep_steps)
@@ -59,8 +60,8 @@ class Retention:
         self._good = [good for good in self._good if good in kept]
 
     def _newest_good(self, present: dict[int, Path]) -> set[int]:
-        """Steps of the newest ``keep`` good checkpoints. Those from before this start are checked only where one of them
-        would be deleted in favour of another."""
+        """Steps of the newest ``keep`` good checkpoints. Checkpoints from before this start are checked only if one of them
+        would be deleted in favor of another."""
         older = [step for step in sorted(present, reverse=True) if step <= self._base and step not in self._good]
         wanted = self.keep - len(self._good)
         if len(older) <= wanted:

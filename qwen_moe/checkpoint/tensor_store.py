@@ -1,7 +1,8 @@
-"""Weights one tensor at a time: from a Hugging Face directory, a module or a DCP checkpoint, and into a DCP checkpoint.
+"""Reads and writes weights one tensor at a time: from a Hugging Face directory, a module or a DCP checkpoint, and into a
+DCP checkpoint.
 
-Peak memory is what a caller keeps plus about two copies of the tensor being read: DCP's reader holds a stored chunk
-while it copies it into place.
+Peak memory is what the caller keeps plus about two copies of the tensor being read, because DCP's reader holds a stored
+chunk while it copies it.
 """
 
 import warnings
@@ -21,7 +22,7 @@ from qwen_moe.checkpoint.huggingface.safetensors_file import Header, read_into
 from qwen_moe.checkpoint.metadata import SafeReader, TensorsOnly
 from qwen_moe.errors import UserError
 
-# Weights and buffers of every checkpoint of ours lie under this key of its state dict.
+# The key of weights and buffers in the state dict of our checkpoints.
 MODEL_KEY = "model"
 
 
@@ -38,7 +39,7 @@ class TensorSource(Protocol):
 
 
 class HuggingFaceTensors:
-    """The parameters that the safetensors ``headers`` (file -> header) of a directory hold, experts stacked."""
+    """The parameters in the safetensors files of a directory (``headers``: file -> header), with experts stacked."""
 
     def __init__(
         self, headers: Mapping[Path, Header], pieces: Mapping[str, tuple[Piece, ...]], shapes: Mapping[str, Shape]
@@ -82,7 +83,7 @@ class HuggingFaceTensors:
 
 
 class ModuleTensors:
-    """The parameters and buffers of a module that lies whole in this process."""
+    """The parameters and buffers of a module that is not sharded."""
 
     def __init__(self, module: nn.Module) -> None:
         self._state = module.state_dict()
@@ -98,7 +99,7 @@ class ModuleTensors:
 
 
 class CheckpointTensors:
-    """The weights of a DCP checkpoint, saved in any layout. Optimizer state and the rest are not looked at."""
+    """The weights of a DCP checkpoint that was saved in any layout. Ignores optimizer state and everything else."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -120,7 +121,7 @@ class CheckpointTensors:
 
     def read(self, name: str) -> torch.Tensor:
         out = torch.empty(self._known[name].size, dtype=self.dtype(name))
-        # What dcp.load does for one process, without reading the metadata again for every tensor.
+        # This does what dcp.load does for one process, but does not read the metadata again for every tensor.
         planner = TensorsOnly(flatten_state_dict=False)
         planner.set_up_planner({f"{MODEL_KEY}.{name}": out}, self._metadata, True)
         try:
@@ -128,13 +129,13 @@ class CheckpointTensors:
             self._reader.read_data(planner.finish_plan(plan), planner).wait()
         except UserError:
             raise
-        except Exception as error:  # torch's reader of what is not what the metadata says raises nearly anything
+        except Exception as error:  # torch's reader may raise almost anything if the data contradict the metadata
             raise UserError(f"{name} of checkpoint {self._path} cannot be read: {error}") from None
         return out
 
 
 class _StreamingPlanner(DefaultSavePlanner):
-    """Plans with meta tensors and makes each one real only when it is its turn to be written."""
+    """Plans with meta tensors and produces each real tensor only when it is written."""
 
     def __init__(self, produce: Callable[[str], torch.Tensor]) -> None:
         super().__init__()
@@ -147,12 +148,12 @@ class _StreamingPlanner(DefaultSavePlanner):
 def write_tensors(
     directory: Path, specs: Mapping[str, tuple[Shape, torch.dtype]], produce: Callable[[str], torch.Tensor]
 ) -> None:
-    """Write a DCP checkpoint of ``specs`` (name -> shape and dtype); ``produce(name)`` is called once for each, in turn.
+    """Write a DCP checkpoint of ``specs`` (name -> shape and dtype). ``produce(name)`` is called once for each, in turn.
 
-    One file per tensor: DCP's writer keeps every tensor of a file it has written until that file is closed.
+    Each tensor gets its own file, because DCP's writer keeps all tensors of a file until it closes the file.
     """
     state = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in specs.items()}
-    # per_thread_copy_ahead=0: otherwise the writer asks for tensors ahead of time where there is a GPU.
+    # per_thread_copy_ahead=0, because otherwise the writer asks for tensors ahead of time if there is a GPU.
     writer = dcp.FileSystemWriter(directory, single_file_per_rank=False, thread_count=1, per_thread_copy_ahead=0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

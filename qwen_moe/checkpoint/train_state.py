@@ -1,4 +1,4 @@
-"""`train_state.json`: what a training checkpoint holds that is not a tensor."""
+"""`train_state.json`: the state of a training checkpoint that is not a tensor."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -14,8 +14,8 @@ TRAIN_STATE = "train_state.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """What is not a tensor. ``step``: optimizer steps done, which fixes the schedule and, with ``skips``, the next sample
-    (`qwen_moe.training.rollback.History`, of which ``recent_losses`` are too)."""
+    """``step`` is the number of optimizer steps done. It determines the schedule and, with ``skips``, the next sample.
+    ``skips`` and ``recent_losses`` belong to `qwen_moe.training.rollback.History`."""
 
     step: NonNegativeInt
     consumed_samples: NonNegativeInt
@@ -30,7 +30,7 @@ class TrainState:
 
 
 def read_train_state(checkpoint: Path) -> TrainState:
-    """The state of the checkpoint ``checkpoint``. Raises CheckpointDamaged when it has none, or what is there is not one."""
+    """The state of the checkpoint ``checkpoint``. Raises CheckpointDamaged if it is missing or invalid."""
     file = checkpoint / TRAIN_STATE
     try:
         return TypeAdapter(TrainState).validate_json(file.read_bytes(), strict=True)

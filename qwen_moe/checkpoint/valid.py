@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is whole. All ranks look together: each hashes its share of the files."""
+"""Finds the newest intact checkpoint of a run. All ranks work together: each hashes its share of the files."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from qwen_moe.checkpoint.train_state import TRAIN_STATE, read_train_state
 
 
 def _check_contents(path: Path) -> None:
-    """Raise CheckpointDamaged unless the small files say what those of a training checkpoint say."""
+    """Raise CheckpointDamaged unless the small files are valid files of a training checkpoint."""
     files = read_manifest(path)["files"]
     if TRAIN_STATE not in files:
         raise CheckpointDamaged(f"{path} is not a checkpoint of a training run: {MANIFEST} lists no {TRAIN_STATE}")
@@ -23,7 +23,7 @@ def _check_contents(path: Path) -> None:
 
 
 def _verified(path: Path) -> str | None:
-    """None when the checkpoint is whole, else what is wrong. All ranks call."""
+    """None if the checkpoint is intact; otherwise what is wrong. All ranks must call this."""
     rank, world = dist.get_rank(), dist.get_world_size()
     problem: str | None = None
     try:
@@ -34,7 +34,7 @@ def _verified(path: Path) -> str | None:
     gathered: list[str | None] = [None] * world
     dist.all_gather_object(gathered, problem)
     problem = next((found for found in gathered if found), None)
-    # Only what is as it was written is looked into.
+    # Read the contents only if the hashes match.
     agreed = [problem]
     if problem is None and rank == 0:
         try:
@@ -46,8 +46,8 @@ def _verified(path: Path) -> str | None:
 
 
 def newest_valid(root: Path, at_most: int | None = None) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint under ``root``, of those up to step ``at_most``, that passes its check, and what was wrong with
-    newer ones. All ranks call."""
+    """The newest checkpoint under ``root``, up to step ``at_most``, that passes its check, and the problems of newer ones.
+    All ranks must call this."""
     agreed: list[Any] = [None]
     if dist.get_rank() == 0:
         found = step_directories(root)
@@ -63,7 +63,7 @@ def newest_valid(root: Path, at_most: int | None = None) -> tuple[Path | None, l
 
 
 def valid_one(path: Path) -> str | None:
-    """What is wrong with the checkpoint ``path``, or nothing. All ranks call."""
+    """What is wrong with the checkpoint ``path``, or None. All ranks must call this."""
     found = [str(path) if (path / MANIFEST).is_file() else None]
     dist.broadcast_object_list(found, src=0)
     return _verified(path) if found[0] else "it is not there, or not a whole checkpoint"

@@ -1,8 +1,7 @@
 """Blended, shuffled, resumable batches over `.bin/.idx` files, through megatron-core's datasets.
 
-A sample is `sequence_length` tokens and the one that follows. Samples are addressed by their number in the run: global
-batch k holds samples k * global_batch_size and following, whatever the number of ranks, so that a resumed run needs
-only its step.
+A sample is `sequence_length` tokens and the one that follows. Samples are numbered over the whole run: global batch k
+begins with sample k * global_batch_size, whatever the number of ranks, so a resumed run needs only its step.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ from qwen_moe.errors import UserError
 
 
 class _MegatronTokenizer:
-    """What megatron-core asks of a tokenizer. No padding id, so that no token is ever taken for padding."""
+    """What megatron-core needs of a tokenizer. It has no padding id, so that no token counts as padding."""
 
     pad = -1
 
@@ -35,7 +34,7 @@ class _MegatronTokenizer:
 
 
 def describe_prefix(prefix: Path, check: bool = False) -> dict[str, Any]:
-    """Documents, tokens and, where there is a manifest, the tokenizer behind a prefix. ``check``: hash all of it."""
+    """Documents, tokens and, if there is a manifest, the tokenizer of a prefix. ``check``: hash both files completely."""
     documents, tokens = check_prefix(prefix)
     facts: dict[str, Any] = {"prefix": str(prefix), "documents": documents, "tokens": tokens}
     manifest = read_manifest(prefix)
@@ -49,7 +48,7 @@ def describe_prefix(prefix: Path, check: bool = False) -> dict[str, Any]:
 
 
 def _fingerprint_of_earlier_versions(prefix: Path, content: Content) -> str:
-    """Of the .bin as the manifest has it; without one, of the .idx and the size of the .bin."""
+    """The manifest's hash of the .bin or, without a manifest, a hash of the .idx and the size of the .bin."""
     if read_manifest(prefix) is not None:
         return content.bin_sha256
     digest = hashlib.sha256(idx_path(prefix).read_bytes())
@@ -94,7 +93,8 @@ class TokenBatches:
             self.validation_samples = min(validation_samples, self._samples_in_validation())
 
     def _fingerprint(self, contents: list[str], train: Sequence[Dataset], train_samples: int) -> str:
-        """Decides the content of every training sample; in checkpoints, so that a resume on other data is refused."""
+        """A hash of everything that decides the training samples. Checkpoints hold it, so that resuming on other data is
+        refused."""
         config = self.config
         parts: list[Any] = [config.sequence_length, config.seed, config.split, train_samples]
         parts += [config.respect_document_boundaries, config.mask_end_of_document, bool(config.validation)]
@@ -102,7 +102,7 @@ class TokenBatches:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
     def _fingerprints(self, train_samples: int) -> tuple[str, str]:
-        """Of this data in the order that is drawn for so many samples; and as earlier versions computed it."""
+        """The fingerprint of this data in the order for ``train_samples``, and the one that earlier versions computed."""
         train, contents = self._datasets, [self._contents[d.prefix] for d in self._datasets]
         earlier = [_fingerprint_of_earlier_versions(d.prefix, c) for d, c in zip(train, contents, strict=True)]
         return (
@@ -111,19 +111,19 @@ class TokenBatches:
         )
 
     def is_of_this_data(self, fingerprint: str, train_samples: int | None = None) -> bool:
-        """True for the fingerprint of this data, also as earlier versions computed it; ``train_samples``: in the order that
-        is drawn for another number of samples."""
+        """Whether ``fingerprint`` is that of this data, also as earlier versions computed it. With ``train_samples``: in the
+        order for another number of samples."""
         if train_samples is None:
             return fingerprint in (self.fingerprint, self._earlier_fingerprint)
         return fingerprint in self._fingerprints(train_samples)
 
     def begins_as(self, train_samples: int, samples: int) -> bool:
-        """Whether the first ``samples`` are those that a run of ``train_samples`` reads. All ranks call."""
+        """Whether a run of ``train_samples`` reads the same first ``samples``. All ranks must call this."""
         other, _ = self._open(train_samples)
         return same_on_all_ranks(lambda: begin_alike(self._train, other, samples))
 
     def _open(self, train_samples: int) -> tuple[Any, Any]:
-        """Training and validation datasets, from index arrays that are made once, by rank 0."""
+        """Training and validation datasets, from index arrays that rank 0 makes once."""
         folder = self._cache / self._fingerprints(train_samples)[0][:16]
         index_cache = IndexCache(folder, [content.sha256 for content in self._contents.values()])
         same_on_all_ranks(index_cache.clear_unless_whole)
@@ -164,7 +164,7 @@ class TokenBatches:
         try:
             built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, settings).build()
         except Exception as error:
-            # It hides a full disk behind an exception of no type.
+            # The builder hides an error such as a full disk behind a generic exception.
             if isinstance(error.__cause__, OSError):
                 raise error.__cause__ from None
             raise
@@ -177,15 +177,15 @@ class TokenBatches:
 
     @property
     def epochs(self) -> float:
-        """Passes over the training files that the run makes."""
+        """Number of passes that the run makes over the training files."""
         return len(self._train) * self.config.sequence_length / self.train_tokens
 
     def train_batch(self, first: int, count: int) -> Batch:
-        """Training samples ``first`` and following as one micro-batch (see `_collate`)."""
+        """``count`` training samples from number ``first`` on, as one micro-batch (see `_collate`)."""
         return self._collate([self._train[index] for index in range(first, first + count)])
 
     def validation_batch(self, first: int, count: int) -> Batch:
-        """Validation samples; those past the last are there for their shape only and count in no loss."""
+        """Validation samples as one micro-batch. Samples past the last one are padding and masked out."""
         last = self.validation_samples
         batch = self._collate([self._validation[min(index, last - 1)] for index in range(first, first + count)])
         for row, index in enumerate(range(first, first + count)):
@@ -194,8 +194,8 @@ class TokenBatches:
         return batch
 
     def _collate(self, samples: list[dict[str, Any]]) -> Batch:
-        """``input_ids [b, S]`` and ``labels [b, S]`` (the next token, -100 where it does not count); with
-        respect_document_boundaries also ``position_ids`` (from 0 in each document) and ``document_ids``."""
+        """``input_ids [b, S]`` and ``labels [b, S]`` (the next token, or -100 if masked); with respect_document_boundaries
+        also ``position_ids`` (from 0 in each document) and ``document_ids``."""
         tokens = torch.stack([sample["tokens"] for sample in samples])
         labels = torch.stack([sample["labels"] for sample in samples])
         smallest, largest = int(tokens.min().minimum(labels.min())), int(tokens.max().maximum(labels.max()))
@@ -213,7 +213,7 @@ class TokenBatches:
 
 
 def _blend(datasets: Sequence[Dataset]) -> tuple[list[str], list[float] | None]:
-    # A single dataset is given without weight: megatron-core then reads it directly instead of as a blend of one.
+    # Without a weight, megatron-core reads a single dataset directly instead of as a blend of one.
     weights = [d.weight for d in datasets] if len(datasets) > 1 else None
     return [str(d.prefix.resolve()) for d in datasets], weights
 
@@ -225,12 +225,12 @@ def _split(split: str) -> str:
     except ValueError:
         weights = []
     if not 1 <= len(weights) <= 3 or min(weights) < 0 or weights[0] == 0:
-        raise UserError(f"data.split {split!r} is not of the form 'train,validation,test' with positive train weight")
+        raise UserError(f"data.split {split!r} is not of the form 'train,validation,test' with a positive train weight")
     return split
 
 
 def _has_validation(split: str, documents: list[int]) -> bool:
-    """True when every dataset has at least one document left for validation."""
+    """True if every dataset has at least one document left for validation."""
     weights = [float(part) for part in split.split(",")]
     share = weights[1] / sum(weights) if len(weights) > 1 else 0.0
     return all(round(share * count) >= 1 and count >= 2 for count in documents)

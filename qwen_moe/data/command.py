@@ -13,9 +13,9 @@ from qwen_moe.options import given_prefix, whole
 
 
 def _output_prefix(text: str) -> Path:
-    """A prefix of files' names, not a folder: a trailing slash would be dropped in silence."""
+    """A prefix of file names. A folder is refused, because the trailing slash would be dropped silently."""
     if text.endswith(("/", os.sep)):
-        raise argparse.ArgumentTypeError(f"{text} is a folder: give the beginning of file names, such as {text}data")
+        raise argparse.ArgumentTypeError(f"{text} is a folder: give a prefix of file names, such as {text}data")
     return given_prefix(text)
 
 
@@ -23,7 +23,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = subparsers.add_parser("data", help="turn text into token files for training, or describe such files")
     verbs = parser.add_subparsers(dest="data_verb", required=True, metavar="VERB")
     prepare = verbs.add_parser(
-        "prepare", help="tokenise text, JSONL (.gz, .zst, .bz2, .xz) and directories into .bin/.idx files"
+        "prepare", help="tokenize text, JSONL (.gz, .zst, .bz2, .xz) and directories into .bin/.idx files"
     )
     prepare.add_argument(
         "--input", nargs="+", required=True, metavar="PATH", help="files, directories or python-stdlib"
@@ -31,9 +31,9 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     prepare.add_argument("--output", type=_output_prefix, required=True, metavar="PREFIX")
     which = prepare.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer", type=Path, metavar="DIR")
-    which.add_argument("--train-tokenizer", action="store_true", help="train one on the input, into PREFIX-tokenizer")
+    which.add_argument("--train-tokenizer", action="store_true", help="train one on the input, in PREFIX-tokenizer")
     prepare.add_argument(
-        "--vocab-size", type=whole(0, LARGEST_SIZE), help="of the trained tokenizer, control tokens included"
+        "--vocab-size", type=whole(0, LARGEST_SIZE), help="size of the trained tokenizer, with control tokens"
     )
     prepare.add_argument("--text-key", default="text", help="the key of the text in JSONL")
     prepare.add_argument(
@@ -46,15 +46,17 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--on-bad-line",
         choices=("error", "skip"),
         default="error",
-        help="what to do with a line of JSONL that is no object with text under the key",
+        help="what to do with a JSONL line that is not an object with text under the key",
     )
-    prepare.add_argument("--workers", type=whole(0, 4096), default=0, help="processes; 0 is one per core")
+    prepare.add_argument(
+        "--workers", type=whole(0, 4096), default=0, help="number of processes (default: one per core)"
+    )
     prepare.add_argument("--overwrite", action="store_true")
     prepare.add_argument("--json", action="store_true")
     prepare.set_defaults(func=run_prepare)
     info = verbs.add_parser("info", help="describe a .bin/.idx pair")
     info.add_argument("prefix", type=given_prefix)
-    info.add_argument("--check", action="store_true", help="hash all of both files, and compare with what was prepared")
+    info.add_argument("--check", action="store_true", help="hash both files completely and compare with the manifest")
     info.add_argument("--json", action="store_true")
     info.set_defaults(func=run_info)
 
@@ -64,9 +66,9 @@ def run_prepare(args: argparse.Namespace) -> int:
     from qwen_moe.data.prepare import Request, prepare
 
     if args.train_tokenizer and args.vocab_size is None:
-        raise UserError("--train-tokenizer needs --vocab-size N")
+        raise UserError("--train-tokenizer needs --vocab-size N: give the size of the vocabulary")
     if not args.train_tokenizer and args.vocab_size is not None:
-        raise UserError(f"--vocab-size {args.vocab_size} is of a trained tokenizer: leave it out with --tokenizer")
+        raise UserError(f"--vocab-size {args.vocab_size} is for a trained tokenizer: leave it out with --tokenizer")
     request = Request(
         inputs=tuple(args.input),
         tokenizer=args.tokenizer,

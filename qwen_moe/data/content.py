@@ -1,8 +1,8 @@
-"""Whether a `.bin/.idx` pair is what it was: its structure, and its content by hashes.
+"""Checks that a `.bin/.idx` pair is unchanged: its structure, and its content by hashes.
 
-The `.idx` is checked whole, always. So is a `.bin` of at most `WHOLE_BYTES`. Of a larger one, pieces spread over the
-file are hashed at every start, and the whole once: when it was prepared, and again where its size, time of change or
-inode are others than then or than at the last whole check.
+The `.idx` is always hashed completely, and so is a `.bin` of at most `WHOLE_BYTES`. For a larger `.bin`, every start hashes
+pieces spread over the file. The whole file is hashed when it is prepared, and again if its size, modification time or inode
+differs from then and from the last complete check.
 """
 
 import functools
@@ -27,7 +27,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """A pair that was checked. ``signature`` is equal for every process that sees the same two files unchanged."""
+    """A checked pair. ``signature`` is equal in every process that sees the same two unchanged files."""
 
     documents: int
     tokens: int
@@ -37,7 +37,7 @@ class Content:
 
     @property
     def sha256(self) -> str:
-        """Of the tokens and of how they are cut into documents."""
+        """A hash of the tokens and of their division into documents."""
         return hashlib.sha256((self.bin_sha256 + self.idx_sha256).encode()).hexdigest()
 
 
@@ -50,7 +50,7 @@ def sha256(path: Path) -> str:
 
 
 def unchanged_sha256(path: Path) -> str:
-    """The same; found once in a process as long as the file's status does not change."""
+    """Like `sha256`, but cached in the process while the file's status does not change."""
     status = path.stat()
     return _hashed(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
@@ -61,7 +61,7 @@ def _hashed(path: Path, *_status: int) -> str:
 
 
 def sample_sha256(path: Path) -> str:
-    """SHA-256 of 1,024 pieces of 64 KiB at equal distances, the first and the last included; of all of a small file."""
+    """SHA-256 of 1,024 pieces of 64 KiB at equal distances, from first to last; a small file is hashed completely."""
     size = path.stat().st_size
     if size <= _PIECES * _PIECE_BYTES:
         return sha256(path)
@@ -82,24 +82,24 @@ def signature(prefix: Path) -> tuple[int, ...]:
 
 
 def _header(prefix: Path) -> tuple[np.ndarray, int, int, int]:
-    """(the .idx as bytes, bytes per token, sequences, entries of the document index). Raises UserError when damaged."""
+    """(the .idx as bytes, bytes per token, sequences, entries of the document index). Raises UserError if damaged."""
     path = idx_path(prefix)
     for needed in (path, bin_path(prefix)):
         if not needed.is_file():
             raise UserError(
-                f"{needed} does not exist: give data prefixes without the ending, made by `qwen-moe data prepare`"
+                f"{needed} does not exist: give data prefixes without the suffix, made by `qwen-moe data prepare`"
             )
     content = np.memmap(path, mode="r", dtype=np.uint8) if path.stat().st_size else np.zeros(0, np.uint8)
     header = len(_INDEX_MAGIC) + 8 + 1 + 16
     if content.size < header or content[: len(_INDEX_MAGIC)].tobytes() != _INDEX_MAGIC:
-        raise UserError(f"{path} is not a Megatron index file, or is cut off: prepare the data again")
+        raise UserError(f"{path} is not a Megatron index file, or is truncated: prepare the data again")
     version = int.from_bytes(content[len(_INDEX_MAGIC) : len(_INDEX_MAGIC) + 8].tobytes(), "little")
     code = int(content[len(_INDEX_MAGIC) + 8])
     sequences, entries = np.frombuffer(content[header - 16 : header].tobytes(), dtype="<u8").tolist()
     if version != 1 or code not in _WIDTHS or content.size != header + 12 * sequences + 8 * entries:
-        raise UserError(f"{path} has {content.size} bytes, not what its header says: prepare the data again")
+        raise UserError(f"{path} has {content.size} bytes, which contradicts its header: prepare the data again")
     if code in (6, 7):
-        raise UserError(f"{path} is of floating-point numbers, expected token ids: prepare the data again")
+        raise UserError(f"{path} holds floating-point numbers, expected token ids: prepare the data again")
     return content[header:], _WIDTHS[code], sequences, entries
 
 
@@ -108,11 +108,11 @@ def _damaged(prefix: Path, what: str) -> UserError:
 
 
 def check_prefix(prefix: Path, vocab_size: int | None = None) -> tuple[int, int]:
-    """(documents, tokens) of a `.bin/.idx` pair, by its structure alone. Raises UserError when a file is missing, cut off,
-    contradicts itself or the other, or holds token ids that a model of ``vocab_size`` does not have."""
+    """(documents, tokens) of a `.bin/.idx` pair, from its structure alone. Raises UserError if a file is missing or
+    truncated, contradicts itself or the other, or holds token ids that a model of ``vocab_size`` does not have."""
     body, width, sequences, entries = _header(prefix)
     if was_interrupted(prefix):
-        raise UserError(f"{prefix} was being prepared when that was interrupted: run `qwen-moe data prepare` again")
+        raise UserError(f"the preparation of {prefix} was interrupted: run `qwen-moe data prepare` again")
     tokens = 0
     for first in range(0, sequences, _CHUNK):
         last = min(first + _CHUNK, sequences)
@@ -131,7 +131,7 @@ def check_prefix(prefix: Path, vocab_size: int | None = None) -> tuple[int, int]
     if size != tokens * width:
         raise UserError(
             f"{bin_path(prefix)} has {size} bytes, expected {tokens * width} ({tokens} tokens of {width} bytes): it is "
-            "cut off or belongs to another index; prepare the data again"
+            "truncated or belongs to another index; prepare the data again"
         )
     manifest = read_manifest(prefix)
     if manifest is not None and vocab_size is not None and manifest.max_token_id >= vocab_size:
@@ -143,10 +143,10 @@ def check_prefix(prefix: Path, vocab_size: int | None = None) -> tuple[int, int]
 
 
 def verify_content(prefix: Path, *, record: Path | None = None, whole: bool = False) -> Content:
-    """Check a pair's structure and content against what `PREFIX.json` says, where there is one.
+    """Check a pair's structure, and its content against `PREFIX.json` if there is one.
 
-    ``record``: a file in which whole checks of large files are remembered. ``whole``: hash everything, whatever is known.
-    Raises UserError when anything differs.
+    ``record``: a file that remembers complete checks of large files. ``whole``: hash everything, even if it is remembered.
+    Raises UserError if anything differs.
     """
     documents, tokens = check_prefix(prefix)
     manifest = read_manifest(prefix)
@@ -168,14 +168,14 @@ def verify_content(prefix: Path, *, record: Path | None = None, whole: bool = Fa
 
 def _changed(path: Path, wanted: str, found: str) -> UserError:
     return UserError(
-        f"{path} is not what was prepared (SHA-256 {found[:16]}, was {wanted[:16]}): it was changed or damaged since; "
+        f"{path} is not what was prepared (SHA-256 {found[:16]}, was {wanted[:16]}): it has been changed or damaged; "
         "restore it, or prepare the data again"
     )
 
 
 @dataclass(frozen=True)
 class _Record:
-    """A `.bin` as it was when it was hashed as a whole."""
+    """The state of a `.bin` when it was hashed completely."""
 
     size: int
     mtime_ns: int
@@ -185,7 +185,7 @@ class _Record:
 
 
 def _known(data: Path, manifest: PreparedData | None, record: Path | None) -> str | None:
-    """The SHA-256 of a large file that has not changed since it was found, by its status and its sample; else None."""
+    """The known SHA-256 of a large file if its status and its sample have not changed since; otherwise None."""
     status = data.stat()
     sample = sample_sha256(data)
     if manifest is not None and manifest.bin_sample_sha256:
@@ -200,7 +200,7 @@ def _known(data: Path, manifest: PreparedData | None, record: Path | None) -> st
 
 
 def _read_record(record: Path) -> dict[str, list[Any]]:
-    """What is remembered; nothing where the file is missing or damaged, so that all is checked again."""
+    """The remembered checks; empty if the file is missing or damaged, so that everything is checked again."""
     try:
         kept = json.loads(record.read_text(encoding="utf-8"))
         entries: dict[str, list[Any]] = kept["files"]

@@ -1,4 +1,4 @@
-"""Documents of a corpus's files, each with its place, and what cannot be read named with file and line."""
+"""Reads the documents of a corpus's files, and names file and line of what cannot be read."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from qwen_moe.errors import UserError
 
 BadUtf8 = Literal["error", "skip", "replace"]
 BadLine = Literal["error", "skip"]
-# A document has its token ids in memory several times over.
+# Memory holds several copies of a document's token ids.
 LONGEST_DOCUMENT = 1 << 30
 BAD_LINE = "malformed lines"
 BAD_TEXT = "not decodable"
@@ -26,8 +26,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How documents are cut out of files. ``on_bad_utf8``: what to do with text that is not Unicode; ``on_bad_line``:
-    with a line of JSONL that is not an object with text under ``text_key``."""
+    """How documents are read from files. ``on_bad_utf8`` says what to do with text that is not Unicode, and ``on_bad_line``
+    what to do with a JSONL line that is not an object with text under ``text_key``."""
 
     text_key: str = "text"
     on_bad_utf8: BadUtf8 = "error"
@@ -36,8 +36,8 @@ class Reading:
 
 @dataclass
 class ReadCounts:
-    """What reading met so far. ``bytes`` are of the files as they lie on disk; ``digests`` the SHA-256 of each file that
-    was read to its end."""
+    """Counts of what was read so far. ``bytes`` counts the files' bytes on disk; ``digests`` holds the SHA-256 of each file
+    that was read to its end."""
 
     bytes: int = 0
     left_out: Tally = field(default_factory=Tally)
@@ -45,7 +45,7 @@ class ReadCounts:
 
     @property
     def skipped(self) -> int:
-        """Documents that were left out although there was something in them."""
+        """Number of documents that were left out although they were not empty."""
         return sum(count for reason, count in self.left_out.counts.items() if reason != EMPTY)
 
 
@@ -58,7 +58,7 @@ class _NotUnicode(UserError):
 
 
 def read_documents(source: Source, counts: ReadCounts, reading: Reading | None = None) -> Iterator[str]:
-    """The documents of one file, empty ones left out. Raises UserError naming file and place of what is unreadable."""
+    """The documents of one file, without empty ones. Raises UserError, which names file and position of unreadable text."""
     reading = reading or Reading()
     start = counts.bytes
     with source.path.open("rb") as raw:
@@ -88,7 +88,7 @@ def read_documents(source: Source, counts: ReadCounts, reading: Reading | None =
 
 
 class _Text:
-    """Bytes that are still to be decoded. Not decoded where they are found, so that the search goes on after bad ones."""
+    """Bytes that are decoded later, so that reading can continue after bad ones."""
 
     def __init__(self, content: bytes, where: str, offset: int, reading: Reading) -> None:
         self.content, self.where, self.offset, self.reading = content, where, offset, reading
@@ -96,11 +96,13 @@ class _Text:
     def document(self) -> str:
         """The whole as one document."""
         if len(self.content) > LONGEST_DOCUMENT:
-            raise UserError(f"{self.where} is a document of more than {LONGEST_DOCUMENT:,} bytes: cut it into several")
+            raise UserError(
+                f"{self.where} is a document of more than {LONGEST_DOCUMENT:,} bytes: split it into several"
+            )
         return self._decode()
 
     def python(self) -> str:
-        """Decoded as PEP 263 says; the few of the standard library that are not decodable on purpose are not Unicode."""
+        """Decode as PEP 263 says. A few files of the standard library are undecodable on purpose: they are not Unicode."""
         try:
             encoding, _ = tokenize.detect_encoding(io.BytesIO(self.content).readline)
             return io.TextIOWrapper(io.BytesIO(self.content), encoding).read()
@@ -111,8 +113,8 @@ class _Text:
         """The text of a line of JSONL."""
         if len(self.content) > LONGEST_DOCUMENT:
             raise _BadLine(
-                f"{self.where} has more than {LONGEST_DOCUMENT:,} bytes: JSONL has one object a line; cut it, or leave it "
-                "out with --on-bad-line skip"
+                f"{self.where} has more than {LONGEST_DOCUMENT:,} bytes: JSONL has one object per line; split it, or leave "
+                "it out with --on-bad-line skip"
             )
         line = self._decode()
         key, where = self.reading.text_key, self.where
@@ -136,7 +138,7 @@ class _Text:
         policy = self.reading.on_bad_utf8
         try:
             text = self.content.decode("utf-8")
-            # Text has no NUL bytes: they are of UTF-16, of a binary file, or of a file that was never written to its end.
+            # Text has no NUL bytes. They come from UTF-16, a binary file, or a file that was not written completely.
             if "\0" not in text:
                 return text
             start, what = self.content.index(0), "(0x00) is a NUL, which no text has"
@@ -149,13 +151,13 @@ class _Text:
         )
 
     def _unicode(self, text: str) -> str:
-        """JSON can spell halves of a surrogate pair, which are no characters."""
+        """Check ``text`` for halves of surrogate pairs, which JSON can spell but which are not characters."""
         if text.isascii() or not (found := _SURROGATE.search(text)):
             return text
         if self.reading.on_bad_utf8 == "replace":
             return _SURROGATE.sub("\ufffd", text)
         raise _NotUnicode(
-            f"{self.where}: \\u{ord(found[0]):04x} is half of a surrogate pair, which is no character; mend the line, "
+            f"{self.where}: \\u{ord(found[0]):04x} is half of a surrogate pair, which is not a character; fix the line, "
             "or use --on-bad-utf8 skip or replace"
         )
 
@@ -165,7 +167,7 @@ Found = Iterator[tuple[str, Callable[[], str]]]
 
 def _of_file(file: IO[bytes], source: Source, reading: Reading) -> Found:
     where = str(source.path)
-    # One byte more than is allowed tells a document that is too long.
+    # Read one byte more than is allowed, to detect a document that is too long.
     content = file.read(LONGEST_DOCUMENT + 1) if source.kind == "text" else file.read()
     if source.kind == "python":
         yield where, _Text(content, where, 0, reading).python

@@ -1,4 +1,4 @@
-"""Documents to token ids, in several processes, in order."""
+"""Encodes documents into token ids in several processes, and keeps their order."""
 
 import itertools
 import multiprocessing
@@ -24,7 +24,7 @@ _control: dict[int, str] = {}
 
 
 def check_workers(workers: int) -> int:
-    """How many processes to use; 0 is one for each core that this process may use. Raises UserError when impossible."""
+    """Number of processes to use; 0 means one for each core that this process may use. Raises UserError if invalid."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most = max(64, 4 * cores)
     if not 0 <= workers <= most:
@@ -42,7 +42,7 @@ def _start_worker(directory: str) -> None:
 
 
 def _start_process(directory: str) -> None:
-    """Ctrl-C is the parent's to answer; and without a parent there is nobody to encode for."""
+    """Initialize a worker process. It ignores Ctrl-C, which the parent handles, and ends when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _start_worker(directory)
@@ -61,11 +61,11 @@ def _encode(texts: list[str]) -> list[list[int]]:
     for encoding in encodings:
         ids = encoding.ids
         if not _control.keys().isdisjoint(ids):
-            # Its model itself has the control token as a word, so that no setting keeps the text apart from it.
+            # The tokenizer's model has the control token as an ordinary word, so no setting can tell text from it.
             number = next(number for number in ids if number in _control)
             raise UserError(
-                f"tokenizer {_directory} makes the control token {_control[number]!r} ({number}) of text that spells it: "
-                "use a byte-level BPE tokenizer, or take that text out of the corpus"
+                f"tokenizer {_directory} turns text into the control token {_control[number]!r} ({number}), because the "
+                "text spells it: use a byte-level BPE tokenizer, or remove that text from the corpus"
             )
         found.append([*ids, _end_of_document])
     return found
@@ -85,9 +85,9 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
 
 
 def encoded(directory: Path, documents: Iterator[str], workers: int) -> Iterator[list[list[int]]]:
-    """Token ids of every document, closed by <|endoftext|>, in order; at most a few batches per worker are read ahead.
+    """Token ids of every document in order, each ended by <|endoftext|>. Reads at most a few batches per worker ahead.
 
-    Raises UserError when a worker dies.
+    Raises UserError if a worker dies.
     """
     if workers == 1:
         _start_worker(str(directory))
@@ -104,7 +104,7 @@ def encoded(directory: Path, documents: Iterator[str], workers: int) -> Iterator
             yield done
     except BrokenProcessPool:
         raise UserError(
-            f"one of {workers} tokenising processes died, most likely for want of memory: use fewer --workers"
+            f"one of {workers} tokenizing processes died, most likely because memory ran out: use fewer --workers"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""megatron-core's index arrays of a run, sealed with their hashes when they are whole; made again where they are not."""
+"""Caches a run's index arrays of megatron-core. Complete arrays are sealed with their hashes; others are made again."""
 
 import hashlib
 import json
@@ -14,9 +14,9 @@ SEAL = "sealed.json"
 
 
 class IndexCache:
-    """A folder of arrays that follow from ``contents`` (hashes of the data) alone.
+    """A folder of arrays that depend only on ``contents`` (hashes of the data).
 
-    Without a seal that fits, a folder is what an interrupted start has left, or damaged, or of other data.
+    A folder without a matching seal was left by an interrupted start, is damaged, or belongs to other data.
     """
 
     def __init__(self, folder: Path, contents: list[str]) -> None:
@@ -24,17 +24,17 @@ class IndexCache:
         self._contents = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
     def clear_unless_whole(self) -> bool:
-        """Delete the folder unless it is as it was sealed; True when there is something to load."""
+        """Delete the folder unless it matches its seal. Returns True if there is something to load."""
         if self._is_whole():
             return True
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.folder.exists():
-            # Not a folder, or one that is not ours to delete: the error says which.
+            # It is not a folder, or we may not delete it; then the error says why.
             os.unlink(self.folder) if not self.folder.is_dir() else shutil.rmtree(self.folder)
         return False
 
     def seal(self) -> None:
-        """Say that everything in the folder is whole."""
+        """Record that everything in the folder is complete."""
         files = {path.name: sha256(path) for path in sorted(self.folder.iterdir()) if path.is_file()}
         files.pop(SEAL, None)
         write_json(self.folder / SEAL, {"contents": self._contents, "files": files})

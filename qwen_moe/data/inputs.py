@@ -1,4 +1,4 @@
-"""A run's data on one rank: prepared if the recipe says so, opened, checked against the model, cut into micro-batches."""
+"""A run's data on one rank: prepares it if asked, opens it, checks it against the model, makes micro-batches."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ TOKENIZER = "tokenizer"
 
 
 def tokenizer_directory(config: RunConfig) -> Path | None:
-    """Where the run's tokenizer lies, or None when the recipe names none."""
+    """The directory of the run's tokenizer, or None if the recipe names none."""
     if config.data.prepare is not None and config.data.prepare.train_tokenizer:
         return trained_tokenizer_path(config.data.prepare.output)
     return config.data.tokenizer
@@ -34,7 +34,7 @@ def train_datasets(config: RunConfig) -> tuple[Dataset, ...]:
 
 
 def prepare_inputs(config: RunConfig) -> None:
-    """Make what `data.prepare` asks for, unless it is there, and check the tokenizer against the model."""
+    """Prepare the data that `data.prepare` describes, unless they exist, and check the tokenizer against the model."""
     wanted = config.data.prepare
     if wanted is not None:
         if wanted.train_tokenizer and wanted.vocab_size > config.model.vocab_size:
@@ -54,7 +54,7 @@ def prepare_inputs(config: RunConfig) -> None:
         except OtherDataThere:
             raise UserError(
                 f"{wanted.output}.bin was prepared from other inputs or with other settings than data.prepare names now: "
-                "give another data.prepare.output, or put back what it was made from; `qwen-moe data prepare ... "
+                "give another data.prepare.output, or restore what it was made from; `qwen-moe data prepare ... "
                 f"--overwrite --output {wanted.output}` replaces it, for all runs that read it"
             ) from None
     directory = tokenizer_directory(config)
@@ -74,7 +74,7 @@ def prepare_inputs(config: RunConfig) -> None:
 
 
 def ordered_steps(config: RunConfig, length: int | None = None) -> int:
-    """Optimizer steps that the order of samples is drawn for: of ``length`` tokens, by default what the recipe says."""
+    """Number of optimizer steps for which the order of samples is drawn: for ``length`` tokens, or as the recipe says."""
     if length is None:
         length = max(config.data.order_tokens, config.training.train_tokens)
     return -(-length // config.tokens_per_step)
@@ -82,7 +82,7 @@ def ordered_steps(config: RunConfig, length: int | None = None) -> int:
 
 @dataclass
 class RunInputs:
-    """This data-parallel rank's micro-batches, by step; the ranks that share its tokens read the same."""
+    """This data-parallel rank's micro-batches, by step. Ranks that share its tokens read the same micro-batches."""
 
     config: RunConfig
     dp: Axis
@@ -94,15 +94,15 @@ class RunInputs:
         return self.batches.fingerprint
 
     def is_of_this_data(self, fingerprint: str) -> bool:
-        """True when a checkpoint with this fingerprint was trained on this data in this order."""
+        """True if a checkpoint with this fingerprint was trained on this data in this order."""
         return self.batches.is_of_this_data(fingerprint)
 
     def length_with(self, fingerprint: str, lengths: Iterable[int]) -> int | None:
-        """Of ``lengths`` of training in tokens one whose order of this data has the fingerprint; None where none has."""
+        """The first of ``lengths`` (in tokens) whose order of this data has the fingerprint; None if there is none."""
         return next((n for n in lengths if self.batches.is_of_this_data(fingerprint, self._samples(n))), None)
 
     def begins_as(self, length: int, steps: int) -> bool:
-        """Whether the batches of the first ``steps`` are those in the order for ``length`` tokens. All ranks call."""
+        """Whether the first ``steps`` have the same batches in the order for ``length`` tokens. All ranks must call this."""
         return self.batches.begins_as(self._samples(length), steps * self.config.training.global_batch_size)
 
     def _samples(self, length: int) -> int:
@@ -110,7 +110,7 @@ class RunInputs:
 
     @property
     def ordered_steps(self) -> int:
-        """Optimizer steps that the order of samples is drawn for."""
+        """Number of optimizer steps for which the order of samples is drawn."""
         return ordered_steps(self.config)
 
     @property
@@ -126,7 +126,7 @@ class RunInputs:
         return [self.batches.train_batch(first, count) for first, count in ranges]
 
     def validation_micro_batches(self) -> "list[Batch]":
-        """As many on every rank; the last may hold samples that count in no loss."""
+        """The same number of micro-batches on every rank; padding samples in the last one are masked out."""
         size = self.config.training.micro_batch_size
         stretch = size * self.dp.size
         rounds = -(-self.batches.validation_samples // stretch)
@@ -134,7 +134,7 @@ class RunInputs:
 
 
 def open_inputs(config: RunConfig, dp: Axis) -> RunInputs:
-    """Open the data on every rank; rank 0 prepares it first where that is not done yet."""
+    """Open the data on every rank. Rank 0 prepares them first if they do not exist."""
     import torch.distributed as dist
 
     from qwen_moe.data.batches import TokenBatches

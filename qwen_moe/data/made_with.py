@@ -1,4 +1,4 @@
-"""Whether data were made with the tokenizer that a run uses, and all of a run's data with the same."""
+"""Checks that all of a run's data were made with one tokenizer, the one that the run uses."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +10,11 @@ from qwen_moe.errors import UserError
 
 
 def check_tokenizers(directory: Path | None, datasets: Sequence[Dataset]) -> None:
-    """Raises UserError where the tokenizer in ``directory`` is not what made a dataset, or, without one, where two
-    datasets were made with different ones. Data without a manifest are taken as they are."""
+    """Raises UserError if a dataset was not made with the tokenizer in ``directory`` or, without ``directory``, if two
+    datasets were made with different tokenizers. Data without a manifest are not checked."""
     made = [(d.prefix, found) for d in datasets if (found := read_manifest(d.prefix)) is not None]
     if directory is not None:
-        # Read once, and only where the files differ: a large one takes a second.
+        # Read the tokenizer once, and only if the files differ, because a large one takes a second.
         identity = ""
         for prefix, manifest in made:
             if tokenizer_hash(directory) == manifest.tokenizer_sha256:
@@ -38,8 +38,8 @@ def check_tokenizers(directory: Path | None, datasets: Sequence[Dataset]) -> Non
 
 
 def _identity(manifest: PreparedData) -> str:
-    """What decides the tokens of the tokenizer behind a manifest. Manifests of earlier versions do not say it: then it is
-    read from the tokenizer, where that is still there, and else stands for itself."""
+    """The identity of the tokenizer that a manifest names. Manifests of earlier versions lack it: then it is computed from
+    the tokenizer if that still exists, and otherwise its file hash stands for it."""
     if manifest.tokenizer_identity:
         return manifest.tokenizer_identity
     directory = Path(manifest.tokenizer)

@@ -1,4 +1,4 @@
-"""`PREFIX.json`: what lies behind a prefix, and the names of the files that belong to one."""
+"""`PREFIX.json`, the manifest of prepared data, and the names of the files of a prefix."""
 
 import dataclasses
 import hashlib
@@ -16,13 +16,13 @@ _ENDINGS = (".bin", ".idx", ".json")
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedData:
-    """What lies behind a prefix: the content of `PREFIX.json`. What has a default is not in files of older versions.
+    """The content of `PREFIX.json`. Files of older versions lack the fields that have a default.
 
-    ``request`` is a hash of what was asked for by the inputs' paths, sizes and times of change; ``content`` of the same
-    by the inputs' content; ``settings`` of the same without the inputs. ``tokenizer_identity`` is a hash of what decides
-    a tokenizer's tokens. ``bin_sample_sha256`` is of pieces spread over the file (`content.sample_sha256`) and
-    ``bin_mtime_ns`` its time of change when it was hashed as a whole. ``left_out`` counts files and documents that were
-    not read.
+    Three hashes describe the request: ``request`` with the inputs' paths, sizes and modification times, ``content`` with
+    the inputs' content, ``settings`` without the inputs. ``tokenizer_identity`` is a hash of everything that decides a
+    tokenizer's tokens. ``bin_sample_sha256`` is a hash of pieces spread over the file (`content.sample_sha256`), and
+    ``bin_mtime_ns`` is the file's modification time when it was hashed completely. ``left_out`` counts files and documents
+    that were not read.
     """
 
     documents: int
@@ -65,12 +65,12 @@ def partial_path(path: Path) -> Path:
 
 
 def trained_tokenizer_path(prefix: Path) -> Path:
-    """Where a tokenizer trained with the data lies."""
+    """The directory of a tokenizer that was trained with the data."""
     return prefix.with_name(prefix.name + "-tokenizer")
 
 
 def check_prefix_name(prefix: Path, what: str = "--output") -> None:
-    """Raises UserError for a name that cannot be the beginning of file names."""
+    """Raises UserError for a name that cannot be a prefix of file names."""
     if not prefix.name or prefix.name == "..":
         raise UserError(f"{what} {str(prefix)!r} is not a prefix of file names: give one such as data/web")
     if prefix.suffix in _ENDINGS:
@@ -78,13 +78,11 @@ def check_prefix_name(prefix: Path, what: str = "--output") -> None:
             f"{what} {prefix} ends in {prefix.suffix}: give the prefix without it, {prefix.with_suffix('')}"
         )
     if len(os.fsencode(prefix.name)) > 200:
-        raise UserError(
-            f"{what}: {prefix.name[:40]}... is too long for the beginning of file names; use at most 200 bytes"
-        )
+        raise UserError(f"{what}: {prefix.name[:40]}... is too long for a prefix of file names; use at most 200 bytes")
 
 
 def was_interrupted(prefix: Path) -> bool:
-    """True when files were being put in place: they may be of different preparations."""
+    """True if a preparation was interrupted while it replaced files, which may then not belong together."""
     return partial_path(manifest_path(prefix)).is_file() and not manifest_path(prefix).is_file()
 
 
@@ -93,14 +91,13 @@ def _checksum(values: dict[str, Any]) -> str:
 
 
 def write_manifest(path: Path, prepared: PreparedData) -> None:
-    """Write ``prepared`` to ``path`` and to the disk."""
+    """Write ``prepared`` to ``path`` and flush it to disk."""
     values = asdict(prepared)
     write_json(path, values | {"checksum": _checksum(values)})
 
 
 def read_manifest(prefix: Path) -> PreparedData | None:
-    """The manifest beside a prefix, or None where there is none (data made by other tools). Raises UserError for a
-    manifest that is damaged."""
+    """The manifest of a prefix, or None if there is none (data made by other tools). Raises UserError if it is damaged."""
     path = manifest_path(prefix)
     if not path.is_file():
         return None
@@ -110,7 +107,7 @@ def read_manifest(prefix: Path) -> PreparedData | None:
             raise ValueError(f"it is of type {type(values).__name__}")
         checksum = values.pop("checksum", None)
         if checksum is not None and checksum != _checksum(values):
-            raise ValueError("its content does not fit its checksum")
+            raise ValueError("its content does not match its checksum")
         prepared = PreparedData(**values)
         for entry in dataclasses.fields(prepared):
             value = getattr(prepared, entry.name)

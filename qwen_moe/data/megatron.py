@@ -1,8 +1,9 @@
-"""megatron-core's datasets, imported in one place, quietly, and without the rest of megatron-core.
+"""Imports megatron-core's datasets in one place, without warnings and without the rest of megatron-core.
 
-`import megatron.core` runs its tensor parallelism, its transformers and with them torch's compiler: seconds in every
-process, for datasets that use a logging function and a base class of it. So the datasets are imported below packages
-that are empty but for these two. Afterwards these packages are gone, and `import megatron.core` elsewhere gets the real one.
+`import megatron.core` loads its tensor parallelism, its transformers and with them torch's compiler, which takes seconds in
+every process. The datasets need only a logging function and a base class of it. So they are imported below packages that
+are empty except for these two. Afterwards these packages are removed, and `import megatron.core` elsewhere gets the real
+one.
 """
 
 import importlib.machinery
@@ -32,7 +33,7 @@ def _forget(names: set[str]) -> None:
 
 @contextmanager
 def _only_datasets() -> Iterator[None]:
-    """Within it, `megatron.core` is a package that runs nothing of its own."""
+    """Within the block, `megatron.core` is a package that runs no code of its own."""
     found = importlib.util.find_spec("megatron")
     if found is None or not found.submodule_search_locations:
         raise ImportError("megatron-core is not installed")
@@ -62,14 +63,14 @@ def _import_datasets() -> None:
 
 
 with warnings.catch_warnings():
-    # At import it warns that Transformer Engine and Apex are absent; its datasets use neither.
+    # At import, megatron-core warns that Transformer Engine and Apex are missing, but its datasets use neither.
     warnings.simplefilter("ignore")
     if _CORE not in sys.modules:
         try:
             with _only_datasets():
                 _import_datasets()
         except (ImportError, AttributeError, StopIteration):
-            # A version of megatron-core whose datasets need more of it: then all of it.
+            # The datasets of this version of megatron-core need more of it, so import all of it.
             pass
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig

@@ -1,15 +1,15 @@
-"""Whether two orders of samples begin alike, from megatron-core's index arrays; no token is read."""
+"""Checks whether two sample orders begin with the same samples, from megatron-core's index arrays alone."""
 
 from typing import Any
 
 import numpy as np
 
-_ROWS = 1 << 22  # compared at a time: the arrays of a long run do not fit into memory
+_ROWS = 1 << 22  # rows compared at a time, because the arrays of a long run do not fit into memory
 
 
 def begin_alike(one: Any, other: Any, samples: int) -> bool:
-    """Whether the first ``samples`` of two GPTDatasets, or of two blends, over the same files are the same ones in the same
-    order. False as well where one of them has not so many."""
+    """Whether the first ``samples`` of two GPTDatasets, or of two blends, over the same files are the same in the same
+    order. False if one of them has fewer samples."""
     if min(len(one), len(other)) < samples:
         return False
     if samples == 0:
@@ -29,7 +29,7 @@ def _blends_begin_alike(one: Any, other: Any, samples: int) -> bool:
         return False
     if not _same(one.dataset_sample_index, other.dataset_sample_index, samples):
         return False
-    # Each part gives its samples in order, so that it is asked for as many as the beginning holds of it.
+    # Each dataset of a blend supplies its samples in order, so compare as many as the beginning takes from it.
     counts = np.bincount(one.dataset_index[:samples], minlength=len(one.datasets))
     return all(begin_alike(a, b, int(n)) for a, b, n in zip(one.datasets, other.datasets, counts, strict=True))
 

@@ -1,7 +1,7 @@
-"""Files packed with gzip, zstandard, bzip2 or xz, read to their very end: what is cut off or damaged is an error.
+"""Reads files packed with gzip, zstandard, bzip2 or xz to their very end: truncated or damaged files are errors.
 
-The standard library's readers of .bz2 and .xz take a damaged second stream for the end of the file, and zstandard's
-takes a frame that is cut off for a whole one. Here each frame must end, and the file must end with a frame.
+The standard library's readers of .bz2 and .xz mistake a damaged second stream for the end of the file, and zstandard's
+accepts a truncated frame. Here each frame must be complete, and the file must end with a frame.
 """
 
 import bz2
@@ -16,7 +16,7 @@ from typing import IO, Any
 from qwen_moe.errors import UserError
 from qwen_moe.packages import check_installed
 
-# Input is unpacked in pieces this small, since a piece of a very repetitive file grows some 10,000 times.
+# Pieces of input are this small, because a piece of a very repetitive file grows about 10,000 times.
 _PIECE = 1 << 14
 
 
@@ -34,18 +34,18 @@ _UNPACKERS: dict[str, Callable[[], Any]] = {
     ".xz": lzma.LZMADecompressor,
 }
 PACKED_ENDINGS = tuple(_UNPACKERS)
-# After their last frame these may be filled up with zeros.
+# These formats may have padding zeros after the last frame.
 _PADDED = (".gz", ".xz")
 
 
 def check_unpackers(paths: Iterable[Path]) -> None:
-    """Raises UserError where a file of ``paths`` can only be unpacked by a package that is not installed."""
+    """Raises UserError if a file of ``paths`` needs a package for unpacking that is not installed."""
     if packed := next((path for path in paths if path.suffix.lower() == ".zst"), None):
         check_installed(f"{packed} is packed with zstandard", "zstandard", otherwise="unpack it first")
 
 
 class HashedFile(io.RawIOBase):
-    """A file that is hashed (SHA-256) as it is read, from its beginning to its end."""
+    """A file that is hashed (SHA-256) while it is read from beginning to end."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -99,7 +99,7 @@ class _Unpacked(io.RawIOBase):
             self._frame = _UNPACKERS[self._ending]()
         try:
             content = self._frame.decompress(self._input)
-        except Exception as error:  # each library has its own, and zstandard's is imported only where it is needed
+        except Exception as error:  # each library has its own exception, and zstandard is imported only if needed
             raise self._damaged(str(error)) from None
         self._input = b""
         if self._frame.eof:
@@ -113,14 +113,14 @@ class _Unpacked(io.RawIOBase):
 
     def _damaged(self, why: str) -> UserError:
         return UserError(
-            f"{self._path} cannot be unpacked ({why}): the file is damaged or cut off; fetch it again, or leave it out"
+            f"{self._path} cannot be unpacked ({why}): the file is damaged or truncated; fetch it again, or leave it out"
         )
 
 
 def open_packed(path: Path, raw: IO[bytes]) -> IO[bytes]:
-    """``raw``, the open file ``path``, unpacked as its ending says; itself where it is not packed.
+    """``raw``, the open file ``path``, unpacked as its suffix says; ``raw`` itself if it is not packed.
 
-    Reading raises UserError for a file that is cut off or damaged.
+    Reading raises UserError if the file is truncated or damaged.
     """
     if path.suffix.lower() not in _UNPACKERS:
         return raw

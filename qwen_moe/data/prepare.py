@@ -1,4 +1,4 @@
-"""Corpus to Megatron's `.bin/.idx`: tokenised by several processes, in order, and never half there."""
+"""Tokenizes a corpus into Megatron's `.bin/.idx`, in several processes; the output appears complete or not at all."""
 
 import contextlib
 import hashlib
@@ -42,20 +42,20 @@ from qwen_moe.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock; two preparations of one output are then not kept apart
+except ImportError:  # Windows has no flock; two preparations of one output are then not kept from each other
     fcntl = None  # type: ignore[assignment]
 
-# The tokenizer is trained on at most this much text, taken evenly over the corpus.
+# The tokenizer is trained on at most this much text, sampled evenly over the corpus.
 TOKENIZER_SAMPLE_BYTES = 200_000_000
 
 
 class OtherDataThere(UserError):
-    """The output was prepared from something else, and nobody said that it may be replaced."""
+    """The output was prepared from something else, and --overwrite was not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What decides the tokens of an output, besides the content of its inputs."""
+    """What decides the tokens of an output, in addition to the content of its inputs."""
 
     inputs: tuple[str, ...]
     tokenizer: Path | None = None
@@ -63,11 +63,11 @@ class Request:
     reading: Reading = field(default_factory=Reading)
 
     def settings(self) -> str:
-        """A hash of all but the inputs."""
+        """A hash of everything except the inputs."""
         return self._digest([]).hexdigest()
 
     def by_status(self, sources: list[Source]) -> str:
-        """A hash of it with the files by path, size and time of change, as manifests have had it from the first version."""
+        """A hash with the files' paths, sizes and modification times; manifests of all versions have it."""
         lines = []
         for source in sources:
             stat = source.path.stat()
@@ -75,7 +75,7 @@ class Request:
         return self._digest(lines).hexdigest()
 
     def by_content(self, sources: list[Source], digests: list[str]) -> str:
-        """A hash of it with the files by kind and content."""
+        """A hash with the files' kinds and contents."""
         pairs = zip(sources, digests, strict=True)
         return self._digest([f"{source.kind}|{digest}\n".encode() for source, digest in pairs]).hexdigest()
 
@@ -93,13 +93,13 @@ class Request:
 def prepare(
     request: Request, prefix: Path, *, workers: int = 0, overwrite: bool = False, without_inputs: bool = False
 ) -> tuple[PreparedData, bool]:
-    """Tokenise ``request``'s inputs into ``prefix``.bin/.idx; (what is there now, whether anything was done).
+    """Tokenize ``request``'s inputs into ``prefix``.bin/.idx. Returns (the manifest, whether anything was done).
 
-    Without a tokenizer, one of ``vocab_size`` is trained first, into ``prefix``-tokenizer. Every document is closed by
-    <|endoftext|>. The output does not depend on ``workers`` (0: one per core). Nothing is done when the same request
-    is already there, wherever its inputs lie and whenever they were written; another one is refused (OtherDataThere)
-    unless ``overwrite``. ``without_inputs``: what is there is taken where its inputs are gone. Files appear under their
-    names only when whole.
+    Without a tokenizer, one of ``vocab_size`` is trained first, in ``prefix``-tokenizer. Every document ends with
+    <|endoftext|>. The output does not depend on ``workers`` (0: one per core). If the same request was already prepared
+    from equal content, nothing is done. An output of another request raises OtherDataThere unless ``overwrite``.
+    ``without_inputs``: use an existing output even if its inputs no longer exist. Files appear under their names only when
+    they are complete.
     """
     check_prefix_name(prefix)
     workers = check_workers(workers)
@@ -115,14 +115,14 @@ def prepare(
             raise
         if problem := _damage(prefix, existing, request):
             raise UserError(f"{error}, and it is needed: {problem}") from None
-        print(f"{error}; {bin_path(prefix)}, made of it before, is used", file=sys.stderr)
+        print(f"{error}; {bin_path(prefix)}, which was made from it before, is used", file=sys.stderr)
         return existing, False
     if (existing := _settled(request, corpus, prefix, overwrite)) is not None:
         return existing, False
     check_unpackers(source.path for source in corpus.sources)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with _alone(prefix), _no_partial_left(prefix):
-        # Another process may have prepared it meanwhile.
+        # Another process may have prepared it in the meantime.
         if (existing := _settled(request, corpus, prefix, overwrite)) is not None:
             return existing, False
         if bin_path(prefix).exists() and not overwrite and (existing := read_manifest(prefix)) is not None:
@@ -131,14 +131,14 @@ def prepare(
         directory = request.tokenizer
         if directory is None:
             directory = trained_tokenizer_path(prefix)
-            print(f"training a tokenizer of {request.vocab_size:,} tokens into {directory}", file=sys.stderr)
+            print(f"training a tokenizer of {request.vocab_size:,} tokens in {directory}", file=sys.stderr)
             directory = _being_made(directory)
             train_tokenizer(_sample(corpus, request.reading), request.vocab_size, directory)
         return _tokenise(request, corpus, prefix, directory, workers), True
 
 
 def _settled(request: Request, corpus: Corpus, prefix: Path, overwrite: bool) -> PreparedData | None:
-    """What is there, if it is what is asked for; None if it is to be made. Raises OtherDataThere."""
+    """The manifest of an existing output that fits the request; None if it must be made. Raises OtherDataThere."""
     try:
         existing = read_manifest(prefix)
     except UserError:
@@ -164,14 +164,14 @@ def _settled(request: Request, corpus: Corpus, prefix: Path, overwrite: bool) ->
 
 
 def _is_of_content(existing: PreparedData, request: Request, corpus: Corpus) -> bool:
-    """True when the inputs hold what they held, whatever their names and times of change. Reads all of them."""
+    """True if the inputs' content is unchanged, whatever their names and modification times. Reads all of them."""
     if not existing.content or existing.settings != request.settings() or existing.files != len(corpus.sources):
         return False
     return existing.content == request.by_content(corpus.sources, [sha256(s.path) for s in corpus.sources])
 
 
 def _found_again(prefix: Path, existing: PreparedData, request: str) -> PreparedData:
-    """Remember where the inputs are now, so that they are not hashed at every start."""
+    """Record the inputs' new paths and times, so that they are not hashed at every start."""
     known = replace(existing, request=request)
     with contextlib.suppress(OSError):  # the folder may be read-only
         write_manifest(manifest_path(prefix), known)
@@ -179,7 +179,7 @@ def _found_again(prefix: Path, existing: PreparedData, request: str) -> Prepared
 
 
 def _damage(prefix: Path, manifest: PreparedData, request: Request) -> str | None:
-    """Why what lies behind a prefix is not what was written, or None where it is."""
+    """Why the files of a prefix are not what was written, or None if they are."""
     try:
         verify_content(prefix)
         trained = trained_tokenizer_path(prefix)
@@ -193,7 +193,7 @@ def _damage(prefix: Path, manifest: PreparedData, request: Request) -> str | Non
 
 
 def _sample(corpus: Corpus, reading: Reading) -> Iterator[str]:
-    """Documents for training the tokenizer: all of a small corpus, every n-th file of a large one, up to the limit."""
+    """Documents for training the tokenizer: all of a small corpus, or every n-th file of a large one up to the limit."""
     every = max(1, corpus.bytes // TOKENIZER_SAMPLE_BYTES)
     given = 0
     for source in corpus.sources[::every]:
@@ -210,10 +210,10 @@ def _being_made(directory: Path) -> Path:
 
 @contextlib.contextmanager
 def _alone(prefix: Path) -> Iterator[None]:
-    """Keeps two preparations of one output apart: the second waits, and then finds the first one's."""
+    """Lock an output: a second preparation waits, and then finds the first one's result."""
     path = prefix.with_name(prefix.name + ".lock")
     file = _lock(path)
-    # The one before deletes the file when it is done; a lock on a file without a name keeps nobody apart.
+    # The previous holder deletes the file when it is done, and a lock on a deleted file protects nothing.
     while not _is_named(file, path):
         file.close()
         file = _lock(path)
@@ -237,7 +237,7 @@ def _lock(path: Path) -> IO[str]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"another process prepares this ({path} is locked); waiting for it", file=sys.stderr)
+            print(f"another process is preparing this ({path} is locked); waiting for it", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             pass
@@ -258,7 +258,7 @@ def _no_partial_left(prefix: Path) -> Iterator[None]:
 
 
 def _tokenise(request: Request, corpus: Corpus, prefix: Path, directory: Path, workers: int) -> PreparedData:
-    """Write everything beside its place, then put it there."""
+    """Write everything under temporary names, then move it into place."""
     import torch
 
     from qwen_moe.data.megatron import DType, IndexedDatasetBuilder
@@ -266,7 +266,7 @@ def _tokenise(request: Request, corpus: Corpus, prefix: Path, directory: Path, w
     tokenizer = load_tokenizer(directory)
     vocabulary = vocabulary_size(tokenizer)
     counts = ReadCounts()
-    bar = tqdm(total=corpus.bytes, unit="B", unit_scale=True, desc="tokenise", file=sys.stderr)
+    bar = tqdm(total=corpus.bytes, unit="B", unit_scale=True, desc="tokenize", file=sys.stderr)
 
     def documents() -> Iterator[str]:
         for source in corpus.sources:
@@ -288,7 +288,7 @@ def _tokenise(request: Request, corpus: Corpus, prefix: Path, directory: Path, w
         print(f"documents left out: {counts.left_out}", file=sys.stderr)
     if not found:
         builder.data_file.close()
-        raise UserError("the corpus has no document with text in it: all are empty or were skipped")
+        raise UserError("the corpus has no document with text: all are empty or were skipped; give other --input")
     builder.finalize(str(index))
     trained = request.tokenizer is None
     prepared = PreparedData(
@@ -318,8 +318,8 @@ def _tokenise(request: Request, corpus: Corpus, prefix: Path, directory: Path, w
 
 
 def _put_in_place(prefix: Path, prepared: PreparedData, tokenizer: Path | None) -> None:
-    """The manifest goes first and comes last. While it is away, its partial one says that the files are not to be read,
-    and that the next preparation may replace them."""
+    """Move all files into place. The manifest is removed first and replaced last. Until then, its partial file says that
+    the data must not be read and that the next preparation may replace them."""
     manifest = manifest_path(prefix)
     write_manifest(partial_path(manifest), prepared)
     manifest.unlink(missing_ok=True)
@@ -332,7 +332,7 @@ def _put_in_place(prefix: Path, prepared: PreparedData, tokenizer: Path | None) 
 
 
 def _synced(path: Path) -> str:
-    """SHA-256 of a file that is then on the disk."""
+    """Flush a file to disk and return its SHA-256."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return sha256(path)

@@ -1,4 +1,4 @@
-"""What one rank does for all of them: checking data, and looking after files that they share."""
+"""Work that one rank does for all: checking data, and managing the files that ranks share."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ def _attempt(fn: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 def same_on_all_ranks(fn: Callable[[], T]) -> T:
-    """What ``fn`` gives on rank 0, which alone runs it; its UserError or OSError is a UserError on all ranks."""
+    """Run ``fn`` on rank 0 only and return its result on all ranks. Its UserError or OSError is a UserError on all ranks."""
     if not dist.is_initialized():
         return fn()
     found: list[tuple[T | None, str | None]] = [_attempt(fn) if dist.get_rank() == 0 else (None, None)]
@@ -35,9 +35,9 @@ def same_on_all_ranks(fn: Callable[[], T]) -> T:
 
 
 def verified_on_all_ranks(prefixes: Sequence[Path], vocab_size: int, record: Path) -> dict[Path, Content]:
-    """Every prefix checked, by rank 0 and by the first rank of each machine that does not see the same files.
+    """Check every prefix on rank 0, and on the first rank of each machine that sees other files than rank 0.
 
-    Raises UserError on all ranks for data that are damaged, do not fit the model, or differ between machines.
+    Raises UserError on all ranks if data are damaged, do not fit the model, or differ between machines.
     """
 
     def verify() -> dict[Path, Content]:
@@ -62,16 +62,16 @@ def verified_on_all_ranks(prefixes: Sequence[Path], vocab_size: int, record: Pat
 
 
 def _check_copy(contents: dict[Path, Content]) -> None:
-    """Raises UserError where this machine's files are others than rank 0's."""
+    """Raises UserError if this machine's files differ from rank 0's."""
     for prefix, wanted in contents.items():
         check_prefix_exists(prefix)
         if signature(prefix) != wanted.signature:
             found = verify_content(prefix)
             if found.sha256 != wanted.sha256:
-                raise UserError(f"{prefix}.bin and .idx are not those of rank 0's machine: copy them again")
+                raise UserError(f"{prefix}.bin and .idx differ from those on rank 0's machine: copy them again")
 
 
 def check_prefix_exists(prefix: Path) -> None:
-    """Raises UserError where a file is missing."""
+    """Raises UserError if a file is missing."""
     if not prefix.with_name(prefix.name + ".bin").is_file() or not prefix.with_name(prefix.name + ".idx").is_file():
         raise UserError(f"{prefix}.bin or .idx does not exist: all machines need the data under the same path")

@@ -1,4 +1,4 @@
-"""Which files a corpus is made of, in a fixed order, and which of a folder's files are left out and why."""
+"""Finds the files of a corpus, in a fixed order, and counts which files of a folder are left out and why."""
 
 import hashlib
 import os
@@ -29,7 +29,7 @@ class MissingInput(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One file of the corpus. ``kind`` says how it is cut into documents."""
+    """One file of the corpus. ``kind`` says how it is divided into documents."""
 
     path: Path
     kind: Literal["text", "jsonl", "python"]
@@ -37,7 +37,7 @@ class Source:
 
 
 class Tally:
-    """Counts by reason, with the first few names of each."""
+    """Counts by reason, with the first few names for each reason."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -58,7 +58,7 @@ class Tally:
 
 @dataclass
 class Corpus:
-    """The files that are read, in order, and those of its folders that are not."""
+    """The files that are read, in order, and counts of files that are left out."""
 
     sources: list[Source] = field(default_factory=list)
     left_out: Tally = field(default_factory=Tally)
@@ -76,9 +76,9 @@ class Corpus:
 def find_corpus(inputs: Sequence[str]) -> Corpus:
     """Every file behind ``inputs`` (paths of files and directories, or ``python-stdlib``), in a fixed order.
 
-    Links in directories are followed. What is hidden, has no known ending or was met before under another name is left
-    out and counted. Raises MissingInput for a path that does not exist; UserError for an ending that is not known, an
-    input given twice, a directory that cannot be read, or when there is nothing to read.
+    Links in directories are followed. Files that are hidden, have an unknown suffix or were already found under another
+    name are left out and counted. Raises MissingInput if a path does not exist; raises UserError for an unknown suffix, an
+    input given twice, an unreadable directory, or if there is nothing to read.
     """
     corpus = Corpus()
     seen: Seen = set()
@@ -87,7 +87,7 @@ def find_corpus(inputs: Sequence[str]) -> Corpus:
         if not name:
             raise UserError(f"input {number + 1} is empty: give files, directories or {PYTHON_STDLIB!r}")
         if name in inputs[:number]:
-            raise UserError(f"input {name} is given twice: each document would be read twice; give it once")
+            raise UserError(f"input {name} is given twice, so each document would be read twice: give it once")
         if name == PYTHON_STDLIB:
             corpus.sources.extend(_standard_library())
         elif path.is_dir():
@@ -95,7 +95,7 @@ def find_corpus(inputs: Sequence[str]) -> Corpus:
             _add_directory(corpus, path, seen)
             if len(corpus.sources) == before:
                 left_out = f"; left out: {corpus.left_out}" if corpus.left_out.counts else ""
-                raise UserError(f"{path} holds no text: expected files ending in {_endings()}{left_out}")
+                raise UserError(f"{path} contains no text: expected files ending in {_endings()}{left_out}")
         elif path.is_file():
             _add(corpus, _source(path), seen)
         elif path.exists():
@@ -103,7 +103,7 @@ def find_corpus(inputs: Sequence[str]) -> Corpus:
         else:
             raise MissingInput(f"input {name} does not exist: give files, directories or {PYTHON_STDLIB!r}")
     if corpus.bytes == 0:
-        raise UserError(f"the corpus is empty: {', '.join(inputs)} hold no byte of text")
+        raise UserError(f"the corpus is empty: {', '.join(inputs)} contain no text; give other inputs")
     return corpus
 
 
@@ -125,13 +125,13 @@ def _kind(path: Path) -> Literal["text", "jsonl"] | None:
 def _source(path: Path) -> Source:
     kind = _kind(path)
     if kind is None:
-        hint = " (one JSON object a line? then name it .jsonl)" if ".json" in path.suffixes else ""
+        hint = " (if it has one JSON object per line, name it .jsonl)" if ".json" in path.suffixes else ""
         raise UserError(f"{path}: the ending is not known; expected one of {_endings()}{hint}")
     return Source(path=path, kind=kind, bytes=path.stat().st_size)
 
 
 def _identity(path: Path) -> tuple[int, int] | str:
-    """The same for two names of one file. Some file systems number no files; there it is the name."""
+    """A key that is equal for two names of one file. On file systems without inode numbers it is the name."""
     status = path.stat()
     return (status.st_dev, status.st_ino) if status.st_ino else str(path)
 
@@ -146,8 +146,8 @@ def _add(corpus: Corpus, source: Source, seen: Seen) -> None:
 
 
 def _add_directory(corpus: Corpus, root: Path, seen: Seen) -> None:
-    """Add the files below ``root`` in the order of their paths. A directory that is met again (a link to a parent, two
-    links to one place) is left out."""
+    """Add the files below ``root`` in the order of their paths. A directory that is found again (a link to a parent, two
+    links to one directory) is left out."""
     files: list[Path] = []
     met: Seen = set()
 
@@ -156,7 +156,7 @@ def _add_directory(corpus: Corpus, root: Path, seen: Seen) -> None:
             corpus.left_out.add(TWICE, f"{folder}/")
             return
         met.add(_identity(folder))
-        # What is no link comes first, so that a directory is known by its own path.
+        # Entries that are not links come first, so that a directory is known by its own path.
         for entry in sorted(os.scandir(folder), key=lambda entry: (entry.is_symlink(), entry.name)):
             path = folder / entry.name
             if entry.name.startswith(".") or entry.name == "__MACOSX":
@@ -167,7 +167,7 @@ def _add_directory(corpus: Corpus, root: Path, seen: Seen) -> None:
                 files.append(path)
 
     walk(root)
-    # Likewise a link to a file that is met by its own path is left out, wherever it sorts.
+    # In the same way, a link to a file that is also found by its own path is left out, wherever it sorts.
     kept: dict[tuple[int, int] | str, Path] = {}
     for path in sorted(files, key=lambda path: (path.is_symlink(), path)):
         if kept.setdefault(_identity(path), path) != path:
@@ -194,8 +194,8 @@ def _is_wanted(path: Path, left_out: Tally) -> bool:
 
 
 def _standard_library() -> list[Source]:
-    """Every .py file of the running interpreter's library, without installed packages, in an order shuffled by a hash
-    of the path, so that a validation tail is not all from the end of the alphabet."""
+    """Every .py file of the running interpreter's library, without installed packages. A hash of the path shuffles the
+    order, so that a validation tail does not come from the end of the alphabet only."""
     root = Path(sysconfig.get_path("stdlib"))
     files = []
     for path in root.rglob("*.py"):
@@ -203,5 +203,5 @@ def _standard_library() -> list[Source]:
         if not {"site-packages", "dist-packages", "__pycache__"} & set(relative.parts) and path.is_file():
             files.append((hashlib.sha256(relative.as_posix().encode()).digest(), path))
     if not files:
-        raise UserError(f"{root} holds no .py file: this interpreter ships its library compiled; give another input")
+        raise UserError(f"{root} contains no .py file: this interpreter ships its library compiled; give another input")
     return [Source(path=path, kind="python", bytes=path.stat().st_size) for _, path in sorted(files)]

@@ -1,4 +1,4 @@
-"""Byte-level BPE with Qwen's pre-tokenisation and control tokens: training one, and loading any."""
+"""Trains byte-level BPE tokenizers with Qwen's pre-tokenization and control tokens, and loads any tokenizer."""
 
 import hashlib
 import json
@@ -54,14 +54,14 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 MINIMUM_VOCABULARY = 256 + len(CONTROL_TOKENS)
-# The trainer reserves memory for as many tokens as it is asked for, and aborts the process where there is too little.
+# The trainer allocates memory for the requested number of tokens, and aborts the process if there is too little.
 MAXIMUM_VOCABULARY = 10_000_000
 _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja",
           "special_tokens_map.json", "added_tokens.json", "generation_config.json")  # fmt: skip
 
 
 def check_vocabulary_size(vocab_size: int) -> None:
-    """Raises UserError for a size that no tokenizer is trained to."""
+    """Raises UserError for a vocabulary size that is too small or too large."""
     if vocab_size < MINIMUM_VOCABULARY:
         raise UserError(
             f"vocabulary size {vocab_size} is too small: 256 bytes and {len(CONTROL_TOKENS)} control tokens need at "
@@ -77,7 +77,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, model_m
     """Train on ``texts`` and write a directory that `transformers.AutoTokenizer` reads.
 
     ``vocab_size`` counts everything: 256 bytes, merges and the 22 control tokens, whose ids come last. The same texts
-    in the same order give the same tokenizer. Raises UserError when ``vocab_size`` is below 278 or above 10 million.
+    in the same order give the same tokenizer. Raises UserError if ``vocab_size`` is below 278 or above 10 million.
     """
     from tokenizers import (
         AddedToken,
@@ -112,8 +112,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, model_m
     reached = tokenizer.get_vocab_size()
     if reached < wanted:
         raise UserError(
-            f"the text allows a vocabulary of only {reached + len(CONTROL_TOKENS)} tokens, not {vocab_size}: ask for "
-            "that many or give more text"
+            f"the text allows a vocabulary of only {reached + len(CONTROL_TOKENS)} tokens, not {vocab_size}: request "
+            "that many, or give more text"
         )
     tokenizer.add_tokens(
         [
@@ -162,11 +162,11 @@ def _save(tokenizer: "Tokenizer", output: Path, model_max_length: int) -> None:
 
 
 def load_tokenizer(directory: Path) -> "Tokenizer":
-    """The `tokenizers.Tokenizer` of a directory, set to read whole documents and control tokens in them as plain text.
+    """The `tokenizers.Tokenizer` of a directory, set to read whole documents, and control tokens in them as plain text.
 
-    Truncation and padding that are saved with it are switched off. Added tokens of whatever kind are no part of a text,
-    but for those of white space alone, which some vocabularies have for indentation.
-    Raises UserError when the directory or its tokenizer.json is not there or not readable.
+    Truncation and padding that are saved with it are switched off. Text never becomes an added token, except for added
+    tokens of white space alone, which some vocabularies have for indentation.
+    Raises UserError if the directory or its tokenizer.json is missing or unreadable.
     """
     from tokenizers import Tokenizer
 
@@ -178,7 +178,7 @@ def load_tokenizer(directory: Path) -> "Tokenizer":
         )
     try:
         content = json.loads(path.read_bytes())
-        # encode_special_tokens passes over those added tokens that are special.
+        # encode_special_tokens reads special added tokens as plain text.
         for token in content.get("added_tokens") or []:
             token["special"] = not token["content"].isspace()
         tokenizer = Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
@@ -191,7 +191,7 @@ def load_tokenizer(directory: Path) -> "Tokenizer":
 
 
 def control_ids(tokenizer: "Tokenizer") -> dict[int, str]:
-    """The added tokens that no text may become."""
+    """The added tokens that text must not become, by id."""
     return {
         number: token.content
         for number, token in tokenizer.get_added_tokens_decoder().items()
@@ -200,26 +200,28 @@ def control_ids(tokenizer: "Tokenizer") -> dict[int, str]:
 
 
 def end_of_document_id(tokenizer: "Tokenizer", directory: Path) -> int:
-    """The id of <|endoftext|>, which closes every document. Raises UserError where the tokenizer has none."""
+    """The id of <|endoftext|>, which ends every document. Raises UserError if the tokenizer has none."""
     found = tokenizer.token_to_id(END_OF_TEXT)
     if found is None:
-        raise UserError(f"tokenizer {directory} has no {END_OF_TEXT} token, which closes every document")
+        raise UserError(
+            f"tokenizer {directory} has no {END_OF_TEXT} token, which ends every document: use one that has it"
+        )
     return found
 
 
 def vocabulary_size(tokenizer: "Tokenizer") -> int:
-    """One more than the largest id: what a model's embedding must have at least."""
+    """One more than the largest id: the minimum number of rows of a model's embedding."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def tokenizer_hash(directory: Path) -> str:
-    """SHA-256 of tokenizer.json: two tokenizers with the same one give the same tokens."""
+    """SHA-256 of tokenizer.json. Tokenizers with equal hashes give the same tokens."""
     return hashlib.sha256((directory / "tokenizer.json").read_bytes()).hexdigest()
 
 
 def tokenizer_identity(tokenizer: "Tokenizer") -> str:
-    """A hash of what decides which tokens a text becomes and back. Two files of one tokenizer that differ in layout,
-    truncation, padding or what is put around a text have the same."""
+    """A hash of everything that decides encoding and decoding. It is equal for two files of one tokenizer that differ only
+    in layout, truncation, padding or the tokens added around a text."""
     content = json.loads(tokenizer.to_str())
     parts = {key: content.get(key) for key in ("normalizer", "pre_tokenizer", "model", "decoder")}
     added = sorted((token["id"], token["content"]) for token in content.get("added_tokens") or [])
@@ -227,7 +229,7 @@ def tokenizer_identity(tokenizer: "Tokenizer") -> str:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Make the tokenizer in ``target`` that of ``source``: its files, each whole, and nothing else that lies beside them."""
+    """Copy the tokenizer's files from ``source`` to ``target``, each atomically, and remove those that ``source`` lacks."""
     target.mkdir(parents=True, exist_ok=True)
     if target.samefile(source):
         return

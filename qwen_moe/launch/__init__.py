@@ -1,1 +1,1 @@
-"""Runs on a cluster: the verbs `launch`, `status`, `logs`, `cancel`, and what they start on each node."""
+"""Runs on a cluster: the verbs `launch`, `status`, `logs`, `cancel`, and the programs that run on each node."""

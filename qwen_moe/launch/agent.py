@@ -1,7 +1,7 @@
-"""`python -m qwen_moe.launch.agent ATTEMPT train|bandwidth`: one torchrun agent per node, with a watch over its ranks.
+"""`python -m qwen_moe.launch.agent ATTEMPT train|bandwidth`: one torchrun agent per node, with a monitor of its ranks.
 
-The same elastic agent as the `torchrun` command, with a static rank from the plan. It ignores the signals that are meant
-for its ranks (torchrun would die of them) and passes them on.
+It uses the same elastic agent as the `torchrun` command, with a static rank from plan.json. Signals that are meant for its
+ranks would kill torchrun; this agent passes them on instead.
 """
 
 import logging
@@ -27,7 +27,7 @@ _MODULES = {"train": "qwen_moe.launch.rank", "bandwidth": "qwen_moe.launch.bandw
 
 
 def _listen(watch: NodeWatch, plan: dict[str, Any]) -> None:
-    """The warning goes on to the ranks, the other asks them for stacks; Slurm's SIGTERM reaches the ranks by itself."""
+    """Pass the warning on to the ranks, and ask them for stacks on the stack signal. Slurm sends SIGTERM to ranks itself."""
     warning, stacks = (signal_number(plan["survive"][f"{name}_signal"]) for name in ("checkpoint", "stack"))
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -47,13 +47,13 @@ def _listen(watch: NodeWatch, plan: dict[str, Any]) -> None:
 
 
 def _launch(plan: dict[str, Any], node_rank: int, module: str, arguments: list[str]) -> list[dict[str, Any]]:
-    """Run the ranks of this node to their end; what elastic saw of those that failed, empty when none did."""
+    """Run the ranks of this node to their end. Returns what elastic saw of failed ranks; empty if none failed."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
     from parallel.elastic import launch_config
 
-    logging.disable(logging.CRITICAL)  # what failed is told by the conductor, first cause first
+    logging.disable(logging.CRITICAL)  # the conductor reports failures, root cause first
     nodes = len(plan["nodes"])
     launch = launch_config(
         min_nodes=nodes,
@@ -63,7 +63,7 @@ def _launch(plan: dict[str, Any], node_rank: int, module: str, arguments: list[s
         rdzv_backend="static",
         rdzv_endpoint=f"{plan['address']}:{plan['port'] + (module != _MODULES['train'])}",
         rdzv_configs={"rank": node_rank, "timeout": 900},
-        max_restarts=0,  # the conductor restarts: it knows whether there was progress
+        max_restarts=0,  # the conductor restarts, because it knows whether there was progress
         monitor_interval=1.0,
         shutdown_timeout=10,
         signals_to_handle="SIGINT",
@@ -79,7 +79,7 @@ def _launch(plan: dict[str, Any], node_rank: int, module: str, arguments: list[s
 
 
 def _threads(attempt: Attempt, plan: dict[str, Any]) -> Threads:
-    """Decided here, before the ranks run: each of them would see the others' start as load."""
+    """Choose the CPU threads before the ranks run, because each rank would see the others' start as load."""
     from qwen_moe.config import load_config
 
     each = plan["processes_per_node"]
@@ -109,7 +109,7 @@ def main(folder: str, stage: str) -> int:
                 if death is not None and failure["rank"] == death["rank"]:
                     failure["time"] = death["time"]
             attempt.write(f"failures/{host}.json", failures)
-            time.sleep(2)  # stacks on their way
+            time.sleep(2)  # wait for stacks that are being written
         return 1 if failures else 0
     finally:
         if stage == "train":
@@ -120,4 +120,4 @@ def main(folder: str, stage: str) -> int:
 if __name__ == "__main__":
     code = main(sys.argv[1], sys.argv[2])
     sys.stdout.flush()
-    os._exit(code)  # a thread of torch must not keep a node that has failed
+    os._exit(code)  # a torch thread must not keep a failed node busy

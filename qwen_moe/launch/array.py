@@ -1,4 +1,4 @@
-"""`qwen-moe launch FOLDER --array`: every recipe of a folder as one job array; again for those that have not ended well."""
+"""`qwen-moe launch FOLDER --array`: every recipe of a folder as one job array; run again, it launches unfinished runs."""
 
 import argparse
 import dataclasses
@@ -23,7 +23,7 @@ from qwen_moe.launch.prepare import Plan
 def launch_array(args: argparse.Namespace, site: Site) -> int:
     """Submit the recipes that are neither complete nor in the queue."""
     if args.local or args.then:
-        raise LaunchError("--array goes to Slurm: it takes neither --local nor --then")
+        raise LaunchError("--array submits to Slurm and cannot be combined with --local or --then: leave these out")
     plans = [prepare.plan_run(load_config(path, args.overrides), site, args) for path in recipes(args.recipe)]
     folders = [plan.run.run_dir for plan in plans]
     for folder in folders:
@@ -50,7 +50,7 @@ def launch_array(args: argparse.Namespace, site: Site) -> int:
             continue
         job = _submit(wave, site, spec.folder, script)
         after = [*queued, job]
-        print(f"job array   {job} ({len(wave)} tasks)" + (", after the one before" if place else ""))
+        print(f"job array   {job} ({len(wave)} tasks)" + (", after the previous array" if place else ""))
         print(f"script      {spec.folder / 'job.sbatch'}")
         print(f"            scancel {job}")
     if args.dry_run:
@@ -65,8 +65,8 @@ def launch_array(args: argparse.Namespace, site: Site) -> int:
 def _waves(
     chosen: list[Plan], plans: list[Plan], jobs: dict[str, slurm.Job]
 ) -> tuple[list[Plan], list[Plan], list[str]]:
-    """Runs that need no other of the folder; those that branch off one that is not complete; jobs of such trunks that are
-    in the queue already."""
+    """(runs that need no other run of the folder; runs that branch off an incomplete trunk; jobs of such trunks that are
+    already in the queue)."""
     waiting = {plan.run.run_dir.resolve() for plan in chosen}
     queued: dict[Path, str] = {}
     for plan in plans:
@@ -80,13 +80,13 @@ def _waves(
 
 
 def _spec_of(plans: list[Plan], args: argparse.Namespace, after: list[str]) -> JobSpec:
-    """The array of ``plans``, which starts when the jobs ``after`` have ended, well or not: a task whose trunk failed says
-    so, the others run."""
+    """The array of ``plans``. It starts when the jobs ``after`` have ended, even if they failed: a task whose trunk failed
+    says so, and the others run."""
     base = (Path.cwd() / args.recipe / "launch").resolve()
     number = 1 + max((int(p.name) for p in base.glob("[0-9]*") if p.name.isdigit()), default=0)
     limit = f"%{args.max_parallel}" if args.max_parallel else ""
-    # Tasks share the array's name: singleton would let them run one after the other. The run folder's lock keeps each
-    # run single.
+    # Tasks share the array's name, so singleton would run them one after the other. The run folder's lock ensures that
+    # each run exists only once.
     given = [part for part in plans[0].spec.dependency.split(",") if part not in ("singleton", "")]
     dependency = ",".join([*given, *(f"afterany:{job}" for job in after)])
     return dataclasses.replace(
@@ -104,7 +104,7 @@ def _choose(plans: list[Plan], jobs: dict[str, slurm.Job]) -> tuple[list[Plan], 
     for plan in plans:
         try:
             known = row(plan.run.run_dir, jobs)
-        except LaunchError:  # never launched, or its launch.json is damaged: launching writes it anew
+        except LaunchError:  # never launched, or its launch.json is damaged: launching rewrites it
             known = {"state": "", "job": ""}
         job = jobs.get(known["job"])
         if known["state"] == "complete" or (job is not None and job.state in slurm.ACTIVE):
@@ -115,7 +115,7 @@ def _choose(plans: list[Plan], jobs: dict[str, slurm.Job]) -> tuple[list[Plan], 
 
 
 def _submit(plans: list[Plan], site: Site, folder: Path, script: str) -> str:
-    """Write and submit one array; its job id."""
+    """Write and submit one array. Returns its job id."""
     for plan in plans:
         prepare.check_room(plan)
     facts = [prepare.write_run(plan, site, local=False) for plan in plans]

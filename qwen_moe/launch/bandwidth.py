@@ -1,4 +1,7 @@
-"""`python -m qwen_moe.launch.bandwidth ATTEMPT LOCAL`: one rank of the preflight's all-reduce, all-to-all and pairs."""
+"""`python -m qwen_moe.launch.bandwidth ATTEMPT LOCAL`: one rank of the preflight's bandwidth test.
+
+The test measures an all-reduce, an all-to-all and transfers between pairs of nodes.
+"""
 
 import os
 import sys
@@ -11,7 +14,7 @@ PAIR_ROUNDS = 3
 
 
 def rounds(nodes: int) -> list[list[tuple[int, int]]]:
-    """A few rounds of disjoint pairs of nodes, with other partners in each (the circle method of tournaments)."""
+    """A few rounds of disjoint pairs of nodes, with new partners in each round (the circle method of tournaments)."""
     places = list(range(nodes)) + ([-1] if nodes % 2 else [])
     found = []
     for _ in range(min(PAIR_ROUNDS, len(places) - 1)):
@@ -43,7 +46,7 @@ def main(folder: str) -> int:
     received = torch.empty_like(data)
 
     def timed(work: "object", repeats: int = 2) -> float:
-        """Seconds of the best of ``repeats`` calls after one to warm up; the slowest rank counts."""
+        """Seconds of the fastest of ``repeats`` calls on the slowest rank, after one warm-up call."""
         best = float("inf")
         for index in range(repeats + 1):
             dist.barrier()
@@ -57,9 +60,9 @@ def main(folder: str) -> int:
                 best = min(best, float(took))
         return best
 
-    gigabytes = elements * 4 * local / 1e9  # of all ranks of a node
+    gigabytes = elements * 4 * local / 1e9  # sum over the ranks of a node
     world = info.world_size
-    share = 2 * (world - 1) / world  # what a ring all-reduce sends, per byte of data
+    share = 2 * (world - 1) / world  # bytes that a ring all-reduce sends, per byte of data
     all_reduce = gigabytes * share / timed(lambda: dist.all_reduce(data))
     all_to_all = gigabytes * (world - 1) / world / timed(lambda: dist.all_to_all_single(received, data))
     pair = float("inf") if nodes == 1 else 0.0
@@ -77,7 +80,7 @@ def main(folder: str) -> int:
 
 
 def _exchange(data: "object", received: "object", peer: int, rank: int) -> float:
-    """Seconds of sending a message both ways with one other rank, the better of two."""
+    """Seconds to exchange a message with another rank, in both directions at once; the better of two tries."""
     import torch
     import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""`qwen-moe launch RECIPE.yaml`: check, write, submit; `--dry-run` prints the script, `--local` does without Slurm."""
+"""`qwen-moe launch RECIPE.yaml`: check, write, submit. `--dry-run` prints the script; `--local` runs without Slurm."""
 
 import argparse
 import dataclasses
@@ -22,40 +22,40 @@ NO_CLUSTER = "note: no Slurm answers here; nothing was checked against a cluster
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser("launch", help="run a recipe on a Slurm cluster (docs/slurm.md); again to go on")
-    parser.add_argument("recipe", type=Path, help="a recipe, or with --array or --local a folder of them")
+    parser = subparsers.add_parser("launch", help="run or resume a recipe on a Slurm cluster (docs/slurm.md)")
+    parser.add_argument("recipe", type=Path, help="a recipe; with --array or --local, also a folder of recipes")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--site", type=Path, help="site file (default: ~/.config/qwen-moe/slurm.toml, if it is there)")
-    parser.add_argument("--dry-run", action="store_true", help="print the sbatch script and the estimates, do nothing")
+    parser.add_argument("--site", type=Path, help="site file (default: ~/.config/qwen-moe/slurm.toml, if it exists)")
+    parser.add_argument("--dry-run", action="store_true", help="only print the sbatch script and the estimates")
     parser.add_argument("--nodes", type=whole(1))
     parser.add_argument("--gpus-per-node", default="", metavar="[TYPE:]NUMBER")
     parser.add_argument("--nproc", type=whole(1), help="processes per node (default: one per GPU, or one)")
-    parser.add_argument("--cpus-per-task", type=whole(1), help="CPUs of each node's processes together (default: all)")
+    parser.add_argument("--cpus-per-task", type=whole(1), help="CPUs for all processes of a node (default: all)")
     parser.add_argument("--partition", default="", metavar="NAME[,NAME...]")
     for name in ("time", "account", "qos", "constraint", "exclude"):
         parser.add_argument(f"--{name}", default="")
-    parser.add_argument("--signal-seconds", type=whole(1), help="how long before the time limit to checkpoint")
-    parser.add_argument("--shared", action="store_true", help="do not ask for whole nodes")
+    parser.add_argument("--signal-seconds", type=whole(1), help="seconds before the time limit to save a checkpoint")
+    parser.add_argument("--shared", action="store_true", help="do not request whole nodes")
     parser.add_argument("--container-image", default="")
     parser.add_argument("--container-mounts", type=lambda text: text.split(","), default=[], metavar="FROM:TO,...")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any option of sbatch")
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any sbatch option")
     parser.add_argument(
-        "--after-ok", action="append", default=[], metavar="RUN|JOB", help="start when that has ended well"
+        "--after-ok", action="append", default=[], metavar="RUN|JOB", help="start after it has succeeded"
     )
     parser.add_argument(
-        "--then", metavar="COMMAND", help="a shell command, as a job of its own on one node, after success"
+        "--then", metavar="COMMAND", help="a shell command to run as a separate one-node job after success"
     )
     parser.add_argument(
-        "--preflight", choices=("full", "quick", "off"), help="test the nodes first (site file, or full)"
+        "--preflight", choices=("full", "quick", "off"), help="test the nodes first (default: site file, or full)"
     )
-    parser.add_argument("--array", action="store_true", help="every recipe of a folder, as one job array")
-    parser.add_argument("--max-parallel", type=whole(1), help="array tasks that run at a time")
-    parser.add_argument("--local", action="store_true", help="the same on this machine, without Slurm")
-    parser.add_argument("--parallel", type=whole(1), help="with --local and a folder: runs at a time (1)")
+    parser.add_argument("--array", action="store_true", help="run every recipe of a folder as one job array")
+    parser.add_argument("--max-parallel", type=whole(1), help="number of array tasks that run at a time")
+    parser.add_argument("--local", action="store_true", help="run on this machine, without Slurm")
+    parser.add_argument("--parallel", type=whole(1), help="with --local and a folder: runs at a time (default: 1)")
     parser.add_argument("--threads", type=whole(1), help="with --local and a folder: threads of each process")
     parser.add_argument(
-        "--retries", type=whole(), help="with --local and a folder: how often a failed run is tried again (2)"
+        "--retries", type=whole(), help="with --local and a folder: retries of a failed run (default: 2)"
     )
     parser.set_defaults(func=run)
 
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
         return launch_array(args, site)
     if args.max_parallel:
-        raise LaunchError("--max-parallel is for --array")
+        raise LaunchError("--max-parallel is for --array: leave it out or add --array")
     if args.local and args.recipe.is_dir():
         from qwen_moe.launch import folder
 
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         return folder.run(args)
     for name in ("parallel", "threads", "retries"):
         if getattr(args, name) is not None:
-            raise LaunchError(f"--{name} is for a folder of recipes with --local")
+            raise LaunchError(f"--{name} is for a folder of recipes with --local: leave it out")
     if args.recipe.is_dir():
         raise LaunchError(
             f"{args.recipe} is a folder: add --local to run its recipes on this machine, or --array for a Slurm job array"
@@ -88,12 +88,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _refuse_with_folder(args: argparse.Namespace) -> None:
-    """Runs of a folder are started with `qwen-moe train` and the recipe's own number of processes."""
+    """Refuse options that a folder's runs ignore: they start with `qwen-moe train` and the recipe's own launch.nproc."""
     given = [name for name in ("nodes", "gpus_per_node", "nproc", "then") if getattr(args, name)]
     if given:
         shown = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise LaunchError(
-            f"{shown}: not with --local and a folder; launch.nproc of each recipe says how many processes"
+            f"{shown}: not with --local and a folder; set the number of processes by launch.nproc of each recipe"
         )
 
 
@@ -120,7 +120,7 @@ def _launch_here(args: argparse.Namespace, site: Site) -> int:
     prepare.write_run(plan, site, local=True)
     shown = shlex.quote(str(plan.run.run_dir))
     _say(f"run folder  {plan.run.run_dir}", f"logs        qwen-moe logs {shown} --follow")
-    # As the script does: the same code, wherever this is called from.
+    # As in the batch script, use this code whatever the current folder is.
     paths = [str(plan.spec.code_root), os.environ.get("PYTHONPATH", "")]
     os.environ |= {**plan.spec.environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return conductor.main(["--run", str(plan.run.run_dir), "--local", "--", plan.spec.python, "-u"])
@@ -164,7 +164,7 @@ def _print_next(job: str, run_dir: Path, then: str) -> None:
 
 
 def _ask_cluster(partition: str, dry_run: bool) -> tuple[Any, Any, list[slurm.Job]]:
-    """The partitions, the accounts and the queue. A dry run does without a cluster, and says so."""
+    """The partitions, the accounts and the queue. A dry run also works without a cluster, and says so."""
     import shutil
 
     if dry_run and shutil.which("sbatch") is None:
@@ -175,20 +175,20 @@ def _ask_cluster(partition: str, dry_run: bool) -> tuple[Any, Any, list[slurm.Jo
     except slurm.SlurmError as error:
         if not dry_run:
             raise
-        # Its commands are installed, but no cluster is configured or up.
+        # Slurm's commands are installed, but no cluster is configured or running.
         _say(NO_CLUSTER, f"note: {error}")
         return None, None, []
 
 
 def _submit_then(command: str, spec: Any, job: str) -> str:
-    """A job of one node that runs ``command`` in a shell after ``job`` has ended well."""
+    """Submit a one-node job that runs ``command`` in a shell after ``job`` has succeeded. Returns its id."""
     lines = [
         "#!/bin/bash",
         f"#SBATCH --job-name={spec.name}-then",
         "#SBATCH --nodes=1",
         "#SBATCH --output=then-%j.out",
         f"#SBATCH --dependency=afterok:{job}",
-        "# Cancelled, not left waiting, when the run does not end well.",
+        "# Cancel this job, instead of letting it wait, if the run fails.",
         "#SBATCH --kill-on-invalid-dep=yes",
         *(
             f"#SBATCH --{n}={shlex.quote(getattr(spec, n))}"

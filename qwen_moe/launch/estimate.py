@@ -1,4 +1,4 @@
-"""What a job will cost and how long it will take: from the run's own metrics where it has some, else from the site file."""
+"""Estimates a job's cost and time from the run's own metrics or, if there are none, from the site file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from qwen_moe.models.flops import flops_per_token
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Seconds until the end of training (None: unknown) and where that comes from; price per GPU-hour times GPU-hours."""
+    """``seconds`` until the end of training (None if unknown) and their ``source``; GPU-hours and the price of one."""
 
     remaining_steps: int
     seconds: float | None
@@ -27,7 +27,7 @@ class Estimate:
     checkpoint_measured: bool
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Human-readable summary."""
         found = [f"steps to do       {self.remaining_steps:,}"]
         if self.seconds is None:
             found.append(f"expected time     unknown: {self.source}")
@@ -46,7 +46,7 @@ class Estimate:
 
 
 def measured_checkpoint_seconds(run: RunFolder) -> float | None:
-    """The longest checkpoint that any rank of any attempt has timed."""
+    """Seconds of the longest checkpoint that any rank of any attempt has measured."""
     found = [
         float(state["checkpoint_seconds"])
         for attempt in run.attempts()
@@ -58,7 +58,7 @@ def measured_checkpoint_seconds(run: RunFolder) -> float | None:
 
 
 def estimate(config: RunConfig, spec: JobSpec, hardware: Hardware, run_dir: Path) -> Estimate:
-    """What is known before the job starts."""
+    """Estimate a job before it starts."""
     run = RunFolder(run_dir)
     record, _ = last_metrics(run_dir)
     remaining = max(0, config.train_steps - run.saved_step())

@@ -1,4 +1,7 @@
-"""`qwen-moe launch FOLDER --local`: every recipe of a folder on this machine, some at a time; again for the rest."""
+"""`qwen-moe launch FOLDER --local`: trains every recipe of a folder on this machine, some at a time.
+
+The same command again continues with the runs that are not complete.
+"""
 
 import argparse
 import json
@@ -24,7 +27,7 @@ TRAIN = (sys.executable, "-m", "qwen_moe", "train")
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A recipe of the folder, the run that it makes, and the name of the one whose checkpoint it goes on from."""
+    """A recipe of the folder, its config, and the name of the run that it branches from (``after``)."""
 
     path: Path
     config: RunConfig
@@ -36,7 +39,7 @@ class Entry:
 
 
 def recipes(folder: Path) -> list[Path]:
-    """In order of their names. Raises LaunchError when there are none."""
+    """The recipes of a folder, sorted by name. Raises LaunchError if there are none."""
     if not folder.is_dir():
         raise LaunchError(f"{folder} is not a folder: give a folder of recipes (*.yaml), or one recipe")
     found = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
@@ -46,13 +49,13 @@ def recipes(folder: Path) -> list[Path]:
 
 
 def trunk_of(config: RunConfig) -> Path | None:
-    """The run folder whose checkpoint ``config`` goes on from."""
+    """The run folder whose checkpoint ``config`` branches from."""
     start = config.checkpoint.branch_from
     return (Path.cwd() / start).resolve().parents[1] if start is not None else None
 
 
 def open_folder(folder: Path, overrides: Iterable[str]) -> list[Entry]:
-    """Every recipe; each must have a run folder of its own. Raises LaunchError, UserError."""
+    """Every recipe of a folder; each must have its own run folder. Raises LaunchError, UserError."""
     loaded = [(path, load_config(path, list(overrides))) for path in recipes(folder)]
     owners: dict[Path, str] = {}
     for path, config in loaded:
@@ -67,8 +70,9 @@ def open_folder(folder: Path, overrides: Iterable[str]) -> list[Entry]:
 
 
 def is_complete(entry: Entry) -> bool:
-    """Every step is done and saved, with the recipe's settings. False where only the length differs and nothing beyond it is
-    done: the run itself knows whether it may go on with another. Raises LaunchError when a finished run had others."""
+    """True if every step is done and saved, with the recipe's settings. False if only the length differs and no step beyond
+    the recipe's is done: the run itself decides whether its length may change. Raises LaunchError if a finished run had
+    other settings."""
     from qwen_moe.runs.identity import Rule, rule_of
     from qwen_moe.runs.outcome import changed_settings
 
@@ -81,13 +85,13 @@ def is_complete(entry: Entry) -> bool:
     if changed:
         raise LaunchError(
             f"{config.run_dir} holds a finished run with other settings than {entry.path}: {'; '.join(map(str, changed))}. "
-            "Give the recipe another run_dir, or move that run away"
+            "Give the recipe another run_dir, or move that run elsewhere"
         )
     return True
 
 
 def has_diverged(entry: Entry) -> str:
-    """Why the run stopped for good, where it did: another attempt would meet the same step again."""
+    """Why the run diverged; "" if it did not. It is not retried, because another attempt would meet the same step."""
     from qwen_moe.runs.outcome import difference, read_outcome
 
     found = read_outcome(entry.config, entry.config.run_dir)
@@ -119,7 +123,7 @@ def _task(entry: Entry, folder: Path, threads: int, overrides: list[str]) -> Tas
 
 
 def _prepare_data(entries: list[Entry]) -> None:
-    """Once, before runs side by side would all begin to. Raises UserError."""
+    """Prepare shared data once, before concurrent runs race to do it. Raises UserError."""
     wanted: dict[str, RunConfig] = {}
     for entry in entries:
         if entry.config.data.prepare is not None:
@@ -134,10 +138,10 @@ def _prepare_data(entries: list[Entry]) -> None:
 def launch_folder(
     folder: Path, *, overrides: list[str], parallel: int, threads: int, retries: int, dry_run: bool = False
 ) -> dict[str, Result]:
-    """Run what is not complete; a result for every recipe. ``threads`` 0: the machine's cores divided among the runs."""
+    """Run what is not complete, and return a result for every recipe. With ``threads`` 0, the runs share the cores."""
     entries = open_folder(folder, overrides)
     if not threads and parallel > 1:
-        # Not by the load of the moment: the folder runs for long, and its runs should all have the same.
+        # Ignore the current load: the folder runs for a long time, and all its runs should have the same thread count.
         most = parallel * max(entry.config.launch.nproc for entry in entries)
         threads = choose_threads(most, load=False).count
     complete = [entry for entry in entries if is_complete(entry)]
@@ -195,6 +199,6 @@ def run(args: argparse.Namespace) -> int:
         if result.state in ("failed", "blocked"):
             print(f"{name} {result.state}: {result.why}", file=sys.stderr)
     if "stopped" in states:
-        print("stopped; the same command goes on from there", file=sys.stderr)
+        print("stopped; the same command continues from there", file=sys.stderr)
         return INTERRUPTED
     return 1 if set(states) - {"complete"} else 0

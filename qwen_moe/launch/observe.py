@@ -1,4 +1,4 @@
-"""`qwen-moe status|logs|cancel`: look at launched runs, and stop them."""
+"""`qwen-moe status|logs|cancel`: show launched runs and stop them."""
 
 import argparse
 import json
@@ -15,14 +15,16 @@ from qwen_moe.options import whole
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser("status", help="how launched runs are doing: queue, attempts, step, loss, ETA")
-    parser.add_argument("runs", nargs="*", type=Path, help="run folders, or folders of them (default: runs and .)")
+    parser = subparsers.add_parser("status", help="show launched runs: queue, attempts, step, loss, ETA")
+    parser.add_argument(
+        "runs", nargs="*", type=Path, help="run folders, or folders that hold them (default: runs and .)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON list on stdout")
     parser.set_defaults(func=show_status)
 
-    parser = subparsers.add_parser("logs", help="the ranks' logs of a launched run, oldest line first")
+    parser = subparsers.add_parser("logs", help="print the ranks' logs of a launched run, oldest line first")
     parser.add_argument("run", type=Path)
-    parser.add_argument("--follow", action="store_true", help="go on with what comes, until the run has ended")
+    parser.add_argument("--follow", action="store_true", help="also print new lines until the run has ended")
     parser.add_argument("--rank", type=whole())
     parser.add_argument("--attempt", type=whole(), help="default: the last one")
     parser.set_defaults(func=show_logs)
@@ -46,7 +48,7 @@ def show_status(args: argparse.Namespace) -> int:
     elif rows:
         print(status.table(rows, Path.cwd()))
         if any(row["last"] == unasked for row in rows) and unasked:
-            print(f"note: {unasked}: what only it knows is shown as unknown", file=sys.stderr)
+            print(f"note: {unasked}; states that only Slurm knows are shown as unknown", file=sys.stderr)
     else:
         print("no launched runs here", file=sys.stderr)
     return 0
@@ -55,7 +57,7 @@ def show_status(args: argparse.Namespace) -> int:
 def show_logs(args: argparse.Namespace) -> int:
     run = RunFolder(args.run)
     while args.follow and args.attempt is None and run.facts() and not run.attempts():
-        time.sleep(0.5)  # it waits in the queue
+        time.sleep(0.5)  # the job waits in the queue
     attempt = logs.choose_attempt(run, args.attempt)
     lines = logs.follow(run, attempt, args.rank) if args.follow else logs.merged(attempt, args.rank)
     try:

@@ -1,4 +1,4 @@
-"""From a recipe, a site file and the command line to a job that may be submitted, or to one message why not."""
+"""Turns a recipe, a site file and the command line into a job that can be submitted, or into one message why not."""
 
 import argparse
 import getpass
@@ -28,7 +28,7 @@ from qwen_moe.launch.estimate import Estimate, estimate
 from qwen_moe.launch.redact import redact
 from qwen_moe.runs.sinks import check_recorders
 
-# Defaults of the user's shell that sbatch reads: taken into the script, so that they are checked and seen.
+# Defaults of the user's shell that sbatch reads. They are written into the script, so that they are checked and visible.
 _SBATCH = {
     "account": "SBATCH_ACCOUNT",
     "partition": "SBATCH_PARTITION",
@@ -38,8 +38,8 @@ _SBATCH = {
     "gpus_per_node": "SBATCH_GPUS_PER_NODE",
 }
 CODE_ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("qwen_moe", "parallel", "launchers", "scaling_laws")  # whose code a run keeps, and nodes compare
-AGENT = "qwen_moe.launch.agent"  # what the conductor starts on every node
+PACKAGES = ("qwen_moe", "parallel", "launchers", "scaling_laws")  # a run keeps their code, and nodes compare it
+AGENT = "qwen_moe.launch.agent"  # the module that the conductor starts on every node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Plan:
 
 
 def job_name(run_dir: Path) -> str:
-    """Readable, safe for every shell and for Slurm's patterns, and different for every run folder."""
+    """A name that is readable, safe for shells and for Slurm's patterns, and different for every run folder."""
     clean = re.sub(r"[^A-Za-z0-9._-]+", "-", run_dir.name).strip("-.")[:40] or "run"
     return f"{clean}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:6]}"
 
@@ -64,7 +64,8 @@ def absolute(config: RunConfig) -> RunConfig:
 
 
 def build_spec(config: RunConfig, site: Site, args: argparse.Namespace) -> JobSpec:
-    """The command line over the site file; in each, free options that have a field stand over that field's own key."""
+    """The job's options. The command line overrides the site file, and the site file's sbatch_args override its keys. An
+    option and a `--sbatch` that contradict each other are refused."""
     free, others = take_known(args.sbatch)
     site_free, site_others = take_known(site.slurm.sbatch_args)
     for name, value in free.items():
@@ -115,7 +116,7 @@ def build_spec(config: RunConfig, site: Site, args: argparse.Namespace) -> JobSp
 
 
 def _gres(request: str, *given: str) -> str:
-    """The `--gres` to write: the first that was given. Its GPUs are left out where others were asked for elsewhere."""
+    """The `--gres` to write: the first one given. If other GPUs were requested elsewhere, they replace its GPUs."""
     text = next(filter(None, given), "")
     gpus, rest = gpus_in_gres(text)
     if not text or gpus == request:
@@ -129,7 +130,7 @@ def _job_of(text: str) -> str:
         return text
     job = RunFolder(Path(text)).facts().get("job")
     if not job:
-        raise LaunchError(f"--after-ok {text}: that run has no job")
+        raise LaunchError(f"--after-ok {text}: that run has no job; launch it first, or give a job id")
     return str(job)
 
 
@@ -141,13 +142,13 @@ def check_world(config: RunConfig, world_size: int) -> None:
 
 
 def check(plan: Plan, partitions: list[slurm.Partition] | None, accounts: Any) -> None:
-    """Everything that can be refused before submitting, in one message."""
+    """Check everything that can be refused before submitting; one error lists all problems."""
     spec, problems = plan.spec, []
     try:
         check_world(plan.config, spec.nodes * spec.processes_per_node)
     except UserError as error:
         problems.append(f"{spec.nodes} nodes x {spec.processes_per_node} processes: {error}")
-    if spec.python == sys.executable and not spec.container_image:  # another interpreter has packages of its own
+    if spec.python == sys.executable and not spec.container_image:  # another interpreter has other packages
         try:
             check_recorders(plan.config)
         except UserError as error:
@@ -161,7 +162,7 @@ def check(plan: Plan, partitions: list[slurm.Partition] | None, accounts: Any) -
 
 
 def check_not_running(run: RunFolder, name: str, jobs: list[slurm.Job]) -> None:
-    """Raises LaunchError when the run has a job in the queue, or a process here works on it."""
+    """Raises LaunchError if the run has a job in the queue, or a process on this machine works on it."""
     facts = read_object(run.facts_file) or {}
     found = refuse.already_active(str(facts.get("job") or ""), name, jobs)
     if found is not None:
@@ -174,7 +175,7 @@ def check_not_running(run: RunFolder, name: str, jobs: list[slurm.Job]) -> None:
 
 
 def check_room(plan: Plan) -> None:
-    """Raises LaunchError when the run folder cannot be written, UserError when its disk has no room for checkpoints."""
+    """Raises LaunchError if the run folder cannot be written, and UserError if its disk has no space for checkpoints."""
     from qwen_moe.checkpoint.preflight import check_disk_space
 
     folder = plan.run.launch
@@ -191,13 +192,13 @@ def check_room(plan: Plan) -> None:
 
 
 def groups(config: RunConfig) -> dict[str, int]:
-    """Sizes, in consecutive ranks, of the groups that talk most: for the placement."""
+    """Sizes, in consecutive ranks, of the groups that communicate most; used for the placement."""
     parallel = config.parallel
     return {"tp": parallel.tp, "ep": parallel.ep * parallel.etp}
 
 
 def write_run(plan: Plan, site: Site, *, local: bool) -> dict[str, Any]:
-    """Everything that the run's processes read and a person wants to know later. Returns launch.json's content."""
+    """Write what the run's processes read and what a person may want to know later. Returns launch.json's content."""
     run, spec = plan.run, plan.spec
     (run.launch / "cancelled.json").unlink(missing_ok=True)
     write_text(run.launch / "recipe.yaml", dump_config(plan.config))
@@ -231,7 +232,7 @@ def write_run(plan: Plan, site: Site, *, local: bool) -> dict[str, Any]:
 
 
 def plan_run(config: RunConfig, site: Site, args: argparse.Namespace) -> Plan:
-    """Put together, not yet checked."""
+    """Put a run's plan together, without checking it."""
     config = absolute(config)
     spec = build_spec(config, site, args)
     return Plan(

@@ -1,4 +1,5 @@
-"""`python -m qwen_moe.launch.rank ATTEMPT LOCAL`: one rank of a launched run; its log, stack, heartbeat and last words."""
+"""`python -m qwen_moe.launch.rank ATTEMPT LOCAL`: one rank of a launched run, with its log, stack, heartbeat and error
+report."""
 
 import faulthandler
 import os
@@ -18,7 +19,7 @@ from launchers.local.supervisor import INTERRUPTED, USER_ERROR
 
 
 def take_output(path: Path) -> None:
-    """All output of this process, also that of C libraries, goes to ``path``, which the agent copies line by line."""
+    """Redirect all output of this process, also from C libraries, to ``path``, which the agent copies line by line."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -28,7 +29,7 @@ def take_output(path: Path) -> None:
 
 
 def share_of_cpus(local_rank: int, local_world_size: int) -> None:
-    """Bind this process to its part of the node's CPUs where there are enough."""
+    """Bind this process to its share of the node's CPUs, if there is at least one per process."""
     if not hasattr(os, "sched_getaffinity"):
         return
     cpus = sorted(os.sched_getaffinity(0))
@@ -44,9 +45,9 @@ def main(folder: str, local: str) -> int:
     name = rank_name(rank)
     take_output(Path(local) / f"{name}.log")
     stacks = (attempt.folder / "stacks" / f"{name}.txt").open("a", encoding="utf-8")
-    faulthandler.enable()  # a crash in C: its stack ends the log
+    faulthandler.enable()  # after a crash in C, the log ends with its stack
     faulthandler.register(signal_number(plan["survive"]["stack_signal"]), file=stacks, all_threads=True)
-    # Until the training loop listens: a warning that comes now is repeated.
+    # Ignored until the training loop handles them: the conductor repeats its warning.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal_number(plan["survive"]["checkpoint_signal"]), signal.SIG_IGN)
     heart = Heartbeat(Path(local) / f"{name}.json", rank)
@@ -54,7 +55,7 @@ def main(folder: str, local: str) -> int:
     try:
         code = _train(plan, attempt, heart, rank)
     except Exception as error:
-        return _last_words(attempt, rank, error)
+        return _report_failure(attempt, rank, error)
     heart.phase("ended")
     return code
 
@@ -78,8 +79,8 @@ def _train(plan: dict, attempt: Attempt, heart: Heartbeat, rank: int) -> int:
     return 0
 
 
-def _last_words(attempt: Attempt, rank: int, error: Exception) -> int:
-    """Report why this rank failed; a user's error without a traceback."""
+def _report_failure(attempt: Attempt, rank: int, error: Exception) -> int:
+    """Report why this rank failed; a user's error gets no traceback. Returns the exit code."""
     from qwen_moe.errors import UserError, explain_os_error
 
     now = time.time()
@@ -107,4 +108,4 @@ if __name__ == "__main__":
     code = main(sys.argv[1], sys.argv[2])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # threads of gloo or of a checkpoint in flight must not keep a failed process alive
+    os._exit(code)  # threads of gloo or of a checkpoint being written must not keep a failed process alive

@@ -1,4 +1,4 @@
-"""The launcher's own rules for secrets, and over them those of detect-secrets, for texts on shared disks."""
+"""Removes secrets from texts on shared disks, by the launcher's own rules and then by those of detect-secrets."""
 
 from functools import cache
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 from launchers.folder.secrets import REMOVED
 from launchers.folder.secrets import redact as by_own_rules
 
-_LONGEST_LINE = 20_000  # of data, not of code: detectors take seconds over a megabyte
+_LONGEST_LINE = 20_000  # longer lines are data, not code, and detectors take seconds per megabyte
 
 
 @cache
 def _detectors() -> tuple[Any, ...]:
-    """Detectors of shapes. Not those of high entropy in hexadecimals (a git hash has it) and of public IP addresses."""
+    """Detectors of shapes, without those of high-entropy hexadecimals (git hashes look like that) and of public IPs."""
     from detect_secrets.plugins import (
         artifactory,
         aws,
@@ -64,7 +64,7 @@ def _detectors() -> tuple[Any, ...]:
 
 
 def redact(text: str) -> str:
-    """``text`` without what either set of rules takes for a secret."""
+    """``text`` without what either set of rules considers a secret."""
     return "\n".join(_line(line) for line in by_own_rules(text).split("\n"))
 
 

@@ -1,1 +1,1 @@
-"""`qwen-moe pipeline`: from a recipe of a large run to its job, through the ladder that its learning rate is read from."""
+"""`qwen-moe pipeline`: from the recipe of a large run to its job, with a ladder that finds its learning rate."""

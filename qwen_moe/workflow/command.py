@@ -1,7 +1,7 @@
-"""`qwen-moe pipeline RECIPE`: prepare, ladder, run, collect, fit, recommend, plan, launch; again to go on.
+"""`qwen-moe pipeline RECIPE`: prepare, ladder, run, collect, fit, recommend, plan, launch.
 
-Every step is recorded when it is done, with what it was made from. The same command goes on after the last one; a step
-whose inputs have changed is done again, with all after it, and what changed is named.
+Every finished step is recorded with its inputs. The same command continues after the last finished step. A step whose
+inputs have changed is done again, with all steps after it, and a message names what changed.
 """
 
 import argparse
@@ -24,30 +24,34 @@ NAMES = ("prepare", "ladder", "run", "collect", "fit", "recommend", "plan", "lau
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser("pipeline", help="from a recipe to its job, by way of small runs; again to go on")
-    parser.add_argument("recipe", type=Path, help="of the large run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="everything is kept there (runs/RECIPE-pipeline)")
-    parser.add_argument("--flops-budget", type=number(above=0), help="of all small runs together, 6 N_active D")
-    parser.add_argument("--until", choices=NAMES, metavar="STEP", help=f"stop after it: {', '.join(NAMES)}")
-    parser.add_argument("--redo", choices=NAMES, metavar="STEP", help="do it again, and all after it")
-    parser.add_argument("--yes", action="store_true", help="do not ask before what is expensive")
-    parser.add_argument(
-        "--loss", choices=("train", "validation"), default="train", help="of the small runs, for the fit"
+    parser = subparsers.add_parser(
+        "pipeline", help="go from a recipe to its job with the help of small runs; resumable"
     )
-    parser.add_argument("--parallel", type=whole(1), help="small runs at a time on this machine (1)")
-    parser.add_argument("--threads", type=whole(1), help="threads of each of their processes")
-    parser.add_argument("--slurm", action="store_true", help="the small runs as a Slurm job array instead")
+    parser.add_argument("recipe", type=Path, help="the recipe of the large run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder for everything (default: runs/RECIPE-pipeline)"
+    )
+    parser.add_argument("--flops-budget", type=number(above=0), help="FLOPs of all small runs together, 6 N_active D")
+    parser.add_argument("--until", choices=NAMES, metavar="STEP", help=f"stop after this step: {', '.join(NAMES)}")
+    parser.add_argument("--redo", choices=NAMES, metavar="STEP", help="do this step and all later steps again")
+    parser.add_argument("--yes", action="store_true", help="do not ask before expensive steps")
+    parser.add_argument(
+        "--loss", choices=("train", "validation"), default="train", help="the loss of small runs that the fit uses"
+    )
+    parser.add_argument("--parallel", type=whole(1), help="small runs at a time on this machine (default: 1)")
+    parser.add_argument("--threads", type=whole(1), help="threads of each process of a small run")
+    parser.add_argument("--slurm", action="store_true", help="run the small runs as a Slurm job array")
     parser.add_argument("--skip-failed", action="store_true", help="fit without the small runs that failed")
     parser.add_argument("--accept-extrapolation", action="store_true", help="see `scaling recommend`")
     parser.add_argument(
-        "--gpus", type=whole(0, MOST_PROCESSES), default=0, help="of the large run: plan its layout and its job"
+        "--gpus", type=whole(0, MOST_PROCESSES), default=0, help="GPUs of the large run: plan its layout and its job"
     )
     parser.add_argument("--gpu", default="h100-80gb")
     parser.add_argument("--gpus-per-node", type=whole(1, MOST_PROCESSES), default=8)
     parser.add_argument("--time", default="", help="time limit of jobs")
     parser.add_argument("--site", type=Path, help="site file, see docs/slurm.md")
-    parser.add_argument("--submit", action="store_true", help="submit the job, instead of writing its script")
+    parser.add_argument("--submit", action="store_true", help="submit the job instead of only writing its script")
     parser.set_defaults(func=run, needs=("scipy", "pandas", "matplotlib"))
 
 
@@ -55,11 +59,11 @@ def _check(args: argparse.Namespace) -> None:
     if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
         raise UserError(f"--gpus {args.gpus}: give a multiple of --gpus-per-node {args.gpus_per_node} (whole nodes)")
     if args.submit and not args.gpus:
-        raise UserError("--submit needs --gpus: how many the job shall have")
+        raise UserError("--submit needs --gpus: give the number of GPUs to request")
 
 
 def run(args: argparse.Namespace) -> int:
-    """``args.build_parser`` makes the parser of all verbs, which steps are run with."""
+    """Run the steps. ``args.build_parser`` makes the parser of all verbs, which steps are called with."""
     from qwen_moe.config import load_config
     from qwen_moe.workflow.page import write_page
     from qwen_moe.workflow.state import State
@@ -82,14 +86,15 @@ def run(args: argparse.Namespace) -> int:
                     return 0
             except Stopped as stopped:
                 code = int(stopped.args[0])
-                again = "the same command goes on with it"
+                again = "the same command continues with it"
                 print(f"stopped in step {step.name} ({again})", file=sys.stderr)
                 return INTERRUPTED if code == INTERRUPTED else code
             finally:
                 write_page(at)
             if args.until == step.name:
                 print(
-                    f"stopped after {step.name}, as --until says; the same command without it goes on", file=sys.stderr
+                    f"stopped after {step.name}, as --until says; the same command without --until continues",
+                    file=sys.stderr,
                 )
                 break
         print(folder / "pipeline.md")
@@ -99,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _redo(at: "Context", first: str) -> None:
-    """Forget a step and all after it; a ladder that is there is moved aside, not deleted."""
+    """Forget a step and all steps after it. An existing ladder is moved aside, not deleted."""
     from qwen_moe.workflow.steps import LADDER
 
     at.state.forget(list(NAMES[NAMES.index(first) :]))
@@ -118,7 +123,7 @@ def _move_aside(folder: Path) -> None:
 
 
 def _one(at: "Context", step: "Step", title: str) -> bool:
-    """Do a step, unless it is done. False: the user does not want to go on. Raises UserError, Stopped."""
+    """Do a step unless it is done. Returns False if the user does not want to continue. Raises UserError, Stopped."""
     from qwen_moe.workflow.state import shown
 
     inputs = step.inputs(at)
@@ -128,25 +133,25 @@ def _one(at: "Context", step: "Step", title: str) -> bool:
         return True
     if changes and step.keeps:
         raise UserError(
-            f"the {step.name} of {at.folder} was made from other inputs: {shown(changes)}. Put them back to go on with it; "
-            f"--redo {step.name} makes a new one (the old is kept beside it); or give another --output"
+            f"the {step.name} of {at.folder} was made from other inputs: {shown(changes)}. Restore them to continue, "
+            f"use --redo {step.name} to make a new one (the old one is kept beside it), or give another --output"
         )
     again = f" again, because {shown(changes)}" if changes else ""
     print(f"{title}: {step.what}{again}", file=sys.stderr)
     if changes is None and step.keeps:
-        _move_aside(at.folder / step.name)  # half made: a step that is done is recorded
+        _move_aside(at.folder / step.name)  # it is incomplete, because a finished step would be recorded
     if step.cost is not None and (step.name == "run" or at.args.submit) and not _confirmed(at, step):
         return False
     at.commands = []
     begun = time.monotonic()
     facts = step.do(at)
-    # Asked again: a step may have written what it counts among its inputs.
+    # Compute the inputs again: a step may have written some of its own inputs.
     at.state.finish(step.name, step.inputs(at), facts, at.commands, time.monotonic() - begun)
     return True
 
 
 def _confirmed(at: "Context", step: "Step") -> bool:
-    """Say what the step will cost; ask, unless --yes. Raises UserError where there is nobody to ask."""
+    """Print what the step will cost, and ask unless --yes is given. Raises UserError if there is no terminal to ask on."""
     assert step.cost is not None
     lines = step.cost(at)
     for line in lines:
@@ -155,10 +160,10 @@ def _confirmed(at: "Context", step: "Step") -> bool:
         return True
     if not sys.stdin.isatty():
         raise UserError(
-            f"step {step.name} is expensive ({'; '.join(lines)}) and there is no terminal to ask on: add --yes to agree, or "
+            f"step {step.name} is expensive ({'; '.join(lines)}), and there is no terminal to ask on: add --yes, or "
             f"--until {NAMES[NAMES.index(step.name) - 1]} to stop before it"
         )
-    print("  go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    print("  continue? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() in ("y", "yes"):
         return True
     print(f"stopped before {step.name}; the same command asks again", file=sys.stderr)

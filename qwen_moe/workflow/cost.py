@@ -1,4 +1,4 @@
-"""What a ladder's runs will take on this machine: from the speed of those that ran, else from a matmul timed now."""
+"""Estimates what a ladder's runs will cost on this machine: from complete runs or, without them, from a timed matmul."""
 
 from pathlib import Path
 
@@ -6,19 +6,19 @@ from launchers.folder.run_folder import last_metrics
 from qwen_moe.launch.folder import is_complete, open_folder
 from qwen_moe.models.flops import flops_per_token
 
-START_SECONDS = 10.0  # of a process, before its first step and after its last
-UTILISATION = 0.1  # of the matmul speed, that small models reach on a CPU
+START_SECONDS = 10.0  # a process's time before its first step and after its last
+UTILISATION = 0.1  # the share of the matmul speed that small models reach on a CPU
 
 
 def span(seconds: float) -> str:
-    """For people."""
+    """Human-readable duration."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def ladder_cost(folder: Path, parallel: int, slurm: bool) -> list[str]:
-    """Lines: how many runs, their FLOPs, and how long that takes here."""
+    """Lines that say how many runs are left, their FLOPs, and how long they take on this machine."""
     work, left, speeds = 0.0, 0, []
     entries = open_folder(folder, [])
     for entry in entries:
@@ -32,14 +32,14 @@ def ladder_cost(folder: Path, parallel: int, slurm: bool) -> list[str]:
         step = int(start.name.removeprefix("step_")) if start is not None else 0
         tokens = (config.train_steps - step) * config.tokens_per_step
         work += flops_per_token(config.model, config.data.sequence_length).training * tokens
-    lines = [f"{left} of {len(entries)} runs are to be trained, {work:.3g} FLOPs with embedding and head"]
+    lines = [f"{left} of {len(entries)} runs have to be trained, {work:.3g} FLOPs with embedding and head"]
     if slurm:
         return [*lines, "on Slurm, as a job array"]
     if not left:
         return lines
     speeds = sorted(speed for speed in speeds if speed)
     if speeds:
-        speed, source = speeds[len(speeds) // 2], "measured in the runs that are complete"
+        speed, source = speeds[len(speeds) // 2], "measured in the complete runs"
     else:
         from torch import device, float32
 

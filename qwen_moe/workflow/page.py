@@ -1,4 +1,4 @@
-"""`pipeline.md`: on one page, what was decided and why, with the pictures and the commands that repeat each step."""
+"""`pipeline.md`: one page that shows what was decided and why, with pictures and the commands that repeat each step."""
 
 import time
 from collections.abc import Callable
@@ -12,7 +12,7 @@ PAGE = "pipeline.md"
 
 
 def write_page(at: Context) -> None:
-    """From what is recorded; atomically."""
+    """Write the page from the recorded state, atomically."""
     from qwen_moe.models.flops import count_parameters
 
     config, size = at.config, count_parameters(at.config.model)
@@ -48,11 +48,11 @@ def _prepare(at: Context, facts: dict[str, Any]) -> list[str]:
 def _ladder(at: Context, facts: dict[str, Any]) -> list[str]:
     deviation = facts["log_deviation"]
     lines = [
-        f"{facts['runs']} runs in {facts['groups']} groups, {facts['flops']:.3g} FLOPs in all. Groups were chosen for the "
-        "largest fall, per FLOP, of what not knowing learning rate and batch size is expected to cost the large run: "
-        f"{facts['expected_excess_before']:.3%} of its loss with published laws alone, {facts['expected_excess_after']:.3%} "
-        f"after these runs (learning rate known to a factor of {2.71828 ** deviation['learning_rate']:.2f}, batch size to "
-        f"{2.71828 ** deviation['batch_size']:.2f}).",
+        f"{facts['runs']} runs in {facts['groups']} groups, {facts['flops']:.3g} FLOPs in all. The large run is expected to "
+        "lose something because its best learning rate and batch size are not known exactly. Groups were chosen to reduce "
+        f"this loss most per FLOP: from {facts['expected_excess_before']:.3%} of its loss with published laws alone to "
+        f"{facts['expected_excess_after']:.3%} after these runs (learning rate known to a factor of "
+        f"{2.71828 ** deviation['learning_rate']:.2f}, batch size to {2.71828 ** deviation['batch_size']:.2f}).",
         "",
         "| N | activated | tokens | runs | FLOPs |",
         "|---|---|---|---|---|",
@@ -82,8 +82,8 @@ def _collect(at: Context, facts: dict[str, Any]) -> list[str]:
 def _fit(at: Context, facts: dict[str, Any]) -> list[str]:
     lines = [f"{facts['runs']} runs in {facts['groups']} groups of equal size and duration, {facts['sizes']} sizes."]
     law = facts["loss_law"]
-    lines.append(f"Loss law: {law['form']}." if law else "No loss law: the runs do not tell one.")
-    lines += ["How far it holds: [report](fit/report.md).", ""]
+    lines.append(f"Loss law: {law['form']}." if law else "No loss law: these runs do not determine one.")
+    lines += ["The [report](fit/report.md) says how far to trust it.", ""]
     lines += [f"* {warning}" for warning in facts["warnings"]]
     return lines + ["", *(f"![{name}]({FIT}/{name})" for name in facts["pictures"])]
 

@@ -1,4 +1,4 @@
-"""What a pipeline has done: for each step what it was made from and what it found; one JSON file, written whole."""
+"""What a pipeline has done: the inputs and results of each step, in one JSON file that is written atomically."""
 
 import hashlib
 import time
@@ -25,27 +25,27 @@ class State:
 
     @classmethod
     def open(cls, folder: Path) -> "State":
-        """Raises UserError for a file that is damaged, or a folder that holds something else."""
+        """Read the state of ``folder``. Raises UserError if the file is damaged or the folder holds something else."""
         path = folder / STATE
         if not path.exists():
             others = [entry.name for entry in folder.iterdir() if entry.name != "lock"] if folder.is_dir() else []
             if others:
                 raise UserError(
-                    f"--output {folder} holds {others[0]} and no {STATE}: give a new folder, or that of an earlier pipeline"
+                    f"--output {folder} contains {others[0]} and no {STATE}: give a new folder, or an earlier pipeline's"
                 )
             return cls(folder)
         found = read_json(path)
         if not isinstance(found, dict) or not isinstance(found.get("steps"), dict):
-            raise UserError(f"{path} is damaged: move it away to begin again (runs that are complete are not repeated)")
+            raise UserError(f"{path} is damaged: move it away to begin again (complete runs are not repeated)")
         return cls(folder, found["steps"])
 
     def facts(self, step: str) -> dict[str, Any]:
-        """What ``step`` found; empty when it is not done."""
+        """The results of ``step``; empty if it is not done."""
         return dict(self.steps.get(step, {}).get("facts", {}))
 
     def changes(self, step: str, inputs: Mapping[str, Any]) -> list[str] | None:
-        """None: not done. Else what differs from the inputs that ``step`` was done with, by name. Settings that do not tell
-        runs apart were among the inputs of earlier versions."""
+        """None if ``step`` is not done; otherwise descriptions of the inputs that have changed since. Settings that do not
+        distinguish runs are ignored: earlier versions recorded them as inputs."""
         if step not in self.steps:
             return None
         before = self.steps[step]["inputs"]
@@ -55,8 +55,8 @@ class State:
     def finish(
         self, step: str, inputs: Mapping[str, Any], facts: Mapping[str, Any], commands: list[str], seconds: float
     ) -> None:
-        """Record a step that is done; written before this returns."""
-        self.steps.pop(step, None)  # the order is that of doing
+        """Record a finished step; the file is written before this returns."""
+        self.steps.pop(step, None)  # steps are kept in the order in which they were done
         self.steps[step] = {
             "inputs": dict(inputs),
             "facts": dict(facts),
@@ -82,7 +82,7 @@ def _changed(name: str, before: Any, now: Any) -> str:
 
 
 def content(path: Path) -> str:
-    """A hash of a file, or of every recipe and table of a folder; empty when there is nothing."""
+    """A hash of a file, or of every recipe and table of a folder; empty if there is nothing."""
     if path.is_dir():
         files = sorted([*path.glob("*.yaml"), *path.glob("*.csv"), *path.glob("*.json")])
     else:
@@ -94,7 +94,7 @@ def content(path: Path) -> str:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
+    """Flatten nested settings into dotted names."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"

@@ -1,6 +1,6 @@
-"""The steps of a pipeline: what each is made from, which commands it is, and what is kept of what they find.
+"""The steps of a pipeline: the inputs of each, the commands it runs, and the results it keeps.
 
-A step is commands of `qwen-moe`, called as from a shell: whatever the pipeline does can be done, and repeated, by hand.
+A step calls commands of `qwen-moe` as from a shell, so everything that the pipeline does can also be done by hand.
 """
 
 import argparse
@@ -32,12 +32,12 @@ RUNS, FIT, LADDER, RECOMMENDED, RECIPE, SCRIPT = (
 
 
 class Stopped(Exception):
-    """A command ended without finishing its step; the exit code."""
+    """A command ended without finishing its step; the argument is the exit code."""
 
 
 @dataclass
 class Context:
-    """What steps work with. ``commands``: those that the current step has called."""
+    """What steps work with. ``commands`` are the ones that the current step has called."""
 
     args: argparse.Namespace
     config: RunConfig
@@ -50,7 +50,7 @@ class Context:
         return self.state.folder
 
     def call(self, *arguments: str, captured: bool = True) -> str:
-        """Run a command of `qwen-moe` in this process; its stdout. Raises Stopped unless it ends well."""
+        """Run a command of `qwen-moe` in this process and return its stdout. Raises Stopped unless it succeeds."""
         self.commands.append(shlex.join(["qwen-moe", *arguments]))
         parsed = self.parser.parse_args(list(arguments))
         output = io.StringIO()
@@ -66,7 +66,8 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """``costly``: asks before it begins. ``keeps``: what it made is worth more than to be made again unasked."""
+    """``cost``: lines about an expensive step, which asks before it begins. ``keeps``: expensive output, never made again
+    without --redo."""
 
     name: str
     what: str
@@ -81,7 +82,7 @@ def _prepare_inputs(at: Context) -> dict[str, Any]:
 
 
 def _prepare(at: Context) -> dict[str, Any]:
-    """Tokenise what the recipe asks for, or look at what is there."""
+    """Tokenize the corpus that the recipe names, or check existing data."""
     data, found = at.config.data, []
     if data.prepare is not None:
         wanted = data.prepare
@@ -92,8 +93,8 @@ def _prepare(at: Context) -> dict[str, Any]:
     for dataset in (*data.train, *data.validation):
         if not dataset.prefix.with_name(dataset.prefix.name + ".bin").is_file():
             raise UserError(
-                f"data.train names {dataset.prefix}, and {dataset.prefix}.bin does not exist: `qwen-moe data prepare "
-                f"--input YOUR_FILES --output {dataset.prefix} --tokenizer DIR` makes it, or give the prefix of other data"
+                f"data.train names {dataset.prefix}, but {dataset.prefix}.bin does not exist: make it by `qwen-moe data "
+                f"prepare --input YOUR_FILES --output {dataset.prefix} --tokenizer DIR`, or give the prefix of other data"
             )
         found.append(json.loads(at.call("data", "info", str(dataset.prefix), "--json")))
     return {"data": [{k: v for k, v in facts.items() if k in ("prefix", "documents", "tokens")} for facts in found]}
@@ -106,11 +107,11 @@ def _ladder_inputs(at: Context) -> dict[str, Any]:
 def _ladder(at: Context) -> dict[str, Any]:
     if at.args.flops_budget is None:
         raise UserError(
-            "give --flops-budget: the FLOPs of all small runs together (6 N_active D); a hundredth of the large run's is "
+            "give --flops-budget: the FLOPs of all small runs together (6 N_active D); 1% of the large run's FLOPs is "
             f"{_large_flops(at.config) / 100:.1g}"
         )
     budget = f"{at.args.flops_budget:g}"
-    # The resolved recipe: with the overrides in it, so that by hand it is one file too.
+    # Write the resolved recipe, which includes the overrides, so that the command by hand needs only this file.
     recipe = at.folder / "target.yaml"
     write_text(recipe, dump_config(at.config))
     output = at.call("scaling", "ladder", str(recipe), "--flops-budget", budget, "--output", at.path(LADDER), "--json")
@@ -150,7 +151,7 @@ def _run_cost(at: Context) -> list[str]:
 
 
 def _run(at: Context) -> dict[str, Any]:
-    """The ladder's runs, here or on Slurm. Raises UserError where some failed and may not be left out."""
+    """Run the ladder, on this machine or on Slurm. Raises UserError if runs failed and --skip-failed is not given."""
     from qwen_moe.scaling.collect import collect
 
     folder = at.path(LADDER)
@@ -160,8 +161,8 @@ def _run(at: Context) -> dict[str, Any]:
             time = ["--time", at.args.time] if at.args.time else []
             at.call("launch", folder, "--array", *time, *_site(at), captured=False)
             raise UserError(
-                f"the ladder is in the queue ({left} runs): `qwen-moe status {folder}/runs` shows how it goes; the "
-                "same command goes on when it is done"
+                f"the ladder is in the queue ({left} runs): `qwen-moe status {folder}/runs` shows its progress; run the "
+                "same command again when it is done"
             )
     else:
         numbers = {"--parallel": at.args.parallel, "--threads": at.args.threads}
@@ -176,7 +177,7 @@ def _run(at: Context) -> dict[str, Any]:
         names = "; ".join(f"{name} {state}: {why}" for name, state, why in found.left_out[:3])
         raise UserError(
             f"{len(found.left_out)} runs of the ladder are not done ({names}): see {folder}/logs, then run this command "
-            "again; or --skip-failed goes on without them"
+            "again, or add --skip-failed to continue without them"
         )
     return {"runs": len(found.rows), "left_out": len(found.left_out)}
 
@@ -191,7 +192,7 @@ def _not_done(at: Context) -> int:
 
 
 def _collect_inputs(at: Context) -> dict[str, Any]:
-    # The runs are what they are once `run` is done; when that was done again, so is this.
+    # The runs do not change after `run` is done. If `run` was done again, so is this step.
     return {"--loss": at.args.loss, "when the runs ended": at.state.steps.get("run", {}).get("finished")}
 
 
@@ -221,8 +222,8 @@ def _recommend_inputs(at: Context) -> dict[str, Any]:
 
 
 def round_batch(sequences: int) -> int:
-    """To a multiple of the largest power of two that changes it by 6% at most, so that many layouts divide it: the loss is
-    flat there (a change of 6% costs less than 0.01% of it on the public sweeps)."""
+    """Round to a multiple of the largest power of two that changes the batch by at most 6%, so that many layouts divide it.
+    The loss is flat there: a change of 6% costs less than 0.01% of it on the public sweeps."""
     power = 1
     while round(sequences / (2 * power)) and abs(round(sequences / (2 * power)) * 2 * power / sequences - 1) <= 0.06:
         power *= 2
@@ -275,10 +276,10 @@ def _plan_inputs(at: Context) -> dict[str, Any]:
 
 
 def _plan(at: Context) -> dict[str, Any]:
-    """The recipe with a layout, where GPUs are named; else the recommended recipe as it is."""
+    """Write the recipe, with a layout if GPUs are given and otherwise as recommended."""
     write_text(at.folder / RECIPE, (at.folder / RECOMMENDED).read_text(encoding="utf-8"))
     if not at.args.gpus:
-        return {"skipped": "no --gpus was given: the recipe keeps its own layout"}
+        return {"skipped": "--gpus was not given, so the recipe keeps its own layout"}
     options = ["--gpus", str(at.args.gpus), "--gpu", at.args.gpu, "--gpus-per-node", str(at.args.gpus_per_node)]
     return {"text": at.call("plan", at.path(RECIPE), *options, "--write")}
 
@@ -299,7 +300,7 @@ def _site(at: Context) -> list[str]:
 
 
 def launch_arguments(at: Context) -> list[str]:
-    """`launch` of the final recipe, without --dry-run."""
+    """Arguments that launch the final recipe, without --dry-run."""
     per_node = min(at.args.gpus_per_node, at.args.gpus)
     time = ["--time", at.args.time] if at.args.time else []
     nodes = ["--nodes", str(at.args.gpus // per_node), "--gpus-per-node", str(per_node)]
@@ -307,7 +308,7 @@ def launch_arguments(at: Context) -> list[str]:
 
 
 def dry_run(at: Context) -> tuple[str, list[str]]:
-    """(the script, what launch says about cost)."""
+    """(the script, the lines in which launch states the cost)."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         script = at.call(*launch_arguments(at), "--dry-run")
@@ -320,7 +321,7 @@ def _launch_cost(at: Context) -> list[str]:
 
 def _launch(at: Context) -> dict[str, Any]:
     if not at.args.gpus:
-        return {"skipped": f"no --gpus was given; here: qwen-moe train {at.path(RECIPE)}"}
+        return {"skipped": f"--gpus was not given; train on this machine with: qwen-moe train {at.path(RECIPE)}"}
     if at.args.submit:
         return {"text": at.call(*launch_arguments(at)), "submitted": True}
     script, said = dry_run(at)
@@ -329,7 +330,7 @@ def _launch(at: Context) -> dict[str, Any]:
 
 
 STEPS = (
-    Step(name="prepare", what="tokenise the corpus", inputs=_prepare_inputs, do=_prepare),
+    Step(name="prepare", what="tokenize the corpus", inputs=_prepare_inputs, do=_prepare),
     Step(name="ladder", what="choose the small runs", inputs=_ladder_inputs, do=_ladder, keeps=True),
     Step(name="run", what="train the small runs", inputs=_run_inputs, do=_run, cost=_run_cost),
     Step(name="collect", what="make the table of runs", inputs=_collect_inputs, do=_collect),

@@ -74,7 +74,7 @@ def test_nothing_of_a_strangers_checkpoint_runs(checkpoint: Path, place: str, pr
     else:
         setattr(found, place, evil)
     (checkpoint / METADATA).write_bytes(pickle.dumps(found, protocol))
-    with pytest.raises(CheckpointDamaged, match=r"it asks for \S*mkdir, which is no part of a checkpoint's metadata"):
+    with pytest.raises(CheckpointDamaged, match=r"it asks for \S*mkdir, which is not part of a checkpoint's metadata"):
         read_metadata(checkpoint)
     assert not (checkpoint / "made").exists()
     pickle.loads((checkpoint / METADATA).read_bytes())  # what torch's own reader does with the same file
@@ -138,7 +138,7 @@ def _compressed(found: Metadata) -> None:
         (_elsewhere("/etc/passwd"), "is an absolute path"),
         (_elsewhere("nothing"), "cannot be read: No such file"),
         (_chunk(1, 0), r"a part of model\.a at \(1, 0\) does not lie in its shape \(3, 4\)"),
-        (_fewer, r"the parts of model\.a are not as many elements"),
+        (_fewer, r"the parts of model\.a do not have as many elements"),
         (_compressed, "is compressed or encrypted"),
         (lambda found: found.storage_data.update({A: _StorageInfo("__0_0.distcp", 0, 10**9)}), "is said to end at"),
         (lambda found: found.storage_data.update({A: 3}), "a _StorageInfo is expected, found int"),
@@ -182,7 +182,7 @@ def test_an_object_where_a_tensor_is_expected_is_not_unpickled(checkpoint: Path)
     _with(checkpoint, found)
     source = CheckpointTensors(checkpoint)
     assert "a" not in source.shapes()
-    with pytest.raises(UserError, match="is not a tensor in the checkpoint, but any object: not read"):
+    with pytest.raises(UserError, match="is not a tensor in the checkpoint but another object, so it is not read"):
         from qwen_moe.checkpoint.distributed import _load
 
         with warnings.catch_warnings():
@@ -212,8 +212,8 @@ def test_the_commands_refuse_it_in_one_message(
     commit(path, {f.as_posix(): file_entry(partial_path(path) / f) for f in files_in(partial_path(path))}, {})
     assert main(["convert", "to-hf", str(path), str(tmp_path / "hf")]) == 2
     message = capsys.readouterr().err
-    assert message.startswith("error: ") and "which is no part of a checkpoint's metadata" in message
+    assert message.startswith("error: ") and "which is not part of a checkpoint's metadata" in message
     assert message.count("\n") == 1 and not (tmp_path / "made").exists()
-    with pytest.raises(UserError, match="which is no part of a checkpoint's metadata"):
+    with pytest.raises(UserError, match="which is not part of a checkpoint's metadata"):
         from_pretrained(path)
     assert not (tmp_path / "made").exists()

@@ -77,9 +77,9 @@ def test_the_standard_library_is_real_text_in_a_fixed_shuffled_order() -> None:
         ("a.jsonl", b'["text"]\n', ["line 1", "list"]),
         ("a.txt", b"good \xff bad", ["a.txt", "byte 5", "0xff", "--on-bad-utf8"]),
         ("a.jsonl", b'{"text": "ok"}\n{"text": "\xfe"}\n', ["line 2", "byte 25", "0xfe"]),
-        ("a.txt.gz", gzip.compress(b"x" * 5000, mtime=0)[:-10], ["a.txt.gz", "damaged or cut off"]),
-        ("a.jsonl.gz", b"this is not gzip", ["a.jsonl.gz", "damaged or cut off"]),
-        ("a.txt.zst", b"nor is this zstandard", ["a.txt.zst", "damaged or cut off"]),
+        ("a.txt.gz", gzip.compress(b"x" * 5000, mtime=0)[:-10], ["a.txt.gz", "damaged or truncated"]),
+        ("a.jsonl.gz", b"this is not gzip", ["a.jsonl.gz", "damaged or truncated"]),
+        ("a.txt.zst", b"nor is this zstandard", ["a.txt.zst", "damaged or truncated"]),
         ("a.parquet", b"x", ["a.parquet", "ending", ".jsonl"]),
         ("a.json", b"{}", ["a.json", "ending", ".jsonl"]),
         ("a.txt", b"", ["empty"]),
@@ -105,7 +105,7 @@ def test_bad_utf8_can_be_skipped_or_replaced(tmp_path: Path) -> None:
 
 def test_nothing_to_read(tmp_path: Path) -> None:
     assert "does not exist" in refused(tmp_path / "nothing")
-    assert "holds no text" in refused(tmp_path)
+    assert "contains no text" in refused(tmp_path)
 
 
 def test_another_key(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_packed_file_that_ends_too_early_is_refused(tmp_path: Path, ending: st
     start = len(half[0]) if frames == 2 else 0
     for cut in {start + 1, start + 20, (start + len(whole)) // 2, len(whole) - 1}:
         path.write_bytes(whole[:cut])
-        assert "damaged or cut off" in refused(path), cut
+        assert "damaged or truncated" in refused(path), cut
     path.write_bytes(b"")
     (tmp_path / "b.txt").write_text("so that the corpus is not empty")
     assert "it is empty" in refused(path, tmp_path / "b.txt")
@@ -193,7 +193,7 @@ def test_a_damaged_packed_file_is_refused_or_unharmed(tmp_path: Path, ending: st
         try:
             assert documents(path) == [content.decode()]
         except UserError as error:
-            refusals += str(error).count("damaged or cut off")
+            refusals += str(error).count("damaged or truncated")
     assert refusals > 100
 
 

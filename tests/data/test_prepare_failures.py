@@ -211,6 +211,6 @@ def die(texts: list[str]) -> None:
 def test_a_worker_that_dies_is_named(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus, _ = write_corpus(tmp_path)
     monkeypatch.setattr("qwen_moe.data.encode._encode", die)
-    with pytest.raises(UserError, match=r"tokenising processes died.*fewer --workers"):
+    with pytest.raises(UserError, match=r"tokenizing processes died.*fewer --workers"):
         prepare([str(corpus)], tmp_path / "out", tokenizer=tokenizer, workers=2)
     assert not list(tmp_path.glob("out*"))

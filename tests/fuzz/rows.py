@@ -43,20 +43,20 @@ def _option(verb: str, *argv: str, instead: bool = False) -> OptionDraw:
 ROWS: tuple[Row, ...] = (
     Row(
         file="a checkpoint's tensors", damage="one bit of the newest one",
-        answer="named; the run goes on from the checkpoint before, with the same losses",
+        answer="named; the run resumes from the previous checkpoint, with the same losses",
         draw=_file("checkpoint tensors", "train", ["flip", 5000, 3]), code=0,
         says=r"step_00000004.*SHA-256(.|\n)*resumed from stopped/checkpoints/step_00000002",
     ),
     Row(
-        file="a checkpoint's tensors", damage="one bit of the newest one", answer="named; the one before is exported",
+        file="a checkpoint's tensors", damage="one bit of the newest one", answer="named; the previous one is exported",
         draw=_file("checkpoint tensors", "to-hf", ["flip", 5000, 3]), code=0, says="step_00000006 is damaged and not used",
     ),
     Row(
-        file="a checkpoint that is no run's", damage="one bit", answer="refused",
+        file="a checkpoint outside a run", damage="one bit", answer="refused",
         draw=_file("checkpoint tensors", "to-hf of an import", ["flip", 5000, 3]), says="is damaged", light=True,
     ),
     Row(
-        file="`manifest.json`", damage="cut off", answer="as damaged tensors: the checkpoint before is taken",
+        file="`manifest.json`", damage="truncated", answer="as with damaged tensors: the previous checkpoint is used",
         draw=_file("checkpoint manifest", "train", ["cut", 1000]), code=0, says="manifest.json(.|\n)*step_00000002",
     ),
     Row(
@@ -64,11 +64,11 @@ ROWS: tuple[Row, ...] = (
         draw=_file("checkpoint manifest", "to-hf of an import", ["only", "[]"]), says="manifest.json", light=True,
     ),
     Row(
-        file="`.metadata`", damage="replaced by another file", answer="refused; it is not executed",
+        file="`.metadata`", damage="replaced by another file", answer="refused, and not executed",
         draw=_file("checkpoint metadata", "to-hf of an import", ["append", "x"]), says=".metadata", light=True,
     ),
     Row(
-        file="`model_config.json`", damage="cut off", answer="refused",
+        file="`model_config.json`", damage="truncated", answer="refused",
         draw=_file("checkpoint model_config", "to-hf of an import", ["cut", 50]), says="model_config.json", light=True,
     ),
     Row(
@@ -80,23 +80,23 @@ ROWS: tuple[Row, ...] = (
         draw=_file("data tokens", "train", ["flip", 500, 0]), says="corpus",
     ),
     Row(
-        file="data `.bin`", damage="cut off", answer="refused",
-        draw=_file("data tokens", "data info", ["cut", 500]), says="cut off or belongs to another index",
+        file="data `.bin`", damage="truncated", answer="refused",
+        draw=_file("data tokens", "data info", ["cut", 500]), says="truncated or belongs to another index",
     ),
     Row(
         file="data `.idx`", damage="one bit of a pointer", answer="refused",
         draw=_file("data index", "train", ["flip", 200, 2]), says="corpus",
     ),
     Row(
-        file="data `PREFIX.json`", damage="cut off", answer="refused",
+        file="data `PREFIX.json`", damage="truncated", answer="refused",
         draw=_file("data manifest", "train", ["cut", 100]), says="corpus.json",
     ),
     Row(
-        file="the run's `data_cache`", damage="one bit of an index", answer="the index is made again, with the same losses",
+        file="the run's `data_cache`", damage="one bit of an index", answer="made again, and losses are the same",
         draw=_file("data cache", "train", ["flip", 150, 4], file=1), code=0, says="",
     ),
     Row(
-        file="the run's `data_cache`", damage="a file cut off by a kill", answer="made again, with the same losses",
+        file="the run's `data_cache`", damage="a file truncated by a kill", answer="made again, and losses are the same",
         draw=_file("data cache", "train", ["cut", 150], file=1), code=0, says="",
     ),
     Row(
@@ -148,7 +148,7 @@ ROWS: tuple[Row, ...] = (
         draw=_file("hf weights", "from-hf", ["flip", 9, 3]), says="safetensors", light=True,
     ),
     Row(
-        file="a `.safetensors` file", damage="cut off", answer="refused",
+        file="a `.safetensors` file", damage="truncated", answer="refused",
         draw=_file("hf weights", "from-hf", ["cut", 9000]), says="safetensors", light=True,
     ),
     Row(
@@ -160,31 +160,31 @@ ROWS: tuple[Row, ...] = (
         draw=_file("runs table", "fit", ["column_twice", 5]), says="runs.csv.*loss", light=True,
     ),
     Row(
-        file="a table of runs", damage="`nan`, a text or nothing in a cell", answer="refused, with the line",
+        file="a table of runs", damage="`nan`, text or nothing in a cell", answer="refused, with the line",
         draw=_file("runs table", "fit", ["cell", 7, "nan"]), says="runs.csv:", light=True,
     ),
     Row(
-        file="a table of runs", damage="Excel's byte order mark", answer="read as without it",
+        file="a table of runs", damage="Excel's byte order mark", answer="read as if it were not there",
         draw=_file("runs table", "fit", ["bom"]), code=0, says="",
     ),
     Row(
-        file="`fit.json`", damage="cut off", answer="refused",
+        file="`fit.json`", damage="truncated", answer="refused",
         draw=_file("fit", "recommend", ["cut", 900]), says="fit.json",
     ),
     Row(
-        file="`metrics.jsonl`", damage="the last line cut off, as by a crash", answer="left out; the step is trained again",
+        file="`metrics.jsonl`", damage="the last line truncated by a crash", answer="left out; the step is trained again",
         draw=_file("metrics", "train", ["append", '{"step": 1'], file=0), code=0, says="",
     ),
     Row(
-        file="`metrics.jsonl`", damage="a line in the middle", answer="refused by what computes from it",
+        file="`metrics.jsonl`", damage="a line in the middle", answer="refused by commands that compute from it",
         draw=_file("metrics", "report", ["zero_block", 900, 60]), says="metrics.jsonl", light=True,
     ),
     Row(
-        file="`launch/launch.json`", damage="cut off", answer="refused",
+        file="`launch/launch.json`", damage="truncated", answer="refused",
         draw=_file("launch record", "status", ["cut", 300]), says="launch.json", light=True,
     ),
     Row(
-        file="a run's `lock`, `progress`", damage="any content", answer="without effect: only the lock itself counts",
+        file="a run's `lock`, `progress`", damage="any content", answer="no effect: only the lock itself counts",
         draw=_file("run leftovers", "train", ["append", "x"]), code=0, says="",
     ),
     Row(
@@ -200,7 +200,7 @@ ROWS: tuple[Row, ...] = (
         draw=_option("generate", f"--seed={2**64}"), says="seed",
     ),
     Row(
-        file="an option", damage="temperature 1e-300", answer="answered, as the limit of greedy sampling",
+        file="an option", damage="temperature 1e-300", answer="accepted; samples greedily, which is the limit",
         draw=_option("generate", "--temperature=1e-300"), code=0, says="",
     ),
 )  # fmt: skip

@@ -103,7 +103,7 @@ def test_from_recipe_to_recommended_recipe(
 ) -> None:
     _, printed, told = whole
     assert printed.split()[-1] == "out/pipeline.md" and done(tmp_path) == list(STEPS)
-    assert "runs are to be trained" in told and "expected time here about" in told
+    assert "runs have to be trained" in told and "expected time here about" in told
     config = load_config(tmp_path / "out" / "recipe.yaml")
     size = float(count_parameters(config.model).non_vocabulary_total)
     rate, batch = fake_train.optimum(size, 2e6)
@@ -256,7 +256,7 @@ def test_mistakes_are_refused(recipe: None, tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     assert main(["pipeline", "recipe.yaml", "--output", "full"]) == 2
-    assert "holds thesis.tex and no state.json" in capsys.readouterr().err
+    assert "contains thesis.tex and no state.json" in capsys.readouterr().err
 
 
 def test_batches_that_many_layouts_divide() -> None:

@@ -1,1 +1,1 @@
-"""Checkpoints to and from Hugging Face directories."""
+"""Conversion of checkpoints to and from Hugging Face directories."""

@@ -21,19 +21,22 @@ def register(subparsers: Any) -> None:
 
     to_hf = verbs.add_parser("to-hf", help="checkpoint -> Hugging Face directory")
     to_hf.add_argument(
-        "checkpoint_dir", type=Path, metavar="CHECKPOINT_DIR", help="a checkpoint, or a run directory (its newest one)"
+        "checkpoint_dir",
+        type=Path,
+        metavar="CHECKPOINT_DIR",
+        help="a checkpoint, or a run directory (newest checkpoint)",
     )
     to_hf.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="new or empty")
     to_hf.add_argument(
         "--dtype",
         choices=("bf16", "fp16", "fp32", "fp8"),
-        help="convert all weights (default: as stored or computed); fp8: linears in blocks of 128 x 128, the rest bf16",
+        help="dtype of all weights (default: as stored or computed); fp8: linear layers in 128 x 128 blocks, others bf16",
     )
     to_hf.add_argument(
-        "--max-shard-size", metavar="SIZE", help="such as 5GB or 500MiB (default: the files the model came in, or 5GB)"
+        "--max-shard-size", metavar="SIZE", help="such as 5GB or 500MiB (default: the original files, or 5GB)"
     )
     to_hf.add_argument(
-        "--drop-expert-bias", action="store_true", help="export a model with a nonzero expert bias without it"
+        "--drop-expert-bias", action="store_true", help="export without a nonzero expert bias instead of refusing"
     )
     to_hf.add_argument("--json", action="store_true", help="print one JSON document")
     to_hf.set_defaults(func=_to_hf)

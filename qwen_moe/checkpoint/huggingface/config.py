@@ -1,4 +1,4 @@
-"""Hugging Face's config.json to ModelConfig and back, with transformers' meaning of every absent key."""
+"""Converts Hugging Face's config.json to ModelConfig and back. Absent keys mean what they mean to transformers."""
 
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -10,7 +10,7 @@ from qwen_moe.errors import UserError
 
 DEFAULT_ROPE_THETA = 10_000.0
 
-# Keys that do not change what the model computes here, or that are checked on their own.
+# Keys that do not change what the model computes here, or that have their own checks.
 _UNUSED = frozenset(
     [
         "_name_or_path",
@@ -44,13 +44,13 @@ _UNUSED = frozenset(
 
 @dataclass(frozen=True)
 class Interpretation:
-    """The model that a config.json describes, and what a reader of it should know."""
+    """The model that a config.json describes, and notes for the user."""
 
     config: ModelConfig
     notes: tuple[str, ...]
 
 
-_MAPPING, _LIST, _TEXT, _TRUTH = (dict, "a mapping"), (list, "a list"), (str, "a text"), (bool, "true or false")
+_MAPPING, _LIST, _TEXT, _TRUTH = (dict, "a mapping"), (list, "a list"), (str, "a string"), (bool, "true or false")
 _TYPES: dict[str, tuple[type, str]] = {
     "architectures": _LIST,
     "model_type": _TEXT,
@@ -72,7 +72,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_types(values: dict[str, Any], where: str) -> None:
-    """Raise UserError for a key that is read here and is not of its kind; sizes are checked by ModelConfig."""
+    """Raise UserError if a key that is read here has the wrong type. ModelConfig checks sizes."""
 
     def refuse(key: str, value: Any, expected: str) -> NoReturn:
         shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}..."
@@ -113,7 +113,7 @@ def _family(values: dict[str, Any], where: str) -> str:
 
 
 def _rope_theta(values: dict[str, Any], where: str, notes: list[str]) -> float:
-    # transformers' order: rope_scaling replaces rope_parameters, a theta inside goes before one outside.
+    # As in transformers, rope_scaling replaces rope_parameters, and a theta inside overrides one outside.
     key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
     inside = values.get(key) or {}
     if not isinstance(inside, dict) or any(isinstance(value, dict) for value in inside.values()):
@@ -151,22 +151,22 @@ def _num_experts(values: dict[str, Any], where: str) -> Any:
     if len(given) == 2:
         raise UserError(
             f"{where}: num_experts is {values['num_experts']} but num_local_experts is "
-            f"{values['num_local_experts']}: they are two names of one number, remove the wrong one"
+            f"{values['num_local_experts']}: they are two names of one number; remove the wrong one"
         )
     return given.pop() if given else None
 
 
 def interpret(values: dict[str, Any], where: str = "config.json") -> Interpretation:
-    """ModelConfig of a parsed config.json, with notes on defaults taken and keys not used.
+    """The ModelConfig of a parsed config.json, with notes on defaults taken and keys not used.
 
-    Raises UserError for architectures and features that are not supported and for sizes that contradict each other.
+    Raises UserError for unsupported architectures and features, and for sizes that contradict each other.
     """
     _check_types(values, where)
     family = _family(values, where)
     _refuse_unsupported(values, where)
     notes: list[str] = []
     if values.get("quantization_config"):
-        notes.append("matrices in FP8 are dequantized")
+        notes.append("FP8 matrices are dequantized")
     fields: dict[str, Any] = {"family": family, "rope_theta": _rope_theta(values, where, notes)}
     features = FAMILIES[family]
     defaults = features.hf_defaults
@@ -191,10 +191,10 @@ def interpret(values: dict[str, Any], where: str = "config.json") -> Interpretat
         layers = fields["num_hidden_layers"]
         beyond = [layer for layer in only if isinstance(layers, int) and not 0 <= layer < layers]
         if beyond:
-            notes.append(f"mlp_only_layers names {beyond}, which do not exist: without effect, as in transformers")
+            notes.append(f"mlp_only_layers names {beyond}, which do not exist; they have no effect, as in transformers")
         fields["mlp_only_layers"] = [layer for layer in only if layer not in beyond]
     if given.get("attention_dropout"):
-        notes.append(f"attention_dropout {given['attention_dropout']} is not used: attention here has none")
+        notes.append(f"attention_dropout {given['attention_dropout']} is not used: attention here has no dropout")
     unknown = sorted(values.keys() - _UNUSED - defaults.keys())
     if unknown:
         notes.append(f"not used: {', '.join(unknown)}")
@@ -207,7 +207,7 @@ def model_config_from_hf(values: dict[str, Any], where: str = "config.json") -> 
 
 
 def _fresh(config: ModelConfig) -> dict[str, Any]:
-    """A whole config.json that old and new versions of transformers read alike."""
+    """A complete config.json that old and new versions of transformers read in the same way."""
     features = config.features
     values: dict[str, Any] = {
         "architectures": [features.architecture],
@@ -239,9 +239,10 @@ def _keys(field: str, features: Family) -> tuple[str, ...]:
 
 
 def hf_config(config: ModelConfig, original: dict[str, Any] | None = None, dtype: str | None = None) -> dict[str, Any]:
-    """config.json of ``config``. ``original`` is kept but for what differs in meaning; equal meaning, equal dict.
+    """config.json of ``config``. Keeps ``original`` except for keys whose meaning differs; if none differs, returns it
+    unchanged.
 
-    ``dtype``: torch's name of the weights' dtype (such as "bfloat16"), None to leave what ``original`` says.
+    ``dtype``: torch's name of the weights' dtype (such as "bfloat16"), or None to keep what ``original`` says.
     """
     fresh = _fresh(config)
     if original is None or _family(original, "the original config.json") != config.family:

@@ -1,9 +1,9 @@
-"""Conversion between Hugging Face directories and our checkpoints, both ways, and models from either.
+"""Converts between Hugging Face directories and our checkpoints, both ways, and loads models from either.
 
-A checkpoint made here holds what a training checkpoint does, less the training state: DCP's files with the weights
+A checkpoint made here holds what a training checkpoint does, except the training state: DCP's files with the weights
 under ``model.``, `model_config.json`, `hf/` (config.json, tokenizer and every other small file of the directory, byte
-for byte), `hf_shards.json` (how the tensors were laid out in files) and `manifest.json`. Going back without changes
-gives the same bytes in every file.
+for byte), `hf_shards.json` (how the tensors were laid out in files) and `manifest.json`. Converting it back without
+changes gives the same bytes in every file.
 """
 
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ HF_SHARDS = "hf_shards.json"
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted. ``notes``: defaults taken, keys and files not used, in one sentence each."""
+    """What was converted. ``notes`` name defaults taken and keys and files not used, one per sentence."""
 
     source: str
     target: str
@@ -94,7 +94,7 @@ def _check_tied_head(headers: dict[Path, Header], hf_dir: Path) -> None:
 
 
 def _open_directory(hf_dir: Path) -> _OpenDirectory:
-    """Everything about a Hugging Face directory but the data of its tensors, checked. Raises UserError."""
+    """Read and check everything in a Hugging Face directory except the data of its tensors. Raises UserError."""
     if not hf_dir.is_dir():
         raise UserError(f"{hf_dir} is not a directory: give a local Hugging Face model directory or a checkpoint")
     values = read_json(hf_dir / CONFIG)
@@ -109,7 +109,7 @@ def _open_directory(hf_dir: Path) -> _OpenDirectory:
     if found.tied_head:
         _check_tied_head(headers, hf_dir)
     if found.ignored:
-        notes.append(f"{len(found.ignored)} buffers that are computed anew are not kept: {found.ignored[0]}, ...")
+        notes.append(f"{len(found.ignored)} buffers that are computed again are not kept: {found.ignored[0]}, ...")
     ours = {name: parameter.shape for name, parameter in parameters(config).items()}
     tensors = HuggingFaceTensors(headers, found.pieces, ours)
     if block is not None:
@@ -130,8 +130,8 @@ def _count_dtypes(dtypes: list[torch.dtype]) -> dict[str, int]:
 def convert_from_hf(hf_dir: Path | str, checkpoint_dir: Path | str, *, progress: bool = False) -> Conversion:
     """Write the Hugging Face directory ``hf_dir`` as a checkpoint at ``checkpoint_dir`` (new or empty).
 
-    Tensors keep their dtypes. Raises UserError before anything is written when config.json is not supported, a tensor
-    is missing, left over or misshapen, or the disk is too small; a failure later leaves nothing behind.
+    Tensors keep their dtypes. Raises UserError before anything is written if config.json is not supported, a tensor is
+    missing, left over or of another shape, or the disk is too small. A later failure leaves nothing behind.
     """
     hf_dir, checkpoint_dir = Path(hf_dir), Path(checkpoint_dir)
     if is_ours(hf_dir):
@@ -173,7 +173,7 @@ def convert_from_hf(hf_dir: Path | str, checkpoint_dir: Path | str, *, progress:
 
 
 def stored_dtype(checkpoint: Path, stored: torch.dtype) -> torch.dtype:
-    """The dtype in which weights stored as ``stored`` are used: the run's compute dtype where master weights are wider."""
+    """The dtype in which weights stored as ``stored`` are used: bf16 for fp32 master weights of a bf16 run."""
     compute = read_manifest(checkpoint).get("compute_dtype")
     return torch.bfloat16 if compute == "bf16" and stored == torch.float32 else stored
 
@@ -189,10 +189,10 @@ def convert_to_hf(
 ) -> Conversion:
     """Write the weights of a checkpoint as a Hugging Face directory ``hf_dir`` (new or empty).
 
-    ``checkpoint``: a checkpoint, a run directory or its `checkpoints/` (then its newest valid one). ``dtype`` None
-    keeps every tensor's, but fp32 master weights of a bf16 run are exported as bf16; "fp8" gives linears in FP8 blocks
-    (qwen_moe/checkpoint/huggingface/fp8.py) and bf16 for the rest. ``max_shard_size`` None gives the
-    files the model came in, or files of at most 5 GB. Raises UserError.
+    ``checkpoint`` is a checkpoint, or a run directory or its `checkpoints/` (then the newest valid checkpoint is used).
+    ``dtype`` None keeps every tensor's dtype, except that fp32 master weights of a bf16 run are exported as bf16; "fp8"
+    exports linear layers in FP8 blocks (qwen_moe/checkpoint/huggingface/fp8.py) and the rest in bf16. ``max_shard_size``
+    None gives the same files as the original, or files of at most 5 GB. Raises UserError.
     """
     path = resolve_checkpoint(Path(checkpoint))
     hf_dir = Path(hf_dir)
@@ -253,14 +253,14 @@ def _load(
                 stored = check_finite(name, source.read(name), str(where))
                 check_cast(name, stored, tensor.copy_(stored))
             else:
-                tensor.zero_()  # only expert biases: every parameter was checked to be there
+                tensor.zero_()  # only expert biases may be absent: every parameter was checked
     return model.eval()
 
 
 def load_checkpoint(
     path: Path, dtype: str | torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
 ) -> DecoderLM:
-    """`from_pretrained` of a checkpoint directory that `resolve_checkpoint` has verified."""
+    """Like `from_pretrained`, for a checkpoint directory that `resolve_checkpoint` has verified."""
     config = model_config(path)
     source = CheckpointTensors(path)
     check_source(source, config, str(path))
@@ -273,7 +273,8 @@ def from_pretrained(
 ) -> DecoderLM:
     """A model in eval mode from a Hugging Face directory or one of our checkpoints (or a run directory).
 
-    ``dtype`` None: as stored (the compute dtype for a training checkpoint). Raises UserError as the converters do.
+    ``dtype`` None keeps the stored dtype (the compute dtype for a training checkpoint). Raises UserError like the
+    converters.
     """
     directory = Path(directory)
     if is_ours(directory):
@@ -292,10 +293,10 @@ def save_pretrained(
     original_config: dict[str, Any] | None = None,
     drop_expert_bias: bool = False,
 ) -> None:
-    """Write a model that lies whole in this process as a Hugging Face directory (new or empty).
+    """Write a model that is not sharded as a Hugging Face directory (new or empty).
 
-    ``tokenizer``: anything with ``save_pretrained``. ``original_config``: a config.json to keep where it still holds.
-    Raises UserError as `convert_to_hf` does.
+    ``tokenizer``: anything with ``save_pretrained``. ``original_config``: a config.json whose keys are kept if they are
+    still correct. Raises UserError like `convert_to_hf`.
     """
     source = ModuleTensors(model)
     wanted = export_dtype(dtype)

@@ -1,4 +1,4 @@
-"""Reading and writing Hugging Face model directories: shards, index and the files beside them."""
+"""Reads and writes Hugging Face model directories: shards, index and the files beside them."""
 
 import json
 import re
@@ -29,7 +29,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "K
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of "5GB", "200MiB" or a plain number. Raises UserError."""
+    """Parse "5GB", "200MiB" or a plain number into bytes. Raises UserError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     known = found is not None and found[2].upper() in _UNITS and len(str(text)) <= 40
     size = int(float(found[1]) * _UNITS[found[2].upper()]) if found is not None and known else 0
@@ -41,16 +41,16 @@ def parse_size(text: str | int) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError when the file is absent or is not one."""
+    """Read a JSON object. Raises UserError if the file is missing or holds something else."""
     return json_object(read_text(path, "file", "a Hugging Face model directory"), str(path))
 
 
 def _shard_name(name: Any, where: str) -> str:
-    """``name``, read from the file ``where``, when it is that of a safetensors file in one directory. Raises UserError."""
+    """Returns ``name``, read from the file ``where``. Raises UserError unless it is a safetensors file's plain name."""
     try:
         check_name(name)
     except ValueError as error:
-        raise UserError(f"{where} names a shard that is none: {error}; download it again") from None
+        raise UserError(f"{where} names an invalid shard: {error}; download it again") from None
     if "/" in name or not name.endswith(".safetensors"):
         raise UserError(f"{where} names shard {name!r}, expected a .safetensors file beside it: download it again")
     return name
@@ -75,7 +75,7 @@ def open_shards(directory: Path) -> dict[Path, Header]:
     else:
         raise UserError(f"{directory} has {len(present)} .safetensors files but no {INDEX}: download it too")
     for name in sorted(named ^ present):
-        problem = "is missing" if name in named else "is not listed there, and which to believe is unclear"
+        problem = "is missing" if name in named else "is not listed there, so one of the two is wrong"
         raise UserError(f"shard {name} of {directory / INDEX} {problem}: download the whole directory again")
     headers = {directory / name: read_header(directory / name) for name in sorted(named)}
     places: dict[str, str] = {}
@@ -114,7 +114,7 @@ class ShardLayout:
 
     @classmethod
     def read(cls, path: Path) -> "ShardLayout":
-        """From a file that `dumps` wrote. Raises UserError when it holds anything else, or a name that is not a shard's."""
+        """Read a file that `dumps` wrote. Raises UserError if it holds anything else, or an invalid shard name."""
         values = read_json(path)
         headers, index = values.get("headers"), values.get("index")
         if not isinstance(headers, dict) or not all(isinstance(text, str) for text in headers.values()):
@@ -126,15 +126,15 @@ class ShardLayout:
 
 
 def _holds(directory: Path) -> Path:
-    """Where files of ``directory`` may really lie: in it, or in the Hugging Face cache that it is a snapshot of."""
+    """The folder that files of ``directory`` may really be in: itself, or the Hugging Face cache if it is a snapshot."""
     whole = directory.resolve()
     return whole.parents[1] if whole.parent.name == "snapshots" and (whole.parents[1] / "blobs").is_dir() else whole
 
 
 def side_files(directory: Path) -> tuple[list[Path], list[str]]:
-    """Files below ``directory`` that are kept with the weights (tokenizer, templates, licence; relative), and notes on
-    what is left behind. Hidden folders, such as a download cache, are not looked at, and a link to elsewhere is not
-    followed: who made the directory could have any file of the reader's copied."""
+    """Relative paths of files below ``directory`` that are kept with the weights (tokenizer, templates, license), and notes
+    on files that are not kept. Hidden folders, such as a download cache, are ignored. Links that lead out of the directory
+    are not followed, because whoever made it could otherwise have any of the user's files copied."""
     kept, notes = [], []
     root = _holds(directory)
     for path in sorted(directory.rglob("*")):
@@ -145,7 +145,7 @@ def side_files(directory: Path) -> tuple[list[Path], list[str]]:
             if len(relative.parts) > 1 or not path.name.endswith((".safetensors", ".safetensors.index.json")):
                 notes.append(f"{relative} holds weights in another format and is not kept")
         elif leads_out(path, root):
-            notes.append(f"{relative} is a link to a file outside of {directory} and is not kept: copy the file there")
+            notes.append(f"{relative} is a link to a file outside {directory} and is not kept: copy the file there")
         elif path.stat().st_size > _LARGEST_SIDE_FILE:
             notes.append(f"{relative} is larger than {_LARGEST_SIDE_FILE // 10**6} MB and is not kept")
         else:
@@ -154,7 +154,7 @@ def side_files(directory: Path) -> tuple[list[Path], list[str]]:
 
 
 def copy_files(source: Path, names: list[Path], target: Path) -> None:
-    """Copy contents (not links) of ``names`` under ``source`` to the same places under ``target``."""
+    """Copy the contents (not links) of ``names`` under ``source`` to the same paths under ``target``."""
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
@@ -184,9 +184,9 @@ def _index_text(files: dict[str, Header]) -> str:
 
 
 def plan_shards(pieces: list[Piece], dtypes: dict[str, torch.dtype], max_shard_bytes: int) -> Shards:
-    """Fill files in the model's order up to ``max_shard_bytes``; a tensor that is larger gets a file of its own.
+    """Fill files in the model's order up to ``max_shard_bytes``. A larger tensor gets its own file.
 
-    ``dtypes`` by our parameter name.
+    The keys of ``dtypes`` are our parameter names.
     """
     groups: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
     used = 0
@@ -208,9 +208,9 @@ def plan_shards(pieces: list[Piece], dtypes: dict[str, torch.dtype], max_shard_b
 
 
 def same_shards(layout: ShardLayout, pieces: dict[str, Piece], dtypes: dict[str, torch.dtype]) -> Shards | None:
-    """The files of ``layout`` again: byte for byte the same headers where names and dtypes are, else the same tensors
-    per file. None when ``layout`` is of another set of tensors (``pieces`` by Hugging Face name, fused ones and a tied
-    head included)."""
+    """The files of ``layout`` again. If names and dtypes are the same, headers are equal byte for byte; otherwise each file
+    holds the same tensors. None if ``layout`` has another set of tensors. ``pieces`` are by Hugging Face name and include
+    fused ones and a tied head."""
     files = {}
     verbatim = True
     covered: dict[str, set[tuple[int, ...]]] = defaultdict(set)
@@ -236,7 +236,7 @@ def same_shards(layout: ShardLayout, pieces: dict[str, Piece], dtypes: dict[str,
 
 
 def _describes(index: str | None, files: dict[str, Header]) -> bool:
-    """Whether the text of an index places exactly the tensors of ``files`` where they are."""
+    """Whether an index lists exactly the tensors of ``files``, each in its file."""
     try:
         found = json.loads(index or "{}").get("weight_map")
     except (ValueError, AttributeError, RecursionError):
@@ -245,7 +245,7 @@ def _describes(index: str | None, files: dict[str, Header]) -> bool:
 
 
 class _Recent:
-    """The last two stacked tensors read: the files of Hugging Face ask for their parts expert by expert."""
+    """Caches the last two stacked tensors, because Hugging Face's files need their parts expert by expert."""
 
     def __init__(self, source: TensorSource) -> None:
         self._source = source
@@ -270,8 +270,8 @@ def write_shards(
     progress: Callable[[int], Any],
     part: Callable[[Piece, torch.Tensor], torch.Tensor],
 ) -> None:
-    """Write all files into ``directory``; ``progress`` is called with the bytes of every tensor written. ``part`` gives
-    what a piece that does not hold plain values holds of them."""
+    """Write all files into ``directory``. ``progress`` is called with the bytes of every tensor written. ``part`` computes
+    the content of a piece that does not hold plain values."""
     recent = _Recent(source)
 
     def tensors(header: Header) -> Iterator[torch.Tensor]:

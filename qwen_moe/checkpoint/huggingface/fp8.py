@@ -1,8 +1,8 @@
-"""Hugging Face's block-quantized FP8: matrices in E4M3 beside a float32 `weight_scale_inv` for each 128 x 128 block.
+"""Hugging Face's block-quantized FP8: matrices in E4M3 with a float32 `weight_scale_inv` for each 128 x 128 block.
 
-The format of the published Qwen3 and DeepSeek-V3 FP8 directories (`quantization_config` with quant_method fp8, read by
-transformers' FineGrainedFP8). Scales written here are powers of two: values are then exact in bfloat16, so that reading
-back and writing again changes no value, and equal those that the blockwise recipe trains with.
+This is the format of the published Qwen3 and DeepSeek-V3 FP8 directories (`quantization_config` with quant_method fp8, read
+by transformers' FineGrainedFP8). Scales written here are powers of two. So values are exact in bfloat16, reading back and
+writing again changes no value, and values equal those that the blockwise recipe trains with.
 """
 
 import re
@@ -24,15 +24,16 @@ SCALE = "_scale_inv"
 
 
 def _module(hf_name: str) -> str:
-    """The module that transformers replaces as one: all experts of a layer, or a linear."""
+    """The module that transformers replaces as a unit: all experts of a layer, or a linear layer."""
     return re.sub(r"\.experts\..*", ".experts", hf_name.removesuffix(".weight"))
 
 
 def fp8_pieces(pieces: Sequence[Piece]) -> tuple[list[Piece], dict[str, Any]]:
-    """``pieces`` with FP8 matrices and their scales in place of linears, and the `quantization_config` that says so.
+    """``pieces`` with FP8 matrices and their scales in place of linear layers, and the `quantization_config` that says so.
 
-    Linears that are not whole blocks stay as they are and are named there, as are router, shared expert's gate and head:
-    transformers infers the block's size from the scales' shape. Raises UserError when no linear is whole blocks.
+    Linear layers that do not consist of whole blocks stay unchanged and are named there, as are router, shared expert's gate
+    and head, because transformers infers the block size from the scales' shape. Raises UserError if no linear layer consists
+    of whole blocks.
     """
     linears = [piece for piece in pieces if piece.kind == "linear"]
     kept = {_module(piece.hf_name) for piece in linears if any(size % BLOCK for size in piece.shape)}
@@ -46,7 +47,7 @@ def fp8_pieces(pieces: Sequence[Piece]) -> tuple[list[Piece], dict[str, Any]]:
         else:
             found.append(piece)
     if len(found) == len(pieces):
-        raise UserError(f"--dtype fp8: no linear of this model has sizes that are multiples of {BLOCK}: use bf16")
+        raise UserError(f"--dtype fp8: no linear layer of this model has sizes that are multiples of {BLOCK}: use bf16")
     gates = {_module(piece.hf_name) for piece in pieces if piece.kind == "gate"}
     return found, {
         "activation_scheme": "dynamic",
@@ -58,27 +59,27 @@ def fp8_pieces(pieces: Sequence[Piece]) -> tuple[list[Piece], dict[str, Any]]:
 
 
 def fp8_part(piece: Piece, values: torch.Tensor) -> torch.Tensor:
-    """What an FP8 or a scale piece holds of the matrix ``values``."""
+    """The content of an FP8 piece or a scale piece for the matrix ``values``."""
     quantized = quantize_blocks(values, E4M3, (BLOCK, BLOCK), e8m0=False)
     return quantized.data if piece.holds == "fp8" else quantized.inverse
 
 
 def check_quantization(settings: dict[str, Any], where: str) -> None:
-    """Raise UserError unless `quantization_config` is the block format above."""
+    """Raise UserError unless `quantization_config` describes the block format above."""
     method, block = settings.get("quant_method", "unknown"), settings.get("weight_block_size")
     blocks = isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)
     if method != "fp8" or not blocks or settings.get("scale_fmt", "float") != "float":
         raise UserError(
-            f"{where}: the weights are quantized ({method}), which is not supported but for fp8 with a weight_block_size "
-            "of two sizes and float scales: use the original model"
+            f"{where}: the weights are quantized ({method}), but only fp8 with a weight_block_size of two sizes and float "
+            "scales is supported: use the original model"
         )
 
 
 def split_scales(
     shapes: Mapping[str, Shape], headers: Mapping[Path, Header], block: Any, where: str
 ) -> dict[str, Shape]:
-    """``shapes`` without the scales of FP8 matrices. Raises UserError when a matrix and its scales do not belong
-    together, or FP8 is there that config.json does not tell of."""
+    """``shapes`` without the scales of FP8 matrices. Raises UserError if a matrix and its scales do not match, or if there
+    are FP8 matrices but config.json does not mention them."""
     dtypes = {name: entry.dtype for header in headers.values() for name, entry in header.entries.items()}
     quantized = [name for name, dtype in dtypes.items() if dtype == E4M3]
     if block is None:
@@ -101,7 +102,7 @@ def split_scales(
 
 
 class Fp8Tensors(HuggingFaceTensors):
-    """Parameters of a directory with FP8 matrices, dequantized to ``dtype`` when read."""
+    """Parameters of a directory with FP8 matrices, which are dequantized to ``dtype`` when read."""
 
     def __init__(
         self,

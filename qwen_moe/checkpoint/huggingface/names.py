@@ -1,8 +1,8 @@
-"""The declarative map between our parameters and the tensors of a Hugging Face directory, for every family.
+"""Maps our parameters to the tensors of a Hugging Face directory, declaratively and for every family.
 
-Names are the same on both sides but for routed experts: ours are stacked, Hugging Face's files hold one matrix per
-expert (and transformers 5 fuses them in memory, a layout that is accepted when reading). One row below is one kind of
-tensor; everything else here expands rows for a config and compares the result with what a directory holds.
+Names are the same on both sides except for routed experts: ours are stacked, while Hugging Face's files hold one matrix per
+expert (transformers 5 fuses them in memory, and that layout can be read too). Each row below is one kind of tensor. The
+functions expand rows for a config and compare the result with what a directory holds.
 
 Shape legend: V vocabulary, D hidden, Q query heads x head dim, KV key/value heads x head dim, C head dim, I dense
 feed-forward width, E experts, F expert width, S shared expert width.
@@ -19,16 +19,16 @@ from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
 
 Shape = tuple[int, ...]
-# FP8 directories hold linears in FP8, keep gates as they are and say so, and keep the rest.
+# FP8 directories store linear layers in FP8. They leave gates unchanged, and name them, and leave the rest unchanged.
 Kind = Literal["linear", "gate", "other"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of tensor. ``when`` names the attribute of ModelConfig that must be true for it to exist.
+    """One kind of tensor. ``when`` names the attribute of ModelConfig that must be true for the tensor to exist.
 
-    ``per_expert``: Hugging Face's names of the pieces of one expert and where each lies in our ``[E, ...]`` tensor
-    after the expert index; empty when the name and the shape are the same on both sides.
+    ``per_expert`` holds Hugging Face's names of one expert's pieces, each with its index in our ``[E, ...]`` tensor after
+    the expert index. It is empty if the name and the shape are the same on both sides.
     """
 
     name: str
@@ -79,7 +79,7 @@ _MOE_LAYER = (
 )
 _GLOBAL_LAST = (Row("model.norm.weight", ("D",)), Row("lm_head.weight", ("V", "D"), when="untied"))
 
-# Buffers that old versions of transformers saved and every version computes anew.
+# Buffers that old versions of transformers saved and every version computes again.
 _RECOMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _TIED_HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
@@ -87,8 +87,8 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of a Hugging Face file and the part ``parameter[index]`` of ours it holds, reshaped to ``shape``; or its
-    FP8 values, or their scales (qwen_moe/checkpoint/huggingface/fp8.py)."""
+    """A tensor of a Hugging Face file. It holds ``parameter[index]`` of ours, reshaped to ``shape``, or its FP8 values, or
+    their scales (qwen_moe/checkpoint/huggingface/fp8.py)."""
 
     hf_name: str
     parameter: str
@@ -98,14 +98,15 @@ class Piece:
     holds: Literal["values", "fp8", "scale"] = "values"
 
     def dtype(self, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
-        """Its dtype on disk where the parameters' are ``dtypes``."""
+        """Its dtype on disk if the parameters' dtypes are ``dtypes``."""
         fixed = {"fp8": torch.float8_e4m3fn, "scale": torch.float32}
         return fixed.get(self.holds) or dtypes[self.parameter]
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One of our parameters: ``pieces`` as Hugging Face's files hold it, ``fused`` as transformers 5 in memory."""
+    """One of our parameters, as Hugging Face's files hold it (``pieces``) and as transformers 5 holds it in memory
+    (``fused``)."""
 
     name: str
     shape: Shape
@@ -115,8 +116,8 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Match:
-    """What a directory holds: ``pieces`` of every parameter, and names that are ignored. ``tied_head``: a head that is
-    on disk although it is tied, and so must equal the embedding."""
+    """What a directory holds: ``pieces`` of every parameter, and names that are ignored. ``tied_head``: a head is on disk
+    although it is tied, so it must equal the embedding."""
 
     pieces: dict[str, tuple[Piece, ...]]
     ignored: tuple[str, ...]
@@ -168,12 +169,12 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
 
 
 def expert_biases(config: ModelConfig) -> dict[str, Shape]:
-    """The buffers of the router that Hugging Face's format has no place for, by our name; float32."""
+    """The router's float32 buffers, by our name. Hugging Face's format has no place for them."""
     return {f"model.layers.{layer}.mlp.gate.expert_bias": (config.num_experts,) for layer in config.moe_layers}
 
 
 def hf_pieces(config: ModelConfig) -> dict[str, Piece]:
-    """Every name a file of this model may hold, fused layout and tied head included, and which part of ours it is."""
+    """Every tensor name that a file of this model may hold, with its piece; includes the fused layout and a tied head."""
     found: dict[str, Piece] = {}
     for parameter in parameters(config).values():
         found |= {piece.hf_name: piece for piece in parameter.pieces}
@@ -190,9 +191,9 @@ def _listed(names: list[str]) -> str:
 
 
 def match(config: ModelConfig, found: Mapping[str, Shape], where: str) -> Match:
-    """Pair every parameter with the tensors ``found`` (name -> shape) in ``where``.
+    """Match every parameter with the tensors ``found`` (name -> shape) in ``where``.
 
-    Raises UserError naming what is missing, left over or of another shape.
+    Raises UserError, which names tensors that are missing, left over or of another shape.
     """
     left = dict(found)
     chosen: dict[str, tuple[Piece, ...]] = {}
@@ -221,7 +222,7 @@ def match(config: ModelConfig, found: Mapping[str, Shape], where: str) -> Match:
         problems.append(f"{len(misshapen)} of another shape: {_listed(misshapen)}")
     if problems:
         raise UserError(
-            f"the tensors of {where} are not those that its config.json describes ({'; '.join(problems)}): "
+            f"the tensors of {where} do not match its config.json ({'; '.join(problems)}): "
             "use a directory whose config.json and weights belong together"
         )
     return Match(chosen, ignored, tied_head)

@@ -1,7 +1,7 @@
-"""The safetensors file format, streamed: headers checked, tensors read and written one at a time without mapping.
+"""Streams safetensors files: checks headers, and reads and writes tensors one at a time without memory maps.
 
-Format: 8 bytes little-endian header length, a JSON header (name -> dtype, shape, data_offsets), the data. The
-`safetensors` library maps whole files into memory when reading and wants all tensors at once when writing; conversion
+The format is: 8 bytes of little-endian header length, a JSON header (name -> dtype, shape, data_offsets), the data. The
+`safetensors` library maps whole files into memory when reading and needs all tensors at once when writing, but conversion
 must hold only one.
 """
 
@@ -18,7 +18,7 @@ import torch
 
 from qwen_moe.errors import UserError
 
-# In the library's order of dtypes: wider first is also the order of tensors within a file it writes.
+# In the library's order of dtypes. It writes the tensors of a file in the reverse order, widest dtype first.
 DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F16": torch.float16,
@@ -43,7 +43,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """A parsed header: ``text`` exactly as it is on disk, ``entries`` in the order of their data."""
+    """A parsed header. ``text`` is exactly as on disk; ``entries`` are in the order of their data."""
 
     text: str
     metadata: dict[str, str] | None
@@ -51,7 +51,7 @@ class Header:
 
     @cached_property
     def data_start(self) -> int:
-        """Where the data begins in the file."""
+        """The position in the file where the data begins."""
         return 8 + len(self.text.encode())
 
     @property
@@ -73,7 +73,7 @@ def _whole_numbers(values: Any) -> tuple[int, ...]:
 
 
 def _described(value: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """dtype, shape, start and end as the header says them."""
+    """dtype, shape, start and end of one tensor in the header."""
     if not isinstance(value, dict) or not isinstance(value.get("dtype"), str):
         raise ValueError("a tensor has no dtype")
     shape, offsets = _whole_numbers(value.get("shape")), _whole_numbers(value.get("data_offsets"))
@@ -83,7 +83,7 @@ def _described(value: Any) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def parse_header(text: str, where: str) -> Header:
-    """Raises UserError when ``text`` is not a header, has gaps, or holds a dtype that no weight has."""
+    """Parse a header. Raises UserError if ``text`` is not a header, has gaps, or names an unsupported dtype."""
     try:
         values = json.loads(text, object_pairs_hook=_no_duplicates)
         if not isinstance(values, dict):
@@ -110,7 +110,7 @@ def parse_header(text: str, where: str) -> Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of ``path``, and that the file is as long as it says. Raises UserError."""
+    """Read the header of ``path`` and check it against the length of the file. Raises UserError."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -132,7 +132,7 @@ def read_header(path: Path) -> Header:
 def build_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], keep_order: bool = False) -> Header:
     """The header that the safetensors library would write for these tensors (with transformers' metadata).
 
-    Tensors are sorted as the library does, by dtype (widest first) and name, unless ``keep_order``.
+    Unless ``keep_order``, tensors are sorted like the library does: by dtype (widest first), then by name.
     """
     tensors = list(tensors)
     if not keep_order:
@@ -155,7 +155,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def read_into(file: BinaryIO, header: Header, name: str, out: torch.Tensor) -> None:
-    """Read tensor ``name`` into the contiguous CPU tensor ``out`` of its dtype and number of elements."""
+    """Read tensor ``name`` into ``out``, a contiguous CPU tensor of the same dtype and number of elements."""
     entry = header.entries[name]
     assert out.is_contiguous() and out.dtype == entry.dtype and out.nbytes == entry.end - entry.start
     view = _bytes_of(out)
@@ -164,12 +164,12 @@ def read_into(file: BinaryIO, header: Header, name: str, out: torch.Tensor) -> N
     while done < len(view):
         count = file.readinto(view[done:])  # type: ignore[attr-defined]
         if not count:
-            raise UserError(f"{file.name} ended while tensor {name} was read: it changed meanwhile, start again")
+            raise UserError(f"{file.name} ended while tensor {name} was read: the file has changed, start again")
         done += count
 
 
 def write_file(path: Path, header: Header, tensors: Iterator[torch.Tensor]) -> None:
-    """Write a file: ``tensors`` are taken one at a time, in the order of ``header.entries``, and flushed to disk."""
+    """Write a file and flush it to disk. ``tensors`` are taken one at a time, in the order of ``header.entries``."""
     with path.open("wb") as file:
         text = header.text.encode()
         file.write(len(text).to_bytes(8, "little") + text)

@@ -193,7 +193,7 @@ def _cut_config(directory: Path) -> None:
         (_stray, r"consolidated\.safetensors of .* is not listed"),
         (_no_index, r"3 \.safetensors files but no model\.safetensors\.index\.json"),
         (_wrong_index, r"places tensor model\.norm\.weight in part-"),
-        (_number_in_index, "names a shard that is none: .*7.*; download it again"),
+        (_number_in_index, "names an invalid shard: .*7.*; download it again"),
         (_overlapping, r"does not fit its shape"),
         (_no_weights, r"no \.safetensors file, only part-0\.bin"),
         (_no_config, r"config\.json does not exist"),

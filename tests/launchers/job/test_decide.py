@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launchers.folder.run_folder import Attempt, RunFolder
-from launchers.job.decide import Evidence, Failure, Hang, Limits, Past, classify, decide, in_order_of_blame
+from launchers.job.decide import Evidence, Failure, Hang, Limits, PastAttempt, classify, decide, in_order_of_blame
 from launchers.job.evidence import collect_failures, exit_text
 from launchers.job.preflight import judge_bandwidth, judge_facts
 
@@ -56,7 +56,10 @@ def test_the_first_cause_is_named_not_its_echoes() -> None:
 
 
 def test_failures_without_progress_end_the_run_and_progress_starts_the_count_again() -> None:
-    failed, saved = Past(kind="failure", progressed=False, host="n9"), Past(kind="failure", progressed=True, host="n9")
+    failed, saved = (
+        PastAttempt(kind="failure", progressed=False, host="n9"),
+        PastAttempt(kind="failure", progressed=True, host="n9"),
+    )
     again = {"failures": (failure(host="n1"),), "saved_before": 5, "saved_after": 5}
     assert decide(Evidence(**again, history=(failed,)), LIMITS).action == "go on"
     stopped = decide(Evidence(**again, history=(failed, failed)), LIMITS)
@@ -66,26 +69,26 @@ def test_failures_without_progress_end_the_run_and_progress_starts_the_count_aga
     moved = again | {"saved_after": 6}
     assert decide(Evidence(**moved, history=(failed, failed)), LIMITS).action == "go on"
     # Preemption and failed nodes are not the run's doing.
-    elsewhere = (Past(kind="preemption", progressed=False), Past(kind="node failure", progressed=False))
+    elsewhere = (PastAttempt(kind="preemption", progressed=False), PastAttempt(kind="node failure", progressed=False))
     assert decide(Evidence(**again, history=elsewhere), LIMITS).action == "go on"
 
 
 def test_time_limits_without_a_checkpoint_between_them_end_the_run() -> None:
     """The limit is too short for one checkpoint: requeueing for ever would train nothing."""
-    past = Past(kind="time limit", progressed=False)
+    past = PastAttempt(kind="time limit", progressed=False)
     stopped = decide(Evidence(warned="time limit", history=(past, past)), LIMITS)
     assert (stopped.action, stopped.kind) == ("stop", "no progress")
 
 
 def test_a_node_that_fails_again_is_left_out() -> None:
-    past = Past(kind="failure", progressed=True, host="n1")
+    past = PastAttempt(kind="failure", progressed=True, host="n1")
     decision = decide(Evidence(failures=(failure(host="n1"),), saved_after=9, history=(past,)), LIMITS)
     assert decision.action == "exclude" and list(decision.nodes) == ["n1"]
     assert decide(Evidence(failures=(failure(host="n2"),), saved_after=9, history=(past,)), LIMITS).action == "go on"
 
 
 def test_restarts_are_limited() -> None:
-    history = tuple(Past(kind="failure", progressed=True, host=f"n{i}") for i in range(6))
+    history = tuple(PastAttempt(kind="failure", progressed=True, host=f"n{i}") for i in range(6))
     stopped = decide(Evidence(failures=(failure(host="x"),), saved_after=9, history=history), LIMITS)
     assert (stopped.action, stopped.kind) == ("stop", "too many restarts")
 

@@ -248,7 +248,7 @@ def test_branches_of_a_ladder_wait_for_their_trunks(
     command = ["launch", str(ladder), "--site", str(site), "--array", "--nodes", "1", "--time", "10"]
     assert main(command) == 0
     told = capfd.readouterr().out
-    assert told.count("(2 tasks)") == 2 and "after the one before" in told
+    assert told.count("(2 tasks)") == 2 and "after the previous array" in told
     slurm.wait_for(lambda: not slurm.ask("squeue", "-h"), "the arrays to end", 300)
     ends = {name: Launched(ladder / name).decisions()[-1] for name in ("trunk_a", "trunk_b", "branch_a", "branch_b")}
     assert [end["action"] for end in ends.values()] == ["done", "stop", "done", "stop"]

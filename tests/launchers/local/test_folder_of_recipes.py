@@ -70,7 +70,7 @@ def test_a_folder_is_run_through_a_kill_and_an_interrupt(ladder: Path, tmp_path:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "b_trunk ended with exit code -9; attempt 2 goes on" in errors and "same command goes on" in errors
+    assert "b_trunk ended with exit code -9; attempt 2 resumes it" in errors and "same command continues" in errors
     assert not (ladder / "a_branch" / "metrics.jsonl").exists(), "the branch waited for the end of its trunk"
     assert 20 <= trunk.steps() < STEPS
 

@@ -125,4 +125,4 @@ def test_what_a_killed_command_started_ends_and_holds_the_lock_until_then(
         RunLock(tmp_path, patience=0)  # the child saves
     capsys.readouterr()
     RunLock(tmp_path).close()  # a run that is started again waits until the child has ended
-    assert re.search(r"waiting for what an earlier run in .* has left: process \d+\n", capsys.readouterr().err)
+    assert re.search(r"waiting for what an earlier run in .* left behind: process \d+\n", capsys.readouterr().err)

@@ -47,7 +47,7 @@ def test_status_tells_no_answer_from_no_slurm(run: Path, tmp_path: Path, capsys:
 
 def test_without_its_commands_there_is_no_slurm(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert status.row(run, *status.ask_queue())["last"] == "there is no Slurm here to ask"
+    assert status.row(run, *status.ask_queue())["last"] == "Slurm is not installed here"
 
 
 def test_a_controller_that_is_silent_is_not_waited_for(run: Path, tmp_path: Path) -> None:

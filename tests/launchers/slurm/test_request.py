@@ -73,7 +73,7 @@ def test_a_list_of_partitions(options: tuple[str, ...], cluster: Path, tmp_path:
     [
         ("gpu,nope", "partition 'nope' does not exist: .* of gpu, gpu-long"),
         ("nope,nix", "partitions 'nope' and 'nix' do not exist"),
-        ("gpu,,gpu-long", "holds an empty name"),
+        ("gpu,,gpu-long", "contains an empty name"),
     ],
 )
 def test_partitions_that_are_not_there(text: str, message: str, cluster: Path) -> None:

@@ -138,7 +138,7 @@ def test_other_texts_stay(text: str) -> None:
 def test_containers(tmp_path: Path) -> None:
     script = render(spec(tmp_path, container_image="/images/torch.sqsh", container_mounts=("/data:/data",)))
     assert "--container-image=/images/torch.sqsh" in script and "/data:/data" in script and str(tmp_path) in script
-    with pytest.raises(LaunchError, match="holds a comma"):
+    with pytest.raises(LaunchError, match="contains a comma"):
         render(spec(tmp_path, container_image="x", container_mounts=("/a,b:/c",)))
 
 
@@ -182,7 +182,7 @@ def test_every_mistake_of_a_site_file_is_named_at_once() -> None:
         "unknown key 'slurm.partion'; did you mean 'slurm.partition'?",
         "slurm.nodes is 'two', expected int",
         "unknown table 'surivve'; did you mean 'survive'?",
-        "environment.NCCL_DEBUG must be a text or a number",
+        "environment.NCCL_DEBUG must be a string or a number",
     ):
         assert part in str(caught.value)
     with pytest.raises(LaunchError, match=r"survive.checkpoint_signal is 'KILL'.*survive.hang_seconds is -1"):
@@ -193,7 +193,7 @@ def test_every_mistake_of_a_site_file_is_named_at_once() -> None:
 def test_a_site_files_numbers_are_finite(value: float) -> None:
     with pytest.raises(LaunchError, match=r"hardware\.peak_tflops is (nan|inf)"):
         parse_site({"hardware": {"peak_tflops": value}}, "site.toml")
-    with pytest.raises(LaunchError, match=r"environment\.A must be a text or a number"):
+    with pytest.raises(LaunchError, match=r"environment\.A must be a string or a number"):
         parse_site({"environment": {"A": value}}, "site.toml")
 
 
@@ -228,7 +228,7 @@ def test_times(text: str, minutes: float | None) -> None:
 
 
 def test_a_wrong_time_is_an_error() -> None:
-    with pytest.raises(LaunchError, match="is not a time of Slurm's"):
+    with pytest.raises(LaunchError, match="is not a Slurm time"):
         slurm.parse_minutes("24h")
 
 
