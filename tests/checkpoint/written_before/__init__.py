@@ -1,0 +1,1 @@
+"""Checkpoints that earlier versions of this repository wrote, and what writes them."""
