@@ -117,11 +117,8 @@ def run(args: argparse.Namespace) -> int:
         return _shapes(args, config)
     if not args.layout and not args.fuzz:
         raise UserError("nothing to verify: give --layout tp=2,ep=2 (repeatable), --fuzz N or --shapes PROCESSES")
-    from parallel.local_group import RankFailed, preload, run_local
-    from qwen_moe.verify.case import STEPS
-    from qwen_moe.verify.compare import TOLERANCE, compare
-    from qwen_moe.verify.ranks import train_rank
-    from qwen_moe.verify.reference import train_reference
+    from parallel.local_group import preload
+    from qwen_moe.verify.compare import TOLERANCE
 
     preload(["qwen_moe.verify.ranks"])
     cases = _cases(args, config)
@@ -134,35 +131,10 @@ def run(args: argparse.Namespace) -> int:
         f"difference from one process, float64; limit {TOLERANCE:.0e})",
         file=out,
     )
-    for name, (small, layout, probe) in cases:
-        label = name if layout.pp == 1 else f"{name} {small.parallel.schedule}"
-        row: dict[str, Any] = {"layout": name, "ranks": layout.world_size, "config": small.model_dump(mode="json")}
-        row["objective"] = "probe" if probe else small.objective.kind
-        try:
-            reports = run_local(train_rank, layout.world_size, small, STEPS, probe, timeout=300)
-        except RankFailed as error:
-            rows.append(row | {"equal": False, "error": str(error)})
-            print(f"{label:44s} FAILED: {error.cause}", file=out, flush=True)
-            continue
-        differences = compare(reports, train_reference(small, layout.dp, STEPS, probe))
-        rows.append(
-            row
-            | {
-                "equal": differences.equal,
-                "loss": differences.loss,
-                "auxiliary": differences.auxiliary,
-                "gradients": differences.gradients,
-                "gradient_norm": differences.grad_norm,
-                "parameters": differences.parameters,
-                "worst": differences.worst,
-                "wrong": differences.wrong,
-            }
-        )
-        figures = (
-            f"{differences.loss:8.0e} {differences.auxiliary:8.0e} {differences.gradients:9.0e} "
-            f"{differences.grad_norm:8.0e} {differences.parameters:8.0e}"
-        )
-        print(f"{label:44s} {figures}{_verdict(differences)}", file=out, flush=True)
+    for name, case in cases:
+        row, text = _compare(name, case)
+        rows.append(row)
+        print(text, file=out, flush=True)
     bad = [row["layout"] for row in rows if not row["equal"]]
     print(
         f"{len(rows) - len(bad)} of {len(rows)} layouts equal one process"
@@ -172,6 +144,40 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"tolerance": TOLERANCE, "equal": not bad, "layouts": rows}))
     return 1 if bad else 0
+
+
+def _compare(name: str, case: "Case") -> tuple[dict[str, Any], str]:
+    """Run one case in its layout and in one process: the row of the report, and the line that is printed."""
+    from parallel.local_group import RankFailed, run_local
+    from qwen_moe.verify.case import STEPS
+    from qwen_moe.verify.compare import compare
+    from qwen_moe.verify.ranks import train_rank
+    from qwen_moe.verify.reference import train_reference
+
+    config, layout, probe = case
+    label = name if layout.pp == 1 else f"{name} {config.parallel.schedule}"
+    row: dict[str, Any] = {"layout": name, "ranks": layout.world_size, "config": config.model_dump(mode="json")}
+    row["objective"] = "probe" if probe else config.objective.kind
+    try:
+        reports = run_local(train_rank, layout.world_size, config, STEPS, probe, timeout=300)
+    except RankFailed as error:
+        return row | {"equal": False, "error": str(error)}, f"{label:44s} FAILED: {error.cause}"
+    differences = compare(reports, train_reference(config, layout.dp, STEPS, probe))
+    row |= {
+        "equal": differences.equal,
+        "loss": differences.loss,
+        "auxiliary": differences.auxiliary,
+        "gradients": differences.gradients,
+        "gradient_norm": differences.grad_norm,
+        "parameters": differences.parameters,
+        "worst": differences.worst,
+        "wrong": differences.wrong,
+    }
+    figures = (
+        f"{differences.loss:8.0e} {differences.auxiliary:8.0e} {differences.gradients:9.0e} "
+        f"{differences.grad_norm:8.0e} {differences.parameters:8.0e}"
+    )
+    return row, f"{label:44s} {figures}{_verdict(differences)}"
 
 
 def _shapes(args: argparse.Namespace, config: RunConfig) -> int:
