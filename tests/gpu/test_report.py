@@ -74,6 +74,7 @@ for part in ("parity", "training", "checkpoint", "optimizers", "benchmark"):
 """
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_training_with_a_stand_in_for_transformer_engine() -> None:
     """Whole runs by torch's products and by `precision.kernels: te`, from the config to checkpoints and benchmarks."""
     outcome = subprocess.run([sys.executable, "-c", STAND_IN], cwd=ROOT, capture_output=True, text=True, timeout=500)

@@ -59,6 +59,7 @@ def wait_for_steps(process: subprocess.Popen[str], run: Launched, steps: int) ->
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_folder_is_run_through_a_kill_and_an_interrupt(ladder: Path, tmp_path: Path) -> None:
     trunk = Launched(ladder / "b_trunk")
     process = subprocess.Popen(command(ladder, "--parallel", "2"), stderr=subprocess.PIPE, text=True)

@@ -153,7 +153,15 @@ def test_stages_share_nothing() -> None:
     assert mistakes("delayed", STAGES) == []
 
 
-@pytest.mark.parametrize(("layout", "group"), [(BOTH, "tp"), (BOTH, "dp"), (BOTH, "edp"), (STAGES, "world")])
+WRONG_RANKS = [
+    (BOTH, "tp"),
+    (BOTH, "dp"),
+    pytest.param(BOTH, "edp", marks=pytest.mark.slow),
+    pytest.param(STAGES, "world", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("layout", "group"), WRONG_RANKS)
 def test_largest_values_of_the_wrong_ranks_are_seen(layout: Layout, group: str) -> None:
     wrong = mistakes("delayed", layout, group)
     assert any(name.endswith(".scale") for name in wrong) and set(wrong) & {"z", "y", "dup", "dexperts"}, wrong
