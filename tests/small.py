@@ -58,35 +58,3 @@ def exact_run(model: dict[str, Any], sequence: int, **changes: Any) -> RunConfig
         "checkpoint": {"export_hf": False},
     }
     return parse_config(changed(values, changes), "test")
-
-
-def recipe_values(run_dir: str, prefix: str, steps: int, **changes: Any) -> dict[str, Any]:
-    """A recipe of a model that learns text of few words in some steps of 8 sequences of 32 tokens, without validation."""
-    model = model_values(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_experts=8,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=32,
-        max_position_embeddings=256,
-    )
-    values = {
-        "run_dir": run_dir,
-        "model": model,
-        "data": {
-            "train": [{"prefix": prefix}],
-            "tokenizer": f"{prefix}-tokenizer",
-            "sequence_length": 32,
-            "split": "100,0,0",
-        },
-        "training": {
-            "train_tokens": steps * 8 * 32,
-            "micro_batch_size": 2,
-            "global_batch_size": 8,
-            "validation_interval": 0,
-        },
-        "optimizer": {"learning_rate": 0.01},
-        "checkpoint": {"export_hf": False},
-    }
-    return changed(values, changes)
