@@ -21,6 +21,7 @@ from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
 from qwen_moe.generate import Sampling, end_tokens, generate, generate_text, register, sample
 from tests.models.hf_reference import FAMILIES, draw_weights, hf_model, model_configs, true_float64
+from tests.small import small_model
 
 SETTINGS = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -158,21 +159,7 @@ def test_mode_of_the_model_is_kept() -> None:
 
 
 def _config(**changes: Any) -> ModelConfig:
-    values: dict[str, Any] = {
-        "family": "qwen2_moe",
-        "vocab_size": 97,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 8,
-        "shared_expert_intermediate_size": 8,
-    }
-    return ModelConfig(**(values | changes))
+    return small_model(**{"max_position_embeddings": 64} | changes)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

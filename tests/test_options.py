@@ -72,6 +72,13 @@ def test_a_mistake_in_the_command_is_one_line(capsys: pytest.CaptureFixture[str]
     assert "unrecognized arguments: --nothing" in capsys.readouterr().err
 
 
+def run_instead(func: Callable[[object], int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command runs ``func``, whatever its arguments."""
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(func=func, traceback=False, verb="info")
+    monkeypatch.setattr(cli, "build_parser", lambda: parser)
+
+
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
@@ -93,7 +100,7 @@ def test_what_the_machine_refuses_is_one_line(
     def fail(_: object) -> int:
         raise failure
 
-    monkeypatch.setattr(cli, "_parse", lambda _: argparse.Namespace(func=fail, traceback=False, verb="info"))
+    run_instead(fail, monkeypatch)
     assert main([]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ") and message in told and told.count("\n") == 1
@@ -106,7 +113,7 @@ def test_our_own_mistakes_keep_their_traceback(failure: Exception, monkeypatch: 
     def fail(_: object) -> int:
         raise failure
 
-    monkeypatch.setattr(cli, "_parse", lambda _: argparse.Namespace(func=fail, traceback=False, verb="info"))
+    run_instead(fail, monkeypatch)
     with pytest.raises(type(failure)):
         main([])
 
@@ -115,7 +122,7 @@ def test_a_reader_that_has_seen_enough(monkeypatch: pytest.MonkeyPatch, capsys: 
     def fail(_: object) -> int:
         raise BrokenPipeError
 
-    monkeypatch.setattr(cli, "_parse", lambda _: argparse.Namespace(func=fail, traceback=False, verb="info"))
+    run_instead(fail, monkeypatch)
     assert main([]) == 141
     assert capsys.readouterr().err == ""
 

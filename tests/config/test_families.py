@@ -13,7 +13,7 @@ from parallel.mesh import Layout
 from qwen_moe.checkpoint.huggingface.config import hf_config, interpret, model_config_from_hf
 from qwen_moe.checkpoint.huggingface.convert import from_pretrained, save_pretrained
 from qwen_moe.checkpoint.huggingface.names import expert_biases, parameters
-from qwen_moe.config import ModelConfig, parse_config
+from qwen_moe.config import parse_config
 from qwen_moe.config.families import FAMILIES, Family
 from qwen_moe.errors import UserError
 from qwen_moe.models.decoder import DecoderLM
@@ -25,6 +25,7 @@ from qwen_moe.verify.shapes import run_shapes
 from tests.checkpoint.huggingface.directories import by_transformers, convert, files_of, tensors_on_disk
 from tests.models.hf_reference import draw_weights, hf_model, model_configs, true_float64
 from tests.models.test_transformers_parity import TOLERANCE, differences, relative, worst
+from tests.small import small_model
 
 SETTINGS = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -85,23 +86,6 @@ def new_families(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(FAMILIES, name, row)
 
 
-def shape(family: str, **changes: object) -> ModelConfig:
-    values: dict[str, object] = {
-        "family": family,
-        "vocab_size": 40,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    if NEW[family].moe:
-        values |= {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    if NEW[family].shared_expert:
-        values |= {"shared_expert_intermediate_size": 8}
-    return ModelConfig(**(values | changes))  # type: ignore[arg-type]
-
-
 def names_with(model: DecoderLM, part: str) -> set[str]:
     return {name.partition("self_attn.")[2] for name in model.state_dict() if part in name and "self_attn." in name}
 
@@ -123,7 +107,7 @@ QK_NORMS = {"q_norm.weight", "k_norm.weight"}
 def test_the_model_has_the_features_of_its_row(
     family: str, changes: dict[str, object], biases: set[str], norms: set[str]
 ) -> None:
-    config = shape(family, **changes)
+    config = small_model(family, **changes)
     model = build_model(config, 0, torch.float32)
     assert names_with(model, "bias") == biases and names_with(model, "norm") == norms
     assert {p.name: p.shape for p in parameters(config).values()} | expert_biases(config) == {
@@ -153,8 +137,8 @@ def test_a_family_that_transformers_knows_equals_it(data: st.DataObject) -> None
 
 def test_biases_beside_qk_norm_equal_transformers() -> None:
     """transformers' Qwen3 has both, with a bias on o, which is 0 here."""
-    ours = draw_weights(shape("made_up"), 5)
-    like = draw_weights(shape("made_up").model_copy(update={"family": "qwen3"}), 6)
+    ours = draw_weights(small_model("made_up"), 5)
+    like = draw_weights(small_model("made_up").model_copy(update={"family": "qwen3"}), 6)
     missing, unexpected = like.load_state_dict(ours.state_dict(), strict=False)
     assert {name.partition("self_attn.")[2] for name in missing} == {"o_proj.bias"} and unexpected == []
     for layer in like.model.layers:
@@ -166,10 +150,12 @@ def test_biases_beside_qk_norm_equal_transformers() -> None:
 
 def test_experts_beside_qk_norm_and_biases_equal_transformers() -> None:
     """transformers' Qwen3-MoE has all but the shared expert, which adds 0 here."""
-    ours = draw_weights(shape("made_up_experts"), 5)
+    ours = draw_weights(small_model("made_up_experts"), 5)
     for layer in ours.model.layers:
         layer.mlp.shared_expert.down_proj.weight.data.zero_()
-    config = shape("made_up_experts").model_copy(update={"family": "qwen3_moe", "shared_expert_intermediate_size": 0})
+    config = small_model("made_up_experts").model_copy(
+        update={"family": "qwen3_moe", "shared_expert_intermediate_size": 0}
+    )
     like = draw_weights(config, 6)
     missing, unexpected = like.load_state_dict(ours.state_dict(), strict=False)
     assert missing == [] and all(".shared_expert" in name for name in unexpected) and unexpected
@@ -198,7 +184,7 @@ def test_config_json_both_ways(family: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("family", NEW)
 def test_directories_and_checkpoints_both_ways(family: str, tmp_path: Path) -> None:
-    ours = draw_weights(shape(family), 3, torch.float32)
+    ours = draw_weights(small_model(family), 3, torch.float32)
     hf = tmp_path / "hf"
     if family == "llama":
         by_transformers(hf, ours, torch.float32)
@@ -216,7 +202,7 @@ def test_directories_and_checkpoints_both_ways(family: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("family", NEW)
 def test_recipes_layouts_and_ladders(family: str) -> None:
-    model = shape(family, num_hidden_layers=24, hidden_size=512, num_attention_heads=32, num_key_value_heads=16)
+    model = small_model(family, num_hidden_layers=24, hidden_size=512, num_attention_heads=32, num_key_value_heads=16)
     config = parse_config(
         {
             "run_dir": "unused",
@@ -253,7 +239,7 @@ def test_recipes_layouts_and_ladders(family: str) -> None:
     ],
 )
 def test_messages_name_the_families_of_the_table(values: dict[str, object], message: str) -> None:
-    base = shape(str(values["family"]) if values["family"] in NEW else "llama").model_dump()
+    base = small_model(str(values["family"]) if values["family"] in NEW else "llama").model_dump()
     recipe = {"run_dir": "x", "model": base | values}
     with pytest.raises(UserError, match=message) as caught:
         parse_config(recipe, "recipe")

@@ -7,8 +7,7 @@ from qwen_moe.models.attention.cache import KeyValueCache
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.init import build_model
 from tests.models.test_layers import small_config
-
-VOCAB = 53
+from tests.small import VOCAB
 
 
 def tokens(batch: int, seq: int, seed: int = 0) -> torch.Tensor:

@@ -17,6 +17,7 @@ from qwen_moe.models.ops.grouped_matmul import _rounded, _RoundedLoop, loop_mm
 from qwen_moe.models.ops.rotate import rotate
 from qwen_moe.models.ops.swiglu import joined_swiglu, swiglu
 from tests.models.test_layers import rand, small_config
+from tests.small import VOCAB
 
 needs_compiler = pytest.mark.skipif(missing_compiler("cpu") is not None, reason="no C++ compiler on this machine")
 
@@ -158,7 +159,7 @@ def test_a_compiled_model_is_as_exact_as_an_uncompiled_one(compiled: None, dtype
     unit, seeds = torch.finfo(dtype).eps, range(4)
     errors: dict[bool, list[float]] = {True: [], False: []}
     for seed in seeds:
-        tokens = torch.randint(0, 53, (2, 81), generator=torch.Generator().manual_seed(seed))
+        tokens = torch.randint(0, VOCAB, (2, 81), generator=torch.Generator().manual_seed(seed))
         weights = {name: p.to(dtype) for name, p in build_model(config, seed).state_dict().items()}
 
         def run(kind: torch.dtype, compiling: bool) -> tuple[float, torch.Tensor]:

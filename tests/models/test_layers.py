@@ -22,24 +22,12 @@ from qwen_moe.models.ops.permute import _Combine, _Permute, sort_by_expert
 from qwen_moe.models.ops.rms_norm import _RMSNorm
 from qwen_moe.models.ops.swiglu import swiglu
 from qwen_moe.models.rope import Rope, apply_rope
+from tests.small import small_model
 
 
 def small_config(**changes: Any) -> ModelConfig:
-    values: dict[str, Any] = {
-        "family": "qwen2_moe",
-        "vocab_size": 53,
-        "hidden_size": 16,
-        "intermediate_size": 20,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 8,
-        "shared_expert_intermediate_size": 12,
-        "initializer_range": 0.3,
-    }
-    return ModelConfig(**values | changes)
+    """Weights so large that what a layer does shows."""
+    return small_model(**{"initializer_range": 0.3} | changes)
 
 
 def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -4,31 +4,17 @@ There `.tolist()`, `.item()`, `int(tensor)`, `.cpu()`, boolean indexing and ever
 values raise, which on a GPU would be a silent wait of the host for all work in flight.
 """
 
-from typing import Any
-
 import pytest
 import torch
 
-from qwen_moe.config import ModelConfig, parse_model
+from qwen_moe.config import ModelConfig
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.moe.block import MoE
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-}
+from tests.small import small_model
 
 
 def config(family: str) -> ModelConfig:
-    shared = {"shared_expert_intermediate_size": 64} if family == "qwen2_moe" else {"head_dim": 16}
-    return parse_model(SHAPE | {"family": family} | shared, "test")
+    return small_model(family, hidden_size=64, moe_intermediate_size=32)
 
 
 def moe_step(dtype: torch.dtype, capacity_factor: float = 0.0) -> None:

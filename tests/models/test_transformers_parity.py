@@ -12,6 +12,7 @@ from qwen_moe.config import families as table
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.moe.router import RouterStatistics
 from tests.models.hf_reference import FAMILIES, draw_weights, hf_model, model_configs, to_hf_names, true_float64
+from tests.small import small_model
 
 TOLERANCE = 1e-10
 AUX_COEFFICIENT = 0.37
@@ -85,24 +86,6 @@ def test_equal_to_transformers(family: str, data: st.DataObject) -> None:
     assert value < TOLERANCE, (name, value)
 
 
-def _small(**changes: object) -> ModelConfig:
-    values = {
-        "family": "qwen2_moe",
-        "vocab_size": 40,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_experts": 5,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 8,
-        "norm_topk_prob": True,
-    }
-    return ModelConfig(**(values | changes))  # type: ignore[arg-type]
-
-
 def _swap_gate_and_up(model: DecoderLM) -> None:
     experts = model.model.layers[1].mlp.experts
     experts.gate_up_proj.data = experts.gate_up_proj.data.flip(1)
@@ -131,22 +114,17 @@ def _swap_two_experts(model: DecoderLM) -> None:
 )
 def test_comparison_sees_mistakes(break_it: Callable[[DecoderLM], None]) -> None:
     """The comparison is not blind: after a typical conversion mistake on our side it is off by far more than rounding."""
-    ours = draw_weights(_small(), 3)
+    config = small_model(norm_topk_prob=True, moe_intermediate_size=16)  # as the hidden size, so that a transpose fits
+    ours = draw_weights(config, 3)
     assert worst(differences(ours, 3, 2, 12))[0] < TOLERANCE
     break_it(ours)
-    assert worst(differences(ours, 3, 2, 12, reference=draw_weights(_small(), 3)))[0] > 1e-3
+    assert worst(differences(ours, 3, 2, 12, reference=draw_weights(config, 3)))[0] > 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reference_is_true_float64(family: str) -> None:
     """Without the mode transformers' float64 model is 1e-9 or more away; the comparison above would not mean much."""
-    features = table.FAMILIES[family]
-    changes: dict[str, object] = {"family": family}
-    if not features.shared_expert:
-        changes["shared_expert_intermediate_size"] = 0
-    if not features.moe:
-        changes |= {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0, "norm_topk_prob": False}
-    ours = draw_weights(_small(**changes), 1)
+    ours = draw_weights(small_model(family, norm_topk_prob=table.FAMILIES[family].moe), 1)
     ids = torch.arange(20).view(2, 10)
     loose = hf_model(ours)(input_ids=ids).logits
     with true_float64():

@@ -1,6 +1,7 @@
 """How many GPUs a run may use, and what is said when there are fewer than its processes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -25,10 +26,12 @@ def test_gpus_are_counted_without_torch(
 ) -> None:
     for name in ("nvidia0", "nvidia1", "nvidia7", "nvidiactl", "nvidia-uvm", "nvidia-caps"):
         (tmp_path / name).touch()
-    monkeypatch.setattr(parallel.gpus, "_torch_has_cuda", lambda: True)
-    assert visible_gpus(environ, tmp_path) == expected
-    monkeypatch.setattr(parallel.gpus, "_torch_has_cuda", lambda: False)
-    assert visible_gpus(environ, tmp_path) == 0
+    package = tmp_path / "torch" / "__init__.py"
+    package.parent.mkdir()
+    monkeypatch.setattr(parallel.gpus, "find_spec", lambda _: SimpleNamespace(origin=str(package)))
+    for cuda, gpus in (("'13.0'", expected), ("None", 0)):
+        (package.parent / "version.py").write_text(f"cuda: Optional[str] = {cuda}\n")
+        assert visible_gpus(environ, tmp_path) == gpus
 
 
 def test_torch_here_is_asked_by_its_version_file() -> None:

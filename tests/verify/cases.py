@@ -3,45 +3,34 @@
 from typing import Any
 
 from parallel.mesh import Layout
-from qwen_moe.config import RunConfig, parse_config
+from qwen_moe.config import RunConfig
 from qwen_moe.verify.case import STEPS, layout_overrides
+from tests.small import exact_run, model_values
 
 
 def case(layout: Layout, **changes: Any) -> RunConfig:
     """A small qwen2_moe run in float64 for ``layout``; ``changes`` are ``section__key=value``."""
-    sequence, wave = 12, 2 * layout.dp
-    values: dict[str, Any] = {
-        "run_dir": "unused",
+    sequence = 12
+    batch = changes.get("training__global_batch_size", 2 * layout.dp * max(2, 2 * layout.pp))
+    model = model_values(
+        vocab_size=37,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_experts=8,
+        num_experts_per_tok=3,
+        mlp_only_layers=[1],
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    own = {
         "seed": 7,
-        "model": {
-            "family": "qwen2_moe",
-            "vocab_size": 37,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "num_experts": 8,
-            "num_experts_per_tok": 3,
-            "moe_intermediate_size": 8,
-            "shared_expert_intermediate_size": 12,
-            "mlp_only_layers": [1],
-            "tie_word_embeddings": True,
-            "initializer_range": 0.2,
-        },
-        "data": {"train": [{"prefix": "unused"}], "sequence_length": sequence},
-        "training": {"micro_batch_size": 2, "global_batch_size": wave * max(2, 2 * layout.pp), "loss_chunk_tokens": 7},
-        "optimizer": {"learning_rate": 1e-2, "clip_grad_norm": 0.5, "eps": 1e-5},
-        "balance": {"coefficient": 0.1, "z_loss_coefficient": 0.01, "bias_update_rate": 0.05},
-        "precision": {"compute": "fp64", "master": "fp64"},
-        "checkpoint": {"export_hf": False},
+        "training__loss_chunk_tokens": 7,
+        "training__global_batch_size": batch,
+        "training__train_tokens": STEPS * batch * sequence,
+        "balance__bias_update_rate": 0.05,
         "parallel": layout_overrides(layout),
     }
-    for dotted, value in changes.items():
-        section, key = dotted.split("__")
-        values[section][key] = value
-    values["training"]["train_tokens"] = STEPS * values["training"]["global_batch_size"] * sequence
-    return parse_config(values, "case")
+    return exact_run(model, sequence, **own | changes)
 
 
 QWEN3 = {"model__family": "qwen3_moe", "model__shared_expert_intermediate_size": 0}

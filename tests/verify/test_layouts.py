@@ -139,8 +139,13 @@ def _auxiliary_detached(patch: Any) -> None:
 def _auxiliary_over_group(patch: Any) -> None:
     from qwen_moe.objectives.balance import Balancer
 
-    original = Balancer._balance
-    patch(Balancer, "_balance", lambda b, router, tokens: original(b, router, tokens) / b.stage.size)
+    original = Balancer.loss
+
+    def loss(b: Balancer, router: Any, tokens: int, global_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        balance, z_loss = original(b, router, tokens, global_tokens)
+        return balance / b.stage.size, z_loss
+
+    patch(Balancer, "loss", loss)
 
 
 def _counts_of_one_rank(patch: Any) -> None:
@@ -152,15 +157,20 @@ def _counts_of_one_rank(patch: Any) -> None:
 def _buffer_over_one_micro_batch(patch: Any) -> None:
     from qwen_moe.objectives.balance import Balancer
 
-    def balance(b: Balancer, router: Any, tokens: int) -> torch.Tensor:
-        from parallel.collectives import all_reduce_sum
+    original, end_step = Balancer.loss, Balancer.end_step
+    done: dict[int, int] = {}  # micro-batches of this step, by balancer
 
-        seen = all_reduce_sum(router.counts.sum(1), b.stage)
-        b._buffer = seen if b._buffer is None else b._buffer + seen
-        fraction = b._buffer.double() / (seen[0].sum())
-        return b.num_experts * (fraction * router.prob_sum.sum(1)).sum()
+    def loss(b: Balancer, router: Any, tokens: int, global_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        done[id(b)] = done.get(id(b), 0) + 1
+        balance, z_loss = original(b, router, tokens, global_tokens)
+        return balance * done[id(b)], z_loss  # counts of all of them over the choices of one
 
-    patch(Balancer, "_balance", balance)
+    def end(b: Balancer) -> tuple[torch.Tensor, torch.Tensor]:
+        done.pop(id(b), None)
+        return end_step(b)
+
+    patch(Balancer, "loss", loss)
+    patch(Balancer, "end_step", end)
 
 
 def _own_tokens(patch: Any) -> None:

@@ -21,6 +21,7 @@ from tests.checkpoint.huggingface.directories import (
     tensors_on_disk,
 )
 from tests.models.hf_reference import FAMILIES, draw_weights, model_configs, true_float64
+from tests.small import small_model
 
 SETTINGS = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 DTYPES = st.sampled_from([torch.bfloat16, torch.float32])
@@ -134,7 +135,7 @@ def test_our_file_is_the_librarys(tmp_path: Path) -> None:
 def test_file_of_another_writer(tmp_path: Path) -> None:
     """Tensors in an order of its own, a header with spaces and no metadata: the same bytes come back, and in another
     dtype the same order."""
-    ours = draw_weights(_qwen3_moe(), 6, torch.float32)
+    ours = draw_weights(small_model("qwen3_moe"), 6, torch.float32)
     by_hand(tmp_path / "hf", ours, torch.float32, files=1)
     file = tmp_path / "hf" / "model.safetensors"
     tensors = dict(reversed(tensors_on_disk(ours).items()))
@@ -160,26 +161,11 @@ def test_file_of_another_writer(tmp_path: Path) -> None:
     same_bits(tensors_of(tmp_path / "half"), {name: tensor.bfloat16() for name, tensor in tensors.items()})
 
 
-def _qwen3_moe() -> ModelConfig:
-    return ModelConfig(
-        family="qwen3_moe",
-        vocab_size=32,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_experts=3,
-        num_experts_per_tok=2,
-        moe_intermediate_size=4,
-    )
-
-
 def test_checkpoint_holds_the_documented_state(tmp_path: Path) -> None:
     """Keys and values as DCP itself reads them: what training loads."""
     import torch.distributed.checkpoint as dcp
 
-    config = _qwen3_moe()
+    config = small_model("qwen3_moe")
     ours = draw_weights(config, 1, torch.float32)
     by_transformers(tmp_path / "hf", ours, torch.float32)
     convert_from_hf(tmp_path / "hf", tmp_path / "checkpoint")

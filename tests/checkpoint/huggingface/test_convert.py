@@ -14,7 +14,6 @@ import qwen_moe
 from qwen_moe.checkpoint.huggingface import convert as huggingface
 from qwen_moe.checkpoint.huggingface.convert import convert_from_hf, convert_to_hf, from_pretrained, save_pretrained
 from qwen_moe.checkpoint.huggingface.directory import parse_size
-from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.decoder import DecoderLM
 from tests.checkpoint.huggingface.directories import (
@@ -26,29 +25,13 @@ from tests.checkpoint.huggingface.directories import (
     write_tensors,
 )
 from tests.models.hf_reference import draw_weights, to_hf_names
+from tests.small import small_model
 
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 
 
-def small(**changes: Any) -> ModelConfig:
-    values: dict[str, Any] = {
-        "family": "qwen2_moe",
-        "vocab_size": 32,
-        "hidden_size": 8,
-        "intermediate_size": 12,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 6,
-        "shared_expert_intermediate_size": 4,
-    }
-    return ModelConfig(**(values | changes))
-
-
 def model(seed: int = 1, **changes: Any) -> DecoderLM:
-    return draw_weights(small(**changes), seed, torch.float32)
+    return draw_weights(small_model(**changes), seed, torch.float32)
 
 
 def nothing_written(folder: Path, *inputs: str) -> bool:
@@ -69,7 +52,7 @@ def _missing(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _extra(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.layers.1.mlp.experts.4.up_proj.weight"] = tensors[EXPERT].clone()
+    tensors["model.layers.1.mlp.experts.6.up_proj.weight"] = tensors[EXPERT].clone()
 
 
 def _extra_bias(tensors: dict[str, torch.Tensor]) -> None:
@@ -101,9 +84,9 @@ def _integers(tensors: dict[str, torch.Tensor]) -> None:
     "spoil, message",
     [
         (_missing, rf"1 missing: {EXPERT}"),
-        (_extra, r"1 not known to qwen2_moe: model\.layers\.1\.mlp\.experts\.4\.up_proj"),
+        (_extra, r"1 not known to qwen2_moe: model\.layers\.1\.mlp\.experts\.6\.up_proj"),
         (_extra_bias, r"not known to qwen2_moe: model\.layers\.0\.self_attn\.o_proj\.bias"),
-        (_transposed, rf"{EXPERT} is \[8, 6\], expected \[6, 8\]"),
+        (_transposed, rf"{EXPERT} is \[16, 8\], expected \[8, 16\]"),
         (_no_bias, r"missing: model\.layers\.0\.self_attn\.v_proj\.bias"),
         (_no_head, r"missing: lm_head\.weight"),
         (_two_dtypes, rf"{EXPERT} is torch\.bfloat16.*must have one dtype"),

@@ -18,8 +18,9 @@ from tests.checkpoint.huggingface.directories import (
     tensors_of,
     tensors_on_disk,
 )
-from tests.checkpoint.huggingface.test_convert import model, small
+from tests.checkpoint.huggingface.test_convert import model
 from tests.distributed import run_distributed
+from tests.small import small_model
 
 
 def _as_training_checkpoint(root: Path, step: int, ours: DecoderLM, compute: str) -> Path:
@@ -98,9 +99,9 @@ def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
 
 def test_checkpoint_whose_config_is_of_another_model(tmp_path: Path) -> None:
     ours = model()
-    ours.config = small(vocab_size=40)
+    ours.config = small_model(vocab_size=40)
     path = _as_training_checkpoint(tmp_path, 1, ours, "fp32")
-    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight is \[32, 8\], expected \[40, 8\]"):
+    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight is \[53, 16\], expected \[40, 16\]"):
         convert_to_hf(path, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
@@ -161,4 +162,6 @@ def test_expert_bias(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--drop-expert-bias"):
         convert_to_hf(rewritten, tmp_path / "back")
     assert convert_to_hf(rewritten, tmp_path / "back", drop_expert_bias=True).notes != ()
-    assert torch.equal(from_pretrained(rewritten).model.layers[1].mlp.gate.expert_bias, torch.tensor([0, 0, 0.25, 0]))
+    assert torch.equal(
+        from_pretrained(rewritten).model.layers[1].mlp.gate.expert_bias, torch.tensor([0, 0, 0.25, 0, 0, 0])
+    )
