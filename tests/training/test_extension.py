@@ -186,7 +186,7 @@ def test_lengths_that_leave_the_past_as_it_was(before: int, now: int, step: int,
             30,
             18,
             W,
-            r"was 1920, is now 2880, .* rate of step 18, which is done.* begins after step 16.*checkpoint\.branch_from",
+            r"was 1920, is now 2880.* rate of step 18, which is done.* began after step 16.*checkpoint\.branch_from",
         ),
         (30, 20, 18, W, "learning rate of step 18, which is done"),
         (
