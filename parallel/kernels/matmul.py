@@ -4,21 +4,34 @@ A product of two FP8 values is exact in float32. Every path accumulates in float
 Shapes: ``a [M, K]`` and ``b [N, K]`` are contracted over K; rows of E experts follow each other.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
 from parallel.gemm import widens
-from parallel.kernels.formats import E5M2, Quantized, widen
+from parallel.kernels.formats import E4M3, E5M2, Quantized, widen
 
 
 def _has_kernel(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether `torch._scaled_mm` can multiply these with one scale per tensor. On GPUs one operand must be E4M3."""
     if a.device.type == "cpu":
-        return not widens(a, torch.bfloat16)  # oneDNN has FP8 matmuls wherever it has bfloat16 matmuls
+        return not widens(a, torch.bfloat16) and _runs_on_cpu()
     if a.device.type != "cuda" or torch.cuda.get_device_capability(a.device) < (8, 9):
         return False
     return not a.dtype == b.dtype == E5M2
+
+
+@cache
+def _runs_on_cpu() -> bool:
+    """Tries one: oneDNN mostly has FP8 matmuls where it has bfloat16 matmuls, but not on every processor."""
+    a, scale = torch.ones(16, 16).to(E4M3), torch.tensor(1.0)
+    try:
+        torch._scaled_mm(a, a.T, scale, scale, out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _multiple(device: torch.device) -> int:
