@@ -1,22 +1,13 @@
 """The settings of a run (`run`), and how they are read from a recipe (`load`)."""
 
+from qwen_moe.config.data import DataConfig, Dataset
 from qwen_moe.config.load import dump_config, find_recipe, load_config, parse_config, parse_model
 from qwen_moe.config.model import ModelConfig
 from qwen_moe.config.objective import ObjectiveConfig
-from qwen_moe.config.run import (
-    BalanceConfig,
-    DataConfig,
-    Dataset,
-    Fp8Config,
-    LoggingConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    PrecisionConfig,
-    RunConfig,
-    ScheduleConfig,
-    TrainingConfig,
-    WandbConfig,
-)
+from qwen_moe.config.precision import Fp8Config, PrecisionConfig
+from qwen_moe.config.run import RunConfig
+from qwen_moe.config.system import LoggingConfig, ParallelConfig, WandbConfig
+from qwen_moe.config.training import BalanceConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 
 __all__ = [
     "BalanceConfig",

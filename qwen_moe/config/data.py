@@ -1,0 +1,71 @@
+"""The data section: which tokens a run reads, in which order."""
+
+import math
+from typing import Self
+
+from pydantic import Field, field_validator, model_validator
+
+from qwen_moe.config.fields import (
+    GivenPath,
+    GivenPrefix,
+    NonNegativeInt,
+    OptionalSize,
+    PositiveFloat,
+    Section,
+    Seed,
+    Size,
+)
+
+
+class Dataset(Section):
+    """One `.bin/.idx` pair (`prefix` is its path without the suffix) and its weight in the blend."""
+
+    prefix: GivenPrefix
+    weight: PositiveFloat = 1.0
+
+
+class Prepare(Section):
+    """Data that `qwen-moe train` prepares first if it does not exist, as `qwen-moe data prepare` would."""
+
+    input: tuple[str, ...] = Field(min_length=1)
+    output: GivenPrefix
+    train_tokenizer: bool = False
+    vocab_size: OptionalSize = 0
+    text_key: str = "text"
+
+
+class DataConfig(Section):
+    """The tokens to read and their order. ``split``: Megatron's train,validation,test weights over documents.
+    ``order_tokens``: the training length for which the order is drawn; 0 is the run's own, and a branch sets its trunk's."""
+
+    prepare: Prepare | None = None
+    train: tuple[Dataset, ...] = ()
+    validation: tuple[Dataset, ...] = ()
+    tokenizer: GivenPath | None = None
+    sequence_length: Size
+    split: str = "99,1,0"
+    seed: Seed = 1234
+    order_tokens: NonNegativeInt = 0
+    respect_document_boundaries: bool = False
+    mask_end_of_document: bool = False
+
+    @field_validator("split")
+    @classmethod
+    def _check_split(cls, split: str) -> str:
+        try:
+            weights = [float(part) for part in split.split(",")]
+        except ValueError:
+            weights = []
+        if not (1 <= len(weights) <= 3 and all(0 <= w < math.inf for w in weights) and weights[0] > 0):
+            raise ValueError(f"{split!r} is not of the form 'train,validation,test': give numbers, the first above 0")
+        return split
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.train and self.prepare is None:
+            raise ValueError("there is nothing to read: give data.train (prefixes of .bin/.idx files) or data.prepare")
+        if self.prepare is not None and self.prepare.train_tokenizer == (self.tokenizer is not None):
+            raise ValueError(
+                "give either data.prepare.train_tokenizer: true (with vocab_size) or data.tokenizer, not both or neither"
+            )
+        return self
