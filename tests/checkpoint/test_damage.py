@@ -118,7 +118,7 @@ def test_flipped_bits_of_a_header_are_refused_or_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda index: index["weight_map"].update({EXPERT: 3}), "names an invalid shard: 3 is not the name"),
+        (lambda index: index["weight_map"].update({EXPERT: 3}), "names an invalid shard: 3 is not a file name"),
         (lambda index: index["weight_map"].update({EXPERT: ["a"]}), "names an invalid shard"),
         (lambda index: index["weight_map"].update({EXPERT: "../x.safetensors"}), "leads out of the directory"),
         (lambda index: index["weight_map"].update({EXPERT: "/x.safetensors"}), "is an absolute path"),
@@ -279,7 +279,7 @@ def test_weights_with_nan_are_named_and_not_used(tmp_path: Path) -> None:
     with torch.no_grad():
         ours.model.layers[1].self_attn.o_proj.weight[2, 3] = float("nan")
         ours.model.layers[1].self_attn.o_proj.weight[4, 5] = float("-inf")
-    message = r"tensor model\.layers\.1\.self_attn\.o_proj\.weight of .* holds 2 of 64 values that are NaN or infinite"
+    message = r"tensor model\.layers\.1\.self_attn\.o_proj\.weight of .* holds 2 of 256 values that are NaN or infinite"
     by_hand(tmp_path / "hf", ours, torch.float32, files=1)
     refuse(tmp_path, message)
     with pytest.raises(UserError, match=message):

@@ -112,9 +112,9 @@ def _name(name: str) -> Callable[[Path], None]:
         (_name("../weights"), "leads out of the directory"),
         (_name("/etc/passwd"), "is an absolute path"),
         (_name("C:weights"), "is an absolute path"),
-        (_name("sub\\name.json"), "has a character that no name"),
-        (_name("weights\0"), "has a character that no name"),
-        (_name("\ud800"), "has a character that no name"),
+        (_name("sub\\name.json"), "has a character that is not allowed"),
+        (_name("weights\0"), "has a character that is not allowed"),
+        (_name("\ud800"), "has a character that is not allowed"),
     ],
 )
 def test_damage_is_found_and_named(tmp_path: Path, damage: object, message: str) -> None:

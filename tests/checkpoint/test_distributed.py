@@ -9,9 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from qwen_moe.config import ModelConfig, RunConfig
+from qwen_moe.verify.case import global_batch
 from tests.distributed import run_distributed
 from tests.models.hf_reference import model_configs
-from tests.training.test_step import SEQ, global_batch, make_config
+from tests.training.test_step import SEQ, make_config
 
 
 def _setup(config: RunConfig, root: Path, asynchronous: bool = False) -> tuple[Any, Any]:
@@ -32,8 +33,7 @@ def _train(trainer: Any, steps: range) -> list[tuple[float, float]]:
     share = 8 // world
     figures = []
     for step in steps:
-        vocabulary = trainer.config.model.vocab_size
-        batch = {name: torch.where(t < 0, t, t % vocabulary) for name, t in global_batch(step).items()}
+        batch = global_batch(trainer.config, step)
         mine = {name: tensor[rank * share : (rank + 1) * share] for name, tensor in batch.items()}
         result = trainer.step(step, [mine])
         figures.append((result.loss, result.grad_norm))

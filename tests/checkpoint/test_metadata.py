@@ -19,7 +19,7 @@ from qwen_moe.checkpoint.metadata import SafeReader, read_metadata
 from qwen_moe.checkpoint.tensor_store import CheckpointTensors
 from qwen_moe.cli import main
 from qwen_moe.errors import UserError
-from tests.checkpoint.huggingface.test_convert import small
+from tests.small import small_model
 
 STATE = {"model": {"a": torch.arange(12.0).view(3, 4), "b": torch.tensor(1.5), "c": torch.zeros(0, 3)}, "rng": {"x": 3}}
 A = MetadataIndex("model.a", (0, 0))
@@ -206,7 +206,7 @@ def test_the_commands_refuse_it_in_one_message(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _with(checkpoint, _Runs(os.mkdir, str(tmp_path / "made")))
-    (checkpoint / MODEL_CONFIG).write_text(small().model_dump_json())
+    (checkpoint / MODEL_CONFIG).write_text(small_model().model_dump_json())
     path = step_directory(tmp_path, 1)
     checkpoint.rename(partial_path(path))
     commit(path, {f.as_posix(): file_entry(partial_path(path) / f) for f in files_in(partial_path(path))}, {})

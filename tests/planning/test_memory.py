@@ -22,7 +22,7 @@ from qwen_moe.planning.memory import Memory, MemoryModel
 from qwen_moe.planning.saved import Run, SavedActivations, count, fake_grids
 from qwen_moe.planning.schedules import Flight, flights, idle_micro_batches
 from qwen_moe.planning.shares import place_of
-from qwen_moe.sharding.build import build_model, plan_model
+from qwen_moe.sharding.build import build_model, shard_model
 from qwen_moe.sharding.layout import RunLayout, run_layout
 from qwen_moe.sharding.model import ParallelModel
 from qwen_moe.training.optimizer import build_optimizer
@@ -60,7 +60,7 @@ def counted(config: RunConfig, layout: RunLayout, choice: Choice, rank: int) -> 
     """Build one rank on shapes, run a micro-batch through each of its stages, and look at what is there."""
     found: dict[str, int] = {}
     with fake_grids(layout.layout, config.model.num_key_value_heads, rank) as grids:
-        model = plan_model(config, layout, grids)
+        model = shard_model(config, layout, grids)
         with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(peaks=False) as live:
             for part in model.parts:
                 part.to_empty(device="cpu")

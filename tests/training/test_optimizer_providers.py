@@ -21,8 +21,9 @@ from qwen_moe.checkpoint.optimizer_state import optimizer_state, set_optimizer_s
 from qwen_moe.config import OptimizerConfig
 from qwen_moe.errors import UserError
 from qwen_moe.training.optimizer import build_optimizer, set_learning_rate
+from qwen_moe.verify.case import global_batch
 from tests.distributed import run_distributed
-from tests.training.test_step import global_batch, make_config
+from tests.training.test_step import make_config
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed (pip install deepspeed)"
@@ -154,7 +155,7 @@ def _train(provider: str, root: Path, resumed: bool) -> list[torch.Tensor]:
         first = resume(root / "step_00000002", trainer.model, trainer.optimizer, config.model).step
     rank = torch.distributed.get_rank()
     for step in range(first, 4):
-        batch = global_batch(step)
+        batch = global_batch(config, step)
         trainer.step(step, [{name: tensor[rank * 4 : rank * 4 + 4] for name, tensor in batch.items()}])
         if step == 1 and not resumed:
             writer.save(trainer.model, trainer.optimizer, _state(2))

@@ -22,10 +22,11 @@ from parallel.kernels.transformer_engine import (
 from parallel.mesh import Axis
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
+from qwen_moe.verify.case import global_batch
 from qwen_moe.verify.ranks import make_trainer
 from tests.distributed import run_distributed
 from tests.parallel.kernels import fake_te
-from tests.training.test_step import global_batch, make_config
+from tests.training.test_step import make_config
 
 MODEL = {
     "hidden_size": 64,
@@ -68,7 +69,9 @@ def train(config: RunConfig, scaling: Recipe | str | None, between: Between | No
     kernels, dp, figures = trainer.model.kernels, trainer.grids.dp, []
     for step in range(3):
         share = 8 // dp.size
-        mine = {name: t[dp.index * share : (dp.index + 1) * share] for name, t in global_batch(step).items()}
+        mine = {
+            name: t[dp.index * share : (dp.index + 1) * share] for name, t in global_batch(trainer.config, step).items()
+        }
         result = trainer.step(step, [{name: t[i : i + 1] for name, t in mine.items()} for i in range(share)])
         figures.append([result.loss, result.metrics["balance_loss"], result.grad_norm])
         if between is not None:
@@ -171,7 +174,7 @@ def _evaluate(trainer: Any, step: int) -> None:
     before = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
         torch._foreach_mul_(weights, 100)
-        trainer.evaluate([{name: tensor[:1] for name, tensor in global_batch(50).items()}])
+        trainer.evaluate([{name: tensor[:1] for name, tensor in global_batch(trainer.config, 50).items()}])
         torch._foreach_copy_(weights, before)
 
 
