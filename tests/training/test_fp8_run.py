@@ -100,7 +100,7 @@ def test_another_layout_goes_on_with_its_scales(tmp_path: Path, corpus: Path, un
 def test_other_fp8_settings_are_another_run(undisturbed: Path, corpus: Path) -> None:  # noqa: F811
     recipe = write(undisturbed, corpus)
     outcome = run_to_end(recipe, "precision.fp8.recipe=mxfp8", "precision.fp8.amax_history_len=1024")
-    assert outcome.returncode == 2 and "precision.fp8 was" in outcome.stderr, outcome.stderr
+    assert outcome.returncode == 2 and "precision.fp8.recipe was" in outcome.stderr, outcome.stderr
     outcome = run_to_end(recipe, "precision.fp8.amax_history_len=8")
     assert outcome.returncode == 2 and "has no FP8 state" in outcome.stderr, outcome.stderr
     assert "Traceback" not in outcome.stderr

@@ -207,16 +207,18 @@ def _workers(launcher: int) -> list[psutil.Process]:
     return found
 
 
-def _kill_workers_at_random_moments(recipe: Path, kills: int, seed: int) -> int:
-    """Start the run; ``kills`` times, wait a random while after both workers are there and kill -9 one of them. How
-    many were killed."""
+def _kill_workers_at_random_moments(recipe: Path, kills: int, seed: int, steps: int) -> int:
+    """Start the run of ``steps`` steps; ``kills`` times, wait a random while after both workers are there, but no longer
+    than this kill's share of the steps, and kill -9 one of them. How many were killed."""
     rng = random.Random(seed)
     process = subprocess.Popen(command(recipe), stderr=subprocess.DEVNULL)
     seen: set[int] = set()
-    for _ in range(kills):
+    for kill in range(kills):
         _wait_for(lambda old=frozenset(seen): len({w.pid for w in _workers(process.pid)} - old) == 2, process)
         # From the start of the interpreter to well into training.
-        time.sleep(rng.uniform(0, 10))
+        end, most = time.monotonic() + rng.uniform(0, 10), steps * (kill + 1) // (kills + 2)
+        while time.monotonic() < end and _steps_done(recipe.parent) < most:
+            time.sleep(0.02)
         alive = [w for w in _workers(process.pid) if w.pid not in seen]
         assert len(alive) == 2, "the run ended before it was killed often enough"
         seen |= {w.pid for w in alive}
@@ -244,7 +246,9 @@ def test_ten_kills_at_random_moments(tmp_path: Path, corpus: Path) -> None:
     for name, kills in (("undisturbed", 0), ("killed", 10)):
         folder = tmp_path / name
         folder.mkdir()
-        assert _kill_workers_at_random_moments(write_recipe(folder, corpus, **longer), kills, seed=1) == kills
+        assert (
+            _kill_workers_at_random_moments(write_recipe(folder, corpus, **longer), kills, seed=1, steps=300) == kills
+        )
         found.append(losses(folder))
     assert len(found[0]) == 306 and found[0] == found[1]
 
@@ -258,7 +262,7 @@ def test_a_kill_does_not_change_a_compiled_run(tmp_path: Path, corpus: Path) -> 
         folder = tmp_path / name
         folder.mkdir()
         recipe = write_recipe(folder, corpus, training__train_tokens=60 * 8 * 32, precision__compile="always")
-        assert _kill_workers_at_random_moments(recipe, kills, seed=2) == kills
+        assert _kill_workers_at_random_moments(recipe, kills, seed=2, steps=60) == kills
         found.append(losses(folder))
     assert len(found[0]) == 75 and found[0] == found[1]
 
