@@ -174,7 +174,7 @@ class Recorder:
             return
         # Not bar.reset: it draws a bar of no steps, whose speed is negative.
         self.bar.initial = self.bar.last_print_n = self.bar.n
-        self.bar.start_t = self.bar.last_print_t = self.bar._time()
+        self.bar.start_t = self.bar.last_print_t = self.bar._time()  # type: ignore[attr-defined]  # tqdm's own clock
 
     def go_back(self, step: int, record: dict[str, Any], message: str) -> None:
         """Drop the records after ``step``, and record and print the reason."""
