@@ -133,9 +133,8 @@ class Pipeline:
         first = whole.pop(FIRST_INPUT)
         losses: list[torch.Tensor] = []
         arguments = (first,) if 0 in self.parts else ()
-        numbers = (
-            torch.arange(self.micro_batches) if self.has_last else None
-        )  # on the CPU, so that reading one does not synchronize with a GPU
+        # On the CPU, so that reading a number does not synchronize with a GPU.
+        numbers = torch.arange(self.micro_batches) if self.has_last else None
         self._running = micro_batches
         self.schedule.step(*arguments, target=numbers, losses=losses, return_outputs=False, **whole)
         self._running = ()

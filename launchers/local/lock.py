@@ -88,7 +88,7 @@ class RunLock:
             if not told:
                 print(f"waiting for what an earlier run in {run_dir} left behind: {_processes(left)}", file=sys.stderr)
                 told = True
-            time.sleep(_PAUSE_SECONDS)
+            time.sleep(10 * _PAUSE_SECONDS)  # each look reads all of /proc
         raise LaunchError(
             f"run folder {run_dir} is in use by {_who_holds(run_dir)}: wait for it, stop it, or use another run_dir"
         )

@@ -165,6 +165,11 @@ class Trainer:
 
     def _count_over_ranks(self, micro_batches: Sequence[Batch]) -> int:
         """The objective's count, summed over all ranks' micro-batches."""
+        missing = [name for name in self.objective.fields if any(name not in batch for batch in micro_batches)]
+        if missing:
+            raise UserError(
+                f"the data has no {', '.join(missing)}, which the objective reads: prepare data that has them"
+            )
         counts = [self.objective.count(self.sequence.of_batch(batch), self.sequence) for batch in micro_batches]
         return int(all_reduce_sum(torch.stack(counts).sum().to(self.device), self.grids.data))
 

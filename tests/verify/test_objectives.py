@@ -8,9 +8,11 @@ import torch
 
 from parallel.mesh import Layout
 from qwen_moe.config import RunConfig
+from qwen_moe.errors import UserError
 from qwen_moe.verify.case import STEPS
 from qwen_moe.verify.compare import Differences, compare
-from qwen_moe.verify.ranks import Report, train_rank
+from qwen_moe.verify.probe import Probe
+from qwen_moe.verify.ranks import Report, make_trainer, micro_batches, train_rank
 from qwen_moe.verify.reference import train_reference
 from tests.distributed import run_distributed
 from tests.schedules import needs
@@ -102,3 +104,15 @@ def test_a_mistake_is_seen(mistake: str) -> None:
     layout = MISTAKES[mistake][1]
     found = differences(layout, case(layout), _broken, mistake)
     assert not found.equal and (found.wrong or found.largest > 1e-6), found
+
+
+def _without_weights() -> str:
+    trainer = make_trainer(case(Layout()), Probe())
+    batches = [{name: x for name, x in batch.items() if name != "weights"} for batch in micro_batches(trainer, 0)]
+    with pytest.raises(UserError) as caught:
+        trainer.step(0, batches)
+    return str(caught.value)
+
+
+def test_a_field_that_the_data_lacks_is_named() -> None:
+    assert "the data has no weights" in run_distributed(_without_weights, 1)[0]
