@@ -22,6 +22,10 @@ class ProcessError(ValueError):
     """This process cannot join the run: the launcher gave no rank, other ranks are missing, or its GPU is taken."""
 
 
+class PeerError(ProcessError):
+    """This process is ready, but another one did not come or ended first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProcessInfo:
     """Global and node-local position of this process."""
@@ -93,7 +97,7 @@ def start(
     """Join the process group (with GPUs: NCCL, and gloo for CPU tensors; else gloo) and return this process's device.
 
     ``threads``: CPU threads of this process (`own_threads` by default). ``admit``: rank 0 calls it when all ranks have
-    arrived; an exception in it ends every rank. Raises ProcessError naming the ranks that do not arrive.
+    arrived; an exception in it ends every rank. Raises PeerError naming the ranks that do not arrive.
     """
     die_with_parent()
     import torch
@@ -115,7 +119,7 @@ def start(
         patience = min(PATIENCE_SECONDS, 60 * timeout_minutes)
         store = meet(info.rank, info.world_size, patience=patience, admit=admit)
     except MeetingError as error:
-        raise ProcessError(str(error)) from None
+        raise PeerError(str(error)) from None
     if device.type == "cuda":
         _claim_gpu(store, str(torch.cuda.get_device_properties(device).uuid), info, torch.cuda.device_count())
     dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.world_size, timeout=timeout)

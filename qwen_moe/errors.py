@@ -7,6 +7,10 @@ class UserError(Exception):
     """Shown by the command line as ``error: MESSAGE`` with exit code 2 and no traceback."""
 
 
+class PeerLost(UserError):
+    """Another process of the run did not come, or ended first. A new attempt may succeed, so the run is not stopped."""
+
+
 def explain_os_error(error: OSError) -> str:
     """The message for an operating system error that reached the command line."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

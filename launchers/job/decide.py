@@ -32,7 +32,8 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
         r"Connection (?:closed|reset|refused)|Broken pipe|remote process exited|Socket Timeout|"
         r"NCCL communicator was aborted|ncclRemoteError|ncclSystemError|Timed out waiting|wait timeout|"
         r"Watchdog caught collective operation timeout|"
-        r"timed out after|Application timeout caused pair closure|Gloo connectFullMesh failed|TCPStore|recvValue failed",
+        r"timed out after|Application timeout caused pair closure|Gloo connectFullMesh failed|TCPStore|recvValue failed|"
+        r"recvVector failed|sendBytes failed|Connection was likely closed",
     ),
     (DISK, r"No space left on device|Disk quota exceeded"),
 )

@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 
 from launchers.folder.run_folder import Attempt, rank_name
-from launchers.job.decide import BAD_STEP, DISK, USER
+from launchers.job.decide import BAD_STEP, CONNECTION, DISK, USER
 from launchers.job.evidence import describe_error
 from launchers.job.heartbeat import Heartbeat
 from launchers.local.orphans import end_with_agent
@@ -81,17 +81,19 @@ def _train(plan: dict, attempt: Attempt, heart: Heartbeat, rank: int) -> int:
 
 def _report_failure(attempt: Attempt, rank: int, error: Exception) -> int:
     """Report why this rank failed; a user's error gets no traceback. Returns the exit code."""
-    from qwen_moe.errors import UserError, explain_os_error
+    from qwen_moe.errors import PeerLost, UserError, explain_os_error
 
     now = time.time()
     kind, message = describe_error("".join(traceback.format_exception(error)))
     if type(error).__name__ == "BadStep":
         kind, message = BAD_STEP, str(error)
+    elif isinstance(error, PeerLost):
+        kind, message = CONNECTION, str(error)
     elif isinstance(error, UserError):
         kind, message = USER, str(error)
     elif kind == DISK and isinstance(error, OSError):
         message = explain_os_error(error)
-    if kind == USER:
+    if isinstance(error, UserError):
         print(f"error: {message}", file=sys.stderr)
     else:
         traceback.print_exc()

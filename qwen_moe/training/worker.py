@@ -13,7 +13,7 @@ from launchers.job.heartbeat import Heartbeat
 from launchers.local.orphans import end_with_agent
 from launchers.local.supervisor import USER_ERROR
 from qwen_moe.config import RunConfig, load_config
-from qwen_moe.errors import UserError, explain_os_error
+from qwen_moe.errors import PeerLost, UserError, explain_os_error
 
 
 def report_failure(failure_file: Path, message: str, kind: str = USER) -> None:
@@ -39,7 +39,7 @@ def run_worker(
     import torch.distributed as dist
 
     from parallel.hang_watch import HangWatch
-    from parallel.process import ProcessError, own_threads, process_info, start
+    from parallel.process import PeerError, ProcessError, own_threads, process_info, start
     from qwen_moe.runs.records import earlier_threads
     from qwen_moe.training.loop import train
 
@@ -52,6 +52,8 @@ def run_worker(
         if info.rank == 0:
             print(threads.text(), file=sys.stderr, flush=True)
         device = start(info, threads, timeout_minutes=minutes, admit=admit)
+    except PeerError as error:
+        raise PeerLost(str(error)) from None
     except ProcessError as error:
         raise UserError(str(error)) from None
     watch = HangWatch(
@@ -72,6 +74,9 @@ def main(config_path: Path, failure_file: Path) -> int:
     config = load_config(config_path)
     try:
         return run_worker(config)
+    except PeerLost as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except UserError as error:
         report_failure(failure_file, str(error), BAD_STEP if type(error).__name__ == "BadStep" else USER)
         return USER_ERROR
