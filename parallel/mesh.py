@@ -96,10 +96,11 @@ class Grids:
     ``data``: the dp x cp ranks that hold the same dense parameters and different tokens; FSDP shards over them
     (``dense_shard``). ``stage``: all ranks with this rank's layers. ``exchange``: the ep x etp ranks among which tokens
     travel (index = ep_index * etp + etp_index). Where tp exceeds the KV heads, ``kv`` is the tp ranks that hold different
-    heads and ``kv_replica`` the tp ranks that hold the same head.
+    heads and ``kv_replica`` the tp ranks that hold the same head. ``cp_heads``: neighbours of ``cp_heads`` cp ranks, which
+    exchange tokens for heads; ``cp_outer``: the cp ranks with the same index among their neighbours.
     """
 
-    def __init__(self, layout: Layout, device_type: str, kv_heads: int = 1) -> None:
+    def __init__(self, layout: Layout, device_type: str, kv_heads: int = 1, cp_heads: int = 1) -> None:
         import torch.distributed as dist
 
         world, rank = dist.get_world_size(), dist.get_rank()
@@ -129,6 +130,18 @@ class Grids:
                 device_type, {"rest": world // layout.tp, "kv": kv_ranks, "kv_replica": layout.tp // kv_ranks}
             )
             self.kv, self.kv_replica = self._axis(heads, "kv"), self._axis(heads, "kv_replica")
+
+        self.cp_outer, self.cp_heads = self._context(device_type, cp_heads)
+
+    def _context(self, device_type: str, heads: int) -> tuple[Axis, Axis]:
+        cp, outer = self.layout.cp, self.layout.cp // heads
+        alone = Axis("alone", 1, 0, None)
+        if heads == 1 or outer == 1:
+            return (self.cp, alone) if heads == 1 else (alone, self.cp)
+        rest = self.layout.world_size // (cp * self.layout.tp)
+        degrees = {"rest": rest, "cp_outer": outer, "cp_heads": heads, "tp": self.layout.tp}
+        mesh = self._mesh(device_type, degrees)
+        return self._axis(mesh, "cp_outer"), self._axis(mesh, "cp_heads")
 
     @staticmethod
     def _mesh(device_type: str, degrees: dict[str, int]) -> "DeviceMesh":

@@ -1,9 +1,9 @@
 """How the tokens of a sequence are split over ranks: one description that layers, losses and data share.
 
-A sequence is cut into ``cp`` parts, which stay apart from input to loss. Between layers each of these is cut into ``tp``
-parts (sequence parallelism, arXiv 2205.05198). Parts are contiguous and in rank order. A batch arrives whole; `of_batch`
-selects this rank's cp part. The model's input has length S / cp ("given"); a rank holds S / (cp * tp) tokens between
-layers ("held"). Shapes: B batch, S sequence.
+A sequence is cut into ``cp`` parts, which stay apart from input to loss; each is two chunks of the sequence
+(`parallel.context`). Between layers each of these parts is cut into ``tp`` contiguous ones, in rank order (sequence
+parallelism, arXiv 2205.05198). A batch arrives whole; `of_batch` selects this rank's cp part. The model's input has length
+S / cp ("given"); a rank holds S / (cp * tp) tokens between layers ("held"). Shapes: B batch, S sequence.
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import torch
 
 from parallel.collectives import all_gather_single, all_reduce_sum, all_reduce_with_gradient
+from parallel.context import chunks_of, own_chunks
 from parallel.mesh import Axis, Grids
 
 # A micro-batch: fields [b, S] by name. The first stage takes FIRST_INPUT; every stage and the loss get the other fields.
 Batch = dict[str, torch.Tensor]
 FIRST_INPUT = "input_ids"
+WHOLE = ("document_starts",)  # fields that describe the whole sequence to every rank
 
 ALONE = Axis("alone", 1, 0, None)
 
@@ -45,10 +47,8 @@ class SequenceShard:
         return given.numel() * self.cp.size
 
     def of_batch(self, batch: Batch) -> Batch:
-        """This rank's cp part ``[B, S / cp]`` of each field ``[B, S]``: the model's input."""
-        if self.cp.size == 1:
-            return batch
-        return {name: field.chunk(self.cp.size, dim=1)[self.cp.index] for name, field in batch.items()}
+        """The model's input: this rank's cp part ``[B, S / cp]`` of each field, and all of the fields WHOLE."""
+        return {name: field if name in WHOLE else own_chunks(field, self.cp) for name, field in batch.items()}
 
     def held(self, field: torch.Tensor) -> torch.Tensor:
         """``[B, S / cp] -> [B, S / parts]``: the tokens of an input field that this rank holds between layers. The
@@ -76,24 +76,41 @@ class SequenceShard:
         """``x`` summed over all ranks that hold parts of the same sequences. Not differentiable."""
         return all_reduce_sum(all_reduce_sum(x, self.tp), self.cp)
 
+    @property
+    def segments(self) -> int:
+        """The number of equal, contiguous segments that the tokens held by a rank consist of."""
+        return 1 if self.cp.size == 1 else 2
+
     def earlier(self, counts: torch.Tensor) -> torch.Tensor:
-        """The sum of ``counts`` over the ranks that hold earlier parts of the sequences. Not differentiable."""
-        before = _prefix(counts, self.tp)
+        """For each of this rank's segments, the sum of ``counts [B, segments, ...]`` over all earlier segments of the same
+        sequences, on any rank. Not differentiable."""
+        everywhere = _gather(_gather(counts, self.tp), self.cp)  # [cp, tp, B, segments, ...]
+        by_segment = everywhere.movedim(3, 2).flatten(0, 2)  # [cp * tp * segments, B, ...]
+        ranks = [(cp, tp) for cp in range(self.cp.size) for tp in range(self.tp.size)]
+        places = [self._place(*rank, segment) for rank in ranks for segment in range(self.segments)]
+        mine = [self._place(self.cp.index, self.tp.index, segment) for segment in range(self.segments)]
+        before = torch.tensor([[place < own for place in places] for own in mine], device=counts.device)
+        return (before.view(len(mine), -1, *[1] * (counts.ndim - 1)) * by_segment).sum(1).movedim(0, 1)
+
+    def _place(self, cp: int, tp: int, segment: int) -> int:
+        """The place of a rank's segment in the sequence."""
         if self.cp.size == 1:
-            return before
-        return before + _prefix(all_reduce_sum(counts, self.tp), self.cp)
+            return tp
+        chunk, within = divmod(2 * tp + segment, self.tp.size)  # of this cp rank's two chunks, each of tp segments
+        return chunks_of(cp, self.cp.size)[chunk] * self.tp.size + within
 
     def positions(self, given: int, past: int, device: torch.device) -> torch.Tensor:
         """``[given]``: positions of the model's input. With a cache (``past`` > 0) cp must be 1."""
         assert past == 0 or self.cp.size == 1
-        begin = past + self.cp.index * given
-        return torch.arange(begin, begin + given, device=device)
+        if self.cp.size == 1:
+            return torch.arange(past, past + given, device=device)
+        return own_chunks(torch.arange(given * self.cp.size, device=device)[None], self.cp)[0]
 
 
-def _prefix(counts: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """The sum of ``counts`` over the ranks before this one on ``axis`` (zeros on the first)."""
+def _gather(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """``[n, ...]``: every rank's ``x``."""
     if axis.size == 1:
-        return torch.zeros_like(counts)
-    gathered = counts.new_empty(axis.size, *counts.shape)
-    all_gather_single(gathered.flatten(0, 1), counts.contiguous(), group=axis.group)
-    return gathered[: axis.index].sum(0)
+        return x[None]
+    gathered = x.new_empty(axis.size, *x.shape)
+    all_gather_single(gathered.flatten(0, 1), x.contiguous(), group=axis.group)
+    return gathered

@@ -24,11 +24,16 @@ class ParallelConfig(Section):
     of layers of each stage; if empty, layers are split by cost. ``sharding``: data-parallel ranks shard optimizer state and
     gradients (zero2), and with zero3 also parameters between uses, as in ZeRO (arXiv 1910.02054). ``check_collectives``
     compares every rank's collectives with its group's after each step.
+
+    ``cp_kind``: how attention reaches the keys of other cp ranks (docs/long-context.md); ``auto`` takes the kind that
+    communicates least. ``cp_ulysses``: with ring or all_gather, this many neighbouring cp ranks exchange tokens for heads.
     """
 
     tp: Degree = 1
     pp: Degree = 1
     cp: Degree = 1
+    cp_kind: Literal["auto", "ring", "all_gather", "ulysses"] = "auto"
+    cp_ulysses: Degree = 1
     ep: Degree = 1
     etp: Degree = 1
     schedule: Literal["1f1b", "interleaved_1f1b", "zbv", "dualpipev"] = "1f1b"

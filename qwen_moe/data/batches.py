@@ -18,7 +18,7 @@ from qwen_moe.data.index_cache import IndexCache
 from qwen_moe.data.manifest import bin_path, idx_path, read_manifest
 from qwen_moe.data.order import begin_alike
 from qwen_moe.data.ranks import same_on_all_ranks, verified_on_all_ranks
-from qwen_moe.data.samples import IGNORE
+from qwen_moe.data.samples import IGNORE, documents_of
 from qwen_moe.errors import UserError
 
 
@@ -195,7 +195,7 @@ class TokenBatches:
 
     def _collate(self, samples: list[dict[str, Any]]) -> Batch:
         """``input_ids [b, S]`` and ``labels [b, S]`` (the next token, or -100 if masked); with respect_document_boundaries
-        also ``position_ids`` (from 0 in each document) and ``document_ids``."""
+        also ``position_ids`` (from 0 in each document) and ``document_starts``."""
         tokens = torch.stack([sample["tokens"] for sample in samples])
         labels = torch.stack([sample["labels"] for sample in samples])
         smallest, largest = int(tokens.min().minimum(labels.min())), int(tokens.max().maximum(labels.max()))
@@ -206,9 +206,7 @@ class TokenBatches:
         counted = torch.stack([sample["loss_mask"] for sample in samples]) > 0
         batch = {"input_ids": tokens, "labels": labels.masked_fill(~counted, IGNORE)}
         if self.config.respect_document_boundaries:
-            ends = tokens == self.end_of_document
-            batch["document_ids"] = ends.cumsum(1) - ends.to(torch.int64)
-            batch["position_ids"] = torch.stack([sample["position_ids"] for sample in samples])
+            batch |= documents_of(tokens == self.end_of_document)
         return batch
 
 

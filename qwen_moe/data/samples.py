@@ -5,16 +5,27 @@ A micro-batch (`parallel.sequence.Batch`) holds tensors ``[b, S]`` by name:
 input_ids     int64, the tokens
 labels        int64, the token that follows each, or IGNORE where it counts in no loss
 position_ids  int64, optional: positions, from 0 in each document
-document_ids  int64, optional: equal within a document; attention does not look across
+document_starts  int64, optional: the index in the sequence of each document's first token; attention looks no further back
 
 and whatever else the objective reads (`Objective.fields`).
 """
 
 from typing import Protocol
 
+import torch
+
 from parallel.sequence import Batch
 
 IGNORE = -100
+
+
+def documents_of(ends: torch.Tensor) -> Batch:
+    """``position_ids`` and ``document_starts`` of sequences whose documents end where ``ends [b, S]`` is true."""
+    index = torch.arange(ends.shape[1]).expand_as(ends)
+    begins = torch.zeros_like(index)
+    begins[:, 1:] = torch.where(ends[:, :-1], index[:, 1:], 0)
+    starts = begins.cummax(1).values
+    return {"position_ids": index - starts, "document_starts": starts}
 
 
 class Samples(Protocol):

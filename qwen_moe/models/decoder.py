@@ -126,13 +126,14 @@ class DecoderLM(nn.Module):
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None = None,
-        document_ids: torch.Tensor | None = None,
+        document_starts: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         """Final normed states ``[B, S, D]`` and the routers' statistics, stacked over MoE layers.
 
-        ``document_ids [B, S]`` (equal within a document) keep attention inside each document. On a later pipeline stage
-        ``input_ids`` are hidden states; before the last stage the result feeds the next stage.
+        ``document_starts [B, S]`` keep attention inside each document: for each token of the whole sequence (also of parts
+        on other devices) the index of its document's first token. On a later pipeline stage ``input_ids`` are hidden states;
+        before the last stage the result feeds the next stage.
         """
         past = cache.length if cache is not None else 0
         seq = input_ids.shape[1] if self.first else self.sequence.given_length(input_ids.shape[1])
@@ -140,7 +141,7 @@ class DecoderLM(nn.Module):
             position_ids = self.sequence.positions(seq, past, input_ids.device).unsqueeze(0)
         x = self.model.embed_tokens(input_ids) if self.first else input_ids
         rotary = self.rope.tables(position_ids, x.dtype)
-        visible = Visibility(past, document_ids)
+        visible = Visibility(past, document_starts)
         collected = []
         for layer in self.model.layers:
             if self.recompute and self.training:
@@ -158,10 +159,10 @@ class DecoderLM(nn.Module):
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None = None,
-        document_ids: torch.Tensor | None = None,
+        document_starts: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        x, _ = self.hidden_states(input_ids, position_ids, document_ids, cache)
+        x, _ = self.hidden_states(input_ids, position_ids, document_starts, cache)
         return linear(x, self.head_weight)
 
     def loss_sums(
@@ -169,10 +170,10 @@ class DecoderLM(nn.Module):
         input_ids: torch.Tensor,
         labels: torch.Tensor,
         position_ids: torch.Tensor | None = None,
-        document_ids: torch.Tensor | None = None,
+        document_starts: torch.Tensor | None = None,
         chunk_tokens: int = 1024,
     ) -> LossSums:
         """This micro-batch's sums. ``labels [B, S]`` are already shifted to the next token; -100 is ignored."""
-        x, router = self.hidden_states(input_ids, position_ids, document_ids)
+        x, router = self.hidden_states(input_ids, position_ids, document_starts)
         loss = self.cross_entropy(x, self.head_weight, labels, chunk_tokens)
         return LossSums(loss, (labels >= 0).sum(), router)

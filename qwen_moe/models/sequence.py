@@ -20,8 +20,12 @@ class SequencePart(Protocol):
     def positions(self, given: int, past: int, device: torch.device) -> torch.Tensor:
         """``[given]``: the positions of the model's input in the sequence, after ``past`` earlier tokens."""
 
+    @property
+    def segments(self) -> int:
+        """The number of equal, contiguous segments that the held tokens consist of."""
+
     def earlier(self, counts: torch.Tensor) -> torch.Tensor:
-        """The sum of ``counts`` over all devices that hold earlier parts of the same sequences."""
+        """For each held segment, the sum of ``counts [B, segments, ...]`` over all earlier segments, on any device."""
 
 
 class WholeSequence:
@@ -35,6 +39,10 @@ class WholeSequence:
 
     def positions(self, given: int, past: int, device: torch.device) -> torch.Tensor:
         return torch.arange(past, past + given, device=device)
+
+    @property
+    def segments(self) -> int:
+        return 1
 
     def earlier(self, counts: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(counts)

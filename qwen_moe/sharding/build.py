@@ -27,7 +27,7 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 
 def make_grids(config: RunConfig, layout: RunLayout, device: torch.device) -> Grids:
     """Create the process groups of ``layout``. All ranks must call it together."""
-    return Grids(layout.layout, device.type, kv_heads=config.model.num_key_value_heads)
+    return Grids(layout.layout, device.type, kv_heads=config.model.num_key_value_heads, cp_heads=layout.context.heads)
 
 
 def shard_model(config: RunConfig, layout: RunLayout, grids: Grids) -> ParallelModel:
@@ -48,6 +48,7 @@ def shard_model(config: RunConfig, layout: RunLayout, grids: Grids) -> ParallelM
             dtype=master,
             kernels=choose_kernels(config, grids),
             plain_layers=config.precision.fp8.plain_layers(config.model.num_hidden_layers),
+            cp_kind=layout.context.kind,
         )
     except KernelsUnavailable as error:
         raise UserError(str(error)) from None

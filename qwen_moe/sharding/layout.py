@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from parallel.mesh import Layout, LayoutError, layout_for, smallest_world
 from parallel.stages import check_schedule, split_layers, stages_per_rank
@@ -10,12 +11,31 @@ from qwen_moe.config import ModelConfig, RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.flops import layer_costs
 
+CpKind = Literal["ring", "all_gather"]
+
+_GATHERED_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextPlan:
+    """How attention reaches other ranks' keys: groups of ``heads`` neighbouring cp ranks exchange tokens for heads, and
+    between the groups keys and values travel by ``kind``."""
+
+    kind: CpKind = "all_gather"
+    heads: int = 1
+
+    def text(self, cp: int) -> str:
+        if self.heads == cp:
+            return "ulysses"
+        return self.kind + (f", ulysses over {self.heads}" if self.heads > 1 else "")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunLayout:
-    """The degrees of a run, and the layers of each pipeline stage."""
+    """The degrees of a run, how its context parallelism works, and the layers of each pipeline stage."""
 
     layout: Layout
+    context: ContextPlan = ContextPlan()
     layers: tuple[tuple[int, ...], ...]  # by stage
     per_rank: int  # stages per pipeline rank
     micro_batches: int  # per step and data-parallel rank
@@ -43,6 +63,41 @@ def processes(config: RunConfig, gpus: int = 0) -> int:
     )
 
 
+def context_plan(config: RunConfig, layout: Layout) -> ContextPlan:
+    """How ``parallel.cp_kind`` and ``cp_ulysses`` split attention over ``layout.cp`` ranks. Raises LayoutError.
+
+    ``auto``: whichever sends fewer bytes, an exchange of heads (where the heads can be split) or the keys and values; these
+    by all-gather while one layer's are below `_GATHERED_BYTES`, else by a ring.
+    """
+    cp, parallel, model = layout.cp, config.parallel, config.model
+    kind, heads = parallel.cp_kind, parallel.cp_ulysses
+    if heads > 1 and (kind in ("auto", "ulysses") or cp % heads or heads == cp):
+        raise LayoutError(
+            f"parallel.cp_ulysses {heads} with cp {cp} and cp_kind {kind}: it is for cp_kind ring or all_gather, and a "
+            "divisor of cp below cp; for heads alone, use cp_kind ulysses without it"
+        )
+    kv = max(1, model.num_key_value_heads // layout.tp)
+    per_rank = model.num_attention_heads // layout.tp
+
+    def splits(degree: int) -> bool:
+        return per_rank % degree == 0 and (kv % degree == 0 or degree % kv == 0)
+
+    # Forward and backward in bf16, and gradients of keys and values in float32; in units of S x C x (n - 1) / n.
+    keys, exchanged = 16 * kv, 8 * (per_rank + max(kv, cp)) / cp
+    if kind == "ulysses" or (kind == "auto" and splits(cp) and exchanged < keys):
+        kind, heads = "all_gather", cp  # of one rank: nothing is gathered
+    if not splits(heads):
+        raise LayoutError(
+            f"parallel.cp_kind ulysses over {heads} ranks: with tp {layout.tp} a rank has {per_rank} of "
+            f"model.num_attention_heads and {kv} of num_key_value_heads; the former must be a multiple of {heads}, the "
+            "latter a multiple or a divisor. Use cp_kind ring or all_gather, or a smaller cp_ulysses"
+        )
+    if kind == "auto":
+        gathered = 4 * kv * model.head_dim * config.data.sequence_length * config.training.micro_batch_size
+        kind = "ring" if gathered > _GATHERED_BYTES else "all_gather"
+    return ContextPlan(kind=kind, heads=heads)
+
+
 def check_layout(config: ModelConfig, layout: Layout, sequence_length: int) -> None:
     """Raise LayoutError, naming every size that does not divide, unless ``layout`` can split the model."""
     tp, ep, etp = layout.tp, layout.ep, layout.etp
@@ -52,15 +107,14 @@ def check_layout(config: ModelConfig, layout: Layout, sequence_length: int) -> N
         if size % degree:
             problems.append(f"{what} {size} is not a multiple of {axis} {degree}")
 
-    if layout.cp > 1:
-        problems.append(
-            f"cp is {layout.cp}, but context-parallel attention is not implemented yet: use tp for long sequences"
-        )
     need("model.num_attention_heads", config.num_attention_heads, "tp", tp)
     kv = config.num_key_value_heads
     if kv % tp and tp % kv:
         problems.append(f"model.num_key_value_heads {kv} and tp {tp}: one must be a multiple of the other")
-    need("data.sequence_length", sequence_length, "tp", tp)
+    if layout.cp == 1:
+        need("data.sequence_length", sequence_length, "tp", tp)
+    else:
+        need("data.sequence_length", sequence_length, "2 x cp x tp", 2 * layout.cp * tp)
     if config.vocab_size < tp:
         problems.append(f"model.vocab_size {config.vocab_size} is smaller than tp {tp}")
     if len(config.moe_layers) < config.num_hidden_layers:
@@ -82,6 +136,7 @@ def run_layout(config: RunConfig, world_size: int) -> RunLayout:
     try:
         layout = layout_for(world_size, **_degrees(config))
         check_layout(model, layout, config.data.sequence_length)
+        context = context_plan(config, layout)
     except LayoutError as error:
         raise UserError(f"parallel: {error}") from None
     samples_at_once = training.micro_batch_size * layout.dp
@@ -93,14 +148,15 @@ def run_layout(config: RunConfig, world_size: int) -> RunLayout:
     micro_batches = training.global_batch_size // samples_at_once
     if parallel.pp == 1:
         whole = tuple(range(model.num_hidden_layers))
-        return RunLayout(layout=layout, layers=(whole,), per_rank=1, micro_batches=micro_batches)
+        return RunLayout(layout=layout, context=context, layers=(whole,), per_rank=1, micro_batches=micro_batches)
     per_rank = stages_per_rank(parallel.schedule, parallel.stages_per_rank)
     try:
         check_schedule(parallel.schedule, parallel.pp, per_rank, micro_batches, model.num_hidden_layers)
     except LayoutError as error:
         raise UserError(f"parallel: {error}") from None
     layers = _stage_layers(config, parallel.pp * per_rank)
-    return RunLayout(layout=layout, layers=tuple(map(tuple, layers)), per_rank=per_rank, micro_batches=micro_batches)
+    by_stage = tuple(map(tuple, layers))
+    return RunLayout(layout=layout, context=context, layers=by_stage, per_rank=per_rank, micro_batches=micro_batches)
 
 
 @lru_cache(maxsize=1024)

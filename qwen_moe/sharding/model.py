@@ -15,6 +15,7 @@ from parallel.mesh import Grids
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.head import Head
+from qwen_moe.sharding.layout import CpKind
 from qwen_moe.sharding.parallelize import parallelize
 from qwen_moe.sharding.table import Placement
 
@@ -34,11 +35,11 @@ class TrainingPart(DecoderLM):
         x: torch.Tensor,
         labels: torch.Tensor,
         position_ids: torch.Tensor | None = None,
-        document_ids: torch.Tensor | None = None,
+        document_starts: torch.Tensor | None = None,
         **for_the_loss: torch.Tensor,
     ) -> torch.Tensor:
         with self.around_forward():
-            out, router = self.hidden_states(x, position_ids, document_ids)
+            out, router = self.hidden_states(x, position_ids, document_starts)
         if self.last and self.head == "cross_entropy":
             out = torch.stack([self.cross_entropy(out, self.head_weight, labels, self.chunk_tokens)])
         elif self.last:
@@ -128,9 +129,10 @@ def build_parts(
     dtype: torch.dtype,
     kernels: Kernels,
     plain_layers: Collection[int] = (),
+    cp_kind: CpKind = "all_gather",
 ) -> ParallelModel:
     """The stage modules ``stages`` on the meta device, cut to this rank's shards. ``layers[s]`` are the layers of stage s.
-    ``kernels`` supplies matmuls and norms, except in ``plain_layers``."""
+    ``kernels`` supplies matmuls and norms, except in ``plain_layers``. ``cp_kind``: see ContextPlan."""
     stages = list(stages)
     parts = []
     with torch.device("meta"):
@@ -139,5 +141,5 @@ def build_parts(
     placements: dict[str, Placement] = {}
     for part in parts:
         part.around_forward = kernels.forward
-        placements |= parallelize(part, grids, kernels, plain_layers)
+        placements |= parallelize(part, grids, kernels, plain_layers, cp_kind)
     return ParallelModel(config, grids, parts, stages, len(layers), kernels, placements)

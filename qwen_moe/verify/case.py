@@ -8,9 +8,9 @@ import torch
 
 from parallel.mesh import Layout
 from parallel.stages import V_SHAPED, splits_backward, stages_per_rank
-from qwen_moe.config import ModelConfig, RunConfig, parse_config
+from qwen_moe.config import RunConfig, parse_config
 from qwen_moe.config.families import FAMILIES
-from qwen_moe.data.samples import IGNORE
+from qwen_moe.data.samples import IGNORE, documents_of
 from qwen_moe.errors import UserError
 from qwen_moe.verify.probe import weights
 
@@ -47,8 +47,14 @@ def _stages(config: RunConfig, layout: Layout) -> int:
     return layout.pp * stages_per_rank(parallel.schedule, parallel.stages_per_rank) if layout.pp > 1 else 1
 
 
-def _smaller(model: ModelConfig, layout: Layout, stages: int, every_layer: bool) -> dict[str, Any]:
-    """A model with the features of ``model`` and small sizes that ``layout`` divides; ``every_layer`` keeps all layers."""
+def _exchanged(kind: str, ulysses: int, cp: int) -> int:
+    """How many cp ranks exchange tokens for heads, where the kind is not left to the run."""
+    return cp if kind == "ulysses" else ulysses
+
+
+def _smaller(config: RunConfig, layout: Layout, stages: int, every_layer: bool) -> dict[str, Any]:
+    """A model with the features of the recipe's and small sizes that ``layout`` divides; ``every_layer`` keeps its depth."""
+    model, exchanged = config.model, _exchanged(config.parallel.cp_kind, config.parallel.cp_ulysses, layout.cp)
     tp, layers = layout.tp, max(2, stages, min(model.num_hidden_layers, 4))
     if every_layer:
         layers = model.num_hidden_layers
@@ -57,7 +63,9 @@ def _smaller(model: ModelConfig, layout: Layout, stages: int, every_layer: bool)
     else:  # fewer KV heads than tp stay fewer
         kv_heads = max(k for k in range(1, tp + 1) if tp % k == 0 and k <= model.num_key_value_heads)
     grouped = model.num_attention_heads > model.num_key_value_heads
-    heads = math.lcm(tp, kv_heads * (2 if grouped else 1))
+    if exchanged > 1 and kv_heads > tp and exchanged % 2:
+        kv_heads = tp  # an odd number of ranks can share one head, not two
+    heads = math.lcm(tp * exchanged, kv_heads * (2 if grouped else 1))
     values: dict[str, Any] = model.model_dump() | {
         "vocab_size": 61,
         "hidden_size": 16,
@@ -123,8 +131,8 @@ def shrink(config: RunConfig, layout: Layout) -> RunConfig:
             f"{config.model.num_hidden_layers}: give numbers with that sum, or leave it out"
         )
     micro_batches = max(2, 2 * layout.pp)
-    model = _smaller(config.model, layout, _stages(config, layout), bool(split))
-    values = _settings(model, layout, micro_batches, 2, 4 * layout.tp)
+    model = _smaller(config, layout, _stages(config, layout), bool(split))
+    values = _settings(model, layout, micro_batches, 2, 4 * layout.tp * layout.cp)
     values["seed"] = config.seed
     values["training"]["recompute"] = config.training.recompute
     values["optimizer"] |= {key: getattr(config.optimizer, key) for key in ("beta1", "beta2", "weight_decay")}
@@ -135,6 +143,8 @@ def shrink(config: RunConfig, layout: Layout) -> RunConfig:
             values["balance"][key] = 0.1
     values["data"]["respect_document_boundaries"] = config.data.respect_document_boundaries
     values["parallel"] = layout_overrides(layout, parallel.schedule, parallel.stages_per_rank) | {
+        "cp_kind": parallel.cp_kind,
+        "cp_ulysses": parallel.cp_ulysses,
         "sharding": parallel.sharding,
         "pipeline_split": list(split),
     }
@@ -156,16 +166,18 @@ def draw(seed: int, index: int, max_ranks: int) -> Case:
     schedule, per_rank = _draw_schedule(rng, layout.pp)
     stages = layout.pp * per_rank if layout.pp > 1 else 1
     layers = rng.randint(max(1, stages), max(1, stages) + 2)
-    model, balance = _draw_model(rng, layout, family, layers)
+    kind, ulysses = _draw_context(rng, layout.cp)
+    model, balance = _draw_model(rng, layout, family, layers, _exchanged(kind, ulysses, layout.cp))
     micro_batches = {"dualpipev": 2 * layout.pp}.get(schedule, layout.pp) * rng.choice([1, 2])
     micro_batches += rng.choice([0, 1]) if schedule != "interleaved_1f1b" else 0
-    values = _settings(model, layout, micro_batches, rng.choice([1, 2]), layout.tp * rng.randint(2, 5))
+    values = _settings(model, layout, micro_batches, rng.choice([1, 2]), _draw_length(rng, layout))
     values["seed"] = rng.randint(0, 10**6)
     values["balance"] = balance
     values["optimizer"]["clip_grad_norm"] = rng.choice([0.0, 0.5])
     values["training"]["recompute"] = rng.choice(["none", "full"])
     values["data"]["respect_document_boundaries"] = rng.random() < 0.3
     values["parallel"] = layout_overrides(layout, schedule, per_rank if schedule == "interleaved_1f1b" else 0)
+    values["parallel"] |= {"cp_kind": kind, "cp_ulysses": ulysses}
     shardings = ["zero2"] if schedule in V_SHAPED else ["zero2", "zero3"]  # see ParallelConfig
     values["parallel"]["sharding"] = rng.choice(shardings)
     if stages > 1 and rng.random() < 0.3:
@@ -177,21 +189,22 @@ def draw(seed: int, index: int, max_ranks: int) -> Case:
 def _draw_layout(rng: random.Random, max_ranks: int) -> tuple[Layout, str]:
     """A layout and a model family that it can split."""
     while True:
-        tp, pp, dp = (
+        tp, pp, dp, cp = (
             rng.choice([1, 1, 2, 2, 3, 4]),
             rng.choice([1, 1, 2, 2, 3, 4]),
             rng.choice([1, 1, 2, 2, 3, 4, 6, 8]),
+            rng.choice([1, 1, 2, 2, 3, 4, 6, 8]),
         )
-        if 2 <= tp * pp * dp <= max_ranks:
+        if 2 <= tp * pp * dp * cp <= max_ranks:
             break
-    stage = tp * dp
+    stage = tp * dp * cp
     by_kind = {moe: [name for name, row in FAMILIES.items() if row.moe == moe] for moe in (True, False)}
     family = rng.choice([name for name in by_kind[True] for _ in range(2)] + by_kind[False])  # MoE twice as often
     if not FAMILIES[family].moe:
-        return Layout(pp=pp, dp=dp, tp=tp), family
+        return Layout(pp=pp, dp=dp, cp=cp, tp=tp), family
     ep = rng.choice([d for d in range(1, stage + 1) if stage % d == 0])
     etp = rng.choice([d for d in range(1, stage // ep + 1) if (stage // ep) % d == 0])
-    return Layout(pp=pp, dp=dp, tp=tp, ep=ep, etp=etp), family
+    return Layout(pp=pp, dp=dp, cp=cp, tp=tp, ep=ep, etp=etp), family
 
 
 def _draw_schedule(rng: random.Random, pp: int) -> tuple[str, int]:
@@ -201,8 +214,25 @@ def _draw_schedule(rng: random.Random, pp: int) -> tuple[str, int]:
     return schedule, {"1f1b": 1, "interleaved_1f1b": rng.choice([2, 3])}.get(schedule, 2)
 
 
-def _draw_model(rng: random.Random, layout: Layout, family: str, layers: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of a model that ``layout`` divides, and the settings of its load balancing."""
+def _draw_context(rng: random.Random, cp: int) -> tuple[str, int]:
+    """``parallel.cp_kind`` and ``cp_ulysses``."""
+    kind = rng.choice(["ring", "all_gather", "ulysses", "auto"])
+    within = [degree for degree in range(2, cp) if cp % degree == 0]
+    return kind, rng.choice(within) if within and kind in ("ring", "all_gather") and rng.random() < 0.6 else 1
+
+
+def _draw_length(rng: random.Random, layout: Layout) -> int:
+    """A sequence length that ``layout`` divides."""
+    if layout.cp > 1:
+        return 2 * layout.cp * layout.tp * rng.randint(1, 3)
+    return layout.tp * rng.randint(2, 5)
+
+
+def _draw_model(
+    rng: random.Random, layout: Layout, family: str, layers: int, exchanged: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a model that ``layout`` divides, and the settings of its load balancing. ``exchanged``: ranks that
+    exchange tokens for heads."""
     tp, features = layout.tp, FAMILIES[family]
     if tp > 1 and rng.random() < 0.5:
         kv_heads = rng.choice([d for d in range(1, tp + 1) if tp % d == 0])
@@ -210,6 +240,10 @@ def _draw_model(rng: random.Random, layout: Layout, family: str, layers: int) ->
     else:
         kv_heads = tp * rng.choice([1, 2])
         heads = kv_heads * rng.choice([1, 2])
+    if exchanged > 1:
+        if kv_heads > tp and exchanged % 2:
+            kv_heads = tp
+        heads = math.lcm(heads, kv_heads, tp * exchanged)
     model: dict[str, Any] = {
         "family": family,
         "vocab_size": rng.randint(max(8, tp), 70),
@@ -260,9 +294,5 @@ def global_batch(config: RunConfig, step: int) -> dict[str, torch.Tensor]:
     batch = {"input_ids": tokens[:, :-1].contiguous(), "labels": labels, "weights": weights(labels, config.seed + step)}
     if config.data.respect_document_boundaries:
         ends = torch.rand(rows, sequence, generator=generator) < 0.3
-        batch["document_ids"] = ends.cumsum(1) - ends.to(torch.int64)
-        position = torch.arange(sequence).expand(rows, -1)
-        begins = torch.zeros_like(position)
-        begins[:, 1:] = torch.where(ends[:, :-1], position[:, 1:], 0)
-        batch["position_ids"] = position - begins.cummax(1).values
+        batch |= documents_of(ends)
     return batch

@@ -1,6 +1,6 @@
 """Reference training in one process, written with means, torch's own cross-entropy and AdamW, and no distributed code.
 
-It shares the model's layers with the runs that it checks, but not their losses, sums, clipping or optimizer.
+It shares the model's layers with the runs that it checks, but not their attention core, losses, sums, clipping or optimizer.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from qwen_moe.config import RunConfig
+from qwen_moe.models.attention.gqa import Attention
+from qwen_moe.models.attention.mask import Visibility
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.init import build_model
 from qwen_moe.models.moe.block import MoE
@@ -28,6 +30,19 @@ class Trajectory:
     gradients: list[dict[str, torch.Tensor]]
     parameters: dict[str, torch.Tensor]
     biases: dict[str, torch.Tensor]
+
+
+def plain_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Visibility, scale: float
+) -> torch.Tensor:
+    """Attention as it is defined, with a mask of all queries and keys. See `models.attention.core.Attend`."""
+    index = torch.arange(q.shape[1])
+    sees = (index <= index[:, None])[None]
+    if visible.starts is not None:
+        sees = sees & (index >= visible.starts[:, :, None])
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    scores = torch.einsum("bqhc,bkhc->bhqk", q, k) * scale
+    return torch.einsum("bhqk,bkhc->bqhc", scores.masked_fill(~sees[:, None], float("-inf")).softmax(-1), v)
 
 
 def _balance(config: RunConfig, router: RouterStatistics, ranks: int, seen: torch.Tensor | None) -> torch.Tensor:
@@ -66,7 +81,7 @@ def _losses(
     for begin in range(0, rows, rows_at_once):
         part = {name: tensor[begin : begin + rows_at_once] for name, tensor in batch.items()}
         labels = part["labels"]
-        hidden, router = model.hidden_states(part["input_ids"], part.get("position_ids"), part.get("document_ids"))
+        hidden, router = model.hidden_states(part["input_ids"], part.get("position_ids"), part.get("document_starts"))
         logits = hidden @ model.head_weight.T
         if probe:
             part_loss, part_likelihood = probe_loss(logits, part)
@@ -97,6 +112,8 @@ def train_reference(config: RunConfig, ranks: int, steps: int = STEPS, probe: bo
     for module in model.modules():
         if isinstance(module, MoE):
             module.capacity_factor = config.balance.capacity_factor
+        elif isinstance(module, Attention):
+            module.attend = plain_attention
     named = dict(model.named_parameters())
     decay = config.optimizer.weight_decay
     optimizer = torch.optim.AdamW(

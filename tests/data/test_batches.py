@@ -126,13 +126,13 @@ def test_document_boundaries(tmp_path: Path) -> None:
     prefix = write_tokens(tmp_path / "d", counting_documents(10, 200, 7))
     loader = batches(tmp_path, prefix, respect_document_boundaries=True)
     batch = loader.train_batch(0, 10)
-    for tokens, positions, documents in zip(
-        *(batch[k].tolist() for k in ("input_ids", "position_ids", "document_ids"))
+    for tokens, positions, starts in zip(
+        *(batch[k].tolist() for k in ("input_ids", "position_ids", "document_starts"))
     ):
-        position = document = 0
-        for token, got_position, got_document in zip(tokens, positions, documents):
-            assert (got_position, got_document) == (position, document)
-            position, document = (0, document + 1) if token == END else (position + 1, document)
+        start = 0
+        for index, (token, got_position, got_start) in enumerate(zip(tokens, positions, starts)):
+            assert (got_position, got_start) == (index - start, start)
+            start = index + 1 if token == END else start
 
 
 def test_masking_the_end_of_a_document_leaves_out_what_follows_it(tmp_path: Path) -> None:

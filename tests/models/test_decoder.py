@@ -47,7 +47,7 @@ def test_documents_in_one_row_equal_documents_apart(family: str) -> None:
     packed = model(
         torch.cat([first, second], 1),
         position_ids=torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]]),
-        document_ids=torch.tensor([[0] * 6 + [1] * 4]),
+        document_starts=torch.tensor([[0] * 6 + [6] * 4]),
     )
     torch.testing.assert_close(packed[:, :6], model(first), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(packed[:, 6:], model(second), rtol=1e-10, atol=1e-10)

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from parallel.gemm import widen
-from qwen_moe.models.attention.mask import Visibility
+from qwen_moe.models.attention.mask import Span, Visibility
 from qwen_moe.models.ops.block_attention import block_attention, blocks_pay
+from qwen_moe.models.ops.document_attention import document_attention
+from qwen_moe.models.ops.piece_attention import piece_attention
 
 
 class Attend(Protocol):
@@ -24,17 +26,20 @@ class Attend(Protocol):
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Visibility, scale: float) -> torch.Tensor:
     """Use the fastest kernel that this device has for these shapes. See `Attend`."""
-    queries = q.shape[1]
-    causal = visible.is_causal(queries)
+    queries, past = q.shape[1], visible.past
+    causal = visible.is_causal()
     if causal and blocks_pay(q):
         return block_attention(q, k, v, scale)
-    everything = visible.sees_all(queries)
+    if visible.starts is not None and q.device.type == "cuda":
+        return document_attention(q, k, v, visible, scale)
+    if not causal and not visible.sees_all(queries):
+        pieces = visible.pieces((Span(past, past + queries, 0),), (Span(0, past + queries, 0),))
+        return piece_attention(q, k, v, pieces, scale)
     y = F.scaled_dot_product_attention(
         widen(q.transpose(1, 2)),
         widen(k.transpose(1, 2)),
         widen(v.transpose(1, 2)),
-        attn_mask=None if causal or everything else visible.dense(queries, q.device),
-        is_causal=causal and not everything,
+        is_causal=causal and queries > 1,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )

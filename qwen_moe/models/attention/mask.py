@@ -1,43 +1,112 @@
-"""Which keys a query may see, as a value. A mask tensor is made only for a backend that needs one.
+"""Which keys a query may see, as a value: no tensor of queries x keys is ever made.
 
-Shapes: B batch, S queries, P earlier keys (in a cache).
+A sequence is numbered from 0, over all its documents. Query i sees key j if start_i <= j <= i, where start_i is the number
+of the first token of i's document (0 without documents). Shapes: B batch, S sequence.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+
+Made = TypeVar("Made")
+
+
+class Span(NamedTuple):
+    """Tokens ``begin`` to ``end`` of a sequence, which lie in a tensor from index ``at`` on."""
+
+    begin: int
+    end: int
+    at: int
+
+
+class Piece(NamedTuple):
+    """Queries and keys by their indices in two tensors. Each query sees all the keys; with ``causal``, where there are as
+    many keys as queries, query i sees keys 0 to i. ``rows``: of the batch."""
+
+    rows: slice
+    queries: slice
+    keys: slice
+    causal: bool
+
+
+def pieces(
+    documents: Sequence[Sequence[tuple[int, int]]], queries: Iterable[Span], keys: Sequence[Span]
+) -> tuple[Piece, ...]:
+    """All that ``queries`` see of ``keys``, each pair of them in one piece. ``documents``: begin and end of each document,
+    for each row of the batch; or of one row, for all."""
+    found = []
+    for query in queries:
+        for key in keys:
+            for number, row in enumerate(documents):
+                rows = slice(None) if len(documents) == 1 else slice(number, number + 1)
+                found += [piece for document in row for piece in _of_document(document, query, key, rows)]
+    return tuple(found)
+
+
+def _of_document(document: tuple[int, int], query: Span, key: Span, rows: slice) -> list[Piece]:
+    first, last = max(document[0], query.begin), min(document[1], query.end)
+    begin, end = max(document[0], key.begin), min(last, key.end)
+    if first >= last or begin >= end:
+        return []
+
+    def piece(q: tuple[int, int], k: tuple[int, int], causal: bool) -> Piece:
+        to_query, to_key = query.at - query.begin, key.at - key.begin
+        return Piece(rows, slice(q[0] + to_query, q[1] + to_query), slice(k[0] + to_key, k[1] + to_key), causal)
+
+    found = []
+    if begin < first:  # keys before all the queries
+        found.append(piece((first, last), (begin, min(end, first)), False))
+    diagonal = max(begin, first)
+    if diagonal < end:
+        found.append(piece((diagonal, end), (diagonal, end), True))
+        if end < last:  # queries after all these keys
+            found.append(piece((end, last), (diagonal, end), False))
+    return found
 
 
 @dataclass(frozen=True)
 class Visibility:
-    """A query sees every key at or before its own position; with ``documents [B, S]`` (equal numbers within a document) it
-    sees only keys of its own document. The first query comes after ``past`` cached keys."""
+    """What the queries of a forward pass see. ``starts [B, S]``: for each token of the whole sequence, the number of its
+    document's first token. With a cache, the first query comes after ``past`` cached keys."""
 
     past: int = 0
-    documents: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        assert self.documents is None or not self.past, "document masks are for training, without a cache"
+        assert self.starts is None or not self.past, "documents are for training, without a cache"
 
-    def is_causal(self, queries: int) -> bool:
-        """Whether the mask is exactly the lower triangle of a square."""
-        return self.documents is None and self.past == 0
+    def is_causal(self) -> bool:
+        """Whether every query sees exactly the keys up to itself, in a sequence without earlier keys."""
+        return self.starts is None and self.past == 0
 
     def sees_all(self, queries: int) -> bool:
         """Whether every query sees every key, as a single new token does."""
-        return self.documents is None and queries == 1
+        return self.starts is None and queries == 1
 
     @cached_property
-    def _dense(self) -> dict[tuple[int, torch.device], torch.Tensor]:
+    def _documents(self) -> list[list[tuple[int, int]]]:
+        """Begin and end of every document of every row; one copy from the device, for all layers of a forward pass."""
+        if self.starts is None:
+            return [[(0, 1 << 62)]]
+        starts = self.starts.cpu()
+        length = starts.shape[1]
+        first = starts == torch.arange(length)
+        rows = [row.nonzero().flatten().tolist() for row in first]
+        return [list(zip(row, [*row[1:], length], strict=True)) for row in rows]
+
+    @cached_property
+    def _made(self) -> dict[Any, Any]:
         return {}
 
-    def dense(self, queries: int, device: torch.device) -> torch.Tensor:
-        """The boolean mask ``[B or 1, 1, S, P + S]``, True where attention is allowed. All layers share it."""
-        mask = self._dense.get((queries, device))
-        if mask is None:
-            mask = torch.ones(queries, self.past + queries, dtype=torch.bool, device=device).tril(self.past)[None, None]
-            if self.documents is not None:
-                mask = mask & (self.documents[:, :, None] == self.documents[:, None, :]).unsqueeze(1)
-            self._dense[queries, device] = mask
-        return mask
+    def once(self, key: Any, make: Callable[[], Made]) -> Made:
+        """``make()`` at the first call with ``key``, and its result from then on: all layers share it."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def pieces(self, queries: tuple[Span, ...], keys: tuple[Span, ...]) -> tuple[Piece, ...]:
+        """What ``queries`` see of ``keys`` (see `pieces`)."""
+        return self.once((queries, keys), lambda: pieces(self._documents, queries, keys))

@@ -4,7 +4,6 @@ Shapes: B batch, S sequence, T = B * S tokens, D hidden, E experts, K top-k.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +18,16 @@ from qwen_moe.models.moe.router import Router, RouterStatistics
 from qwen_moe.models.sequence import SequencePart, WholeSequence
 
 
-def within_capacity(
-    indices: torch.Tensor, num_experts: int, capacity: int, earlier: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+def within_capacity(indices: torch.Tensor, num_experts: int, capacity: int, sequence: SequencePart) -> torch.Tensor:
     """Whether each choice of ``indices [B, S, K]`` is among its expert's first ``capacity`` in its sequence: ``[B, S, K]``.
 
-    Choices are served in order of position, so that later tokens do not affect earlier ones. ``earlier`` maps this rank's
-    counts ``[B, E]`` to the sum over the ranks that hold earlier parts of the sequence.
+    Choices are served in order of position, whatever part of ``sequence`` is here, so that later tokens do not affect
+    earlier ones.
     """
     batch, _, top_k = indices.shape
     flat = indices.flatten(1)
-    chosen = F.one_hot(flat, num_experts)  # [B, S * K, E]
-    before = chosen.cumsum(1) - chosen + earlier(chosen.sum(1)).unsqueeze(1)
+    chosen = F.one_hot(flat, num_experts).unflatten(1, (sequence.segments, -1))  # [B, segments, S * K / segments, E]
+    before = (chosen.cumsum(2) - chosen + sequence.earlier(chosen.sum(2)).unsqueeze(2)).flatten(1, 2)
     return (before.gather(2, flat.unsqueeze(2)).squeeze(2) < capacity).view(batch, -1, top_k)
 
 
@@ -67,7 +64,7 @@ class MoE(nn.Module):
             length = self.sequence.whole_length(x.shape[1])
             capacity = math.ceil(self.capacity_factor * length * self.top_k / self.num_experts)
             per_sequence = indices.view(*x.shape[:2], -1)
-            kept = within_capacity(per_sequence, self.num_experts, capacity, self.sequence.earlier)
+            kept = within_capacity(per_sequence, self.num_experts, capacity, self.sequence)
             statistics = statistics._replace(dropped=(~kept).flatten(1).sum(1))
             kept = kept.view_as(indices)
             weights, indices = weights * kept, indices.masked_fill(~kept, self.num_experts)
