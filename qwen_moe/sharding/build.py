@@ -13,9 +13,11 @@ from parallel.sequence import SequenceShard
 from parallel.stages import V_SHAPED, splits_backward, stages_of_rank
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
+from qwen_moe.models.attention.gqa import Attention
 from qwen_moe.models.init import keep_statistics_dtypes
 from qwen_moe.models.moe.block import MoE
 from qwen_moe.models.ops.dtypes import accumulation_dtype
+from qwen_moe.sharding.context import ContextAttention
 from qwen_moe.sharding.init import initialize
 from qwen_moe.sharding.kernels import choose_kernels
 from qwen_moe.sharding.layout import RunLayout
@@ -48,7 +50,6 @@ def shard_model(config: RunConfig, layout: RunLayout, grids: Grids) -> ParallelM
             dtype=master,
             kernels=choose_kernels(config, grids),
             plain_layers=config.precision.fp8.plain_layers(config.model.num_hidden_layers),
-            cp_kind=layout.context.kind,
         )
     except KernelsUnavailable as error:
         raise UserError(str(error)) from None
@@ -57,6 +58,8 @@ def shard_model(config: RunConfig, layout: RunLayout, grids: Grids) -> ParallelM
         for module in part.modules():
             if isinstance(module, MoE):
                 module.capacity_factor = config.balance.capacity_factor
+            elif isinstance(module, Attention) and grids.cp.size > 1:
+                module.attend = ContextAttention(layout.context.kind, grids.cp_outer, grids.cp_heads)
         units: list[tuple[Any, Any]] = []
         for layer in part.model.layers:
             if isinstance(layer.mlp, MoE):

@@ -15,7 +15,6 @@ from parallel.mesh import Grids
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.head import Head
-from qwen_moe.sharding.layout import CpKind
 from qwen_moe.sharding.parallelize import parallelize
 from qwen_moe.sharding.table import Placement
 
@@ -129,10 +128,9 @@ def build_parts(
     dtype: torch.dtype,
     kernels: Kernels,
     plain_layers: Collection[int] = (),
-    cp_kind: CpKind = "all_gather",
 ) -> ParallelModel:
     """The stage modules ``stages`` on the meta device, cut to this rank's shards. ``layers[s]`` are the layers of stage s.
-    ``kernels`` supplies matmuls and norms, except in ``plain_layers``. ``cp_kind``: see ContextPlan."""
+    ``kernels`` supplies matmuls and norms, except in ``plain_layers``."""
     stages = list(stages)
     parts = []
     with torch.device("meta"):
@@ -141,5 +139,5 @@ def build_parts(
     placements: dict[str, Placement] = {}
     for part in parts:
         part.around_forward = kernels.forward
-        placements |= parallelize(part, grids, kernels, plain_layers, cp_kind)
+        placements |= parallelize(part, grids, kernels, plain_layers)
     return ParallelModel(config, grids, parts, stages, len(layers), kernels, placements)

@@ -17,9 +17,7 @@ from qwen_moe.models.feed_forward import FeedForward
 from qwen_moe.models.moe.block import MoE
 from qwen_moe.models.moe.experts import Experts
 from qwen_moe.models.norm import RMSNorm
-from qwen_moe.sharding.context import ContextAttention
 from qwen_moe.sharding.dispatcher import AllToAllDispatcher
-from qwen_moe.sharding.layout import CpKind
 from qwen_moe.sharding.table import Placement, placement
 
 
@@ -42,9 +40,7 @@ def _ask_for_kernels(path: str, module: nn.Module, kernels: Kernels, grids: Grid
             kernels.norm(path, module, name)
 
 
-def parallelize(
-    part: DecoderLM, grids: Grids, kernels: Kernels, plain_layers: Collection[int], cp_kind: CpKind = "all_gather"
-) -> dict[str, Placement]:
+def parallelize(part: DecoderLM, grids: Grids, kernels: Kernels, plain_layers: Collection[int]) -> dict[str, Placement]:
     """Cut stage module ``part`` (on the meta device) to this rank's shards and swap in parallel modules. ``kernels``
     supplies matmuls and norms, except in ``plain_layers``. Returns placements by parameter name."""
     config, tp = part.config, grids.tp
@@ -64,8 +60,6 @@ def parallelize(
     plain = Kernels(tp)
     for layer in part.model.layers:
         index = layer.self_attn.layer
-        if grids.cp.size > 1:
-            layer.self_attn.attend = ContextAttention(cp_kind, grids.cp_outer, grids.cp_heads)
         chosen = plain if index in plain_layers else kernels
         for name, module in list(layer.named_modules(prefix=f"model.layers.{index}")):
             _ask_for_kernels(name, module, chosen, grids)

@@ -104,16 +104,20 @@ def _losses(
     }
 
 
-def train_reference(config: RunConfig, ranks: int, steps: int = STEPS, probe: bool = False) -> Trajectory:
-    """Train ``steps`` steps. ``ranks``: data-parallel size of the layout to compare with. It decides which micro-batches run
-    at the same time, which matters because global-batch balancing counts all micro-batches so far."""
-    model = build_model(config.model, config.seed, torch.float64)
-    model.train()
+def _model(config: RunConfig) -> DecoderLM:
+    model = build_model(config.model, config.seed, torch.float64).train()
     for module in model.modules():
         if isinstance(module, MoE):
             module.capacity_factor = config.balance.capacity_factor
         elif isinstance(module, Attention):
             module.attend = plain_attention
+    return model
+
+
+def train_reference(config: RunConfig, ranks: int, steps: int = STEPS, probe: bool = False) -> Trajectory:
+    """Train ``steps`` steps. ``ranks``: data-parallel size of the layout to compare with. It decides which micro-batches run
+    at the same time, which matters because global-batch balancing counts all micro-batches so far."""
+    model = _model(config)
     named = dict(model.named_parameters())
     decay = config.optimizer.weight_decay
     optimizer = torch.optim.AdamW(
