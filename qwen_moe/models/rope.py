@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from qwen_moe.config import ModelConfig
-from qwen_moe.models.ops.dtypes import accumulation_dtype
 from qwen_moe.models.ops.rotate import rotate
 
 
@@ -31,11 +30,10 @@ class Rope:
     theta: float
 
     def tables(self, position_ids: torch.Tensor, dtype: torch.dtype) -> RotaryTables:
-        """The tables for ``position_ids [B or 1, S]``. Angles, cosines and sines are computed in float32 (float64 when
-        ``dtype`` is float64) and rounded to ``dtype`` at the end."""
-        wide = accumulation_dtype(dtype)
-        exponent = torch.arange(0, self.head_dim, 2, dtype=wide, device=position_ids.device) / self.head_dim
-        angles = position_ids[..., None].to(wide) * self.theta**-exponent
+        """The tables for ``position_ids [B or 1, S]``, computed in float64 and rounded to ``dtype`` at the end. In float32
+        an angle near position 1,000,000 would be off by up to 0.06."""
+        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=position_ids.device) / self.head_dim
+        angles = position_ids[..., None] * self.theta**-exponent
         return RotaryTables(angles.cos().to(dtype), angles.sin().to(dtype), 1 / math.sqrt(self.head_dim))
 
 
