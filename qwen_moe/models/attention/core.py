@@ -6,13 +6,12 @@ Shapes: B batch, S queries, T keys, H query heads, G key/value heads, C head dim
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 
-from parallel.gemm import widen
 from qwen_moe.models.attention.mask import Span, Visibility
 from qwen_moe.models.ops.block_attention import block_attention, blocks_pay
 from qwen_moe.models.ops.document_attention import document_attention
 from qwen_moe.models.ops.piece_attention import piece_attention
+from qwen_moe.models.ops.sdpa import sdpa
 
 
 class Attend(Protocol):
@@ -30,17 +29,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Visibilit
     causal = visible.is_causal()
     if causal and blocks_pay(q):
         return block_attention(q, k, v, scale)
-    if visible.starts is not None and q.device.type == "cuda":
+    if visible.starts is not None:
         return document_attention(q, k, v, visible, scale)
     if not causal and not visible.sees_all(queries):
         pieces = visible.pieces((Span(past, past + queries, 0),), (Span(0, past + queries, 0),))
         return piece_attention(q, k, v, pieces, scale)
-    y = F.scaled_dot_product_attention(
-        widen(q.transpose(1, 2)),
-        widen(k.transpose(1, 2)),
-        widen(v.transpose(1, 2)),
-        is_causal=causal and queries > 1,
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return y.to(q.dtype).transpose(1, 2)
+    return sdpa(q, k, v, causal and queries > 1, scale)

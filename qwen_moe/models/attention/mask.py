@@ -36,7 +36,8 @@ def pieces(
     documents: Sequence[Sequence[tuple[int, int]]], queries: Iterable[Span], keys: Sequence[Span]
 ) -> tuple[Piece, ...]:
     """All that ``queries`` see of ``keys``, each pair of them in one piece. ``documents``: begin and end of each document,
-    for each row of the batch; or of one row, for all."""
+    for each row of the batch; or of one row, for all. A span of keys holds the tokens of a span of queries, or none of them,
+    so that the queries of two pieces are the same or disjoint."""
     found = []
     for query in queries:
         for key in keys:
@@ -51,19 +52,14 @@ def _of_document(document: tuple[int, int], query: Span, key: Span, rows: slice)
     begin, end = max(document[0], key.begin), min(last, key.end)
     if first >= last or begin >= end:
         return []
-
-    def piece(q: tuple[int, int], k: tuple[int, int], causal: bool) -> Piece:
-        to_query, to_key = query.at - query.begin, key.at - key.begin
-        return Piece(rows, slice(q[0] + to_query, q[1] + to_query), slice(k[0] + to_key, k[1] + to_key), causal)
-
+    to_query, to_key = query.at - query.begin, key.at - key.begin
+    own = slice(first + to_query, last + to_query)
     found = []
     if begin < first:  # keys before all the queries
-        found.append(piece((first, last), (begin, min(end, first)), False))
-    diagonal = max(begin, first)
-    if diagonal < end:
-        found.append(piece((diagonal, end), (diagonal, end), True))
-        if end < last:  # queries after all these keys
-            found.append(piece((end, last), (diagonal, end), False))
+        found.append(Piece(rows, own, slice(begin + to_key, min(end, first) + to_key), False))
+    if end > first:
+        assert key.begin <= query.begin and end == last, (query, key)
+        found.append(Piece(rows, own, slice(first + to_key, last + to_key), True))
     return found
 
 
@@ -85,6 +81,11 @@ class Visibility:
     def sees_all(self, queries: int) -> bool:
         """Whether every query sees every key, as a single new token does."""
         return self.starts is None and queries == 1
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Lengths of all documents, row after row."""
+        return [end - begin for row in self._documents for begin, end in row]
 
     @cached_property
     def _documents(self) -> list[list[tuple[int, int]]]:

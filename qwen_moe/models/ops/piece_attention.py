@@ -21,13 +21,28 @@ _aten: Any = torch.ops.aten
 _ROWS = 512  # queries whose scores exist at a time where no kernel is used
 
 
+class _Seen:
+    """Ranges of queries that have had a piece. Those of two pieces are the same or disjoint (see `pieces`)."""
+
+    def __init__(self) -> None:
+        self._ranges: set[tuple[int | None, int]] = set()
+
+    def is_new(self, rows: slice, queries: slice) -> bool:
+        """Whether this range has had none; from now on it has."""
+        before = len(self._ranges)
+        self._ranges.add((rows.start, queries.start))
+        return len(self._ranges) > before
+
+
 class Partial:
-    """Attention to the keys so far: ``out [B, S, H, C]`` and its logsumexp ``lse [B, S, H]``, -inf where no key was seen."""
+    """Attention to the keys so far: ``out [B, S, H, C]`` and its logsumexp ``lse [B, S, H]``, undefined for queries that
+    have not seen a key yet."""
 
     def __init__(self, q: torch.Tensor) -> None:
         wide = accumulation_dtype(q.dtype)
-        self.out = torch.zeros(q.shape, dtype=wide, device=q.device)
-        self.lse = torch.full(q.shape[:3], float("-inf"), dtype=wide, device=q.device)
+        self.out = torch.empty(q.shape, dtype=wide, device=q.device)
+        self.lse = torch.empty(q.shape[:3], dtype=wide, device=q.device)
+        self._seen = _Seen()
 
     def add(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pieces: Iterable[Piece], scale: float
@@ -36,22 +51,26 @@ class Partial:
         q, k, v = widen(q), widen(k), widen(v)
         for rows, queries, keys, causal in pieces:
             out, lse = _forward(q[rows, queries], k[rows, keys], v[rows, keys], causal, scale)
-            before = self.lse[rows, queries]
+            held, before = self.out[rows, queries], self.lse[rows, queries]
+            if self._seen.is_new(rows, queries):
+                held.copy_(out)
+                before.copy_(lse)
+                continue
             after = torch.logaddexp(before, lse)
-            held = self.out[rows, queries]
-            held.mul_((before - after).exp().unsqueeze(-1)).addcmul_(
-                out.to(held.dtype), (lse - after).exp().unsqueeze(-1)
-            )
+            held.mul_((before - after).exp_().unsqueeze(-1))
+            held.addcmul_(out.to(held.dtype), (lse - after).exp_().unsqueeze(-1))
             before.copy_(after)
         return self
 
 
 class Gradients:
-    """Sums of the gradients ``dq [B, S, H, C]`` and ``dk, dv [B, T, G, C]``, to which pieces are added."""
+    """Sums of the gradients ``dq [B, S, H, C]`` and ``dk, dv [B, T, G, C]``, to which pieces are added. dq is undefined for
+    queries without a piece."""
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor) -> None:
         wide = accumulation_dtype(q.dtype)
-        self.dq = torch.zeros(q.shape, dtype=wide, device=q.device)
+        self._seen = _Seen()
+        self.dq = torch.empty(q.shape, dtype=wide, device=q.device)
         self.dk = torch.zeros(k.shape, dtype=wide, device=k.device)
         self.dv = torch.zeros_like(self.dk)
 
@@ -72,7 +91,8 @@ class Gradients:
                 causal,
                 scale,
             )
-            self.dq[rows, queries] += dq
+            held = self.dq[rows, queries]
+            held.copy_(dq) if self._seen.is_new(rows, queries) else held.add_(dq)
             self.dk[rows, keys] += dk
             self.dv[rows, keys] += dv
         return self
@@ -204,6 +224,6 @@ class _PieceAttention(torch.autograd.Function):
 def piece_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pieces: tuple[Piece, ...], scale: float
 ) -> torch.Tensor:
-    """Attention of ``q [B, S, H, C]`` to what ``pieces`` see of ``k, v [B, T, G, C]``: ``[B, S, H, C]``, 0 for a query that
-    sees nothing. Query head h uses key/value head h // (H / G), and scores are multiplied by ``scale``."""
+    """Attention of ``q [B, S, H, C]`` to what ``pieces`` see of ``k, v [B, T, G, C]``: ``[B, S, H, C]``. Every query
+    must see a key. Query head h uses key/value head h // (H / G), and scores are multiplied by ``scale``."""
     return _PieceAttention.apply(q, k, v, pieces, scale)
