@@ -7,7 +7,7 @@ from qwen_moe.config.objective import ObjectiveConfig
 from qwen_moe.config.precision import Fp8Config, PrecisionConfig
 from qwen_moe.config.run import RunConfig
 from qwen_moe.config.system import LoggingConfig, ParallelConfig, WandbConfig
-from qwen_moe.config.training import BalanceConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
+from qwen_moe.config.training import BalanceConfig, OptimizerConfig, Recompute, ScheduleConfig, TrainingConfig
 
 __all__ = [
     "BalanceConfig",
@@ -20,6 +20,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PrecisionConfig",
+    "Recompute",
     "RunConfig",
     "ScheduleConfig",
     "TrainingConfig",

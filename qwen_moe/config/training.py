@@ -14,9 +14,13 @@ from qwen_moe.config.fields import (
     Size,
 )
 
+Recompute = Literal["none", "selective", "full"]
+
 
 class TrainingConfig(Section):
     """Training length and batch sizes. Batch sizes count sequences; ``train_tokens`` counts tokens of all ranks.
+    ``recompute``: what backward computes again instead of keeping it: nothing, whole layers (full), or layers except
+    attention itself, whose cost grows with the square of the sequence (selective).
 
     If a loss is NaN, infinite or (with ``spike_nats`` > 0) that far above the median of recent losses, the step is not
     taken: the run goes back to its newest checkpoint and skips the batches since then, at most ``max_skips`` times.
@@ -29,7 +33,7 @@ class TrainingConfig(Section):
     validation_sequences: Size = 64
     max_skips: NonNegativeInt = 3
     spike_nats: NonNegativeFloat = 0.0
-    recompute: Literal["none", "full"] = "none"
+    recompute: Recompute = "none"
     loss_chunk_tokens: Size = 1024
 
 

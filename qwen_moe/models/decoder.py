@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from parallel.gemm import linear
-from qwen_moe.config import ModelConfig
+from qwen_moe.config import ModelConfig, Recompute
 from qwen_moe.models.attention.cache import KeyValueCache
 from qwen_moe.models.attention.gqa import Attention
 from qwen_moe.models.attention.mask import Visibility
@@ -39,7 +39,11 @@ class LossSums(NamedTuple):
 
 
 class DecoderLayer(nn.Module):
-    """x = x + attention(norm(x)), then x + feed-forward or MoE of norm(x). Returns x, and router statistics or None."""
+    """x = x + attention(norm(x)), then x + feed-forward or MoE of norm(x). Returns x, and router statistics or None.
+
+    With ``recompute``, in training, backward computes everything again except attention itself, whose cost grows with the
+    square of the sequence: its inputs and output are kept.
+    """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -48,6 +52,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MoE(config) if self.is_moe else FeedForward(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = False
 
     def forward(
         self,
@@ -56,7 +61,19 @@ class DecoderLayer(nn.Module):
         visible: Visibility,
         cache: KeyValueCache | None = None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, visible, cache)
+        if self.recompute and self.training:
+            q, k, v = checkpoint(self._heads, x, rotary, use_reentrant=False)
+            y = self.self_attn.attend(q, k, v, visible, rotary.softmax_scale)
+            return checkpoint(self._after_attention, x, y, use_reentrant=False)
+        return self._feed_forward(x + self.self_attn(self.input_layernorm(x), rotary, visible, cache))
+
+    def _heads(self, x: torch.Tensor, rotary: RotaryTables) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.self_attn.heads(self.input_layernorm(x), rotary)
+
+    def _after_attention(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, RouterStatistics | None]:
+        return self._feed_forward(x + self.self_attn.output(y))
+
+    def _feed_forward(self, x: torch.Tensor) -> tuple[torch.Tensor, RouterStatistics | None]:
         y = self.mlp(self.post_attention_layernorm(x))
         if self.is_moe:
             y, statistics = y
@@ -97,12 +114,13 @@ class Decoder(nn.Module):
 class DecoderLM(nn.Module):
     """A causal language model: ``model(input_ids [B, S]) -> logits [B, S, V]``.
 
-    ``recompute`` drops each layer's activations in forward and computes them again in backward. ``layers`` (default all)
+    ``recompute``: each layer's activations are dropped in forward and computed again in backward; ``selective`` keeps those
+    of attention itself. ``layers`` (default all)
     selects consecutive layers for a pipeline stage: without layer 0 the module takes hidden states instead of token ids,
     and without the last layer it returns hidden states before the final norm.
     """
 
-    def __init__(self, config: ModelConfig, recompute: bool = False, layers: Sequence[int] | None = None) -> None:
+    def __init__(self, config: ModelConfig, recompute: Recompute = "none", layers: Sequence[int] | None = None) -> None:
         super().__init__()
         layers = range(config.num_hidden_layers) if layers is None else layers
         self.config, self.recompute = config, recompute
@@ -110,6 +128,8 @@ class DecoderLM(nn.Module):
         self.first, self.last = layers[0] == 0, layers[-1] == config.num_hidden_layers - 1
         tied = config.tie_word_embeddings
         self.model = Decoder(config, layers, embedding=self.first or (self.last and tied), norm=self.last)
+        for layer in self.model.layers:
+            layer.recompute = recompute == "selective"
         if self.last and not tied:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         # Replaced where sequences and the vocabulary are split over ranks.
@@ -144,7 +164,7 @@ class DecoderLM(nn.Module):
         visible = Visibility(past, document_starts)
         collected = []
         for layer in self.model.layers:
-            if self.recompute and self.training:
+            if self.recompute == "full" and self.training:
                 x, statistics = checkpoint(layer, x, rotary, visible, cache, use_reentrant=False)
             else:
                 x, statistics = layer(x, rotary, visible, cache)

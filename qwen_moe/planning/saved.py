@@ -154,7 +154,7 @@ def count(config: RunConfig, run: Run) -> Saved:
             grids,
             [layers],
             [0],
-            recompute=run.recompute,
+            recompute="full" if run.recompute else "none",
             dtype=dtype,
             kernels=choose_kernels(config, grids),
         )

@@ -39,14 +39,13 @@ def shard_model(config: RunConfig, layout: RunLayout, grids: Grids) -> ParallelM
     stages = (
         [0] if grids.pp.size == 1 else stages_of_rank(pipeline.schedule, grids.pp.size, layout.per_rank, grids.pp.index)
     )
-    recompute = config.training.recompute == "full"
     try:
         model = build_parts(
             config.model,
             grids,
             layout.layers,
             stages,
-            recompute=recompute,
+            recompute=config.training.recompute,
             dtype=master,
             kernels=choose_kernels(config, grids),
             plain_layers=config.precision.fp8.plain_layers(config.model.num_hidden_layers),

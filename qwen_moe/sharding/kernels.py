@@ -56,7 +56,7 @@ def _transformer_engine(config: RunConfig, grids: Grids, recipe: Recipe | None) 
         grids.stage,
         recipe,
         keep_weights=_keeps_weights(config),
-        recompute=config.training.recompute == "full",
+        recompute=config.training.recompute != "none",
     )
     # Other layers are checked when they are built; expert sizes are already known here.
     if config.model.is_moe_family:

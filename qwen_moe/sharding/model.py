@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.kernels.interface import Kernels
 from parallel.mesh import Grids
-from qwen_moe.config import ModelConfig
+from qwen_moe.config import ModelConfig, Recompute
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.head import Head
 from qwen_moe.sharding.parallelize import parallelize
@@ -124,7 +124,7 @@ def build_parts(
     layers: Sequence[Sequence[int]],
     stages: Iterable[int],
     *,
-    recompute: bool,
+    recompute: Recompute,
     dtype: torch.dtype,
     kernels: Kernels,
     plain_layers: Collection[int] = (),

@@ -174,7 +174,7 @@ def draw(seed: int, index: int, max_ranks: int) -> Case:
     values["seed"] = rng.randint(0, 10**6)
     values["balance"] = balance
     values["optimizer"]["clip_grad_norm"] = rng.choice([0.0, 0.5])
-    values["training"]["recompute"] = rng.choice(["none", "full"])
+    values["training"]["recompute"] = rng.choice(["none", "selective", "full"])
     values["data"]["respect_document_boundaries"] = rng.random() < 0.3
     values["parallel"] = layout_overrides(layout, schedule, per_rank if schedule == "interleaved_1f1b" else 0)
     values["parallel"] |= {"cp_kind": kind, "cp_ulysses": ulysses}

@@ -33,6 +33,18 @@ class Attention(nn.Module):
         self.project: Project = project
         self.attend: Attend = attend
 
+    def heads(self, x: torch.Tensor, rotary: RotaryTables) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries ``[B, S, H, C]`` and keys ``[B, S, G, C]``, rotated, and values ``[B, S, G, C]``."""
+        projected = self.project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return apply_rope(q, rotary), apply_rope(k, rotary), v
+
+    def output(self, y: torch.Tensor) -> torch.Tensor:
+        """``[B, S, H, C] -> [B, S, D]``."""
+        return self.o_proj(y.flatten(2))
+
     def forward(
         self,
         x: torch.Tensor,
@@ -40,12 +52,7 @@ class Attention(nn.Module):
         visible: Visibility,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        projected = self.project(x, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, rotary), apply_rope(k, rotary)
+        q, k, v = self.heads(x, rotary)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        y = self.attend(q, k, v, visible, rotary.softmax_scale)
-        return self.o_proj(y.flatten(2))
+        return self.output(self.attend(q, k, v, visible, rotary.softmax_scale))
