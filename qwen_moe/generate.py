@@ -50,11 +50,11 @@ def _check_prompt(length: int, smallest: int, largest: int, max_new_tokens: int,
             f"the prompt has token {wrong} but the model's vocabulary has {config.vocab_size}: the tokenizer belongs "
             "to another model"
         )
-    if length + max_new_tokens > config.max_position_embeddings:
+    if length + max_new_tokens > config.reach:
         raise UserError(
             f"a prompt of {length} tokens and {max_new_tokens} new ones make {length + max_new_tokens}, more than the "
-            f"model's max_position_embeddings {config.max_position_embeddings}: shorten the prompt, or ask for at most "
-            f"{max(config.max_position_embeddings - length, 0)} new tokens"
+            f"model's reach of {config.reach} tokens: shorten the prompt, or ask for at most "
+            f"{max(config.reach - length, 0)} new tokens"
         )
 
 

@@ -5,6 +5,7 @@ from qwen_moe.config.load import dump_config, find_recipe, load_config, parse_co
 from qwen_moe.config.model import ModelConfig
 from qwen_moe.config.objective import ObjectiveConfig
 from qwen_moe.config.precision import Fp8Config, PrecisionConfig
+from qwen_moe.config.rope import RopeScaling
 from qwen_moe.config.run import RunConfig
 from qwen_moe.config.system import LoggingConfig, ParallelConfig, WandbConfig
 from qwen_moe.config.training import BalanceConfig, OptimizerConfig, Recompute, ScheduleConfig, TrainingConfig
@@ -21,6 +22,7 @@ __all__ = [
     "ParallelConfig",
     "PrecisionConfig",
     "Recompute",
+    "RopeScaling",
     "RunConfig",
     "ScheduleConfig",
     "TrainingConfig",

@@ -6,6 +6,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from qwen_moe.config.families import FAMILIES, Family, families_that
 from qwen_moe.config.fields import Layers, NonNegativeInt, OptionalSize, PositiveFloat, Section, Size, whole_number
+from qwen_moe.config.rope import RopeScaling
 
 
 def _known_family(name: str) -> str:
@@ -15,6 +16,22 @@ def _known_family(name: str) -> str:
 
 
 FamilyName = Annotated[str, AfterValidator(_known_family)]
+
+
+def _explicit(scaling: Any, longest: Any) -> dict[str, Any] | None:
+    """YaRN's settings with the lengths that follow from ``longest``; None for anything else."""
+    if isinstance(scaling, RopeScaling):
+        scaling = scaling.model_dump()
+    longest = whole_number(longest)
+    if not isinstance(scaling, dict) or scaling.get("type") != "yarn" or not isinstance(longest, int):
+        return None
+    scaling = dict(scaling)
+    trained = scaling.get("original_max_position_embeddings")
+    if trained is None:
+        trained = scaling["original_max_position_embeddings"] = longest
+    if scaling.get("factor") is None and isinstance(trained, int) and 0 < trained <= longest:
+        scaling["factor"] = longest / trained
+    return scaling
 
 
 class ModelConfig(Section):
@@ -35,6 +52,7 @@ class ModelConfig(Section):
     head_dim: Size
     max_position_embeddings: Size = 32768
     rope_theta: Annotated[PositiveFloat, Field(le=1e15)] = 1_000_000.0
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: Annotated[PositiveFloat, Field(le=1)] = 1e-6
     tie_word_embeddings: bool = False
     initializer_range: Annotated[PositiveFloat, Field(le=100)] = 0.02
@@ -63,6 +81,8 @@ class ModelConfig(Section):
                     "change one of them, or give head_dim"
                 )
             values["head_dim"] = hidden // heads
+        if scaling := _explicit(values.get("rope_scaling"), values.get("max_position_embeddings", 32768)):
+            values["rope_scaling"] = scaling
         family = values.get("family")
         if "qkv_bias" not in values and isinstance(family, str) and family in FAMILIES:
             values["qkv_bias"] = FAMILIES[family].qkv_bias
@@ -77,6 +97,7 @@ class ModelConfig(Section):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs of dimensions, give an even one")
+        self._check_rope()
         if not self.features.qkv_bias_key and self.qkv_bias != self.features.qkv_bias:
             expected, has = ("true", "always") if self.features.qkv_bias else ("false", "never")
             raise ValueError(
@@ -99,6 +120,40 @@ class ModelConfig(Section):
                 f"has no shared expert: use a family that has one ({others}) or leave it out"
             )
         return self
+
+    def _check_rope(self) -> None:
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.type == "dynamic" and self.head_dim == 2:
+            raise ValueError("rope_scaling of type dynamic is not defined for head_dim 2: use type yarn or linear")
+        if scaling is None or scaling.type != "yarn":
+            return
+        if scaling.factor is None:
+            raise ValueError(
+                f"rope_scaling.original_max_position_embeddings {self.trained_length} is larger than "
+                f"max_position_embeddings {self.max_position_embeddings}: give rope_scaling.factor, or the larger of them "
+                "as max_position_embeddings"
+            )
+        if self.rope_theta <= 1:
+            raise ValueError(f"rope_theta is {self.rope_theta:g}: rope_scaling of type yarn needs a base above 1")
+
+    @property
+    def trained_length(self) -> int:
+        """The length of text that the model was trained on, before RoPE was stretched."""
+        scaling = self.rope_scaling
+        return (scaling and scaling.original_max_position_embeddings) or self.max_position_embeddings
+
+    @property
+    def rope_factor(self) -> float:
+        """How many times longer than `trained_length` texts may be."""
+        return (self.rope_scaling and self.rope_scaling.factor) or 1.0
+
+    @property
+    def reach(self) -> int:
+        """The longest text that the model can train on and generate. With type dynamic the length of a text changes all its
+        angles, which cached keys cannot follow."""
+        if self.rope_scaling is not None and self.rope_scaling.type == "dynamic":
+            return self.max_position_embeddings
+        return max(self.max_position_embeddings, int(self.rope_factor * self.trained_length))
 
     def _check_experts(self) -> None:
         for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):

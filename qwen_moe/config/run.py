@@ -70,10 +70,11 @@ class RunConfig(Section):
                 f"training.global_batch_size {training.global_batch_size} is not a multiple of "
                 f"training.micro_batch_size {training.micro_batch_size}"
             )
-        if self.data.sequence_length > self.model.max_position_embeddings:
+        if self.data.sequence_length > self.model.reach:
+            scaled = " times model.rope_scaling.factor" if self.model.rope_scaling is not None else ""
             raise ValueError(
-                f"data.sequence_length {self.data.sequence_length} is larger than model.max_position_embeddings "
-                f"{self.model.max_position_embeddings}: lower the former or raise the latter"
+                f"data.sequence_length {self.data.sequence_length} is larger than model.max_position_embeddings{scaled} "
+                f"{self.model.reach}: lower the former or raise the latter"
             )
         tokens_per_step = training.global_batch_size * self.data.sequence_length
         if training.train_tokens < tokens_per_step:

@@ -77,8 +77,37 @@ def hf_model(ours: DecoderLM, **config_changes: Any) -> Any:
 
 
 @st.composite
-def model_configs(draw: st.DrawFn, families: tuple[str, ...] = FAMILIES) -> ModelConfig:
-    """A random small shape, awkward sizes on purpose, one of ``families``."""
+def rope_scalings(draw: st.DrawFn, head_dim: int, long: bool) -> dict[str, Any]:
+    """No scaling, or one of each type whose effect shows on texts of a few tokens."""
+    kind = draw(st.sampled_from([None, None, "linear", "dynamic", "yarn", "yarn"]))
+    factor = draw(st.sampled_from([1.0, 1.5, 4.0]))
+    if kind is None or (kind == "dynamic" and (long or head_dim == 2)):
+        return {"max_position_embeddings": 64}
+    if kind != "yarn":
+        length = 3 if kind == "dynamic" else 64  # beyond which dynamic has an effect
+        return {"max_position_embeddings": length, "rope_scaling": {"type": kind, "factor": factor}}
+    changes = draw(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "original_max_position_embeddings": st.sampled_from([16, 40]),
+                "attention_factor": st.sampled_from([0.7, 1.3]),
+                "beta_fast": st.sampled_from([2.5, 8.0]),
+                "beta_slow": st.sampled_from([0.1, 0.5]),
+                "mscale": st.sampled_from([0.5, 1.0]),
+                "mscale_all_dim": st.sampled_from([0.3, 1.0]),
+                "truncate": st.booleans(),
+            },
+        )
+    )
+    if draw(st.booleans()) or "original_max_position_embeddings" not in changes:
+        changes["factor"] = factor
+    return {"max_position_embeddings": 64, "rope_scaling": {"type": "yarn", **changes}}
+
+
+@st.composite
+def model_configs(draw: st.DrawFn, families: tuple[str, ...] = FAMILIES, long: bool = False) -> ModelConfig:
+    """A random small shape, awkward sizes on purpose, one of ``families``. ``long``: reads at least 64 tokens."""
     family = draw(st.sampled_from(families))
     features = table.FAMILIES[family]
     kv_heads = draw(st.integers(1, 3))
@@ -95,7 +124,7 @@ def model_configs(draw: st.DrawFn, families: tuple[str, ...] = FAMILIES) -> Mode
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "max_position_embeddings": 64,
+        **draw(rope_scalings(head_dim, long)),
         "rope_theta": draw(st.sampled_from([100.0, 10_000.0, 1_000_000.0])),
         "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5, 1e-2])),
         "tie_word_embeddings": draw(st.booleans()),

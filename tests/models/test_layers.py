@@ -21,7 +21,7 @@ from qwen_moe.models.ops.grouped_matmul import grouped_mm, loop_mm
 from qwen_moe.models.ops.permute import _Combine, _Permute, sort_by_expert
 from qwen_moe.models.ops.rms_norm import _RMSNorm
 from qwen_moe.models.ops.swiglu import swiglu
-from qwen_moe.models.rope import Rope, apply_rope
+from qwen_moe.models.rope import Rope, apply_rope, make_rope
 from tests.small import small_model
 
 
@@ -273,3 +273,13 @@ def test_rotation_far_out_is_as_exact_as_its_dtype(theta: float) -> None:
     for row, position in zip(cos, positions.tolist(), strict=True):
         exact = [math.cos(position * theta ** (-2 * i / 64)) for i in range(32)]
         assert max(abs(a - b) for a, b in zip(row.tolist(), exact, strict=True)) < 1e-6
+
+
+def test_yarn_of_the_published_models() -> None:
+    """Qwen2.5's four-fold extension: pairs up to 23 turn often enough to stay, pairs from 40 are divided by 4."""
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    rope = make_rope(small_model(head_dim=128, rope_theta=1e6, max_position_embeddings=131072, rope_scaling=scaling))
+    ratio = Rope(128, 1e6).frequencies() / rope.frequencies()
+    assert ratio[:24].tolist() == [1.0] * 24 and (ratio[24:40] > 1).all()
+    torch.testing.assert_close(ratio[40:], torch.full((24,), 4.0, dtype=torch.float64))
+    assert abs(rope.score_factor - 1.138629436**2) < 1e-8

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from qwen_moe.checkpoint.huggingface.fp8 import check_quantization
+from qwen_moe.checkpoint.huggingface.rope import read_rope, write_rope
 from qwen_moe.config import ModelConfig, parse_model
 from qwen_moe.config.families import FAMILIES, Family
 from qwen_moe.errors import UserError
-
-DEFAULT_ROPE_THETA = 10_000.0
 
 # Keys that do not change what the model computes here, or that have their own checks.
 _UNUSED = frozenset(
@@ -26,6 +25,7 @@ _UNUSED = frozenset(
         "mlp_only_layers",
         "model_type",
         "num_local_experts",
+        "original_max_position_embeddings",
         "output_router_logits",
         "pad_token_id",
         "quantization_config",
@@ -112,28 +112,6 @@ def _family(values: dict[str, Any], where: str) -> str:
     return family
 
 
-def _rope_theta(values: dict[str, Any], where: str, notes: list[str]) -> float:
-    # As in transformers, rope_scaling replaces rope_parameters, and a theta inside overrides one outside.
-    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    inside = values.get(key) or {}
-    if not isinstance(inside, dict) or any(isinstance(value, dict) for value in inside.values()):
-        raise UserError(f"{where}: {key} is {inside!r}, expected one set of RoPE parameters for all layers")
-    kind = inside.get("rope_type", inside.get("type", "default"))
-    if kind != "default":
-        raise UserError(
-            f"{where}: {key} asks for RoPE scaling of type {kind!r}, which is not supported yet: remove it from "
-            "config.json to convert the model at its native context length"
-        )
-    inner, outer = inside.get("rope_theta"), values.get("rope_theta")
-    if inner is not None and outer is not None and inner != outer:
-        notes.append(f"{key}.rope_theta {inner} is used, rope_theta {outer} is not (as in transformers)")
-    theta = outer if inner is None else inner
-    if theta is None:
-        notes.append(f"config.json gives no rope_theta: transformers' default {DEFAULT_ROPE_THETA:g} is used")
-        return DEFAULT_ROPE_THETA
-    return theta
-
-
 def _refuse_unsupported(values: dict[str, Any], where: str) -> None:
     if values.get("use_sliding_window"):
         raise UserError(f"{where}: use_sliding_window is true, and sliding-window attention is not supported")
@@ -167,7 +145,8 @@ def interpret(values: dict[str, Any], where: str = "config.json") -> Interpretat
     notes: list[str] = []
     if values.get("quantization_config"):
         notes.append("FP8 matrices are dequantized")
-    fields: dict[str, Any] = {"family": family, "rope_theta": _rope_theta(values, where, notes)}
+    theta, scaling = read_rope(values, where, notes)
+    fields: dict[str, Any] = {"family": family, "rope_theta": theta, "rope_scaling": scaling}
     features = FAMILIES[family]
     defaults = features.hf_defaults
     given = dict(values)
@@ -215,11 +194,9 @@ def _fresh(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "model_type": config.family,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
-        "rope_theta": config.rope_theta,
         "use_cache": True,
         "use_sliding_window": False,
-    }
+    } | write_rope(config)
     for key in features.hf_defaults.keys() - {"num_experts"}:
         values[key] = config.qkv_bias if key == features.qkv_bias_key else getattr(config, key)
     if features.moe:
@@ -228,10 +205,14 @@ def _fresh(config: ModelConfig) -> dict[str, Any]:
     return dict(sorted(values.items()))
 
 
+_ROPE_KEYS = ("rope_theta", "rope_parameters", "rope_scaling")
+
+
 def _keys(field: str, features: Family) -> tuple[str, ...]:
     """The keys of config.json that hold ``field`` of ModelConfig."""
     others = {
-        "rope_theta": ("rope_theta", "rope_parameters"),
+        "rope_theta": _ROPE_KEYS,
+        "rope_scaling": _ROPE_KEYS,
         "num_experts": features.expert_count_keys,
         "qkv_bias": (features.qkv_bias_key,),
     }
@@ -253,9 +234,10 @@ def hf_config(config: ModelConfig, original: dict[str, Any] | None = None, dtype
         for name in ModelConfig.model_fields:
             if getattr(old, name) == getattr(config, name):
                 continue
+            if name in ("rope_theta", "rope_scaling"):
+                for key in (*_ROPE_KEYS, "original_max_position_embeddings"):
+                    values.pop(key, None)
             values |= {key: fresh[key] for key in _keys(name, config.features) if key in fresh}
-            if name == "rope_theta":
-                values.pop("rope_scaling", None)
             if name == "num_hidden_layers" and values.get("layer_types"):
                 values["layer_types"] = ["full_attention"] * config.num_hidden_layers
     if dtype is not None:

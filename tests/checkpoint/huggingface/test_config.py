@@ -25,6 +25,12 @@ def minimal(family: str = "qwen2_moe", **changes: Any) -> dict[str, Any]:
     return {"architectures": [table.FAMILIES[family].architecture], "model_type": family} | changes
 
 
+def _scaling(parameters: dict[str, Any]) -> dict[str, Any] | None:
+    """transformers' RoPE parameters under our names."""
+    others = {key: value for key, value in parameters.items() if key not in ("rope_theta", "rope_type", "type")}
+    return None if parameters["rope_type"] == "default" else {"type": parameters["rope_type"], **others}
+
+
 def semantics(config: Any) -> dict[str, Any]:
     """What transformers' config object means, in our names."""
     family = config.model_type
@@ -42,6 +48,7 @@ def semantics(config: Any) -> dict[str, Any]:
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
         "max_position_embeddings": config.max_position_embeddings,
         "rope_theta": config.rope_parameters["rope_theta"],
+        "rope_scaling": _scaling(config.rope_parameters),
         "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tie_word_embeddings,
         "initializer_range": config.initializer_range,
@@ -167,8 +174,17 @@ def test_unknown_keys_are_said() -> None:
         ({"architectures": ["Qwen2ForSequenceClassification"]}, "not supported: supported are Qwen2ForCausalLM"),
         ({"architectures": None, "model_type": "gpt2"}, "model_type 'gpt2'"),
         ({"model_type": "qwen3_moe"}, "Qwen2MoeForCausalLM but model_type 'qwen3_moe'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "scaling of type 'yarn', which is not supported yet"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "scaling of type 'linear'"),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 4.0}},
+            "type 'llama3': supported are linear, dynamic, yarn",
+        ),
+        ({"rope_parameters": {"rope_type": "linear"}}, "type linear needs a factor"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 0.5}},
+            "rope_parameters.factor.* greater than or equal to 1",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "beta_fast": 1}}, "beta_fast 1 is not above beta_slow 1"),
+        ({"rope_scaling": {"rope_type": "yarn", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5: only 1"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "one set of RoPE parameters"),
         ({"use_sliding_window": True}, "sliding-window attention is not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
