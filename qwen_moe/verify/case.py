@@ -257,6 +257,8 @@ def _draw_model(
         "tie_word_embeddings": rng.random() < 0.5,
         "initializer_range": 0.2,
     }
+    if rng.random() < 0.2:
+        model["rope_scaling"] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     if features.qkv_bias_key and not features.qkv_bias:
         model["qkv_bias"] = rng.random() < 0.5
     if not features.moe:
