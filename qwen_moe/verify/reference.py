@@ -36,7 +36,7 @@ def plain_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Visibility, scale: float
 ) -> torch.Tensor:
     """Attention as it is defined, with a mask of all queries and keys. See `models.attention.core.Attend`."""
-    index = torch.arange(q.shape[1])
+    index = torch.arange(q.shape[1], device=q.device)
     sees = (index <= index[:, None])[None]
     if visible.starts is not None:
         sees = sees & (index >= visible.starts[:, :, None])

@@ -12,6 +12,7 @@ import json
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -97,6 +98,44 @@ def attention(where: Where) -> Iterator[Row]:
         yield check(f"{backend.name.lower()}: output and gradients", worst, 0.02)
 
 
+def long_attention(where: Where) -> Iterator[Row]:
+    """Attention inside documents, and in the pieces of context parallelism, against float64 arithmetic with a mask."""
+    from qwen_moe.data.samples import documents_of
+    from qwen_moe.models.attention.core import attend
+    from qwen_moe.models.attention.mask import Span, Visibility
+    from qwen_moe.models.ops.piece_attention import piece_attention
+    from qwen_moe.verify.reference import plain_attention
+
+    batch, heads, kv_heads, sequence, dim = (2, 4, 2, 64, 16) if where.tiny else (2, 16, 4, 1024, 128)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(batch, sequence, heads, dim), *[(batch, sequence, kv_heads, dim)] * 2, (batch, sequence, heads, dim)]
+    tensors = [torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in shapes]
+    starts = documents_of(torch.rand(batch, sequence, generator=generator) < 8 / sequence)["document_starts"]
+
+    def run(core: Any, device: torch.device, dtype: torch.dtype, documents: bool) -> list[torch.Tensor]:
+        q, k, v, dy = (t.to(device, dtype).requires_grad_() for t in tensors)
+        visible = Visibility(0, starts.to(device) if documents else None)
+        y = core(q, k, v, visible, dim**-0.5)
+        return [y.detach(), *torch.autograd.grad(y, (q, k, v), dy)]
+
+    def in_pieces(q: Any, k: Any, v: Any, visible: Visibility, scale: float) -> torch.Tensor:
+        half = sequence // 2
+        halves = (Span(0, half, 0), Span(half, sequence, half))
+        return piece_attention(q, k, v, visible.pieces(halves, halves), scale)
+
+    for documents in (False, True):
+        expected = run(plain_attention, torch.device("cpu"), torch.float64, documents)
+        for name, core in (("attend", attend), ("pieces", in_pieces)):
+            for dtype, bound in ((torch.bfloat16, 0.02), (torch.float32, 1e-3)):
+                what = f"{name}, {'documents' if documents else 'causal'}, {str(dtype)[6:]}: output and gradients"
+                try:
+                    worst = max(map(error_of, run(core, where.device, dtype, documents), expected))
+                except RuntimeError as error:
+                    yield Row(what, "failed", str(error)[:300])
+                    continue
+                yield check(what, worst, bound)
+
+
 def host_reads(where: Where) -> Iterator[Row]:
     """An MoE layer at ep = 1 while CUDA raises on every wait of the host."""
     from benchmarks.gpu_contenders import TINY, Size, run_config
@@ -157,6 +196,7 @@ PARTS = {
     "environment": HERE,
     "grouped_products": HERE,
     "attention": HERE,
+    "long_attention": HERE,
     "host_reads": HERE,
     "layers": HERE,
     "parity": TRAINING,

@@ -25,6 +25,7 @@ LIMITS = {
     "environment": 90,
     "grouped_products": 90,
     "attention": 90,
+    "long_attention": 120,
     "host_reads": 90,
     "layers": 90,
     "parity": 120,
