@@ -105,8 +105,16 @@ def _cases(args: argparse.Namespace, config: RunConfig) -> list[tuple[str, "Case
         cases.append((text, Case(small, layout)))
     for index in range(args.fuzz):
         case = draw(args.seed, index, args.max_ranks)
-        cases.append((f"#{index} {case.layout}" + (" log-probs" if case.probe else ""), case))
+        cases.append((f"#{index} {case.layout}{_marks(case)}", case))
     return cases
+
+
+def _marks(case: "Case") -> str:
+    """What the degrees of a drawn case do not say."""
+    from qwen_moe.sharding.layout import context_plan
+
+    kind = f" {context_plan(case.config, case.layout).text(case.layout.cp)}" if case.layout.cp > 1 else ""
+    return kind + (" log-probs" if case.probe else "")
 
 
 def run(args: argparse.Namespace) -> int:
