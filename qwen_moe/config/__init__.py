@@ -5,7 +5,8 @@ from qwen_moe.config.load import dump_config, find_recipe, load_config, parse_co
 from qwen_moe.config.model import ModelConfig
 from qwen_moe.config.objective import ObjectiveConfig
 from qwen_moe.config.precision import Fp8Config, PrecisionConfig
-from qwen_moe.config.run import RunConfig
+from qwen_moe.config.run import RunConfig, StageRun, stage_runs
+from qwen_moe.config.stages import Place, StageConfig
 from qwen_moe.config.system import LoggingConfig, ParallelConfig, WandbConfig
 from qwen_moe.config.training import BalanceConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 
@@ -19,9 +20,12 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "Place",
     "PrecisionConfig",
     "RunConfig",
     "ScheduleConfig",
+    "StageConfig",
+    "StageRun",
     "TrainingConfig",
     "WandbConfig",
     "dump_config",
@@ -29,4 +33,5 @@ __all__ = [
     "load_config",
     "parse_config",
     "parse_model",
+    "stage_runs",
 ]

@@ -79,6 +79,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         child = node.get(part)
         if child is None:
             child = node[part] = {}
+        if isinstance(child, list) and part == "stages" and node is values:
+            child = {str(stage["name"]): stage for stage in child if isinstance(stage, dict) and "name" in stage}
+            if parents[1:2] and parents[1] not in child:
+                raise UserError(f"override {override!r}: no stage has this name; the stages are {', '.join(child)}")
         if not isinstance(child, dict):
             raise UserError(f"override {override!r}: {part!r} is a value, not a section")
         node = child
