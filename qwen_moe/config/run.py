@@ -250,12 +250,12 @@ def _check_growth(runs: Sequence[RunConfig]) -> None:
         if run.data.sequence_length < before.data.sequence_length:
             raise ValueError(
                 f"{run.place.label}data.sequence_length {run.data.sequence_length} is shorter than "
-                f"{before.data.sequence_length} of the stage before, {before.place.name}: stages keep or raise the length, so "
-                "put the shorter one first"
+                f"{before.data.sequence_length} of the stage before, {before.place.name}: stages keep or raise the length, "
+                "so put the shorter one first"
             )
         if run.model.rope_theta < before.model.rope_theta:
             raise ValueError(
-                f"{run.place.label}model.rope_theta {run.model.rope_theta:g} is below {before.model.rope_theta:g} of the stage "
-                f"before, {before.place.name}: a base that falls turns positions faster than the model has learned; keep or "
-                "raise it"
+                f"{run.place.label}model.rope_theta {run.model.rope_theta:g} is below {before.model.rope_theta:g} of the "
+                f"stage before, {before.place.name}: a base that falls turns positions faster than the model has learned; "
+                "keep or raise it"
             )

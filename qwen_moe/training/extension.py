@@ -56,7 +56,8 @@ def is_of_another_length(config: RunConfig, state: TrainState, inputs: RunInputs
     length = inputs.length_with(state.data_fingerprint, _earlier_lengths(config, state.settings))
     if length is None:
         return False
-    read = state.step + sum(batches for _, batches in state.skips)
+    first = config.place.first_step
+    read = state.step - first + sum(batches for step, batches in state.skips if step >= first)
     if read <= ordered_steps(config, length) and inputs.begins_as(length, read):
         return True
     now = max(config.data.order_tokens, config.training.train_tokens)
