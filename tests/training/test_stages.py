@@ -371,7 +371,7 @@ def test_layouts_are_checked_for_every_stage() -> None:
     assert processes_for(stages({"tp": 2}, {"tp": 1, "ep": 3}), gpus=0) == 6
     assert processes_for(stages({}, {"tp": 4}), gpus=0) == 4
     with pytest.raises(UserError, match=r"stages\.1 \(long\): .*num_experts 6 is not a multiple of ep 4"):
-        check_layouts(stages({}, {"ep": 4}), 4)
+        check_layouts(stages({"tp": 4}, {"ep": 4}), 4)
     odd = [STAGES[0] | {"data": {"sequence_length": 15}}, STAGES[1] | {"parallel": {"tp": 2}}]
     with pytest.raises(UserError, match=r"sequence_length 15 is not a multiple of tp 2 .*earlier length 15 too"):
         check_layouts(stage_runs(settings(Path("run"), Path("unused"), stages=odd)), 2)
