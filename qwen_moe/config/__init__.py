@@ -1,7 +1,15 @@
 """The settings of a run (`run`), and how they are read from a recipe (`load`)."""
 
 from qwen_moe.config.data import DataConfig, Dataset
-from qwen_moe.config.load import dump_config, find_recipe, load_config, parse_config, parse_model
+from qwen_moe.config.load import (
+    dump_config,
+    find_recipe,
+    load_config,
+    load_longest_stage,
+    parse_config,
+    parse_model,
+    refuse_stages,
+)
 from qwen_moe.config.model import ModelConfig
 from qwen_moe.config.objective import ObjectiveConfig
 from qwen_moe.config.precision import Fp8Config, PrecisionConfig
@@ -31,7 +39,9 @@ __all__ = [
     "dump_config",
     "find_recipe",
     "load_config",
+    "load_longest_stage",
     "parse_config",
     "parse_model",
+    "refuse_stages",
     "stage_runs",
 ]

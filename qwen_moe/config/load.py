@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from qwen_moe.config.model import ModelConfig
 from qwen_moe.config.presets import preset_values
-from qwen_moe.config.run import RunConfig
+from qwen_moe.config.run import RunConfig, stage_runs
 from qwen_moe.documents import read_text, yaml_mapping, yaml_value
 from qwen_moe.errors import UserError
 
@@ -128,6 +128,29 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     values = yaml_mapping(read_text(source, "recipe", expected), f"recipe {path}")
     _apply_overrides(values, overrides)
     return parse_config(values, str(path))
+
+
+def load_longest_stage(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Like `load_config`; of a run of stages, the last of those with the longest sequences, and says so on stderr."""
+    config = load_config(path, overrides)
+    if not config.stages:
+        return config
+    found = max(stage_runs(config), key=lambda run: (run.data.sequence_length, run.place.index))
+    print(
+        f"{path}: of its stages, this is {found.place.name}, with the longest sequences ({found.data.sequence_length:,} tokens)",
+        file=sys.stderr,
+    )
+    return found
+
+
+def refuse_stages(config: RunConfig, verb: str) -> None:
+    """Raise UserError if ``config`` has stages, which ``verb`` cannot read."""
+    if config.stages:
+        names = ", ".join(stage.name for stage in config.stages)
+        raise UserError(
+            f"`{verb}` reads recipes of one stage, and this one has stages ({names}): leave stages out, and give the "
+            "settings of the stage that you mean"
+        )
 
 
 def dump_config(config: RunConfig) -> str:
