@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from qwen_moe.config.model import ModelConfig
 from qwen_moe.config.presets import preset_values
 from qwen_moe.config.run import RunConfig, stage_runs
+from qwen_moe.config.stage_presets import with_stages
 from qwen_moe.documents import read_text, yaml_mapping, yaml_value
 from qwen_moe.errors import UserError
 
@@ -100,7 +101,7 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
 
 def parse_config(values: dict[str, Any], source: str) -> RunConfig:
     """RunConfig from plain values. Raises one UserError with all problems."""
-    values = dict(values)
+    values = with_stages(values, source)
     if isinstance(values.get("model"), dict) and "preset" in values["model"]:
         values["model"] = parse_model(values["model"], source).model_dump()
     try:
@@ -126,6 +127,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if source != path and path.suffix:
         print(f"{path} does not exist: reading {source}, which comes with qwen-moe", file=sys.stderr)
     values = yaml_mapping(read_text(source, "recipe", expected), f"recipe {path}")
+    values = with_stages(values, str(path))
     _apply_overrides(values, overrides)
     return parse_config(values, str(path))
 
@@ -137,7 +139,8 @@ def load_longest_stage(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         return config
     found = max(stage_runs(config), key=lambda run: (run.data.sequence_length, run.place.index))
     print(
-        f"{path}: of its stages, this is {found.place.name}, with the longest sequences ({found.data.sequence_length:,} tokens)",
+        f"{path}: of its stages, this is {found.place.name}, with the longest sequences, of "
+        f"{found.data.sequence_length:,} tokens",
         file=sys.stderr,
     )
     return found

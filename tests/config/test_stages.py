@@ -184,3 +184,52 @@ def test_overrides_name_the_stage(tmp_path: Path) -> None:
         load_config(path, ["stages.third.tokens=1"])
     with pytest.raises(UserError, match=r"did you mean 'tokens'"):
         load_config(path, ["stages.first.token=1"])
+
+
+def from_preset(**stages: Any) -> RunConfig:
+    return recipe(stages=stages, model__max_position_embeddings=262144, training__micro_batch_size=1)
+
+
+# arXiv 2412.15115, section 3.3, and arXiv 2501.15383, section 3: lengths, bases of RoPE, share at full length.
+PUBLISHED: dict[str, list[tuple[int, float, float]]] = {
+    "qwen2.5": [(4096, 1e4, 0), (32768, 1e6, 0)],
+    "qwen2.5-turbo": [(32768, 1e7, 0.4), (65536, 1e7, 0.4), (131072, 1e7, 0.4), (262144, 1e7, 0.4)],
+    "qwen2.5-1m": [(65536, 1e6, 0.75), (131072, 5e6, 0.75), (262144, 1e7, 0.75)],
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_stages(name: str) -> None:
+    runs = stage_runs(from_preset(preset=name, tokens=2e6))
+    assert [(r.data.sequence_length, r.model.rope_theta, r.data.long_share) for r in runs] == PUBLISHED[name]
+    assert {r.training.train_tokens for r in runs} == {2_000_000}
+
+
+def test_a_preset_takes_changes_by_the_stages_names(tmp_path: Path) -> None:
+    one, two = stage_runs(from_preset(preset="qwen2.5", tokens=[1e6, 2e6], **{"32k": {"data": {"long_share": 0.5}}}))
+    assert (one.training.train_tokens, two.training.train_tokens) == (1_000_000, 2_000_000)
+    assert two.data.long_share == 0.5 and two.data.sequence_length == 32768
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            changed(BASE, {"stages": {"preset": "qwen2.5", "tokens": 1e6}, "model__max_position_embeddings": 32768})
+        )
+    )
+    config = load_config(path, ["stages.32k.training.global_batch_size=2"])
+    assert stage_runs(config)[1].training.global_batch_size == 2
+    for mistake, message in (
+        ({"tokens": 1e6}, r"stages\.preset is 'None'; known: qwen2\.5, qwen2\.5-turbo, qwen2\.5-1m"),
+        ({"preset": "qwen2.5-turb", "tokens": 1e6}, "did you mean 'qwen2.5-turbo'"),
+        ({"preset": "qwen2.5"}, r"stages\.tokens is missing: the report does not give"),
+        ({"preset": "qwen2.5", "tokens": [1e6]}, "has 1 numbers, but qwen2.5 has 2 stages"),
+        ({"preset": "qwen2.5", "tokens": 1e6, "8k": {}}, r"unknown key 'stages\.8k'; qwen2\.5 has the stages 4k, 32k"),
+        ({"preset": "qwen2.5", "tokens": 1e6, "4k": 3}, r"stages\.4k is 3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            from_preset(**mistake)
+
+
+@pytest.mark.parametrize("name", ["long_context_demo", "turbo_style_long"])
+def test_shipped_recipes_with_stages_are_right(name: str) -> None:
+    runs = stage_runs(load_config(Path(name)))
+    assert len(runs) > 1 and len({run.tokens_per_step for run in runs}) <= 2
