@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from qwen_moe.config import RunConfig, parse_config, stage_runs
 from qwen_moe.errors import UserError
@@ -18,7 +19,9 @@ from qwen_moe.runs.records import read_lines
 from qwen_moe.training.stages import check_layouts, processes_for
 from tests.distributed import run_distributed
 from tests.small import VOCAB, changed, model_values
+from tests.training.test_run import _kill_workers_at_random_moments, corpus, write_recipe
 
+__all__ = ["corpus"]
 SHORT, LONG = 16, 32
 # Four steps of 4 x 16 tokens, then four of 2 x 32.
 STAGES: list[dict[str, Any]] = [
@@ -375,3 +378,31 @@ def test_layouts_are_checked_for_every_stage() -> None:
     odd = [STAGES[0] | {"data": {"sequence_length": 15}}, STAGES[1] | {"parallel": {"tp": 2}}]
     with pytest.raises(UserError, match=r"sequence_length 15 is not a multiple of tp 2 .*earlier length 15 too"):
         check_layouts(stage_runs(settings(Path("run"), Path("unused"), stages=odd)), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_eight_kills_at_random_moments_of_a_command_with_two_processes(tmp_path: Path, corpus: Path) -> None:
+    """`qwen-moe train` itself; its workers die by kill -9, and its layout changes at the border."""
+    stages = [
+        {"name": "short", "tokens": 150 * 8 * 32},
+        {
+            "name": "long",
+            "tokens": 150 * 4 * 64,
+            "data": {"sequence_length": 64},
+            "model": {"rope_theta": 2e6},
+            "training": {"global_batch_size": 4},
+            "parallel": {"tp": 2},
+        },
+    ]
+    found = []
+    for name, kills in (("undisturbed", 0), ("killed", 8)):
+        folder = tmp_path / name
+        folder.mkdir()
+        recipe = write_recipe(folder, corpus, training__validation_interval=50, checkpoint__interval=7)
+        values = yaml.safe_load(recipe.read_text())
+        del values["training"]["train_tokens"]
+        recipe.write_text(yaml.safe_dump(values | {"stages": stages}))
+        assert _kill_workers_at_random_moments(recipe, kills, seed=1, steps=300) == kills
+        found.append(figures(folder / "run"))
+    assert len(found[0]) == 306 and found[0] == found[1]
