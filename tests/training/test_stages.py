@@ -75,20 +75,27 @@ def settings(run_dir: Path, tokens: Path, **changes: Any) -> RunConfig:
 
 
 def go(config: RunConfig, dies: str = "") -> tuple[int, str]:
-    """Train as this rank, in a process that dies (without a word) at ``dies``: `step N`, `save N` or `saved N`."""
+    """Train as this rank, in a process that dies (without a word) at ``dies``: `step N`, `save N` or `saved N`. `bad N` does
+    not die: that step is a bad one, the first time. `broken N`: the same, after the checkpoint of step 4 was damaged."""
     import os
 
     from parallel.process import process_info
     from qwen_moe.checkpoint import distributed
     from qwen_moe.training import loop
-    from qwen_moe.training.step import Trainer
+    from qwen_moe.training.step import BadStep, Trainer
 
+    met: list[int] = []
     what, _, number = dies.partition(" ")
     step, save = Trainer.step, distributed.CheckpointWriter.save
 
     def dying_step(self: Any, done: int, *rest: Any) -> Any:
         if what == "step" and done == int(number):
             raise KeyboardInterrupt
+        if what in ("bad", "broken") and done == int(number) and not met:
+            met.append(done)
+            if what == "broken":
+                (config.run_dir / "checkpoints" / "step_00000004" / "train_state.json").write_text("{}")
+            raise BadStep("a spike")
         return step(self, done, *rest)
 
     def dying_save(self: Any, model: Any, optimizer: Any, state: Any) -> None:
@@ -113,7 +120,7 @@ def go(config: RunConfig, dies: str = "") -> tuple[int, str]:
 
 def train(config: RunConfig, processes: int = 1, dies: str = "") -> str:
     (code, said), *_ = run_distributed(go, processes, config, dies)
-    assert code == (-9 if dies else 0), said
+    assert code == (-9 if dies and dies.split()[0] not in ("bad", "broken") else 0), said
     return said
 
 
@@ -361,6 +368,50 @@ def test_a_damaged_border_falls_back_into_the_stage_before(tmp_path: Path, token
     said = train(config)
     assert "falling back to step_00000003" in said
     assert figures(tmp_path / "run") == figures(undisturbed)
+
+
+@pytest.mark.parametrize(("moment", "back"), [("bad 4", 4), ("bad 5", 4), ("broken 5", 3)])
+def test_a_bad_step_skips_batches_of_its_own_stage(
+    tmp_path: Path, tokens: Path, undisturbed: Path, moment: str, back: int
+) -> None:
+    """Back to the border, or into the stage before if the border's checkpoint is damaged; what was done there stays."""
+    more = [STAGES[0], STAGES[1] | {"tokens": 640}]
+    config = settings(tmp_path / "run", tokens, stages=more, schedule__kind="constant", checkpoint__keep=3)
+    said = train(config, dies=moment)
+    skipped = int(moment.split()[1]) - 4 + 1
+    assert f"Back to step {back}, without the {skipped} batches since" in said
+    whole = settings(tmp_path / "whole", tokens, stages=more, schedule__kind="constant")
+    train(whole)
+    records = [read_lines(run / "metrics.jsonl") for run in (config.run_dir, whole.run_dir)]
+    ours, theirs = ([r for r in found if "loss" in r] for found in records)
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs] == list(range(1, 15))
+    assert [r["loss"] for r in ours[:4]] == [r["loss"] for r in theirs[:4]]
+    assert all(a["loss"] != b["loss"] for a, b in zip(ours[4:], theirs[4:], strict=True))
+    # The first step of the second stage took the batch after the skipped ones: its loss is of that batch.
+    ((expected, plain),) = run_distributed(first_losses, 1, config, skipped)
+    assert ours[4]["loss"] == expected and theirs[4]["loss"] == plain
+
+
+def first_losses(config: RunConfig, skipped: int) -> tuple[float, float]:
+    """Losses of the model at the border on the second stage's batches ``skipped`` and 0."""
+    from qwen_moe.checkpoint.distributed import WITHOUT_WEIGHTS, resume
+    from qwen_moe.data.inputs import open_inputs
+    from qwen_moe.sharding.build import build_model, make_grids
+    from qwen_moe.sharding.layout import run_layout
+    from qwen_moe.training.optimizer import build_optimizer
+    from qwen_moe.training.step import Trainer
+
+    stage = stage_runs(config)[1]
+    layout, device = run_layout(stage, 1), torch.device("cpu")
+    grids = make_grids(stage, layout, device)
+    inputs = open_inputs(stage, grids.dp)
+    found = []
+    for batch in (skipped, 0):
+        model = build_model(stage, layout, grids, device)
+        trainer = Trainer(stage, layout, model, build_optimizer(model, stage.optimizer), device)
+        resume(config.run_dir / "checkpoints" / "step_00000004", model, trainer.optimizer, stage.model, WITHOUT_WEIGHTS)
+        found.append(trainer.step(4, inputs.train_micro_batches(batch)).loss)
+    return found[0], found[1]
 
 
 def test_layouts_are_checked_for_every_stage() -> None:
