@@ -220,6 +220,7 @@ class _Run:
 
     def _enter(self) -> _Stage:
         """Build the stage of the next step and load the newest checkpoint into it: the optimizer's state goes on."""
+        self.heart.phase("starting")  # building and reading may take longer than a step
         self.writer.finish()
         gc.collect()  # the stage before, whose modules refer to each other
         start = find_start(self.config, self.stages, self.say, at_most=self.done)

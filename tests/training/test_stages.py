@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import random
 import shutil
 from collections.abc import Iterator
@@ -269,6 +270,37 @@ def test_a_kill_does_not_change_the_run(tmp_path: Path, tokens: Path, undisturbe
     assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"step_00000004", "step_00000008"}
 
 
+def _phases(config: RunConfig) -> list[str]:
+    """The phases of a run's heart, in order."""
+    from launchers.job.heartbeat import Heartbeat
+    from parallel.process import process_info
+    from qwen_moe.training import loop
+
+    class Recording(Heartbeat):
+        def beat(self, step: int) -> None:
+            super().beat(step)
+            seen.append("training")
+
+        def phase(self, name: str) -> None:
+            super().phase(name)
+            seen.append(name)
+
+    seen: list[str] = []
+    with contextlib.redirect_stderr(io.StringIO()):
+        assert loop.train(config, process_info(), torch.device("cpu"), Recording()) == 0
+    return seen
+
+
+def test_asynchronous_checkpoints_and_the_heart_at_a_border(tmp_path: Path, tokens: Path, undisturbed: Path) -> None:
+    config = settings(tmp_path / "run", tokens, checkpoint__asynchronous=True)
+    (seen,) = run_distributed(_phases, 1, config)
+    assert figures(tmp_path / "run") == figures(undisturbed)
+    # A new stage may take as long to begin as a run.
+    changes = [name for name, _ in itertools.groupby(seen)]
+    assert changes.count("starting") == 1 and "training" in changes[changes.index("starting") :]
+    assert seen[: seen.index("starting")].count("training") >= 4
+
+
 def test_layouts_may_change_between_stages(tmp_path: Path, tokens: Path, undisturbed: Path) -> None:
     """tp=2, then ep=2 over two data-parallel ranks: equal to one process."""
     stages = [
@@ -390,6 +422,15 @@ def test_a_bad_step_skips_batches_of_its_own_stage(
     # The first step of the second stage took the batch after the skipped ones: its loss is of that batch.
     ((expected, plain),) = run_distributed(first_losses, 1, config, skipped)
     assert ours[4]["loss"] == expected and theirs[4]["loss"] == plain
+
+
+def test_batches_skipped_in_one_stage_are_read_in_the_next(tmp_path: Path, tokens: Path) -> None:
+    config = settings(tmp_path / "run", tokens)
+    said = train(config, dies="bad 3")
+    assert "Back to step 3, without the 1 batches since" in said
+    ((expected, _),) = run_distributed(first_losses, 1, config, 0)
+    losses = {r["step"]: r["loss"] for r in read_lines(config.run_dir / "metrics.jsonl") if "loss" in r}
+    assert losses[5] == expected
 
 
 def first_losses(config: RunConfig, skipped: int) -> tuple[float, float]:
