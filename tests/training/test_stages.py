@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import json
 import random
 import shutil
 from collections.abc import Iterator
@@ -299,6 +300,50 @@ def test_asynchronous_checkpoints_and_the_heart_at_a_border(tmp_path: Path, toke
     changes = [name for name, _ in itertools.groupby(seen)]
     assert changes.count("starting") == 1 and "training" in changes[changes.index("starting") :]
     assert seen[: seen.index("starting")].count("training") >= 4
+
+
+def _trainers_alive(config: RunConfig) -> list[int]:
+    """How many trainers there are in memory at each one's first step."""
+    import weakref
+
+    from parallel.process import process_info
+    from qwen_moe.training import loop
+    from qwen_moe.training.step import Trainer
+
+    made: list[weakref.ref[Trainer]] = []
+    alive: dict[int, int] = {}
+    build, step = Trainer.__init__, Trainer.step
+
+    def noted(self: Any, *arguments: Any, **more: Any) -> None:
+        build(self, *arguments, **more)
+        made.append(weakref.ref(self))
+
+    def counting(self: Any, *arguments: Any) -> Any:
+        alive.setdefault(id(self), sum(trainer() is not None for trainer in made))
+        return step(self, *arguments)
+
+    Trainer.__init__, Trainer.step = noted, counting  # type: ignore[method-assign]
+    with contextlib.redirect_stderr(io.StringIO()):
+        assert loop.train(config, process_info(), torch.device("cpu")) == 0
+    return list(alive.values())
+
+
+def test_a_stage_is_gone_from_memory_when_the_next_begins(tmp_path: Path, tokens: Path) -> None:
+    assert run_distributed(_trainers_alive, 1, settings(tmp_path / "run", tokens)) == [[1, 1]]
+
+
+def test_the_base_goes_into_exports_and_into_runs_from_its_weights(
+    tmp_path: Path, tokens: Path, undisturbed: Path
+) -> None:
+    from qwen_moe.checkpoint.huggingface.convert import convert_to_hf
+
+    for step, base in ((4, 1e4), (8, 5e5)):
+        convert_to_hf(undisturbed / "checkpoints" / f"step_{step:08d}", tmp_path / str(step))
+        written = json.loads((tmp_path / str(step) / "config.json").read_text())
+        assert written.get("rope_theta", written.get("rope_parameters", {}).get("rope_theta")) == base
+    one = {"stages": [], "training__train_tokens": 64, "schedule__warmup_tokens": 0}
+    said = train(settings(tmp_path / "run", tokens, **one, checkpoint__load_from=undisturbed, model__rope_theta=1e6))
+    assert "its model.rope_theta was 500000, and this run trains with 1e+06" in said
 
 
 def test_layouts_may_change_between_stages(tmp_path: Path, tokens: Path, undisturbed: Path) -> None:
