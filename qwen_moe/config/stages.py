@@ -11,7 +11,7 @@ from typing import Any, Self
 from pydantic import Field, create_model, model_validator
 
 from qwen_moe.config.data import DataConfig
-from qwen_moe.config.fields import PositiveInt, Section
+from qwen_moe.config.fields import LARGEST_SEED, PositiveInt, Section
 from qwen_moe.config.model import ModelConfig
 from qwen_moe.config.system import ParallelConfig
 from qwen_moe.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
@@ -95,14 +95,18 @@ class Place:
 
 
 def values_of_stages(values: dict[str, Any], stages: Sequence[StageConfig]) -> list[dict[str, Any]]:
-    """The settings of each stage as a run of its own, from the run's (``values``, dumped)."""
+    """The settings of each stage as a run of its own, from the run's (``values``, dumped). Each has a seed of its own for
+    its data."""
     found = []
-    for stage in stages:
+    seed = values["data"]["seed"]
+    for index, stage in enumerate(stages):
         changes = stage.model_dump(exclude_none=True, exclude={"name", "tokens", "schedule"})
         values = values | {section: values[section] | changed for section, changed in changes.items()}
         if stage.schedule is not None:
             values["schedule"] = stage.schedule.model_dump()
         values["training"] = values["training"] | {"train_tokens": stage.tokens}
+        # Else stages of the same length and blend would read the same samples in the same order.
+        values["data"] = values["data"] | {"seed": (seed + index) % (LARGEST_SEED + 1)}
         found.append({key: value for key, value in values.items() if key != "stages"})
     return found
 

@@ -53,6 +53,8 @@ def test_a_stage_states_its_differences_from_the_stage_before() -> None:
     assert [str(run.data.train[0].prefix) for run in (one, two, three)] == ["a", "a", "b"]
     assert three.optimizer == config.optimizer and three.seed == config.seed and not three.stages
     assert config.training.train_tokens == 2640
+    assert [run.data.seed for run in (one, two, three)] == [1234, 1235, 1236]
+    assert stage_runs(recipe(FIRST, second(), data__seed=2**32 - 1))[1].data.seed == 0
 
 
 def test_stages_begin_at_whole_steps() -> None:

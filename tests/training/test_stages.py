@@ -245,6 +245,7 @@ def test_two_stages_are_the_same_two_runs_by_hand(tmp_path: Path, tokens: Path) 
         training__global_batch_size=2,
         data__sequence_length=LONG,
         data__long_share=0.5,
+        data__seed=1235,  # the recipe's and one, so that stages of equal data read other samples
         model__rope_theta=5e5,
     )
     (expected,) = run_distributed(by_hand, 1, first, second)
