@@ -162,6 +162,10 @@ class _Stage:
         )
 
 
+def _print(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
 class _Run:
     """A run on this rank: what its stages share, and the walk through them."""
 
@@ -171,6 +175,7 @@ class _Run:
         self.total = self.stages[-1].end_step
         self.root = config.run_dir / CHECKPOINTS
         self.grids: Grids | None = None
+        self._say: Say = _print
         if info.rank == 0:
             check_recorders(config)
             check_disk_space(config, self.root)
@@ -185,12 +190,14 @@ class _Run:
         if info.rank == 0:
             record_attempt(config, info, device, resumed_step=self.done)
         self.recorder = open_recorder(config, resumed_step=self.done)
+        self._say = self.recorder.say
         self.peak = _matmul_peak(config, device)
         self.stage: _Stage | None = stage
 
     def say(self, message: str) -> None:
+        """Print a message on rank 0, above the progress bar once there is one."""
         if self.info.rank == 0:
-            print(message, file=sys.stderr, flush=True)
+            self._say(message)
 
     def _open(self, done: int) -> _Stage:
         """Build the stage of the step after ``done``. Its layout may be another than that of the stage before."""

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,9 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
         for name, found in known.items()
         if hasattr(found, "size") and not name.startswith("rng")
     }
-    dcp.load(state, storage_reader=SafeReader(checkpoint), planner=TensorsOnly(), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch.distributed is not initialized
+        dcp.load(state, storage_reader=SafeReader(checkpoint), planner=TensorsOnly(), no_dist=True)
     return state
 
 
