@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qwen_moe.config import ModelConfig, load_config, parse_model
+from qwen_moe.config import ModelConfig, RunConfig, load_config, parse_model, stage_runs
 from qwen_moe.config.fields import LARGEST_SIZE
 from qwen_moe.config.presets import PRESETS, is_preset, preset_values
 from qwen_moe.documents import json_object, read_text
 from qwen_moe.errors import UserError
-from qwen_moe.models.flops import count_parameters, flops_per_token, training_bytes
+from qwen_moe.models.flops import count_parameters, flops_per_token, training_bytes, training_flops
 from qwen_moe.options import whole
 
 
@@ -57,6 +57,30 @@ def describe(config: ModelConfig, sequence_length: int, compute: str, master: st
     }
 
 
+def describe_stages(config: RunConfig) -> list[dict[str, Any]]:
+    """The stages of a recipe: their steps, lengths, bases of RoPE, and shares of the run's FLOPs."""
+    whole = training_flops(config)
+    found = []
+    for run in stage_runs(config):
+        per_token = flops_per_token(run.model, run.data.sequence_length).training
+        found.append(
+            {
+                "name": run.place.name,
+                "steps": run.train_steps,
+                "tokens": run.train_steps * run.tokens_per_step,
+                "sequence_length": run.data.sequence_length,
+                "long_share": run.data.long_share,
+                "rope_theta": run.model.rope_theta,
+                "global_batch_size": run.training.global_batch_size,
+                "learning_rate": run.optimizer.learning_rate,
+                "parallel": {axis: getattr(run.parallel, axis) for axis in ("tp", "pp", "cp", "ep", "etp")},
+                "training_flops_per_token": per_token,
+                "share_of_flops": per_token * run.train_steps * run.tokens_per_step / whole,
+            }
+        )
+    return found
+
+
 def _text(name: str, facts: dict[str, Any]) -> str:
     model, counts, size = facts["model"], facts["parameters"], facts["training_bytes"]
     lines = [f"{name} ({model['family']})"]
@@ -84,6 +108,12 @@ def _text(name: str, facts: dict[str, Any]) -> str:
     for part, value in forward.items():
         if part != "total" and value:
             lines.append(f"    {part.replace('_', ' '):22s}{value / forward['total']:7.1%}")
+    for stage in facts.get("stages", []):
+        lines.append(
+            f"  stage             {stage['name']}: {stage['steps']:,} steps, {stage['tokens']:,} tokens in sequences of "
+            f"{stage['sequence_length']:,}, RoPE base {stage['rope_theta']:g}, "
+            f"{stage['training_flops_per_token'] / 1e9:.3f} G FLOPs per token, {stage['share_of_flops']:.0%} of all"
+        )
     lines.append(f"  bytes, one process, compute {size['compute']}, master {size['master']}, activations not counted")
     for part in ("weights", "master_weights", "gradients", "optimizer"):
         lines.append(f"    {part.replace('_', ' '):22s}{size[part] / 1e9:10.2f} GB")
@@ -137,6 +167,8 @@ def run(args: argparse.Namespace) -> int:
             "give a preset, recipe.yaml, HF directory or checkpoint, or --schedule NAME --pp N --micro-batches M"
         )
     facts = describe(resolve_model(args.name), args.seq_len, args.compute, args.master)
+    if Path(args.name).suffix in (".yaml", ".yml") and (recipe := load_config(Path(args.name))).stages:
+        facts["stages"] = describe_stages(recipe)
     sys.stdout.write((json.dumps(facts, indent=1) if args.json else _text(args.name, facts)) + "\n")
     return 0
 

@@ -94,3 +94,15 @@ def test_a_directory_goes_before_a_preset_of_another_spelling(
 def test_no_name_is_not_this_folder(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", name]) == 2
     assert "names no model" in capsys.readouterr().err
+
+
+def test_a_recipe_of_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(DEMO.with_name("long_context_demo.yaml"))
+    assert main(["info", recipe, "--json"]) == 0
+    short, long = json.loads(capsys.readouterr().out)["stages"]
+    assert (short["name"], short["steps"], short["tokens"], short["rope_theta"]) == ("short", 600, 1_228_800, 1e4)
+    assert (long["steps"], long["sequence_length"], long["long_share"]) == (120, 2048, 0.6)
+    assert long["training_flops_per_token"] > short["training_flops_per_token"]
+    assert short["share_of_flops"] + long["share_of_flops"] == pytest.approx(1)
+    assert main(["info", recipe]) == 0
+    assert "stage             long: 120 steps, 491,520 tokens in sequences of 2,048" in capsys.readouterr().out

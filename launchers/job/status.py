@@ -40,7 +40,8 @@ def row(run_dir: Path, jobs: Mapping[str, slurm.Job] | None, unasked: str = "") 
     rate = record.get("tokens_per_second")
     eta = None
     if rate and state == "running" and step < total:
-        eta = (total - step) * float(record.get("step_seconds") or facts["tokens_per_step"] / rate)
+        seconds = float(record.get("step_seconds") or facts["tokens_per_step"] / rate)
+        eta = seconds * steps_to_do(facts.get("stages"), step, total)
     return {
         "run": str(run_dir),
         "job": job_id,
@@ -49,6 +50,7 @@ def row(run_dir: Path, jobs: Mapping[str, slurm.Job] | None, unasked: str = "") 
         "restarts": max(0, len(attempts) - 1),
         "nodes": job.nodes if job is not None else "",
         "step": step,
+        "stage": record.get("stage"),
         "train_steps": total,
         "saved_step": run.saved_step(),
         "loss": record.get("loss"),
@@ -58,6 +60,20 @@ def row(run_dir: Path, jobs: Mapping[str, slurm.Job] | None, unasked: str = "") 
         "last": why or (decision["reason"] if decision and decision["action"] != "done" else ""),
         "excluded_nodes": sorted(run.excluded_nodes()),
     }
+
+
+def steps_to_do(stages: Any, step: int, total: int) -> float:
+    """Steps that are left after ``step``, in steps of the stage that it is in: those of later stages count by their work."""
+    try:
+        ends = [(int(stage["end_step"]), float(stage["flops_per_step"])) for stage in stages or []]
+        now = next(flops for end, flops in ends if step <= end)
+        left, before = 0.0, step
+        for end, flops in ends:
+            left += max(0, end - before) * flops / now
+            before = max(before, end)
+        return left
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, StopIteration):
+        return total - step  # a run without stages, or launched by an earlier version
 
 
 def _state(
@@ -118,7 +134,7 @@ def table(rows: Sequence[Mapping[str, Any]], home: Path) -> str:
                 r["job"] or "-",
                 r["state"],
                 str(r["attempts"]),
-                f"{r['step']}/{r['train_steps']}",
+                f"{r['step']}/{r['train_steps']}" + (f" {r['stage']}" if r.get("stage") else ""),
                 f"{r['loss']:.4f}" if r["loss"] is not None else "-",
                 f"{r['tokens_per_second']:,.0f}" if r["tokens_per_second"] else "-",
                 clock(r["eta_seconds"]) if r["eta_seconds"] is not None else "-",

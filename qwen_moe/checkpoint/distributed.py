@@ -10,7 +10,7 @@ import errno
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ from qwen_moe.errors import UserError
 from qwen_moe.sharding.model import ParallelModel
 
 KERNELS = "kernels"
+# Fields of a model's settings that no weight depends on and that a stage, or a run that starts from weights, may change.
+WITHOUT_WEIGHTS = ("rope_theta",)
 
 
 def model_state(model: ParallelModel) -> dict[str, torch.Tensor]:
@@ -268,20 +270,23 @@ def _check_finite(path: Path, tensors: dict[str, Any]) -> None:
 
 def load_weights(path: Path, model: ParallelModel, config: ModelConfig) -> None:
     """Load weights and buffers of a checkpoint into a model of any layout and dtype. Raises UserError if the checkpoint
-    belongs to another model."""
-    check_same_model(path, config)
+    belongs to another model; the base of RoPE may differ."""
+    check_same_model(path, config, WITHOUT_WEIGHTS)
     state = model_state(model)
     _load(SafeReader(path), {"model": state})
     _check_finite(path, state)
     _copy_to_twins(model, None)
 
 
-def check_same_model(path: Path, config: ModelConfig) -> None:
-    """Raise UserError if the checkpoint's model differs from ``config``; the message names the fields."""
+def check_same_model(path: Path, config: ModelConfig, may_differ: Collection[str] = ()) -> None:
+    """Raise UserError if the checkpoint's model differs from ``config`` in other fields than ``may_differ``; the message
+    names the fields."""
     saved = read_object(path / MODEL_CONFIG)
     wanted = config.model_dump(mode="json")
     differing = [
-        f"{key} is {saved.get(key)!r} there, {wanted[key]!r} here" for key in wanted if saved.get(key) != wanted[key]
+        f"{key} is {saved.get(key)!r} there, {wanted[key]!r} here"
+        for key in wanted
+        if saved.get(key) != wanted[key] and key not in may_differ
     ]
     if differing:
         raise UserError(
@@ -306,9 +311,16 @@ def _check_kernels_state(
             )
 
 
-def resume(path: Path, model: ParallelModel, optimizer: torch.optim.Optimizer, config: ModelConfig) -> TrainState:
-    """Load everything that a training checkpoint holds. Ranks without a saved random state keep their own."""
-    check_same_model(path, config)
+def resume(
+    path: Path,
+    model: ParallelModel,
+    optimizer: torch.optim.Optimizer,
+    config: ModelConfig,
+    may_differ: Collection[str] = (),
+) -> TrainState:
+    """Load everything that a training checkpoint holds. Ranks without a saved random state keep their own. ``may_differ``:
+    fields of the model's settings that may be others than the checkpoint's."""
+    check_same_model(path, config, may_differ)
     state = read_train_state(path)
     tensors: dict[str, Any] = {"model": model_state(model), "optimizer": _optimizer_pieces(model, optimizer)}
     rank = dist.get_rank()

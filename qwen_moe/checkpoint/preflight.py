@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from qwen_moe.checkpoint.directory import list_checkpoints
-from qwen_moe.config import RunConfig
+from qwen_moe.config import RunConfig, stage_runs
 from qwen_moe.errors import UserError
 from qwen_moe.models.flops import DTYPE_BYTES, count_parameters
 
@@ -14,11 +14,17 @@ def checkpoint_bytes(config: RunConfig) -> int:
     return 3 * DTYPE_BYTES[config.precision.master] * count_parameters(config.model).total
 
 
+def kept_steps(config: RunConfig) -> tuple[int, ...]:
+    """Steps whose checkpoints are never deleted: those that the recipe names, and the last of each stage."""
+    ends = [run.end_step for run in stage_runs(config)] if config.stages else []
+    return tuple(sorted({*config.checkpoint.keep_steps, *ends}))
+
+
 def check_disk_space(config: RunConfig, root: Path) -> None:
     """Raise UserError unless the checkpoints still to be kept, plus one being written, fit on the disk of ``root``."""
     root.mkdir(parents=True, exist_ok=True)
     each = checkpoint_bytes(config)
-    missing = max(1, config.checkpoint.keep + len(config.checkpoint.keep_steps) + 1 - len(list_checkpoints(root)))
+    missing = max(1, config.checkpoint.keep + len(kept_steps(config)) + 1 - len(list_checkpoints(root)))
     free = shutil.disk_usage(root).free
     if free < missing * each:
         raise UserError(

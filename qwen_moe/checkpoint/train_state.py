@@ -15,7 +15,8 @@ TRAIN_STATE = "train_state.json"
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
     """``step`` is the number of optimizer steps done. It determines the schedule and, with ``skips``, the next sample.
-    ``skips`` and ``recent_losses`` belong to `qwen_moe.training.rollback.History`."""
+    ``skips`` and ``recent_losses`` belong to `qwen_moe.training.rollback.History`. ``settings``: of the stage that wrote the
+    checkpoint. ``stages``: of a run of stages, those that have begun (`qwen_moe.training.walk`)."""
 
     step: NonNegativeInt
     consumed_samples: NonNegativeInt
@@ -24,6 +25,7 @@ class TrainState:
     settings: dict[str, Any]
     skips: list[tuple[NonNegativeInt, NonNegativeInt]] = field(default_factory=list)
     recent_losses: list[float] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
     def dumps(self) -> str:
         return json.dumps(asdict(self), indent=1)

@@ -13,6 +13,7 @@ from qwen_moe.config.fields import (
     PositiveFloat,
     Section,
     Seed,
+    Share,
     Size,
 )
 
@@ -36,7 +37,9 @@ class Prepare(Section):
 
 class DataConfig(Section):
     """The tokens to read and their order. ``split``: Megatron's train,validation,test weights over documents.
-    ``order_tokens``: the training length for which the order is drawn; 0 is the run's own, and a branch sets its trunk's."""
+    ``order_tokens``: the training length for which the order is drawn; 0 is the run's own, and a branch sets its trunk's.
+    ``long_share``: the share of training sequences (and so of tokens) from documents of at least ``sequence_length`` tokens;
+    the others come from shorter documents. 0 takes all documents as they come."""
 
     prepare: Prepare | None = None
     train: tuple[Dataset, ...] = ()
@@ -46,6 +49,7 @@ class DataConfig(Section):
     split: str = "99,1,0"
     seed: Seed = 1234
     order_tokens: NonNegativeInt = 0
+    long_share: Share = 0.0
     respect_document_boundaries: bool = False
     mask_end_of_document: bool = False
 

@@ -69,6 +69,7 @@ Seed = Annotated[int, BeforeValidator(whole_number), Field(ge=0, le=LARGEST_SEED
 PositiveFloat = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
 ShareBelowOne = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1, allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1, allow_inf_nan=False)]
 GivenPath = Annotated[Path, BeforeValidator(_path)]
 GivenPrefix = Annotated[Path, BeforeValidator(_prefix)]
 

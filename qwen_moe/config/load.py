@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from qwen_moe.config.model import ModelConfig
 from qwen_moe.config.presets import preset_values
-from qwen_moe.config.run import RunConfig
+from qwen_moe.config.run import RunConfig, stage_runs
+from qwen_moe.config.stage_presets import with_stages
 from qwen_moe.documents import read_text, yaml_mapping, yaml_value
 from qwen_moe.errors import UserError
 
@@ -79,6 +80,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         child = node.get(part)
         if child is None:
             child = node[part] = {}
+        if isinstance(child, list) and part == "stages" and node is values:
+            child = {str(stage["name"]): stage for stage in child if isinstance(stage, dict) and "name" in stage}
+            if parents[1:2] and parents[1] not in child:
+                raise UserError(f"override {override!r}: no stage has this name; the stages are {', '.join(child)}")
         if not isinstance(child, dict):
             raise UserError(f"override {override!r}: {part!r} is a value, not a section")
         node = child
@@ -96,7 +101,7 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
 
 def parse_config(values: dict[str, Any], source: str) -> RunConfig:
     """RunConfig from plain values. Raises one UserError with all problems."""
-    values = dict(values)
+    values = with_stages(values, source)
     if isinstance(values.get("model"), dict) and "preset" in values["model"]:
         values["model"] = parse_model(values["model"], source).model_dump()
     try:
@@ -122,8 +127,33 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if source != path and path.suffix:
         print(f"{path} does not exist: reading {source}, which comes with qwen-moe", file=sys.stderr)
     values = yaml_mapping(read_text(source, "recipe", expected), f"recipe {path}")
+    values = with_stages(values, str(path))
     _apply_overrides(values, overrides)
     return parse_config(values, str(path))
+
+
+def load_longest_stage(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Like `load_config`; of a run of stages, the last of those with the longest sequences, and says so on stderr."""
+    config = load_config(path, overrides)
+    if not config.stages:
+        return config
+    found = max(stage_runs(config), key=lambda run: (run.data.sequence_length, run.place.index))
+    print(
+        f"{path}: of its stages, this is {found.place.name}, with the longest sequences, of "
+        f"{found.data.sequence_length:,} tokens",
+        file=sys.stderr,
+    )
+    return found
+
+
+def refuse_stages(config: RunConfig, verb: str) -> None:
+    """Raise UserError if ``config`` has stages, which ``verb`` cannot read."""
+    if config.stages:
+        names = ", ".join(stage.name for stage in config.stages)
+        raise UserError(
+            f"`{verb}` reads recipes of one stage, and this one has stages ({names}): leave stages out, and give the "
+            "settings of the stage that you mean"
+        )
 
 
 def dump_config(config: RunConfig) -> str:

@@ -1,21 +1,25 @@
-"""RunConfig: all settings of a run, strict and frozen; and which settings of different sections go together."""
+"""RunConfig: all settings of a run, strict and frozen; which settings of different sections go together; and its stages."""
 
+import itertools
 import math
-from typing import Self
+from collections.abc import Sequence
+from typing import Any, Self
 
-from pydantic import model_validator
+from pydantic import ValidationError, model_validator
 
 from qwen_moe.config.data import DataConfig
-from qwen_moe.config.fields import GivenPath, Section, Seed
+from qwen_moe.config.fields import GivenPath, Section, Seed, whole_number
 from qwen_moe.config.model import ModelConfig
 from qwen_moe.config.objective import ObjectiveConfig
 from qwen_moe.config.precision import PrecisionConfig
+from qwen_moe.config.stages import Place, StageConfig, places_of, values_of_stages
 from qwen_moe.config.system import CheckpointConfig, LaunchConfig, LoggingConfig, ParallelConfig
 from qwen_moe.config.training import BalanceConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 
 
 class RunConfig(Section):
-    """One run. Everything that it writes goes to ``run_dir``."""
+    """One run. Everything that it writes goes to ``run_dir``. With ``stages``, the run walks through them, and the other
+    sections are where the first of them starts from; `stage_runs` gives the settings of each."""
 
     run_dir: GivenPath
     seed: Seed = 1234
@@ -32,6 +36,19 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     launch: LaunchConfig = LaunchConfig()
+    stages: tuple[StageConfig, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_stages(cls, values: Any) -> Any:
+        """`training.train_tokens` is the sum of the stages' tokens, if it is left out."""
+        stages = values.get("stages") if isinstance(values, dict) else None
+        if not isinstance(stages, list | tuple) or not stages or not isinstance(values.get("training"), dict):
+            return values
+        given = [whole_number(stage.get("tokens")) for stage in stages if isinstance(stage, dict)]
+        # Where a stage's tokens are no number, that is the mistake that is reported.
+        total = sum(tokens for tokens in given if isinstance(tokens, int)) or 1
+        return values | {"training": {"train_tokens": total} | values["training"]}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -43,9 +60,9 @@ class RunConfig(Section):
         self._check_fp8()
         self._check_tokens()
         self._check_balance()
-        late = [step for step in self.checkpoint.keep_steps if step > self.train_steps]
-        if late:
-            raise ValueError(f"checkpoint.keep_steps {late} are past the last step, {self.train_steps}")
+        if self.stages:
+            _check_stages(self)
+        self._check_keep_steps()
         if self.schedule.min_learning_rate > self.optimizer.learning_rate:
             raise ValueError(
                 f"schedule.min_learning_rate {self.schedule.min_learning_rate} is above optimizer.learning_rate "
@@ -53,6 +70,12 @@ class RunConfig(Section):
             )
         if self.sample_prompt and not self.checkpoint.export_hf:
             raise ValueError("sample_prompt is sampled from the exported model: set checkpoint.export_hf to true")
+
+    def _check_keep_steps(self) -> None:
+        last = self.train_steps
+        late = [step for step in self.checkpoint.keep_steps if step > last]
+        if late:
+            raise ValueError(f"checkpoint.keep_steps {late} are past the last step, {last}")
 
     def _check_fp8(self) -> None:
         kept = self.precision.fp8.plain_layers(self.model.num_hidden_layers)
@@ -79,13 +102,13 @@ class RunConfig(Section):
         tokens_per_step = training.global_batch_size * self.data.sequence_length
         if training.train_tokens < tokens_per_step:
             raise ValueError(
-                f"training.train_tokens {training.train_tokens} is less than one step of {tokens_per_step} tokens "
+                f"{self._length} {training.train_tokens} is less than one step of {tokens_per_step} tokens "
                 "(global_batch_size x sequence_length)"
             )
-        if schedule.warmup_tokens + schedule.decay_tokens > training.train_tokens:
+        if schedule.warmup_tokens + schedule.decay_tokens > self.place.rates_tokens:
             raise ValueError(
                 f"schedule.warmup_tokens {schedule.warmup_tokens} + decay_tokens {schedule.decay_tokens} is more than "
-                f"training.train_tokens {training.train_tokens}"
+                f"{self._scheduled} {self.place.rates_tokens}"
             )
         if 0 < self.data.order_tokens < training.train_tokens:
             raise ValueError(
@@ -110,9 +133,130 @@ class RunConfig(Section):
                 )
 
     @property
+    def place(self) -> Place:
+        """Where these settings lie in a run: they are all of it, unless they are a `StageRun`."""
+        return Place(rates_tokens=self.training.train_tokens)
+
+    @property
+    def _length(self) -> str:
+        """What a recipe calls the length of these settings."""
+        return "training.train_tokens"
+
+    @property
+    def _scheduled(self) -> str:
+        """What a recipe calls the tokens that the schedule spans."""
+        return self._length
+
+    @property
     def tokens_per_step(self) -> int:
+        """Of a run of stages: as the recipe says outside of them."""
         return self.training.global_batch_size * self.data.sequence_length
 
     @property
     def train_steps(self) -> int:
+        """The number of steps: of a run, in all its stages; of a `StageRun`, in this stage."""
+        if self.stages:
+            return stage_runs(self)[-1].end_step
         return math.ceil(self.training.train_tokens / self.tokens_per_step)
+
+    @property
+    def end_step(self) -> int:
+        """The number of steps of the run that are done when these are."""
+        return self.place.first_step + self.train_steps
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens of the run before its step ``step`` (from 0), which lies in this stage."""
+        return self.place.first_tokens + (step - self.place.first_step) * self.tokens_per_step
+
+
+class StageRun(RunConfig):
+    """The settings of one stage, as a run of its own; ``at``: where it lies in the whole run. Steps are numbered through
+    the run, samples of its data from 0."""
+
+    at: Place
+
+    @property
+    def place(self) -> Place:
+        return self.at
+
+    @property
+    def _length(self) -> str:
+        return "tokens"
+
+    @property
+    def _scheduled(self) -> str:
+        return "the tokens that it spans,"
+
+    def _check_keep_steps(self) -> None:
+        """They are steps of the whole run, which checks them."""
+
+
+def stage_runs(config: RunConfig) -> tuple[RunConfig, ...]:
+    """The settings of each stage as a plain run that knows its place; of a run without stages, itself alone."""
+    if not config.stages:
+        return (config,)
+    values = values_of_stages(config.model_dump(), config.stages)
+    batches = []
+    for one in values:
+        rows = one["training"]["global_batch_size"]
+        batches.append((rows, rows * one["data"]["sequence_length"]))
+    places = places_of(config.stages, batches)
+    return tuple(_stage_run(one, place) for one, place in zip(values, places, strict=True))
+
+
+def _stage_run(values: dict[str, Any], place: Place) -> StageRun:
+    try:
+        return StageRun(**values, at=place)
+    except ValidationError as error:
+        found = []
+        for item in error.errors():
+            dotted, message = ".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
+            found.append(f"{dotted}: {message}" if dotted else message)
+        raise ValueError(f"{place.label}{'; '.join(found)}") from None
+
+
+def _check_stages(config: RunConfig) -> None:
+    """Raise ValueError unless the stages can follow one another as one run."""
+    names = [stage.name for stage in config.stages]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"stages: the name {twice[0]!r} is given twice: give each stage its own")
+    total = sum(stage.tokens for stage in config.stages)
+    if config.training.train_tokens != total:
+        raise ValueError(
+            f"training.train_tokens {config.training.train_tokens} is not the sum of the stages' tokens, {total}: leave it "
+            "out, it is added up"
+        )
+    if config.data.order_tokens:
+        raise ValueError(
+            f"data.order_tokens {config.data.order_tokens} is set, but each stage orders its own data: leave it out"
+        )
+    if config.checkpoint.branch_from is not None:
+        raise ValueError(
+            "checkpoint.branch_from continues inside a run, which a run of stages cannot do: give checkpoint.load_from, "
+            "which starts from the weights, or leave stages out"
+        )
+    runs = stage_runs(config)
+    for stage, run in zip(config.stages, runs, strict=True):
+        warmup = run.schedule.warmup_tokens
+        if stage.begins_schedule and warmup >= stage.tokens:
+            raise ValueError(
+                f"{run.place.label}its {stage.tokens} tokens do not reach the end of its warm-up, "
+                f"schedule.warmup_tokens {warmup}: give it more tokens, or a schedule of its own with a shorter warm-up"
+            )
+    _check_growth(runs)
+
+
+def _check_growth(runs: Sequence[RunConfig]) -> None:
+    for before, run in itertools.pairwise(runs):
+        if run.data.sequence_length < before.data.sequence_length:
+            raise ValueError(
+                f"{run.place.label}data.sequence_length {run.data.sequence_length} is shorter than "
+                f"{before.data.sequence_length} of the stage before, {before.place.name}: stages keep or raise the length, "
+                "so put the shorter one first"
+            )
+        if run.model.rope_theta < before.model.rope_theta:
+            raise ValueError(
+                f"{run.place.label}model.rope_theta {run.model.rope_theta:g} is below {before.model.rope_theta:g} of the "
+                f"stage before, {before.place.name}: a base that falls turns positions faster than the model has learned; "
+                "keep or raise it"
+            )

@@ -15,6 +15,7 @@ from parallel.sequence import Batch
 from qwen_moe.config import DataConfig, Dataset
 from qwen_moe.data.content import Content, check_prefix, verify_content
 from qwen_moe.data.index_cache import IndexCache
+from qwen_moe.data.lengths import Mix, has_validation, long_and_short, long_samples
 from qwen_moe.data.manifest import bin_path, idx_path, read_manifest
 from qwen_moe.data.order import begin_alike
 from qwen_moe.data.ranks import same_on_all_ranks, verified_on_all_ranks
@@ -99,6 +100,8 @@ class TokenBatches:
         parts: list[Any] = [config.sequence_length, config.seed, config.split, train_samples]
         parts += [config.respect_document_boundaries, config.mask_end_of_document, bool(config.validation)]
         parts += [(content, dataset.weight) for content, dataset in zip(contents, train, strict=True)]
+        if config.long_share:
+            parts.append(f"long_share {config.long_share!r}")
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
     def _fingerprints(self, train_samples: int) -> tuple[str, str]:
@@ -138,16 +141,41 @@ class TokenBatches:
         validation_samples: int,
         cache: Path,
     ) -> tuple[Any, Any]:
-        from qwen_moe.data.megatron import BlendedMegatronDatasetBuilder, GPTDataset, GPTDatasetConfig
+        from qwen_moe.data.megatron import GPTDataset, LongDocuments, ShortDocuments
+
+        share = self.config.long_share
+        if not share:
+            built = self._megatron(GPTDataset, train, (train_samples, validation_samples), cache)
+            return built[0], built[1] if built[1] is not None and validation_samples else None
+        long, short = long_and_short(self.config, train)
+        from_long = long_samples(share, train_samples)
+        parts = [
+            self._megatron(kind, used, (count, None), cache)[0] if count else None
+            for kind, used, count in (
+                (LongDocuments, long, from_long),
+                (ShortDocuments, short, train_samples - from_long),
+            )
+        ]
+        validation = self._megatron(GPTDataset, train, (None, validation_samples), cache)[1]
+        return Mix(parts[0], parts[1], share, train_samples), validation if validation_samples else None
+
+    def _megatron(
+        self, kind: Any, train: Sequence[Dataset], samples: tuple[int | None, int | None], cache: Path
+    ) -> tuple[Any, Any]:
+        """megatron-core's datasets for at least so many training and validation samples; None of a part without a number, or
+        without data."""
+        from qwen_moe.data.megatron import BlendedMegatronDatasetBuilder, GPTDatasetConfig
 
         config = self.config
+        wanted = [count is not None for count in samples]
         if config.validation:
-            where: dict[str, Any] = {"blend_per_split": [_blend(train), _blend(config.validation), None]}
+            blends = [_blend(train) if wanted[0] else None, _blend(config.validation) if wanted[1] else None, None]
+            where: dict[str, Any] = {"blend_per_split": blends}
         else:
             where = {"blend": _blend(train), "split": _split(config.split)}
-            if not _has_validation(config.split, [self._contents[d.prefix].documents for d in train]):
+            if not has_validation(config.split, [self._contents[d.prefix].documents for d in self._datasets]):
                 where["split"] = "1,0,0"
-                validation_samples = 0
+                wanted[1] = False
         settings = GPTDatasetConfig(
             random_seed=config.seed,
             sequence_length=config.sequence_length,
@@ -160,15 +188,18 @@ class TokenBatches:
             mid_level_dataset_surplus=0.02,
             **where,
         )
-        sizes = [train_samples, validation_samples, 0]
+        if not config.validation and not all(count is not None for count in samples):
+            kept = zip(settings.split_matrix, (*wanted, False), strict=True)
+            settings.split_matrix = [part if keep else None for part, keep in kept]
+        sizes = [samples[0] or 0, (samples[1] or 0) if wanted[1] else 0, 0]
         try:
-            built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, settings).build()
+            built = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, settings).build()
         except Exception as error:
             # The builder hides an error such as a full disk behind a generic exception.
             if isinstance(error.__cause__, OSError):
                 raise error.__cause__ from None
             raise
-        return built[0], built[1] if validation_samples else None
+        return built[0], built[1] if wanted[1] else None
 
     def _samples_in_validation(self) -> int:
         """Whole samples in one pass over the validation documents."""
@@ -225,10 +256,3 @@ def _split(split: str) -> str:
     if not 1 <= len(weights) <= 3 or min(weights) < 0 or weights[0] == 0:
         raise UserError(f"data.split {split!r} is not of the form 'train,validation,test' with a positive train weight")
     return split
-
-
-def _has_validation(split: str, documents: list[int]) -> bool:
-    """True if every dataset has at least one document left for validation."""
-    weights = [float(part) for part in split.split(",")]
-    share = weights[1] / sum(weights) if len(weights) > 1 else 0.0
-    return all(round(share * count) >= 1 and count >= 2 for count in documents)

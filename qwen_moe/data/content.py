@@ -103,6 +103,12 @@ def _header(prefix: Path) -> tuple[np.ndarray, int, int, int]:
     return content[header:], _WIDTHS[code], sequences, entries
 
 
+def document_lengths(prefix: Path) -> np.ndarray:
+    """Tokens of every document, int32, read from the index as they are needed. Raises UserError if it is damaged."""
+    body, _, sequences, _ = _header(prefix)
+    return body[: 4 * sequences].view("<i4")
+
+
 def _damaged(prefix: Path, what: str) -> UserError:
     return UserError(f"{idx_path(prefix)} is damaged ({what}): restore it, or prepare the data again")
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from parallel.mesh import Axis
-from qwen_moe.config import Dataset, RunConfig
+from qwen_moe.config import Dataset, RunConfig, stage_runs
 from qwen_moe.data.corpus import Reading
+from qwen_moe.data.lengths import long_and_short
 from qwen_moe.data.made_with import check_tokenizers
 from qwen_moe.data.manifest import check_prefix_name, trained_tokenizer_path
 from qwen_moe.data.prepare import OtherDataThere, Request, prepare
@@ -58,7 +59,9 @@ def prepare_inputs(config: RunConfig) -> None:
                 f"--overwrite --output {wanted.output}` replaces it, for all runs that read it"
             ) from None
     directory = tokenizer_directory(config)
-    check_tokenizers(directory, [*train_datasets(config), *config.data.validation])
+    for run in stage_runs(config):
+        check_tokenizers(directory, [*train_datasets(run), *run.data.validation])
+        check_mix(run)
     if directory is None:
         if config.sample_prompt:
             raise UserError(
@@ -71,6 +74,15 @@ def prepare_inputs(config: RunConfig) -> None:
             f"tokenizer {directory} has {size} tokens but model.vocab_size is {config.model.vocab_size}: raise it to at "
             f"least {size}"
         )
+
+
+def check_mix(config: RunConfig) -> None:
+    """Raise UserError if the data lack documents that `data.long_share` needs; the message names the stage."""
+    if config.data.long_share:
+        try:
+            long_and_short(config.data, train_datasets(config))
+        except UserError as error:
+            raise UserError(f"{config.place.label}{error}") from None
 
 
 def ordered_steps(config: RunConfig, length: int | None = None) -> int:

@@ -1,4 +1,5 @@
-"""Imports megatron-core's datasets in one place, without warnings and without the rest of megatron-core.
+"""Imports megatron-core's datasets in one place, without warnings and without the rest of megatron-core. Two more read long
+or short documents only.
 
 `import megatron.core` loads its tensor parallelism, its transformers and with them torch's compiler, which takes seconds in
 every process. The datasets need only a logging function and a base class of it. So they are imported below packages that
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 _CORE = "megatron.core"
 
@@ -78,4 +80,28 @@ with warnings.catch_warnings():
 
 logging.getLogger("megatron").setLevel(logging.ERROR)
 
-__all__ = ["BlendedMegatronDatasetBuilder", "DType", "GPTDataset", "GPTDatasetConfig", "IndexedDatasetBuilder"]
+__all__ = [
+    "BlendedMegatronDatasetBuilder",
+    "DType",
+    "GPTDataset",
+    "GPTDatasetConfig",
+    "IndexedDatasetBuilder",
+    "LongDocuments",
+    "ShortDocuments",
+]
+
+
+class LongDocuments(GPTDataset):
+    """Samples from documents of at least ``sequence_length`` tokens. megatron-core names its index files after the class."""
+
+    def __init__(self, dataset: Any, path: Any, indices: Any, samples: Any, split: Any, config: Any) -> None:
+        indices = indices[dataset.sequence_lengths[indices] >= config.sequence_length]
+        super().__init__(dataset, path, indices, samples, split, config)
+
+
+class ShortDocuments(GPTDataset):
+    """Samples from documents of fewer than ``sequence_length`` tokens."""
+
+    def __init__(self, dataset: Any, path: Any, indices: Any, samples: Any, split: Any, config: Any) -> None:
+        indices = indices[dataset.sequence_lengths[indices] < config.sequence_length]
+        super().__init__(dataset, path, indices, samples, split, config)

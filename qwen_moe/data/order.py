@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from qwen_moe.data.lengths import Mix, long_samples
+
 _ROWS = 1 << 22  # rows compared at a time, because the arrays of a long run do not fit into memory
 
 
@@ -14,6 +16,10 @@ def begin_alike(one: Any, other: Any, samples: int) -> bool:
         return False
     if samples == 0:
         return True
+    if isinstance(one, Mix):
+        long = long_samples(one.share, samples)
+        parts = ((one.long, other.long, long), (one.short, other.short, samples - long))
+        return all(count == 0 or begin_alike(a, b, count) for a, b, count in parts)
     if hasattr(one, "dataset_index"):
         return _blends_begin_alike(one, other, samples)
     if not _same(one.shuffle_index, other.shuffle_index, samples):

@@ -8,8 +8,8 @@ from launchers.slurm.commands import parse_minutes
 from launchers.slurm.script import JobSpec
 from launchers.slurm.site import Hardware
 from qwen_moe.checkpoint.preflight import checkpoint_bytes
-from qwen_moe.config import RunConfig
-from qwen_moe.models.flops import flops_per_token
+from qwen_moe.config import RunConfig, stage_runs
+from qwen_moe.models.flops import flops_per_token, training_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,9 @@ class Estimate:
     currency: str
     checkpoint_seconds: float
     checkpoint_measured: bool
+    stages: tuple[
+        tuple[str, int, float], ...
+    ] = ()  # name, steps to do, and share of the time, of each that is not done
 
     def lines(self) -> list[str]:
         """Human-readable summary."""
@@ -33,6 +36,9 @@ class Estimate:
             found.append(f"expected time     unknown: {self.source}")
         else:
             found.append(f"expected time     {self.seconds / 3600:,.2f} h ({self.source})")
+        for name, steps, share in self.stages:
+            hours = "" if self.seconds is None else f", {share * self.seconds / 3600:,.2f} h"
+            found.append(f"  stage {name}: {steps:,} steps{hours} ({share:.0%} of the FLOPs)")
         if self.gpu_hours_expected is not None:
             found.append(f"expected          {self._cost(self.gpu_hours_expected)}")
         if self.gpu_hours_limit is not None:
@@ -57,18 +63,36 @@ def measured_checkpoint_seconds(run: RunFolder) -> float | None:
     return max(found, default=None)
 
 
+def _flops_per_token_at(config: RunConfig, step: int) -> float:
+    """FLOPs of a token in the stage that ``step`` (from 1) is in."""
+    runs = stage_runs(config)
+    found = next((run for run in runs if step <= run.end_step), runs[-1])
+    return flops_per_token(found.model, found.data.sequence_length).training
+
+
+def _stages_to_do(config: RunConfig, done: int, work: float) -> tuple[tuple[str, int, float], ...]:
+    found = []
+    for run in stage_runs(config) if config.stages else ():
+        steps = run.end_step - max(done, run.place.first_step)
+        if steps > 0:
+            flops = flops_per_token(run.model, run.data.sequence_length).training * run.tokens_per_step * steps
+            found.append((run.place.name, steps, flops / work))
+    return tuple(found)
+
+
 def estimate(config: RunConfig, spec: JobSpec, hardware: Hardware, run_dir: Path) -> Estimate:
     """Estimate a job before it starts."""
     run = RunFolder(run_dir)
     record, _ = last_metrics(run_dir)
     remaining = max(0, config.train_steps - run.saved_step())
     gpus = spec.nodes * spec.gpus_per_node
+    work = training_flops(config, run.saved_step())
     seconds: float | None = None
     if record.get("tokens_per_second"):
-        seconds = remaining * config.tokens_per_step / float(record["tokens_per_second"])
+        speed = float(record["tokens_per_second"]) * _flops_per_token_at(config, int(record.get("step", 1)))
+        seconds = work / speed
         source = "measured by this run's last attempt"
     elif hardware.peak_tflops and gpus:
-        work = flops_per_token(config.model, config.data.sequence_length).training * config.tokens_per_step * remaining
         seconds = work / (gpus * hardware.peak_tflops * 1e12 * hardware.expected_utilisation)
         source = f"{hardware.expected_utilisation:.0%} of {hardware.peak_tflops:g} TFLOP/s per GPU, from the site file"
     else:
@@ -86,4 +110,5 @@ def estimate(config: RunConfig, spec: JobSpec, hardware: Hardware, run_dir: Path
         currency=hardware.currency,
         checkpoint_seconds=written if measured is None else measured,
         checkpoint_measured=measured is not None,
+        stages=_stages_to_do(config, run.saved_step(), work),
     )

@@ -19,7 +19,7 @@ from launchers.local.supervisor import INTERRUPTED
 from parallel.threads import choose_threads
 from qwen_moe.config import RunConfig, load_config
 from qwen_moe.launch.prepare import CODE_ROOT
-from qwen_moe.models.flops import flops_per_token
+from qwen_moe.models.flops import training_flops
 
 LOGS = "logs"
 TRAIN = (sys.executable, "-m", "qwen_moe", "train")
@@ -109,7 +109,6 @@ def _task(entry: Entry, folder: Path, threads: int, overrides: list[str]) -> Tas
     config = entry.config
     extra = [f"launch.threads={threads}"] if threads else []
     overrides = [given for given in overrides if not (extra and given.startswith("launch.threads="))]
-    per_token = flops_per_token(config.model, config.data.sequence_length).training
     return Task(
         name=entry.name,
         command=(*TRAIN, str(entry.path), *overrides, *extra),
@@ -118,7 +117,7 @@ def _task(entry: Entry, folder: Path, threads: int, overrides: list[str]) -> Tas
         busy=lambda: locked(config.run_dir),
         progress=lambda: _progress(config),
         after=entry.after,
-        work=per_token * config.training.train_tokens,
+        work=training_flops(config),
     )
 
 

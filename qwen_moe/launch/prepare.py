@@ -22,10 +22,11 @@ from launchers.slurm import refuse
 from launchers.slurm.request import gpus_in_gres, parse_gpus, split_names, take_known
 from launchers.slurm.script import JobSpec, parse_environment
 from launchers.slurm.site import Site
-from qwen_moe.config import RunConfig, dump_config
+from qwen_moe.config import RunConfig, dump_config, stage_runs
 from qwen_moe.errors import UserError
 from qwen_moe.launch.estimate import Estimate, estimate
 from qwen_moe.launch.redact import redact
+from qwen_moe.models.flops import flops_per_token
 from qwen_moe.runs.sinks import check_recorders
 
 # Defaults of the user's shell that sbatch reads. They are written into the script, so that they are checked and visible.
@@ -135,10 +136,10 @@ def _job_of(text: str) -> str:
 
 
 def check_world(config: RunConfig, world_size: int) -> None:
-    """Raises UserError unless the recipe's layout fits ``world_size`` processes."""
-    from qwen_moe.sharding.layout import run_layout
+    """Raises UserError unless the recipe's layout, or that of each stage, fits ``world_size`` processes."""
+    from qwen_moe.training.stages import check_layouts
 
-    run_layout(config, world_size)
+    check_layouts(stage_runs(config), world_size)
 
 
 def check(plan: Plan, partitions: list[slurm.Partition] | None, accounts: Any) -> None:
@@ -215,6 +216,7 @@ def write_run(plan: Plan, site: Site, *, local: bool) -> dict[str, Any]:
         "processes_per_node": spec.processes_per_node,
         "train_steps": plan.config.train_steps,
         "tokens_per_step": plan.config.tokens_per_step,
+        "stages": _stages(plan.config),
         "groups": groups(plan.config),
         "signal_seconds": spec.signal_seconds,
         "python": spec.python,
@@ -229,6 +231,19 @@ def write_run(plan: Plan, site: Site, *, local: bool) -> dict[str, Any]:
     }
     write_json(run.facts_file, facts)
     return facts
+
+
+def _stages(config: RunConfig) -> list[dict[str, Any]]:
+    """What `status` reads of a run's stages: their names, where each ends, and the work of one of its steps."""
+    return [
+        {
+            "name": run.place.name,
+            "end_step": run.end_step,
+            "flops_per_step": flops_per_token(run.model, run.data.sequence_length).training * run.tokens_per_step,
+        }
+        for run in stage_runs(config)
+        if run.place.name
+    ]
 
 
 def plan_run(config: RunConfig, site: Site, args: argparse.Namespace) -> Plan:

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from qwen_moe.config import ModelConfig
+from qwen_moe.config import ModelConfig, RunConfig, stage_runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,4 +133,14 @@ def layer_costs(config: ModelConfig, sequence_length: int) -> LayerCosts:
         layers=tuple(attention + (experts if index in moe else dense) for index in range(config.num_hidden_layers)),
         embedding=_EMBEDDING_FLOPS_PER_ELEMENT * config.hidden_size,
         head=flops.head,
+    )
+
+
+def training_flops(config: RunConfig, done: int = 0) -> float:
+    """FLOPs of the steps of a run after its first ``done``, in all stages."""
+    return sum(
+        flops_per_token(run.model, run.data.sequence_length).training
+        * run.tokens_per_step
+        * max(0, run.end_step - max(done, run.place.first_step))
+        for run in stage_runs(config)
     )

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qwen_moe.config import RunConfig, find_recipe, load_config, parse_config
+from qwen_moe.config import RunConfig, find_recipe, load_config, load_longest_stage, parse_config, refuse_stages
 from qwen_moe.config.fields import LARGEST_SIZE, MOST_PROCESSES
 from qwen_moe.documents import yaml_mapping
 from qwen_moe.errors import UserError
@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
     overrides = list(args.overrides)
     if args.global_batch is not None:
         overrides.append(f"training.global_batch_size={args.global_batch}")
-    config = load_config(args.recipe, overrides)
+    if args.write:
+        refuse_stages(load_config(args.recipe, overrides), "qwen-moe plan --write")
+    config = load_longest_stage(args.recipe, overrides)
     from qwen_moe.planning.layouts import PRECISIONS
     from qwen_moe.planning.search import Search
     from qwen_moe.planning.text import plan_text

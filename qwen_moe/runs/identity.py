@@ -17,13 +17,15 @@ class Rule(Enum):
     """What a setting decides. ``TRAJECTORY``: every step. ``RATES``: the learning rates, and through them every step.
     ``HORIZON``: the run's length; on resume it may change if the finished steps stay the same. ``DATA``: where the data is;
     on resume the fingerprint of its content is compared instead. ``RESULT``: the result of a whole run, but not the steps
-    that follow a given checkpoint. ``FREE``: none of these, only where and how the run computes and what it records."""
+    that follow a given checkpoint. ``STAGES``: what stages change; on resume those that have begun are compared one by one.
+    ``FREE``: none of these, only where and how the run computes and what it records."""
 
     TRAJECTORY = "trajectory"
     RATES = "rates"
     HORIZON = "horizon"
     DATA = "data"
     RESULT = "result"
+    STAGES = "stages"
     FREE = "free"
 
 
@@ -32,7 +34,7 @@ TABLE: dict[Rule, tuple[str, ...]] = {
     Rule.TRAJECTORY: (
         "seed",
         "model",
-        *("data.sequence_length", "data.split", "data.seed"),
+        *("data.sequence_length", "data.split", "data.seed", "data.long_share"),
         *("data.respect_document_boundaries", "data.mask_end_of_document"),
         *("training.global_batch_size", "objective.kind"),
         *("optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_grad_norm"),
@@ -59,6 +61,7 @@ TABLE: dict[Rule, tuple[str, ...]] = {
         *("training.max_skips", "training.spike_nats"),  # batches that a checkpoint records as skipped stay skipped
         "training.micro_batch_size",  # affects the balancing loss in some scopes, as the layout does
     ),
+    Rule.STAGES: ("stages",),
     Rule.FREE: (
         *("run_dir", "sample_prompt"),
         *("training.recompute", "training.loss_chunk_tokens"),
@@ -145,7 +148,26 @@ def _value(settings: Mapping[str, Any], name: str) -> Any:
 def flat(config: RunConfig, rules: Collection[Rule]) -> dict[str, Any]:
     """The JSON values of settings with these rules, by dotted name."""
     dump = config.model_dump(mode="json")
-    return {name: _value(dump, name) for name, _ in settings_of() if rule_of(name) in rules}
+    found = {name: _value(dump, name) for name, _ in settings_of() if rule_of(name) in rules}
+    return found | {"stages": _without_free(found["stages"])} if "stages" in found else found
+
+
+def _without_free(stages: Any) -> Any:
+    """What the stages change, without settings that may differ between equal runs, such as their layouts."""
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        return stages
+    return [
+        {
+            section: {
+                key: value for key, value in changed.items() if value is not None and not is_free(f"{section}.{key}")
+            }
+            if isinstance(changed, dict)
+            else changed
+            for section, changed in stage.items()
+            if section != "parallel"
+        }
+        for stage in stages
+    ]
 
 
 def saved_settings(config: RunConfig) -> dict[str, Any]:
@@ -187,6 +209,8 @@ def differences(saved: Mapping[str, Any], config: RunConfig, rules: Collection[R
             if section in _SAID_ELSEWHERE and section not in saved:
                 continue
             before = list(default) if isinstance(default, tuple) else default
+        if name == "stages":
+            before = _without_free(before)
         if before != now[name]:
             changed.append(Difference(name, None if before is ... else before, now[name]))
     return changed

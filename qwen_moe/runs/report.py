@@ -21,6 +21,7 @@ NEEDED = (
     "share_of_peak",
     "memory_bytes",
 )
+_AT_LENGTH = "validation_loss_"
 LOSS_PICTURE = "loss.png"
 LOAD_PICTURE = "expert_load.png"
 
@@ -71,9 +72,11 @@ def summarize(run_dir: Path) -> dict[str, Any]:
     steps = [record for record in records if "loss" in record]
     validations = [record for record in records if "validation_loss" in record]
     last = steps[-1]
+    within = [record for record in steps if record.get("stage") == last.get("stage")]
     # The first steps warm up caches, so the speed is the median of the others.
-    seconds = sorted(record["step_seconds"] for record in (steps[5:] or steps))[len(steps[5:] or steps) // 2]
-    tokens_per_step = last["tokens"] / last["step"]
+    timed = within[5:] or within
+    seconds = sorted(record["step_seconds"] for record in timed)[len(timed) // 2]
+    tokens_per_step = _tokens_per_step(within)
     per_token = last["model_flops_per_second"] / last["tokens_per_second"]
     facts: dict[str, Any] = {
         "run_dir": str(run_dir),
@@ -82,6 +85,7 @@ def summarize(run_dir: Path) -> dict[str, Any]:
         "loss": last["loss"],
         "unit": _objective(run_dir).unit,
         "validation_loss": validations[-1]["validation_loss"] if validations else None,
+        "stages": stages_of(records),
         "tokens_per_second": tokens_per_step / seconds,
         "model_flops_per_second": tokens_per_step / seconds * per_token,
         "share_of_peak": tokens_per_step / seconds * per_token * last["share_of_peak"] / last["model_flops_per_second"],
@@ -93,12 +97,49 @@ def summarize(run_dir: Path) -> dict[str, Any]:
     return facts
 
 
+def _tokens_per_step(steps: list[dict[str, Any]]) -> float:
+    """Of the steps of one stage, which are equally large; the first stage begins with no tokens."""
+    first, last = steps[0], steps[-1]
+    if last["step"] > first["step"] and last.get("stage"):
+        return (last["tokens"] - first["tokens"]) / (last["step"] - first["step"])
+    if last.get("stage"):
+        return last["tokens_per_second"] * last["step_seconds"]
+    return last["tokens"] / last["step"]
+
+
+def lengths_validated(record: dict[str, Any]) -> dict[int, float]:
+    """Validation losses of a record by sequence length; empty in a run without stages."""
+    found = {key.removeprefix(f"{_AT_LENGTH}"): value for key, value in record.items() if key.startswith(_AT_LENGTH)}
+    return {int(length): value for length, value in found.items() if length.isdecimal()}
+
+
+def stages_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The stages that have begun: name, steps, sequence length, and the last validation loss at every length."""
+    found: list[dict[str, Any]] = []
+    for record in records:
+        if "loss" in record and record.get("stage"):
+            if not found or found[-1]["name"] != record["stage"]:
+                length = record.get("sequence_length", 0)
+                found.append({"name": record["stage"], "first_step": record["step"], "sequence_length": length})
+                found[-1]["validation_losses"] = {}
+            found[-1] |= {"last_step": record["step"], "tokens": record["tokens"]}
+        elif found and (losses := lengths_validated(record)):
+            found[-1]["validation_losses"] = losses
+    return found
+
+
 def as_text(facts: dict[str, Any]) -> str:
     """Human-readable summary of the figures."""
     lines = [f"{facts['run_dir']}: step {facts['step']:,}, {facts['tokens']:,} tokens"]
     lines.append(f"  training loss     {facts['loss']:.4f} {facts['unit']}")
     if facts["validation_loss"] is not None:
         lines.append(f"  validation loss   {facts['validation_loss']:.4f}")
+    for stage in facts.get("stages", []):
+        losses = ", ".join(f"{loss:.4f} at {length:,}" for length, loss in stage["validation_losses"].items())
+        lines.append(
+            f"  stage             {stage['name']}: steps {stage['first_step']:,} to {stage['last_step']:,} of "
+            f"{stage['sequence_length']:,} tokens" + (f"; validation loss {losses}" if losses else "")
+        )
     lines.append(
         f"  speed             {facts['tokens_per_second']:,.0f} tokens/s, {facts['model_flops_per_second'] / 1e9:,.1f} "
         f"GFLOP/s of the model, {facts['share_of_peak']:.0%} of the measured matmul peak"
@@ -145,19 +186,10 @@ def _draw_loss(records: list[dict[str, Any]], unit: str, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     steps = [record for record in records if "loss" in record]
-    validations = [record for record in records if "validation_loss" in record]
     tokens = [record["tokens"] / 1e6 for record in steps]
-    per_step = steps[-1]["tokens"] / steps[-1]["step"] / 1e6
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained")
     upper.plot(tokens, [record["loss"] for record in steps], color="tab:blue", linewidth=1, label="training")
-    if validations:
-        upper.plot(
-            [record["step"] * per_step for record in validations],
-            [record["validation_loss"] for record in validations],
-            "o-",
-            color="tab:orange",
-            label=f"validation (last {validations[-1]['validation_loss']:.3f})",
-        )
+    _draw_validation(upper, records, {record["step"]: record["tokens"] / 1e6 for record in steps})
     upper.set_ylabel(f"loss ({unit})")
     upper.legend()
     upper.grid(alpha=0.3)
@@ -165,7 +197,46 @@ def _draw_loss(records: list[dict[str, Any]], unit: str, path: Path) -> Path:
     lower.set_ylabel("learning rate")
     lower.set_xlabel("training tokens (millions)")
     lower.grid(alpha=0.3)
+    _draw_borders(upper, lower, steps)
     return _save(figure, path)
+
+
+def _draw_validation(axes: Any, records: list[dict[str, Any]], tokens: dict[int, float]) -> None:
+    """One curve, or one for each sequence length of a run of stages."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for record in records:
+        if "validation_loss" not in record and not lengths_validated(record):
+            continue
+        at = tokens.get(record["step"])
+        if at is None:
+            continue
+        by_length = {f"at {length:,} tokens": loss for length, loss in sorted(lengths_validated(record).items())}
+        for name, loss in (by_length or {"": record["validation_loss"]}).items():
+            curves.setdefault(name, []).append((at, loss))
+    colors = ("tab:orange", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
+    for number, (name, points) in enumerate(curves.items()):
+        label = f"validation {name}".strip() + f" (last {points[-1][1]:.3f})"
+        axes.plot(*zip(*points, strict=True), "o-", color=colors[number % len(colors)], label=label)
+
+
+def _draw_borders(upper: Any, lower: Any, steps: list[dict[str, Any]]) -> None:
+    """A line where each stage begins, and its name."""
+    before = 0.0
+    for number, stage in enumerate(stages_of(steps)):
+        if number:
+            for axes in (upper, lower):
+                axes.axvline(before, color="gray", linestyle="--", linewidth=1)
+        upper.annotate(
+            f"{stage['name']}\n{stage['sequence_length']:,} tokens",
+            (before, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -4),
+            textcoords="offset points",
+            va="top",
+            fontsize=8,
+            color="dimgray",
+        )
+        before = stage["tokens"] / 1e6
 
 
 def _draw_load(records: list[dict[str, Any]], loads: list[dict[str, Any]], path: Path) -> Path:

@@ -91,6 +91,9 @@ def collect(paths: Sequence[Path], loss: Loss) -> Collected:
     vocabularies: dict[int, str] = {}
     repeated = []
     for name, run_dir, config in [one for path in paths for one in _runs_of(path)]:
+        if config.stages:
+            left_out.append((name, "stages", "its losses are of sequences of several lengths"))
+            continue
         if changed := difference(config, run_dir):
             left_out.append((name, "other settings", f"{run_dir} was not run with this recipe: {changed}"))
             continue

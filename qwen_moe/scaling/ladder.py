@@ -9,7 +9,7 @@ from typing import Any
 
 from launchers.folder.atomic import write_text
 from launchers.folder.run_folder import CHECKPOINTS
-from qwen_moe.config import ModelConfig, RunConfig, dump_config, load_config, parse_config
+from qwen_moe.config import ModelConfig, RunConfig, dump_config, load_config, parse_config, refuse_stages
 from qwen_moe.errors import UserError
 from qwen_moe.models.flops import count_parameters
 from qwen_moe.options import number
@@ -149,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
     from scaling_laws.ladder import design_ladder
 
     config = load_config(args.recipe, args.overrides)
+    refuse_stages(config, "qwen-moe scaling ladder")
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"--output {args.output} is a file: give a new or empty folder")
     if args.output.exists() and any(args.output.iterdir()):

@@ -39,7 +39,7 @@ def open_curve(path: Path) -> tuple["Curve", tuple[Any, ...] | None]:
     import numpy as np
 
     from launchers.folder.run_folder import METRICS
-    from qwen_moe.config import load_config
+    from qwen_moe.config import load_config, refuse_stages
     from qwen_moe.models.flops import count_parameters
     from qwen_moe.runs.records import RESOLVED, read_lines
     from qwen_moe.training.schedule import learning_rate
@@ -53,6 +53,7 @@ def open_curve(path: Path) -> tuple["Curve", tuple[Any, ...] | None]:
         if not (path / name).is_file():
             raise UserError(f"{path} has no {name}: give the run_dir of a run that has trained some steps")
     config = load_config(path / RESOLVED)
+    refuse_stages(config, "qwen-moe scaling predict")
     records = read_lines(path / METRICS)
     found = {record["step"]: record["loss"] for record in records if "loss" in record}
     last = max(found, default=0)

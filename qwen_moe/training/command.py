@@ -11,7 +11,7 @@ from typing import Any
 
 from launchers.folder.atomic import write_json, write_text
 from launchers.folder.run_folder import CHECKPOINTS
-from qwen_moe.config import RunConfig, dump_config, load_config
+from qwen_moe.config import RunConfig, dump_config, load_config, stage_runs
 from qwen_moe.errors import UserError
 from qwen_moe.runs.outcome import FAILURE
 from qwen_moe.runs.records import RESOLVED
@@ -67,12 +67,15 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
     from qwen_moe.checkpoint.preflight import check_disk_space
     from qwen_moe.data.inputs import prepare_inputs
     from qwen_moe.runs.sinks import check_recorders
-    from qwen_moe.sharding.layout import processes, run_layout
+    from qwen_moe.sharding.layout import run_layout
+    from qwen_moe.training.stages import check_layouts, processes_for
 
     check_recorders(config)
     gpus = visible_gpus()
-    nproc = processes(config, gpus)
-    layout = run_layout(config, nproc).layout
+    stages = stage_runs(config)
+    nproc = processes_for(stages, gpus)
+    check_layouts(stages, nproc)
+    layout = run_layout(stages[0], nproc).layout
     if nproc != config.launch.nproc:
         why = f"there are {gpus} GPUs, one for each" if gpus and nproc < config.launch.nproc else f"layout {layout}"
         print(f"processes: {nproc} instead of launch.nproc {config.launch.nproc}: {why}", file=sys.stderr)

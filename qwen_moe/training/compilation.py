@@ -4,7 +4,7 @@ import torch
 
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
-from qwen_moe.models.flops import flops_per_token
+from qwen_moe.models.flops import training_flops
 from qwen_moe.models.ops.compiled import compile_kernels, missing_compiler, try_compiler
 
 # FLOPs of a whole run on CPUs, about two minutes on two cores. Not per process, so that the layout does not decide.
@@ -18,10 +18,8 @@ def choose_compilation(config: RunConfig, device: torch.device) -> str:
     compile_kernels(False)
     if choice == "never" or precision == "fp64":
         return "elementwise chains are not compiled"
-    if choice == "auto" and device.type == "cpu":
-        tokens = config.train_steps * config.tokens_per_step
-        if tokens * flops_per_token(config.model, config.data.sequence_length).training < _FLOPS_WORTH_COMPILING:
-            return "elementwise chains are not compiled: the run is short"
+    if choice == "auto" and device.type == "cpu" and training_flops(config) < _FLOPS_WORTH_COMPILING:
+        return "elementwise chains are not compiled: the run is short"
     problem = missing_compiler(device.type)
     problem = f"there is no {problem}" if problem else try_compiler(device)
     if problem is None:

@@ -56,9 +56,16 @@ def is_of_another_length(config: RunConfig, state: TrainState, inputs: RunInputs
     length = inputs.length_with(state.data_fingerprint, _earlier_lengths(config, state.settings))
     if length is None:
         return False
-    read = state.step + sum(batches for _, batches in state.skips)
+    first = config.place.first_step
+    read = state.step - first + sum(batches for step, batches in state.skips if step >= first)
     if read <= ordered_steps(config, length) and inputs.begins_as(length, read):
         return True
+    if config.place.name:
+        raise UserError(
+            f"{config.place.label}its length cannot change any more: {config.training.train_tokens} tokens are read in "
+            f"another order than {length}, its earlier length (several passes are shuffled as a whole), and {read:,} "
+            "batches have been read. Restore its tokens, and add another stage after it instead"
+        )
     now = max(config.data.order_tokens, config.training.train_tokens)
     raise UserError(
         f"{config.run_dir} cannot continue with another length: a run of {now} tokens reads the data in another order than "

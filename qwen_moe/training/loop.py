@@ -1,9 +1,10 @@
-"""The training loop, which every rank runs: build, resume, step, validate, checkpoint, stop."""
+"""The training loop, which every rank runs, stage after stage: build, resume, step, validate, checkpoint, stop."""
 
+import gc
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,29 +17,33 @@ from launchers.job.heartbeat import Heartbeat
 from launchers.local.supervisor import INTERRUPTED, PROGRESS
 from parallel.gemm import description
 from parallel.hang_watch import MismatchError, compare_collectives
+from parallel.mesh import Grids
 from parallel.process import ProcessInfo
-from qwen_moe.checkpoint.distributed import CheckpointWriter, resume
-from qwen_moe.checkpoint.preflight import check_disk_space
-from qwen_moe.checkpoint.train_state import TrainState
+from parallel.sequence import Batch
+from qwen_moe.checkpoint.distributed import WITHOUT_WEIGHTS, CheckpointWriter, resume
+from qwen_moe.checkpoint.preflight import check_disk_space, kept_steps
+from qwen_moe.checkpoint.train_state import TrainState, read_train_state
 from qwen_moe.checkpoint.valid import newest_valid
-from qwen_moe.config import RunConfig
-from qwen_moe.data.inputs import RunInputs, open_inputs
+from qwen_moe.config import RunConfig, stage_runs
+from qwen_moe.data.inputs import open_inputs
 from qwen_moe.errors import UserError
 from qwen_moe.models.flops import flops_per_token
 from qwen_moe.models.ops.compiled import compiling
 from qwen_moe.objectives.balance import maximum_violation
 from qwen_moe.runs.attempt import record_attempt
 from qwen_moe.runs.identity import saved_settings
-from qwen_moe.runs.recorder import Recorder, measure_matmul_peak, open_recorder, peak_memory
+from qwen_moe.runs.recorder import measure_matmul_peak, open_recorder, peak_memory
 from qwen_moe.runs.sinks import check_recorders
 from qwen_moe.sharding.build import DTYPES, build_model, make_grids
 from qwen_moe.sharding.layout import run_layout
 from qwen_moe.training.compilation import choose_compilation
 from qwen_moe.training.optimizer import build_optimizer
-from qwen_moe.training.restore import restore
+from qwen_moe.training.restore import Say, find_start, history_of, restore
 from qwen_moe.training.rollback import History
 from qwen_moe.training.slow_step import SlowStepNotice
+from qwen_moe.training.stages import begins_at, check_layouts, records, stage_of
 from qwen_moe.training.step import BadStep, StepResult, Trainer
+from qwen_moe.training.validation import Validation
 
 
 class StopRequest:
@@ -59,48 +64,12 @@ class StopRequest:
         return bool(anyone)
 
 
-def _roll_back(
-    config: RunConfig,
-    trainer: Trainer,
-    writer: CheckpointWriter,
-    history: History,
-    recorder: Recorder,
-    step: int,
-    bad: BadStep,
-) -> int:
-    """Go back to the newest checkpoint and skip the batches up to that of ``step``. Returns the checkpoint's step. Raises
-    BadStep after too many skips, or if there is no checkpoint. All ranks must call it."""
-    if len(history.skips) >= config.training.max_skips:
-        raise BadStep(
-            f"{bad}. Batches were already skipped {len(history.skips)} times; training.max_skips allows no more"
-        )
-    writer.finish()
-    # A checkpoint after ``step`` was damaged when the run fell back, so it is not of this trajectory even if readable now.
-    path, _ = newest_valid(config.run_dir / CHECKPOINTS, at_most=step)
-    if path is None:
-        raise bad
-    trainer.abandon_step()
-    state = resume(path, trainer.model, trainer.optimizer, config.model)
-    writer.retention.went_back_to(state.step)
-    history.skip(state.step, step)
-    history.losses = History.restored([], state.recent_losses).losses
-    saved, skipped = state.step, step + 1 - state.step
-    message = f"{bad}. Back to step {saved}, without the {skipped} batches since"
-    recorder.go_back(saved, {"step": saved, "skipped_batches": skipped, "reason": str(bad)}, message)
-    return saved
-
-
 class _Clock:
     """The smoothed speed of steps in tokens per second, and its share of the measured matmul peak of all ranks."""
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self.tokens = config.tokens_per_step
+    def __init__(self, config: RunConfig, peak: float) -> None:
+        self.tokens, self.peak = config.tokens_per_step, peak
         self.flops = flops_per_token(config.model, config.data.sequence_length).training
-        peak = torch.tensor(
-            measure_matmul_peak(DTYPES[config.precision.compute], device), dtype=torch.float64, device=device
-        )
-        dist.all_reduce(peak)
-        self.peak = float(peak)
         self.smooth: float | None = None
         self.steps = 0
 
@@ -121,12 +90,14 @@ def _step_record(config: RunConfig, step: int, result: StepResult, device: torch
     record: dict[str, Any] = {
         "step": step,
         "time": time.time(),
-        "tokens": step * config.tokens_per_step,
+        "tokens": config.tokens_before(step),
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         "learning_rate": result.learning_rate,
         "memory_bytes": peak_memory(device),
     } | result.metrics
+    if config.place.name:
+        record |= {"stage": config.place.name, "sequence_length": config.data.sequence_length}
     if result.expert_counts is not None:
         violation = maximum_violation(result.expert_counts)
         record |= {
@@ -135,39 +106,9 @@ def _step_record(config: RunConfig, step: int, result: StepResult, device: torch
         }
         if config.balance.capacity_factor:
             record["dropped_share"] = result.dropped_choices / int(result.expert_counts.sum())
-        if step % config.logging.expert_load_interval == 0 or step == config.train_steps:
+        if step % config.logging.expert_load_interval == 0 or step == config.end_step:
             record["expert_counts"] = result.expert_counts.tolist()
     return record
-
-
-def _build(
-    config: RunConfig, info: ProcessInfo, device: torch.device, say: Callable[[str], None]
-) -> tuple[RunInputs, Trainer, CheckpointWriter]:
-    """Build the run's data, trainer and checkpoint writer. Nothing is restored yet. All ranks must call it."""
-    layout = run_layout(config, info.world_size)
-    grids = make_grids(config, layout, device)
-    root = config.run_dir / CHECKPOINTS
-    if info.rank == 0:
-        check_recorders(config)
-        check_disk_space(config, root)
-    inputs = open_inputs(config, grids.dp)
-    say(choose_compilation(config, device))
-    if device.type == "cpu" and DTYPES[config.precision.compute] == torch.bfloat16:
-        say(description(torch.bfloat16))
-    model = build_model(config, layout, grids, device)
-    if config.precision.compute == "fp8":
-        say(f"FP8 matmuls, recipe {config.precision.fp8.recipe}, by {model.kernels.name}")
-    trainer = Trainer(config, layout, model, build_optimizer(model, config.optimizer), device)
-    writer = CheckpointWriter(
-        root,
-        keep=config.checkpoint.keep,
-        keep_steps=config.checkpoint.keep_steps,
-        asynchronous=config.checkpoint.asynchronous,
-        config=config.model,
-        compute_dtype="bf16" if config.precision.compute == "fp8" else config.precision.compute,
-        hf_files=inputs.tokenizer,
-    )
-    return inputs, trainer, writer
 
 
 def _check_collectives(step: int) -> None:
@@ -177,12 +118,214 @@ def _check_collectives(step: int) -> None:
         raise UserError(f"step {step}: collectives of ranks do not match: {error}") from None
 
 
-def _validate(config: RunConfig, trainer: Trainer, inputs: RunInputs, recorder: Recorder, done: int) -> None:
-    """Record the validation loss every `training.validation_interval` steps and after the last step."""
-    interval = config.training.validation_interval
-    if inputs.has_validation and (done == config.train_steps or (interval and done % interval == 0)):
-        loss = trainer.evaluate(inputs.validation_micro_batches())
-        recorder.event({"step": done, "validation_loss": loss}, f"step {done}: validation loss {loss:.4f}")
+def _matmul_peak(config: RunConfig, device: torch.device) -> float:
+    """FLOP/s that all ranks together measure. All ranks must call it."""
+    peak = torch.tensor(
+        measure_matmul_peak(DTYPES[config.precision.compute], device), dtype=torch.float64, device=device
+    )
+    dist.all_reduce(peak)
+    return float(peak)
+
+
+class _Stage:
+    """One stage of a run on this rank, or a run without stages: its data, model and optimizer. Nothing is restored yet. All
+    ranks must construct it together."""
+
+    def __init__(
+        self, stages: Sequence[RunConfig], config: RunConfig, grids: Grids, device: torch.device, say: Say
+    ) -> None:
+        self.config, self.stages = config, stages
+        layout = run_layout(config, grids.layout.world_size)
+        self.inputs = open_inputs(config, grids.dp)
+        if device.type == "cpu" and DTYPES[config.precision.compute] == torch.bfloat16:
+            say(description(torch.bfloat16))
+        model = build_model(config, layout, grids, device)
+        if config.precision.compute == "fp8":
+            say(f"FP8 matmuls, recipe {config.precision.fp8.recipe}, by {model.kernels.name}")
+        self.trainer = Trainer(config, layout, model, build_optimizer(model, config.optimizer), device)
+
+    def batches(self, done: int, history: History) -> list[Batch]:
+        first = self.config.place.first_step
+        return self.inputs.train_micro_batches(history.data_step(done, self.inputs.ordered_steps, first))
+
+    def state(self, done: int, history: History) -> TrainState:
+        config, place = self.config, self.config.place
+        return TrainState(
+            step=done,
+            consumed_samples=place.first_samples + (done - place.first_step) * config.training.global_batch_size,
+            consumed_tokens=config.tokens_before(done),
+            data_fingerprint=self.inputs.fingerprint,
+            settings=saved_settings(config),
+            skips=list(history.skips),
+            recent_losses=list(history.losses),
+            stages=records(self.stages, done),
+        )
+
+
+def _print(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+class _Run:
+    """A run on this rank: what its stages share, and the walk through them."""
+
+    def __init__(self, config: RunConfig, info: ProcessInfo, device: torch.device, heart: Heartbeat) -> None:
+        self.config, self.info, self.device, self.heart = config, info, device, heart
+        self.stages = stage_runs(config)
+        self.total = self.stages[-1].end_step
+        self.root = config.run_dir / CHECKPOINTS
+        self.grids: Grids | None = None
+        self._say: Say = _print
+        if info.rank == 0:
+            check_recorders(config)
+            check_disk_space(config, self.root)
+        check_layouts(self.stages, info.world_size)
+        start = find_start(config, self.stages, self.say)
+        self.say(choose_compilation(config, device))
+        stage = self._open(start.step)
+        self.writer = self._make_writer(stage)
+        self.history = restore(stage.config, start, stage.trainer, stage.inputs, self.total, self.say)
+        self.done = start.step
+        self.writer.retention.went_back_to(self.done)
+        if info.rank == 0:
+            record_attempt(config, info, device, resumed_step=self.done)
+        self.recorder = open_recorder(config, resumed_step=self.done)
+        self._say = self.recorder.say
+        self.peak = _matmul_peak(config, device)
+        self.stage: _Stage | None = stage
+
+    def say(self, message: str) -> None:
+        """Print a message on rank 0, above the progress bar once there is one."""
+        if self.info.rank == 0:
+            self._say(message)
+
+    def _open(self, done: int) -> _Stage:
+        """Build the stage of the step after ``done``. Its layout may be another than that of the stage before."""
+        config = stage_of(self.stages, done)
+        layout = run_layout(config, self.info.world_size)
+        if self.grids is None or self.grids.layout != layout.layout:
+            self.grids = make_grids(config, layout, self.device)
+        if config.place.name and done < config.end_step:
+            self.say(
+                f"stage {config.place.index + 1} of {len(self.stages)}, {config.place.name}: steps "
+                f"{config.place.first_step + 1:,} to {config.end_step:,} of {config.data.sequence_length:,} tokens a "
+                f"sequence, layout {layout.layout}"
+            )
+        return _Stage(self.stages, config, self.grids, self.device, self.say)
+
+    def _make_writer(self, stage: _Stage) -> CheckpointWriter:
+        config = stage.config
+        return CheckpointWriter(
+            self.root,
+            keep=config.checkpoint.keep,
+            keep_steps=kept_steps(self.config),
+            asynchronous=config.checkpoint.asynchronous,
+            config=config.model,
+            compute_dtype="bf16" if config.precision.compute == "fp8" else config.precision.compute,
+            hf_files=stage.inputs.tokenizer,
+        )
+
+    def _enter(self) -> _Stage:
+        """Build the stage of the next step and load the newest checkpoint into it: the optimizer's state goes on."""
+        self.heart.phase("starting")  # building and reading may take longer than a step
+        self.writer.finish()
+        gc.collect()  # the stage before, whose modules refer to each other
+        start = find_start(self.config, self.stages, self.say, at_most=self.done)
+        if start.path is None or start.state is None:
+            raise UserError(f"{self.root} holds no undamaged checkpoint of the stage before: see the messages above")
+        stage = self._open(start.step)
+        self.writer.config = stage.config.model
+        enters = begins_at(stage.config, start.step)
+        trainer = stage.trainer
+        resume(start.path, trainer.model, trainer.optimizer, stage.config.model, WITHOUT_WEIGHTS if enters else ())
+        self.history.losses = history_of(stage.config, start.state).losses
+        if start.step < self.done:
+            self.recorder.go_back(start.step, {"step": start.step}, f"back to step {start.step}")
+            self.writer.retention.went_back_to(start.step)
+        self.done = start.step
+        return stage
+
+    def _roll_back(self, stage: _Stage, bad: BadStep) -> None:
+        """Go back to the newest checkpoint and skip the batches of this stage up to the bad one. Raises BadStep after too
+        many skips, or if there is no checkpoint. All ranks must call it."""
+        config, history, step = stage.config, self.history, self.done
+        if len(history.skips) >= config.training.max_skips:
+            raise BadStep(
+                f"{bad}. Batches were already skipped {len(history.skips)} times; training.max_skips allows no more"
+            )
+        self.writer.finish()
+        # A checkpoint after ``step`` was damaged when the run fell back, so it is not of this trajectory even if it is
+        # readable now.
+        path, _ = newest_valid(self.root, at_most=step)
+        if path is None:
+            raise bad
+        stage.trainer.abandon_step()
+        first, saved = config.place.first_step, read_train_state(path).step
+        if saved >= first:
+            may_differ = WITHOUT_WEIGHTS if begins_at(config, saved) else ()
+            state = resume(path, stage.trainer.model, stage.trainer.optimizer, config.model, may_differ)
+            history.losses = history_of(config, state).losses
+        # Else the checkpoint at the stage's begin is damaged: the walk enters the stage before again.
+        skipped = history.skip(max(saved, first), step)
+        self.writer.retention.went_back_to(saved)
+        message = f"{bad}. Back to step {saved}, without the {skipped} batches since"
+        self.recorder.go_back(saved, {"step": saved, "skipped_batches": skipped, "reason": str(bad)}, message)
+        self.done = saved
+
+    def walk(self, stop: StopRequest) -> bool:
+        """Train to the end, stage after stage. Returns whether the run was stopped before."""
+        stopped = False
+        while self.done < self.total and not stopped:
+            stage = self.stage or self._enter()
+            self.stage = None
+            stopped = self._train(stage, stop)
+            del stage
+        self.writer.finish()
+        self.recorder.close()
+        return stopped
+
+    def _train(self, stage: _Stage, stop: StopRequest) -> bool:
+        """Train to the end of ``stage``. Returns whether the run was stopped before its own end."""
+        config, recorder = stage.config, self.recorder
+        assert self.grids is not None
+        validation = Validation(self.stages, config, stage.trainer, stage.inputs, self.grids.dp)
+        clock = _Clock(config, self.peak)
+        recorder.begin("compiling" if compiling() else "first step")
+        slow = SlowStepNotice(recorder.say, config, clock.peak)
+        stopped = False
+        while config.place.first_step <= self.done < config.end_step and not stopped:
+            start = time.perf_counter()
+            slow.begin_step(self.done + 1, compiling() and clock.steps == 0)
+            batches = stage.batches(self.done, self.history)
+            try:
+                result = stage.trainer.step(self.done, batches, self.history.highest_loss(config.training.spike_nats))
+            except BadStep as bad:
+                self._roll_back(stage, bad)
+                continue
+            self.done += 1
+            self.history.losses.append(result.loss)
+            self.heart.beat(self.done)
+            if config.parallel.check_collectives:
+                _check_collectives(self.done)
+            slow.end_step()
+            recorder.step(
+                _step_record(config, self.done, result, self.device) | clock.record(time.perf_counter() - start)
+            )
+            if clock.steps == 1:
+                recorder.first_step_done()
+            validation.after(self.done, recorder)
+            stopped = stop.agreed() and self.done < self.total
+            self._save_if_due(stage, stopped)
+        slow.close()
+        return stopped
+
+    def _save_if_due(self, stage: _Stage, stopped: bool) -> None:
+        config, done = stage.config.checkpoint, self.done
+        last = done == stage.config.end_step
+        if last or stopped or done % config.interval == 0 or done in config.keep_steps:
+            with self.heart.saving():
+                self.writer.save(stage.trainer.model, stage.trainer.optimizer, stage.state(done, self.history))
+            _note_progress(self.config.run_dir, done, self.info)
 
 
 def train(
@@ -193,68 +336,12 @@ def train(
     stop_signals: Sequence[int] = (),
 ) -> int:
     """Train to the end or until asked to stop. Returns 0 if the run is complete, 130 if it was stopped before that."""
-
-    def say(message: str) -> None:
-        if info.rank == 0:
-            print(message, file=sys.stderr, flush=True)
-
-    heart = heart or Heartbeat()
     stop = StopRequest(device, stop_signals)
-    inputs, trainer, writer = _build(config, info, device, say)
-    done, history = restore(config, trainer, inputs, say)
-    writer.retention.went_back_to(done)
-    if info.rank == 0:
-        record_attempt(config, info, device, resumed_step=done)
-    recorder = open_recorder(config, resumed_step=done)
-    clock = _Clock(config, device)
-    recorder.begin("compiling" if compiling() else "first step")
-    slow = SlowStepNotice(recorder.say, config, clock.peak)
-    stopped = False
-    while done < config.train_steps:
-        start = time.perf_counter()
-        slow.begin_step(done + 1, compiling() and clock.steps == 0)
-        batches = inputs.train_micro_batches(history.data_step(done, inputs.ordered_steps))
-        try:
-            result = trainer.step(done, batches, history.highest_loss(config.training.spike_nats))
-        except BadStep as bad:
-            done = _roll_back(config, trainer, writer, history, recorder, done, bad)
-            continue
-        done += 1
-        history.losses.append(result.loss)
-        heart.beat(done)
-        if config.parallel.check_collectives:
-            _check_collectives(done)
-        slow.end_step()
-        recorder.step(_step_record(config, done, result, device) | clock.record(time.perf_counter() - start))
-        if clock.steps == 1:
-            recorder.first_step_done()
-        _validate(config, trainer, inputs, recorder, done)
-        last = done == config.train_steps
-        stopped = stop.agreed() and not last
-        if last or stopped or done % config.checkpoint.interval == 0 or done in config.checkpoint.keep_steps:
-            with heart.saving():
-                writer.save(trainer.model, trainer.optimizer, _train_state(config, done, inputs, history))
-            _note_progress(config.run_dir, done, info)
-        if stopped:
-            break
-    slow.close()
-    writer.finish()
-    recorder.close()
-    if stopped:
-        say(f"stopped after step {done} of {config.train_steps}; the same command resumes from there")
-    return INTERRUPTED if stopped else 0
-
-
-def _train_state(config: RunConfig, step: int, inputs: RunInputs, history: History) -> TrainState:
-    return TrainState(
-        step=step,
-        consumed_samples=step * config.training.global_batch_size,
-        consumed_tokens=step * config.tokens_per_step,
-        data_fingerprint=inputs.fingerprint,
-        settings=saved_settings(config),
-        skips=list(history.skips),
-        recent_losses=list(history.losses),
-    )
+    run = _Run(config, info, device, heart or Heartbeat())
+    if run.walk(stop):
+        run.say(f"stopped after step {run.done} of {run.total}; the same command resumes from there")
+        return INTERRUPTED
+    return 0
 
 
 def _note_progress(run_dir: Path, step: int, info: ProcessInfo) -> None:

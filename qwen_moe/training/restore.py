@@ -1,61 +1,118 @@
 """The start of a run: its own newest checkpoint, another run's checkpoint, another run's weights, or initial values."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launchers.folder.run_folder import CHECKPOINTS
-from qwen_moe.checkpoint.distributed import load_weights, resume
-from qwen_moe.checkpoint.train_state import TrainState
+from qwen_moe.checkpoint.distributed import WITHOUT_WEIGHTS, load_weights, resume
+from qwen_moe.checkpoint.train_state import TrainState, read_train_state
 from qwen_moe.checkpoint.valid import newest_valid, valid_one
 from qwen_moe.config import RunConfig
 from qwen_moe.data.inputs import RunInputs
 from qwen_moe.errors import UserError
-from qwen_moe.runs.identity import ON_RESUME, Rule, differences, rule_of
+from qwen_moe.runs.identity import ON_RESUME, Difference, Rule, differences, rule_of
+from qwen_moe.training import stages as staged
 from qwen_moe.training.branch import check_branch
 from qwen_moe.training.extension import check_length, is_of_another_length, set_aside_export
 from qwen_moe.training.rollback import History
 from qwen_moe.training.step import Trainer
 
+Say = Callable[[str], None]
 
-def restore(config: RunConfig, trainer: Trainer, inputs: RunInputs, say: Any) -> tuple[int, History]:
-    """Resume from the run's newest valid checkpoint; else continue from `checkpoint.branch_from`, load the weights of
-    `checkpoint.load_from`, or start from initial values. Returns the steps done and the history."""
-    root = config.run_dir / CHECKPOINTS
-    path, problems = newest_valid(root)
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run continues from, if there is one, and its state."""
+
+    path: Path | None = None
+    state: TrainState | None = None
+    is_branch: bool = False
+
+    @property
+    def step(self) -> int:
+        return self.state.step if self.state is not None else 0
+
+
+def find_start(config: RunConfig, stages: Sequence[RunConfig], say: Say, at_most: int | None = None) -> Start:
+    """The newest intact checkpoint of the run (up to step ``at_most``), else that of `checkpoint.branch_from`. Raises
+    UserError if it is of another list of stages. All ranks must call it."""
+    path, problems = newest_valid(config.run_dir / CHECKPOINTS, at_most)
     for problem in problems:
         say(f"warning: this checkpoint is damaged and not used: {problem}")
     if problems:
         say(f"falling back to {path.name if path else 'step 0: this run has no undamaged checkpoint'}")
     if path is not None:
-        state = resume(path, trainer.model, trainer.optimizer, config.model)
-        changed = differences(state.settings, config, ON_RESUME)
-        if other := [d for d in changed if rule_of(d.name) != Rule.HORIZON]:
-            raise UserError(
-                f"{config.run_dir} holds a run with other settings: {'; '.join(map(str, other))}. Restore them to continue "
-                "the run, or use another run_dir (checkpoint.load_from starts a new run from its weights)"
-            )
-        check_length(config, changed, state.step)
-        if not is_of_another_length(config, state, inputs):
-            _check_data(state, inputs, config.run_dir)
-        set_aside_export(config, changed, say)
-        say(f"resumed from {path} (step {state.step} of {config.train_steps})")
-        return state.step, History.restored(state.skips, state.recent_losses)
-    if config.checkpoint.branch_from is not None:
-        path = config.checkpoint.branch_from
-        if wrong := valid_one(path):
-            raise UserError(f"checkpoint.branch_from {path}: {wrong}; train the run that it belongs to first")
-        state = resume(path, trainer.model, trainer.optimizer, config.model)
+        state = read_train_state(path)
+        staged.check_stages(config, stages, state)
+        return Start(path, state)
+    path = config.checkpoint.branch_from
+    if path is None:
+        return Start()
+    if wrong := valid_one(path):
+        raise UserError(f"checkpoint.branch_from {path}: {wrong}; train the run that it belongs to first")
+    state = read_train_state(path)
+    if state.stages:
+        raise UserError(
+            f"checkpoint.branch_from {path} is of a run of stages, from which no run can branch: give checkpoint.load_from, "
+            "which starts from the weights"
+        )
+    return Start(path, state, is_branch=True)
+
+
+def restore(config: RunConfig, start: Start, trainer: Trainer, inputs: RunInputs, total: int, say: Say) -> History:
+    """Load ``start`` into the trainer of the stage ``config``; without one, the weights of `checkpoint.load_from`, or leave
+    the initial values. Returns the history. ``total``: steps of the whole run."""
+    path, state = start.path, start.state
+    if path is None or state is None:
+        _load_weights(config, trainer, say)
+        return History()
+    enters = staged.begins_at(config, state.step)
+    resume(path, trainer.model, trainer.optimizer, config.model, WITHOUT_WEIGHTS if enters else ())
+    if start.is_branch:
         check_branch(config, state.settings, state.step, path)
         _check_data(state, inputs, path)
-        say(f"branched from {path} (step {state.step} of {config.train_steps})")
-        return state.step, History.restored(state.skips, state.recent_losses)
-    if config.checkpoint.load_from is not None:
-        from qwen_moe.checkpoint.resolve import resolve_checkpoint
+        say(f"branched from {path} (step {state.step} of {total})")
+        return History.restored(state.skips, state.recent_losses)
+    changed = [] if config.place.name else _check_settings(config, state)
+    if not enters and not is_of_another_length(config, state, inputs):
+        _check_data(state, inputs, config.run_dir)
+    if config.place.name:
+        staged.set_aside_export(config, state, total, say)
+    else:
+        set_aside_export(config, changed, say)
+    say(f"resumed from {path} (step {state.step} of {total})")
+    return history_of(config, state)
 
-        source = resolve_checkpoint(config.checkpoint.load_from)
-        load_weights(source, trainer.model, config.model)
-        say(f"weights loaded from {source}")
-    return 0, History()
+
+def history_of(config: RunConfig, state: TrainState) -> History:
+    """The history of a checkpoint; a stage does not compare its losses with those of the stage before."""
+    return History.restored(state.skips, [] if staged.begins_at(config, state.step) else state.recent_losses)
+
+
+def _load_weights(config: RunConfig, trainer: Trainer, say: Say) -> None:
+    if config.checkpoint.load_from is None:
+        return
+    from qwen_moe.checkpoint.resolve import model_config, resolve_checkpoint
+
+    source = resolve_checkpoint(config.checkpoint.load_from)
+    load_weights(source, trainer.model, config.model)
+    say(f"weights loaded from {source}")
+    base = model_config(source).rope_theta
+    if base != config.model.rope_theta:
+        say(f"its model.rope_theta was {base:g}, and this run trains with {config.model.rope_theta:g}")
+
+
+def _check_settings(config: RunConfig, state: TrainState) -> list[Difference]:
+    """The settings of a run without stages that differ from the checkpoint's. Raises UserError unless it may continue."""
+    changed = differences(state.settings, config, ON_RESUME)
+    if other := [d for d in changed if rule_of(d.name) != Rule.HORIZON]:
+        raise UserError(
+            f"{config.run_dir} holds a run with other settings: {'; '.join(map(str, other))}. Restore them to continue "
+            "the run, or use another run_dir (checkpoint.load_from starts a new run from its weights)"
+        )
+    check_length(config, changed, state.step)
+    return changed
 
 
 def _check_data(state: TrainState, inputs: RunInputs, where: Path) -> None:

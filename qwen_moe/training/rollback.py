@@ -22,10 +22,10 @@ class History:
     def restored(cls, skips: Sequence[Sequence[int]], losses: Sequence[float]) -> "History":
         return cls(skips=[(step, batches) for step, batches in skips], losses=deque(losses, maxlen=WINDOW))
 
-    def data_step(self, step: int, ordered: int) -> int:
-        """The index of the batch, out of ``ordered``, that optimizer step ``step`` takes. Past the end it wraps around, so
-        that the first batches replace the skipped ones."""
-        return (step + sum(batches for at, batches in self.skips if at <= step)) % ordered
+    def data_step(self, step: int, ordered: int, first: int = 0) -> int:
+        """The index of the batch that optimizer step ``step`` takes, out of ``ordered`` of its stage, which begins with step
+        ``first``. Past the end it wraps around, so that the first batches replace the skipped ones."""
+        return (step - first + sum(batches for at, batches in self.skips if first <= at <= step)) % ordered
 
     def highest_loss(self, spike_nats: float) -> float:
         """The loss above which a step is a spike; infinity if spikes are allowed or fewer than `LEAST` losses are known."""

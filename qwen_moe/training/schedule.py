@@ -10,11 +10,13 @@ def learning_rate(config: RunConfig, step: int) -> float:
 
     Warm-up is linear in the tokens seen after the step, and decay follows the tokens seen before it, so no step has rate
     zero. ``cosine`` decays from the end of the warm-up to the end of training; ``wsd`` (arXiv 2404.06395) is constant until
-    the last ``decay_tokens``; ``constant`` does not decay.
+    the last ``decay_tokens``; ``constant`` does not decay. ``config``: of a run without stages, or of the stage of
+    ``step``; `Place` says which tokens of the run its schedule spans.
     """
-    schedule, peak = config.schedule, config.optimizer.learning_rate
-    floor, total = schedule.min_learning_rate, config.training.train_tokens
-    before = step * config.tokens_per_step
+    assert not config.stages
+    schedule, peak, place = config.schedule, config.optimizer.learning_rate, config.place
+    floor, total = schedule.min_learning_rate, place.rates_tokens
+    before = config.tokens_before(step) - place.rates_from
     after = before + config.tokens_per_step
     if after <= schedule.warmup_tokens:
         return peak * after / schedule.warmup_tokens
@@ -30,10 +32,12 @@ def learning_rate(config: RunConfig, step: int) -> float:
     return floor + (peak - floor) * _remaining(done, shape)
 
 
-def first_other_rate(before: RunConfig, after: RunConfig, steps: int, tolerance: float = 0.0) -> int | None:
-    """The first of ``steps`` optimizer steps (from 0) whose learning rates differ by more than ``tolerance`` times the rate;
-    None if there is none."""
-    for step in range(steps):
+def first_other_rate(
+    before: RunConfig, after: RunConfig, steps: int, tolerance: float = 0.0, first: int = 0
+) -> int | None:
+    """The first of the optimizer steps from ``first`` (from 0) until ``steps`` whose learning rates differ by more than
+    ``tolerance`` times the rate; None if there is none."""
+    for step in range(first, steps):
         rate = learning_rate(before, step)
         if abs(rate - learning_rate(after, step)) > tolerance * rate:
             return step

@@ -7,6 +7,7 @@ import torch
 
 from parallel.collectives import all_reduce_sum, attach_loss
 from parallel.data import clip_by_norm, exchange_and_add, global_norm, local, sum_replicas
+from parallel.pipeline import Pipeline, Sequential
 from parallel.sequence import Batch, SequenceShard
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
@@ -55,7 +56,7 @@ class Trainer:
         objective: Objective | None = None,
         on_gradients: Callable[[], None] | None = None,
     ) -> None:
-        self.config, self.model, self.optimizer, self.device = config, model, optimizer, device
+        self.config, self.layout, self.model, self.optimizer, self.device = config, layout, model, optimizer, device
         self.grids, self.on_gradients = model.grids, on_gradients
         self.sequence = SequenceShard.of(model.grids)
         self.objective = objective or build_objective(config.objective)
@@ -242,15 +243,23 @@ class Trainer:
             update_expert_bias(biases, counts[rows], self.config.balance.bias_update_rate)
         return counts, int(table[:, -1].sum())
 
+    def engine_for(self, sequence_length: int) -> Sequential | Pipeline:
+        """The engine that evaluates micro-batches of another length: pipelines exchange tensors of one shape."""
+        if self.grids.pp.size == 1 or sequence_length == self.config.data.sequence_length:
+            return self.engine
+        data = self.config.data.model_copy(update={"sequence_length": sequence_length})
+        config = self.config.model_copy(update={"data": data})
+        return build_engine(config, self.layout, self.model, self._loss, self.device)
+
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Batch]) -> float:
+    def evaluate(self, micro_batches: Sequence[Batch], engine: Sequential | Pipeline | None = None) -> float:
         """The objective's mean over all ranks' micro-batches. Every rank must pass the same number of micro-batches, because
-        forward passes communicate."""
+        forward passes communicate. ``engine``: of `engine_for`, by default the one that trains."""
         for part in self.model.parts:
             part.eval()
         count = self._count_over_ranks(micro_batches)
         batches = [self._to_device(batch) for batch in micro_batches]
-        outputs = self.engine.forward(batches)
+        outputs = (engine or self.engine).forward(batches)
         self.model.reshard()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for output, batch in zip(outputs, batches, strict=False):  # only the last stage's rank has outputs

@@ -64,7 +64,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the steps. ``args.build_parser`` makes the parser of all verbs, which steps are called with."""
-    from qwen_moe.config import load_config
+    from qwen_moe.config import load_config, refuse_stages
     from qwen_moe.workflow.page import write_page
     from qwen_moe.workflow.state import State
     from qwen_moe.workflow.steps import NAMES as STEPS_IN_ORDER
@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     assert STEPS_IN_ORDER == NAMES
     _check(args)
     config = load_config(args.recipe, args.overrides)
+    refuse_stages(config, "qwen-moe pipeline")
     folder = args.output or Path("runs") / f"{args.recipe.stem}-pipeline"
     state = State.open(folder)
     lock = RunLock(folder)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from launchers.folder.run_folder import last_metrics
 from qwen_moe.launch.folder import is_complete, open_folder
-from qwen_moe.models.flops import flops_per_token
+from qwen_moe.models.flops import training_flops
 
 START_SECONDS = 10.0  # a process's time before its first step and after its last
 UTILISATION = 0.1  # the share of the matmul speed that small models reach on a CPU
@@ -30,8 +30,7 @@ def ladder_cost(folder: Path, parallel: int, slurm: bool) -> list[str]:
         left += 1
         start = config.checkpoint.branch_from
         step = int(start.name.removeprefix("step_")) if start is not None else 0
-        tokens = (config.train_steps - step) * config.tokens_per_step
-        work += flops_per_token(config.model, config.data.sequence_length).training * tokens
+        work += training_flops(config, step)
     lines = [f"{left} of {len(entries)} runs have to be trained, {work:.3g} FLOPs with embedding and head"]
     if slurm:
         return [*lines, "on Slurm, as a job array"]

@@ -272,3 +272,63 @@ def test_the_same_size_with_other_tokens_is_other_data(tmp_path: Path) -> None:
     before = batches(tmp_path, prefix).fingerprint
     write_tokens(prefix, counting_documents(11, 50, 40))
     assert not batches(tmp_path, prefix).is_of_this_data(before)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """50 documents of 40 tokens, counting from 10, and 100 of 8 tokens, counting from 20,000."""
+    return write_tokens(tmp_path / "d", counting_documents(10, 50, 40) + counting_documents(20_000, 100, 8))
+
+
+def are_long(loader: TokenBatches, count: int) -> list[bool]:
+    """Of the first samples: whether all tokens are of long documents. No sample has tokens of both kinds."""
+    rows = loader.train_batch(0, count)["input_ids"]
+    long = [{token < 20_000 for token in row if token != END} for row in rows.tolist()]
+    assert all(len(kinds) == 1 for kinds in long)
+    return [kinds == {True} for kinds in long]
+
+
+@pytest.mark.parametrize("share", [0.4, 0.75, 0.1, 1.0])
+def test_the_share_of_sequences_from_long_documents_is_exact(tmp_path: Path, mixed: Path, share: float) -> None:
+    found = are_long(batches(tmp_path, mixed, split="1,0,0", train_samples=200, long_share=share), 200)
+    assert sum(found) == round(200 * share)
+    for first in range(0, 200, 20):
+        assert abs(sum(found[first : first + 20]) - 20 * share) <= 1
+
+
+def test_a_mix_reads_every_long_token_once_and_leaves_validation_as_it_is(tmp_path: Path, mixed: Path) -> None:
+    loader = batches(tmp_path, mixed, split="80,20,0", train_samples=100, long_share=0.5)
+    plain = batches(tmp_path, mixed, split="80,20,0", train_samples=100)
+    assert loader.fingerprint != plain.fingerprint
+    assert torch.equal(loader.validation_batch(0, 8)["input_ids"], plain.validation_batch(0, 8)["input_ids"])
+    rows = loader.train_batch(0, 100)["input_ids"]
+    seen = Counter(token for row in rows.tolist() for token in row if token != END and token < 20_000)
+    assert max(seen.values()) == 1 and len(seen) > 700
+    again = batches(tmp_path, mixed, split="80,20,0", train_samples=100, long_share=0.5)
+    assert torch.equal(again.train_batch(0, 100)["input_ids"], rows)
+    assert again.begins_as(90, 60) and not again.begins_as(1000, 60)
+
+
+def test_a_mix_of_a_blend_takes_what_each_has(tmp_path: Path, mixed: Path) -> None:
+    """Only the first has long documents, both have short ones; validation data of their own."""
+    short = write_tokens(tmp_path / "s", counting_documents(40_000, 100, 8))
+    options: dict[str, Any] = {"validation": (Dataset(prefix=short),), "long_share": 0.5, "train_samples": 80}
+    loader = batches(tmp_path, mixed, short, weights=(1.0, 3.0), **options)
+    rows = loader.train_batch(0, 80)["input_ids"]
+    kinds = [row[row != END].min().item() // 20_000 for row in rows]
+    assert kinds.count(0) == 40
+    tokens = rows[rows >= 20_000]
+    assert (tokens >= 40_000).float().mean().item() == pytest.approx(0.75, abs=0.05)
+    assert loader.validation_batch(0, 4)["input_ids"].max() >= 40_000
+
+
+def test_a_mix_without_long_or_short_documents_is_refused(tmp_path: Path, mixed: Path) -> None:
+    message = refused(tmp_path, mixed, sequence_length=41, long_share=0.5)
+    assert "data.long_share 0.5" in message and "at least data.sequence_length 41" in message
+    assert "the longest training document" in message and "has 40:" in message
+    # The only longer document is kept for validation.
+    documents = counting_documents(10, 9, 10) + counting_documents(500, 1, 40)
+    message = refused(tmp_path, write_tokens(tmp_path / "e", documents), split="90,10,0", long_share=0.5)
+    assert "has 10:" in message
+    message = refused(tmp_path, mixed, sequence_length=4, long_share=0.5)
+    assert "the shortest training document" in message and "has 8:" in message and "set long_share to 1" in message

@@ -98,3 +98,53 @@ def test_a_damaged_line_is_named(line: str, message: str, tmp_path: Path, capsys
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff\n")
     assert main(["report", str(tmp_path)]) == 2
     assert "byte 0 is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_report_of_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Speeds are of the last stage, whose steps have other tokens; borders and every length's curve are drawn."""
+    short, long = {"stage": "short", "sequence_length": 16}, {"stage": "long", "sequence_length": 64}
+    records = [record(step) | short for step in (1, 2, 3)]
+    records += [{"step": 3, "validation_loss": 4.5, "validation_loss_16": 4.5}]
+    faster = {"step_seconds": 2.0, "tokens_per_second": 400.0}
+    records += [record(step) | long | faster | {"tokens": 300 + 800 * (step - 3)} for step in (4, 5)]
+    records += [{"step": 5, "validation_loss": 4.0, "validation_loss_16": 4.6, "validation_loss_64": 4.0}]
+    write_run(tmp_path, records)
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["tokens_per_second"] == 400.0 and facts["tokens"] == 1900 and facts["validation_loss"] == 4.0
+    assert facts["stages"] == [
+        {"name": "short", "first_step": 1, "last_step": 3, "tokens": 300, "sequence_length": 16,
+         "validation_losses": {"16": 4.5}},
+        {"name": "long", "first_step": 4, "last_step": 5, "tokens": 1900, "sequence_length": 64,
+         "validation_losses": {"16": 4.6, "64": 4.0}},
+    ]  # fmt: skip
+    assert main(["report", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "stage             long: steps 4 to 5 of 64 tokens; validation loss 4.6000 at 16, 4.0000 at 64" in text
+    write_run(tmp_path, records[:-1])
+    assert main(["report", str(tmp_path)]) == 0
+    write_run(tmp_path, [*records[:-1], {"step": 5, "validation_loss_64": "low"}])
+    assert main(["report", str(tmp_path)]) == 2
+    assert "validation_loss_64 is 'low'" in capsys.readouterr().err
+
+
+def test_the_picture_has_a_curve_for_each_length_and_a_line_for_each_border(tmp_path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from qwen_moe.runs.report import _draw_borders, _draw_validation
+
+    steps = [record(step) | {"stage": "a" if step < 3 else "b", "sequence_length": 16} for step in range(1, 6)]
+    checks = [{"step": step, "validation_loss_16": 4.0, "validation_loss_64": 3.0} for step in (3, 5)]
+    figure, (upper, lower) = plt.subplots(2, 1)
+    _draw_validation(upper, [*steps, *checks], {r["step"]: r["tokens"] / 1e6 for r in steps})
+    assert [line.get_label() for line in upper.lines] == [
+        "validation at 16 tokens (last 4.000)",
+        "validation at 64 tokens (last 3.000)",
+    ]
+    _draw_borders(upper, lower, steps)
+    assert lower.lines[-1].get_xdata()[0] == pytest.approx(200 / 1e6)
+    assert [text.get_text() for text in upper.texts] == ["a\n16 tokens", "b\n16 tokens"]
+    plt.close(figure)

@@ -1,0 +1,54 @@
+"""Validation at every sequence length that has been trained so far, so that a loss of quality on short texts shows."""
+
+from collections.abc import Sequence
+
+from parallel.mesh import Axis
+from qwen_moe.config import RunConfig
+from qwen_moe.data.inputs import RunInputs, open_inputs
+from qwen_moe.runs.recorder import Recorder
+from qwen_moe.training.step import Trainer
+
+
+def earlier_lengths(stages: Sequence[RunConfig], stage: RunConfig) -> list[RunConfig]:
+    """For each shorter length of the stages before ``stage``, the last stage of that length, with ``stage``'s micro-batches:
+    its validation data are those of the curve so far."""
+    by_length = {run.data.sequence_length: run for run in stages[: stage.place.index]}
+    by_length.pop(stage.data.sequence_length, None)
+    rows = stage.training.micro_batch_size
+    return [
+        run.model_copy(update={"training": run.training.model_copy(update={"micro_batch_size": rows})})
+        for run in by_length.values()
+    ]
+
+
+class Validation:
+    """The validation of one stage. It records ``validation_loss`` at the stage's length and, in a run of stages, the loss at
+    each length N so far as ``validation_loss_N``."""
+
+    def __init__(
+        self, stages: Sequence[RunConfig], stage: RunConfig, trainer: Trainer, inputs: RunInputs, dp: Axis
+    ) -> None:
+        self.stage, self.trainer = stage, trainer
+        opened = [open_inputs(run, dp) for run in earlier_lengths(stages, stage)]
+        self._inputs = [found for found in [*opened, inputs] if found.has_validation]
+        self._engines = [trainer.engine_for(found.config.data.sequence_length) for found in self._inputs]
+
+    def after(self, done: int, recorder: Recorder) -> None:
+        """Validate every `training.validation_interval` steps and after the stage's last step. All ranks must call it."""
+        interval = self.stage.training.validation_interval
+        if not self._inputs or not (done == self.stage.end_step or (interval and done % interval == 0)):
+            return
+        losses = {
+            inputs.config.data.sequence_length: self.trainer.evaluate(inputs.validation_micro_batches(), engine)
+            for inputs, engine in zip(self._inputs, self._engines, strict=True)
+        }
+        record: dict[str, float | int] = {"step": done}
+        length = self.stage.data.sequence_length
+        if length in losses:
+            record["validation_loss"] = losses[length]
+        if not self.stage.place.name:
+            recorder.event(record, f"step {done}: validation loss {losses[length]:.4f}")
+            return
+        record |= {f"validation_loss_{tokens}": loss for tokens, loss in losses.items()}
+        shown = ", ".join(f"{loss:.4f} at {tokens:,} tokens" for tokens, loss in losses.items())
+        recorder.event(record, f"step {done}: validation loss {shown}")
