@@ -17,11 +17,14 @@ PRECISIONS = ("bf16", "fp8")
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The settings that the search chooses. ``per_rank`` is the number of pipeline stages on each rank, never 0 here."""
+    """The settings that the search chooses. ``per_rank`` is the number of pipeline stages on each rank, never 0 here.
+    ``cp_kind`` and ``cp_ulysses`` are those of the recipe, and matter only with cp above 1."""
 
     tp: int = 1
     pp: int = 1
     cp: int = 1
+    cp_kind: str = "auto"
+    cp_ulysses: int = 1
     ep: int = 1
     etp: int = 1
     schedule: str = "1f1b"
@@ -35,6 +38,10 @@ class Choice:
         degrees = [
             f"{name}={getattr(self, name)}" for name in ("tp", "pp", "cp", "ep", "etp") if getattr(self, name) > 1
         ]
+        if self.cp > 1:
+            degrees.append(
+                f"cp_kind={self.cp_kind}" + (f" cp_ulysses={self.cp_ulysses}" if self.cp_ulysses > 1 else "")
+            )
         if self.pp > 1:
             degrees.append(self.schedule + (f"x{self.per_rank}" if self.schedule == "interleaved_1f1b" else ""))
         degrees += [f"mb={self.micro_batch}", self.sharding]
@@ -44,7 +51,8 @@ class Choice:
     def settings(self) -> dict[str, dict[str, Any]]:
         """These settings as sections of a recipe."""
         per_rank = self.per_rank if self.pp > 1 and self.schedule == "interleaved_1f1b" else 0
-        degrees = {name: getattr(self, name) for name in ("tp", "pp", "cp", "ep", "etp")}
+        names = ("tp", "pp", "cp", "cp_kind", "cp_ulysses", "ep", "etp")
+        degrees = {name: getattr(self, name) for name in names}
         parallel = degrees | {"schedule": self.schedule, "stages_per_rank": per_rank, "sharding": self.sharding}
         return {
             "parallel": parallel,

@@ -43,7 +43,10 @@ def test_a_difference_is_exit_code_1(capsys: pytest.CaptureFixture[str], monkeyp
         (["--layout", "tp=two"], "'tp=two' is not AXIS=NUMBER"),
         (["--layout", "ep=3,dp=2"], "tp 1 x cp 1 x dp 2 = 2 ranks are not a multiple of ep 3 x etp 1 = 3"),
         (["--layout", "tp=16"], "needs 16 processes but --max-ranks is 8"),
-        (["--layout", "cp=4,cp_ulysses=2"], "parallel.cp_ulysses 2 with cp 4 and cp_kind auto: it is for cp_kind ring or all_gather"),
+        (
+            ["--layout", "cp=4,cp_ulysses=2"],
+            "parallel.cp_ulysses 2 with cp 4 and cp_kind auto: it is for cp_kind ring or all_gather",
+        ),
         (["--fuzz", "-1"], "--fuzz: '-1'"),
         (["--max-ranks", "1", "--fuzz", "1"], "--max-ranks: '1'"),
         (["--shapes", "64", "--fuzz", "1"], "leave --layout and --fuzz out"),
