@@ -8,7 +8,7 @@ from typing import Any
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.planning.hardware import Cluster
-from qwen_moe.planning.layouts import PRECISIONS, Choice, legal_choices
+from qwen_moe.planning.layouts import PRECISIONS, Choice, Kind, legal_choices
 from qwen_moe.planning.memory import Memory, MemoryModel
 from qwen_moe.planning.software import OURS
 from qwen_moe.planning.step_time import StepTime, StepTimeModel
@@ -72,7 +72,23 @@ class Plan:
 
 
 Timed = tuple[StepTime, Choice, RunLayout]
-FIELDS = ("recompute", "micro_batch", "sharding", "schedule", "per_rank", "pp", "tp", "ep", "etp", "cp", "precision")
+FIELDS = (
+    *(
+        "recompute",
+        "micro_batch",
+        "sharding",
+        "schedule",
+        "per_rank",
+        "pp",
+        "tp",
+        "ep",
+        "etp",
+        "cp",
+        "cp_kind",
+        "cp_ulysses",
+    ),
+    "precision",
+)
 
 
 def changes(old: Choice, new: Choice) -> list[str]:
@@ -103,6 +119,7 @@ class Search:
         self.memory = MemoryModel(config)
         sequence = config.data.sequence_length
         self.time = StepTimeModel(config.model, sequence, cluster, OURS, imbalance)
+        self._picked: dict[tuple[int, int, int], list[Kind]] = {}
 
     def run(self, top: int) -> Plan:
         """Raises UserError when no layout is legal."""
@@ -110,7 +127,9 @@ class Search:
         found = [
             (self.time.step(choice, layout), choice, layout)
             for choice, layout in bar(
-                legal_choices(self.config, self.gpus, wanted=self.precisions), "plan: time of layouts", " layouts"
+                legal_choices(self.config, self.gpus, wanted=self.precisions, pick=self._kinds),
+                "plan: time of layouts",
+                " layouts",
             )
             if self._countable(choice)
         ]
@@ -152,6 +171,16 @@ class Search:
             ],
             gpus_needed=0 if best else self._enough_gpus(),
         )
+
+    def _kinds(self, choice: Choice, found: list[Kind]) -> list[Kind]:
+        """The fastest kind of context parallelism for the degrees and the micro-batch of ``choice``, and a ring, which needs
+        the least memory."""
+        key = (choice.tp, choice.cp, choice.micro_batch)
+        if key not in self._picked:
+            seconds = [self.time.context_seconds(choice, kind.context) for kind in found]
+            fastest = found[seconds.index(min(seconds))]
+            self._picked[key] = [fastest] + [kind for kind in found[:1] if kind != fastest]
+        return self._picked[key]
 
     def _countable(self, choice: Choice) -> bool:
         """Whether slices of experts are multiples of the 16 bytes that grouped GEMMs need (`planning.saved`). Other slices
@@ -195,7 +224,7 @@ class Search:
             ordered = sorted(misfits, key=lambda timed: needed[timed[1]])
         for timed in ordered:
             choice = timed[1]
-            degrees = (choice.tp, choice.pp, choice.ep, choice.etp)
+            degrees = (choice.tp, choice.pp, choice.cp, choice.ep, choice.etp)
             if degrees not in found:
                 found[degrees] = self._whole(timed)
             if len(found) == 3:
@@ -220,7 +249,7 @@ class Search:
                 choice.recompute == "full"
                 and self.memory.floor(choice, layout) <= self.gpu.usable_bytes
                 and self.memory.fullest(choice, layout).total <= self.gpu.usable_bytes
-                for choice, layout in legal_choices(self.config, gpus, (1,), self.precisions)
+                for choice, layout in legal_choices(self.config, gpus, (1,), self.precisions, pick=self._kinds)
                 if self._countable(choice)
             )
             if any(fits):
@@ -232,8 +261,10 @@ _degrees_of = attrgetter("recompute", "micro_batch", "sharding", "pp", "tp", "ep
 
 
 def _distance(one: Choice, other: Choice) -> int:
-    """The number of fields that differ. A schedule and its stages count as one."""
+    """The number of fields that differ. A schedule and its stages count as one, as do a kind of cp and its exchange."""
     same_schedule = (one.schedule, one.per_rank) == (other.schedule, other.per_rank)
-    # A change from or to pp 1 changes the schedule with it.
+    same_kind = (one.cp_kind, one.cp_ulysses) == (other.cp_kind, other.cp_ulysses)
+    # A change from or to pp 1 changes the schedule with it, and a change of cp its kind.
     free = (one.pp == 1) != (other.pp == 1)
-    return sum(map(ne, _degrees_of(one), _degrees_of(other))) + (not same_schedule and not free)
+    differ = sum(map(ne, _degrees_of(one), _degrees_of(other))) + (not same_schedule and not free)
+    return differ + (not same_kind and one.cp == other.cp)

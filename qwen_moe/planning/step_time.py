@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from parallel.stages import V_SHAPED, stages_of_rank
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.flops import flops_per_token
+from qwen_moe.planning.context import ContextTime
 from qwen_moe.planning.hardware import Cluster
 from qwen_moe.planning.layouts import Choice
 from qwen_moe.planning.rates import BF16, Rates
 from qwen_moe.planning.schedules import idle_micro_batches
 from qwen_moe.planning.shares import Shares, add
 from qwen_moe.planning.software import Software
-from qwen_moe.sharding.layout import RunLayout
+from qwen_moe.sharding.layout import ContextPlan, RunLayout
+
+NO_CONTEXT = ContextPlan()
 
 
 @dataclass(frozen=True)
@@ -29,25 +32,34 @@ class Part:
     tp: float = 0.0
     ep: float = 0.0
     experts: float = 0.0  # already included in compute and ep
+    cp: float = 0.0  # exposed communication and the copies that come with it
 
     def __add__(self, other: "Part") -> "Part":
-        return Part(self.compute + other.compute, self.tp + other.tp, self.ep + other.ep, self.experts + other.experts)
+        return Part(
+            self.compute + other.compute,
+            self.tp + other.tp,
+            self.ep + other.ep,
+            self.experts + other.experts,
+            self.cp + other.cp,
+        )
 
     def __mul__(self, times: float) -> "Part":
-        return Part(self.compute * times, self.tp * times, self.ep * times, self.experts * times)
+        return Part(self.compute * times, self.tp * times, self.ep * times, self.experts * times, self.cp * times)
 
     @property
     def total(self) -> float:
-        return self.compute + self.tp + self.ep
+        return self.compute + self.tp + self.cp + self.ep
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of a step. ``tp``, ``ep``, ``pp`` and ``dp`` are exposed communication. ``imbalance`` is the excess of the
+    """Seconds of a step. ``tp``, ``cp``, ``ep``, ``pp`` and ``dp`` are exposed communication; ``cp`` includes its copies.
+    ``imbalance`` is the excess of the
     slowest pipeline rank and of the busiest expert over the average ones."""
 
     compute: float
     tp: float
+    cp: float
     ep: float
     pp: float
     dp: float
@@ -57,7 +69,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        busy = self.compute + self.tp + self.ep + self.pp + self.dp
+        busy = self.compute + self.tp + self.cp + self.ep + self.pp + self.dp
         return busy + self.bubble + self.imbalance + self.optimizer
 
 
@@ -85,6 +97,7 @@ class StepTimeModel:
         self.shares = Shares(model)
         self._moe_layers = frozenset(model.moe_layers)
         self.rates = Rates(cluster, software)
+        self.context = ContextTime(model, sequence, self.rates)
         self._layers: dict[tuple[object, ...], Part] = {}
         self._means: dict[tuple[object, ...], tuple[Part, float]] = {}
         self._elements: dict[tuple[object, ...], tuple[float, float, float]] = {}
@@ -121,22 +134,36 @@ class StepTimeModel:
 
     # Layers, embedding and head
 
-    def layer(self, choice: Choice, moe: bool) -> Part:
+    def layer(self, choice: Choice, moe: bool, context: ContextPlan = NO_CONTEXT) -> Part:
         """Forward and backward of one micro-batch through a layer, with the second forward if it is recomputed."""
-        key = (*_layer_key(choice), moe)
+        key = (*_layer_key(choice, context), moe)
         if key not in self._layers:
             part = self._attention(choice) + (self._moe(choice) if moe else self._feed_forward(choice))
             if choice.recompute == "full":
                 part = part * (4 / 3)
             part += Part(compute=part.compute * self.recomputed / 3)
+            cost = self.context.cost(choice, context, self._scores(choice))
+            part += Part(cp=cost.total(choice.recompute == "full"))
             kernels = 1.0 * self.software.moe_kernels if moe else self.software.dense_kernels
             if choice.precision == "fp8":
                 kernels *= 1.5
+            kernels += cost.kernels
             launch = kernels * self.gpu.kernel_launch_us * 1e-6
             # The host cannot run ahead of an MoE layer, which waits for the sizes of what it will receive.
             waits = max(0.0, launch - part.total)
             self._layers[key] = part + Part(compute=waits)
         return self._layers[key]
+
+    def context_seconds(self, choice: Choice, context: ContextPlan) -> float:
+        """What ``context`` adds to a layer of ``choice``, without recomputation."""
+        return self.context.cost(choice, context, self._scores(choice)).total(recompute=False)
+
+    def _scores(self, choice: Choice) -> float:
+        """Forward of the attention scores. Ranks of a sequence have the same number of query-key pairs."""
+        tokens = choice.micro_batch * self.sequence / choice.cp
+        heads, keys = self.model.num_attention_heads / choice.tp, self.model.keys_per_query(self.sequence)
+        flops = 4 * heads * self.model.head_dim * keys * tokens * self.score_factor
+        return flops / (self.gpu.peak_tflops["bf16"] * 1e12 * self.gpu.efficiency.attention)
 
     def _attention(self, choice: Choice) -> Part:
         m, tp, precision = self.model, choice.tp, choice.precision
@@ -146,13 +173,11 @@ class StepTimeModel:
         gemms = self.rates.gemm(tokens, (heads + 2 * kv) * c, d, precision) + self.rates.gemm(
             tokens, d, heads * c, precision
         )
-        scores = 4 * heads * c * m.keys_per_query(self.sequence) * tokens * self.score_factor
-        # Backward has five GEMMs and forward two.
-        scores_time = 3.5 * scores / (self.gpu.peak_tflops["bf16"] * 1e12 * self.gpu.efficiency.attention)
+        scores = 3.5 * self._scores(choice)  # backward has five GEMMs and forward two
         # Two norms and two residual sums on this rank's tokens, then RoPE and copies to the kernel's layout.
         moved = self.rates.moved(tokens / tp * d, 24) + self.rates.moved(tokens * (heads + 2 * kv) * c, 14)
         moved += self.rates.moved(tokens * (heads + kv) * c, 8) if m.qk_norm else 0.0
-        return Part(compute=gemms + scores_time + moved, tp=self._tp(tp, tokens, 5))
+        return Part(compute=gemms + scores + moved, tp=self._tp(tp, tokens, 5))
 
     def _feed_forward(self, choice: Choice, hidden: int = 0) -> Part:
         d, f = self.model.hidden_size, (hidden or self.model.intermediate_size) / choice.tp
@@ -218,6 +243,7 @@ class StepTimeModel:
         return StepTime(
             compute=count * mean.compute,
             tp=count * mean.tp,
+            cp=count * mean.cp,
             ep=count * mean.ep,
             pp=self._pipeline_messages(choice, layout),
             dp=dp,
@@ -228,11 +254,17 @@ class StepTimeModel:
 
     def _ranks_of(self, choice: Choice, layout: RunLayout) -> tuple[Part, float]:
         """(time of the average pipeline rank, seconds of the slowest one) for one micro-batch."""
-        key = (*_layer_key(choice), choice.pp, layout.per_rank, choice.schedule in V_SHAPED, layout.layers)
+        key = (
+            *_layer_key(choice, layout.context),
+            choice.pp,
+            layout.per_rank,
+            choice.schedule in V_SHAPED,
+            layout.layers,
+        )
         if key not in self._means:
             ranks, zero = self._stages(choice, layout), Part()
-            moe = self.layer(choice, True) if any(r[0] for r in ranks) else zero
-            dense = self.layer(choice, False) if any(r[1] for r in ranks) else zero
+            moe = self.layer(choice, True, layout.context) if any(r[0] for r in ranks) else zero
+            dense = self.layer(choice, False, layout.context) if any(r[1] for r in ranks) else zero
             parts = [moe * r[0] + dense * r[1] + self._ends(choice, r[2], r[3]) for r in ranks]
             self._means[key] = sum(parts, zero) * (1 / len(parts)), max(part.total for part in parts)
         return self._means[key]
@@ -252,7 +284,7 @@ class StepTimeModel:
         width = 1 if choice.precision == "fp8" else BF16
 
         def over(bytes_per_element: int) -> float:
-            return self.rates.ring(dense * bytes_per_element, grid.dp, grid.tp * grid.cp) + self.rates.ring(
+            return self.rates.ring(dense * bytes_per_element, grid.dp * grid.cp, grid.tp) + self.rates.ring(
                 experts * bytes_per_element, grid.edp, grid.ep * grid.etp
             )
 
@@ -295,6 +327,7 @@ class StepTimeModel:
         return found.training + 3 * (self.score_factor - 1) * found.attention_scores
 
 
-def _layer_key(choice: Choice) -> tuple[object, ...]:
-    """The fields that a layer's time depends on."""
-    return (choice.tp, choice.cp, choice.ep, choice.etp, choice.micro_batch, choice.recompute, choice.precision)
+def _layer_key(choice: Choice, context: ContextPlan) -> tuple[object, ...]:
+    """What a layer's time depends on."""
+    degrees = (choice.tp, choice.cp, choice.ep, choice.etp)
+    return (*degrees, context.kind, context.heads, choice.micro_batch, choice.recompute, choice.precision)
