@@ -33,6 +33,7 @@ from qwen_moe.sharding.layout import ContextPlan
 from qwen_moe.sharding.model import TrainingPart, build_parts
 
 _TURNS = 3  # of a ring: more turns hold no more
+_LONG = 16384  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,14 @@ def fake_grids(layout: Layout, kv_heads: int, rank: int = 0, cp_heads: int = 1) 
         dist.destroy_process_group()
 
 
+def _beyond(first: Saved, second: Saved, steps: float) -> Saved:
+    """What follows ``first`` after ``steps`` steps like that to ``second``."""
+    return Saved(
+        held=first.held + steps * (second.held - first.held),
+        working=first.working + steps * (second.working - first.working),
+    )
+
+
 def _smallest_factor(number: int) -> int:
     """The smallest divisor above 1; 1 for 1."""
     return next((d for d in range(2, number + 1) if number % d == 0), 1)
@@ -99,7 +108,8 @@ class SavedActivations:
     """Activations of ``config``'s layers in ``precision``, counted when they are first needed.
 
     Bytes are ``constant + slope * micro_batch``, found from micro-batches of one and of two sequences. The constant comes
-    from RoPE's tables and from the head's gradient, which is formed in forward.
+    from RoPE's tables and from the head's gradient, which is formed in forward. In the same way bytes grow with the length:
+    for more than `_LONG` tokens they are found from as many and from half as many.
     """
 
     def __init__(self, config: RunConfig, precision: str = "bf16") -> None:
@@ -123,14 +133,16 @@ class SavedActivations:
 
     def _at(self, run: Run, micro_batch: int) -> Saved:
         """``run`` with a micro-batch of any size."""
-        one = self._count(run)
+        one = self._of_length(run)
         if micro_batch == 1:
             return one
-        two = self._count(replace(run, micro_batch=2))
-        more = micro_batch - 1
-        return Saved(
-            held=one.held + more * (two.held - one.held), working=one.working + more * (two.working - one.working)
-        )
+        return _beyond(one, self._of_length(replace(run, micro_batch=2)), micro_batch - 1)
+
+    def _of_length(self, run: Run) -> Saved:
+        if run.given <= _LONG:
+            return self._count(run)
+        half = self._count(replace(run, given=_LONG // 2))
+        return _beyond(half, self._count(replace(run, given=_LONG)), run.given / (_LONG // 2) - 1)
 
     def _plain(self, split: Split, *layers: int, middle: bool = True) -> Run:
         """A run without context and expert parallelism on as many tokens as ``split`` gives a rank."""

@@ -1,5 +1,6 @@
 """Predicts the step time of every legal layout, then checks from the fastest on whether they fit, until enough do."""
 
+import heapq
 import time
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter, ne
@@ -13,7 +14,7 @@ from qwen_moe.planning.memory import Memory, MemoryModel
 from qwen_moe.planning.software import OURS
 from qwen_moe.planning.step_time import StepTime, StepTimeModel
 from qwen_moe.progress import bar
-from qwen_moe.sharding.layout import RunLayout
+from qwen_moe.sharding.layout import ContextPlan, RunLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,23 +142,8 @@ class Search:
                 "--global-batch, --precision or training.micro_batch_size (data-parallel ranks x micro-batch must divide "
                 "the global batch)"
             )
-        found.sort(key=lambda item: item[0].total)
         index = {choice: (step, layout) for step, choice, layout in found}
-        best: list[Scored] = []
-        faster: list[Timed] = []
-        seen: set[tuple[int, ...]] = set()
-        for step, choice, layout in bar(found, "plan: memory of the fastest", " layouts"):
-            degrees = (choice.tp, choice.pp, choice.cp, choice.ep, choice.etp)
-            if degrees in seen:
-                continue
-            scored = self._fitting(step, choice, layout)
-            if scored is not None:
-                seen.add(degrees)
-                best.append(scored)
-                if len(best) == top:
-                    break
-            elif not best:
-                faster.append((step, choice, layout))
+        best, faster = self._fastest_that_fit(found, top)
         return Plan(
             config=self.config,
             gpus=self.gpus,
@@ -172,14 +158,45 @@ class Search:
             gpus_needed=0 if best else self._enough_gpus(),
         )
 
+    def _fastest_that_fit(self, found: list[Timed], top: int) -> tuple[list[Scored], list[Timed]]:
+        """The ``top`` fastest layouts that fit, no two with the same degrees, and the faster ones that do not."""
+        best: list[Scored] = []
+        faster: list[Timed] = []
+        seen: set[tuple[int, ...]] = set()
+        heap = [(timed[0].total, number, timed) for number, timed in enumerate(found)]
+        heapq.heapify(heap)
+        by_time = (heapq.heappop(heap) for _ in iter(lambda: bool(heap), False))
+        for _, number, (step, choice, layout) in bar(by_time, "plan: memory of the fastest", " layouts"):
+            degrees = (choice.tp, choice.pp, choice.cp, choice.ep, choice.etp)
+            if degrees in seen:
+                continue
+            scored = self._fitting(step, choice, layout)
+            if scored is not None:
+                seen.add(degrees)
+                best.append(scored)
+                if len(best) == top:
+                    break
+                continue
+            if not best:
+                faster.append((step, choice, layout))
+            leaner = self._as_ring(choice, layout)
+            if leaner is not None:
+                heapq.heappush(heap, (leaner[0].total, number, leaner))
+        return best, faster
+
+    def _as_ring(self, choice: Choice, layout: RunLayout) -> Timed | None:
+        """The layout with another kind of context parallelism, the one that needs the least memory."""
+        if choice.cp == 1 or (choice.cp_kind, choice.cp_ulysses) == ("ring", 1):
+            return None
+        choice = replace(choice, cp_kind="ring", cp_ulysses=1)
+        layout = replace(layout, context=ContextPlan(kind="ring"))
+        return self.time.step(choice, layout), choice, layout
+
     def _kinds(self, choice: Choice, found: list[Kind]) -> list[Kind]:
-        """The fastest kind of context parallelism for the degrees and the micro-batch of ``choice``, and a ring, which needs
-        the least memory."""
+        """The fastest kind of context parallelism for the degrees and the micro-batch of ``choice``."""
         key = (choice.tp, choice.cp, choice.micro_batch)
         if key not in self._picked:
-            seconds = [self.time.context_seconds(choice, kind.context) for kind in found]
-            fastest = found[seconds.index(min(seconds))]
-            self._picked[key] = [fastest] + [kind for kind in found[:1] if kind != fastest]
+            self._picked[key] = [min(found, key=lambda kind: self.time.context_seconds(choice, kind.context))]
         return self._picked[key]
 
     def _countable(self, choice: Choice) -> bool:
