@@ -1,27 +1,42 @@
 """Lists every layout that a run may have on a number of GPUs, by the run's own check (`sharding.layout.run_layout`)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from parallel.mesh import Layout, LayoutError, layout_for
 from qwen_moe.config import ParallelConfig, PrecisionConfig, RunConfig, TrainingConfig
 from qwen_moe.errors import UserError
-from qwen_moe.sharding.layout import RunLayout, run_layout
+from qwen_moe.sharding.layout import ContextPlan, RunLayout, check_layout, context_plan, run_layout
 
 PRECISIONS = ("bf16", "fp8")
+LEAST_TOKENS = 4096  # of a sequence on a cp rank; with fewer, tp and dp are better
+
+
+@dataclass(frozen=True)
+class Kind:
+    """``parallel.cp_kind`` and ``cp_ulysses``, and what follows from them."""
+
+    cp_kind: str
+    cp_ulysses: int
+    context: ContextPlan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The settings that the search chooses. ``per_rank`` is the number of pipeline stages on each rank, never 0 here."""
+    """The settings that the search chooses. ``per_rank`` is the number of pipeline stages on each rank, never 0 here.
+    ``cp_kind`` and ``cp_ulysses`` are those of the recipe, and matter only with cp above 1."""
 
     tp: int = 1
     pp: int = 1
     cp: int = 1
+    cp_kind: str = "auto"
+    cp_ulysses: int = 1
     ep: int = 1
     etp: int = 1
     schedule: str = "1f1b"
@@ -35,6 +50,10 @@ class Choice:
         degrees = [
             f"{name}={getattr(self, name)}" for name in ("tp", "pp", "cp", "ep", "etp") if getattr(self, name) > 1
         ]
+        if self.cp > 1:
+            degrees.append(
+                f"cp_kind={self.cp_kind}" + (f" cp_ulysses={self.cp_ulysses}" if self.cp_ulysses > 1 else "")
+            )
         if self.pp > 1:
             degrees.append(self.schedule + (f"x{self.per_rank}" if self.schedule == "interleaved_1f1b" else ""))
         degrees += [f"mb={self.micro_batch}", self.sharding]
@@ -44,7 +63,8 @@ class Choice:
     def settings(self) -> dict[str, dict[str, Any]]:
         """These settings as sections of a recipe."""
         per_rank = self.per_rank if self.pp > 1 and self.schedule == "interleaved_1f1b" else 0
-        degrees = {name: getattr(self, name) for name in ("tp", "pp", "cp", "ep", "etp")}
+        names = ("tp", "pp", "cp", "cp_kind", "cp_ulysses", "ep", "etp")
+        degrees = {name: getattr(self, name) for name in names}
         parallel = degrees | {"schedule": self.schedule, "stages_per_rank": per_rank, "sharding": self.sharding}
         return {
             "parallel": parallel,
@@ -90,24 +110,56 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // d for d in small)})
 
 
-def _degrees(config: RunConfig, gpus: int) -> Iterator[Choice]:
-    """The degrees that the number of GPUs and the model allow, by the checks that `run_layout` makes first."""
-    from parallel.mesh import LayoutError, layout_for
-    from qwen_moe.sharding.layout import check_layout
+def kinds(config: RunConfig, layout: Layout) -> list[Kind]:
+    """The kinds of context parallelism that a run would accept with the degrees of ``layout``, ring first."""
+    if layout.cp == 1:
+        return [_kind(config, layout, "auto", 1)]
+    within = [degree for degree in divisors(layout.cp) if 1 < degree < layout.cp]
+    named = [("ring", 1), ("all_gather", 1), ("ulysses", 1)]
+    named += [(kind, degree) for degree in within for kind in ("ring", "all_gather")]
+    found = []
+    for kind, ulysses in named:
+        with suppress(LayoutError):
+            found.append(_kind(config, layout, kind, ulysses))
+    return found
 
+
+def _kind(config: RunConfig, layout: Layout, kind: str, ulysses: int) -> Kind:
+    settings = vars(config.parallel) | {"cp_kind": kind, "cp_ulysses": ulysses}
+    changed = config.model_copy(update={"parallel": ParallelConfig(**settings)})
+    return Kind(kind, ulysses, context_plan(changed, layout))
+
+
+Pick = Callable[[Choice, list[Kind]], list[Kind]]
+
+
+def all_kinds(choice: Choice, found: list[Kind]) -> list[Kind]:
+    """Every kind of context parallelism that is legal with the degrees of ``choice``."""
+    return found
+
+
+def _degrees(config: RunConfig, gpus: int, least_tokens: int) -> Iterator[tuple[Choice, list[Kind]]]:
+    """The degrees that the number of GPUs and the model allow, by the checks that `run_layout` makes first, and the kinds of
+    context parallelism. With cp above 1, a rank has at least ``least_tokens`` of a sequence, or cp is the recipe's."""
+    sequence = config.data.sequence_length
+    by_split: dict[tuple[int, int], list[Kind]] = {}
     for pp in divisors(gpus):
         if pp > config.model.num_hidden_layers:
             continue
         for tp in divisors(gpus // pp):
             for cp in divisors(gpus // pp // tp):
+                if cp not in (1, config.parallel.cp) and sequence < least_tokens * cp:
+                    continue
                 for ep in divisors(gpus // pp):
                     for etp in divisors(gpus // pp // ep):
                         try:
                             layout = layout_for(gpus, pp=pp, tp=tp, cp=cp, ep=ep, etp=etp)
-                            check_layout(config.model, layout, config.data.sequence_length)
+                            check_layout(config.model, layout, sequence)
                         except LayoutError:
                             continue
-                        yield Choice(tp=tp, pp=pp, cp=cp, ep=ep, etp=etp)
+                        if (tp, cp) not in by_split:
+                            by_split[tp, cp] = kinds(config, layout)
+                        yield Choice(tp=tp, pp=pp, cp=cp, ep=ep, etp=etp), by_split[tp, cp]
 
 
 def _schedules(pp: int, layers: int) -> Iterator[tuple[str, int]]:
@@ -139,22 +191,29 @@ def legal_choices(
     gpus: int,
     micro_batches: tuple[int, ...] = (1, 2, 4, 8),
     wanted: tuple[str, ...] = PRECISIONS,
+    least_tokens: int = LEAST_TOKENS,
+    pick: Pick = all_kinds,
 ) -> Iterator[tuple[Choice, RunLayout]]:
-    """Every legal choice on ``gpus`` processes, with the layout that the run would have."""
+    """Every legal choice on ``gpus`` processes, with the layout that the run would have. ``pick`` chooses among the kinds of
+    context parallelism, which do not change what else is legal; see `_degrees` for ``least_tokens``."""
     layers, sizes = config.model.num_hidden_layers, sorted({*micro_batches, config.training.micro_batch_size})
     computes = precisions(config, wanted)
     if not computes:
         return
-    for degrees in _degrees(config, gpus):
+    for degrees, possible in _degrees(config, gpus, least_tokens):
         for schedule, per_rank in _schedules(degrees.pp, layers):
             for micro_batch in sizes:
                 base = {**vars(degrees), "schedule": schedule, "per_rank": per_rank, "micro_batch": micro_batch}
-                first = Choice(**base | {"precision": computes[0]})
+                any_kind = {"cp_kind": possible[0].cp_kind, "cp_ulysses": possible[0].cp_ulysses}
+                first = Choice(**base | any_kind | {"precision": computes[0]})
                 found = legal(config, first, gpus)
                 if isinstance(found, str):
                     continue
-                # The check does not depend on recomputation or precision.
-                for choice in _shardings(first):
-                    for precision in computes:
-                        for recompute in ("none", "full"):
-                            yield Choice(**vars(choice) | {"precision": precision, "recompute": recompute}), found
+                # The check does not depend on recomputation, precision or the kind.
+                picked = pick(first, possible) if degrees.cp > 1 else possible
+                for kind, choice in product(picked, _shardings(first)):
+                    layout = found if degrees.cp == 1 else replace(found, context=kind.context)
+                    for precision, recompute in product(computes, ("none", "full")):
+                        chosen: dict[str, Any] = {"precision": precision, "recompute": recompute}
+                        chosen |= {"cp_kind": kind.cp_kind, "cp_ulysses": kind.cp_ulysses}
+                        yield Choice(**vars(choice) | chosen), layout

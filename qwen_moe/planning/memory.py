@@ -13,6 +13,9 @@ Parameters, gradients and optimizer state follow from shapes and are exact. Besi
 Schedules that split backward into two halves (zbv, dualpipev) keep gradients between them, which are estimated as half of
 the micro-batch's activations.
 
+Context parallelism (docs/long-context.md) cuts activations over cp, and dense parameters over dp x cp. What its kinds keep
+for backward and what they need for a moment is counted, as everything else is (`saved`).
+
 A pipeline also allocates receive buffers for every micro-batch and stage, in both directions, and keeps them.
 """
 
@@ -22,11 +25,11 @@ from dataclasses import dataclass, fields
 from qwen_moe.config import RunConfig
 from qwen_moe.models.flops import DTYPE_BYTES
 from qwen_moe.planning.layouts import Choice
-from qwen_moe.planning.saved import SavedActivations
+from qwen_moe.planning.saved import SavedActivations, Split
 from qwen_moe.planning.schedules import Flight, flights
 from qwen_moe.planning.shares import FIRST, Place, Shares, UnitShare, add
 from qwen_moe.sharding.build import DTYPES
-from qwen_moe.sharding.layout import RunLayout
+from qwen_moe.sharding.layout import ContextPlan, RunLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,7 @@ class MemoryModel:
         self.shares = Shares(config.model)
         self._saved: dict[str, SavedActivations] = {}
         self.master = DTYPE_BYTES[config.precision.master]
-        self._layers: dict[tuple[object, ...], tuple[float, float]] = {}
+        self._stages: dict[tuple[object, ...], tuple[float, float]] = {}
 
     def saved(self, precision: str) -> SavedActivations:
         """The activation counts of layers in ``precision``."""
@@ -158,34 +161,27 @@ class MemoryModel:
         """(held by each micro-batch in flight, working) of one stage."""
         layers, last = layout.layers[stage], stage == len(layout.layers) - 1
         moe = sum(self.model.is_moe_layer(layer) for layer in layers)
-        key = (
-            choice.tp,
-            choice.ep,
-            choice.etp,
-            choice.micro_batch,
-            choice.recompute,
-            len(layers),
-            moe,
-            stage == 0,
-            last,
-        )
-        if key not in self._layers:
-            self._layers[key] = self._count_stage(choice, {True: moe, False: len(layers) - moe}, stage == 0, last)
-        return self._layers[key]
+        kinds = {kind: times for kind, times in ((True, moe), (False, len(layers) - moe)) if times}
+        split = split_of(choice, layout)
+        key = (split, choice.precision, choice.micro_batch, choice.recompute, *kinds.items(), stage == 0, last)
+        if key not in self._stages:
+            self._stages[key] = self._count_stage(choice, split, kinds, stage == 0, last)
+        return self._stages[key]
 
-    def _count_stage(self, choice: Choice, kinds: dict[bool, int], first: bool, last: bool) -> tuple[float, float]:
-        saved, tp, batch = self.saved(choice.precision), choice.tp, choice.micro_batch
-        kinds = {moe: times for moe, times in kinds.items() if times}
-        layers = {moe: saved.layer(tp, choice.ep, choice.etp, moe, batch) for moe in kinds}
-        held, working = saved.shared(tp, batch), max(layer.working for layer in layers.values())
+    def _count_stage(
+        self, choice: Choice, split: Split, kinds: dict[bool, int], first: bool, last: bool
+    ) -> tuple[float, float]:
+        saved, batch = self.saved(choice.precision), choice.micro_batch
+        layers = {moe: saved.layer(split, moe, batch) for moe in kinds}
+        held, working = saved.shared(split, batch), max(layer.working for layer in layers.values())
         if choice.recompute == "full":
             # Layers keep their outputs and the order of their rows. Backward recomputes one layer at a time.
             working += max(layer.held for layer in layers.values())
-            layers = {moe: saved.layer(tp, choice.ep, choice.etp, moe, batch, recompute=True) for moe in kinds}
+            layers = {moe: saved.layer(split, moe, batch, recompute=True) for moe in kinds}
         held += sum(kinds[moe] * layer.held for moe, layer in layers.items())
-        held += saved.first(tp, batch) if first else 0.0
+        held += saved.first(split, batch) if first else 0.0
         if last:
-            head = saved.last(tp, batch)
+            head = saved.last(split, batch)
             held, working = held + head.held, max(working, head.working)
         return held, working
 
@@ -197,13 +193,19 @@ class MemoryModel:
     @staticmethod
     def _unit_buffers(layout: RunLayout, elements: int, bytes_per_element: int) -> float:
         """The buffers of an all-gather, a reduction or both of one unit."""
-        return float(elements * bytes_per_element) if max(layout.layout.dp, layout.layout.edp) > 1 else 0.0
+        grid = layout.layout
+        return float(elements * bytes_per_element) if max(grid.dp * grid.cp, grid.edp) > 1 else 0.0
 
     def _receive_buffers(self, choice: Choice, layout: RunLayout, flight: Flight) -> float:
         if choice.pp == 1:
             return 0.0
         last = len(layout.layers) - 1
         neighbours: Sequence[int] = [(stage > 0) + (stage < last) for stage in flight.stages]
-        return (
-            sum(neighbours) * layout.micro_batches * choice.micro_batch * self.saved(choice.precision).hidden(choice.tp)
-        )
+        hidden = self.saved(choice.precision).hidden(split_of(choice, layout))
+        return sum(neighbours) * layout.micro_batches * choice.micro_batch * hidden
+
+
+def split_of(choice: Choice, layout: RunLayout) -> Split:
+    """How the ranks of a layout share a layer."""
+    context = layout.context if choice.cp > 1 else ContextPlan()
+    return Split(tp=choice.tp, cp=choice.cp, context=context, ep=choice.ep, etp=choice.etp)

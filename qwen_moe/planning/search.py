@@ -1,5 +1,6 @@
 """Predicts the step time of every legal layout, then checks from the fastest on whether they fit, until enough do."""
 
+import heapq
 import time
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter, ne
@@ -8,12 +9,12 @@ from typing import Any
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.planning.hardware import Cluster
-from qwen_moe.planning.layouts import PRECISIONS, Choice, legal_choices
+from qwen_moe.planning.layouts import PRECISIONS, Choice, Kind, legal_choices
 from qwen_moe.planning.memory import Memory, MemoryModel
 from qwen_moe.planning.software import OURS
 from qwen_moe.planning.step_time import StepTime, StepTimeModel
 from qwen_moe.progress import bar
-from qwen_moe.sharding.layout import RunLayout
+from qwen_moe.sharding.layout import ContextPlan, RunLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,23 @@ class Plan:
 
 
 Timed = tuple[StepTime, Choice, RunLayout]
-FIELDS = ("recompute", "micro_batch", "sharding", "schedule", "per_rank", "pp", "tp", "ep", "etp", "cp", "precision")
+FIELDS = (
+    *(
+        "recompute",
+        "micro_batch",
+        "sharding",
+        "schedule",
+        "per_rank",
+        "pp",
+        "tp",
+        "ep",
+        "etp",
+        "cp",
+        "cp_kind",
+        "cp_ulysses",
+    ),
+    "precision",
+)
 
 
 def changes(old: Choice, new: Choice) -> list[str]:
@@ -103,6 +120,7 @@ class Search:
         self.memory = MemoryModel(config)
         sequence = config.data.sequence_length
         self.time = StepTimeModel(config.model, sequence, cluster, OURS, imbalance)
+        self._picked: dict[tuple[int, int, int], list[Kind]] = {}
 
     def run(self, top: int) -> Plan:
         """Raises UserError when no layout is legal."""
@@ -110,7 +128,9 @@ class Search:
         found = [
             (self.time.step(choice, layout), choice, layout)
             for choice, layout in bar(
-                legal_choices(self.config, self.gpus, wanted=self.precisions), "plan: time of layouts", " layouts"
+                legal_choices(self.config, self.gpus, wanted=self.precisions, pick=self._kinds),
+                "plan: time of layouts",
+                " layouts",
             )
             if self._countable(choice)
         ]
@@ -122,23 +142,8 @@ class Search:
                 "--global-batch, --precision or training.micro_batch_size (data-parallel ranks x micro-batch must divide "
                 "the global batch)"
             )
-        found.sort(key=lambda item: item[0].total)
         index = {choice: (step, layout) for step, choice, layout in found}
-        best: list[Scored] = []
-        faster: list[Timed] = []
-        seen: set[tuple[int, ...]] = set()
-        for step, choice, layout in bar(found, "plan: memory of the fastest", " layouts"):
-            degrees = (choice.tp, choice.pp, choice.cp, choice.ep, choice.etp)
-            if degrees in seen:
-                continue
-            scored = self._fitting(step, choice, layout)
-            if scored is not None:
-                seen.add(degrees)
-                best.append(scored)
-                if len(best) == top:
-                    break
-            elif not best:
-                faster.append((step, choice, layout))
+        best, faster = self._fastest_that_fit(found, top)
         return Plan(
             config=self.config,
             gpus=self.gpus,
@@ -152,6 +157,47 @@ class Search:
             ],
             gpus_needed=0 if best else self._enough_gpus(),
         )
+
+    def _fastest_that_fit(self, found: list[Timed], top: int) -> tuple[list[Scored], list[Timed]]:
+        """The ``top`` fastest layouts that fit, no two with the same degrees, and the faster ones that do not."""
+        best: list[Scored] = []
+        faster: list[Timed] = []
+        seen: set[tuple[int, ...]] = set()
+        heap = [(timed[0].total, number, timed) for number, timed in enumerate(found)]
+        heapq.heapify(heap)
+        by_time = (heapq.heappop(heap) for _ in iter(lambda: bool(heap), False))
+        for _, number, (step, choice, layout) in bar(by_time, "plan: memory of the fastest", " layouts"):
+            degrees = (choice.tp, choice.pp, choice.cp, choice.ep, choice.etp)
+            if degrees in seen:
+                continue
+            scored = self._fitting(step, choice, layout)
+            if scored is not None:
+                seen.add(degrees)
+                best.append(scored)
+                if len(best) == top:
+                    break
+                continue
+            if not best:
+                faster.append((step, choice, layout))
+            leaner = self._as_ring(choice, layout)
+            if leaner is not None:
+                heapq.heappush(heap, (leaner[0].total, number, leaner))
+        return best, faster
+
+    def _as_ring(self, choice: Choice, layout: RunLayout) -> Timed | None:
+        """The layout with another kind of context parallelism, the one that needs the least memory."""
+        if choice.cp == 1 or (choice.cp_kind, choice.cp_ulysses) == ("ring", 1):
+            return None
+        choice = replace(choice, cp_kind="ring", cp_ulysses=1)
+        layout = replace(layout, context=ContextPlan(kind="ring"))
+        return self.time.step(choice, layout), choice, layout
+
+    def _kinds(self, choice: Choice, found: list[Kind]) -> list[Kind]:
+        """The fastest kind of context parallelism for the degrees and the micro-batch of ``choice``."""
+        key = (choice.tp, choice.cp, choice.micro_batch)
+        if key not in self._picked:
+            self._picked[key] = [min(found, key=lambda kind: self.time.context_seconds(choice, kind.context))]
+        return self._picked[key]
 
     def _countable(self, choice: Choice) -> bool:
         """Whether slices of experts are multiples of the 16 bytes that grouped GEMMs need (`planning.saved`). Other slices
@@ -195,7 +241,7 @@ class Search:
             ordered = sorted(misfits, key=lambda timed: needed[timed[1]])
         for timed in ordered:
             choice = timed[1]
-            degrees = (choice.tp, choice.pp, choice.ep, choice.etp)
+            degrees = (choice.tp, choice.pp, choice.cp, choice.ep, choice.etp)
             if degrees not in found:
                 found[degrees] = self._whole(timed)
             if len(found) == 3:
@@ -220,7 +266,7 @@ class Search:
                 choice.recompute == "full"
                 and self.memory.floor(choice, layout) <= self.gpu.usable_bytes
                 and self.memory.fullest(choice, layout).total <= self.gpu.usable_bytes
-                for choice, layout in legal_choices(self.config, gpus, (1,), self.precisions)
+                for choice, layout in legal_choices(self.config, gpus, (1,), self.precisions, pick=self._kinds)
                 if self._countable(choice)
             )
             if any(fits):
@@ -232,8 +278,10 @@ _degrees_of = attrgetter("recompute", "micro_batch", "sharding", "pp", "tp", "ep
 
 
 def _distance(one: Choice, other: Choice) -> int:
-    """The number of fields that differ. A schedule and its stages count as one."""
+    """The number of fields that differ. A schedule and its stages count as one, as do a kind of cp and its exchange."""
     same_schedule = (one.schedule, one.per_rank) == (other.schedule, other.per_rank)
-    # A change from or to pp 1 changes the schedule with it.
+    same_kind = (one.cp_kind, one.cp_ulysses) == (other.cp_kind, other.cp_ulysses)
+    # A change from or to pp 1 changes the schedule with it, and a change of cp its kind.
     free = (one.pp == 1) != (other.pp == 1)
-    return sum(map(ne, _degrees_of(one), _degrees_of(other))) + (not same_schedule and not free)
+    differ = sum(map(ne, _degrees_of(one), _degrees_of(other))) + (not same_schedule and not free)
+    return differ + (not same_kind and one.cp == other.cp)

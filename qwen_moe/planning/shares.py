@@ -16,9 +16,9 @@ from qwen_moe.sharding.table import is_expert, placement
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's index on each axis of both grids (see parallel/mesh.py)."""
+    """A rank's index on each axis of both grids (see parallel/mesh.py). ``data``: among the dp x cp ranks."""
 
-    dp: int = 0
+    data: int = 0
     tp: int = 0
     edp: int = 0
     ep: int = 0
@@ -33,7 +33,7 @@ def place_of(layout: Layout, rank: int) -> Place:
     inner = rank % layout.stage_size
     exchange = layout.ep * layout.etp
     return Place(
-        dp=inner // (layout.tp * layout.cp),
+        data=inner // layout.tp,
         tp=inner % layout.tp,
         edp=inner // exchange,
         ep=inner % exchange // layout.etp,
@@ -109,7 +109,8 @@ class Shares:
                 whole = padded = sharded = 0
                 for name in names:
                     sizes = placement(name, shapes[name], axes).sizes
-                    ranks, mine = (layout.edp, place.edp) if is_expert(name) else (layout.dp, place.dp)
+                    data = (layout.dp * layout.cp, place.data)
+                    ranks, mine = (layout.edp, place.edp) if is_expert(name) else data
                     row = 1
                     for size in sizes[1:]:
                         row *= size

@@ -12,6 +12,7 @@ class Software:
     ep_overlap: float  # all-to-alls behind other micro-batches
     shared_expert_overlap: bool  # the shared expert hides dispatch in forward and combine in backward
     once_per_node: bool  # a token travels once to each node that has experts for it (DeepEP), not once per expert
+    cp_overlap: float  # messages of a ring behind attention
     pp_overlap: float
     dp_overlap: float  # without a pipeline, or if the pipeline reduces during its last backward
     pipeline_reduces_at_end: bool  # gradients are reduced after a stage's last backward, when nothing can hide it
@@ -29,6 +30,7 @@ OURS = Software(
     ep_overlap=0.0,
     shared_expert_overlap=True,
     once_per_node=False,
+    cp_overlap=0.8,
     pp_overlap=0.3,
     dp_overlap=0.7,
     pipeline_reduces_at_end=True,
@@ -46,6 +48,7 @@ MEGATRON = Software(
     ep_overlap=0.0,
     shared_expert_overlap=False,
     once_per_node=True,
+    cp_overlap=0.8,
     pp_overlap=0.7,
     dp_overlap=0.8,
     pipeline_reduces_at_end=False,

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from parallel.stages import V_SHAPED, stages_of_rank
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.flops import flops_per_token
+from qwen_moe.planning.context import ContextTime
 from qwen_moe.planning.hardware import Cluster
 from qwen_moe.planning.layouts import Choice
+from qwen_moe.planning.rates import BF16, Rates
 from qwen_moe.planning.schedules import idle_micro_batches
 from qwen_moe.planning.shares import Shares, add
 from qwen_moe.planning.software import Software
-from qwen_moe.sharding.layout import RunLayout
+from qwen_moe.sharding.layout import ContextPlan, RunLayout
 
-BF16 = 2  # bytes
+NO_CONTEXT = ContextPlan()
 
 
 @dataclass(frozen=True)
@@ -30,25 +32,34 @@ class Part:
     tp: float = 0.0
     ep: float = 0.0
     experts: float = 0.0  # already included in compute and ep
+    cp: float = 0.0  # exposed communication and the copies that come with it
 
     def __add__(self, other: "Part") -> "Part":
-        return Part(self.compute + other.compute, self.tp + other.tp, self.ep + other.ep, self.experts + other.experts)
+        return Part(
+            self.compute + other.compute,
+            self.tp + other.tp,
+            self.ep + other.ep,
+            self.experts + other.experts,
+            self.cp + other.cp,
+        )
 
     def __mul__(self, times: float) -> "Part":
-        return Part(self.compute * times, self.tp * times, self.ep * times, self.experts * times)
+        return Part(self.compute * times, self.tp * times, self.ep * times, self.experts * times, self.cp * times)
 
     @property
     def total(self) -> float:
-        return self.compute + self.tp + self.ep
+        return self.compute + self.tp + self.cp + self.ep
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of a step. ``tp``, ``ep``, ``pp`` and ``dp`` are exposed communication. ``imbalance`` is the excess of the
+    """Seconds of a step. ``tp``, ``cp``, ``ep``, ``pp`` and ``dp`` are exposed communication; ``cp`` includes its copies.
+    ``imbalance`` is the excess of the
     slowest pipeline rank and of the busiest expert over the average ones."""
 
     compute: float
     tp: float
+    cp: float
     ep: float
     pp: float
     dp: float
@@ -58,7 +69,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        busy = self.compute + self.tp + self.ep + self.pp + self.dp
+        busy = self.compute + self.tp + self.cp + self.ep + self.pp + self.dp
         return busy + self.bubble + self.imbalance + self.optimizer
 
 
@@ -85,55 +96,20 @@ class StepTimeModel:
         self.score_factor, self.recomputed = score_factor, recomputed
         self.shares = Shares(model)
         self._moe_layers = frozenset(model.moe_layers)
-        self.memory_rate = self.gpu.memory_gb_per_second * 1e9 * self.gpu.efficiency.memory
+        self.rates = Rates(cluster, software)
+        self.context = ContextTime(model, sequence, self.rates)
         self._layers: dict[tuple[object, ...], Part] = {}
         self._means: dict[tuple[object, ...], tuple[Part, float]] = {}
         self._elements: dict[tuple[object, ...], tuple[float, float, float]] = {}
 
-    # Single operations
-
-    def _gemm(self, m: float, n: float, k: float, precision: str, count: float = 1, grouped: bool = False) -> float:
-        """``count`` GEMMs ``[m, k] x [k, n]``, with those of backward for the gradients of input and weight."""
-        e = self.gpu.efficiency
-        share = e.grouped_gemm if grouped else e.gemm
-        half = e.gemm_half_size
-        filled = m / (m + half) * n / (n + half) * k / (k + half)
-        peak, quantize = self.gpu.peak_tflops["bf16"] * 1e12 * share, 0.0
-        if precision == "fp8":
-            peak = self.gpu.peak_tflops["fp8"] * 1e12 * share * e.fp8_gemm / e.gemm
-            # Find the largest value, then cast and transpose, for the input and for its gradient: 2 + 2 reads, 1 + 1 writes.
-            quantize = 6 * count * m * (k + n) / self.memory_rate
-            # Each of the three matrices (input, gradient, weight) has its own kernels for this.
-            quantize += 6 * count * self.software.fp8_matrix_us * 1e-6
-        time = 2 * m * n * k * count / (peak * filled)
-        bytes_ = count * (m * k + k * n + m * n) * BF16
-        return 3 * max(time, bytes_ / self.memory_rate) + quantize
-
-    def _moved(self, elements: float, times: float, bytes_per_element: float = BF16) -> float:
-        """Time of elementwise operations that read or write ``elements`` ``times`` times in forward and backward."""
-        return elements * times * bytes_per_element * self.software.elementwise / self.memory_rate
-
-    def _group_rate(self, ranks: int, stride: int) -> float:
-        """Bytes per second of a ring over ``ranks`` that are ``stride`` apart. Ranks on one node share their adapters."""
-        e = self.gpu.efficiency
-        nvlink = self.gpu.nvlink_gb_per_second * 1e9 * e.nvlink
-        here = min(ranks, max(1, self.gpus_per_node // stride))
-        return nvlink if ranks <= here else min(nvlink, self.network.gb_per_second * 1e9 * e.network * here)
-
-    def _latency(self, ranks: int, stride: int) -> float:
-        across = ranks * stride > self.gpus_per_node
-        return (self.network.latency_us if across else self.gpu.nvlink_latency_us) * 1e-6
-
-    def _ring(self, bytes_: float, ranks: int, stride: int) -> float:
-        """An all-gather or reduce-scatter of a tensor that is ``bytes_`` large when whole."""
-        return bytes_ * (ranks - 1) / ranks / self._group_rate(ranks, stride) if ranks > 1 else 0.0
+    # Communication of layers
 
     def _tp(self, tp: int, tokens: float, times: float) -> float:
         """``times`` all-gathers or reduce-scatters of hidden states over tp."""
         if tp == 1:
             return 0.0
-        time = self._ring(tokens * self.model.hidden_size * BF16, tp, 1) * (1 - self.software.tp_overlap)
-        return times * (time + self._latency(tp, 1))
+        time = self.rates.ring(tokens * self.model.hidden_size * BF16, tp, 1) * (1 - self.software.tp_overlap)
+        return times * (time + self.rates.latency(tp, 1))
 
     def _all_to_all(self, rows: float, ep: int, etp: int) -> float:
         """Dispatch or combine of ``rows`` hidden states, counted after they are copied for etp."""
@@ -154,46 +130,60 @@ class StepTimeModel:
             across / (self.network.gb_per_second * 1e9 * e.network),
         )
         share = 1.0 if self.software.once_per_node else e.all_to_all
-        return slowest / share + self._latency(ranks, 1) * (1 + math.log2(ranks) / 2)
+        return slowest / share + self.rates.latency(ranks, 1) * (1 + math.log2(ranks) / 2)
 
     # Layers, embedding and head
 
-    def layer(self, choice: Choice, moe: bool) -> Part:
+    def layer(self, choice: Choice, moe: bool, context: ContextPlan = NO_CONTEXT) -> Part:
         """Forward and backward of one micro-batch through a layer, with the second forward if it is recomputed."""
-        key = (*_layer_key(choice), moe)
+        key = (*_layer_key(choice, context), moe)
         if key not in self._layers:
             part = self._attention(choice) + (self._moe(choice) if moe else self._feed_forward(choice))
             if choice.recompute == "full":
                 part = part * (4 / 3)
             part += Part(compute=part.compute * self.recomputed / 3)
+            cost = self.context.cost(choice, context, self._scores(choice))
+            part += Part(cp=cost.total(choice.recompute == "full"))
             kernels = 1.0 * self.software.moe_kernels if moe else self.software.dense_kernels
             if choice.precision == "fp8":
                 kernels *= 1.5
+            kernels += cost.kernels
             launch = kernels * self.gpu.kernel_launch_us * 1e-6
             # The host cannot run ahead of an MoE layer, which waits for the sizes of what it will receive.
             waits = max(0.0, launch - part.total)
             self._layers[key] = part + Part(compute=waits)
         return self._layers[key]
 
+    def context_seconds(self, choice: Choice, context: ContextPlan) -> float:
+        """What ``context`` adds to a layer of ``choice``, without recomputation."""
+        return self.context.cost(choice, context, self._scores(choice)).total(recompute=False)
+
+    def _scores(self, choice: Choice) -> float:
+        """Forward of the attention scores. Ranks of a sequence have the same number of query-key pairs."""
+        tokens = choice.micro_batch * self.sequence / choice.cp
+        heads, keys = self.model.num_attention_heads / choice.tp, self.model.keys_per_query(self.sequence)
+        flops = 4 * heads * self.model.head_dim * keys * tokens * self.score_factor
+        return flops / (self.gpu.peak_tflops["bf16"] * 1e12 * self.gpu.efficiency.attention)
+
     def _attention(self, choice: Choice) -> Part:
         m, tp, precision = self.model, choice.tp, choice.precision
         tokens = choice.micro_batch * self.sequence / choice.cp
         d, c = m.hidden_size, m.head_dim
         heads, kv = m.num_attention_heads / tp, max(1.0, m.num_key_value_heads / tp)
-        gemms = self._gemm(tokens, (heads + 2 * kv) * c, d, precision) + self._gemm(tokens, d, heads * c, precision)
-        scores = 4 * heads * c * m.keys_per_query(self.sequence) * tokens * self.score_factor
-        # Backward has five GEMMs and forward two.
-        scores_time = 3.5 * scores / (self.gpu.peak_tflops["bf16"] * 1e12 * self.gpu.efficiency.attention)
+        gemms = self.rates.gemm(tokens, (heads + 2 * kv) * c, d, precision) + self.rates.gemm(
+            tokens, d, heads * c, precision
+        )
+        scores = 3.5 * self._scores(choice)  # backward has five GEMMs and forward two
         # Two norms and two residual sums on this rank's tokens, then RoPE and copies to the kernel's layout.
-        moved = self._moved(tokens / tp * d, 24) + self._moved(tokens * (heads + 2 * kv) * c, 14)
-        moved += self._moved(tokens * (heads + kv) * c, 8) if m.qk_norm else 0.0
-        return Part(compute=gemms + scores_time + moved, tp=self._tp(tp, tokens, 5))
+        moved = self.rates.moved(tokens / tp * d, 24) + self.rates.moved(tokens * (heads + 2 * kv) * c, 14)
+        moved += self.rates.moved(tokens * (heads + kv) * c, 8) if m.qk_norm else 0.0
+        return Part(compute=gemms + scores + moved, tp=self._tp(tp, tokens, 5))
 
     def _feed_forward(self, choice: Choice, hidden: int = 0) -> Part:
         d, f = self.model.hidden_size, (hidden or self.model.intermediate_size) / choice.tp
         tokens = choice.micro_batch * self.sequence / choice.cp
-        gemms = self._gemm(tokens, 2 * f, d, choice.precision) + self._gemm(tokens, d, f, choice.precision)
-        moved = self._moved(tokens * f, 8) + self._moved(tokens / choice.tp * d, 4)
+        gemms = self.rates.gemm(tokens, 2 * f, d, choice.precision) + self.rates.gemm(tokens, d, f, choice.precision)
+        moved = self.rates.moved(tokens * f, 8) + self.rates.moved(tokens / choice.tp * d, 4)
         return Part(compute=gemms + moved, tp=self._tp(choice.tp, tokens, 5))
 
     def _moe(self, choice: Choice) -> Part:
@@ -202,11 +192,13 @@ class StepTimeModel:
         tokens = choice.micro_batch * self.sequence / choice.cp / tp
         rows = tokens * m.num_experts_per_tok * etp
         each = rows / local
-        experts = self._gemm(each, 2 * f, d, choice.precision, local, grouped=True)
-        experts += self._gemm(each, d, f, choice.precision, local, grouped=True)
-        experts += self._moved(rows * f, 8)
+        experts = self.rates.gemm(each, 2 * f, d, choice.precision, local, grouped=True)
+        experts += self.rates.gemm(each, d, f, choice.precision, local, grouped=True)
+        experts += self.rates.moved(rows * f, 8)
         # Sort the rows and sum them with weights; an all-to-all reorders them twice more.
-        moved = self._moved(rows * d, 10 if ep * etp == 1 else 18) + self._moved(tokens * m.num_experts, 10, 4)
+        moved = self.rates.moved(rows * d, 10 if ep * etp == 1 else 18) + self.rates.moved(
+            tokens * m.num_experts, 10, 4
+        )
         shared = Part()
         if m.shared_expert_intermediate_size:
             shared = self._feed_forward(choice, m.shared_expert_intermediate_size)
@@ -221,10 +213,10 @@ class StepTimeModel:
         tokens = choice.micro_batch * self.sequence / choice.cp
         d, part = self.model.hidden_size, Part()
         if first:
-            part += Part(compute=self._moved(tokens / choice.tp * d, 6), tp=self._tp(choice.tp, tokens, 2))
+            part += Part(compute=self.rates.moved(tokens / choice.tp * d, 6), tp=self._tp(choice.tp, tokens, 2))
         if last:
             v = self.model.vocab_size / choice.tp
-            head = self._gemm(tokens, v, d, "bf16") + self._moved(tokens * v, 9, 4)
+            head = self.rates.gemm(tokens, v, d, "bf16") + self.rates.moved(tokens * v, 9, 4)
             part += Part(compute=head, tp=self._tp(choice.tp, tokens, 2))
         return part
 
@@ -251,6 +243,7 @@ class StepTimeModel:
         return StepTime(
             compute=count * mean.compute,
             tp=count * mean.tp,
+            cp=count * mean.cp,
             ep=count * mean.ep,
             pp=self._pipeline_messages(choice, layout),
             dp=dp,
@@ -261,11 +254,17 @@ class StepTimeModel:
 
     def _ranks_of(self, choice: Choice, layout: RunLayout) -> tuple[Part, float]:
         """(time of the average pipeline rank, seconds of the slowest one) for one micro-batch."""
-        key = (*_layer_key(choice), choice.pp, layout.per_rank, choice.schedule in V_SHAPED, layout.layers)
+        key = (
+            *_layer_key(choice, layout.context),
+            choice.pp,
+            layout.per_rank,
+            choice.schedule in V_SHAPED,
+            layout.layers,
+        )
         if key not in self._means:
             ranks, zero = self._stages(choice, layout), Part()
-            moe = self.layer(choice, True) if any(r[0] for r in ranks) else zero
-            dense = self.layer(choice, False) if any(r[1] for r in ranks) else zero
+            moe = self.layer(choice, True, layout.context) if any(r[0] for r in ranks) else zero
+            dense = self.layer(choice, False, layout.context) if any(r[1] for r in ranks) else zero
             parts = [moe * r[0] + dense * r[1] + self._ends(choice, r[2], r[3]) for r in ranks]
             self._means[key] = sum(parts, zero) * (1 / len(parts)), max(part.total for part in parts)
         return self._means[key]
@@ -275,7 +274,7 @@ class StepTimeModel:
             return 0.0
         bytes_ = choice.micro_batch * self.sequence / choice.cp / choice.tp * self.model.hidden_size * BF16
         stride = layout.layout.stage_size
-        one = bytes_ / self._group_rate(2, stride) + self._latency(2, stride)
+        one = bytes_ / self.rates.group_rate(2, stride) + self.rates.latency(2, stride)
         return 2 * one * layout.per_rank * layout.micro_batches * (1 - self.software.pp_overlap)
 
     def _data_parallel(self, choice: Choice, layout: RunLayout, forward: float) -> tuple[float, float]:
@@ -285,7 +284,7 @@ class StepTimeModel:
         width = 1 if choice.precision == "fp8" else BF16
 
         def over(bytes_per_element: int) -> float:
-            return self._ring(dense * bytes_per_element, grid.dp, grid.tp * grid.cp) + self._ring(
+            return self.rates.ring(dense * bytes_per_element, grid.dp * grid.cp, grid.tp) + self.rates.ring(
                 experts * bytes_per_element, grid.edp, grid.ep * grid.etp
             )
 
@@ -302,7 +301,7 @@ class StepTimeModel:
         else:
             reduces = max(reduce * (1 - hide), reduce - hide * 2 * forward)
         # AdamW reads four and writes three numbers of four bytes. The norm reads the gradient; clipping reads and writes it.
-        return gathers + reduces, sharded * 40 / self.memory_rate
+        return gathers + reduces, sharded * 40 / self.rates.memory
 
     def _elements_of(self, choice: Choice, layout: RunLayout) -> tuple[float, float, float]:
         """(dense elements, expert elements) that an average rank gathers, and the elements that its optimizer updates."""
@@ -328,6 +327,7 @@ class StepTimeModel:
         return found.training + 3 * (self.score_factor - 1) * found.attention_scores
 
 
-def _layer_key(choice: Choice) -> tuple[object, ...]:
-    """The fields that a layer's time depends on."""
-    return (choice.tp, choice.cp, choice.ep, choice.etp, choice.micro_batch, choice.recompute, choice.precision)
+def _layer_key(choice: Choice, context: ContextPlan) -> tuple[object, ...]:
+    """What a layer's time depends on."""
+    degrees = (choice.tp, choice.cp, choice.ep, choice.etp)
+    return (*degrees, context.kind, context.heads, choice.micro_batch, choice.recompute, choice.precision)

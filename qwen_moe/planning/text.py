@@ -13,7 +13,17 @@ def _memory(memory: Memory) -> str:
 
 def _time(scored: Scored) -> str:
     step = scored.step
-    parts = ("compute", "tp", "ep", "pp", "dp", "bubble", "imbalance", "optimizer")
+    parts = (
+        "compute",
+        "tp",
+        *(["cp"] if scored.choice.cp > 1 else []),
+        "ep",
+        "pp",
+        "dp",
+        "bubble",
+        "imbalance",
+        "optimizer",
+    )
     return "  ".join(f"{name} {getattr(step, name) / step.total:.1%}" for name in parts)
 
 

@@ -19,7 +19,7 @@ from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.planning.layouts import Choice, apply, legal_choices
 from qwen_moe.planning.live_bytes import LiveBytes
 from qwen_moe.planning.memory import Memory, MemoryModel
-from qwen_moe.planning.saved import Run, SavedActivations, count, fake_grids
+from qwen_moe.planning.saved import Run, SavedActivations, Split, count, fake_grids
 from qwen_moe.planning.schedules import Flight, flights, idle_micro_batches
 from qwen_moe.planning.shares import place_of
 from qwen_moe.sharding.build import build_model, shard_model
@@ -59,15 +59,16 @@ def accumulated(model: ParallelModel) -> int:
 def counted(config: RunConfig, layout: RunLayout, choice: Choice, rank: int) -> dict[str, int]:
     """Build one rank on shapes, run a micro-batch through each of its stages, and look at what is there."""
     found: dict[str, int] = {}
-    with fake_grids(layout.layout, config.model.num_key_value_heads, rank) as grids:
+    given = config.data.sequence_length // choice.cp
+    with fake_grids(layout.layout, config.model.num_key_value_heads, rank, layout.context.heads) as grids:
         model = shard_model(config, layout, grids)
         with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(peaks=False) as live:
             for part in model.parts:
                 part.to_empty(device="cpu")
             model.kernels.materialize(torch.device("cpu"))
             found["sharded_weights"] = sum(bytes_of(p) for p in model.parameters())
-            ids = torch.zeros(choice.micro_batch, config.data.sequence_length, dtype=torch.int64)
-            shape = (choice.micro_batch, config.data.sequence_length // grids.tp.size, config.model.hidden_size)
+            ids = torch.zeros(choice.micro_batch, given, dtype=torch.int64)
+            shape = (choice.micro_batch, given // grids.tp.size, config.model.hidden_size)
             hidden = torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
             before, outs = live.live, []
             for part in model.parts:
@@ -182,8 +183,9 @@ def test_other_expert_parallel_degrees_hold_the_same() -> None:
     config = small()
     saved = SavedActivations(config)
     for ep, etp in ((2, 4), (8, 1), (1, 4)):
-        whole = count(config, Run(ep=ep, etp=etp, layers=(1,), middle=True, forward_only=True))
-        assert saved.layer(1, ep, etp, True).held + saved.shared(1) == pytest.approx(whole.held, rel=0.01)
+        split = Split(ep=ep, etp=etp)
+        whole = count(config, Run(split=split, given=256, layers=(1,), middle=True, forward_only=True))
+        assert saved.layer(split, True).held + saved.shared(split) == pytest.approx(whole.held, rel=0.01)
 
 
 @pytest.mark.parametrize(
