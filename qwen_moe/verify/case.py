@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from parallel.mesh import Layout
+from parallel.mesh import Layout, LayoutError
 from parallel.stages import V_SHAPED, splits_backward, stages_per_rank
 from qwen_moe.config import RunConfig, parse_config
 from qwen_moe.config.families import FAMILIES
 from qwen_moe.data.samples import IGNORE, documents_of
 from qwen_moe.errors import UserError
+from qwen_moe.sharding.layout import context_plan
 from qwen_moe.verify.probe import weights
 
 STEPS = 3
@@ -52,9 +53,19 @@ def _exchanged(kind: str, ulysses: int, cp: int) -> int:
     return cp if kind == "ulysses" else ulysses
 
 
-def _smaller(config: RunConfig, layout: Layout, stages: int, every_layer: bool) -> dict[str, Any]:
+def _context(config: RunConfig, layout: Layout) -> dict[str, Any]:
+    """``cp_kind`` and ``cp_ulysses`` as the recipe itself runs: for a smaller model, ``auto`` may choose another kind."""
+    try:
+        return context_plan(config, layout).settings(layout.cp)
+    except LayoutError:
+        return {"cp_kind": config.parallel.cp_kind, "cp_ulysses": config.parallel.cp_ulysses}
+
+
+def _smaller(
+    config: RunConfig, layout: Layout, context: dict[str, Any], stages: int, every_layer: bool
+) -> dict[str, Any]:
     """A model with the features of the recipe's and small sizes that ``layout`` divides; ``every_layer`` keeps its depth."""
-    model, exchanged = config.model, _exchanged(config.parallel.cp_kind, config.parallel.cp_ulysses, layout.cp)
+    model, exchanged = config.model, _exchanged(context["cp_kind"], context["cp_ulysses"], layout.cp)
     tp, layers = layout.tp, max(2, stages, min(model.num_hidden_layers, 4))
     if every_layer:
         layers = model.num_hidden_layers
@@ -130,8 +141,8 @@ def shrink(config: RunConfig, layout: Layout) -> RunConfig:
             f"parallel.pipeline_split {list(split)} has {sum(split)} layers but model.num_hidden_layers is "
             f"{config.model.num_hidden_layers}: give numbers with that sum, or leave it out"
         )
-    micro_batches = max(2, 2 * layout.pp)
-    model = _smaller(config, layout, _stages(config, layout), bool(split))
+    micro_batches, context = max(2, 2 * layout.pp), _context(config, layout)
+    model = _smaller(config, layout, context, _stages(config, layout), bool(split))
     values = _settings(model, layout, micro_batches, 2, 4 * layout.tp * layout.cp)
     values["seed"] = config.seed
     values["training"]["recompute"] = config.training.recompute
@@ -143,8 +154,7 @@ def shrink(config: RunConfig, layout: Layout) -> RunConfig:
             values["balance"][key] = 0.1
     values["data"]["respect_document_boundaries"] = config.data.respect_document_boundaries
     values["parallel"] = layout_overrides(layout, parallel.schedule, parallel.stages_per_rank) | {
-        "cp_kind": parallel.cp_kind,
-        "cp_ulysses": parallel.cp_ulysses,
+        **context,
         "sharding": parallel.sharding,
         "pipeline_split": list(split),
     }

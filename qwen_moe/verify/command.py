@@ -83,7 +83,7 @@ def parse_layout(text: str, config: RunConfig) -> tuple["Layout", RunConfig]:
 
 def _cases(args: argparse.Namespace, config: RunConfig) -> list[tuple[str, "Case"]]:
     from parallel.mesh import LayoutError
-    from qwen_moe.sharding.layout import check_layout, run_layout
+    from qwen_moe.sharding.layout import check_layout, context_plan, run_layout
     from qwen_moe.verify.case import Case, draw, dropped_split, shrink
 
     cases = []
@@ -94,15 +94,17 @@ def _cases(args: argparse.Namespace, config: RunConfig) -> list[tuple[str, "Case
                 f"--layout {text!r} needs {layout.world_size} processes but --max-ranks is {args.max_ranks}: raise it or "
                 "verify a smaller layout"
             )
-        try:
-            check_layout(recipe.model, layout, recipe.data.sequence_length)
-        except LayoutError as error:
-            print(f"note: the recipe itself cannot run with {text}: {error}", file=sys.stderr)
         small = shrink(recipe, layout)
         run_layout(small, layout.world_size)
+        try:
+            check_layout(recipe.model, layout, recipe.data.sequence_length)
+            context_plan(recipe, layout)
+        except LayoutError as error:
+            print(f"note: the recipe itself cannot run with {text}: {error}", file=sys.stderr)
         if note := dropped_split(recipe, layout):
             print(f"note: {text}: {note}", file=sys.stderr)
-        cases.append((text, Case(small, layout)))
+        case = Case(small, layout)
+        cases.append((text if "cp_kind" in text else text + _marks(case), case))
     for index in range(args.fuzz):
         case = draw(args.seed, index, args.max_ranks)
         cases.append((f"#{index} {case.layout}{_marks(case)}", case))
@@ -110,7 +112,7 @@ def _cases(args: argparse.Namespace, config: RunConfig) -> list[tuple[str, "Case
 
 
 def _marks(case: "Case") -> str:
-    """What the degrees of a drawn case do not say."""
+    """What the degrees of a case do not say."""
     from qwen_moe.sharding.layout import context_plan
 
     kind = f" {context_plan(case.config, case.layout).text(case.layout.cp)}" if case.layout.cp > 1 else ""
