@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from parallel.mesh import Layout, LayoutError, layout_for, smallest_world
 from parallel.stages import check_schedule, split_layers, stages_per_rank
@@ -28,6 +28,12 @@ class ContextPlan:
         if self.heads == cp:
             return "ulysses"
         return self.kind + (f", ulysses over {self.heads}" if self.heads > 1 else "")
+
+    def settings(self, cp: int) -> dict[str, Any]:
+        """The keys of the ``parallel`` section that choose this plan."""
+        if self.heads == cp > 1:
+            return {"cp_kind": "ulysses", "cp_ulysses": 1}
+        return {"cp_kind": self.kind, "cp_ulysses": self.heads}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +77,7 @@ def context_plan(config: RunConfig, layout: Layout) -> ContextPlan:
     """
     cp, parallel, model = layout.cp, config.parallel, config.model
     kind, heads = parallel.cp_kind, parallel.cp_ulysses
-    if heads > 1 and (kind in ("auto", "ulysses") or cp % heads or heads == cp):
-        raise LayoutError(
-            f"parallel.cp_ulysses {heads} with cp {cp} and cp_kind {kind}: it is for cp_kind ring or all_gather, and a "
-            "divisor of cp below cp; for heads alone, use cp_kind ulysses without it"
-        )
+    _check_ulysses(kind, heads, cp)
     kv = max(1, model.num_key_value_heads // layout.tp)
     per_rank = model.num_attention_heads // layout.tp
 
@@ -88,14 +90,33 @@ def context_plan(config: RunConfig, layout: Layout) -> ContextPlan:
         kind, heads = "all_gather", cp  # of one rank: nothing is gathered
     if not splits(heads):
         raise LayoutError(
-            f"parallel.cp_kind ulysses over {heads} ranks: with tp {layout.tp} a rank has {per_rank} of "
-            f"model.num_attention_heads and {kv} of num_key_value_heads; the former must be a multiple of {heads}, the "
-            "latter a multiple or a divisor. Use cp_kind ring or all_gather, or a smaller cp_ulysses"
+            f"an exchange of heads over {heads} ranks ({'cp_kind ulysses' if heads == cp else f'cp_ulysses {heads}'}): with "
+            f"tp {layout.tp} a rank has {per_rank} of model.num_attention_heads and {kv} of num_key_value_heads; the former "
+            f"must be a multiple of {heads}, the latter a multiple or a divisor. Use cp_kind ring or all_gather"
+            + (", or a smaller cp_ulysses" if heads < cp else "")
         )
     if kind == "auto":
         gathered = 4 * kv * model.head_dim * config.data.sequence_length * config.training.micro_batch_size
         kind = "ring" if gathered > _GATHERED_BYTES else "all_gather"
     return ContextPlan(kind=kind, heads=heads)
+
+
+def _check_ulysses(kind: str, heads: int, cp: int) -> None:
+    if heads == 1:
+        return
+    within = [degree for degree in range(2, cp) if cp % degree == 0]
+    fix = f"use {' or '.join(map(str, within))}, or leave it out" if within else "leave it out"
+    if kind not in ("ring", "all_gather"):
+        raise LayoutError(
+            f"cp_ulysses {heads} with cp_kind {kind}: it says how many ranks exchange heads inside a ring or all-gather; "
+            "set cp_kind to ring or all_gather, or leave cp_ulysses out"
+        )
+    if heads == cp:
+        raise LayoutError(
+            f"cp_ulysses {heads} is all of cp {cp}: for heads alone, set cp_kind to ulysses and leave it out"
+        )
+    if cp % heads:
+        raise LayoutError(f"cp_ulysses {heads} does not divide cp {cp}: {fix}")
 
 
 def check_layout(config: ModelConfig, layout: Layout, sequence_length: int) -> None:
@@ -113,8 +134,13 @@ def check_layout(config: ModelConfig, layout: Layout, sequence_length: int) -> N
         problems.append(f"model.num_key_value_heads {kv} and tp {tp}: one must be a multiple of the other")
     if layout.cp == 1:
         need("data.sequence_length", sequence_length, "tp", tp)
-    else:
-        need("data.sequence_length", sequence_length, "2 x cp x tp", 2 * layout.cp * tp)
+    elif sequence_length % (unit := 2 * layout.cp * tp):
+        below = sequence_length // unit * unit
+        fit = f"{below} or {below + unit}" if below else f"{unit}"
+        problems.append(
+            f"data.sequence_length {sequence_length} is not a multiple of 2 x cp {layout.cp} x tp {tp} = {unit}: use "
+            f"{fit}, or lower a degree"
+        )
     if config.vocab_size < tp:
         problems.append(f"model.vocab_size {config.vocab_size} is smaller than tp {tp}")
     if len(config.moe_layers) < config.num_hidden_layers:

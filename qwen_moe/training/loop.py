@@ -137,6 +137,8 @@ class _Stage:
         self.config, self.stages = config, stages
         layout = run_layout(config, grids.layout.world_size)
         self.inputs = open_inputs(config, grids.dp)
+        if grids.cp.size > 1:
+            say(f"context parallelism over {grids.cp.size}: {layout.context.text(grids.cp.size)}")
         if device.type == "cpu" and DTYPES[config.precision.compute] == torch.bfloat16:
             say(description(torch.bfloat16))
         model = build_model(config, layout, grids, device)

@@ -45,7 +45,7 @@ def test_a_difference_is_exit_code_1(capsys: pytest.CaptureFixture[str], monkeyp
         (["--layout", "tp=16"], "needs 16 processes but --max-ranks is 8"),
         (
             ["--layout", "cp=4,cp_ulysses=2"],
-            "parallel.cp_ulysses 2 with cp 4 and cp_kind auto: it is for cp_kind ring or all_gather",
+            "cp_ulysses 2 with cp_kind auto: it says how many ranks exchange heads inside a ring or all-gather",
         ),
         (["--fuzz", "-1"], "--fuzz: '-1'"),
         (["--max-ranks", "1", "--fuzz", "1"], "--max-ranks: '1'"),
