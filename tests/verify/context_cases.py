@@ -98,6 +98,7 @@ def differences(config: RunConfig, layout: Layout, batches: str = "", probe: boo
 
 DOCUMENTS = {"data__respect_document_boundaries": True}
 RECOMPUTED = {"training__recompute": "full"}
+SELECTED = {"training__recompute": "selective"}
 DENSE = {
     "model__family": "qwen3",
     "model__num_experts": 0,
@@ -123,8 +124,8 @@ QUICK: dict[str, Case] = {
         Layout(cp=4, dp=2, ep=2), "ulysses", "both", False,
         DOCUMENTS | {"parallel__sharding": "zero3", "balance__scope": "sequence"},
     ),
-    "ulysses inside ring, zbv, documents": (
-        Layout(cp=4, pp=2, ep=4), "ring+2", "documents", False, DOCUMENTS | {"parallel__schedule": "zbv"},
+    "ulysses inside ring, zbv, documents, recomputed but for attention": (
+        Layout(cp=4, pp=2, ep=4), "ring+2", "documents", False, DOCUMENTS | SELECTED | {"parallel__schedule": "zbv"},
     ),
     "ulysses inside all_gather, tp, drops, QK-norm, the probe": (
         Layout(cp=4, tp=2, ep=8), "all_gather+2", "", True,
