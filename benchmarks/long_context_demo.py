@@ -80,9 +80,7 @@ def loss_by_position(checkpoint: Path, rows: Any) -> list[float]:
 def measure(folder: Path) -> dict[str, Any]:
     staged, short = train(folder, "stages"), train(folder, "short", *ONLY_SHORT)
     rows = windows(staged)
-    records = [json.loads(line) for line in (staged / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     shutil.copyfile(staged / "loss.png", IMAGES / "long_context_loss.png")
-    steps = {record["step"]: record for record in records if "loss" in record}
     return {
         "windows": len(rows),
         "losses": {
@@ -90,9 +88,7 @@ def measure(folder: Path) -> dict[str, Any]:
             "256 tokens throughout": loss_by_position(short / "checkpoints" / "step_00000840", rows),
             "after the second stage": loss_by_position(staged / "checkpoints" / "step_00000720", rows),
         },
-        "step_seconds": {name: sorted(r["step_seconds"] for r in steps.values() if r["stage"] == name)[30]
-                         for name in ("short", "long")},
-    }  # fmt: skip
+    }
 
 
 def draw(found: dict[str, Any]) -> None:
@@ -134,7 +130,7 @@ def main() -> None:
     for first in range(0, WINDOW, 4 * BIN):
         cells = [f"{mean(losses[first // BIN : first // BIN + 4]):.3f}" for losses in found["losses"].values()]
         print(f"| {first:,} to {first + 4 * BIN - 1:,} | " + " | ".join(cells) + " |")
-    print(f"{found['windows']} windows; seconds per step: {found['step_seconds']}")
+    print(f"{found['windows']} windows of validation files")
 
 
 if __name__ == "__main__":
