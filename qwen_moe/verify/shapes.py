@@ -57,7 +57,7 @@ def run_shapes(config: RunConfig, world_size: int, rank: int) -> ShapeReport:
             model.kernels.materialize(device)
             trainer = Trainer(config, layout, model, build_optimizer(model, config.optimizer), device)
             trainer.begin_step(count=rows * sequence)
-            ids = torch.zeros(rows, sequence, dtype=torch.int64)
+            ids = torch.zeros(rows, sequence // grids.cp.size, dtype=torch.int64)
             hidden_shape = (rows, SequenceShard.of(grids).length(sequence), config.model.hidden_size)
             for part in model.parts:
                 engine = Sequential(part, lambda out, batch: out.sum())
