@@ -5,7 +5,7 @@ Of ``cp`` ranks, ``heads`` neighbours exchange tokens for heads (Ulysses). Keys 
 apart and the latter tp x heads. Shapes of one rank: s tokens, H query heads, G key/value heads, C head dim.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qwen_moe.config import ModelConfig
 from qwen_moe.planning.layouts import Choice
@@ -25,12 +25,14 @@ _KERNELS_PER_PIECE, _KERNELS_PER_TURN = 16, 8
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Bytes that a rank sends in one layer, forward and backward: tokens for heads (``exchange_*``), the same number each
-    way, and keys and values (``keys_*``). Backward of keys sends them again and their gradients in float32."""
+    """Bytes that a rank sends in one layer: tokens for heads (``exchange``), as many in forward as in backward, and keys and
+    values (``keys_*``), of which backward also sends the gradients, in float32. With recomputation (``repeated``) backward
+    repeats forward's."""
 
-    exchange: float
-    keys_forward: float
-    keys_backward: float
+    exchange: float = 0.0
+    keys_forward: float = 0.0
+    keys_backward: float = 0.0
+    repeated: bool = False
 
     @property
     def forward(self) -> float:
@@ -38,7 +40,7 @@ class Traffic:
 
     @property
     def backward(self) -> float:
-        return self.exchange + self.keys_backward
+        return self.exchange + self.keys_backward + (self.forward if self.repeated else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,7 @@ class ContextTime:
             return ContextCost()
         tokens = choice.micro_batch * self.sequence / choice.cp
         size = _sizes(self.model, tokens, choice.tp, choice.cp, context)
-        sent = traffic(self.model, tokens, choice.tp, choice.cp, context)
+        sent = self.traffic(choice, context)
         exchange = self._exchange(sent.exchange, context.heads, choice.tp)
         forward = backward = copies = kernels = 0.0
         stride = choice.tp * context.heads
@@ -126,6 +128,14 @@ class ContextTime:
         return ContextCost(
             exposed_forward=forward + exchange, exposed_backward=backward + exchange, copies=copies, kernels=kernels
         )
+
+    def traffic(self, choice: Choice, context: ContextPlan) -> Traffic:
+        """What one layer sends for one micro-batch."""
+        tokens = choice.micro_batch * self.sequence / choice.cp
+        if choice.cp == 1:
+            return Traffic()
+        sent = traffic(self.model, tokens, choice.tp, choice.cp, context)
+        return replace(sent, repeated=choice.recompute == "full")
 
     def _ring(self, size: _Sizes, stride: int, scores: float) -> tuple[float, float]:
         """Exposed seconds of forward and backward. In each turn messages travel while the rank attends; the last gradients

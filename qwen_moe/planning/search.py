@@ -8,8 +8,9 @@ from typing import Any
 
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
+from qwen_moe.planning.context import Traffic
 from qwen_moe.planning.hardware import Cluster
-from qwen_moe.planning.layouts import PRECISIONS, Choice, Kind, legal_choices
+from qwen_moe.planning.layouts import PRECISIONS, Choice, Kind, kinds, legal_choices
 from qwen_moe.planning.memory import Memory, MemoryModel
 from qwen_moe.planning.software import OURS
 from qwen_moe.planning.step_time import StepTime, StepTimeModel
@@ -19,12 +20,14 @@ from qwen_moe.sharding.layout import ContextPlan, RunLayout
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A layout with its predictions. Rates are per GPU; ``mfu`` is relative to the peak of the layout's precision."""
+    """A layout with its predictions. Rates are per GPU; ``mfu`` is relative to the peak of the layout's precision.
+    ``traffic``: of context parallelism, for each layer and micro-batch."""
 
     choice: Choice
     layout: RunLayout
     memory: Memory
     step: StepTime
+    traffic: Traffic
     tokens_per_second: float
     tflops: float
     mfu: float
@@ -41,6 +44,7 @@ class Scored:
             "layers_per_stage": [len(layers) for layers in self.layout.layers],
             "memory_bytes": self.memory.facts(),
             "step_seconds": asdict(self.step) | {"total": self.step.total},
+            "cp_bytes_per_layer": {"forward": self.traffic.forward, "backward": self.traffic.backward},
             "tokens_per_second_per_gpu": self.tokens_per_second,
             "tflops_per_gpu": self.tflops,
             "mfu": self.mfu,
@@ -59,8 +63,9 @@ class Misfit:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The result of a search. ``best``: the fastest layouts that fit, no two with the same degrees. ``gpus_needed``: if
-    nothing fits, a number of GPUs on which something does (0: none was found)."""
+    """The result of a search. ``best``: the fastest layouts that fit, no two with the same degrees. ``kinds``: the first of
+    them with every kind of context parallelism, fastest first, if it has any. ``gpus_needed``: if nothing fits, a number of
+    GPUs on which something does (0: none was found)."""
 
     config: RunConfig
     gpus: int
@@ -69,6 +74,7 @@ class Plan:
     seconds: float
     best: list[Scored]
     misfits: list[Misfit]
+    kinds: list[Scored]
     gpus_needed: int = 0
 
 
@@ -155,6 +161,7 @@ class Search:
                 Misfit(scored=scored, nearest=self._nearest(scored.choice, index))
                 for scored in bar(self._telling(faster, bool(best)), "plan: what would fit")
             ],
+            kinds=self._compared(best[0]) if best and best[0].choice.cp > 1 else [],
             gpus_needed=0 if best else self._enough_gpus(),
         )
 
@@ -192,6 +199,15 @@ class Search:
         layout = replace(layout, context=ContextPlan(kind="ring"))
         return self.time.step(choice, layout), choice, layout
 
+    def _compared(self, scored: Scored) -> list[Scored]:
+        """``scored`` with every kind of context parallelism, fastest first."""
+        found = []
+        for kind in kinds(self.config, scored.layout.layout):
+            choice = replace(scored.choice, cp_kind=kind.cp_kind, cp_ulysses=kind.cp_ulysses)
+            layout = replace(scored.layout, context=kind.context)
+            found.append(self._whole((self.time.step(choice, layout), choice, layout)))
+        return sorted(found, key=lambda one: one.step.total)
+
     def _kinds(self, choice: Choice, found: list[Kind]) -> list[Kind]:
         """The fastest kind of context parallelism for the degrees and the micro-batch of ``choice``."""
         key = (choice.tp, choice.cp, choice.micro_batch)
@@ -214,6 +230,7 @@ class Search:
             layout=layout,
             memory=memory,
             step=step,
+            traffic=self.time.context.traffic(choice, layout.context),
             tokens_per_second=rate,
             tflops=tflops,
             mfu=tflops / self.gpu.peak_tflops[choice.precision],

@@ -3,7 +3,7 @@
 from qwen_moe.planning.memory import Memory
 from qwen_moe.planning.search import Misfit, Plan, Scored, changes
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 
 
 def _memory(memory: Memory) -> str:
@@ -33,7 +33,7 @@ def _one(number: int, scored: Scored, plan: Plan) -> list[str]:
     stages = [len(layers) for layers in scored.layout.layers]
     layers = f"{min(stages)}-{max(stages)}" if min(stages) != max(stages) else f"{stages[0]}"
     pipeline = f", {scored.layout.per_rank} stages per rank of {layers} layers" if scored.choice.pp > 1 else ""
-    return [
+    lines = [
         f"{number}. {scored.choice}",
         f"   dp={grid.dp} edp={grid.edp}, {scored.layout.micro_batches} micro-batches{pipeline}",
         f"   step {scored.step.total:.3f} s   {scored.tokens_per_second:,.0f} tokens/s/GPU   {scored.tflops:.0f} TFLOP/s/GPU"
@@ -41,6 +41,34 @@ def _one(number: int, scored: Scored, plan: Plan) -> list[str]:
         f"   time     {_time(scored)}",
         f"   memory   {scored.memory.total / GIB:.1f} of {usable:.1f} GiB: {_memory(scored.memory)}",
     ]
+    if scored.choice.cp > 1:
+        lines += _context(scored)
+    if number == 1 and plan.kinds:
+        lines += _kinds(plan.kinds, usable)
+    return lines
+
+
+def _context(scored: Scored) -> list[str]:
+    """What context parallelism costs."""
+    choice, sent = scored.choice, scored.traffic
+    again = " (with recomputation)" if sent.repeated else ""
+    return [
+        f"   cp       {scored.layout.context.text(choice.cp)}: per layer and micro-batch a rank sends "
+        f"{sent.forward / MIB:,.0f} MiB in forward and {sent.backward / MIB:,.0f} in backward{again}"
+    ]
+
+
+def _kinds(kinds: list[Scored], usable: float) -> list[str]:
+    """The kinds of context parallelism with one layout: times of a step and memory, fastest first."""
+    found = []
+    for one in kinds:
+        size = one.memory.total / GIB
+        fits = "" if size <= usable else ", too large"
+        name = one.layout.context.text(one.choice.cp)
+        found.append(
+            f"            {one.step.total / kinds[0].step.total:.3f} times the step, {size:.1f} GiB{fits}: {name}"
+        )
+    return ["   kinds    " + found[0].lstrip(), *found[1:]]
 
 
 def _misfit(misfit: Misfit, plan: Plan) -> list[str]:

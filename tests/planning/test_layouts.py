@@ -30,11 +30,13 @@ def accepted(recipe: dict[str, Any], choice: Choice) -> bool:
 def random_choice(rng: random.Random) -> Choice:
     """Degrees that may or may not fit each other, the model and the batch."""
     schedule = rng.choice(["1f1b", "interleaved_1f1b", "zbv", "dualpipev"])
-    pp = rng.choice([1, 2, 2, 3, 4])
+    pp, cp = rng.choice([1, 2, 2, 3, 4]), rng.choice([1, 1, 2, 4])
     return Choice(
         tp=rng.choice([1, 2, 3, 4, 8]),
         pp=pp,
-        cp=rng.choice([1, 1, 1, 2]),
+        cp=cp,
+        cp_kind=rng.choice(["ring", "all_gather", "ulysses"]) if cp > 1 else "auto",
+        cp_ulysses=rng.choice([1, 1, 2]) if cp > 1 else 1,
         ep=rng.choice([1, 2, 4, 8]),
         etp=rng.choice([1, 1, 2, 4]),
         schedule=schedule if pp > 1 else "1f1b",
@@ -51,7 +53,7 @@ def test_legality_is_that_of_run_layout(seed: int) -> None:
     rng = random.Random(seed)
     recipe = values(random_model(rng), 512, global_batch_size=rng.choice([24, 64]), micro_batch_size=1)
     config = parse_config(recipe, "test")
-    found = {choice for choice, _ in legal_choices(config, GPUS, (1, 2, 4))}
+    found = {choice for choice, _ in legal_choices(config, GPUS, (1, 2, 4), least_tokens=1)}
     assert all(accepted(recipe, choice) for choice in rng.sample(sorted(found, key=str), min(40, len(found))))
     seen = {True: 0, False: 0}
     for _ in range(400):
@@ -63,7 +65,7 @@ def test_legality_is_that_of_run_layout(seed: int) -> None:
 
 def test_layouts_are_those_that_the_run_has() -> None:
     config = parse_config(values(random_model(random.Random(3)), 512, global_batch_size=64), "test")
-    for choice, layout in list(legal_choices(config, GPUS))[::97]:
+    for choice, layout in list(legal_choices(config, GPUS, least_tokens=1))[::97]:
         assert layout == run_layout(apply(config, choice), GPUS)
 
 

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from parallel.stages import stages_of_rank
 from parallel.timeline import play
 from qwen_moe.config import RunConfig, parse_config
 from qwen_moe.models.decoder import DecoderLM
+from qwen_moe.planning import saved
 from qwen_moe.planning.layouts import Choice, apply, legal_choices
 from qwen_moe.planning.live_bytes import LiveBytes
 from qwen_moe.planning.memory import Memory, MemoryModel
@@ -150,6 +152,30 @@ def test_activations_are_what_the_allocator_holds(
     assert predicted.activations == pytest.approx(held, rel=0.05)
 
 
+def test_the_log_probability_head_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an objective that needs it, what the allocator holds is predicted too."""
+    monkeypatch.setattr(gemm, "has_hardware", lambda dtype: True)
+    config = small()
+    model = DecoderLM(config.model).to(torch.bfloat16)
+    ids = torch.randint(0, config.model.vocab_size, (2, 256))
+
+    def log_probs() -> torch.Tensor:
+        x, _ = model.hidden_states(ids)
+        return model.log_probs(x, model.head_weight, ids, config.training.loss_chunk_tokens)
+
+    log_probs().sum().backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        out = log_probs()
+    held = allocator_bytes(profile)
+    del out
+    choice, layout, flight = Choice(micro_batch=2), run_layout(config, 1), Flight((0,), ((1.0,),))
+    cross_entropy = MemoryModel(config).of_rank(choice, layout, 0, flight).activations
+    monkeypatch.setattr(saved, "build_objective", lambda objective: SimpleNamespace(head="log_probs"))
+    predicted = MemoryModel(config).of_rank(choice, layout, 0, flight).activations
+    assert predicted == pytest.approx(held, rel=0.02)
+    assert abs(predicted - cross_entropy) > 0.05 * held  # whose gradient is formed in forward
+
+
 def test_a_whole_step_peaks_where_predicted() -> None:
     """Everything together, with real tensors in one process: weights, gradients, activations and working memory of a
     step of two micro-batches."""
@@ -181,11 +207,11 @@ def test_a_whole_step_peaks_where_predicted() -> None:
 def test_other_expert_parallel_degrees_hold_the_same() -> None:
     """What is taken for one number of ranks that share experts is what counting another gives."""
     config = small()
-    saved = SavedActivations(config)
+    found = SavedActivations(config)
     for ep, etp in ((2, 4), (8, 1), (1, 4)):
         split = Split(ep=ep, etp=etp)
         whole = count(config, Run(split=split, given=256, layers=(1,), middle=True, forward_only=True))
-        assert saved.layer(split, True).held + saved.shared(split) == pytest.approx(whole.held, rel=0.01)
+        assert found.layer(split, True).held + found.shared(split) == pytest.approx(whole.held, rel=0.01)
 
 
 @pytest.mark.parametrize(

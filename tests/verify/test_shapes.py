@@ -34,6 +34,9 @@ def plus_style(layers: int = 48, **parallel: Any) -> RunConfig:
         {"pp": 8, "ep": 64, "schedule": "interleaved_1f1b", "stages_per_rank": 2, "sharding": "zero3"},
         {"tp": 8, "ep": 64, "layers": 12},  # every rank has all layers
         {"tp": 2, "cp": 64, "pp": 4, "ep": 8, "layers": 12, "cp_kind": "all_gather", "cp_ulysses": 2},
+        {"cp": 64, "pp": 4, "layers": 4},
+        {"cp": 64, "cp_kind": "ring", "cp_ulysses": 8, "ep": 64, "layers": 2},
+        {"cp": 8, "cp_kind": "ulysses", "sharding": "zero3", "layers": 2},
     ],
     ids=str,
 )
