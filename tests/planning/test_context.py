@@ -33,6 +33,8 @@ from tests.planning.recipes import random_model, values
 from tests.planning.test_memory import allocator_bytes, counted, predict
 
 BUILT = 20  # pairs of model and layout
+# Attention is most of a layer.
+WIDE = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128, "hidden_size": 64}
 KINDS = [("ring", 1), ("all_gather", 1), ("all_gather", 4), ("ring", 2), ("all_gather", 2)]
 
 
@@ -158,7 +160,7 @@ def test_activations_are_what_the_allocator_of_real_ranks_holds(
 
 @pytest.mark.parametrize("context", [ContextPlan(kind="ring"), ContextPlan(kind="ring", heads=2)], ids=str)
 def test_longer_rings_hold_no_more(context: ContextPlan) -> None:
-    config = parse_config(values(model(), 512), "test")
+    config = parse_config(values(model(**WIDE), 512), "test")
     split = Split(cp=8, context=context)
     whole = count(config, Run(split=split, given=64, layers=(1,), middle=True))
     found = SavedActivations(config).layer(split, True)
@@ -167,9 +169,7 @@ def test_longer_rings_hold_no_more(context: ContextPlan) -> None:
 
 
 def test_gathered_keys_count_as_working_memory() -> None:
-    """One key head in a wide model of narrow layers: what an all-gather holds is most of a layer."""
-    shapes = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128, "hidden_size": 64}
-    config = parse_config(values(model(**shapes), 1024), "test")
+    config = parse_config(values(model(**WIDE), 1024), "test")
     saved = SavedActivations(config)
     ring, gathered = (
         saved.layer(Split(cp=16, context=ContextPlan(kind=kind)), True)
