@@ -1,19 +1,23 @@
 """Context parallelism in plans: bytes sent against the collectives that attention calls, bytes held against built ranks and
 against real ones, and the search."""
 
+import json
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 
 import parallel.context
 import qwen_moe.sharding.context
 from parallel import gemm
 from parallel.mesh import Layout
-from qwen_moe.config import RunConfig, parse_config
+from qwen_moe.cli import main
+from qwen_moe.config import RunConfig, load_config, parse_config
 from qwen_moe.models.attention.mask import Visibility
 from qwen_moe.models.flops import flops_per_token
 from qwen_moe.planning.context import ContextTime, traffic
@@ -33,6 +37,8 @@ from tests.planning.recipes import random_model, values
 from tests.planning.test_memory import allocator_bytes, counted, predict
 
 BUILT = 20  # pairs of model and layout
+# Attention is most of a layer.
+WIDE = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128, "hidden_size": 64}
 KINDS = [("ring", 1), ("all_gather", 1), ("all_gather", 4), ("ring", 2), ("all_gather", 2)]
 
 
@@ -158,7 +164,7 @@ def test_activations_are_what_the_allocator_of_real_ranks_holds(
 
 @pytest.mark.parametrize("context", [ContextPlan(kind="ring"), ContextPlan(kind="ring", heads=2)], ids=str)
 def test_longer_rings_hold_no_more(context: ContextPlan) -> None:
-    config = parse_config(values(model(), 512), "test")
+    config = parse_config(values(model(**WIDE), 512), "test")
     split = Split(cp=8, context=context)
     whole = count(config, Run(split=split, given=64, layers=(1,), middle=True))
     found = SavedActivations(config).layer(split, True)
@@ -167,9 +173,7 @@ def test_longer_rings_hold_no_more(context: ContextPlan) -> None:
 
 
 def test_gathered_keys_count_as_working_memory() -> None:
-    """One key head in a wide model of narrow layers: what an all-gather holds is most of a layer."""
-    shapes = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128, "hidden_size": 64}
-    config = parse_config(values(model(**shapes), 1024), "test")
+    config = parse_config(values(model(**WIDE), 1024), "test")
     saved = SavedActivations(config)
     ring, gathered = (
         saved.layer(Split(cp=16, context=ContextPlan(kind=kind)), True)
@@ -268,6 +272,18 @@ def test_a_long_sequence_gets_context_parallelism(capsys: pytest.CaptureFixture[
     assert f"cp={best.choice.cp}" in text and "MiB in forward" in text and "1.000 times the step" in text
     assert best.facts()["cp_bytes_per_layer"]["forward"] == best.traffic.forward > 0
     run_layout(apply(config, best.choice), 8)
+
+
+def test_the_kind_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Over the recipe's own, which is for another cp."""
+    shapes = {"preset": "demo", "num_hidden_layers": 2, "max_position_embeddings": 32768}
+    recipe = values(shapes, 32768, global_batch_size=2) | {"parallel": {"cp": 4, "cp_kind": "ring", "cp_ulysses": 2}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert main(["plan", str(path), "--gpus", "8", "--top", "1", "--precision", "bf16", "--json", "--write"]) == 0
+    best, written = json.loads(capsys.readouterr().out)["best"][0], load_config(path).parallel
+    assert best["cp"] > 1 and (best["cp_kind"], best["cp_ulysses"]) != ("ring", 2)
+    assert (written.cp, written.cp_kind, written.cp_ulysses) == (best["cp"], best["cp_kind"], best["cp_ulysses"])
 
 
 def test_a_kind_that_does_not_fit_becomes_a_ring() -> None:
