@@ -87,10 +87,16 @@ def _earlier_lengths(config: RunConfig, saved: dict[str, Any]) -> list[int]:
 def set_aside_export(config: RunConfig, changed: Iterable[Difference], say: Callable[[str], None]) -> None:
     """Rename the export of the run's earlier end, so that its name has that step."""
     before = next((d.before for d in changed if d.name == "training.train_tokens"), None)
-    if before is None or dist.get_rank() != 0:
+    if before is not None:
+        move_export(config, with_length(config, before).train_steps, say)
+
+
+def move_export(config: RunConfig, step: int, say: Callable[[str], None]) -> None:
+    """Rename the export of a run that ended with ``step``, if there is one, so that its name has that step."""
+    if dist.get_rank() != 0:
         return
     export = config.run_dir / HF
-    aside = export.with_name(f"{HF}_{step_directory(Path(), with_length(config, before).train_steps).name}")
+    aside = export.with_name(f"{HF}_{step_directory(Path(), step).name}")
     if export.exists() and not aside.exists():
         os.replace(export, aside)
         say(f"{export} is from the run's earlier end: kept as {aside}")

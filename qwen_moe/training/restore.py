@@ -14,7 +14,7 @@ from qwen_moe.errors import UserError
 from qwen_moe.runs.identity import ON_RESUME, Difference, Rule, differences, rule_of
 from qwen_moe.training import stages as staged
 from qwen_moe.training.branch import check_branch
-from qwen_moe.training.extension import check_length, is_of_another_length, set_aside_export
+from qwen_moe.training.extension import check_length, is_of_another_length, move_export, set_aside_export
 from qwen_moe.training.rollback import History
 from qwen_moe.training.step import Trainer
 
@@ -78,7 +78,9 @@ def restore(config: RunConfig, start: Start, trainer: Trainer, inputs: RunInputs
     if not enters and not is_of_another_length(config, state, inputs):
         _check_data(state, inputs, config.run_dir)
     if config.place.name:
-        staged.set_aside_export(config, state, total, say)
+        # Exports are made at a run's end: this one has got further stages since.
+        if state.step < total:
+            move_export(config, state.step, say)
     else:
         set_aside_export(config, changed, say)
     say(f"resumed from {path} (step {state.step} of {total})")

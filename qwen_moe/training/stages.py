@@ -3,16 +3,13 @@
 Stages that have begun must be what they were, because their steps are done; later stages may change.
 """
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from qwen_moe.checkpoint.directory import step_directory
 from qwen_moe.checkpoint.train_state import TrainState
 from qwen_moe.config import RunConfig, StageRun
 from qwen_moe.errors import UserError
-from qwen_moe.runs.finish import HF
 from qwen_moe.runs.identity import ON_RESUME, Rule, differences, rule_of, saved_settings
 from qwen_moe.sharding.layout import processes, run_layout
 from qwen_moe.training.schedule import first_other_rate, learning_rate
@@ -165,14 +162,3 @@ def _changed(run: RunConfig, old: dict[str, Any], done: int) -> list[str]:
         f"{learning_rate(run, other):.3e}, because the schedule spanned {spanned[1]:,} tokens and now spans "
         f"{run.place.rates_tokens:,} (give a later stage a schedule of its own)"
     ]
-
-
-def set_aside_export(config: RunConfig, state: TrainState, total: int, say: Callable[[str], None]) -> None:
-    """Rename the export of a run that was complete and has got further steps, so that its name has its last step."""
-    import torch.distributed as dist
-
-    export = config.run_dir / HF
-    aside = export.with_name(f"{HF}_{step_directory(config.run_dir, state.step).name}")
-    if state.step < total and dist.get_rank() == 0 and export.exists() and not aside.exists():
-        os.replace(export, aside)
-        say(f"{export} is from the run's earlier end: kept as {aside}")

@@ -1,4 +1,4 @@
-"""Runs of two stages for tests: their settings, one process or several, their figures and weights."""
+"""Tiny runs of two stages that tests share, the ways in which they die, and what is compared of them."""
 
 import contextlib
 import io
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from qwen_moe.config import RunConfig, parse_config
@@ -31,12 +30,11 @@ STAGES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_tokens(prefix: Path) -> Path:
     """Documents of 6 to 80 tokens in which a token depends on the one before."""
     from qwen_moe.data.megatron import IndexedDatasetBuilder
 
-    prefix, rng = tmp_path_factory.mktemp("tokens") / "d", random.Random(0)
+    rng = random.Random(0)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for _ in range(80):
         document = [rng.randrange(VOCAB)]
@@ -161,10 +159,3 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def last(run_dir: Path, step: int = 8) -> dict[str, torch.Tensor]:
     return weights(run_dir / "checkpoints" / f"step_{step:08d}")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
-    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    train(settings(run_dir, tokens))
-    return run_dir
