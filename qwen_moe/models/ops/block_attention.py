@@ -1,8 +1,8 @@
 """Causal attention in blocks of queries, for CPUs; blocks above the diagonal are never computed.
 
 As in FlashAttention (arXiv 2205.14135), the scores of a block exist only while they are used, and backward recomputes them
-from each row's logsumexp. Blocks are large enough for fast GEMMs. Scores are float32. torch's own CPU kernel computes the
-whole square, at a fraction of the GEMM rate (`benchmarks/README.md`).
+from each row's logsumexp. Blocks are large enough for fast GEMMs; torch's own CPU kernel reaches a fraction of their rate
+(`benchmarks/README.md`). Scores are float32.
 
 Shapes: B batch, S sequence, H query heads, G key/value heads, R = H / G, C head dim, N = B * G. The queries that share a
 key/value head are rows of one GEMM: row s * R + r is query s of head g * R + r.

@@ -142,7 +142,7 @@ def _heads_first(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _has_flash(q: torch.Tensor) -> bool:
-    return q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
+    return q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] in range(8, 257, 8)
 
 
 def _repeated(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -150,10 +150,10 @@ def _repeated(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return x.repeat_interleave(q.shape[2] // x.shape[2], 2)
 
 
-def _probabilities(
+def _scores(
     q: torch.Tensor, k: torch.Tensor, begin: int, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """exp(s - lse) and lse of some queries, ``[B, H, S, T]`` and ``[B, H, S, 1]``; the first of them is number ``begin``."""
+    """Scores and their logsumexp of some queries, ``[B, H, S, T]`` and ``[B, H, S, 1]``; the first is number ``begin``."""
     wide = accumulation_dtype(q.dtype)
     scores = q.transpose(1, 2).to(wide) @ k.permute(0, 2, 3, 1).to(wide) * scale
     if causal:
@@ -172,7 +172,7 @@ def _plain_forward(
     keys, values = _repeated(k, q), _repeated(v, q).transpose(1, 2).to(accumulation_dtype(q.dtype))
     outs, sums = [], []
     for begin in range(0, q.shape[1], _ROWS):
-        scores, lse = _probabilities(q[:, begin : begin + _ROWS], keys, begin, causal, scale)
+        scores, lse = _scores(q[:, begin : begin + _ROWS], keys, begin, causal, scale)
         outs.append((scores - lse).exp() @ values)
         sums.append(lse.squeeze(-1))
     return torch.cat(outs, 2).transpose(1, 2), torch.cat(sums, 2).transpose(1, 2)
@@ -190,7 +190,7 @@ def _plain_backward(
     dqs = []
     for begin in range(0, q.shape[1], _ROWS):
         rows = slice(begin, begin + _ROWS)
-        scores, _ = _probabilities(q[:, rows], keys, begin, causal, scale)
+        scores, _ = _scores(q[:, rows], keys, begin, causal, scale)
         p = (scores - lse[:, rows].transpose(1, 2).unsqueeze(-1)).exp()
         delta = (dy[:, :, rows] * out[:, :, rows]).sum(-1, keepdim=True)
         ds = p * (dy[:, :, rows] @ values.transpose(2, 3) - delta) * scale
