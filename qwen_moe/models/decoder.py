@@ -41,8 +41,8 @@ class LossSums(NamedTuple):
 class DecoderLayer(nn.Module):
     """x = x + attention(norm(x)), then x + feed-forward or MoE of norm(x). Returns x, and router statistics or None.
 
-    With ``recompute``, in training, backward computes everything again except attention itself, whose cost grows with the
-    square of the sequence: its inputs and output are kept.
+    With ``recompute``, backward computes everything again except attention itself, whose cost grows with the square of the
+    sequence: its inputs and output are kept.
     """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
@@ -52,7 +52,6 @@ class DecoderLayer(nn.Module):
         self.mlp = MoE(config) if self.is_moe else FeedForward(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.recompute = False
 
     def forward(
         self,
@@ -60,8 +59,9 @@ class DecoderLayer(nn.Module):
         rotary: RotaryTables,
         visible: Visibility,
         cache: KeyValueCache | None = None,
+        recompute: bool = False,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
-        if self.recompute and self.training:
+        if recompute:
             q, k, v = checkpoint(self._heads, x, rotary, use_reentrant=False)
             y = self.self_attn.attend(q, k, v, visible, rotary.softmax_scale)
             return checkpoint(self._after_attention, x, y, use_reentrant=False)
@@ -128,8 +128,6 @@ class DecoderLM(nn.Module):
         self.first, self.last = layers[0] == 0, layers[-1] == config.num_hidden_layers - 1
         tied = config.tie_word_embeddings
         self.model = Decoder(config, layers, embedding=self.first or (self.last and tied), norm=self.last)
-        for layer in self.model.layers:
-            layer.recompute = recompute == "selective"
         if self.last and not tied:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         # Replaced where sequences and the vocabulary are split over ranks.
@@ -167,7 +165,7 @@ class DecoderLM(nn.Module):
             if self.recompute == "full" and self.training:
                 x, statistics = checkpoint(layer, x, rotary, visible, cache, use_reentrant=False)
             else:
-                x, statistics = layer(x, rotary, visible, cache)
+                x, statistics = layer(x, rotary, visible, cache, self.recompute == "selective" and self.training)
             if statistics is not None:
                 collected.append(statistics)
         if cache is not None:

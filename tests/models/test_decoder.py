@@ -18,19 +18,42 @@ def tokens(batch: int, seq: int, seed: int = 0) -> torch.Tensor:
 def test_recompute_changes_no_bit_and_counts_no_token_twice(dtype: torch.dtype) -> None:
     ids = tokens(2, 9)
     outcomes = []
-    for recompute in (False, True):
+    for recompute in ("none", "selective", "full"):
         model = build_model(small_config(num_hidden_layers=3), 1, dtype).train()
         model.recompute = recompute
         sums = model.loss_sums(ids[:, :-1], ids[:, 1:])
         objective = sums.cross_entropy + sums.router.prob_sum.square().sum() + 0.1 * sums.router.z_sum.sum()
         objective.backward()
         outcomes.append((sums, {name: p.grad for name, p in model.named_parameters()}))
-    (plain, plain_grads), (again, again_grads) = outcomes
-    assert torch.equal(plain.cross_entropy, again.cross_entropy)
-    assert torch.equal(plain.router.counts, again.router.counts)
-    assert again.router.counts.sum() == 3 * 2 * 8 * 2
-    for name, grad in plain_grads.items():
-        assert torch.equal(grad, again_grads[name]), name
+    plain, plain_grads = outcomes[0]
+    for again, again_grads in outcomes[1:]:
+        assert torch.equal(plain.cross_entropy, again.cross_entropy)
+        assert torch.equal(plain.router.counts, again.router.counts)
+        assert again.router.counts.sum() == 3 * 2 * 8 * 2
+        for name, grad in plain_grads.items():
+            assert torch.equal(grad, again_grads[name]), name
+
+
+def test_recompute_keeps_less() -> None:
+    """Bytes that autograd holds between forward and backward: all, those of attention itself, or only the layers' inputs."""
+    held = []
+    for recompute in ("none", "selective", "full"):
+        model = build_model(small_config(num_hidden_layers=3), 1, torch.float64).train()
+        model.recompute = recompute
+        seen: dict[int, int] = {}
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+        def keep(x: torch.Tensor, seen: dict[int, int] = seen, weights: set[int] = weights) -> torch.Tensor:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in weights:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            sums = model.loss_sums(tokens(2, 33)[:, :-1], tokens(2, 33)[:, 1:])
+        held.append(sum(seen.values()))
+        del sums
+    assert held[0] > 1.5 * held[1] > 1.5 * 1.2 * held[2], held
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3"])

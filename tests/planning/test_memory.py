@@ -139,7 +139,7 @@ def test_activations_are_what_the_allocator_holds(
     bfloat16; without it, attention saves its operands in float32."""
     monkeypatch.setattr(gemm, "has_hardware", lambda dtype: True)
     config = small()
-    model = DecoderLM(config.model, recompute=recompute == "full").to(torch.bfloat16)
+    model = DecoderLM(config.model, recompute=recompute).to(torch.bfloat16)
     ids = torch.randint(0, config.model.vocab_size, (micro_batch, 256))
     model.loss_sums(ids, ids).cross_entropy.backward()  # gradients exist, threads have started
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

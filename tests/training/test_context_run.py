@@ -82,6 +82,7 @@ def test_each_kind_has_them(changes: dict[str, Any], alone: Path, tmp_path: Path
     _same(_run(tmp_path, corpus, **RING | changes), alone)
 
 
+@pytest.mark.slow
 def test_a_kill_changes_nothing(ring: Path, tmp_path: Path, corpus: Path) -> None:  # noqa: F811
     recipe = write_recipe(tmp_path, corpus, **RING)
     process = subprocess.Popen(command(recipe), stderr=subprocess.DEVNULL)

@@ -35,7 +35,7 @@ def plus_style(layers: int = 48, **parallel: Any) -> RunConfig:
         {"tp": 8, "ep": 64, "layers": 12},  # every rank has all layers
         {"tp": 2, "cp": 64, "pp": 4, "ep": 8, "layers": 12, "cp_kind": "all_gather", "cp_ulysses": 2},
         {"cp": 64, "pp": 4, "layers": 4},
-        {"cp": 64, "cp_kind": "ring", "cp_ulysses": 8, "ep": 64, "layers": 2},
+        pytest.param({"cp": 64, "cp_kind": "ring", "cp_ulysses": 8, "ep": 64, "layers": 2}, marks=pytest.mark.slow),
         {"cp": 8, "cp_kind": "ulysses", "sharding": "zero3", "layers": 2},
     ],
     ids=str,

@@ -103,7 +103,7 @@ def test_a_run_folder_has_one_run_and_the_lock_dies_with_its_holder(tmp_path: Pa
 def test_what_a_killed_command_started_ends_and_holds_the_lock_until_then(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    child = "import pathlib, signal, sys, time; signal.signal(15, lambda *_: (time.sleep(1), sys.exit()))"
+    child = "import pathlib, signal, sys, time; signal.signal(15, lambda *_: (time.sleep(4), sys.exit()))"
     child += "; pathlib.Path(sys.argv[1], 'ready').touch(); time.sleep(60)"
     script = f"""
         import os, sys
