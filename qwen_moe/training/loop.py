@@ -205,7 +205,8 @@ class _Run:
         """Build the stage of the step after ``done``. Its layout may be another than that of the stage before."""
         config = stage_of(self.stages, done)
         layout = run_layout(config, self.info.world_size)
-        if self.grids is None or self.grids.layout != layout.layout:
+        needed = (layout.layout, layout.context.heads)
+        if self.grids is None or (self.grids.layout, self.grids.cp_heads.size) != needed:
             self.grids = make_grids(config, layout, self.device)
         if config.place.name and done < config.end_step:
             self.say(

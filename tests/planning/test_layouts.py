@@ -72,7 +72,7 @@ def test_layouts_are_those_that_the_run_has() -> None:
 def test_what_is_refused_says_why() -> None:
     config: RunConfig = parse_config(values({"preset": "turbo_style"}, 4160), "test")
     assert "is not a multiple of 2 x cp 16 x tp 4 = 128" in str(legal(config, Choice(tp=4, cp=16), 64))
-    assert "a smaller cp_ulysses" in str(legal(config, Choice(tp=16, cp=2, cp_kind="ulysses"), 32))
+    assert "Use cp_kind ring or all_gather" in str(legal(config, Choice(tp=16, cp=2, cp_kind="ulysses"), 32))
     assert "zero3" in str(legal(config, Choice(pp=2, schedule="zbv", per_rank=2, sharding="zero3"), GPUS))
     with pytest.raises(ValidationError):
         apply(config, Choice(recompute="half"))

@@ -214,15 +214,27 @@ def test_the_base_goes_into_exports_and_into_runs_from_its_weights(
     assert "its model.rope_theta was 500000, and this run trains with 1e+06" in said
 
 
-def test_layouts_may_change_between_stages(tmp_path: Path, tokens: Path, undisturbed: Path) -> None:
-    """tp=2, then ep=2 over two data-parallel ranks: equal to one process."""
-    stages = [
-        STAGES[0] | {"parallel": {"tp": 2}},
-        STAGES[1] | {"parallel": {"tp": 1, "ep": 2}},
-    ]
-    said = train(settings(tmp_path / "run", tokens, stages=stages), processes=2)
-    assert "stage 1 of 2, short: steps 1 to 4 of 16 tokens a sequence, layout tp=2" in said
-    assert "stage 2 of 2, long: steps 5 to 8 of 32 tokens a sequence, layout dp=2,ep=2" in said
+@pytest.mark.parametrize(
+    ("short", "long", "said"),
+    [
+        ({"tp": 2}, {"tp": 1, "ep": 2}, ["sequence, layout tp=2", "sequence, layout dp=2,ep=2"]),
+        (
+            {"cp": 2, "cp_kind": "ulysses"},
+            {"cp_kind": "ring"},
+            ["context parallelism over 2: ulysses", "context parallelism over 2: ring"],
+        ),
+    ],
+    ids=str,
+)
+def test_layouts_may_change_between_stages(
+    tmp_path: Path, tokens: Path, undisturbed: Path, short: dict[str, Any], long: dict[str, Any], said: list[str]
+) -> None:
+    """A split of another kind over the same two processes: equal to one process."""
+    stages = [STAGES[0] | {"parallel": short}, STAGES[1] | {"parallel": long}]
+    printed = train(settings(tmp_path / "run", tokens, stages=stages), processes=2)
+    assert "stage 1 of 2, short: steps 1 to 4 of 16 tokens a sequence" in printed
+    assert "stage 2 of 2, long: steps 5 to 8 of 32 tokens a sequence" in printed
+    assert printed.index(said[0]) < printed.index(said[1])
     ours, theirs = figures(tmp_path / "run"), figures(undisturbed)
     assert len(ours) == len(theirs)
     for mine, one in zip(ours, theirs, strict=True):
