@@ -132,15 +132,25 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(values, str(path))
 
 
-def load_longest_stage(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Like `load_config`; of a run of stages, the last of those with the longest sequences, and says so on stderr."""
+def load_stage(path: Path, overrides: Sequence[str] = (), name: str = "") -> RunConfig:
+    """Like `load_config`; of a run of stages, the one called ``name``, by default the last of those with the longest
+    sequences, which it says on stderr. Raises UserError for a name that no stage has."""
     config = load_config(path, overrides)
+    runs = stage_runs(config)
+    if name:
+        found = next((run for run in runs if run.place.name == name), None)
+        if found is None:
+            names = (
+                f"its stages are {', '.join(run.place.name for run in runs)}" if config.stages else "it has no stages"
+            )
+            raise UserError(f"{path}: there is no stage {name!r}: {names}")
+        return found
     if not config.stages:
         return config
-    found = max(stage_runs(config), key=lambda run: (run.data.sequence_length, run.place.index))
+    found = max(runs, key=lambda run: (run.data.sequence_length, run.place.index))
     print(
         f"{path}: of its stages, this is {found.place.name}, with the longest sequences, of "
-        f"{found.data.sequence_length:,} tokens",
+        f"{found.data.sequence_length:,} tokens (--stage NAME takes another)",
         file=sys.stderr,
     )
     return found

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qwen_moe.config import RunConfig, find_recipe, load_config, load_longest_stage, parse_config, refuse_stages
+from qwen_moe.config import RunConfig, find_recipe, load_config, load_stage, parse_config, refuse_stages
 from qwen_moe.config.fields import LARGEST_SIZE, MOST_PROCESSES
 from qwen_moe.documents import yaml_mapping
 from qwen_moe.errors import UserError
@@ -26,6 +26,9 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument(
         "--imbalance", type=number(least=1), default=1.0, help="tokens of the busiest expert over the average"
+    )
+    parser.add_argument(
+        "--stage", default="", metavar="NAME", help="of a run of stages (default: the longest sequences)"
     )
     parser.add_argument("--precision", choices=("bf16", "fp8", "any"), default="any", help="default: any")
     parser.add_argument("--price", type=number(least=0), help="per GPU-hour (default: as in the GPU's file)")
@@ -55,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         overrides.append(f"training.global_batch_size={args.global_batch}")
     if args.write:
         refuse_stages(load_config(args.recipe, overrides), "qwen-moe plan --write")
-    config = load_longest_stage(args.recipe, overrides)
+    config = load_stage(args.recipe, overrides, args.stage)
     from qwen_moe.planning.layouts import PRECISIONS
     from qwen_moe.planning.search import Search
     from qwen_moe.planning.text import plan_text

@@ -277,3 +277,22 @@ def test_every_data_file_is_installed() -> None:
 def test_the_check_of_published_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan("--check-published") == 0
     assert "held out" in capsys.readouterr().out
+
+
+STAGES = """
+stages:
+  - {name: short, tokens: 1.0e+9}
+  - {name: long, tokens: 1.0e+9, data: {sequence_length: 1024}}
+"""
+
+
+def test_a_stage_is_planned_by_its_name(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe.write_text(recipe.read_text().replace("  train_tokens: 1.0e+9      # a billion\n", "") + STAGES)
+    plan = ["plan", str(recipe), "--gpus", "2", "--top", "1", "--precision", "bf16"]
+    assert main(plan) == 0
+    found = capsys.readouterr()
+    assert "this is long, with the longest sequences, of 1,024 tokens" in found.err and "64 x 1,024 tokens" in found.out
+    assert main([*plan, "--stage", "short"]) == 0
+    assert "64 x 512 tokens" in capsys.readouterr().out
+    assert main([*plan, "--stage", "middle"]) == 2
+    assert "there is no stage 'middle': its stages are short, long" in capsys.readouterr().err
