@@ -88,23 +88,27 @@ def exchange_and_add(gradient: torch.Tensor, peer: int, axis: Axis) -> None:
     gradient.add_(other)
 
 
+def _held(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+    """This rank's shards of the gradients that have elements here. A small model leaves some ranks none at all."""
+    gradients = (local(p.grad) for p in parameters if p.grad is not None)
+    return [gradient for gradient in gradients if gradient.numel()]
+
+
 @torch.no_grad()
 def global_norm(parameters: Iterable[nn.Parameter], world: Axis, device: torch.device) -> torch.Tensor:
     """2-norm of all gradients, as a float64 scalar. ``parameters`` are the ones that this rank counts: each shard and each
     replicated parameter must be counted on exactly one rank."""
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    gradients = _held(parameters)
     # One kernel computes each shard's norm in float32 (float64 for float64); the squares are added in float64.
     wide = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
-    norms = torch._foreach_norm([g for g in gradients if g.numel()], 2, dtype=wide)
-    square = (
-        torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
-    )
+    square = torch.zeros((), dtype=torch.float64, device=device)
+    if gradients:
+        square = torch.stack(torch._foreach_norm(gradients, 2, dtype=wide)).double().square().sum()
     return all_reduce_sum(square, world).sqrt()
 
 
 @torch.no_grad()
 def clip_by_norm(parameters: Iterable[nn.Parameter], norm: float, limit: float) -> None:
     """Scale all gradients by ``limit / norm`` when ``norm`` is above ``limit``."""
-    if norm > limit:
-        gradients = [local(p.grad) for p in parameters if p.grad is not None]
-        torch._foreach_mul_([g for g in gradients if g.numel()], limit / norm)
+    if norm > limit and (gradients := _held(parameters)):
+        torch._foreach_mul_(gradients, limit / norm)

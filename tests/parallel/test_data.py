@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from parallel.data import clip_by_norm, global_norm
+from parallel.mesh import Axis
 from tests.distributed import run_distributed
 
 
@@ -66,3 +68,13 @@ def test_the_norm_counts_each_shard_once(world_size: int, dtype: torch.dtype) ->
         assert result["norm"] == pytest.approx(expected, rel=tolerance)
         assert result["clipped"] == pytest.approx(expected / 2, rel=tolerance)
     assert results[0]["first"] == pytest.approx(world_size / 2, rel=tolerance)
+
+
+def test_a_rank_without_any_element_has_a_norm_of_zero() -> None:
+    """FSDP leaves the last ranks nothing of a model whose parameters have fewer rows than there are ranks."""
+    empty = torch.nn.Parameter(torch.zeros(0, 3))
+    empty.grad = torch.zeros(0, 3)
+    alone = Axis("world", 1, 0, None)
+    for parameters in ([], [empty]):
+        assert float(global_norm(parameters, alone, torch.device("cpu"))) == 0
+        clip_by_norm(parameters, 2.0, 1.0)
