@@ -43,7 +43,7 @@ from qwen_moe.sharding.model import ParallelModel
 
 KERNELS = "kernels"
 # Fields of a model's settings that no weight depends on and that a stage, or a run that starts from weights, may change.
-WITHOUT_WEIGHTS = ("rope_theta",)
+WITHOUT_WEIGHTS = ("rope_theta", "rope_scaling", "max_position_embeddings")
 
 
 def model_state(model: ParallelModel) -> dict[str, torch.Tensor]:
@@ -270,7 +270,7 @@ def _check_finite(path: Path, tensors: dict[str, Any]) -> None:
 
 def load_weights(path: Path, model: ParallelModel, config: ModelConfig) -> None:
     """Load weights and buffers of a checkpoint into a model of any layout and dtype. Raises UserError if the checkpoint
-    belongs to another model; the base of RoPE may differ."""
+    belongs to another model; RoPE and the longest text may differ."""
     check_same_model(path, config, WITHOUT_WEIGHTS)
     state = model_state(model)
     _load(SafeReader(path), {"model": state})
