@@ -1,0 +1,75 @@
+"""How one sequence reads its cached keys: at which angles keys are cached, and how new queries attend to them.
+
+Shapes: S new tokens, T cached tokens, H query heads, G key/value heads, C head dim. The batch dim is 1: sequences of
+different lengths are read one after the other. Readers are for inference and define no gradients.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Protocol
+
+import torch
+
+from qwen_moe.models.attention.mask import Span, Visibility
+from qwen_moe.models.ops.piece_attention import Partial
+from qwen_moe.models.ops.sdpa import sdpa
+from qwen_moe.models.rope import Rope, RotaryTables, apply_rope
+
+_KEPT_POSITIONS = 1 << 17
+
+
+class Reader(Protocol):
+    """One way of reading, for all layers. An instance may serve many sequences."""
+
+    def keys(self, k: torch.Tensor, begin: int) -> torch.Tensor:
+        """Keys as they are cached: ``k [1, S, G, C]`` without rotation, the first at position ``begin``."""
+        ...
+
+    def attend(self, layer: int, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, begin: int) -> torch.Tensor:
+        """Attention of ``q [1, S, H, C]`` without rotation, at positions begin..begin+S-1, to ``keys, values
+        [1, T >= begin + S, G, C]`` cached from position 0 on: ``[1, S, H, C]``. A query sees the keys up to its own
+        position. S > 1 is a chunk of a prompt, S = 1 a new token."""
+        ...
+
+
+class Angles:
+    """Rotary tables of a model's RoPE. Keeps those of the last positions, because every layer asks for the same ones."""
+
+    def __init__(self, rope: Rope) -> None:
+        self._rope = rope
+        self._kept: dict[Hashable, RotaryTables] = {}
+        self._positions = 0
+
+    def tables(self, name: Hashable, positions: Callable[[], torch.Tensor], like: torch.Tensor) -> RotaryTables:
+        """The tables of ``positions() [S]``, which are always the same for one ``name``, in the dtype of ``like``."""
+        key = (name, like.dtype, like.device)
+        if key not in self._kept:
+            made = self._rope.tables(positions().to(like.device).unsqueeze(0), like.dtype)
+            self._positions += made.cos.shape[1]
+            while self._kept and self._positions > _KEPT_POSITIONS:
+                self._positions -= self._kept.pop(next(iter(self._kept))).cos.shape[1]
+            self._kept[key] = made
+        return self._kept[key]
+
+    def range(self, begin: int, end: int, like: torch.Tensor) -> RotaryTables:
+        """The tables of positions ``begin`` to ``end``."""
+        return self.tables((begin, end), lambda: torch.arange(begin, end), like)
+
+
+class PlainReader:
+    """Causal attention with the model's RoPE, as in training: keys are cached at the angle of their position."""
+
+    def __init__(self, rope: Rope) -> None:
+        self._angles = Angles(rope)
+
+    def keys(self, k: torch.Tensor, begin: int) -> torch.Tensor:
+        return apply_rope(k, self._angles.range(begin, begin + k.shape[1], k))
+
+    def attend(self, layer: int, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, begin: int) -> torch.Tensor:
+        queries = q.shape[1]
+        end = begin + queries
+        rotary = self._angles.range(begin, end, q)
+        q, keys, values = apply_rope(q, rotary), keys[:, :end], values[:, :end]
+        if begin == 0 or queries == 1:
+            return sdpa(q, keys, values, queries > 1, rotary.softmax_scale)
+        pieces = Visibility(begin).pieces((Span(begin, end, 0),), (Span(0, end, 0),))
+        return Partial(q).add(q, keys, values, pieces, rotary.softmax_scale).out.to(q.dtype)
