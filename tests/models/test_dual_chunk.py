@@ -27,24 +27,32 @@ def distance(i: int, j: int, chunk_size: int, local_size: int, clamp: str = "tra
     return query - j % s
 
 
-def explicit(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: ModelConfig, of: DualChunk, relative: Any = distance
+def explicit_scores(
+    q: torch.Tensor, k: torch.Tensor, config: ModelConfig, of: DualChunk, relative: Any = distance
 ) -> torch.Tensor:
-    """Softmax over a matrix of scores Re(q conj(k) e^(i w d)) of pairs (c, c + C/2) at distance d."""
+    """A matrix ``[H, S, S]`` of scores Re(q conj(k) e^(i w d)) of pairs (c, c + C/2) at distance d; -inf for later keys."""
     length, half = q.shape[1], q.shape[-1] // 2
     distances = torch.tensor(
         [[relative(i, j, of.chunk_size, of.local_size, of.clamp) for j in range(length)] for i in range(length)]
     )
     rope = make_rope(config)
-    phases = torch.polar(torch.ones(1, dtype=torch.float64), distances[..., None] * rope.frequencies())
-    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    frequencies = rope.frequencies()
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
     query, key = (torch.complex(x[0, ..., :half], x[0, ..., half:]) for x in (q, k))
-    scores = torch.einsum("ihc,jhc,ijc->hij", query, key.conj(), phases).real
+    scores = torch.zeros(q.shape[2], length, length, dtype=torch.float64)
+    for pair in range(half):
+        phases = torch.polar(torch.ones(1, dtype=torch.float64), distances * frequencies[pair])
+        scores += torch.einsum("ih,jh,ij->hij", query[..., pair], key[..., pair].conj(), phases).real
     scores *= rope.score_factor / math.sqrt(q.shape[-1])
     if of.original_max_position_embeddings is not None:
         for i in range(length):
             scores[:, i] *= max(1.0, 0.1 * math.log((i + 1) / of.original_max_position_embeddings) + 1) ** 2
-    scores.masked_fill_(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
+    return scores.masked_fill_(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
+
+
+def explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: ModelConfig, of: DualChunk) -> torch.Tensor:
+    scores = explicit_scores(q, k, config, of)
+    v = v.repeat_interleave(q.shape[2] // v.shape[2], 2)
     return torch.einsum("hij,jhc->ihc", scores.softmax(-1), v[0])[None]
 
 

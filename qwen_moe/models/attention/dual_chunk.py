@@ -24,16 +24,19 @@ import torch
 
 from qwen_moe.config import DualChunk
 from qwen_moe.models.attention.reader import Angles
+from qwen_moe.models.attention.sparse import SparsePrefill
 from qwen_moe.models.attention.turned import Turned, Zone, attend_all
 from qwen_moe.models.rope import Rope, apply_rope
 
 
 class DualChunkReader:
     """Reads with dual chunk attention. See `Reader`. Where the text is not longer than ``config.plain_length`` it reads as
-    `PlainReader` does."""
+    `PlainReader` does. ``sparse``: for chunks of a prompt long enough that it pays; lines are chosen at continuous
+    positions, and everything else, the measured share too, is at the positions of dual chunk attention."""
 
-    def __init__(self, rope: Rope, config: DualChunk) -> None:
+    def __init__(self, rope: Rope, config: DualChunk, sparse: SparsePrefill | None = None) -> None:
         self._angles = Angles(rope)
+        self.sparse = sparse
         self._config = config
         self._stride = config.stride
         self._largest = config.chunk_size - (config.clamp == "trained")
@@ -44,6 +47,11 @@ class DualChunkReader:
 
     def attend(self, layer: int, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, begin: int) -> torch.Tensor:
         turned = self.turned(q, begin)
+        queries = q.shape[1]
+        if self.sparse is not None and self.sparse.takes(layer, q.shape[2], begin, queries):
+            first = queries - self.sparse.settings.choosing
+            last = self.turned(q[:, first:], begin + first, continuous=True)
+            return self.sparse.attend(layer, turned, last, keys, values, self._angles.scale)
         return attend_all(turned, keys, values, self._angles.scale)
 
     def turned(self, q: torch.Tensor, begin: int, continuous: bool = False) -> list[Turned]:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from qwen_moe.models.attention.sparse import SparsePrefill
 from qwen_moe.models.attention.turned import Turned, Zone, attend_all
 from qwen_moe.models.ops.sdpa import sdpa
 from qwen_moe.models.rope import Rope, RotaryTables, apply_rope
@@ -58,10 +59,12 @@ class Angles:
 
 
 class PlainReader:
-    """Causal attention with the model's RoPE, as in training: keys are cached at the angle of their position."""
+    """Causal attention with the model's RoPE, as in training: keys are cached at the angle of their position. ``sparse``:
+    for chunks of a prompt long enough that it pays."""
 
-    def __init__(self, rope: Rope) -> None:
+    def __init__(self, rope: Rope, sparse: SparsePrefill | None = None) -> None:
         self._angles = Angles(rope)
+        self.sparse = sparse
 
     def keys(self, k: torch.Tensor, begin: int) -> torch.Tensor:
         return self._angles.rotated(k, begin)
@@ -71,6 +74,10 @@ class PlainReader:
         end = begin + queries
         q = self._angles.rotated(q, begin)
         turned = [Turned(begin, end, (Zone(q, 0, end),))]
+        if self.sparse is not None and self.sparse.takes(layer, q.shape[2], begin, queries):
+            first = queries - self.sparse.settings.choosing
+            last = [Turned(begin + first, end, (Zone(q[:, first:], 0, end),))]
+            return self.sparse.attend(layer, turned, last, keys, values, scale)
         if begin == 0 or queries == 1:
             return sdpa(q, keys[:, :end], values[:, :end], queries > 1, scale)
         return attend_all(turned, keys, values, scale)
