@@ -38,6 +38,7 @@ from qwen_moe.checkpoint.huggingface.export import (
 from qwen_moe.checkpoint.huggingface.fp8 import Fp8Tensors, split_scales
 from qwen_moe.checkpoint.huggingface.names import expert_biases, match, parameters
 from qwen_moe.checkpoint.huggingface.safetensors_file import Header, read_into
+from qwen_moe.checkpoint.huggingface.sparse import read_sparse
 from qwen_moe.checkpoint.manifest import read_manifest
 from qwen_moe.checkpoint.resolve import HF_FOLDER, MODEL_CONFIG, is_ours, model_config, resolve_checkpoint
 from qwen_moe.checkpoint.tensor_store import (
@@ -106,6 +107,8 @@ def _open_directory(hf_dir: Path) -> _OpenDirectory:
     shapes = split_scales(shapes, headers, block, str(hf_dir))
     found = match(config, shapes, str(hf_dir))
     notes = list(interpretation.notes)
+    if read_sparse(hf_dir, config) is not None:
+        notes.append("its budgets of sparse prefill are kept")
     if found.tied_head:
         _check_tied_head(headers, hf_dir)
     if found.ignored:

@@ -9,8 +9,8 @@ from typing import Protocol
 
 import torch
 
-from qwen_moe.models.attention.mask import Span, Visibility
-from qwen_moe.models.ops.piece_attention import Partial
+from qwen_moe.models.attention.sparse import SparsePrefill
+from qwen_moe.models.attention.turned import Turned, Zone, attend_all
 from qwen_moe.models.ops.sdpa import sdpa
 from qwen_moe.models.rope import Rope, RotaryTables, apply_rope
 
@@ -32,10 +32,12 @@ class Reader(Protocol):
 
 
 class Angles:
-    """Rotary tables of a model's RoPE. Keeps those of the last positions, because every layer asks for the same ones."""
+    """Rotary tables of a model's RoPE, and the factor of its scores (``scale``). Keeps the tables of the last positions,
+    because every layer asks for the same ones."""
 
     def __init__(self, rope: Rope) -> None:
         self._rope = rope
+        self.scale = rope.tables(torch.zeros(1, 1), torch.float32).softmax_scale
         self._kept: dict[Hashable, RotaryTables] = {}
         self._positions = 0
 
@@ -50,26 +52,32 @@ class Angles:
             self._kept[key] = made
         return self._kept[key]
 
-    def range(self, begin: int, end: int, like: torch.Tensor) -> RotaryTables:
-        """The tables of positions ``begin`` to ``end``."""
-        return self.tables((begin, end), lambda: torch.arange(begin, end), like)
+    def rotated(self, x: torch.Tensor, begin: int) -> torch.Tensor:
+        """``x [1, S, ., C]`` at positions from ``begin`` on."""
+        end = begin + x.shape[1]
+        return apply_rope(x, self.tables((begin, end), lambda: torch.arange(begin, end), x))
 
 
 class PlainReader:
-    """Causal attention with the model's RoPE, as in training: keys are cached at the angle of their position."""
+    """Causal attention with the model's RoPE, as in training: keys are cached at the angle of their position. ``sparse``:
+    for chunks of a prompt long enough that it pays."""
 
-    def __init__(self, rope: Rope) -> None:
+    def __init__(self, rope: Rope, sparse: SparsePrefill | None = None) -> None:
         self._angles = Angles(rope)
+        self.sparse = sparse
 
     def keys(self, k: torch.Tensor, begin: int) -> torch.Tensor:
-        return apply_rope(k, self._angles.range(begin, begin + k.shape[1], k))
+        return self._angles.rotated(k, begin)
 
     def attend(self, layer: int, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, begin: int) -> torch.Tensor:
-        queries = q.shape[1]
+        queries, scale = q.shape[1], self._angles.scale
         end = begin + queries
-        rotary = self._angles.range(begin, end, q)
-        q, keys, values = apply_rope(q, rotary), keys[:, :end], values[:, :end]
+        q = self._angles.rotated(q, begin)
+        turned = [Turned(begin, end, (Zone(q, 0, end),))]
+        if self.sparse is not None and self.sparse.takes(layer, q.shape[2], begin, queries):
+            first = queries - self.sparse.settings.choosing
+            last = [Turned(begin + first, end, (Zone(q[:, first:], 0, end),))]
+            return self.sparse.attend(layer, turned, last, keys, values, scale)
         if begin == 0 or queries == 1:
-            return sdpa(q, keys, values, queries > 1, rotary.softmax_scale)
-        pieces = Visibility(begin).pieces((Span(begin, end, 0),), (Span(0, end, 0),))
-        return Partial(q).add(q, keys, values, pieces, rotary.softmax_scale).out.to(q.dtype)
+            return sdpa(q, keys[:, :end], values[:, :end], queries > 1, scale)
+        return attend_all(turned, keys, values, scale)
