@@ -60,7 +60,7 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 def against_transformers(dtype: str, batch: int, rounds: int) -> dict[str, Any]:
     model = build_model(reference_config(), 0, DTYPES[dtype]).eval()
-    engine, sampling = Engine(LocalRunner(model)), Sampling(max_new_tokens=NEW, temperature=0)
+    engine, sampling = Engine(LocalRunner(model), model.config), Sampling(max_new_tokens=NEW, temperature=0)
     prompts = torch.randint(0, SHAPE["vocab_size"], (batch, PROMPT), generator=torch.Generator().manual_seed(0))
 
     def our_tokens() -> list[list[int]]:
@@ -89,14 +89,17 @@ def against_transformers(dtype: str, batch: int, rounds: int) -> dict[str, Any]:
         "batch": batch,
         "transformers_experts": experts,
         "same_tokens": same,
-        "seconds": {"ours": statistics.median(a for a, _ in pairs), "transformers": statistics.median(b for _, b in pairs)},
+        "seconds": {
+            "ours": statistics.median(a for a, _ in pairs),
+            "transformers": statistics.median(b for _, b in pairs),
+        },
         "speedup": statistics.median(b / a for a, b in pairs),
     }
 
 
 def at_once(dtype: str, rounds: int, prompts: int = 32) -> dict[str, Any]:
     model = build_model(reference_config(), 0, DTYPES[dtype]).eval()
-    engine, sampling = Engine(LocalRunner(model)), Sampling(max_new_tokens=NEW, temperature=0)
+    engine, sampling = Engine(LocalRunner(model), model.config), Sampling(max_new_tokens=NEW, temperature=0)
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(32, PROMPT + 1, (prompts,), generator=generator).tolist()
     texts = [torch.randint(0, SHAPE["vocab_size"], (n,), generator=generator).tolist() for n in lengths]

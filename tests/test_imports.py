@@ -76,7 +76,7 @@ FLOORS = {
         ("sharding",),
         ("checkpoint", "planning"),
         ("runs",),
-        ("machine", "schedule_picture", "generate"),
+        ("machine", "schedule_picture", "generation"),
         ("info",),
         ("training",),
         ("verify", "launch"),

@@ -103,9 +103,7 @@ class SequenceCache:
             self._prompts.select(self._rows_of(index), begin)
         self._make_bias(device)
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wanted_only: bool
-    ) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wanted_only: bool) -> torch.Tensor:
         """See `qwen_moe.models.attention.cache.Cache`."""
         if self._chunks:
             return self._attend_prompts(layer, q, k, v, wanted_only)
@@ -140,7 +138,9 @@ class SequenceCache:
         if not self._alone and int(starts.max()) > 0:
             hidden = torch.arange(self._prompts.room) < starts.unsqueeze(1)
             dtype = next(iter(self._prompts.layers.values()))[0].dtype
-            self._bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, float("-inf"))[:, None, None].to(device)
+            self._bias = (
+                torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, float("-inf"))[:, None, None].to(device)
+            )
 
     def _attend_prompts(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wanted_only: bool

@@ -1,251 +1,28 @@
-"""Samples text from a model with a key/value cache; the verb `qwen-moe generate`. Torch is imported only when it is used."""
+"""`qwen-moe generate`: continues prompts with a checkpoint, run or Hugging Face directory. Torch is imported only when it is
+used."""
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_moe.config.fields import LARGEST, LARGEST_SIZE
-from qwen_moe.documents import json_object, read_text
+from qwen_moe.config.fields import LARGEST_SIZE
 from qwen_moe.errors import UserError
 from qwen_moe.options import number, whole
 
 if TYPE_CHECKING:
-    import torch
+    from qwen_moe.generation.sampling import Sampling
 
-    from qwen_moe.config import ModelConfig
-    from qwen_moe.models.decoder import DecoderLM
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How to continue a text: ``temperature`` 0 is greedy, ``top_p`` is the nucleus. Raises UserError if out of range."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.7
-    top_p: float = 0.8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}: give a positive number")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature is {self.temperature}: give 0 (greedy) or a positive number")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}: give a number above 0 and at most 1")
-        if not 0 <= self.seed <= LARGEST:
-            raise UserError(f"seed is {self.seed:.10g}: give a whole number from 0 to 2^63 - 1")
-
-
-def _check_prompt(length: int, smallest: int, largest: int, max_new_tokens: int, config: "ModelConfig") -> None:
-    if length == 0:
-        raise UserError("the prompt is empty: give at least one token")
-    if smallest < 0 or largest >= config.vocab_size:
-        wrong = largest if largest >= config.vocab_size else smallest
-        raise UserError(
-            f"the prompt has token {wrong} but the model's vocabulary has {config.vocab_size}: the tokenizer belongs "
-            "to another model"
-        )
-    if length + max_new_tokens > config.reach:
-        raise UserError(
-            f"a prompt of {length} tokens and {max_new_tokens} new ones make {length + max_new_tokens}, more than the "
-            f"model's reach of {config.reach} tokens: shorten the prompt, or ask for at most "
-            f"{max(config.reach - length, 0)} new tokens"
-        )
-
-
-def sample(logits: "torch.Tensor", temperature: float, top_p: float, generator: "torch.Generator") -> "torch.Tensor":
-    """Pick one token per row of ``logits [B, V]``; returns ``[B]``.
-
-    Takes the argmax at temperature 0. Otherwise draws from the nucleus (arXiv 1904.09751), which is the smallest set of
-    tokens whose probabilities sum to at least ``top_p``. Draws on the CPU, so that a seed gives the same tokens on every
-    device.
-    """
-    import torch
-
-    if temperature == 0:
-        return logits.argmax(-1)
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    # Subtract the largest logit first. Dividing by a temperature near 0 can then overflow only to -inf, a probability of 0.
-    logits = logits.to(wide)
-    probabilities = ((logits - logits.amax(-1, keepdim=True)).double() / temperature).softmax(-1).to(wide).cpu()
-    if top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        # Keep a token if the tokens before it have not yet reached top_p; always keep the first.
-        beyond = ordered.cumsum(-1) - ordered >= top_p
-        beyond[..., 0] = False
-        ordered = ordered.masked_fill(beyond, 0)
-        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1).to(logits.device)
-
-
-def generate(
-    model: "DecoderLM",
-    input_ids: "torch.Tensor",
-    sampling: Sampling,
-    *,
-    eos_token_id: int | Sequence[int] | None = None,
-    progress: bool = False,
-) -> "torch.Tensor":
-    """Continue ``input_ids [B, S]`` (no padding) and return prompt and new tokens ``[B, S + N]``, N <= max_new_tokens.
-
-    ``eos_token_id``: one or several ids that end a sequence. A sequence that has ended is filled with the first of them,
-    and N is the number of new tokens in the longest. Raises UserError for tokens
-    that the model does not know or has no positions for.
-    """
-    import torch
-    from tqdm import tqdm
-
-    from parallel.gemm import linear
-    from qwen_moe.models.attention.cache import KeyValueCache
-
-    smallest, largest = (int(input_ids.min()), int(input_ids.max())) if input_ids.numel() else (0, 0)
-    _check_prompt(input_ids.shape[1], smallest, largest, sampling.max_new_tokens, model.config)
-    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
-    end_tensor = torch.tensor(ends, dtype=torch.int64, device=input_ids.device)
-    generator = torch.Generator().manual_seed(sampling.seed)
-    cache = KeyValueCache()
-    ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    ids, new = input_ids, input_ids
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for _ in tqdm(range(sampling.max_new_tokens), desc="generating", unit="token", disable=not progress):
-                states, _ = model.hidden_states(new, cache=cache)
-                logits = linear(states[:, -1], model.head_weight)
-                if not bool(logits.isfinite().all()):
-                    raise UserError(
-                        "the model's outputs are NaN or infinite: its weights are damaged, or it needs a wider dtype "
-                        "(--dtype fp32)"
-                    )
-                token = sample(logits, sampling.temperature, sampling.top_p, generator)
-                if ends:
-                    token = torch.where(ended, end_tensor[0], token)
-                    ended = ended | torch.isin(token, end_tensor)
-                new = token.unsqueeze(1)
-                ids = torch.cat([ids, new], dim=1)
-                if ends and bool(ended.all()):
-                    break
-    finally:
-        model.train(was_training)
-    return ids
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """A prompt and its continuation. ``finish_reason`` is "stop" at an end token and "length" at max_new_tokens."""
-
-    prompt: str
-    completion: str
-    prompt_tokens: int
-    new_tokens: int
-    finish_reason: str
-    dtype: str
-    seconds: float
-
-
-def tokenizer_folder(directory: Path) -> Path:
-    """The folder with the tokenizer of a checkpoint, run or Hugging Face directory. Raises UserError if there is none."""
-    from qwen_moe.checkpoint.resolve import HF_FOLDER
-
-    folder = directory / HF_FOLDER if (directory / HF_FOLDER).is_dir() else directory
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise UserError(
-            f"{folder} has no tokenizer (no tokenizer.json or vocab.json): copy the files of the model's tokenizer there"
-        )
-    return folder
-
-
-def end_tokens(folder: Path, tokenizer: Any) -> list[int]:
-    """End tokens, read as Hugging Face does: from generation_config.json, else config.json, else the tokenizer."""
-    for name in ("generation_config.json", "config.json"):
-        if not (folder / name).is_file():
-            continue
-        values = json_object(read_text(folder / name, "the model's", "the model's own directory"), str(folder / name))
-        eos = values.get("eos_token_id")
-        if eos is None:
-            continue
-        ends = eos if isinstance(eos, list) else [eos]
-        if not all(isinstance(end, int) and not isinstance(end, bool) and 0 <= end < 2**31 for end in ends):
-            raise UserError(f"{folder / name}: eos_token_id is {eos!r}, expected an id or a list of ids")
-        return ends
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-
-def _read_tokenizer(folder: Path) -> Any:
-    """The Hugging Face tokenizer whose files lie in ``folder``. Raises UserError when they are damaged."""
-    from transformers import AutoTokenizer
-
-    try:
-        # Never run code from the folder, and never ask whether to run it.
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # for damaged files transformers raises plain Exception, KeyError, ...
-        raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from None
-
-
-def _check_text(prompt: str) -> None:
-    if not prompt:
-        raise UserError("the prompt is empty: give --prompt some text")
-    if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-        raise UserError("the prompt is not valid UTF-8 text: remove its broken characters")
-
-
-def generate_text(
-    directory: Path,
-    prompt: str,
-    sampling: Sampling,
-    *,
-    dtype: str | None = None,
-    device: str | None = None,
-    progress: bool = False,
-) -> Continuation:
-    """Continue ``prompt`` with the model and tokenizer of a checkpoint, run or Hugging Face directory.
-
-    ``dtype`` None: the stored dtype, or the run's compute dtype. ``device`` None: the GPU if there is one. Raises
-    UserError.
-    """
-    _check_text(prompt)
-    if not directory.is_dir():
-        raise UserError(f"{directory} does not exist: give a checkpoint, a run directory or a Hugging Face directory")
-    import torch
-
-    from qwen_moe.checkpoint.huggingface.convert import from_pretrained, load_checkpoint
-    from qwen_moe.checkpoint.resolve import is_ours, resolve_checkpoint
-
-    ours = is_ours(directory)
-    if ours:
-        directory = resolve_checkpoint(directory)
-    folder = tokenizer_folder(directory)
-    tokenizer = _read_tokenizer(folder)
-    tokens = tokenizer(prompt)["input_ids"]
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = (load_checkpoint if ours else from_pretrained)(directory, dtype=dtype, device=device)
-    ids = torch.tensor([tokens], dtype=torch.int64, device=device)
-    ends = end_tokens(folder, tokenizer)
-    begin = time.perf_counter()
-    out = generate(model, ids, sampling, eos_token_id=ends or None, progress=progress)
-    seconds = time.perf_counter() - begin
-    new = out[0, len(tokens) :].tolist()
-    stopped = bool(new) and new[-1] in ends
-    return Continuation(
-        prompt=prompt,
-        completion=tokenizer.decode(new[:-1] if stopped else new),
-        prompt_tokens=len(tokens),
-        new_tokens=len(new),
-        finish_reason="stop" if stopped else "length",
-        dtype=str(model.head_weight.dtype).removeprefix("torch."),
-        seconds=seconds,
-    )
+DTYPES = ("bf16", "fp16", "fp32", "fp64")
+EXTENSIONS = ("none", "yarn", "dca", "auto")
+ATTENTION = ("dense", "sparse")
 
 
 def register(subparsers: Any) -> None:
     """Add `generate` to the command's subparsers; ``args.func(args)`` returns the exit code."""
-    parser = subparsers.add_parser("generate", help="continue a text with a checkpoint or Hugging Face directory")
+    parser = subparsers.add_parser("generate", help="continue texts with a checkpoint or Hugging Face directory")
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -253,45 +30,176 @@ def register(subparsers: Any) -> None:
         metavar="DIR",
         help="a checkpoint, a run directory (its newest checkpoint) or a Hugging Face directory",
     )
-    parser.add_argument("--prompt", required=True, metavar="TEXT")
-    parser.add_argument(
-        "--max-new-tokens",
-        type=whole(1, LARGEST_SIZE),
-        default=Sampling.max_new_tokens,
-        metavar="N",
-        help="default: %(default)s",
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompt", metavar="TEXT")
+    given.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file; only the answer is printed")
+    given.add_argument(
+        "--input", type=Path, metavar="JSONL", help='lines with "prompt", "messages" or "tokens"; needs --output'
     )
     parser.add_argument(
-        "--temperature",
-        type=number(least=0),
-        default=Sampling.temperature,
-        metavar="T",
-        help="0 is greedy; default: %(default)s",
+        "--output", type=Path, metavar="JSONL", help="the answers to --input; the same command goes on after a stop"
     )
-    parser.add_argument(
-        "--top-p",
-        type=number(above=0, most=1),
-        default=Sampling.top_p,
-        metavar="P",
-        help="nucleus sampling; default: %(default)s",
-    )
-    parser.add_argument("--seed", type=whole(), default=Sampling.seed, help="default: %(default)s")
-    parser.add_argument(
-        "--dtype", choices=("bf16", "fp16", "fp32", "fp64"), help="default: as stored, or the run's compute dtype"
-    )
+    parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template to the prompts")
+    _add_sampling(parser)
+    _add_reading(parser)
+    for degree, what in (("tp", "tensor"), ("ep", "expert"), ("pp", "pipeline")):
+        parser.add_argument(
+            f"--{degree}", type=whole(1, 4096), default=1, help=f"processes of {what} parallelism; default: 1"
+        )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(func=_run)
 
 
-def _run(args: argparse.Namespace) -> int:
-    sampling = Sampling(
-        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    def option(name: str, kind: Any, default: Any, metavar: str, text: str) -> None:
+        parser.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{text}; default: %(default)s")
+
+    option("--max-new-tokens", whole(1, LARGEST_SIZE), 128, "N", "tokens of an answer, at most")
+    option("--temperature", number(least=0), 0.7, "T", "0 is greedy")
+    option("--top-p", number(above=0, most=1), 0.8, "P", "nucleus sampling")
+    option("--top-k", whole(0, LARGEST_SIZE), 0, "K", "the K most likely tokens, 0 for all")
+    option("--min-p", number(least=0, most=1), 0.0, "P", "tokens at least this share as likely as the most likely one")
+    option("--repetition-penalty", number(above=0), 1.0, "R", "above 1, tokens that occurred become less likely")
+    option("--samples", whole(1, 100_000), 1, "N", "answers per prompt, which share its cache")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
+    parser.add_argument("--seed", type=whole(), default=0, help="default: %(default)s")
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as stored, or the run's compute dtype")
+    parser.add_argument(
+        "--context-extension",
+        choices=EXTENSIONS,
+        default="none",
+        help="for texts longer than the model was trained on: YaRN, dual chunk attention, or the latter where needed (auto)",
     )
-    result = generate_text(args.checkpoint, args.prompt, sampling, dtype=args.dtype, progress=True)
-    if args.json:
-        print(json.dumps(asdict(result)))
+    parser.add_argument(
+        "--attention", choices=ATTENTION, default="dense", help="sparse leaves out keys in prompts over 32,768 tokens"
+    )
+    parser.add_argument(
+        "--batch-size", type=whole(1, 100_000), default=64, metavar="N", help="answers at a time; default: %(default)s"
+    )
+
+
+def _sampling(args: argparse.Namespace) -> "Sampling":
+    from qwen_moe.generation.sampling import Sampling
+
+    return Sampling(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        samples=args.samples,
+        stop=tuple(args.stop),
+        seed=args.seed,
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    if (args.input is None) != (args.output is None):
+        raise UserError("--input and --output belong together: a file of prompts and the file that gets the answers")
+    sampling = _sampling(args)
+    from parallel.process import started_by_launcher
+
+    split = args.tp * args.ep * args.pp > 1
+    if split and not started_by_launcher():
+        from qwen_moe.generation.launch import start_ranks
+
+        return start_ranks(args)
+    if not split:
+        from parallel.threads import limit_threads
+
+        limit_threads()
+    from qwen_moe.generation.launch import USER_ERROR, report_failure
+    from qwen_moe.generation.session import Session
+
+    try:
+        with Session(args, split) as session:
+            return _many(args, session, sampling) if args.input else _one(args, session, sampling)
+    except UserError as error:
+        report_failure(error)
+        return USER_ERROR
+
+
+def _one(args: argparse.Namespace, session: Any, sampling: "Sampling") -> int:
+    from qwen_moe.documents import read_text
+    from qwen_moe.generation.text import Continuation, answer_text
+    from qwen_moe.generation.tokenizer import chat_tokens, text_tokens
+
+    opened, prompt = session.opened, args.prompt
+    if args.prompt_file is not None:
+        prompt = read_text(args.prompt_file, "--prompt-file", "a text file")
+    if args.chat:
+        tokens = chat_tokens(opened.tokenizer, [{"role": "user", "content": prompt}])
     else:
-        print(result.prompt + result.completion)
-        rate = result.new_tokens / max(result.seconds, 1e-9)
-        print(f"{result.new_tokens} tokens, {rate:.1f} per second, {result.dtype}", file=sys.stderr)
+        tokens = text_tokens(opened.tokenizer, prompt)
+    begin = time.perf_counter()
+    (answers,) = session.generate([tokens], sampling)
+    seconds = time.perf_counter() - begin
+    found = [
+        Continuation(
+            prompt=prompt,
+            completion=answer_text(opened, answer, sampling.stop),
+            prompt_tokens=len(tokens),
+            new_tokens=len(answer.tokens),
+            finish_reason=answer.finish_reason,
+            dtype=session.dtype,
+            seconds=seconds,
+        )
+        for answer in answers
+    ]
+    if not session.reports:
+        return 0
+    if args.json:
+        print(json.dumps([vars(one) for one in found] if len(found) > 1 else vars(found[0])))
+        return 0
+    for one in found:
+        print(one.completion if args.chat or args.prompt_file else prompt + one.completion)
+    drawn = sum(one.new_tokens for one in found)
+    print(f"{drawn} tokens, {drawn / max(seconds, 1e-9):.1f} per second, {session.dtype}", file=sys.stderr)
+    for line in session.notes():
+        print(line, file=sys.stderr)
+    return 0
+
+
+def _many(args: argparse.Namespace, session: Any, sampling: "Sampling") -> int:
+    from qwen_moe.generation.prompts import Answers, digest, read_prompts
+    from qwen_moe.generation.text import answer_text
+
+    opened = session.opened
+    rows = read_prompts(args.input, opened.tokenizer, args.chat)
+    settings = {
+        "checkpoint": str(opened.weights.directory),
+        "prompts": digest(rows),
+        "sampling": {**vars(sampling), "stop": list(sampling.stop)},
+        "dtype": args.dtype,
+        "context_extension": args.context_extension,
+        "attention": args.attention,
+    }
+    answers = Answers(args.output, settings, writes=session.reports)
+    todo = session.agree([index for index in range(len(rows)) if index not in answers.done])
+    if len(todo) < len(rows):
+        session.say(f"{args.output}: {len(rows) - len(todo)} of {len(rows)} prompts have their answers already")
+
+    def done(index: int, completions: list[Any]) -> None:
+        made = [
+            {
+                "text": answer_text(opened, answer, sampling.stop),
+                "finish_reason": answer.finish_reason,
+                "tokens": answer.tokens,
+                "log_probs": answer.log_probs,
+            }
+            for answer in completions
+        ]
+        answers.add(index, {**rows[index].values, "completions": made})
+
+    session.generate([rows[index].tokens for index in todo], sampling, numbers=todo, done=done)
+    if session.reports:
+        answers.finish()
+        summary = {"output": str(args.output), "prompts": len(rows), "answered_now": len(todo)}
+        print(json.dumps(summary) if args.json else f"{args.output}: answers to {len(rows)} prompts")
+        for line in session.notes():
+            print(line, file=sys.stderr)
     return 0

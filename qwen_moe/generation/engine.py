@@ -5,7 +5,7 @@ Shapes: N new tokens of any number of sequences, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -15,9 +15,11 @@ from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
 from qwen_moe.generation.cache import Chunk, SequenceCache
 from qwen_moe.generation.sampling import Sampling, draw, uniforms
+from qwen_moe.models.attention.dual_chunk import DualChunkReader
 from qwen_moe.models.attention.reader import PlainReader, Reader
+from qwen_moe.models.attention.sparse import SparsePrefill, SparseRecord, SparseSettings
 from qwen_moe.models.decoder import DecoderLM
-from qwen_moe.models.rope import Rope
+from qwen_moe.models.rope import make_rope
 
 _CHANCES = 64  # random numbers drawn at a time
 
@@ -46,8 +48,8 @@ class Runner(Protocol):
     """Runs the model, which may be split over ranks."""
 
     device: torch.device
-    config: ModelConfig
-    rope: Rope
+    dtype: torch.dtype
+    first_head: int  # the number in the model of this rank's first query head
 
     def logits(self, ids: torch.Tensor, cache: SequenceCache, wanted: torch.Tensor) -> torch.Tensor:
         """``ids [N]`` -> logits ``[len(wanted), V]`` of the tokens with the indices ``wanted``. Where V is 0, another rank
@@ -64,8 +66,8 @@ class LocalRunner:
     """The whole model on one device."""
 
     def __init__(self, model: DecoderLM) -> None:
-        self.model, self.config, self.rope = model, model.config, model.rope
-        self.device = model.head_weight.device
+        self.model, self.first_head = model, 0
+        self.device, self.dtype = model.head_weight.device, model.head_weight.dtype
 
     @torch.no_grad()
     def logits(self, ids: torch.Tensor, cache: SequenceCache, wanted: torch.Tensor) -> torch.Tensor:
@@ -100,21 +102,44 @@ def _chances(seed: int, prompt: int, sample: int) -> Iterator[float]:
 
 
 class Engine:
-    """Generates with one model. ``end_tokens`` end an answer. ``text`` decodes tokens, for stop strings. ``reader`` makes
-    the way of reading long prompts, and says whether new tokens are read by it too (see `SequenceCache`)."""
+    """Generates with one model.
+
+    ``config`` says how texts are read: RoPE and dual chunk attention, which may be an extension of the model's own (the
+    weights do not depend on them). ``sparse``: leave out keys in long prompts; `record` says how much. ``end_tokens`` end an
+    answer. ``text`` decodes tokens, for stop strings.
+    """
 
     def __init__(
         self,
         runner: Runner,
+        config: ModelConfig,
         *,
+        sparse: SparseSettings | None = None,
         end_tokens: Sequence[int] = (),
         text: Callable[[list[int]], str] | None = None,
-        reader: tuple[Reader, bool] | None = None,
         limits: Limits | None = None,
     ) -> None:
-        self._runner, self._ends, self._text = runner, frozenset(end_tokens), text
-        self._reader, self._alone = reader or (PlainReader(runner.rope), False)
-        self._limits = limits or Limits()
+        self.runner, self.config, self.limits = runner, config, limits or Limits()
+        self.rope = make_rope(config)
+        self.end_tokens, self.text = frozenset(end_tokens), text
+        self._sparse = None if sparse is None else SparsePrefill(replace(sparse, first_head=runner.first_head))
+        self._plain = PlainReader(self.rope, self._sparse)
+        self._chunked = None
+        if config.dual_chunk is not None:
+            self._chunked = DualChunkReader(self.rope, config.dual_chunk, self._sparse)
+
+    @property
+    def record(self) -> SparseRecord | None:
+        """What sparse prefill has left out so far, on this rank."""
+        return None if self._sparse is None else self._sparse.record
+
+    def reader(self, longest: int) -> tuple[Reader, bool]:
+        """How texts of at most ``longest`` tokens are read, and whether new tokens need the reader too: those of sequences
+        in plain attention can be read together."""
+        chunks = self.config.dual_chunk
+        if self._chunked is None or chunks is None or longest <= chunks.plain_length:
+            return self._plain, False
+        return self._chunked, True
 
     def generate(
         self,
@@ -134,9 +159,11 @@ class Engine:
         """
         numbers = range(len(prompts)) if numbers is None else numbers
         for prompt in prompts:
-            check_prompt(prompt, sampling.max_new_tokens, self._runner.config)
-        if sampling.stop and self._text is None:
-            raise UserError(f"stop is {list(sampling.stop)}, but there is no tokenizer to write text with: leave it out")
+            check_prompt(prompt, sampling.max_new_tokens, self.config)
+        if sampling.stop and self.text is None:
+            raise UserError(
+                f"stop is {list(sampling.stop)}, but there is no tokenizer to write text with: leave it out"
+            )
         results: dict[int, list[Completion]] = {}
 
         def finished(prompt: int, answers: list[Completion]) -> None:
@@ -144,11 +171,15 @@ class Engine:
             if done is not None:
                 done(prompt, answers)
 
-        for batch in batches([len(prompt) for prompt in prompts], sampling, self._limits):
+        for batch in batches([len(prompt) for prompt in prompts], sampling, self.limits):
+
+            def told(i: int, answers: list[Completion], batch: list[int] = batch) -> None:
+                finished(batch[i], answers)
+
             _Batch(self, [prompts[i] for i in batch], [numbers[i] for i in batch], sampling).run(
-                lambda i, answers, batch=batch: finished(batch[i], answers), progress or (lambda read, drawn: None)
+                told, progress or (lambda read, drawn: None)
             )
-        self._runner.finish()
+        self.runner.finish()
         return [results[i] for i in range(len(prompts))]
 
 
@@ -158,18 +189,21 @@ class _Batch:
     def __init__(
         self, engine: Engine, prompts: Sequence[Sequence[int]], numbers: Sequence[int], sampling: Sampling
     ) -> None:
-        self._engine, self._runner, self._sampling, self._prompts = engine, engine._runner, sampling, prompts
+        self._engine, self._runner, self._sampling, self._prompts = engine, engine.runner, sampling, prompts
         self._here = list(range(len(prompts)))  # prompts whose answers are being drawn
         self._answers = [
-            [_Answer(_chances(sampling.seed, number, sample)) for sample in range(sampling.samples)] for number in numbers
+            [_Answer(_chances(sampling.seed, number, sample)) for sample in range(sampling.samples)]
+            for number in numbers
         ]
+        lengths = [len(prompt) for prompt in prompts]
+        reader, alone = engine.reader(max(lengths) + sampling.max_new_tokens)
         self._cache = SequenceCache(
-            self._runner.rope,
-            [len(prompt) for prompt in prompts],
+            engine.rope,
+            lengths,
             samples=sampling.samples,
             new_tokens=sampling.max_new_tokens,
-            reader=engine._reader,
-            alone=engine._alone,
+            reader=reader,
+            alone=alone,
         )
         self._occurred: torch.Tensor | None = None
 
@@ -201,12 +235,14 @@ class _Batch:
     def _read_prompts(self, progress: Callable[[int, int], None]) -> torch.Tensor:
         """Logits after each prompt, ``[P, V]``."""
         logits: dict[int, torch.Tensor] = {}
-        for chunks in passes([len(prompt) for prompt in self._prompts], self._engine._limits.chunk):
+        for chunks in passes([len(prompt) for prompt in self._prompts], self._engine.limits.chunk):
             ids = [token for chunk in chunks for token in self._prompts[chunk.prompt][chunk.begin : chunk.end]]
             ends = [end - 1 for chunk, end in zip(chunks, _ends(chunks), strict=True) if chunk.last]
             device = self._runner.device
             self._cache.begin_prompts(chunks)
-            found = self._runner.logits(torch.tensor(ids, device=device), self._cache, torch.tensor(ends, dtype=torch.int64, device=device))
+            found = self._runner.logits(
+                torch.tensor(ids, device=device), self._cache, torch.tensor(ends, dtype=torch.int64, device=device)
+            )
             logits |= dict(zip([chunk.prompt for chunk in chunks if chunk.last], found, strict=True))
             progress(len(ids), 0)
         return torch.stack([logits[prompt] for prompt in range(len(self._prompts))])
@@ -234,19 +270,19 @@ class _Batch:
                 )
             row.tokens.append(token)
             row.log_probs.append(log_prob)
-            if token in self._engine._ends or self._says_stop(row):
+            if token in self._engine.end_tokens or self._says_stop(row):
                 row.finish_reason = "stop"
             elif len(row.tokens) == self._sampling.max_new_tokens:
                 row.finish_reason = "length"
         return tokens
 
     def _says_stop(self, row: _Answer) -> bool:
-        if not self._sampling.stop or self._engine._text is None:
+        if not self._sampling.stop or self._engine.text is None:
             return False
         # A token may hold less than a letter, but no stop string spans more tokens than it has bytes, and the one before
         # gives the decoder its context.
         longest = max(len(stop.encode()) for stop in self._sampling.stop) + 8
-        recent = self._engine._text(row.tokens[-longest:])
+        recent = self._engine.text(row.tokens[-longest:])
         return any(stop in recent for stop in self._sampling.stop)
 
     def _forget_ended(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,16 +68,19 @@ class Answers:
     """Answers to prompts, in a file that grows while they are made and appears under its own name when all are there.
 
     The growing file is OUTPUT.partial. Its first line holds ``settings``; a stopped command with equal settings goes on. A
-    line that a kill cut off is dropped. Raises UserError if OUTPUT exists or was begun with other settings.
+    line that a kill cut off is dropped. Raises UserError if OUTPUT exists or was begun with other settings. With ``writes``
+    False, on ranks that do not report, nothing is read or written.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], writes: bool = True) -> None:
         self._path, self._partial = path, path.with_name(f"{path.name}.partial")
+        self._rows: dict[int, dict[str, Any]] = {}
+        if not writes:
+            return
         if path.exists():
             raise UserError(f"--output {path} exists: give another file, or remove it")
         if not path.parent.is_dir():
             raise UserError(f"--output {path}: the folder {path.parent} does not exist: make it first")
-        self._rows: dict[int, dict[str, Any]] = {}
         head = json.dumps(dict(settings), sort_keys=True)
         if self._partial.exists():
             self._read_partial(head)
@@ -90,7 +93,9 @@ class Answers:
         first, *lines = whole.decode().splitlines() or [""]
         if first != head:
             before, now = json.loads(first or "{}"), json.loads(head)
-            changed = [f"{name} {before.get(name)} is now {now.get(name)}" for name in now if before.get(name) != now[name]]
+            changed = [
+                f"{name} {before.get(name)} is now {now.get(name)}" for name in now if before.get(name) != now[name]
+            ]
             raise UserError(
                 f"{self._partial} was begun with other settings ({'; '.join(changed)}): repeat the command with the former "
                 "to go on, or remove the file to begin anew"
@@ -127,6 +132,3 @@ def digest(rows: Iterable[PromptRow]) -> str:
     for row in rows:
         found.update(json.dumps([row.values, row.tokens]).encode())
     return found.hexdigest()[:16]
-
-
-Progress = Callable[[int, int], None]

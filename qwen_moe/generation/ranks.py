@@ -63,11 +63,11 @@ class ShardedRunner:
 
     def __init__(self, model: ParallelModel, grids: Grids, device: torch.device) -> None:
         (self._part,) = model.parts
-        self._grids, self.device = grids, device
-        self.config, self.rope = model.config, self._part.rope
+        self._grids, self.device, self._vocabulary = grids, device, model.config.vocab_size
+        self.first_head = grids.tp.index * model.config.num_attention_heads // grids.tp.size
         # Experts of one exchange wait for each other: all its ranks run the same number of passes.
         self._in_step = grids.dp.size > 1 and grids.exchange.size > 1
-        self._hidden, self._dtype = model.config.hidden_size, next(self._part.parameters()).dtype
+        self._hidden, self.dtype = model.config.hidden_size, next(self._part.parameters()).dtype
 
     def share_of(self, items: Sequence[Item]) -> list[Item]:
         """The prompts of this data-parallel group: every dp-th."""
@@ -109,7 +109,7 @@ class ShardedRunner:
         padded = F.pad(ids, (0, -len(ids) % tp.size))
         x = padded.unsqueeze(0)
         if pp.index > 0:
-            x = torch.empty(1, len(padded) // tp.size, self._hidden, dtype=self._dtype, device=self.device)
+            x = torch.empty(1, len(padded) // tp.size, self._hidden, dtype=self.dtype, device=self.device)
             dist.recv(x, self._neighbour(pp.index - 1), group=pp.group)
         x = self._part.read(x, cache)
         if pp.index < pp.size - 1:
@@ -128,11 +128,11 @@ class ShardedRunner:
         logits = linear(states, weight)
         if tp.size == 1:
             return logits
-        most = -(-self.config.vocab_size // tp.size)
+        most = -(-self._vocabulary // tp.size)
         mine = F.pad(logits, (0, most - logits.shape[1])).contiguous()
         gathered = mine.new_empty(tp.size * mine.shape[0], most)
         all_gather_single(gathered, mine, group=tp.group)
-        sizes = [split_range(self.config.vocab_size, replace(tp, index=index))[1] for index in range(tp.size)]
+        sizes = [split_range(self._vocabulary, replace(tp, index=index))[1] for index in range(tp.size)]
         return torch.cat([part[:, :size] for part, size in zip(gathered.chunk(tp.size), sizes, strict=True)], 1)
 
 

@@ -26,7 +26,7 @@ def config() -> ModelConfig:
 
 
 def one_process() -> list[Any]:
-    engine = Engine(LocalRunner(draw_weights(config(), 4).eval()), end_tokens=ENDS)
+    engine = Engine(LocalRunner(draw_weights(config(), 4).eval()), config(), end_tokens=ENDS)
     return engine.generate(PROMPTS, SAMPLING)
 
 
@@ -35,7 +35,7 @@ def _generate(layout: Layout) -> list[Any]:
     source = ModuleTensors(draw_weights(config(), 4))
     model = load_sharded(config(), source, grids, torch.float64, torch.device("cpu"), "the test")
     runner = ShardedRunner(model, grids, torch.device("cpu"))
-    engine = Engine(runner, end_tokens=ENDS, limits=Limits(chunk=7, sequences=4))
+    engine = Engine(runner, config(), end_tokens=ENDS, limits=Limits(chunk=7, sequences=4))
     numbers = runner.share_of(range(len(PROMPTS)))
     answers = engine.generate([PROMPTS[i] for i in numbers], SAMPLING, numbers=numbers)
     dist.barrier()

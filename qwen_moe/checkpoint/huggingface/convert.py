@@ -242,33 +242,44 @@ def convert_to_hf(
     )
 
 
-def _load(
-    config: ModelConfig, source: TensorSource, dtype: torch.dtype, device: str | torch.device, where: Path
-) -> DecoderLM:
+@dataclass(frozen=True)
+class Weights:
+    """The weights of one of our checkpoints or of a Hugging Face directory, opened and checked but not read. ``dtype``: as
+    stored, or the compute dtype of a training checkpoint."""
+
+    directory: Path
+    config: ModelConfig
+    source: TensorSource
+    dtype: torch.dtype
+
+
+def open_weights(directory: Path) -> Weights:
+    """``directory``: a Hugging Face directory, one of our checkpoints, or a run directory (then its newest valid
+    checkpoint). Raises UserError like the converters."""
+    if not is_ours(directory):
+        opened = _open_directory(directory)
+        return Weights(directory, opened.config, opened.tensors, opened.tensors.dtype("model.embed_tokens.weight"))
+    path = resolve_checkpoint(directory)
+    config, source = model_config(path), CheckpointTensors(path)
+    check_source(source, config, str(path))
+    return Weights(path, config, source, stored_dtype(path, source.dtype("model.embed_tokens.weight")))
+
+
+def read_model(weights: Weights, dtype: str | torch.dtype | None, device: str | torch.device) -> DecoderLM:
+    """A model in eval mode. ``dtype`` None: see `Weights`. Raises UserError for values that are not finite."""
     with torch.device("meta"):
-        model = DecoderLM(config)
-    model = model.to(dtype).to_empty(device=device)
+        model = DecoderLM(weights.config)
+    model = model.to(export_dtype(dtype) or weights.dtype).to_empty(device=device)
     keep_statistics_dtypes(model)
-    available = source.shapes()
+    available = weights.source.shapes()
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name in available:
-                stored = check_finite(name, source.read(name), str(where))
+                stored = check_finite(name, weights.source.read(name), str(weights.directory))
                 check_cast(name, stored, tensor.copy_(stored))
             else:
                 tensor.zero_()  # only expert biases may be absent: every parameter was checked
     return model.eval()
-
-
-def load_checkpoint(
-    path: Path, dtype: str | torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
-) -> DecoderLM:
-    """Like `from_pretrained`, for a checkpoint directory that `resolve_checkpoint` has verified."""
-    config = model_config(path)
-    source = CheckpointTensors(path)
-    check_source(source, config, str(path))
-    default = stored_dtype(path, source.dtype("model.embed_tokens.weight"))
-    return _load(config, source, export_dtype(dtype) or default, device, path)
 
 
 def from_pretrained(
@@ -279,12 +290,7 @@ def from_pretrained(
     ``dtype`` None keeps the stored dtype (the compute dtype for a training checkpoint). Raises UserError like the
     converters.
     """
-    directory = Path(directory)
-    if is_ours(directory):
-        return load_checkpoint(resolve_checkpoint(directory), dtype, device)
-    opened = _open_directory(directory)
-    default = opened.tensors.dtype("model.embed_tokens.weight")
-    return _load(opened.config, opened.tensors, export_dtype(dtype) or default, device, directory)
+    return read_model(open_weights(Path(directory)), dtype, device)
 
 
 def save_pretrained(

@@ -11,9 +11,7 @@ import torch
 class Cache(Protocol):
     """Knows which tokens of which sequences are read now. `qwen_moe.generation.cache` implements it."""
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wanted_only: bool
-    ) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wanted_only: bool) -> torch.Tensor:
         """Store ``k, v [1, N, G, C]`` of ``layer``, given before RoPE, and return the attention of ``q [1, N, H, C]``, also
         before RoPE, to all that these tokens see: ``[1, N, H, C]``. With ``wanted_only``, ``q`` holds only the last token of
         each prompt that ends with these tokens."""

@@ -44,9 +44,7 @@ def _plain(
     return (scores - lse.unsqueeze(-1)).exp().to(v.dtype) @ v, lse
 
 
-def merge(
-    first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
+def merge(first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """The attention to two sets of keys together, from the output and logsumexp of each (arXiv 2112.05682)."""
     (a, left), (b, right) = first, second
     share = (left - right).sigmoid().unsqueeze(-1)  # exp(left) / (exp(left) + exp(right))
