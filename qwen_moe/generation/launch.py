@@ -41,8 +41,8 @@ def start_ranks(args: argparse.Namespace) -> int:
     gpus = visible_gpus()
     if gpus and gpus < ranks:
         raise UserError(
-            f"--tp {args.tp} --ep {args.ep} --pp {args.pp} need {ranks} processes, each with its own GPU, and this machine has "
-            f"{gpus}: lower them, or start the command with torchrun or srun on more machines"
+            f"--tp {args.tp} --ep {args.ep} --pp {args.pp} need {ranks} processes, each with its own GPU, and this machine "
+            f"has {gpus}: lower them, or start the command with torchrun or srun on more machines"
         )
     os.environ |= choose_threads(ranks, 0).environment()
     logging.disable(logging.CRITICAL)  # the ranks report their failures themselves

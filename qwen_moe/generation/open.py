@@ -1,7 +1,7 @@
-"""Opens a checkpoint for generation: tokenizer, config, weights on one device or split over ranks, and the way of reading."""
+"""Opens a checkpoint for generation: tokenizer, config, weights, and the way of reading."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,7 @@ class HowToRead:
 
     extension: Extension = "none"
     attention: Attention = "dense"
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
 
 
 class Opened:

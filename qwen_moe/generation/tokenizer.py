@@ -62,8 +62,8 @@ def chat_tokens(tokenizer: Any, messages: Sequence[Any], what: str = "the prompt
     UserError, beginning with ``what``, for messages of another form or that the template refuses."""
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{tokenizer.name_or_path} has no chat template (chat_template in tokenizer_config.json, or chat_template.jinja): "
-            "give text without --chat, or add the template of the model"
+            f"{tokenizer.name_or_path} has no chat template (in tokenizer_config.json or chat_template.jinja): give text "
+            "without --chat, or add the template of the model"
         )
     if not messages or not all(
         isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
