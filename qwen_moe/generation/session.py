@@ -44,6 +44,7 @@ class Session:
 
     _grids: Grids | None
     _engine: Engine | None
+    _longest: int
 
     def _join(self, args: argparse.Namespace) -> Grids:
         config = self.opened.config
@@ -91,6 +92,11 @@ class Session:
             f"worst layer), with {record.work:.1%} of the work of dense attention"
         ]
 
+    def check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
+        """Raise UserError for prompts that the model cannot continue. Call it once, with all prompts, before `generate`: the
+        longest decides how texts are read."""
+        self._longest = check_lengths(self.opened.config, self._how, prompts, max_new_tokens)
+
     def agree(self, todo: list[int]) -> list[int]:
         """What rank 0 has to do: only its file of answers counts."""
         if self._grids is None:
@@ -112,8 +118,7 @@ class Session:
         numbers = list(range(len(prompts))) if numbers is None else numbers
         if not prompts:
             return []
-        longest = check_lengths(self.opened.config, self._how, prompts, sampling.max_new_tokens)
-        self._engine = engine = self.opened.engine(self._how, longest, self._load)
+        self._engine = engine = self.opened.engine(self._how, self._longest, self._load)
         tokens = sum(map(len, prompts))
         with _Bars(tokens, len(prompts) * sampling.samples * sampling.max_new_tokens, self.reports) as bars:
             if self._grids is None:

@@ -1,4 +1,4 @@
-"""Texts longer than a model was trained on: which extension, and that new tokens are read as if they had been in the prompt."""
+"""Texts longer than a model was trained on: which extension, and new tokens read as if they had been in the prompt."""
 
 from dataclasses import replace
 from typing import Any
@@ -80,5 +80,5 @@ def test_auto_extends_only_what_does_not_reach() -> None:
 def test_what_cannot_be_extended() -> None:
     with pytest.raises(UserError, match=f"yarn: the model reaches {TRAINED} tokens and the longest text has 20.*leave"):
         extended(config(), "yarn", 20)
-    with pytest.raises(UserError, match="has its own extension .model.dual_chunk., which reaches 100"):
+    with pytest.raises(UserError, match=r"has its own extension \(model.dual_chunk\), which reaches 100"):
         extended(extended(config(), "dca", 100), "dca", 101)

@@ -5,7 +5,6 @@ import argparse
 import contextlib
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from qwen_moe.checkpoint.huggingface.convert import convert_from_hf, save_pretrained
-from qwen_moe.config import ModelConfig
+from qwen_moe.checkpoint.huggingface.convert import save_pretrained
 from qwen_moe.errors import UserError
 from qwen_moe.generation.command import register
 from qwen_moe.generation.engine import Engine, Limits, LocalRunner
@@ -28,8 +24,8 @@ from qwen_moe.generation.text import generate_text
 from qwen_moe.generation.tokenizer import end_tokens
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.ops.grouped_matmul import grouped_mm, loop_mm
+from tests.generation.conftest import small_config, tokenizer
 from tests.models.hf_reference import FAMILIES, draw_weights, hf_model, model_configs, true_float64
-from tests.small import small_model
 
 SETTINGS = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -216,7 +212,7 @@ def test_the_smallest_top_p_keeps_the_most_likely() -> None:
 
 
 def test_outputs_that_are_no_numbers_are_named() -> None:
-    model = draw_weights(_config(), 4, torch.float32)
+    model = draw_weights(small_config(), 4, torch.float32)
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="outputs are NaN or infinite"):
@@ -231,33 +227,10 @@ def test_end_tokens_that_are_no_ids(value: Any, tmp_path: Path) -> None:
 
 
 def test_seed_decides() -> None:
-    model = draw_weights(_config(), 2)
+    model = draw_weights(small_config(), 2)
     sampling = Sampling(max_new_tokens=25, temperature=1, top_p=1)
     first, again, other = (generate(model, [[1, 2, 3]], replace(sampling, seed=seed)) for seed in (1, 1, 2))
     assert first == again != other
-
-
-def _config(**changes: Any) -> ModelConfig:
-    return small_model(**{"max_position_embeddings": 64} | changes)
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Characters as tokens, enough to be read by AutoTokenizer."""
-    letters = [*"abcdefghijklmnopqrstuvwxyz \u0120.", "<|endoftext|>"]
-    inner = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")
-
-
-@pytest.fixture(scope="module")
-def folders() -> Any:
-    """A Hugging Face directory with a tokenizer and a checkpoint made from it."""
-    with tempfile.TemporaryDirectory() as folder:
-        hf, checkpoint = Path(folder) / "hf", Path(folder) / "checkpoint"
-        save_pretrained(draw_weights(_config(), 4, torch.float32), hf, tokenizer=tokenizer())
-        convert_from_hf(hf, checkpoint)
-        yield hf, checkpoint
 
 
 def run(*arguments: object) -> int:
@@ -316,7 +289,7 @@ def test_bad_input(folders: tuple[Path, Path], changes: dict[str, Any], message:
 
 
 def test_no_tokenizer_and_no_directory(tmp_path: Path) -> None:
-    save_pretrained(draw_weights(_config(), 4, torch.float32), tmp_path / "bare")
+    save_pretrained(draw_weights(small_config(), 4, torch.float32), tmp_path / "bare")
     with pytest.raises(UserError, match="has no tokenizer"):
         generate_text(tmp_path / "bare", "a", Sampling())
     with pytest.raises(UserError, match="does not exist"):
@@ -324,7 +297,7 @@ def test_no_tokenizer_and_no_directory(tmp_path: Path) -> None:
 
 
 def test_tokenizer_of_another_model(tmp_path: Path) -> None:
-    save_pretrained(draw_weights(_config(vocab_size=5), 4, torch.float32), tmp_path / "small", tokenizer=None)
+    save_pretrained(draw_weights(small_config(vocab_size=5), 4, torch.float32), tmp_path / "small", tokenizer=None)
     tokenizer().save_pretrained(str(tmp_path / "small"))
     with pytest.raises(UserError, match="token 25 but the model's vocabulary has 5"):
         generate_text(tmp_path / "small", "z", Sampling(max_new_tokens=2))
