@@ -79,7 +79,7 @@ FLOORS = {
         ("machine", "schedule_picture", "generate"),
         ("info",),
         ("training",),
-        ("verify", "launch"),
+        ("verify", "launch", "evaluation"),
         ("scaling",),
         ("workflow",),
         ("cli",),
