@@ -1,5 +1,6 @@
 """What a task is, and how a prompt gets its length."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -44,38 +45,48 @@ class Task:
     draft: Callable[[Question], Draft]
 
 
-# Interpolation finds the size in about four tries; after this many, halving takes over, which always ends.
-_INTERPOLATIONS = 12
+# Interpolation finds the size in a few tries; after this many, halving takes over, which always ends.
+_INTERPOLATIONS = 16
+# A try is at most this many times larger than the one before: the tokens of a unit are learned on short texts.
+_GROWTH = 32
+# The search ends when at most room / 65,536 tokens are left: to fill a million tokens to the last word takes ten tries of
+# several seconds each.
+_TOLERANCE = 65536
 
 
 def fit(draft: Draft, encode: Encode, room: int) -> tuple[int, list[int]]:
-    """Units and tokens of the longest prompt of at most ``room`` tokens: one more unit of haystack would not fit.
+    """Units and tokens of the longest prompt of at most ``room`` tokens: one more unit of haystack would not fit, or at most
+    ``room // 65536`` tokens are left.
 
     Raises ValueError if the prompt with the least haystack does not fit.
     """
-    low, best = draft.least, encode(draft.text(draft.least))
+    least, best = draft.least, encode(draft.text(draft.least))
     if len(best) > room:
         raise ValueError(f"the least prompt has {len(best)} tokens, more than {room}")
+    low, smallest = least, len(best)
     high: int | None = None
-    slope, tries = 0.0, 0  # tokens of a unit, by the last two sizes
-    while high is None or high - low > 1:
-        guess = _guess(low, high, room - len(best), slope, tries)
+    over = 0  # tokens of ``high`` units beyond the room
+    pull, fitted = 1.0, True
+    for tries in itertools.count():
+        left = room - len(best)
+        if left <= room // _TOLERANCE or (high is not None and high - low == 1) or low > least + _GROWTH * room:
+            return low, best  # the last: units that have no tokens
+        if high is not None:
+            # Interpolate between both ends.
+            share = pull * left / (pull * left + over) if tries < _INTERPOLATIONS else 0.5
+            guess = min(max(low + int(share * (high - low)), low + 1), high - 1)
+        elif len(best) > smallest:
+            per_unit = (len(best) - smallest) / (low - least)
+            guess = min(low + int(left / per_unit) + 1, _GROWTH * low)
+        else:
+            guess = 2 * low + 8
         tokens = encode(draft.text(guess))
-        slope = (len(tokens) - len(best)) / (guess - low)
-        if len(tokens) <= room:
+        fits = len(tokens) <= room
+        # When one end moves again and again, look closer and closer to the other (the Illinois method).
+        pull = 1.0 if fits != fitted else pull * 2 if fits else pull / 2
+        fitted = fits
+        if fits:
             low, best = guess, tokens
         else:
-            high = guess
-        tries += 1
-    return low, best
-
-
-def _guess(low: int, high: int | None, left: int, slope: float, tries: int) -> int:
-    """A size above ``low``, which fits, and below ``high``, which does not. ``left``: tokens that may still be added."""
-    if tries < _INTERPOLATIONS:
-        guess = low + int(left / slope) if slope > 0 else 2 * low + 1
-        # Half of the tries that interpolate look one further, so that both ends close in.
-        guess += tries % 2
-    else:
-        guess = 2 * low + 1 if high is None else (low + high) // 2
-    return max(low + 1, guess if high is None else min(guess, high - 1))
+            high, over = guess, len(tokens) - room
+    raise AssertionError("the search ends")
