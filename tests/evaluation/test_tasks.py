@@ -1,7 +1,6 @@
 """Prompts against RULER's description and a solver that knows nothing of how they are made."""
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -11,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy.special import zeta
 
 from qwen_moe.errors import UserError
@@ -21,7 +18,7 @@ from qwen_moe.evaluation.scoring import clean
 from qwen_moe.evaluation.tasks import coded_words, common_words, documents, niah, passkey, variables
 from qwen_moe.evaluation.tasks.haystack import NOISE, read_essay, sentences
 from qwen_moe.evaluation.tasks.ruler import NAMES, OFFLINE, chosen, ruler_tasks
-from qwen_moe.evaluation.tasks.task import Draft, Task, fit
+from qwen_moe.evaluation.tasks.task import Task, fit
 from tests.evaluation.solver import Solver, misses_depths, solve
 
 NO_FILES: dict[str, Path | None] = {"qa_1": None, "qa_2": None}
@@ -41,59 +38,6 @@ def passkeys(
 ) -> Evaluation:
     task = passkey.passkey_task(digits, encode)
     return evaluation({"passkey": task}, lengths, kind="passkey", depths=depths(count), samples=1)
-
-
-@given(
-    least=st.integers(0, 20),
-    template=st.integers(0, 50),
-    steps=st.lists(st.integers(0, 40), min_size=1, max_size=30),
-    spare=st.integers(0, 3000),
-)
-def test_the_size_is_the_largest_that_fits(least: int, template: int, steps: list[int], spare: int) -> None:
-    """Against trying every size; units may have no tokens of their own."""
-    steps = [*steps, 1]
-
-    def tokens(count: int) -> int:
-        rounds, rest = divmod(count, len(steps))
-        return template + rounds * sum(steps) + sum(steps[:rest])
-
-    calls: list[int] = []
-
-    def text(count: int) -> str:
-        calls.append(count)
-        return "x" * tokens(count)
-
-    draft = Draft(text=text, answers=("a",), least=least)
-    room = tokens(least) + spare
-    expected = least
-    while tokens(expected + 1) <= room:
-        expected += 1
-    size, found = fit(draft, list, room)  # type: ignore[arg-type]
-    assert len(found) == tokens(size) == tokens(expected)
-    assert len(calls) <= 35 and min(calls) >= least
-    with pytest.raises(ValueError, match="the least prompt"):
-        fit(draft, list, tokens(least) - 1)  # type: ignore[arg-type]
-
-
-def test_long_prompts_are_found_in_few_tries() -> None:
-    """Text of irregular words: within 1/65,536 of the room, and almost all tries are much shorter than the room."""
-    rng = Random(0)
-    words = [rng.choice((1, 1, 2, 3, 9)) for _ in range(700_000)]
-    total = np.concatenate([[0], np.cumsum(words)])
-    for room in (100_000, 1_048_576):
-        calls: list[int] = []
-
-        def encode(text: str, calls: list[int] = calls) -> list[int]:
-            calls.append(90 + int(total[len(text)]))
-            return [0] * calls[-1]
-
-        _, found = fit(Draft(text=lambda count: "x" * count, answers=("a",), least=1), encode, room)
-        assert 0 <= room - len(found) <= room // 65536
-        assert sum(count > room / 2 for count in calls) <= 5 and max(calls) < 1.1 * room
-
-
-def test_units_without_tokens_end_the_search() -> None:
-    assert len(fit(Draft(text=lambda count: "abc", answers=("a",), least=1), list, 100)[1]) == 3  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("length", [1024, 3000, 4096, 12000])
@@ -309,83 +253,6 @@ def test_tasks_by_default() -> None:
     assert chosen(None, NO_FILES) == list(OFFLINE) and len(OFFLINE) == 11
     assert chosen(None, {"qa_1": Path("x"), "qa_2": Path("y")}) == list(NAMES) and len(NAMES) == 13
     assert chosen(["fwe", "vt", "vt"], NO_FILES) == ["vt", "fwe"]
-
-
-COLORS = {"Ada": "red", "Ben": "blue", "Cleo": "green", "Dan": "black", "Eve": "white", "Fay": "pink"}
-
-
-def fact(name: str) -> str:
-    return f"The color of {name} is {COLORS[name]}. " + "It was always so. " * 12
-
-
-def squad(path: Path) -> Path:
-    def paragraph(name: str) -> dict[str, Any]:
-        asked = {"question": f"What is the color of {name}?", "answers": [{"text": "no"}, {"text": COLORS[name]}]}
-        without = {"question": "Why?", "answers": [], "is_impossible": True}
-        return {"context": fact(name), "qas": [without, asked | {"is_impossible": False}]}
-
-    articles = [
-        {"paragraphs": [paragraph(name) for name in names]} for names in (("Ada", "Ben"), ("Cleo", "Dan", "Eve"))
-    ]
-    path.write_text(json.dumps({"data": articles}))
-    return path
-
-
-def hotpot(path: Path) -> Path:
-    rows = [
-        {
-            "question": f"What is the color of {a}?",
-            "answer": COLORS[a],
-            "context": [[a, [fact(a), "x"]], [b, [fact(b)]]],
-        }
-        for a, b in (("Ada", "Ben"), ("Cleo", "Dan"), ("Eve", "Fay"))
-    ]
-    path.write_text(json.dumps(rows))
-    return path
-
-
-@pytest.mark.parametrize("length", [500, 700, 3000])
-def test_questions_over_documents(length: int, tokenizer: Any, tmp_path: Path) -> None:
-    """With few documents, some and all of them several times; the document with the answer is always there."""
-    solver = Solver(tokenizer)
-    files: dict[str, Path | None] = {"qa_1": squad(tmp_path / "s.json"), "qa_2": hotpot(tmp_path / "h.json")}
-    asked = evaluation(ruler_tasks(("qa_1", "qa_2"), read_essay(None), files, 3), (length,), samples=3)
-    for item in asked.items():
-        tokens, answers = asked.prompt(item, solver.encode)
-        text = solver.decode(tokens)
-        completion = clean(solver.decode(solver.encode(solve(text))))
-        assert asked.tasks[item.task].score(completion, answers) == 1 and completion == answers[-1]
-        numbers = [int(number) for number in re.findall(r"^Document (\d+):$", text, re.M)]
-        assert numbers == list(range(1, len(numbers) + 1)) and len(tokens) + 32 <= length
-        assert len(numbers) >= (2 if item.task == "qa_2" else 1)
-    assert len(numbers) > 6 or length < 3000
-
-
-def test_documents_of_the_same_article_come_first(tokenizer: Any, tmp_path: Path) -> None:
-    """SQuAD's distractors, as in the original: the same article before others."""
-    collection = documents.read_squad(squad(tmp_path / "s.json"))
-    asked = evaluation({"qa_1": documents.documents_task("qa_1", collection)}, (999,), samples=5)
-    draft = asked.draft(Item("qa_1", 999, None, 0), Solver(tokenizer).encode)
-    assert "of Ada is" in draft.text(1) and "of Ben is" in draft.text(2)
-    assert {name for name in COLORS if f"of {name} is" in draft.text(5)} == {"Ada", "Ben", "Cleo", "Dan", "Eve"}
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"data": [{"paragraphs": [{"context": 3, "qas": []}]}]}', '{"data": []}']
-)
-def test_files_without_questions(text: str, tmp_path: Path) -> None:
-    (tmp_path / "bad.json").write_text(text)
-    for read, option in ((documents.read_squad, "--squad"), (documents.read_hotpot, "--hotpot")):
-        with pytest.raises(UserError, match=rf"{option} .*bad.json does not hold questions of that data set"):
-            read(tmp_path / "bad.json")
-        with pytest.raises(UserError, match=rf"{option} .*none.json does not exist"):
-            read(tmp_path / "none.json")
-
-
-def test_more_samples_than_questions(tmp_path: Path) -> None:
-    path = hotpot(tmp_path / "h.json")
-    with pytest.raises(UserError, match="--samples 4 is more than the 3 questions of"):
-        ruler_tasks(["qa_2"], read_essay(None), {"qa_1": None, "qa_2": path}, 4)
 
 
 def test_essays(tmp_path: Path) -> None:
