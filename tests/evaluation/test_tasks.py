@@ -166,6 +166,16 @@ def test_variables_have_a_solved_example_and_one_chain(tokenizer: Any) -> None:
     assert 430 < len(tokenizer(example)["input_ids"]) < 520
 
 
+def test_the_smallest_list_has_an_answer(tokenizer: Any) -> None:
+    """Ten words of eleven come more often than the last."""
+    draft = evaluation(offline(), (500,)).draft(Item("cwe", 500, None, 0), Solver(tokenizer).encode)
+    listed = draft.text(draft.least).split("most often.\n")[-1].split("\nQuestion:")[0]
+    counted = Counter(re.findall(r"\d+\. (\w+)", listed))
+    assert sorted(counted.values()) == [1, *[6] * 10] and {w for w, n in counted.items() if n == 6} == set(
+        draft.answers
+    )
+
+
 @pytest.mark.parametrize(("length", "often", "seldom", "example"), [(4095, 6, 1, 3), (4096, 30, 3, 10)])
 def test_common_words_come_as_often_as_rulers(
     length: int, often: int, seldom: int, example: int, tokenizer: Any
@@ -208,7 +218,7 @@ def test_the_smallest_length_is_named_and_works(tokenizer: Any) -> None:
     assert set(named) == set(OFFLINE)
     for name, least in named.items():
         check(evaluation({name: tasks[name]}, (least,)), solver)
-        with pytest.raises(UserError, match=rf"for {name} \(at least"):
+        with pytest.raises(UserError, match=rf"for {name} \(at least {least}\)"):
             check(evaluation({name: tasks[name]}, (least - 1,)), solver)
 
 

@@ -55,7 +55,7 @@ BASE: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = {
     ("convert", "from-hf"): (("hf", "out"), ("hf",)),
     ("convert", "to-hf"): (("ckpt", "out"), ("ckpt",)),
     ("generate",): (("--checkpoint", "run", "--prompt", "router", "--max-new-tokens", "3"), ("run",)),
-    ("evaluate", "passkey"): (("--checkpoint", "run", "--lengths", "200", "--depths", "1"), ("run",)),
+    ("evaluate", "passkey"): (("--checkpoint", "run", "--lengths", "500", "--depths", "1"), ("run",)),
     ("evaluate", "ruler"): (
         ("--checkpoint", "run", "--lengths", "700", "--tasks", "niah_single_1", "--samples", "1"), ("run",),
     ),
@@ -80,7 +80,7 @@ BASE: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }  # fmt: skip
 WAITS = {"--follow": "it waits for what comes", "--help": "argparse's own"}
-AS_MANY_AS_ASKED = {"--samples", "--fuzz"}
+AS_MANY_AS_ASKED = {"--samples", "--fuzz", "--depths"}
 
 
 Verb = tuple[str, ...]
