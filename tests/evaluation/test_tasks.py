@@ -78,6 +78,14 @@ def test_passkeys_are_found_at_every_depth(length: int, tokenizer: Any) -> None:
     assert depths(1) == (0.5,) and depths(3) == (0, 0.5, 1)
 
 
+def test_keys_have_room_in_every_tokenizer(tokenizer: Any) -> None:
+    """Tokens that a tokenizer puts around a text are none of the key; some have several tokens for a digit."""
+    encode = Solver(tokenizer).encode
+    assert passkey.passkey_task(5, encode).new_tokens == 7
+    assert passkey.passkey_task(5, lambda text: [1, *encode(text)]).new_tokens == 7
+    assert passkey.passkey_task(5, lambda text: encode(text) * 2).new_tokens == 12
+
+
 def test_a_seed_decides_and_nothing_else_does(tokenizer: Any) -> None:
     """The prompt of an item is the same in any evaluation that has it."""
     encode = Solver(tokenizer).encode

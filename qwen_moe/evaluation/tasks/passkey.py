@@ -29,7 +29,8 @@ def _draft(digits: int, question: Question) -> Draft:
 
 def passkey_task(digits: int, encode: Encode) -> Task:
     """Completions have room for the key, the space before it and the full stop that ends it."""
-    longest = max(len(encode(digit)) for digit in "0123456789")
+    added = len(encode(""))  # what the tokenizer puts around every text
+    longest = max(len(encode(digit)) - added for digit in "0123456789")
     return Task(
         name="passkey",
         new_tokens=digits * longest + 2,
