@@ -79,7 +79,7 @@ FLOORS = {
         ("machine", "schedule_picture", "generation"),
         ("info",),
         ("training",),
-        ("verify", "launch"),
+        ("verify", "launch", "evaluation"),
         ("scaling",),
         ("workflow",),
         ("cli",),

@@ -1,12 +1,11 @@
 """Reads texts longer than a model was trained on, without more training."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 from qwen_moe.config import DualChunk, ModelConfig, RopeScaling
 from qwen_moe.errors import UserError
 
-Extension = Literal["none", "yarn", "dca", "auto"]
-EXTENSIONS: tuple[Extension, ...] = get_args(Extension)
+Extension = Literal["none", "yarn", "dca", "auto", "plain"]
 
 # The report on Qwen2.5-1M has chunks of 262,144 tokens of which 8,192 are local.
 _CHUNK_PER_LOCAL = 32
@@ -16,8 +15,9 @@ def extended(config: ModelConfig, extension: Extension, length: int) -> ModelCon
     """``config`` for texts of ``length`` tokens.
 
     ``yarn``: YaRN with the smallest whole factor that reaches (arXiv 2309.00071). ``dca``: dual chunk attention with chunks
-    of the trained length (arXiv 2402.17463). ``auto``: nothing where the model reaches, else dual chunk attention. Raises
-    UserError if the model reaches without, or has another extension.
+    of the trained length (arXiv 2402.17463). ``auto``: nothing where the model reaches, else dual chunk attention.
+    ``plain``: positions go on beyond the trained ones, to see the model fail. Raises UserError if the model reaches without,
+    or has another extension.
     """
     if extension == "none" or (extension == "auto" and length <= config.reach):
         return config
@@ -37,6 +37,8 @@ def extended(config: ModelConfig, extension: Extension, length: int) -> ModelCon
         factor = -(-length // trained)
         scaling = RopeScaling(type="yarn", factor=float(factor), original_max_position_embeddings=trained)
         change = {"rope_scaling": scaling, "max_position_embeddings": factor * trained}
+    elif extension == "plain":
+        change = {"max_position_embeddings": length}
     else:
         chunks = DualChunk(
             chunk_size=trained,

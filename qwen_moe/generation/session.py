@@ -83,13 +83,12 @@ class Session:
     def notes(self) -> list[str]:
         """What the user should know about the answers."""
         record = None if self._engine is None else self._engine.record
-        layers = [] if record is None else [layer for layer in record.layers.values() if layer.queries]
-        if record is None or not layers:
+        shares = {} if record is None else record.shares()
+        if not shares:
             return []
-        mean = sum(layer.kept for layer in layers) / sum(layer.queries for layer in layers)
         return [
-            f"sparse attention kept {mean:.1%} of the attention of the mean query ({min(x.mean for x in layers):.1%} in the "
-            f"worst layer), with {record.work:.1%} of the work of dense attention"
+            f"sparse attention kept {shares['kept']:.1%} of the attention of the mean query "
+            f"({shares['kept_worst_layer']:.1%} in the worst layer) with {shares['work']:.1%} of dense attention's work"
         ]
 
     def check(self, prompts: list[list[int]], max_new_tokens: int) -> None:

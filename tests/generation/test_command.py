@@ -70,15 +70,10 @@ def test_a_file_of_prompts(chat: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_conversation_is_what_the_template_makes_of_it(chat: Path, tmp_path: Path) -> None:
-    lines = [LINES[3], {"prompt": "user hi.a "}]
-    assert (
-        generate(
-            chat, "--input", write(tmp_path / "in.jsonl", lines), "--output", tmp_path / "out.jsonl", "--temperature", 0
-        )
-        == 0
-    )
-    first, second = read(tmp_path / "out.jsonl")
-    assert first["completions"] == second["completions"]
+    source, out = write(tmp_path / "in.jsonl", [LINES[3], {"prompt": "user hi.a "}]), tmp_path / "out.jsonl"
+    assert generate(chat, "--input", source, "--output", out, "--temperature", 0) == 0
+    first, second = drawn(out)
+    assert first == second
     source, out = write(tmp_path / "in.jsonl", [{"prompt": "hi"}, LINES[3]]), tmp_path / "chat.jsonl"
     assert generate(chat, "--input", source, "--output", out, "--temperature", 0, "--chat") == 0
     assert drawn(out) == [first] * 2

@@ -99,6 +99,15 @@ class SparseRecord:
         dense = sum(layer.dense_pairs for layer in of)
         return sum(layer.pairs + layer.choosing_pairs for layer in of) / dense if dense else 1.0
 
+    def shares(self) -> dict[str, float]:
+        """The share of attention that the mean query of a sparse head ``kept``, the same of the worst layer, and ``work``.
+        Empty if no chunk was read sparsely."""
+        sparse = [layer for layer in self.layers.values() if layer.queries]
+        if not sparse:
+            return {}
+        kept = sum(layer.kept for layer in sparse) / sum(layer.queries for layer in sparse)
+        return {"kept": kept, "kept_worst_layer": min(layer.mean for layer in sparse), "work": self.work}
+
 
 @dataclass(frozen=True)
 class _Measure:
