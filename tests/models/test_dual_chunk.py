@@ -142,7 +142,7 @@ def test_continuous_positions_grow_by_one_from_query_to_query() -> None:
 
 # Bugs of public projects.
 def test_a_clamp_one_too_large_is_seen() -> None:
-    """ChunkLlama and vLLM clamp at chunk_size, a distance that the model was not trained on; the paper at chunk_size - 1."""
+    """ChunkLlama and vLLM #11844 clamp at chunk_size, a distance that was never trained, the paper at chunk_size - 1."""
     trained, code = (DualChunk(chunk_size=8, local_size=3, clamp=clamp) for clamp in ("trained", "code"))
     q, k, v = tensors(25, 2, 1)
     found = [read(reader(of), [25], q, k, v) for of in (trained, code)]
@@ -155,8 +155,8 @@ def test_a_clamp_one_too_large_is_seen() -> None:
 
 
 def test_keys_scaled_when_they_are_cached_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM multiplies keys by the f of the length at which they were cached, and queries by today's: decoding then differs
-    from reading again."""
+    """vLLM #11844 multiplies keys by the f of the length at which they were cached, and queries by today's: decoding then
+    differs from reading again."""
     of = DualChunk(chunk_size=8, local_size=3, original_max_position_embeddings=4)
     q, k, v = tensors(33, 2, 1)
 
