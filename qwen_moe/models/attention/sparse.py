@@ -21,8 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from qwen_moe.models.attention.mask import Piece
-from qwen_moe.models.attention.turned import Turned, attend_all
+from qwen_moe.models.attention.turned import Turned, attend_all, include
 from qwen_moe.models.attention.vertical_slash import (
     FIRST_COLUMNS,
     LAST_DIAGONALS,
@@ -290,19 +289,16 @@ def _attend_lines(
     """Attention of one head's ``blocks`` to ``keys, values [1, T, 1, C]`` on ``lines`` and in the block itself, and the
     number of query-key pairs."""
     outs, pairs = [], 0
-    every = slice(None)
     for block in blocks:
         count = block.end - block.begin
         before = lines.keys_before(block.begin, block.end)
         own = block.zones[-1].q
-        found = Partial(own).add(
-            own, keys, values, [Piece(every, slice(0, count), slice(block.begin, block.end), True)], scale
-        )
+        found = Partial(own)
+        include(found, own, keys[:, block.begin : block.end], values[:, block.begin : block.end], True, scale)
         for zone in block.zones:
             of = before if len(block.zones) == 1 else before[(before >= zone.begin) & (before < zone.end)]
             if len(of):
-                piece = Piece(every, slice(0, count), slice(0, len(of)), False)
-                found.add(zone.q, keys[:, of], values[:, of], [piece], scale)
+                include(found, zone.q, keys[:, of], values[:, of], False, scale)
         outs.append(found.out.to(own.dtype))
         pairs += count * len(before) + count * (count + 1) // 2
     return torch.cat(outs, 1), pairs
