@@ -7,9 +7,10 @@ chooses its own lines, by its last queries and without a look at later chunks. (
 later tokens of its chunk, in every method that chooses so. What it sees does not.)
 
 The share of attention that is kept is exp(lse of the kept keys - lse of all keys) of a query. It is measured on queries of
-the chunk that did not choose the lines, so it does not flatter them. With `SparseSettings.kept_share` a head's budget is
-doubled until the mean of this share is reached, or the head attends to all keys when that costs less (after algorithm 1 of
-arXiv 2501.15383, which does this once for a model and not for each text).
+the chunk that did not choose the lines. With `SparseSettings.kept_share` a head's budget is doubled until their mean share
+is reached, or the head attends to all keys when that costs less (after algorithm 1 of arXiv 2501.15383, which does this once
+for a model and not for each text). As the measured queries then decide where doubling ends, the reported mean is high by a
+part of its own sampling error.
 
 Shapes: S queries, T keys, H query heads, G key/value heads, C head dim; the batch dim is 1.
 """
