@@ -10,6 +10,7 @@ from qwen_moe.config import DualChunk, ModelConfig
 from qwen_moe.models.attention import dual_chunk
 from qwen_moe.models.attention.dual_chunk import DualChunkReader
 from qwen_moe.models.attention.reader import PlainReader
+from qwen_moe.models.ops import piece_attention
 from qwen_moe.models.rope import make_rope
 from tests.models.test_readers import HEADS, YARN, read, tensors
 from tests.small import small_model
@@ -140,9 +141,23 @@ def test_continuous_positions_grow_by_one_from_query_to_query() -> None:
         torch.testing.assert_close(line, line[:1].expand_as(line), rtol=1e-12, atol=1e-12)
 
 
+def test_no_key_is_widened_that_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without bf16 instructions widens keys: all of a cache for every few queries would cost more than attention."""
+    given: list[int] = []
+    monkeypatch.setattr(piece_attention, "widen", lambda x: (given.append(x.shape[1]), x)[1])
+    of = DualChunk(chunk_size=8, local_size=3)
+    q, k, v = tensors(40, 2, 1)
+    reader(of).attend(0, q[:, 23:24], k, v, 23)
+    assert sum(given) == 3 + 2 * 24  # one query for each kind of key; 24 keys and 24 values
+    given.clear()
+    reader(of).attend(0, q[:, 18:23], k, v, 18)
+    # Queries 18 and 19 for four ranges of keys, 20 to 22 for three: none of theirs is before them in their chunk.
+    assert sum(given) == 2 * 4 + 3 * 3 + 2 * (20 + 23)
+
+
 # Bugs of public projects.
 def test_a_clamp_one_too_large_is_seen() -> None:
-    """ChunkLlama and vLLM clamp at chunk_size, a distance that the model was not trained on; the paper at chunk_size - 1."""
+    """ChunkLlama and vLLM #11844 clamp at chunk_size, a distance that was never trained, the paper at chunk_size - 1."""
     trained, code = (DualChunk(chunk_size=8, local_size=3, clamp=clamp) for clamp in ("trained", "code"))
     q, k, v = tensors(25, 2, 1)
     found = [read(reader(of), [25], q, k, v) for of in (trained, code)]
@@ -155,8 +170,8 @@ def test_a_clamp_one_too_large_is_seen() -> None:
 
 
 def test_keys_scaled_when_they_are_cached_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM multiplies keys by the f of the length at which they were cached, and queries by today's: decoding then differs
-    from reading again."""
+    """vLLM #11844 multiplies keys by the f of the length at which they were cached, and queries by today's: decoding then
+    differs from reading again."""
     of = DualChunk(chunk_size=8, local_size=3, original_max_position_embeddings=4)
     q, k, v = tensors(33, 2, 1)
 

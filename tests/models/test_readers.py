@@ -63,13 +63,14 @@ def test_plain_reading_in_chunks_is_causal_attention(heads: tuple[int, int], sca
 
 
 def test_tables_are_kept_for_a_bounded_number_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen_moe.models.attention.reader._KEPT_POSITIONS", 10)
+    monkeypatch.setattr("qwen_moe.models.attention.reader._KEPT", 12)
+    monkeypatch.setattr("qwen_moe.models.attention.reader._LEAST", 4)
     config = small_model(head_dim=8)
-    q, k, v = tensors(24, 2, 1)
+    q, k, v = tensors(60, 2, 1)
     reader = PlainReader(make_rope(config))
-    got = read(reader, [8, 8, 1, 1, 6], q, k, v)
+    got = read(reader, [20, 8, 8] + [1] * 24, q, k, v)
     torch.testing.assert_close(got, masked(rotated(q, config), rotated(k, config), v), rtol=1e-12, atol=1e-13)
-    assert sum(tables.cos.shape[1] for tables in reader._angles._kept.values()) <= 10
+    assert [tables.cos.shape[1] for tables in reader._angles._kept.values()] == [1, 1, 1]
 
 
 def test_bf16_reads_as_float64_within_its_rounding() -> None:

@@ -230,6 +230,7 @@ def test_budgets_are_raised_until_the_share_is_kept(seen: Seen) -> None:
     got = attend(held, q, k, v, begin=2000)
     layer, lines = held.record.layer(0), seen.lines[0]
     assert lines is not None and len(lines.columns) > len(columns) * 0.9 > SMALLEST.vertical
+    assert len(lines.columns) < 30 + 256  # of the last doubling, a part is given back
     assert len(lines.diagonals) < 1.5 * SMALLEST.slash  # of no use here
     assert layer.mean >= 0.95 and held.record.work < 0.4
     smallest = prefill(kept_share=None, budgets=budgets(SMALLEST), choosing=32)

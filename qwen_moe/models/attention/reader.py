@@ -14,7 +14,8 @@ from qwen_moe.models.attention.turned import Turned, Zone, attend_all
 from qwen_moe.models.ops.sdpa import sdpa
 from qwen_moe.models.rope import Rope, RotaryTables, apply_rope
 
-_KEPT_POSITIONS = 1 << 17
+_KEPT = 1 << 17  # positions of the kept tables
+_LEAST = 256  # positions that a table counts for at least: those of single tokens are small but many
 
 
 class Reader(Protocol):
@@ -39,16 +40,16 @@ class Angles:
         self._rope = rope
         self.scale = rope.tables(torch.zeros(1, 1), torch.float32).softmax_scale
         self._kept: dict[Hashable, RotaryTables] = {}
-        self._positions = 0
+        self._count = 0
 
     def tables(self, name: Hashable, positions: Callable[[], torch.Tensor], like: torch.Tensor) -> RotaryTables:
         """The tables of ``positions() [S]``, which are always the same for one ``name``, in the dtype of ``like``."""
         key = (name, like.dtype, like.device)
         if key not in self._kept:
             made = self._rope.tables(positions().to(like.device).unsqueeze(0), like.dtype)
-            self._positions += made.cos.shape[1]
-            while self._kept and self._positions > _KEPT_POSITIONS:
-                self._positions -= self._kept.pop(next(iter(self._kept))).cos.shape[1]
+            self._count += _size(made)
+            while self._kept and self._count > _KEPT:
+                self._count -= _size(self._kept.pop(next(iter(self._kept))))
             self._kept[key] = made
         return self._kept[key]
 
@@ -56,6 +57,10 @@ class Angles:
         """``x [1, S, ., C]`` at positions from ``begin`` on."""
         end = begin + x.shape[1]
         return apply_rope(x, self.tables((begin, end), lambda: torch.arange(begin, end), x))
+
+
+def _size(tables: RotaryTables) -> int:
+    return max(tables.cos.shape[1], _LEAST)
 
 
 class PlainReader:

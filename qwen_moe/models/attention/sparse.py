@@ -7,21 +7,22 @@ chooses its own lines, by its last queries and without a look at later chunks. (
 later tokens of its chunk, in every method that chooses so. What it sees does not.)
 
 The share of attention that is kept is exp(lse of the kept keys - lse of all keys) of a query. It is measured on queries of
-the chunk that did not choose the lines, so it does not flatter them. With `SparseSettings.kept_share` a head's budget is
-doubled until the mean of this share is reached, or the head attends to all keys when that costs less (after algorithm 1 of
-arXiv 2501.15383, which does this once for a model and not for each text).
+the chunk that did not choose the lines. With `SparseSettings.kept_share` a head's budget is doubled until their mean share
+is reached, or the head attends to all keys when that costs less (after algorithm 1 of arXiv 2501.15383, which does this once
+for a model and not for each text). As the measured queries then decide where doubling ends, the reported mean is high by a
+part of its own sampling error.
 
 Shapes: S queries, T keys, H query heads, G key/value heads, C head dim; the batch dim is 1.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
-from qwen_moe.models.attention.mask import Piece
-from qwen_moe.models.attention.turned import Turned, attend_all
+from qwen_moe.models.attention.turned import Turned, attend_all, include
 from qwen_moe.models.attention.vertical_slash import (
     FIRST_COLUMNS,
     LAST_DIAGONALS,
@@ -35,9 +36,9 @@ from qwen_moe.models.ops.piece_attention import Partial
 
 PUBLISHED = Budget(1000, 6096)  # of MInference, for a head that no search has looked at
 SMALLEST = Budget(FIRST_COLUMNS + 32, LAST_DIAGONALS + 4)
-_GATHERED = (
-    1.5  # time of a pair of a gathered key and a query, against a pair of dense attention (benchmarks/README.md)
-)
+# Time of a pair of a query and a gathered key, against a pair of dense attention: 1.5 with 512 rows on a CPU.
+_GATHERED = 1.5
+_HALVINGS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class SparseSettings:
     budgets: tuple[tuple[Budget, ...], ...] = ()
     threshold: int = 32768
     choosing: int = 64
-    rows: int = 256
+    rows: int = 512
     seed: int = 0
     first_head: int = 0
 
@@ -130,6 +131,39 @@ class _Measure:
         return (torch.stack(logs) - self.lse).exp(), keys / len(self.rows)
 
 
+class _Trial(NamedTuple):
+    """Lines of a budget, the share of attention that each measured query keeps with them, and its mean number of keys."""
+
+    budget: Budget
+    lines: Lines
+    shares: torch.Tensor
+    keys: float
+
+    @property
+    def share(self) -> float:
+        return float(self.shares.mean())
+
+    def costs_less_than(self, dense: float) -> bool:
+        """Whether these keys, which have to be gathered, cost less than ``dense`` keys that do not."""
+        return self.keys * _GATHERED < dense
+
+
+def _search(tried: Callable[[Budget], _Trial], first: Budget, wanted: float | None, dense: float) -> _Trial:
+    """The first budget, doubled until ``wanted`` is kept or ``dense`` keys would cost less: of its columns and its diagonals
+    those that add more share for a key. Then a part of the last doubling is given back, if less of it suffices."""
+    best = below = tried(first)
+    if wanted is None:
+        return best
+    while best.share < wanted and best.costs_less_than(dense):
+        below = best
+        larger = [tried(budget) for budget in best.budget.raised()]
+        best = max(larger, key=lambda trial: (trial.share - below.share) / max(trial.keys - below.keys, 1.0))
+    for _ in range(_HALVINGS if below is not best and best.share >= wanted else 0):
+        middle = tried(Budget(*((low + high) // 2 for low, high in zip(below.budget, best.budget, strict=True))))
+        below, best = (below, middle) if middle.share >= wanted else (middle, best)
+    return best
+
+
 @dataclass(frozen=True)
 class _Chosen:
     """A head's lines, None to attend to all keys, and the measured shares ``[N]``."""
@@ -203,26 +237,20 @@ class SparsePrefill:
         keys: torch.Tensor,
         scale: float,
     ) -> _Chosen:
-        """Lines of one head with ``keys [T, C]`` whose budget is just large enough, or none if all keys cost less."""
+        """Lines of one head with ``keys [T, C]`` that keep the wanted share, or none if all keys cost less."""
         rows = torch.arange(last[0].begin, last[-1].end, device=keys.device)
         vertical, slash = line_scores(row_scores(last, rows, keys, scale))
         measure = self._measure(layer, head, turned, keys, scale)
-        budget = self.settings.budget(layer, head)
-        lines = choose(vertical, slash, budget)
-        shares, count = measure.kept(lines)
         dense = sum(measure.rows) / len(measure.rows) + 1
-        wanted = self.settings.kept_share
-        while wanted is not None and float(shares.mean()) < wanted and count * _GATHERED < dense:
-            tried = []
-            for larger in budget.raised():
-                of = choose(vertical, slash, larger)
-                kept, keys_of = measure.kept(of)
-                gain = float(kept.mean() - shares.mean()) / max(keys_of - count, 1.0)
-                tried.append((gain, larger, of, kept, keys_of))
-            _, budget, lines, shares, count = max(tried, key=lambda trial: trial[0])
-        if count * _GATHERED >= dense:
-            return _Chosen(None, torch.ones_like(shares))
-        return _Chosen(lines, shares)
+
+        def tried(budget: Budget) -> _Trial:
+            lines = choose(vertical, slash, budget)
+            return _Trial(budget, lines, *measure.kept(lines))
+
+        best = _search(tried, self.settings.budget(layer, head), self.settings.kept_share, dense)
+        if not best.costs_less_than(dense):
+            return _Chosen(None, torch.ones_like(best.shares))
+        return _Chosen(best.lines, best.shares)
 
     def _measure(self, layer: int, head: int, turned: Sequence[Turned], keys: torch.Tensor, scale: float) -> _Measure:
         """Queries that do not choose, drawn so that the same text gives the same ones."""
@@ -271,19 +299,16 @@ def _attend_lines(
     """Attention of one head's ``blocks`` to ``keys, values [1, T, 1, C]`` on ``lines`` and in the block itself, and the
     number of query-key pairs."""
     outs, pairs = [], 0
-    every = slice(None)
     for block in blocks:
         count = block.end - block.begin
         before = lines.keys_before(block.begin, block.end)
         own = block.zones[-1].q
-        found = Partial(own).add(
-            own, keys, values, [Piece(every, slice(0, count), slice(block.begin, block.end), True)], scale
-        )
+        found = Partial(own)
+        include(found, own, keys[:, block.begin : block.end], values[:, block.begin : block.end], True, scale)
         for zone in block.zones:
             of = before if len(block.zones) == 1 else before[(before >= zone.begin) & (before < zone.end)]
             if len(of):
-                piece = Piece(every, slice(0, count), slice(0, len(of)), False)
-                found.add(zone.q, keys[:, of], values[:, of], [piece], scale)
+                include(found, zone.q, keys[:, of], values[:, of], False, scale)
         outs.append(found.out.to(own.dtype))
         pairs += count * len(before) + count * (count + 1) // 2
     return torch.cat(outs, 1), pairs

@@ -28,18 +28,22 @@ class Turned(NamedTuple):
     end: int
     zones: tuple[Zone, ...]
 
-    def pieces(self, zone: Zone) -> Iterable[Piece]:
-        """What the queries see of ``zone``, by their number among these queries and by the keys' number."""
-        every = slice(None)
-        queries = slice(0, self.end - self.begin)
+    def ranges(self, zone: Zone) -> list[tuple[int, int, bool]]:
+        """What the queries see of ``zone``: begin and end of keys that all of them see, or (True) that each sees up to its
+        own."""
         if self.end - self.begin == 1:
-            return (Piece(every, queries, slice(zone.begin, zone.end), False),)
-        before, found = min(zone.end, self.begin), []
-        if zone.begin < before:
-            found.append(Piece(every, queries, slice(zone.begin, before), False))
-        if zone.end > self.begin:
-            found.append(Piece(every, queries, slice(self.begin, self.end), True))
-        return found
+            return [(zone.begin, zone.end, False)]
+        before = min(zone.end, self.begin)
+        earlier = [(zone.begin, before, False)] if zone.begin < before else []
+        return earlier + ([(self.begin, self.end, True)] if zone.end > self.begin else [])
+
+
+def include(
+    found: Partial, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool, scale: float
+) -> None:
+    """Add to ``found`` what all its queries ``q [1, S, H, C]`` see of ``keys, values [1, N, G, C]``: all keys, or with
+    ``causal`` (N = S) those up to each. Other keys are not given, because `Partial` may widen all that it gets."""
+    found.add(q, keys, values, [Piece(slice(None), slice(0, q.shape[1]), slice(None), causal)], scale)
 
 
 def attend_all(turned: Iterable[Turned], keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
@@ -49,6 +53,7 @@ def attend_all(turned: Iterable[Turned], keys: torch.Tensor, values: torch.Tenso
     for part in turned:
         found = Partial(part.zones[0].q)
         for zone in part.zones:
-            found.add(zone.q, keys, values, part.pieces(zone), scale)
+            for begin, end, causal in part.ranges(zone):
+                include(found, zone.q, keys[:, begin:end], values[:, begin:end], causal, scale)
         outs.append(found.out.to(part.zones[0].q.dtype))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 1)

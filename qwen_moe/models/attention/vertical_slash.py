@@ -34,7 +34,7 @@ def row_scores(turned: Sequence[Turned], rows: torch.Tensor, keys: torch.Tensor,
     """Scores ``[N, T]`` of the queries at positions ``rows [N]`` (ascending) with ``keys [T, C]``, -inf for keys after the
     query. ``turned``: of one head."""
     wide = accumulation_dtype(keys.dtype)
-    scores = torch.full((len(rows), len(keys)), float("-inf"), dtype=wide, device=keys.device)
+    scores = torch.empty(len(rows), len(keys), dtype=wide, device=keys.device)
     for part in turned:
         of_part = torch.nonzero((rows >= part.begin) & (rows < part.end)).flatten()
         if not len(of_part):
@@ -42,7 +42,7 @@ def row_scores(turned: Sequence[Turned], rows: torch.Tensor, keys: torch.Tensor,
         first, last = int(of_part[0]), int(of_part[-1]) + 1
         for zone in part.zones:
             q = zone.q[0, rows[first:last] - part.begin, 0].to(wide) * scale
-            scores[first:last, zone.begin : zone.end] = q @ keys[zone.begin : zone.end].to(wide).T
+            torch.mm(q, keys[zone.begin : zone.end].to(wide).T, out=scores[first:last, zone.begin : zone.end])
     for number, row in enumerate(rows.tolist()):
         scores[number, row + 1 :] = float("-inf")
     return scores
