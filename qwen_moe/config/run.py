@@ -99,6 +99,12 @@ class RunConfig(Section):
                 f"data.sequence_length {self.data.sequence_length} is larger than model.max_position_embeddings{scaled} "
                 f"{self.model.reach}: lower the former or raise the latter"
             )
+        if self.data.sequence_length > self.model.trainable_length:
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} is larger than {self.model.trainable_length}, up to "
+                "which model.dual_chunk changes nothing: attention in training is plain, and dual chunk attention is for "
+                "reading longer texts without training on them; lower the length, or leave model.dual_chunk out"
+            )
         tokens_per_step = training.global_batch_size * self.data.sequence_length
         if training.train_tokens < tokens_per_step:
             raise ValueError(
