@@ -100,10 +100,9 @@ def _choose(scores: torch.Tensor, sampling: Sampling, chance: torch.Tensor) -> t
     if not sampling.top_k and first < vocabulary and bool((kept.sum(-1) < sampling.top_p * total).any()):
         best, order = scores.sort(dim=-1, descending=True)
         kept = best.exp().double()
-    # Keep a token if those before it have not yet reached top_p. The first is always kept.
+    # Keep a token if those before it have not yet reached top_p.
     before = kept.cumsum(-1) - kept
     beyond = before >= sampling.top_p * total.unsqueeze(-1)
-    beyond[..., 0] = False
     kept = kept.masked_fill(beyond | (kept < sampling.min_p), 0)
     return order.gather(-1, _invert(kept, chance).unsqueeze(-1)).squeeze(-1)
 
