@@ -211,9 +211,8 @@ class _Batch:
         logits = self._read_prompts(progress).repeat_interleave(self._sampling.samples, 0)
         if self._sampling.repetition_penalty != 1 and logits.shape[1]:
             self._occurred = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-            for row, answer in enumerate(self._rows()):
+            for row in range(len(logits)):
                 self._occurred[row, list(self._prompts[row // self._sampling.samples])] = True
-                assert not answer.tokens
         while True:
             tokens = self._draw(logits)
             progress(0, len(tokens))
