@@ -95,6 +95,12 @@ def _add_common(
         help="at lengths that the model does not reach: YaRN, dual chunk attention (auto too), or no change, to see it fail "
         "(plain); default: %(default)s",
     )
+    parser.add_argument(
+        "--chunk-size",
+        type=whole(2, LARGEST_SIZE),
+        metavar="N",
+        help="tokens of a chunk of dual chunk attention; default: the length that the model was trained on",
+    )
     parser.add_argument("--attention", choices=("dense", "sparse"), default="dense", help="default: %(default)s")
     parser.add_argument(
         "--shard",
@@ -138,7 +144,12 @@ def _content(path: Path) -> dict[str, str]:
 def _completer(args: argparse.Namespace) -> Any:
     from qwen_moe.evaluation.model import CompleterOptions, open_completer
 
-    options = CompleterOptions(dtype=args.dtype, context_extension=args.context_extension, attention=args.attention)
+    options = CompleterOptions(
+        dtype=args.dtype,
+        context_extension=args.context_extension,
+        chunk_size=args.chunk_size,
+        attention=args.attention,
+    )
     return open_completer(args.checkpoint, options)
 
 
@@ -162,6 +173,7 @@ def _run(
         "seed": args.seed,
         "dtype": args.dtype,
         "context_extension": args.context_extension,
+        "chunk_size": args.chunk_size,
         "attention": args.attention,
     }
     evaluation = Evaluation(

@@ -41,6 +41,7 @@ class CompleterOptions:
 
     dtype: str | None = None
     context_extension: "Extension" = "auto"
+    chunk_size: int | None = None
     attention: "Attention" = "dense"
 
 
@@ -59,7 +60,9 @@ class _GeneratingCompleter:
 
         self._opened = Opened(checkpoint)
         self._options = options
-        self._how = HowToRead(extension=options.context_extension, attention=options.attention)
+        self._how = HowToRead(
+            extension=options.context_extension, chunk=options.chunk_size, attention=options.attention
+        )
         self._read: dict[str, float] = {}
         directory = self._opened.weights.directory
         self.identity = {

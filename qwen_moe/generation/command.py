@@ -74,6 +74,12 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
         help="for texts longer than the model was trained on: YaRN, dual chunk attention, or the latter where needed (auto)",
     )
     parser.add_argument(
+        "--chunk-size",
+        type=whole(2, LARGEST_SIZE),
+        metavar="N",
+        help="tokens of a chunk of --context-extension dca; default: the length that the model was trained on",
+    )
+    parser.add_argument(
         "--attention", choices=ATTENTION, default="dense", help="sparse leaves out keys in prompts over 32,768 tokens"
     )
     parser.add_argument(
@@ -178,6 +184,7 @@ def _many(args: argparse.Namespace, session: Any, sampling: "Sampling") -> int:
         "sampling": {**vars(sampling), "stop": list(sampling.stop)},
         "dtype": args.dtype,
         "context_extension": args.context_extension,
+        "chunk_size": args.chunk_size,
         "attention": args.attention,
     }
     answers = Answers(args.output, settings, writes=session.reports)

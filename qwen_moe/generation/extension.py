@@ -11,13 +11,13 @@ Extension = Literal["none", "yarn", "dca", "auto", "plain"]
 _CHUNK_PER_LOCAL = 32
 
 
-def extended(config: ModelConfig, extension: Extension, length: int) -> ModelConfig:
+def extended(config: ModelConfig, extension: Extension, length: int, chunk: int | None = None) -> ModelConfig:
     """``config`` for texts of ``length`` tokens.
 
     ``yarn``: YaRN with the smallest whole factor that reaches (arXiv 2309.00071). ``dca``: dual chunk attention with chunks
-    of the trained length (arXiv 2402.17463). ``auto``: nothing where the model reaches, else dual chunk attention.
-    ``plain``: positions go on beyond the trained ones, to see the model fail. Raises UserError if the model reaches without,
-    or has another extension.
+    of ``chunk`` tokens, by default the trained length (arXiv 2402.17463). ``auto``: nothing where the model reaches, else
+    dual chunk attention. ``plain``: positions go on beyond the trained ones, to see the model fail. Raises UserError if the
+    model reaches without, or has another extension.
     """
     if extension == "none" or (extension == "auto" and length <= config.reach):
         return config
@@ -40,9 +40,12 @@ def extended(config: ModelConfig, extension: Extension, length: int) -> ModelCon
     elif extension == "plain":
         change = {"max_position_embeddings": length}
     else:
+        size = chunk or trained
+        if not 2 <= size <= trained:
+            raise UserError(f"--chunk-size {size}: give 2 to {trained}, the length that the model was trained on")
         chunks = DualChunk(
-            chunk_size=trained,
-            local_size=max(1, trained // _CHUNK_PER_LOCAL),
+            chunk_size=size,
+            local_size=max(1, size // _CHUNK_PER_LOCAL),
             original_max_position_embeddings=trained,
         )
         change = {"dual_chunk": chunks, "max_position_embeddings": length}

@@ -22,9 +22,11 @@ KEPT_SHARE = 0.95  # of attention, by sparse prefill
 
 @dataclass(frozen=True, kw_only=True)
 class HowToRead:
-    """How prompts are read. ``attention`` sparse leaves out keys in long prompts (`qwen_moe.models.attention.sparse`)."""
+    """How prompts are read. ``chunk``: of dual chunk attention, by default the trained length. ``attention`` sparse leaves
+    out keys in long prompts (`qwen_moe.models.attention.sparse`)."""
 
     extension: Extension = "none"
+    chunk: int | None = None
     attention: Attention = "dense"
     limits: Limits = field(default_factory=Limits)
 
@@ -53,7 +55,7 @@ class Opened:
     def engine(self, how: HowToRead, longest: int, load: Callable[[Weights], Runner]) -> Engine:
         """An engine for texts of at most ``longest`` tokens, prompt and answer together. ``load`` reads the weights, at the
         first call. Raises UserError if the model does not reach so far."""
-        config = extended(self.config, how.extension, longest)
+        config = extended(self.config, how.extension, longest, how.chunk)
         sparse = self._sparse(how)
         if self._runner is None:
             self._runner = load(self.weights)

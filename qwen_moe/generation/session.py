@@ -35,7 +35,10 @@ class Session:
     def __init__(self, args: argparse.Namespace, split: bool) -> None:
         self.opened = Opened(args.checkpoint)
         self._how = HowToRead(
-            extension=args.context_extension, attention=args.attention, limits=Limits(sequences=args.batch_size)
+            extension=args.context_extension,
+            chunk=args.chunk_size,
+            attention=args.attention,
+            limits=Limits(sequences=args.batch_size),
         )
         self._asked_dtype, self._rank, self._grids = args.dtype, 0, None
         self._device, self._engine = torch.device("cpu"), None

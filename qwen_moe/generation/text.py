@@ -39,7 +39,7 @@ def check_lengths(config: ModelConfig, how: HowToRead, prompts: list[list[int]],
     """The longest text, prompt and answer together. Raises UserError before weights are read, if the model does not know a
     token or does not reach."""
     longest = max(len(prompt) for prompt in prompts) + max_new_tokens
-    reaching = extended(config, how.extension, longest)
+    reaching = extended(config, how.extension, longest, how.chunk)
     for prompt in prompts:
         check_prompt(prompt, max_new_tokens, reaching)
     return longest

@@ -77,6 +77,14 @@ def test_auto_extends_only_what_does_not_reach() -> None:
     assert yarn.rope_scaling is not None and yarn.rope_scaling.factor == 7 and yarn.reach == 224
 
 
+def test_chunks_of_another_size() -> None:
+    chunks = extended(config(), "dca", 200, chunk=16).dual_chunk
+    assert chunks is not None and chunks.chunk_size == 16 and chunks.original_max_position_embeddings == TRAINED
+    for size in (1, TRAINED + 1):
+        with pytest.raises(UserError, match=f"--chunk-size {size}: give 2 to {TRAINED}"):
+            extended(config(), "dca", 200, chunk=size)
+
+
 def test_what_cannot_be_extended() -> None:
     with pytest.raises(UserError, match=f"yarn: the model reaches {TRAINED} tokens and the longest text has 20.*leave"):
         extended(config(), "yarn", 20)
