@@ -93,11 +93,13 @@ class RunConfig(Section):
                 f"training.global_batch_size {training.global_batch_size} is not a multiple of "
                 f"training.micro_batch_size {training.micro_batch_size}"
             )
-        if self.data.sequence_length > self.model.reach:
+        # Positions begin anew in each document. Then its length matters, which is checked when the data are there.
+        if self.data.sequence_length > self.model.reach and not self.data.respect_document_boundaries:
             scaled = " times model.rope_scaling.factor" if self.model.rope_scaling is not None else ""
             raise ValueError(
                 f"data.sequence_length {self.data.sequence_length} is larger than model.max_position_embeddings{scaled} "
-                f"{self.model.reach}: lower the former or raise the latter"
+                f"{self.model.reach}: lower the former or raise the latter, or set data.respect_document_boundaries if no "
+                "document is longer"
             )
         tokens_per_step = training.global_batch_size * self.data.sequence_length
         if training.train_tokens < tokens_per_step:
