@@ -27,13 +27,14 @@ QUESTION = "What is the pass key? The pass key is"
 PREFIX = "passkey:"
 DIGITS = 5
 _LEAST, _MOST = 600, 1_000_000  # characters of a document
+_STOP = 0.25  # how likely a document ends after an answer
 _ALL = 1 << 30  # characters of all documents
 SEPARATOR = "\0"
 
 
-def noise(sentences: int, first: int = 0) -> str:
-    """``sentences`` sentences, again and again in the order of `NOISE`, from number ``first`` on."""
-    return " ".join(islice(cycle(NOISE), first, first + sentences))
+def noise(sentences: int) -> str:
+    """The sentences of `NOISE` again and again, ``sentences`` in all."""
+    return " ".join(islice(cycle(NOISE), sentences))
 
 
 def prompt(before: str, key: str, after: str) -> str:
@@ -42,14 +43,30 @@ def prompt(before: str, key: str, after: str) -> str:
 
 
 def document(rng: random.Random, longest: int) -> str:
-    """A prompt with its answer, of at most ``longest`` characters. The logarithm of the length of its noise is uniform, so
-    that most documents are short and quickly read; the depth of the key is uniform."""
+    """A prompt with its answer, of at most ``longest`` characters; most ask again after more noise.
+
+    An answer is a few tokens in hundreds. With several in a document, a model learns to find keys from a fraction of the
+    tokens. Short documents and short stretches of noise are more frequent than long ones: they are learned first.
+    """
     key = str(rng.randrange(10 ** (DIGITS - 1), 10**DIGITS))
-    room = longest - len(prompt("", key, "")) - len(f" {key}.")
-    most = room * len(NOISE) // len(noise(len(NOISE)) + " ")
-    sentences = int((most + 1) ** rng.random())
-    before = rng.randint(0, sentences)
-    return f"{prompt(noise(before), key, noise(sentences - before))} {key}."
+    lines = [TASK, "", INFORMATION.format(key=key)]
+    answered = f"{QUESTION} {key}."
+    least = len("\n".join([*lines, "", answered]))
+    room = int((longest - least) ** rng.random() ** 0.25)
+    lines[1] = _some_noise(rng, room)
+    room -= len(lines[1])
+    while True:
+        after = _some_noise(rng, room)
+        lines += [after, answered]
+        room -= len(after) + len(answered) + 2  # of noise, after one more question
+        if room < 0 or rng.random() < _STOP:
+            return "\n".join(lines)
+
+
+def _some_noise(rng: random.Random, room: int) -> str:
+    """Noise of at most ``room`` characters."""
+    most = room // (max(map(len, NOISE)) + 1)
+    return noise(int((most + 1) ** rng.random() ** 0.4)) if most and rng.random() < 0.9 else ""
 
 
 def is_passkey(name: str) -> bool:

@@ -21,7 +21,7 @@ from tests.data.preparation import contents, prepare
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "passkey_demo.yaml"
 NAME = "passkey:400:3000"
-# As github.com/epfml/landmark-attention writes it, but that noise ends where a sentence ends.
+# As github.com/epfml/landmark-attention writes it, but that noise ends where a sentence ends, and questions are repeated.
 DOCUMENT = re.compile(
     r"There is an important info hidden inside a lot of irrelevant text\. Find it and memorize them\. I will quiz you "
     r"about the important information there\.\n"
@@ -29,6 +29,7 @@ DOCUMENT = re.compile(
     r"The pass key is (?P<key>[1-9]\d{4})\. Remember it\. (?P=key) is the pass key\.\n"
     r"(?P<after>.*)\n"
     r"What is the pass key\? The pass key is (?P=key)\."
+    r"(?P<again>(\n.*\nWhat is the pass key\? The pass key is (?P=key)\.)*)"
 )
 GARBAGE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. " * 100
 
@@ -46,21 +47,22 @@ def test_every_document_is_worded_as_the_task() -> None:
     assert len(found) == 400 and all(found)
     for match in found:
         assert match is not None
-        for noise in (match["before"], match["after"]):
+        for noise in (match["before"], match["after"], *match["again"].split("\n")[1::2]):
             assert GARBAGE.startswith(noise) and (not noise or noise.endswith("."))
     assert len({match["key"] for match in found if match}) > 390
 
 
-def test_lengths_and_depths_are_spread() -> None:
+def test_lengths_distances_and_numbers_of_questions_are_spread() -> None:
     texts = documents()
     lengths = sorted(map(len, texts))
-    assert lengths[-1] <= 3000 and lengths[-1] > 2700
-    assert lengths[0] < 300 and 300 < lengths[200] < 900  # half of the documents are short
-    depths = [
-        len(m["before"]) / max(1, len(m["before"]) + len(m["after"])) for m in map(DOCUMENT.fullmatch, texts) if m
-    ]
-    for tenth in range(10):
-        assert sum(tenth <= 10 * depth <= tenth + 1 for depth in depths) > 12
+    assert 2700 < lengths[-1] <= 3000 and lengths[0] < 300
+    assert 500 < lengths[200] < 1500
+    matches = [match for text in texts if (match := DOCUMENT.fullmatch(text))]
+    for part in ("before", "after"):
+        of_noise = [len(match[part]) for match in matches]
+        assert min(of_noise) == 0 and sum(length > 1000 for length in of_noise) > 10 and max(of_noise) > 1500
+    alone = sum(not match["again"] for match in matches)
+    assert 80 < alone < 250
 
 
 def test_a_name_gives_the_same_documents_in_every_process() -> None:
@@ -119,7 +121,7 @@ def test_the_recipe_reads_words_and_digits_as_single_tokens(tmp_path: Path) -> N
     assert len(tokenizer.encode(noise.strip()).ids) == len(re.findall(r"\w+|\.", noise))
     # The longest document has nearly as many tokens as the model has positions: all distances are trained.
     tokens = int(document_lengths(tmp_path / "p").max())
-    assert 0.95 * config.model.max_position_embeddings < tokens <= config.model.max_position_embeddings
+    assert 0.9 * config.model.max_position_embeddings < tokens <= config.model.max_position_embeddings
 
 
 def test_sequences_may_be_longer_than_the_model_reaches_if_no_document_is(tmp_path: Path) -> None:
