@@ -53,20 +53,20 @@ def document(rng: random.Random, longest: int) -> str:
     answered = f"{QUESTION} {key}."
     least = len("\n".join([*lines, "", answered]))
     room = int((longest - least) ** rng.random() ** 0.25)
-    lines[1] = _some_noise(rng, room)
+    lines[1] = _some_noise(rng, room, 1.0)
     room -= len(lines[1])
     while True:
-        after = _some_noise(rng, room)
+        after = _some_noise(rng, room, 0.15)
         lines += [after, answered]
         room -= len(after) + len(answered) + 2  # of noise, after one more question
         if room < 0 or rng.random() < _STOP:
             return "\n".join(lines)
 
 
-def _some_noise(rng: random.Random, room: int) -> str:
-    """Noise of at most ``room`` characters."""
+def _some_noise(rng: random.Random, room: int, power: float) -> str:
+    """Noise of at most ``room`` characters; the lower ``power``, the longer. The logarithm of its length is uniform at 1."""
     most = room // (max(map(len, NOISE)) + 1)
-    return noise(int((most + 1) ** rng.random() ** 0.4)) if most and rng.random() < 0.9 else ""
+    return noise(int((most + 1) ** rng.random() ** power)) if most and rng.random() < 0.9 else ""
 
 
 def is_passkey(name: str) -> bool:

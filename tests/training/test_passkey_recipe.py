@@ -10,7 +10,7 @@ from qwen_moe.runs.records import read_lines
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "passkey_demo.yaml"
 SHORT = (
-    "data.prepare.input=['passkey:300:1200']",
+    "data.prepare.input=['passkey:300:1700']",
     "data.prepare.vocab_size=400",
     "data.sequence_length=1024",
     "training.train_tokens=20480",
