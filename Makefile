@@ -8,13 +8,13 @@ RECIPE ?= recipes/demo.yaml
 train: install
 	$(BIN)/qwen-moe train $(RECIPE)
 
-# Two processes share the quick tests, a file at a time; `PARALLEL= make test` runs them in one.
+# Two processes share the tests, a file at a time; `PARALLEL= make test` runs them in one.
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 test: install lint slurm
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PARALLEL) $(PYTEST_OPTIONS)
 
 test-slow: install slurm
-	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -m "slow and not gpu" $(PARALLEL) $(PYTEST_OPTIONS)
 
 # On one GPU, unattended, within ten minutes; writes runs/gpu/report.md (docs/gpu.md). Installs nothing: it runs in the
 # environment of PYTHON, so that the torch that was built for the machine's CUDA is the one that is tested.

@@ -68,7 +68,7 @@ def documents(tokens: int, rounds: int) -> None:
             ratios, seconds = [], []
             for number in range(rounds + 1):
                 apart = sum(_timed(attend, own, Visibility()) for own in alone)
-                together = _timed(attend, packed, Visibility(0, starts))
+                together = _timed(attend, packed, Visibility(starts=starts))
                 if number:
                     ratios.append(together / apart)
                     seconds.append(together)

@@ -99,11 +99,10 @@ class SequenceShard:
         chunk, within = divmod(2 * tp + segment, self.tp.size)  # of this cp rank's two chunks, each of tp segments
         return chunks_of(cp, self.cp.size)[chunk] * self.tp.size + within
 
-    def positions(self, given: int, past: int, device: torch.device) -> torch.Tensor:
-        """``[given]``: positions of the model's input. With a cache (``past`` > 0) cp must be 1."""
-        assert past == 0 or self.cp.size == 1
+    def positions(self, given: int, device: torch.device) -> torch.Tensor:
+        """``[given]``: positions of the model's input."""
         if self.cp.size == 1:
-            return torch.arange(past, past + given, device=device)
+            return torch.arange(given, device=device)
         return own_chunks(torch.arange(given * self.cp.size, device=device)[None], self.cp)[0]
 
 

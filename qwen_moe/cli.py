@@ -21,7 +21,8 @@ VERBS = (
     "qwen_moe.info",
     "qwen_moe.data.command",
     "qwen_moe.checkpoint.huggingface.command",
-    "qwen_moe.generate",
+    "qwen_moe.generation.command",
+    "qwen_moe.evaluation.command",
     "qwen_moe.scaling",
     "qwen_moe.workflow.command",
     "qwen_moe.launch.command",
@@ -29,7 +30,7 @@ VERBS = (
     "qwen_moe.planning.command",
 )
 # Verbs that compute in this process. Commands that start several processes choose their threads (`parallel.threads`).
-ONE_PROCESS = ("generate", "convert", "verify", "report")
+ONE_PROCESS = ("evaluate", "convert", "verify", "report")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     args = None
     try:
         args = _parse(argv)
+        args.argv = sys.argv[1:] if argv is None else argv
         verb = " ".join(filter(None, (args.verb, getattr(args, "scaling_verb", ""))))
         check_installed(f"qwen-moe {verb}", *getattr(args, "needs", ()))
         if getattr(args, "verb", "") in ONE_PROCESS:

@@ -108,14 +108,19 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def json_object(text: str, where: str) -> dict[str, Any]:
-    """The object that a JSON text holds. Raises a UserError that begins with ``where``, also for a key given twice."""
+def json_value(text: str, where: str) -> Any:
+    """The value of a JSON text. Raises a UserError that begins with ``where``, also for a key given twice."""
     try:
-        values = json.loads(text, object_pairs_hook=_pairs)
+        return json.loads(text, object_pairs_hook=_pairs)
     except ValueError as error:
         raise UserError(f"{where} is not valid JSON: {error}") from None
     except RecursionError:
         raise UserError(f"{where} is not valid JSON: it is nested too deeply") from None
+
+
+def json_object(text: str, where: str) -> dict[str, Any]:
+    """The object that a JSON text holds (see `json_value`)."""
+    values = json_value(text, where)
     if not isinstance(values, dict):
         raise UserError(f"{where} must hold a JSON object, found {type(values).__name__}")
     return values

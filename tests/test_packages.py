@@ -32,7 +32,7 @@ def test_extras_are_those_of_the_project() -> None:
 
 def test_training_imports_none_of_them() -> None:
     script = WITHOUT + (
-        "import qwen_moe.training.loop, qwen_moe.runs.finish, qwen_moe.data.batches, qwen_moe.generate\n"
+        "import qwen_moe.training.loop, qwen_moe.runs.finish, qwen_moe.data.batches, qwen_moe.generation.session\n"
         "import qwen_moe.checkpoint.huggingface, qwen_moe.launch.rank, qwen_moe.verify.ranks, qwen_moe.data.prepare\n"
         "from qwen_moe.cli import main\n"
         "assert main(['info', 'demo']) == 0\n"

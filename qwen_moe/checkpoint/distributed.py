@@ -43,7 +43,7 @@ from qwen_moe.sharding.model import ParallelModel
 
 KERNELS = "kernels"
 # Fields of a model's settings that no weight depends on and that a stage, or a run that starts from weights, may change.
-WITHOUT_WEIGHTS = ("rope_theta", "rope_scaling", "max_position_embeddings")
+WITHOUT_WEIGHTS = ("rope_theta", "rope_scaling", "max_position_embeddings", "dual_chunk")
 
 
 def model_state(model: ParallelModel) -> dict[str, torch.Tensor]:

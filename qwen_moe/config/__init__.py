@@ -1,6 +1,7 @@
 """The settings of a run (`run`), and how they are read from a recipe (`load`)."""
 
 from qwen_moe.config.data import DataConfig, Dataset
+from qwen_moe.config.dual_chunk import DualChunk
 from qwen_moe.config.load import (
     dump_config,
     find_recipe,
@@ -23,6 +24,7 @@ __all__ = [
     "BalanceConfig",
     "DataConfig",
     "Dataset",
+    "DualChunk",
     "Fp8Config",
     "LoggingConfig",
     "ModelConfig",

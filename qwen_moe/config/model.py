@@ -4,6 +4,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from qwen_moe.config.dual_chunk import DualChunk
 from qwen_moe.config.families import FAMILIES, Family, families_that
 from qwen_moe.config.fields import Layers, NonNegativeInt, OptionalSize, PositiveFloat, Section, Size, whole_number
 from qwen_moe.config.rope import RopeScaling
@@ -38,6 +39,7 @@ class ModelConfig(Section):
     """The shape of one model. Field names are Hugging Face's.
 
     ``family`` names a row of `qwen_moe/config/families.py`, which decides what the other fields do not.
+    ``dual_chunk``: how texts longer than its chunk_size are read, up to ``max_position_embeddings``; training is plain.
     ``qkv_bias``: q, k and v have biases, and in families with ``o_bias`` the output projection too.
     A layer is MoE when ``(index + 1) % decoder_sparse_step == 0`` and it is not in ``mlp_only_layers``.
     """
@@ -53,6 +55,7 @@ class ModelConfig(Section):
     max_position_embeddings: Size = 32768
     rope_theta: Annotated[PositiveFloat, Field(le=1e15)] = 1_000_000.0
     rope_scaling: RopeScaling | None = None
+    dual_chunk: DualChunk | None = None
     rms_norm_eps: Annotated[PositiveFloat, Field(le=1)] = 1e-6
     tie_word_embeddings: bool = False
     initializer_range: Annotated[PositiveFloat, Field(le=100)] = 0.02
@@ -125,6 +128,11 @@ class ModelConfig(Section):
         scaling = self.rope_scaling
         if scaling is not None and scaling.type == "dynamic" and self.head_dim == 2:
             raise ValueError("rope_scaling of type dynamic is not defined for head_dim 2: use type yarn or linear")
+        if scaling is not None and scaling.type == "dynamic" and self.dual_chunk is not None:
+            raise ValueError(
+                "dual_chunk needs angles that do not change with the length of a text, and those of rope_scaling of type "
+                "dynamic do: leave one of them out"
+            )
         if scaling is None or scaling.type != "yarn":
             return
         if scaling.factor is None:
@@ -149,11 +157,16 @@ class ModelConfig(Section):
 
     @property
     def reach(self) -> int:
-        """The longest text that the model can train on and generate. With type dynamic the length of a text changes all its
+        """The longest text that the model can read. With type dynamic the length of a text changes all its
         angles, which cached keys cannot follow."""
         if self.rope_scaling is not None and self.rope_scaling.type == "dynamic":
             return self.max_position_embeddings
         return max(self.max_position_embeddings, int(self.rope_factor * self.trained_length))
+
+    @property
+    def trainable_length(self) -> int:
+        """The longest text that the model can train on, where attention is plain."""
+        return self.reach if self.dual_chunk is None else min(self.reach, self.dual_chunk.plain_length)
 
     def _check_experts(self) -> None:
         for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):

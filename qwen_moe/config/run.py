@@ -101,6 +101,12 @@ class RunConfig(Section):
                 f"{self.model.reach}: lower the former or raise the latter, or set data.respect_document_boundaries if no "
                 "document is longer"
             )
+        if self.data.sequence_length > self.model.trainable_length:
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} is larger than {self.model.trainable_length}, up to "
+                "which model.dual_chunk changes nothing: attention in training is plain, and dual chunk attention is for "
+                "reading longer texts without training on them; lower the length, or leave model.dual_chunk out"
+            )
         tokens_per_step = training.global_batch_size * self.data.sequence_length
         if training.train_tokens < tokens_per_step:
             raise ValueError(

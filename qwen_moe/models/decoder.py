@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel.gemm import linear
 from qwen_moe.config import ModelConfig, Recompute
-from qwen_moe.models.attention.cache import KeyValueCache
+from qwen_moe.models.attention.cache import Cache
 from qwen_moe.models.attention.gqa import Attention
 from qwen_moe.models.attention.mask import Visibility
 from qwen_moe.models.feed_forward import FeedForward
@@ -58,14 +58,25 @@ class DecoderLayer(nn.Module):
         x: torch.Tensor,
         rotary: RotaryTables,
         visible: Visibility,
-        cache: KeyValueCache | None = None,
         recompute: bool = False,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         if recompute:
             q, k, v = checkpoint(self._heads, x, rotary, use_reentrant=False)
             y = self.self_attn.attend(q, k, v, visible, rotary.softmax_scale)
             return checkpoint(self._after_attention, x, y, use_reentrant=False)
-        return self._feed_forward(x + self.self_attn(self.input_layernorm(x), rotary, visible, cache))
+        return self._feed_forward(x + self.self_attn(self.input_layernorm(x), rotary, visible))
+
+    def read(self, x: torch.Tensor, cache: Cache, wanted: torch.Tensor | None) -> torch.Tensor:
+        """The layer's output for new tokens ``[1, N, D]`` of cached sequences; of the tokens ``wanted`` alone if given."""
+        q, k, v = self.self_attn.unrotated_heads(self.input_layernorm(x))
+        if wanted is not None:
+            x, q = x[:, wanted], q[:, wanted]
+        y = cache.attend(self.self_attn.layer, q, k, v, wanted is not None)
+        if not x.shape[1]:
+            return x
+        x = x + self.self_attn.output(y)
+        normed = self.post_attention_layernorm(x)
+        return x + (self.mlp.read(normed) if isinstance(self.mlp, MoE) else self.mlp(normed))
 
     def _heads(self, x: torch.Tensor, rotary: RotaryTables) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.self_attn.heads(self.input_layernorm(x), rotary)
@@ -145,7 +156,6 @@ class DecoderLM(nn.Module):
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         document_starts: torch.Tensor | None = None,
-        cache: KeyValueCache | None = None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         """Final normed states ``[B, S, D]`` and the routers' statistics, stacked over MoE layers.
 
@@ -153,23 +163,20 @@ class DecoderLM(nn.Module):
         on other devices) the index of its document's first token. On a later pipeline stage ``input_ids`` are hidden states;
         before the last stage the result feeds the next stage.
         """
-        past = cache.length if cache is not None else 0
         seq = input_ids.shape[1] if self.first else self.sequence.given_length(input_ids.shape[1])
         if position_ids is None:
-            position_ids = self.sequence.positions(seq, past, input_ids.device).unsqueeze(0)
+            position_ids = self.sequence.positions(seq, input_ids.device).unsqueeze(0)
         x = self.model.embed_tokens(input_ids) if self.first else input_ids
         rotary = self.rope.tables(position_ids, x.dtype)
-        visible = Visibility(past, document_starts)
+        visible = Visibility(starts=document_starts)
         collected = []
         for layer in self.model.layers:
             if self.recompute == "full" and self.training:
-                x, statistics = checkpoint(layer, x, rotary, visible, cache, use_reentrant=False)
+                x, statistics = checkpoint(layer, x, rotary, visible, use_reentrant=False)
             else:
-                x, statistics = layer(x, rotary, visible, cache, self.recompute == "selective" and self.training)
+                x, statistics = layer(x, rotary, visible, self.recompute == "selective" and self.training)
             if statistics is not None:
                 collected.append(statistics)
-        if cache is not None:
-            cache.length += seq
         router = RouterStatistics(*(torch.stack(parts) for parts in zip(*collected))) if collected else None
         return (self.model.norm(x) if self.last else x), router
 
@@ -178,10 +185,20 @@ class DecoderLM(nn.Module):
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         document_starts: torch.Tensor | None = None,
-        cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        x, _ = self.hidden_states(input_ids, position_ids, document_starts, cache)
+        x, _ = self.hidden_states(input_ids, position_ids, document_starts)
         return linear(x, self.head_weight)
+
+    @torch.no_grad()
+    def read(self, x: torch.Tensor, cache: Cache, wanted: torch.Tensor | None = None) -> torch.Tensor:
+        """Read new tokens ``[1, N]`` of cached sequences (on a later pipeline stage their hidden states) and return their
+        hidden states, normed after the last layer: ``[1, N, D]``. ``wanted``: indices of the only tokens whose states are
+        needed; the last layer then computes no others."""
+        x = self.model.embed_tokens(x) if self.first else x
+        for layer in self.model.layers:
+            final = layer.self_attn.layer == self.config.num_hidden_layers - 1
+            x = layer.read(x, cache, wanted if final else None)
+        return self.model.norm(x) if self.last else x
 
     def loss_sums(
         self,

@@ -17,8 +17,8 @@ class SequencePart(Protocol):
     def whole_length(self, held: int) -> int:
         """The length of the whole sequence, from the length held between layers."""
 
-    def positions(self, given: int, past: int, device: torch.device) -> torch.Tensor:
-        """``[given]``: the positions of the model's input in the sequence, after ``past`` earlier tokens."""
+    def positions(self, given: int, device: torch.device) -> torch.Tensor:
+        """``[given]``: the positions of the model's input in the sequence."""
 
     @property
     def segments(self) -> int:
@@ -37,8 +37,8 @@ class WholeSequence:
     def whole_length(self, held: int) -> int:
         return held
 
-    def positions(self, given: int, past: int, device: torch.device) -> torch.Tensor:
-        return torch.arange(past, past + given, device=device)
+    def positions(self, given: int, device: torch.device) -> torch.Tensor:
+        return torch.arange(given, device=device)
 
     @property
     def segments(self) -> int:

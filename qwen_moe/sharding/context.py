@@ -130,7 +130,6 @@ class ContextAttention:
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Visibility, scale: float
     ) -> torch.Tensor:
-        assert visible.past == 0
         if self.heads.size == 1:
             return self._attend(q, k, v, visible, scale)
         size, groups = self.heads.size, k.shape[2]

@@ -94,3 +94,15 @@ def compare(reports: Sequence[Report], reference: Trajectory) -> Differences:
         worst=worst,
         wrong=sorted(set(wrong)),
     )
+
+
+def sensitivity(reference: Trajectory, nudged: Trajectory) -> float:
+    """The largest relative difference between two runs in one process whose first weights differ in their last digit. A
+    layout, which sums in another order, cannot be expected to be closer than that."""
+    found = 0.0
+    for one, other in zip(
+        [*reference.gradients, reference.parameters], [*nudged.gradients, nudged.parameters], strict=True
+    ):
+        pieces = [(name, [0] * tensor.dim(), tensor) for name, tensor in other.items()]
+        found = max(found, compare_pieces([pieces], one, [])[0])
+    return found

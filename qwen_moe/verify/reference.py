@@ -114,20 +114,39 @@ def _model(config: RunConfig) -> DecoderLM:
     return model
 
 
-def train_reference(config: RunConfig, ranks: int, steps: int = STEPS, probe: bool = False) -> Trajectory:
-    """Train ``steps`` steps. ``ranks``: data-parallel size of the layout to compare with. It decides which micro-batches run
-    at the same time, which matters because global-batch balancing counts all micro-batches so far."""
-    model = _model(config)
-    named = dict(model.named_parameters())
+def _nudge(model: DecoderLM) -> None:
+    """Change about two thirds of the weights in their last digit."""
+    generator = torch.Generator().manual_seed(1)
+    unit = torch.finfo(torch.float64).eps
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + unit * torch.randint(-1, 2, parameter.shape, generator=generator).double())
+
+
+def _adamw(config: RunConfig, named: dict[str, torch.nn.Parameter]) -> torch.optim.AdamW:
+    parameters = list(named.values())
     decay = config.optimizer.weight_decay
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [
-            {"params": [p for p in named.values() if p.ndim > 1], "weight_decay": decay},
-            {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0},
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
+            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
         ],
         betas=(config.optimizer.beta1, config.optimizer.beta2),
         eps=config.optimizer.eps,
     )
+
+
+def train_reference(
+    config: RunConfig, ranks: int, steps: int = STEPS, probe: bool = False, nudged: bool = False
+) -> Trajectory:
+    """Train ``steps`` steps. ``ranks``: data-parallel size of the layout to compare with. It decides which micro-batches run
+    at the same time, which matters because global-batch balancing counts all micro-batches so far. ``nudged``: from weights
+    that differ in their last digit, which shows how much of a difference rounding alone can make."""
+    model = _model(config)
+    if nudged:
+        _nudge(model)
+    named = dict(model.named_parameters())
+    optimizer = _adamw(config, named)
     figures, gradients, counts = [], [], []
     layers = max(1, len(config.model.moe_layers))
     for step in range(steps):

@@ -108,7 +108,8 @@ def test_resume_on_the_same_layout_is_bit_identical(tmp_path: Path, asynchronous
         assert torch.equal(resumed["parameters"][name], expected), name
 
 
-@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.slow
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shape=model_configs())
 def test_resume_is_bit_identical_for_random_shapes(tmp_path: Path, shape: ModelConfig) -> None:
     scope = "sequence" if shape.is_moe_family else "none"

@@ -116,6 +116,7 @@ def test_another_layout_goes_on_the_same(pair: tuple[Any, Any], tmp_path: Path) 
     assert found.equal, found
 
 
+@pytest.mark.slow
 def test_stale_expert_momentum_would_be_seen(tmp_path: Path) -> None:
     layout = Layout(dp=2, ep=2)
     run_distributed(_save, 2, config_for(layout), tmp_path, False)

@@ -55,6 +55,10 @@ BASE: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = {
     ("convert", "from-hf"): (("hf", "out"), ("hf",)),
     ("convert", "to-hf"): (("ckpt", "out"), ("ckpt",)),
     ("generate",): (("--checkpoint", "run", "--prompt", "router", "--max-new-tokens", "3"), ("run",)),
+    ("evaluate", "passkey"): (("--checkpoint", "run", "--lengths", "500", "--depths", "1"), ("run",)),
+    ("evaluate", "ruler"): (
+        ("--checkpoint", "run", "--lengths", "700", "--tasks", "niah_single_1", "--samples", "1"), ("run",),
+    ),
     ("scaling", "fit"): (("runs.csv", "--output", "new", "--samples", "0"), ("runs.csv",)),
     ("scaling", "recommend"): (("fit", "--n-total", "1e9", "--tokens", "2e10", "--seq-len", "1024"), ("fit",)),
     ("scaling", "report"): (("fit",), ("fit",)),
@@ -76,7 +80,7 @@ BASE: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }  # fmt: skip
 WAITS = {"--follow": "it waits for what comes", "--help": "argparse's own"}
-AS_MANY_AS_ASKED = {"--samples", "--fuzz"}
+AS_MANY_AS_ASKED = {"--samples", "--fuzz", "--depths"}
 
 
 Verb = tuple[str, ...]

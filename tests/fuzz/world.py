@@ -28,7 +28,7 @@ MODEL: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 8,
     "shared_expert_intermediate_size": 16,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 2048,
 }
 SITE = """\
 [slurm]

@@ -114,7 +114,7 @@ def long_attention(where: Where) -> Iterator[Row]:
 
     def run(core: Any, device: torch.device, dtype: torch.dtype, documents: bool) -> list[torch.Tensor]:
         q, k, v, dy = (t.to(device, dtype).requires_grad_() for t in tensors)
-        visible = Visibility(0, starts.to(device) if documents else None)
+        visible = Visibility(starts=starts.to(device) if documents else None)
         y = core(q, k, v, visible, dim**-0.5)
         return [y.detach(), *torch.autograd.grad(y, (q, k, v), dy)]
 
@@ -134,6 +134,51 @@ def long_attention(where: Where) -> Iterator[Row]:
                     yield Row(what, "failed", str(error)[:300])
                     continue
                 yield check(what, worst, bound)
+
+
+def generation(where: Where) -> Iterator[Row]:
+    """Tokens drawn in float32 on the device against float64 on the CPU: prompts of many lengths at once, answers that share
+    a prompt, dual chunk attention, and sparse prefill that keeps nearly everything."""
+    from qwen_moe.config import parse_model
+    from qwen_moe.generation.engine import Engine, LocalRunner
+    from qwen_moe.generation.extension import extended
+    from qwen_moe.generation.sampling import Sampling
+    from qwen_moe.models.attention.sparse import SparseSettings
+    from qwen_moe.models.init import build_model
+
+    shape = {
+        "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 128, "max_position_embeddings": 256, "initializer_range": 0.2,
+    }  # fmt: skip
+    config = parse_model({"family": "qwen2_moe", **shape}, "generation")
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 512, (n,), generator=generator).tolist() for n in (3, 40, 117, 64)]
+    long = [torch.randint(0, 512, (n,), generator=generator).tolist() for n in (700, 300)]
+    sampling = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.9, samples=3)
+    for name, texts, sparse in (
+        ("prompts of many lengths", prompts, None),
+        ("dual chunk attention", long, None),
+        ("sparse prefill", long, SparseSettings(kept_share=1.0, threshold=256)),
+    ):
+        reading = extended(config, "auto", max(map(len, texts)) + sampling.max_new_tokens)
+        drawn, error = [], ""
+        for device, dtype in ((torch.device("cpu"), torch.float64), (where.device, torch.float32)):
+            model = build_model(config, 0, torch.float64).to(device, dtype).eval()
+            try:
+                engine = Engine(LocalRunner(model), reading, sparse=sparse)
+                drawn.append([answer for answers in engine.generate(texts, sampling) for answer in answers])
+            except RuntimeError as failure:
+                error = str(failure)[:300]
+        if error:
+            yield Row(name, "failed", error)
+            continue
+        pairs = [(a, b) for x, y in zip(*drawn, strict=True) for a, b in zip(x.tokens, y.tokens, strict=False)]
+        yield check(f"{name}: share of tokens that differ", sum(a != b for a, b in pairs) / len(pairs), 0.1)
+        first = [
+            abs(x.log_probs[0] - y.log_probs[0]) for x, y in zip(*drawn, strict=True) if x.tokens[0] == y.tokens[0]
+        ]
+        yield check(f"{name}: log-probability of the first token", max(first), 1e-3)
 
 
 def host_reads(where: Where) -> Iterator[Row]:
@@ -197,6 +242,7 @@ PARTS = {
     "grouped_products": HERE,
     "attention": HERE,
     "long_attention": HERE,
+    "generation": HERE,
     "host_reads": HERE,
     "layers": HERE,
     "parity": TRAINING,

@@ -26,6 +26,7 @@ LIMITS = {
     "grouped_products": 90,
     "attention": 90,
     "long_attention": 120,
+    "generation": 60,
     "host_reads": 90,
     "layers": 90,
     "parity": 120,

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from qwen_moe.models.attention.cache import KeyValueCache
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.init import build_model
 from tests.models.test_layers import small_config
@@ -74,17 +73,6 @@ def test_documents_in_one_row_equal_documents_apart(family: str) -> None:
     )
     torch.testing.assert_close(packed[:, :6], model(first), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(packed[:, 6:], model(second), rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("stretches", [[1] * 9, [4, 1, 4], [8, 1]])
-def test_the_cache_gives_the_logits_of_the_whole(stretches: list[int]) -> None:
-    model = build_model(small_config(), 2, torch.float64).eval()
-    ids = tokens(3, 9)
-    cache, parts, start = KeyValueCache(), [], 0
-    for length in stretches:
-        parts.append(model(ids[:, start : start + length], cache=cache))
-        start += length
-    torch.testing.assert_close(torch.cat(parts, 1), model(ids), rtol=1e-10, atol=1e-10)
 
 
 def test_a_token_does_not_see_the_ones_after_it() -> None:

@@ -114,6 +114,7 @@ def test_a_complete_run_is_made_longer(constant: Path, corpus: Path, tmp_path: P
     assert load_config(run / "config.yaml").train_steps == 12
 
 
+@pytest.mark.slow
 def test_a_trunk_is_made_longer_before_it_decays(wsd: Path, corpus: Path, tmp_path: Path) -> None:
     alone, longer = tmp_path / "alone", copy_until(wsd, 6, tmp_path / "longer")
     train(alone, corpus, 16, **WSD)

@@ -65,6 +65,7 @@ def test_a_run_in_every_axis_learns(undisturbed: Path) -> None:
     assert history["kernels.model.layers.1.mlp.experts.down_proj.weight.amax_history"].shape[0] == 8
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_to_the_same_bits(tmp_path: Path, corpus: Path, undisturbed: Path) -> None:  # noqa: F811
     process = subprocess.Popen(command(write(tmp_path, corpus)), stderr=subprocess.PIPE, text=True)
     _wait_for(lambda: _steps_done(tmp_path) >= 6, process)

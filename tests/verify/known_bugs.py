@@ -83,7 +83,7 @@ def counts_over_tp_only(patch: Any) -> None:
 
 def local_positions(patch: Any) -> None:
     """RoPE with positions from 0 on every rank."""
-    patch(SequenceShard, "positions", lambda shard, given, past, device: torch.arange(given, device=device))
+    patch(SequenceShard, "positions", lambda shard, given, device: torch.arange(given, device=device))
 
 
 def _of_batch(change: Callable[[Batch, Batch], dict[str, torch.Tensor]]) -> Break:

@@ -30,10 +30,10 @@ def plus_style(layers: int = 48, **parallel: Any) -> RunConfig:
     "parallel",
     [
         {"tp": 4, "pp": 8, "ep": 8},
-        {"tp": 8, "pp": 4, "ep": 32, "etp": 2, "schedule": "dualpipev"},
+        {"tp": 8, "pp": 4, "ep": 32, "etp": 2, "schedule": "dualpipev", "layers": 16},
         {"pp": 8, "ep": 64, "schedule": "interleaved_1f1b", "stages_per_rank": 2, "sharding": "zero3"},
-        {"tp": 8, "ep": 64, "layers": 12},  # every rank has all layers
-        {"tp": 2, "cp": 64, "pp": 4, "ep": 8, "layers": 12, "cp_kind": "all_gather", "cp_ulysses": 2},
+        {"tp": 8, "ep": 64, "layers": 3},  # every rank has all layers
+        {"tp": 2, "cp": 64, "pp": 4, "ep": 8, "layers": 4, "cp_kind": "all_gather", "cp_ulysses": 2},
         {"cp": 64, "pp": 4, "layers": 4},
         pytest.param({"cp": 64, "cp_kind": "ring", "cp_ulysses": 8, "ep": 64, "layers": 2}, marks=pytest.mark.slow),
         {"cp": 8, "cp_kind": "ulysses", "sharding": "zero3", "layers": 2},

@@ -224,6 +224,7 @@ main(["pipeline", "recipe.yaml", "--output", "out", "--flops-budget", {BUDGET!r}
     assert load_config(tmp_path / "out" / "recipe.yaml").optimizer.learning_rate != 0.01
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_the_small_runs_stops_in_order(recipe: None, tmp_path: Path) -> None:
     script = f"""
 import sys

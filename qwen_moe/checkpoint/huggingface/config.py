@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from qwen_moe.checkpoint.huggingface.dual_chunk import KEY as DUAL_CHUNK
+from qwen_moe.checkpoint.huggingface.dual_chunk import read_dual_chunk, write_dual_chunk
 from qwen_moe.checkpoint.huggingface.fp8 import check_quantization
 from qwen_moe.checkpoint.huggingface.rope import read_rope, write_rope
 from qwen_moe.config import ModelConfig, parse_model
@@ -16,6 +18,7 @@ _UNUSED = frozenset(
         "architectures",
         "attention_dropout",
         "bos_token_id",
+        DUAL_CHUNK,
         "dtype",
         "eos_token_id",
         "head_dim",
@@ -147,6 +150,7 @@ def interpret(values: dict[str, Any], where: str = "config.json") -> Interpretat
         notes.append("FP8 matrices are dequantized")
     theta, scaling = read_rope(values, where, notes)
     fields: dict[str, Any] = {"family": family, "rope_theta": theta, "rope_scaling": scaling}
+    fields["dual_chunk"] = read_dual_chunk(values, where, notes)
     features = FAMILIES[family]
     defaults = features.hf_defaults
     given = dict(values)
@@ -201,7 +205,7 @@ def _fresh(config: ModelConfig) -> dict[str, Any]:
         values[key] = config.qkv_bias if key == features.qkv_bias_key else getattr(config, key)
     if features.moe:
         values["mlp_only_layers"] = list(config.mlp_only_layers)
-    values |= dict.fromkeys(features.expert_count_keys, config.num_experts)
+    values |= dict.fromkeys(features.expert_count_keys, config.num_experts) | write_dual_chunk(config, {})
     return dict(sorted(values.items()))
 
 
@@ -237,6 +241,9 @@ def hf_config(config: ModelConfig, original: dict[str, Any] | None = None, dtype
             if name in ("rope_theta", "rope_scaling"):
                 for key in (*_ROPE_KEYS, "original_max_position_embeddings"):
                     values.pop(key, None)
+            if name == "dual_chunk":
+                values.pop(DUAL_CHUNK, None)
+                values |= write_dual_chunk(config, original)
             values |= {key: fresh[key] for key in _keys(name, config.features) if key in fresh}
             if name == "num_hidden_layers" and values.get("layer_types"):
                 values["layer_types"] = ["full_attention"] * config.num_hidden_layers

@@ -38,6 +38,7 @@ from qwen_moe.checkpoint.huggingface.export import (
 from qwen_moe.checkpoint.huggingface.fp8 import Fp8Tensors, split_scales
 from qwen_moe.checkpoint.huggingface.names import expert_biases, match, parameters
 from qwen_moe.checkpoint.huggingface.safetensors_file import Header, read_into
+from qwen_moe.checkpoint.huggingface.sparse import read_sparse
 from qwen_moe.checkpoint.manifest import read_manifest
 from qwen_moe.checkpoint.resolve import HF_FOLDER, MODEL_CONFIG, is_ours, model_config, resolve_checkpoint
 from qwen_moe.checkpoint.tensor_store import (
@@ -106,6 +107,8 @@ def _open_directory(hf_dir: Path) -> _OpenDirectory:
     shapes = split_scales(shapes, headers, block, str(hf_dir))
     found = match(config, shapes, str(hf_dir))
     notes = list(interpretation.notes)
+    if read_sparse(hf_dir, config) is not None:
+        notes.append("its budgets of sparse prefill are kept")
     if found.tied_head:
         _check_tied_head(headers, hf_dir)
     if found.ignored:
@@ -239,33 +242,44 @@ def convert_to_hf(
     )
 
 
-def _load(
-    config: ModelConfig, source: TensorSource, dtype: torch.dtype, device: str | torch.device, where: Path
-) -> DecoderLM:
+@dataclass(frozen=True)
+class Weights:
+    """The weights of one of our checkpoints or of a Hugging Face directory, opened and checked but not read. ``dtype``: as
+    stored, or the compute dtype of a training checkpoint."""
+
+    directory: Path
+    config: ModelConfig
+    source: TensorSource
+    dtype: torch.dtype
+
+
+def open_weights(directory: Path) -> Weights:
+    """``directory``: a Hugging Face directory, one of our checkpoints, or a run directory (then its newest valid
+    checkpoint). Raises UserError like the converters."""
+    if not is_ours(directory):
+        opened = _open_directory(directory)
+        return Weights(directory, opened.config, opened.tensors, opened.tensors.dtype("model.embed_tokens.weight"))
+    path = resolve_checkpoint(directory)
+    config, source = model_config(path), CheckpointTensors(path)
+    check_source(source, config, str(path))
+    return Weights(path, config, source, stored_dtype(path, source.dtype("model.embed_tokens.weight")))
+
+
+def read_model(weights: Weights, dtype: str | torch.dtype | None, device: str | torch.device) -> DecoderLM:
+    """A model in eval mode. ``dtype`` None: see `Weights`. Raises UserError for values that are not finite."""
     with torch.device("meta"):
-        model = DecoderLM(config)
-    model = model.to(dtype).to_empty(device=device)
+        model = DecoderLM(weights.config)
+    model = model.to(export_dtype(dtype) or weights.dtype).to_empty(device=device)
     keep_statistics_dtypes(model)
-    available = source.shapes()
+    available = weights.source.shapes()
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name in available:
-                stored = check_finite(name, source.read(name), str(where))
+                stored = check_finite(name, weights.source.read(name), str(weights.directory))
                 check_cast(name, stored, tensor.copy_(stored))
             else:
                 tensor.zero_()  # only expert biases may be absent: every parameter was checked
     return model.eval()
-
-
-def load_checkpoint(
-    path: Path, dtype: str | torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
-) -> DecoderLM:
-    """Like `from_pretrained`, for a checkpoint directory that `resolve_checkpoint` has verified."""
-    config = model_config(path)
-    source = CheckpointTensors(path)
-    check_source(source, config, str(path))
-    default = stored_dtype(path, source.dtype("model.embed_tokens.weight"))
-    return _load(config, source, export_dtype(dtype) or default, device, path)
 
 
 def from_pretrained(
@@ -276,12 +290,7 @@ def from_pretrained(
     ``dtype`` None keeps the stored dtype (the compute dtype for a training checkpoint). Raises UserError like the
     converters.
     """
-    directory = Path(directory)
-    if is_ours(directory):
-        return load_checkpoint(resolve_checkpoint(directory), dtype, device)
-    opened = _open_directory(directory)
-    default = opened.tensors.dtype("model.embed_tokens.weight")
-    return _load(opened.config, opened.tensors, export_dtype(dtype) or default, device, directory)
+    return read_model(open_weights(Path(directory)), dtype, device)
 
 
 def save_pretrained(

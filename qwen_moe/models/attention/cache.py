@@ -1,31 +1,17 @@
-"""The key/value cache of incremental decoding.
+"""What the decoder asks of a key/value cache when it reads new tokens of sequences that it has begun to read.
 
-Shapes: B batch, G key/value heads, S sequence, C head dim.
+Shapes: N new tokens, of any number of sequences; H query heads, G key/value heads, C head dim.
 """
 
-from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
 
-@dataclass
-class KeyValueCache:
-    """Keys and values of the tokens so far, per layer, each stored as ``[B, G, S, C]`` with room that grows by doubling."""
+class Cache(Protocol):
+    """Knows which tokens of which sequences are read now. `qwen_moe.generation.cache` implements it."""
 
-    keys: dict[int, torch.Tensor] = field(default_factory=dict)
-    values: dict[int, torch.Tensor] = field(default_factory=dict)
-    length: int = 0
-
-    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append ``k, v [B, S_new, G, C]`` and return all keys and values, ``[B, S, G, C]`` each. The caller advances
-        ``length`` after all layers."""
-        end = self.length + k.shape[1]
-        for store, new in ((self.keys, k.transpose(1, 2)), (self.values, v.transpose(1, 2))):
-            held = store.get(layer)
-            if held is None or held.shape[2] < end:
-                grown = new.new_empty(*new.shape[:2], max(2 * end, 64), new.shape[3])
-                if held is not None:
-                    grown[:, :, : self.length] = held[:, :, : self.length]
-                store[layer] = grown
-            store[layer][:, :, self.length : end] = new
-        return self.keys[layer][:, :, :end].transpose(1, 2), self.values[layer][:, :, :end].transpose(1, 2)
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wanted_only: bool) -> torch.Tensor:
+        """Store ``k, v [1, N, G, C]`` of ``layer``, given before RoPE, and return the attention of ``q [1, N, H, C]``, also
+        before RoPE, to all that these tokens see: ``[1, N, H, C]``. With ``wanted_only``, ``q`` holds only the last token of
+        each prompt that ends with these tokens."""

@@ -7,10 +7,9 @@ from typing import Protocol
 
 import torch
 
-from qwen_moe.models.attention.mask import Span, Visibility
+from qwen_moe.models.attention.mask import Visibility
 from qwen_moe.models.ops.block_attention import block_attention, blocks_pay
 from qwen_moe.models.ops.document_attention import document_attention
-from qwen_moe.models.ops.piece_attention import piece_attention
 from qwen_moe.models.ops.sdpa import sdpa
 
 
@@ -25,13 +24,8 @@ class Attend(Protocol):
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Visibility, scale: float) -> torch.Tensor:
     """Use the fastest kernel that this device has for these shapes. See `Attend`."""
-    queries, past = q.shape[1], visible.past
-    causal = visible.is_causal()
-    if causal and blocks_pay(q):
-        return block_attention(q, k, v, scale)
     if visible.starts is not None:
         return document_attention(q, k, v, visible, scale)
-    if not causal and not visible.sees_all(queries):
-        pieces = visible.pieces((Span(past, past + queries, 0),), (Span(0, past + queries, 0),))
-        return piece_attention(q, k, v, pieces, scale)
-    return sdpa(q, k, v, causal and queries > 1, scale)
+    if blocks_pay(q):
+        return block_attention(q, k, v, scale)
+    return sdpa(q, k, v, q.shape[1] > 1, scale)

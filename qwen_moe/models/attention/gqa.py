@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from qwen_moe.config import ModelConfig
-from qwen_moe.models.attention.cache import KeyValueCache
 from qwen_moe.models.attention.core import Attend, attend
 from qwen_moe.models.attention.mask import Visibility
 from qwen_moe.models.linear import Linear, Project, project
@@ -16,7 +15,7 @@ from qwen_moe.models.rope import RotaryTables, apply_rope
 
 
 class Attention(nn.Module):
-    """Project, rotate, attend, project: ``forward(x [B, S, D], rotary, visible, cache) -> [B, S, D]``."""
+    """Project, rotate, attend, project: ``forward(x [B, S, D], rotary, visible) -> [B, S, D]``."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -33,26 +32,20 @@ class Attention(nn.Module):
         self.project: Project = project
         self.attend: Attend = attend
 
-    def heads(self, x: torch.Tensor, rotary: RotaryTables) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries ``[B, S, H, C]`` and keys ``[B, S, G, C]``, rotated, and values ``[B, S, G, C]``."""
+    def unrotated_heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries ``[B, S, H, C]``, keys and values ``[B, S, G, C]``, before RoPE."""
         projected = self.project(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm else (q, k, v)
+
+    def heads(self, x: torch.Tensor, rotary: RotaryTables) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries ``[B, S, H, C]`` and keys ``[B, S, G, C]``, rotated, and values ``[B, S, G, C]``."""
+        q, k, v = self.unrotated_heads(x)
         return apply_rope(q, rotary), apply_rope(k, rotary), v
 
     def output(self, y: torch.Tensor) -> torch.Tensor:
         """``[B, S, H, C] -> [B, S, D]``."""
         return self.o_proj(y.flatten(2))
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        rotary: RotaryTables,
-        visible: Visibility,
-        cache: KeyValueCache | None = None,
-    ) -> torch.Tensor:
-        q, k, v = self.heads(x, rotary)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        return self.output(self.attend(q, k, v, visible, rotary.softmax_scale))
+    def forward(self, x: torch.Tensor, rotary: RotaryTables, visible: Visibility) -> torch.Tensor:
+        return self.output(self.attend(*self.heads(x, rotary), visible, rotary.softmax_scale))

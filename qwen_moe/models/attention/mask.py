@@ -66,21 +66,13 @@ def _of_document(document: tuple[int, int], query: Span, key: Span, rows: slice)
 @dataclass(frozen=True)
 class Visibility:
     """What the queries of a forward pass see. ``starts [B, S]``: for each token of the whole sequence, the number of its
-    document's first token. With a cache, the first query comes after ``past`` cached keys."""
+    document's first token."""
 
-    past: int = 0
     starts: torch.Tensor | None = None
 
-    def __post_init__(self) -> None:
-        assert self.starts is None or not self.past, "documents are for training, without a cache"
-
     def is_causal(self) -> bool:
-        """Whether every query sees exactly the keys up to itself, in a sequence without earlier keys."""
-        return self.starts is None and self.past == 0
-
-    def sees_all(self, queries: int) -> bool:
-        """Whether every query sees every key, as a single new token does."""
-        return self.starts is None and queries == 1
+        """Whether every query sees exactly the keys up to itself."""
+        return self.starts is None
 
     @cached_property
     def lengths(self) -> list[int]:

@@ -73,3 +73,12 @@ class MoE(nn.Module):
         )
         y = routed.view_as(x)
         return (y if shared is None else y + shared), statistics
+
+    def read(self, x: torch.Tensor) -> torch.Tensor:
+        """``forward`` for generation: without statistics and without dropping choices."""
+        weights, indices = self.gate.choose(x)
+        routed, shared = self.dispatcher(
+            x.flatten(0, -2), weights, indices, self.experts, lambda: self._shared(x), False
+        )
+        y = routed.view_as(x)
+        return y if shared is None else y + shared

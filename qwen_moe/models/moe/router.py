@@ -42,13 +42,9 @@ class Router(nn.Module):
         self.register_buffer("expert_bias", torch.zeros(config.num_experts, dtype=torch.float32))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, RouterStatistics]:
-        batch, wide = x.shape[0], accumulation_dtype(x.dtype)
-        logits = F.linear(x.flatten(0, -2).to(wide), self.weight.to(wide))
-        probs = logits.softmax(-1)
-        indices = torch.topk(probs.detach() + self.expert_bias, self.top_k, dim=-1, sorted=True).indices
-        weights = probs.gather(-1, indices)
-        if self.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True)
+        batch = x.shape[0]
+        logits, probs = self._probabilities(x)
+        weights, indices = self._choose(probs)
         counts = torch.zeros(batch, probs.shape[-1], dtype=torch.int64, device=x.device)
         per_sequence = indices.view(batch, -1)
         counts.scatter_add_(1, per_sequence, torch.ones_like(per_sequence))
@@ -59,3 +55,18 @@ class Router(nn.Module):
             dropped=torch.zeros(batch, dtype=torch.int64, device=x.device),
         )
         return weights.to(x.dtype), indices, statistics
+
+    def choose(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` without statistics."""
+        weights, indices = self._choose(self._probabilities(x)[1])
+        return weights.to(x.dtype), indices
+
+    def _probabilities(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        wide = accumulation_dtype(x.dtype)
+        logits = F.linear(x.flatten(0, -2).to(wide), self.weight.to(wide))
+        return logits, logits.softmax(-1)
+
+    def _choose(self, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        indices = torch.topk(probs.detach() + self.expert_bias, self.top_k, dim=-1, sorted=True).indices
+        weights = probs.gather(-1, indices)
+        return (weights / weights.sum(-1, keepdim=True) if self.norm_topk_prob else weights), indices

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from parallel.gemm import linear, widen, widens
 
+FEW = 256  # rows in all, when tokens are generated
 GroupedMM = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -29,11 +30,24 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> t
     aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
     if x.dtype == torch.float64 or not aligned or not x.shape[0]:
         return loop_mm(x, weight, counts)
+    if x.device.type == "cpu" and x.shape[0] <= FEW and not torch.is_grad_enabled():
+        return _few_rows_times(x, weight, counts)
     if widens(x):
         return _WidenedLoop.apply(x, weight, counts)
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and type(x) is torch.Tensor:
         return _RoundedLoop.apply(x, weight, counts)
     return F.grouped_mm(x, weight.transpose(-2, -1), offs=counts.cumsum(0).to(torch.int32))
+
+
+def _few_rows_times(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """`loop_mm` without gradients that reads only the weights of experts that have rows."""
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    for expert, rows in _rows_of_experts(counts.tolist()):
+        if widens(x) and rows.stop - rows.start > 1:
+            out[rows] = widen(x[rows]) @ widen(weight[expert]).T
+        else:  # one row: torch's matrix-vector kernel sums in float32 on every CPU
+            torch.mm(x[rows], weight[expert].T, out=out[rows])
+    return out
 
 
 class _RoundedLoop(torch.autograd.Function):

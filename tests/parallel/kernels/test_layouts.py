@@ -149,13 +149,14 @@ def test_every_layout_is_one_process(recipe: str) -> None:
     assert mistakes(recipe, BOTH) == []
 
 
+@pytest.mark.slow
 def test_stages_share_nothing() -> None:
     assert mistakes("delayed", STAGES) == []
 
 
 WRONG_RANKS = [
     (BOTH, "tp"),
-    (BOTH, "dp"),
+    pytest.param(BOTH, "dp", marks=pytest.mark.slow),
     pytest.param(BOTH, "edp", marks=pytest.mark.slow),
     pytest.param(STAGES, "world", marks=pytest.mark.slow),
 ]

@@ -1,0 +1,143 @@
+"""Generation by qwen-moe against transformers' `generate`, and many prompts at once against one after another.
+
+    python benchmarks/generate.py [--dtype fp32 bf16] [--rounds 5] [--json]
+
+Both sides have the same weights and prompts of 128 tokens, draw 64 tokens greedily and take turns: A B A B ... in one
+process. Reported are medians of seconds and of the ratios pair by pair, for batches of 1 and 16; the tokens must be the same
+in fp32 (in bf16 the two round differently, and the share that agrees is shown). Then 32 prompts of 32 to 128 tokens at once
+against one after another, both by qwen-moe. The shape is that of `benchmarks/train_step.py`.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.train_step import SHAPE, reference_config
+from parallel.threads import limit_threads
+from qwen_moe.generation.engine import Engine, LocalRunner
+from qwen_moe.generation.sampling import Sampling
+from qwen_moe.models.decoder import DecoderLM
+from qwen_moe.models.init import build_model
+
+PROMPT, NEW = 128, 64
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def theirs(ours: DecoderLM, experts: str) -> Any:
+    """transformers' model with the weights of ``ours``."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    config = ours.config
+    hf_config = transformers.Qwen2MoeConfig(
+        **{key: value for key, value in SHAPE.items() if key != "family"},
+        decoder_sparse_step=1,
+        norm_topk_prob=config.norm_topk_prob,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        attn_implementation="sdpa",
+        experts_implementation=experts,
+    )
+    model = transformers.Qwen2MoeForCausalLM(hf_config)
+    state = {
+        name: tensor.flatten(1, 2) if name.endswith("gate_up_proj") else tensor
+        for name, tensor in ours.state_dict().items()
+        if not name.endswith("expert_bias")
+    }
+    model.load_state_dict(state)
+    return model.to(ours.head_weight.dtype).eval()
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def against_transformers(dtype: str, batch: int, rounds: int) -> dict[str, Any]:
+    model = build_model(reference_config(), 0, DTYPES[dtype]).eval()
+    engine, sampling = Engine(LocalRunner(model), model.config), Sampling(max_new_tokens=NEW, temperature=0)
+    prompts = torch.randint(0, SHAPE["vocab_size"], (batch, PROMPT), generator=torch.Generator().manual_seed(0))
+
+    def our_tokens() -> list[list[int]]:
+        return [answers[0].tokens for answers in engine.generate(prompts.tolist(), sampling)]
+
+    def tokens_of(peer: Any) -> list[list[int]]:
+        arguments = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+        with torch.no_grad():
+            return peer.generate(prompts, attention_mask=torch.ones_like(prompts), **arguments)[:, PROMPT:].tolist()
+
+    trials = {}
+    for experts in ("grouped_mm", "eager", "batched_mm"):
+        peer = theirs(model, experts)
+        try:
+            tokens_of(peer)
+            trials[experts] = (seconds_of(lambda peer=peer: tokens_of(peer)), peer)
+        except (RuntimeError, ValueError, ImportError) as error:
+            print(f"transformers' {experts} experts do not run here: {error}")
+    experts = min(trials, key=lambda name: trials[name][0])
+    peer = trials[experts][1]
+    mine, other = our_tokens(), tokens_of(peer)
+    same = sum(a == b for x, y in zip(mine, other, strict=True) for a, b in zip(x, y, strict=True)) / (batch * NEW)
+    pairs = [(seconds_of(our_tokens), seconds_of(lambda: tokens_of(peer))) for _ in range(rounds)]
+    return {
+        "dtype": dtype,
+        "batch": batch,
+        "transformers_experts": experts,
+        "same_tokens": same,
+        "seconds": {
+            "ours": statistics.median(a for a, _ in pairs),
+            "transformers": statistics.median(b for _, b in pairs),
+        },
+        "speedup": statistics.median(b / a for a, b in pairs),
+    }
+
+
+def at_once(dtype: str, rounds: int, prompts: int = 32) -> dict[str, Any]:
+    model = build_model(reference_config(), 0, DTYPES[dtype]).eval()
+    engine, sampling = Engine(LocalRunner(model), model.config), Sampling(max_new_tokens=NEW, temperature=0)
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(32, PROMPT + 1, (prompts,), generator=generator).tolist()
+    texts = [torch.randint(0, SHAPE["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
+
+    def together() -> None:
+        engine.generate(texts, sampling)
+
+    def one_by_one() -> None:
+        for text in texts:
+            engine.generate([text], sampling)
+
+    together()
+    pairs = [(seconds_of(together), seconds_of(one_by_one)) for _ in range(rounds)]
+    return {
+        "dtype": dtype,
+        "prompts": prompts,
+        "tokens_per_second": prompts * NEW / statistics.median(a for a, _ in pairs),
+        "speedup": statistics.median(b / a for a, b in pairs),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    limit_threads()
+    results = []
+    for dtype in args.dtype:
+        results += [against_transformers(dtype, batch, args.rounds) for batch in (1, 16)]
+        results.append(at_once(dtype, max(1, args.rounds // 2)))
+        if not args.json:
+            for result in results[-3:]:
+                print(result, flush=True)
+    if args.json:
+        print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

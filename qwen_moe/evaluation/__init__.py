@@ -1,0 +1,1 @@
+"""Evaluation of trained models; the verb `qwen-moe evaluate`."""

@@ -1,0 +1,142 @@
+"""The answers of an evaluation: one JSON object a line, written as they come and read again by the same command."""
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from launchers.folder.atomic import write_json
+from qwen_moe.documents import json_object, read_text
+from qwen_moe.errors import UserError
+from qwen_moe.evaluation.plan import Item
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; two processes of one shard are then not noticed
+    fcntl = None  # type: ignore[assignment]
+
+SETTINGS = "settings.json"
+PATTERN = "answers-*.jsonl"
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "task": str,
+    "length": int,
+    "depth": (float, int, type(None)),
+    "sample": int,
+    "tokens": int,
+    "answers": list,
+    "completion": str,
+    "seconds": (float, int),
+}
+
+
+def item_of(record: dict[str, Any]) -> Item:
+    return Item(record["task"], record["length"], record["depth"], record["sample"])
+
+
+def _problem(line: bytes) -> tuple[dict[str, Any], str]:
+    """The record of a line, and what is wrong with it; empty if nothing is."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}, "it is not JSON"
+    if not isinstance(record, dict):
+        return {}, "it is not an object"
+    for name, kind in _KINDS.items():
+        if not isinstance(record.get(name, ...), kind) or isinstance(record[name], bool):
+            return {}, f"its {name} is {record.get(name)!r:.60}"
+    if not record["answers"] or not all(isinstance(answer, str) for answer in record["answers"]):
+        return {}, "its answers are not texts"
+    return record, ""
+
+
+def read_answers(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records of a file, and the bytes that they take. A last line that a crash has cut off is left out.
+
+    Raises UserError for a damaged line before the last.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    records: list[dict[str, Any]] = []
+    size = 0
+    lines = content.split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line break was cut off
+        record, problem = _problem(line)
+        if problem:
+            if number == len(lines) - 1 and not lines[-1]:
+                break
+            raise UserError(
+                f"{path}:{number} is damaged ({problem}): remove the line, and its prompt is completed again"
+            )
+        records.append(record)
+        size += len(line) + 1
+    return records, size
+
+
+def read_all(output: Path) -> dict[Item, dict[str, Any]]:
+    """The answers of all shards. Raises UserError."""
+    found: dict[Item, dict[str, Any]] = {}
+    for path in sorted(output.glob(PATTERN)):
+        for record in read_answers(path)[0]:
+            found.setdefault(item_of(record), record)
+    return found
+
+
+class AnswerFile:
+    """The file of one shard, open for appending, and locked until it is closed. Raises UserError if another process
+    has it."""
+
+    def __init__(self, output: Path, shard: int) -> None:
+        path = output / PATTERN.replace("*", str(shard))
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(
+                        f"{path} is being written by another process: wait for it, give each process its own --shard, or "
+                        "give another --output"
+                    ) from None
+            os.ftruncate(self.descriptor, read_answers(path)[1])
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+
+    def append(self, record: dict[str, Any]) -> None:
+        """One line, on the disk when this returns."""
+        line = json.dumps(record).encode() + b"\n"
+        while line:
+            line = line[os.write(self.descriptor, line) :]
+        os.fsync(self.descriptor)
+
+    def __enter__(self) -> "AnswerFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self.descriptor)
+
+
+def claim_folder(output: Path, settings: dict[str, Any]) -> None:
+    """Make ``output`` the folder of an evaluation with ``settings``, or find that it is. Raises UserError if it belongs to
+    another one or to something else."""
+    path = output / SETTINGS
+    if path.is_file():
+        there = json_object(read_text(path, "the settings", "another --output"), str(path))
+        wanted = json.loads(json.dumps(settings))
+        differ = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
+        if differ:
+            changes = "; ".join(f"{name}: {_short(there, name)} there, {_short(wanted, name)} now" for name in differ)
+            raise UserError(
+                f"{output} holds the answers to another evaluation ({changes}): give the same options, or another --output"
+            )
+        return
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} is not empty and holds no evaluation: give another --output")
+    write_json(path, settings)
+
+
+def _short(settings: dict[str, Any], name: str) -> str:
+    text = json.dumps(settings[name]) if name in settings else "nothing"
+    return text if len(text) <= 60 else f"{text[:57]}..."

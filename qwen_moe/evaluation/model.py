@@ -1,0 +1,136 @@
+"""What evaluation asks of a model, and how a checkpoint answers it. Torch is imported only when a prompt is completed."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from qwen_moe.generation.extension import Extension
+    from qwen_moe.generation.open import Attention
+
+
+class Completer(Protocol):
+    """A model with its tokenizer. ``identity`` names both: answers of one are never mixed with those of another."""
+
+    @property
+    def identity(self) -> dict[str, str]: ...
+
+    @property
+    def reach(self) -> int | None:
+        """The most tokens of prompt and completion together; None if there is no limit."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, tokens: list[int]) -> str: ...
+
+    def complete(self, prompts: list[list[int]], max_new_tokens: int, done: Callable[[int, list[int]], None]) -> None:
+        """Continue every prompt greedily and call ``done(index, new tokens without the end token)`` once for each, in any
+        order, as soon as it is complete."""
+
+    def reading(self) -> dict[str, float]:
+        """How the prompts of the last call were read: the share of attention that sparse prefill ``kept``, and its ``work``
+        against dense attention's. Empty where attention was dense."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompleterOptions:
+    """How the model computes. ``dtype`` None: the stored dtype, or the run's compute dtype."""
+
+    dtype: str | None = None
+    context_extension: "Extension" = "auto"
+    attention: "Attention" = "dense"
+
+
+def open_completer(checkpoint: Path, options: CompleterOptions) -> Completer:
+    """A completer of a checkpoint, run or Hugging Face directory. Reads the tokenizer and the config; the weights are read
+    with the first prompt. Raises UserError."""
+    return _GeneratingCompleter(checkpoint, options)
+
+
+class _GeneratingCompleter:
+    """Completes with `qwen_moe.generation`. The context is extended only where the model does not reach."""
+
+    def __init__(self, checkpoint: Path, options: CompleterOptions) -> None:
+        from qwen_moe.generation.open import HowToRead, Opened
+        from qwen_moe.generation.tokenizer import tokenizer_folder
+
+        self._opened = Opened(checkpoint)
+        self._options = options
+        self._how = HowToRead(extension=options.context_extension, attention=options.attention)
+        self._read: dict[str, float] = {}
+        directory = self._opened.weights.directory
+        self.identity = {
+            "model": fingerprint(directory),
+            "tokenizer": tokenizer_fingerprint(tokenizer_folder(directory)),
+        }
+
+    @property
+    def reach(self) -> int | None:
+        config = self._opened.config
+        own = config.rope_scaling is not None or config.dual_chunk is not None
+        return config.reach if self._options.context_extension == "none" or own else None
+
+    def encode(self, text: str) -> list[int]:
+        return self._opened.tokenizer(text, verbose=False)["input_ids"]
+
+    def decode(self, tokens: list[int]) -> str:
+        return self._opened.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def complete(self, prompts: list[list[int]], max_new_tokens: int, done: Callable[[int, list[int]], None]) -> None:
+        from qwen_moe.generation.open import on_one_device
+        from qwen_moe.generation.sampling import Sampling
+
+        longest = max(map(len, prompts)) + max_new_tokens
+        how = self._how if longest > self._opened.config.reach else replace(self._how, extension="none")
+        engine = self._opened.engine(how, longest, on_one_device(self._options.dtype))
+
+        def answered(index: int, answers: list[Any]) -> None:
+            tokens = answers[0].tokens
+            self._read = {} if engine.record is None else engine.record.shares()
+            done(index, tokens[:-1] if tokens[-1] in self._opened.end_tokens else tokens)
+
+        engine.generate(prompts, Sampling(max_new_tokens=max_new_tokens, temperature=0), done=answered)
+
+    def reading(self) -> dict[str, float]:
+        return self._read
+
+
+_BLOCK, _BLOCKS = 4096, 64
+
+
+def fingerprint(directory: Path) -> str:
+    """A hash that tells the files of one model from those of another: names, sizes, and 64 blocks of each file.
+
+    It does not read whole weights, so that a large model starts at once.
+    """
+    found = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        if not path.is_file() or path.name.startswith("."):
+            continue
+        size = path.stat().st_size
+        found.update(json.dumps([path.name, size]).encode())
+        with path.open("rb") as file:
+            for place in sorted({max(size - _BLOCK, 0) * block // (_BLOCKS - 1) for block in range(_BLOCKS)}):
+                file.seek(place)
+                found.update(file.read(_BLOCK))
+    return found.hexdigest()
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """A hash of the files that decide how text becomes tokens."""
+    found = hashlib.sha256()
+    names = (
+        "tokenizer.json",
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+        "added_tokens.json",
+        "tokenizer_config.json",
+    )
+    for name in names:
+        if (folder / name).is_file():
+            found.update(name.encode() + (folder / name).read_bytes())
+    return found.hexdigest()

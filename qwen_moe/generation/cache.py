@@ -1,0 +1,211 @@
+"""The keys and values of sequences that are read and continued together, without padding.
+
+All prompts of a batch end at the same place in their stores, whatever their lengths, so that each new token of all
+sequences is written with one copy. Shapes: P prompts, N new tokens of any of them, H query heads, G key/value heads,
+T tokens, C head dim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from parallel.gemm import widens
+from qwen_moe.models.attention.reader import Reader
+from qwen_moe.models.ops.decode_attention import decode_attention, merge
+from qwen_moe.models.rope import Rope, RotaryTables, apply_rope
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens ``begin`` to ``end`` of a prompt, which are read in one forward pass. ``last``: the prompt ends with them."""
+
+    prompt: int
+    begin: int
+    end: int
+    last: bool
+
+
+class _Store:
+    """Keys and values of every layer, ``[P, G, T, C]`` each, made when a layer first writes."""
+
+    def __init__(self, prompts: int, room: int) -> None:
+        self.prompts, self.room = prompts, room
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def of(self, layer: int, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``k [1, N, G, C]``: for sizes and device. Where the CPU lacks instructions for k's dtype, the store is in float32:
+        attention would widen all of it for every token."""
+        if layer not in self.layers:
+            dtype = torch.float32 if widens(k) else k.dtype
+            shape = (self.prompts, k.shape[2], self.room, k.shape[3])
+            # Zeros, because what a bias hides must not be NaN.
+            keys, values = (torch.zeros(shape, dtype=dtype, device=k.device) for _ in range(2))
+            self.layers[layer] = keys, values
+        return self.layers[layer]
+
+    def select(self, prompts: torch.Tensor, begin: int) -> None:
+        """Keep these ``prompts``, and their tokens from ``begin`` on."""
+        self.prompts, self.room = len(prompts), self.room - begin
+        for layer, pair in self.layers.items():
+            self.layers[layer] = tuple(x[:, :, begin:].index_select(0, prompts.to(x.device)) for x in pair)  # type: ignore[assignment]
+
+
+class SequenceCache:
+    """The cache of a batch of prompts and of ``samples`` answers to each, of up to ``new_tokens`` tokens.
+
+    Before each forward pass `begin_prompts` or `begin_step` says what its tokens are. Answers to one prompt share its keys.
+    ``reader`` reads prompts. If it is ``alone``, it also reads new tokens, one sequence after another, and each answer has a
+    copy of its prompt; otherwise new tokens of all sequences attend together, as in training.
+    """
+
+    def __init__(
+        self, rope: Rope, lengths: Sequence[int], *, samples: int = 1, new_tokens: int, reader: Reader, alone: bool
+    ) -> None:
+        self._rope, self._reader, self._alone, self._samples = rope, reader, alone, samples
+        self._lengths = list(lengths)  # of the prompts that are still here
+        self._prompt_room = max(lengths)
+        apart = samples > 1 and not alone
+        self._prompts = _Store(len(lengths), self._prompt_room + (0 if apart else new_tokens))
+        self._answers = _Store(len(lengths) * samples, new_tokens) if apart else None
+        self._steps = 0  # new tokens of every sequence so far
+        self._chunks: tuple[Chunk, ...] = ()
+        self._tables: RotaryTables | None = None
+        self._bias: torch.Tensor | None = None
+
+    @property
+    def sequences(self) -> int:
+        return len(self._lengths) * self._samples
+
+    def begin_prompts(self, chunks: Sequence[Chunk]) -> None:
+        """The next pass reads these ``chunks`` of prompts, one after another. Further tokens of it are padding."""
+        self._chunks = tuple(chunks)
+
+    def begin_step(self, device: torch.device) -> None:
+        """The next pass reads one token of every sequence. Further tokens of it are padding."""
+        if not self._steps:
+            self._begin_answers(device)
+        self._chunks, self._tables = (), None
+        self._steps += 1
+
+    def keep(self, prompts: Sequence[int], device: torch.device) -> None:
+        """Go on with these ``prompts`` of those that are here, and forget the others."""
+        index = torch.tensor(prompts, device=device)
+        self._lengths = [self._lengths[prompt] for prompt in prompts]
+        begin = self._prompt_room - max(self._lengths)
+        self._prompt_room -= begin
+        if self._answers is not None:
+            rows = index.unsqueeze(1) * self._samples + torch.arange(self._samples, device=device)
+            self._answers.select(rows.flatten(), 0)
+            self._prompts.select(index, begin)
+        else:
+            self._prompts.select(self._rows_of(index), begin)
+        self._make_bias(device)
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wanted_only: bool) -> torch.Tensor:
+        """See `qwen_moe.models.attention.cache.Cache`."""
+        if self._chunks:
+            return self._attend_prompts(layer, q, k, v, wanted_only)
+        if self._alone:
+            return self._attend_one_by_one(layer, q, k, v)
+        return self._attend_together(layer, q, k, v)
+
+    def _rotary(self, q: torch.Tensor) -> RotaryTables:
+        """Of the tokens ``[1, N]`` of this step, shared by all layers."""
+        if self._tables is None:
+            positions = torch.tensor(self._lengths).repeat_interleave(self._samples) + self._steps - 1
+            positions = F.pad(positions, (0, q.shape[1] - len(positions))).unsqueeze(0)
+            self._tables = self._rope.tables(positions.to(q.device), q.dtype)
+        return self._tables
+
+    def _rows_of(self, prompts: torch.Tensor) -> torch.Tensor:
+        """Rows of the store of prompts: with a reader there is one for each answer, once answers have begun."""
+        if self._answers is not None or not self._steps:
+            return prompts
+        return (prompts.unsqueeze(1) * self._samples + torch.arange(self._samples, device=prompts.device)).flatten()
+
+    def _begin_answers(self, device: torch.device) -> None:
+        if self._samples > 1 and self._answers is None:
+            copies = torch.arange(len(self._lengths), device=device).repeat_interleave(self._samples)
+            self._prompts.select(copies, 0)
+        self._make_bias(device)
+
+    def _make_bias(self, device: torch.device) -> None:
+        """Hides what lies before the shorter prompts."""
+        starts = self._prompt_room - torch.tensor(self._lengths)
+        self._bias = None
+        if not self._alone and int(starts.max()) > 0:
+            hidden = torch.arange(self._prompts.room) < starts.unsqueeze(1)
+            dtype = next(iter(self._prompts.layers.values()))[0].dtype
+            self._bias = (
+                torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, float("-inf"))[:, None, None].to(device)
+            )
+
+    def _attend_prompts(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wanted_only: bool
+    ) -> torch.Tensor:
+        keys, values = self._prompts.of(layer, k)
+        q, k, v = (x.to(keys.dtype) for x in (q, k, v))
+        y = torch.zeros_like(q)
+        read = answered = 0
+        for chunk in self._chunks:
+            size, start = chunk.end - chunk.begin, self._prompt_room - self._lengths[chunk.prompt]
+            own = slice(read, read + size)
+            read += size
+            written = slice(start + chunk.begin, start + chunk.end)
+            keys[chunk.prompt, :, written] = self._reader.keys(k[:, own], chunk.begin)[0].transpose(0, 1)
+            values[chunk.prompt, :, written] = v[0, own].transpose(0, 1)
+            first = chunk.begin
+            if wanted_only:
+                if not chunk.last:
+                    continue
+                own, first = slice(answered, answered + 1), chunk.end - 1
+                answered += 1
+            y[:, own] = self._reader.attend(layer, q[:, own], *self._seen(keys, values, chunk.prompt, chunk.end), first)
+        return y.to(v.dtype)
+
+    def _seen(
+        self, keys: torch.Tensor, values: torch.Tensor, row: int, length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first ``length`` tokens of a row, ``[1, T, G, C]``."""
+        prompt = row if self._steps == 0 else row // self._samples
+        start = self._prompt_room - self._lengths[prompt]
+        return tuple(x[row : row + 1, :, start : start + length].transpose(1, 2) for x in (keys, values))  # type: ignore[return-value]
+
+    def _attend_one_by_one(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keys, values = self._prompts.of(layer, k)
+        q, k, v = (x.to(keys.dtype) for x in (q, k, v))
+        y = torch.zeros_like(q)
+        at = self._prompt_room + self._steps - 1
+        for row in range(self.sequences):
+            begin = self._lengths[row // self._samples] + self._steps - 1
+            own = slice(row, row + 1)
+            keys[row, :, at] = self._reader.keys(k[:, own], begin)[0, 0]
+            values[row, :, at] = v[0, row]
+            y[:, own] = self._reader.attend(layer, q[:, own], *self._seen(keys, values, row, begin + 1), begin)
+        return y
+
+    def _attend_together(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        rotary = self._rotary(q)
+        scale = rotary.softmax_scale
+        rows, prompts = self.sequences, len(self._lengths)
+        q, k = apply_rope(q, rotary), apply_rope(k, rotary)
+        keys, values = self._prompts.of(layer, k)
+        last, bias = self._steps - 1, self._bias
+        if self._answers is None:
+            end = self._prompt_room + self._steps
+            keys[:, :, end - 1], values[:, :, end - 1] = k[0, :rows], v[0, :rows]
+            bias = None if bias is None else bias[..., :end]
+            y, _ = decode_attention(q[0, :rows, None], keys[:, :, :end], values[:, :, :end], bias, scale)
+            y = y[:, 0]
+        else:
+            asked = q[0, :rows].unflatten(0, (prompts, self._samples))
+            of_prompt = decode_attention(asked, keys, values, bias, scale)
+            keys, values = self._answers.of(layer, k)
+            keys[:, :, last], values[:, :, last] = k[0, :rows], v[0, :rows]
+            own = decode_attention(
+                q[0, :rows, None], keys[:, :, : self._steps], values[:, :, : self._steps], None, scale
+            )
+            y = merge(tuple(x.flatten(0, 1) for x in of_prompt), tuple(x[:, 0] for x in own))  # type: ignore[arg-type]
+        return F.pad(y, (0, 0, 0, 0, 0, q.shape[1] - rows)).unsqueeze(0)

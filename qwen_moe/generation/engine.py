@@ -1,0 +1,360 @@
+"""Continues many prompts at once: reads them in chunks, then draws one token of every answer per forward pass.
+
+Shapes: N new tokens of any number of sequences, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+
+from parallel.gemm import linear
+from qwen_moe.config import ModelConfig
+from qwen_moe.errors import UserError
+from qwen_moe.generation.cache import Chunk, SequenceCache
+from qwen_moe.generation.sampling import Sampling, draw, uniforms
+from qwen_moe.models.attention.dual_chunk import DualChunkReader
+from qwen_moe.models.attention.reader import PlainReader, Reader
+from qwen_moe.models.attention.sparse import SparsePrefill, SparseRecord, SparseSettings
+from qwen_moe.models.decoder import DecoderLM
+from qwen_moe.models.rope import make_rope
+
+_CHANCES = 64  # random numbers drawn at a time
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer. ``log_probs``: of each token, see `sampling.draw`. ``finish_reason``: "stop" at an end token or a stop
+    string, "length" at max_new_tokens. The end token is the last of ``tokens``."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    finish_reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How much is done at once. ``chunk``: tokens of prompts per forward pass; ``sequences``: answers per batch;
+    ``cached``: tokens that the caches of a batch may hold, unless one prompt needs more."""
+
+    chunk: int = 32768
+    sequences: int = 64
+    cached: int = 1 << 20
+
+
+class Runner(Protocol):
+    """Runs the model, which may be split over ranks."""
+
+    device: torch.device
+    dtype: torch.dtype
+    first_head: int  # the number in the model of this rank's first query head
+
+    def logits(self, ids: torch.Tensor, cache: SequenceCache, wanted: torch.Tensor) -> torch.Tensor:
+        """``ids [N]`` -> logits ``[len(wanted), V]`` of the tokens with the indices ``wanted``. Where V is 0, another rank
+        has them."""
+
+    def share(self, tokens: torch.Tensor, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[N]`` each, as the rank that has the logits drew them."""
+
+    def finish(self) -> None:
+        """No further call will come from this rank."""
+
+
+class LocalRunner:
+    """The whole model on one device."""
+
+    def __init__(self, model: DecoderLM) -> None:
+        self.model, self.first_head = model, 0
+        self.device, self.dtype = model.head_weight.device, model.head_weight.dtype
+
+    @torch.no_grad()
+    def logits(self, ids: torch.Tensor, cache: SequenceCache, wanted: torch.Tensor) -> torch.Tensor:
+        some = wanted if len(wanted) < len(ids) else None
+        states = self.model.read(ids.unsqueeze(0), cache, some)[0]
+        return linear(states, self.model.head_weight)
+
+    def share(self, tokens: torch.Tensor, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return tokens, log_probs
+
+    def finish(self) -> None:
+        pass
+
+
+@dataclass
+class _Answer:
+    """An answer in the making."""
+
+    chances: Iterator[float]
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    finish_reason: str = ""
+
+    def completion(self) -> Completion:
+        return Completion(self.tokens, self.log_probs, self.finish_reason)
+
+
+def _chances(seed: int, prompt: int, sample: int) -> Iterator[float]:
+    generator = uniforms(seed, prompt, sample)
+    while True:
+        yield from torch.rand(_CHANCES, generator=generator, dtype=torch.float64).tolist()
+
+
+class Engine:
+    """Generates with one model.
+
+    ``config`` says how texts are read: RoPE and dual chunk attention, which may be an extension of the model's own (the
+    weights do not depend on them). ``sparse``: leave out keys in long prompts; `record` says how much. ``end_tokens`` end an
+    answer. ``text`` decodes tokens, for stop strings.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: ModelConfig,
+        *,
+        sparse: SparseSettings | None = None,
+        end_tokens: Sequence[int] = (),
+        text: Callable[[list[int]], str] | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self.runner, self.config, self.limits = runner, config, limits or Limits()
+        self.rope = make_rope(config)
+        self.end_tokens, self.text = frozenset(end_tokens), text
+        self._sparse = None if sparse is None else SparsePrefill(replace(sparse, first_head=runner.first_head))
+        self._plain = PlainReader(self.rope, self._sparse)
+        self._chunked = None
+        if config.dual_chunk is not None:
+            self._chunked = DualChunkReader(self.rope, config.dual_chunk, self._sparse)
+
+    @property
+    def record(self) -> SparseRecord | None:
+        """What sparse prefill has left out so far, on this rank."""
+        return None if self._sparse is None else self._sparse.record
+
+    def reader(self, longest: int) -> tuple[Reader, bool]:
+        """How texts of at most ``longest`` tokens are read, and whether new tokens need the reader too: those of sequences
+        in plain attention can be read together."""
+        chunks = self.config.dual_chunk
+        if self._chunked is None or chunks is None or longest <= chunks.plain_length:
+            return self._plain, False
+        return self._chunked, True
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        numbers: Sequence[int] | None = None,
+        done: Callable[[int, list[Completion]], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """``sampling.samples`` answers to each of ``prompts``, in their order.
+
+        ``numbers`` (default 0, 1, ...) identify the prompts: with the seed they decide what is drawn, whatever else is in
+        the batch. ``done(i, answers)`` is called as soon as prompt i has all its answers; ``progress(read, drawn)`` after
+        each forward pass with the numbers of tokens. Raises UserError for tokens that the model does not know, and texts
+        that it does not reach.
+        """
+        numbers = range(len(prompts)) if numbers is None else numbers
+        for prompt in prompts:
+            check_prompt(prompt, sampling.max_new_tokens, self.config)
+        if sampling.stop and self.text is None:
+            raise UserError(
+                f"stop is {list(sampling.stop)}, but there is no tokenizer to write text with: leave it out"
+            )
+        results: dict[int, list[Completion]] = {}
+
+        def finished(prompt: int, answers: list[Completion]) -> None:
+            results[prompt] = answers
+            if done is not None:
+                done(prompt, answers)
+
+        for batch in batches([len(prompt) for prompt in prompts], sampling, self.limits):
+
+            def told(i: int, answers: list[Completion], batch: list[int] = batch) -> None:
+                finished(batch[i], answers)
+
+            _Batch(self, [prompts[i] for i in batch], [numbers[i] for i in batch], sampling).run(
+                told, progress or (lambda read, drawn: None)
+            )
+        self.runner.finish()
+        return [results[i] for i in range(len(prompts))]
+
+
+class _Batch:
+    """Prompts that are read together, and continued until the last of their answers has ended."""
+
+    def __init__(
+        self, engine: Engine, prompts: Sequence[Sequence[int]], numbers: Sequence[int], sampling: Sampling
+    ) -> None:
+        self._engine, self._runner, self._sampling, self._prompts = engine, engine.runner, sampling, prompts
+        self._here = list(range(len(prompts)))  # prompts whose answers are being drawn
+        self._answers = [
+            [_Answer(_chances(sampling.seed, number, sample)) for sample in range(sampling.samples)]
+            for number in numbers
+        ]
+        lengths = [len(prompt) for prompt in prompts]
+        reader, alone = engine.reader(max(lengths) + sampling.max_new_tokens)
+        self._cache = SequenceCache(
+            engine.rope,
+            lengths,
+            samples=sampling.samples,
+            new_tokens=sampling.max_new_tokens,
+            reader=reader,
+            alone=alone,
+        )
+        self._occurred: torch.Tensor | None = None
+
+    def run(self, done: Callable[[int, list[Completion]], None], progress: Callable[[int, int], None]) -> None:
+        logits = self._read_prompts(progress).repeat_interleave(self._sampling.samples, 0)
+        if self._sampling.repetition_penalty != 1 and logits.shape[1]:
+            self._occurred = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+            for row, answer in enumerate(self._rows()):
+                self._occurred[row, list(self._prompts[row // self._sampling.samples])] = True
+                assert not answer.tokens
+        while True:
+            tokens = self._draw(logits)
+            progress(0, len(tokens))
+            for prompt, answers in enumerate(self._answers):
+                if answers and all(answer.finish_reason for answer in answers):
+                    done(prompt, [answer.completion() for answer in answers])
+                    self._answers[prompt] = []
+            if not any(self._answers):
+                return
+            tokens = self._forget_ended(tokens)
+            self._cache.begin_step(self._runner.device)
+            logits = self._runner.logits(tokens, self._cache, torch.arange(len(tokens), device=tokens.device))
+
+    def _rows(self) -> list[_Answer]:
+        """The answers that rows of a forward pass belong to. A prompt whose answers have ended may still have rows."""
+        ended = [_Answer(iter(()), finish_reason="ended")] * self._sampling.samples
+        return [answer for prompt in self._here for answer in self._answers[prompt] or ended]
+
+    def _read_prompts(self, progress: Callable[[int, int], None]) -> torch.Tensor:
+        """Logits after each prompt, ``[P, V]``."""
+        logits: dict[int, torch.Tensor] = {}
+        for chunks in passes([len(prompt) for prompt in self._prompts], self._engine.limits.chunk):
+            ids = [token for chunk in chunks for token in self._prompts[chunk.prompt][chunk.begin : chunk.end]]
+            ends = [end - 1 for chunk, end in zip(chunks, _ends(chunks), strict=True) if chunk.last]
+            device = self._runner.device
+            self._cache.begin_prompts(chunks)
+            found = self._runner.logits(
+                torch.tensor(ids, device=device), self._cache, torch.tensor(ends, dtype=torch.int64, device=device)
+            )
+            logits |= dict(zip([chunk.prompt for chunk in chunks if chunk.last], found, strict=True))
+            progress(len(ids), 0)
+        return torch.stack([logits[prompt] for prompt in range(len(self._prompts))])
+
+    def _draw(self, logits: torch.Tensor) -> torch.Tensor:
+        """The next token of every row. Ended answers get any."""
+        rows, greedy = self._rows(), self._sampling.temperature == 0
+        chance = torch.tensor(
+            [0.0 if greedy or row.finish_reason else next(row.chances) for row in rows], dtype=torch.float64
+        )
+        if logits.shape[1]:
+            tokens, log_probs = draw(logits, self._sampling, chance, self._occurred)
+        else:
+            tokens, log_probs = torch.zeros_like(chance, dtype=torch.int64), torch.zeros_like(chance)
+        tokens, log_probs = self._runner.share(tokens.to(self._runner.device), log_probs.to(self._runner.device))
+        if self._occurred is not None:
+            self._occurred.scatter_(1, tokens.unsqueeze(1), True)
+        for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist(), strict=True):
+            if row.finish_reason:
+                continue
+            if not math.isfinite(log_prob):
+                raise UserError(
+                    "the model's outputs are NaN or infinite: its weights are damaged, or it needs a wider dtype "
+                    "(--dtype fp32)"
+                )
+            row.tokens.append(token)
+            row.log_probs.append(log_prob)
+            if token in self._engine.end_tokens or self._says_stop(row):
+                row.finish_reason = "stop"
+            elif len(row.tokens) == self._sampling.max_new_tokens:
+                row.finish_reason = "length"
+        return tokens
+
+    def _says_stop(self, row: _Answer) -> bool:
+        if not self._sampling.stop or self._engine.text is None:
+            return False
+        # A token may hold less than a letter, but no stop string spans more tokens than it has bytes, and the one before
+        # gives the decoder its context.
+        longest = max(len(stop.encode()) for stop in self._sampling.stop) + 8
+        recent = self._engine.text(row.tokens[-longest:])
+        return any(stop in recent for stop in self._sampling.stop)
+
+    def _forget_ended(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Drop the rows of prompts that have all their answers, once they are half of the rows."""
+        live = [place for place, prompt in enumerate(self._here) if self._answers[prompt]]
+        if 2 * len(live) > len(self._here):
+            return tokens
+        samples = self._sampling.samples
+        rows = torch.tensor([place * samples + i for place in live for i in range(samples)], device=tokens.device)
+        self._here = [self._here[place] for place in live]
+        self._cache.keep(live, tokens.device)
+        if self._occurred is not None:
+            self._occurred = self._occurred[rows]
+        return tokens[rows]
+
+
+def _ends(chunks: Sequence[Chunk]) -> list[int]:
+    """Where each chunk ends in a pass that reads them one after another."""
+    ends, total = [], 0
+    for chunk in chunks:
+        total += chunk.end - chunk.begin
+        ends.append(total)
+    return ends
+
+
+def passes(lengths: Sequence[int], limit: int) -> Iterator[list[Chunk]]:
+    """Chunks of prompts of ``lengths`` to read in each forward pass, at most ``limit`` tokens together."""
+    chunks: list[Chunk] = []
+    room = limit
+    for prompt, length in enumerate(lengths):
+        begin = 0
+        while begin < length:
+            if room == 0 or (begin == 0 and chunks and length > room):
+                yield chunks  # a prompt that would fit whole into the next pass is not cut
+                chunks, room = [], limit
+            end = min(length, begin + room)
+            chunks.append(Chunk(prompt, begin, end, end == length))
+            room -= end - begin
+            begin = end
+    if chunks:
+        yield chunks
+
+
+def batches(lengths: Sequence[int], sampling: Sampling, limits: Limits) -> list[list[int]]:
+    """Prompts that are continued together: of similar lengths, as many as ``limits`` allow."""
+    found: list[list[int]] = []
+    for prompt in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        # Of all prompts of a batch the longest decides what each takes; in this order it is the last.
+        each = lengths[prompt] + sampling.samples * sampling.max_new_tokens
+        fits = min(limits.sequences // sampling.samples, limits.cached // each)
+        if found and len(found[-1]) < fits:
+            found[-1].append(prompt)
+        else:
+            found.append([prompt])
+    return found
+
+
+def check_prompt(prompt: Sequence[int], max_new_tokens: int, config: ModelConfig) -> None:
+    """Raise UserError unless the model knows the tokens of ``prompt`` and reaches to the end of its continuation."""
+    length = len(prompt)
+    if length == 0:
+        raise UserError("the prompt is empty: give at least one token")
+    smallest, largest = min(prompt), max(prompt)
+    if smallest < 0 or largest >= config.vocab_size:
+        wrong = largest if largest >= config.vocab_size else smallest
+        raise UserError(
+            f"the prompt has token {wrong} but the model's vocabulary has {config.vocab_size}: the tokenizer belongs "
+            "to another model"
+        )
+    if length + max_new_tokens > config.reach:
+        raise UserError(
+            f"a prompt of {length} tokens and {max_new_tokens} new ones make {length + max_new_tokens}, more than the "
+            f"model's reach of {config.reach} tokens: shorten the prompt, or ask for at most "
+            f"{max(config.reach - length, 0)} new tokens"
+        )

@@ -1,0 +1,49 @@
+"""Reads texts longer than a model was trained on, without more training."""
+
+from typing import Literal
+
+from qwen_moe.config import DualChunk, ModelConfig, RopeScaling
+from qwen_moe.errors import UserError
+
+Extension = Literal["none", "yarn", "dca", "auto", "plain"]
+
+# The report on Qwen2.5-1M has chunks of 262,144 tokens of which 8,192 are local.
+_CHUNK_PER_LOCAL = 32
+
+
+def extended(config: ModelConfig, extension: Extension, length: int) -> ModelConfig:
+    """``config`` for texts of ``length`` tokens.
+
+    ``yarn``: YaRN with the smallest whole factor that reaches (arXiv 2309.00071). ``dca``: dual chunk attention with chunks
+    of the trained length (arXiv 2402.17463). ``auto``: nothing where the model reaches, else dual chunk attention.
+    ``plain``: positions go on beyond the trained ones, to see the model fail. Raises UserError if the model reaches without,
+    or has another extension.
+    """
+    if extension == "none" or (extension == "auto" and length <= config.reach):
+        return config
+    if length <= config.reach:
+        raise UserError(
+            f"--context-extension {extension}: the model reaches {config.reach} tokens and the longest text has {length}, "
+            "prompt and answer together: leave the option out"
+        )
+    own = "rope_scaling" if config.rope_scaling is not None else "dual_chunk" if config.dual_chunk is not None else ""
+    if own:
+        raise UserError(
+            f"--context-extension {extension}: the model has its own extension (model.{own}), which reaches {config.reach} "
+            f"tokens, and the longest text has {length}: shorten the text, or change the model's config"
+        )
+    trained = config.max_position_embeddings
+    if extension == "yarn":
+        factor = -(-length // trained)
+        scaling = RopeScaling(type="yarn", factor=float(factor), original_max_position_embeddings=trained)
+        change = {"rope_scaling": scaling, "max_position_embeddings": factor * trained}
+    elif extension == "plain":
+        change = {"max_position_embeddings": length}
+    else:
+        chunks = DualChunk(
+            chunk_size=trained,
+            local_size=max(1, trained // _CHUNK_PER_LOCAL),
+            original_max_position_embeddings=trained,
+        )
+        change = {"dual_chunk": chunks, "max_position_embeddings": length}
+    return ModelConfig.model_validate(config.model_dump() | change)

@@ -1,0 +1,72 @@
+"""Starts the ranks of `qwen-moe generate --tp ...` on this machine: the same command in several processes."""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from parallel.elastic import launch_config
+from parallel.gpus import visible_gpus
+from parallel.mesh import LayoutError, smallest_world
+from parallel.threads import choose_threads
+from qwen_moe.errors import UserError
+
+USER_ERROR = 2
+_FAILURE = "QWEN_MOE_GENERATION_FAILURE"  # the file for the message of the first rank that fails
+
+
+def report_failure(error: UserError) -> None:
+    """In a rank that `start_ranks` started, hand its message over, unless another rank has. Elsewhere raise it."""
+    path = os.environ.get(_FAILURE)
+    if path is None:
+        raise error
+    with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
+        file.write(str(error))
+
+
+def start_ranks(args: argparse.Namespace) -> int:
+    """Run the command that this process was called with, in as many processes as --tp, --ep and --pp need. Returns its exit
+    code."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    try:
+        ranks = smallest_world(1, tp=args.tp, ep=args.ep, pp=args.pp)
+    except LayoutError as error:
+        raise UserError(str(error)) from None
+    gpus = visible_gpus()
+    if gpus and gpus < ranks:
+        raise UserError(
+            f"--tp {args.tp} --ep {args.ep} --pp {args.pp} need {ranks} processes, each with its own GPU, and this machine "
+            f"has {gpus}: lower them, or start the command with torchrun or srun on more machines"
+        )
+    os.environ |= choose_threads(ranks, 0).environment()
+    logging.disable(logging.CRITICAL)  # the ranks report their failures themselves
+    launch = launch_config(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=str(os.getpid()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        shutdown_timeout=30,
+    )
+    with tempfile.TemporaryDirectory(prefix="qwen-moe-") as folder:
+        failure = Path(folder) / "failure"
+        os.environ[_FAILURE] = str(failure)
+        try:
+            elastic_launch(launch, sys.executable)("-m", "qwen_moe", *args.argv)
+        except ChildFailedError:
+            if failure.exists():
+                raise UserError(failure.read_text(encoding="utf-8")) from None
+            return 1  # the rank has printed a traceback
+        except SignalException as error:
+            return 128 + int(error.sigval)
+        finally:
+            del os.environ[_FAILURE]
+    return 0

@@ -1,0 +1,77 @@
+"""Opens a checkpoint for generation: tokenizer, config, weights, and the way of reading."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from qwen_moe.checkpoint.huggingface.convert import Weights, open_weights, read_model
+from qwen_moe.checkpoint.huggingface.sparse import read_sparse
+from qwen_moe.config import ModelConfig
+from qwen_moe.errors import UserError
+from qwen_moe.generation.engine import Engine, Limits, LocalRunner, Runner
+from qwen_moe.generation.extension import Extension, extended
+from qwen_moe.generation.tokenizer import end_tokens, read_tokenizer, tokenizer_folder
+from qwen_moe.models.attention.sparse import SparseSettings
+
+Attention = Literal["dense", "sparse"]
+KEPT_SHARE = 0.95  # of attention, by sparse prefill
+
+
+@dataclass(frozen=True, kw_only=True)
+class HowToRead:
+    """How prompts are read. ``attention`` sparse leaves out keys in long prompts (`qwen_moe.models.attention.sparse`)."""
+
+    extension: Extension = "none"
+    attention: Attention = "dense"
+    limits: Limits = field(default_factory=Limits)
+
+
+class Opened:
+    """A checkpoint whose tokenizer and config are read. `engine` reads the weights, once."""
+
+    def __init__(self, directory: Path) -> None:
+        if not directory.is_dir():
+            raise UserError(
+                f"{directory} does not exist: give a checkpoint, a run directory or a Hugging Face directory"
+            )
+        self.weights = open_weights(directory)
+        folder = tokenizer_folder(self.weights.directory)
+        self.tokenizer = read_tokenizer(folder)
+        self.end_tokens = end_tokens(folder, self.tokenizer)
+        self._runner: Runner | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.weights.config
+
+    def text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens)
+
+    def engine(self, how: HowToRead, longest: int, load: Callable[[Weights], Runner]) -> Engine:
+        """An engine for texts of at most ``longest`` tokens, prompt and answer together. ``load`` reads the weights, at the
+        first call. Raises UserError if the model does not reach so far."""
+        config = extended(self.config, how.extension, longest)
+        sparse = self._sparse(how)
+        if self._runner is None:
+            self._runner = load(self.weights)
+        return Engine(
+            self._runner, config, sparse=sparse, end_tokens=self.end_tokens, text=self.text, limits=how.limits
+        )
+
+    def _sparse(self, how: HowToRead) -> SparseSettings | None:
+        if how.attention == "dense":
+            return None
+        published = read_sparse(self.weights.directory, self.config)
+        return replace(published, kept_share=KEPT_SHARE) if published is not None else SparseSettings()
+
+
+def on_one_device(dtype: str | None = None, device: str | None = None) -> Callable[[Weights], Runner]:
+    """Loads the whole model on ``device``, by default the GPU if there is one. ``dtype`` None: see `Weights`."""
+
+    def load(weights: Weights) -> Runner:
+        return LocalRunner(read_model(weights, dtype, device or ("cuda" if torch.cuda.is_available() else "cpu")))
+
+    return load

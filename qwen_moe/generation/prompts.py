@@ -1,0 +1,134 @@
+"""Files of prompts and of answers: JSON lines, continued after a stop where they ended."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launchers.folder.atomic import write_text
+from qwen_moe.documents import json_object
+from qwen_moe.errors import UserError
+from qwen_moe.generation.tokenizer import chat_tokens, text_tokens
+
+_FORMS = '"prompt" (text), "messages" (a conversation) or "tokens" (ids)'
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A line of a file of prompts: its values and its tokens."""
+
+    values: dict[str, Any]
+    tokens: list[int]
+
+
+def read_prompts(path: Path, tokenizer: Any, chat: bool) -> list[PromptRow]:
+    """The prompts of a JSONL file, each line an object with one of _FORMS. With ``chat``, a "prompt" is the user's message.
+    Raises UserError naming the line."""
+    rows = []
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"--input {path} cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            values = json_object(line.decode("utf-8-sig"), where)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where} is not UTF-8 text (byte {error.start})") from None
+        rows.append(PromptRow(values, _tokens(values, tokenizer, chat, where)))
+    if not rows:
+        raise UserError(f"--input {path} has no prompts: give JSON lines with {_FORMS}")
+    return rows
+
+
+def _tokens(values: dict[str, Any], tokenizer: Any, chat: bool, where: str) -> list[int]:
+    given = [name for name in ("prompt", "messages", "tokens") if name in values]
+    if len(given) != 1:
+        raise UserError(f"{where} has {' and '.join(given) or 'no prompt'}: give one of {_FORMS}")
+    value = values[given[0]]
+    if given == ["messages"]:
+        return chat_tokens(tokenizer, value if isinstance(value, list) else [], f"{where}: messages")
+    if given == ["prompt"]:
+        if not isinstance(value, str):
+            raise UserError(f"{where}: prompt is {value!r}, expected text")
+        if chat:
+            return chat_tokens(tokenizer, [{"role": "user", "content": value}], f"{where}: prompt")
+        return text_tokens(tokenizer, value, f"{where}: prompt")
+    if not isinstance(value, list) or not all(type(token) is int for token in value):
+        raise UserError(f"{where}: tokens must be a list of ids")
+    return value
+
+
+class Answers:
+    """Answers to prompts, in a file that grows while they are made and appears under its own name when all are there.
+
+    The growing file is OUTPUT.partial. Its first line holds ``settings``; a stopped command with equal settings goes on. A
+    line that a kill cut off is dropped. Raises UserError if OUTPUT exists or was begun with other settings. With ``writes``
+    False, on ranks that do not report, nothing is read or written.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], writes: bool = True) -> None:
+        self._path, self._partial = path, path.with_name(f"{path.name}.partial")
+        self._rows: dict[int, dict[str, Any]] = {}
+        if not writes:
+            return
+        if path.exists():
+            raise UserError(f"--output {path} exists: give another file, or remove it")
+        if not path.parent.is_dir():
+            raise UserError(f"--output {path}: the folder {path.parent} does not exist: make it first")
+        head = json.dumps(dict(settings), sort_keys=True)
+        if self._partial.exists():
+            self._read_partial(head)
+        else:
+            write_text(self._partial, head + "\n")
+
+    def _read_partial(self, head: str) -> None:
+        content = self._partial.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        first, *lines = whole.decode().splitlines() or [""]
+        if first != head:
+            before, now = json.loads(first or "{}"), json.loads(head)
+            changed = [
+                f"{name} {before.get(name)} is now {now.get(name)}" for name in now if before.get(name) != now[name]
+            ]
+            raise UserError(
+                f"{self._partial} was begun with other settings ({'; '.join(changed)}): repeat the command with the former "
+                "to go on, or remove the file to begin anew"
+            )
+        if len(whole) < len(content):
+            with self._partial.open("rb+") as file:
+                file.truncate(len(whole))
+        for line in lines:
+            row = json.loads(line)
+            self._rows[row["index"]] = row
+
+    @property
+    def done(self) -> frozenset[int]:
+        """Prompts that have their answers."""
+        return frozenset(self._rows)
+
+    def add(self, index: int, row: Mapping[str, Any]) -> None:
+        """Write the answers to prompt ``index``. They are on the disk when this returns."""
+        self._rows[index] = {"index": index, **row}
+        with self._partial.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self._rows[index]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self) -> None:
+        """Write OUTPUT, in the order of the prompts."""
+        write_text(self._path, "".join(json.dumps(self._rows[index]) + "\n" for index in sorted(self._rows)))
+        self._partial.unlink()
+
+
+def digest(rows: Iterable[PromptRow]) -> str:
+    """A hash of prompts, which tells whether a file has changed."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(json.dumps([row.values, row.tokens]).encode())
+    return found.hexdigest()[:16]

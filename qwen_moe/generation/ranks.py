@@ -1,0 +1,150 @@
+"""Generation with a model that is split over ranks: tensor, expert and pipeline parallel.
+
+Every rank of a pipeline and of a tensor-parallel group follows the same batches and draws the same tokens; data-parallel
+groups have prompts of their own. Shapes: N new tokens, n tp ranks, D hidden, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from parallel.collectives import all_gather_single, gather_sequence
+from parallel.gemm import linear
+from parallel.kernels.interface import Kernels
+from parallel.mesh import Grids
+from parallel.stages import split_layers
+from parallel.tensor import split_range
+from qwen_moe.checkpoint.finite import check_cast, check_finite
+from qwen_moe.checkpoint.tensor_store import TensorSource
+from qwen_moe.config import ModelConfig
+from qwen_moe.generation.cache import SequenceCache
+from qwen_moe.models.flops import layer_costs
+from qwen_moe.models.init import keep_statistics_dtypes
+from qwen_moe.sharding.model import ParallelModel, build_parts
+
+Item = TypeVar("Item")
+
+
+def load_sharded(
+    config: ModelConfig, source: TensorSource, grids: Grids, dtype: torch.dtype, device: torch.device, where: str
+) -> ParallelModel:
+    """This rank's part of the model, filled from ``source`` one tensor at a time. No rank holds a whole model, and weights
+    are not cut over data-parallel ranks."""
+    costs = layer_costs(config, 1)
+    layers = split_layers(costs.layers, grids.pp.size, first=costs.embedding, last=costs.head)
+    model = build_parts(
+        config, grids, layers, [grids.pp.index], recompute="none", dtype=dtype, kernels=Kernels(grids.tp)
+    )
+    available = source.shapes()
+    (part,) = model.parts
+    part.to_empty(device=device)
+    keep_statistics_dtypes(part)
+    with torch.no_grad():
+        for name, tensor in part.state_dict().items():
+            if name not in available:
+                tensor.zero_()  # only expert biases may be absent: every parameter was checked
+                continue
+            stored = check_finite(name, source.read(name), where)
+            if name in model.placements:
+                place = model.placements[name]
+                for dim, (offset, size) in enumerate(zip(place.offsets, place.sizes, strict=True)):
+                    stored = stored.narrow(dim, offset, size)
+            check_cast(name, stored, tensor.copy_(stored))
+    part.eval()
+    return model
+
+
+class ShardedRunner:
+    """A `Runner` of ``model``, whose ranks are those of ``grids``."""
+
+    def __init__(self, model: ParallelModel, grids: Grids, device: torch.device) -> None:
+        (self._part,) = model.parts
+        self._grids, self.device, self._vocabulary = grids, device, model.config.vocab_size
+        self.first_head = grids.tp.index * model.config.num_attention_heads // grids.tp.size
+        # Experts of one exchange wait for each other: all its ranks run the same number of passes.
+        self._in_step = grids.dp.size > 1 and grids.exchange.size > 1
+        self._hidden, self.dtype = model.config.hidden_size, next(self._part.parameters()).dtype
+
+    def share_of(self, items: Sequence[Item]) -> list[Item]:
+        """The prompts of this data-parallel group: every dp-th."""
+        return list(items[self._grids.dp.index :: self._grids.dp.size])
+
+    @torch.no_grad()
+    def logits(self, ids: torch.Tensor, cache: SequenceCache, wanted: torch.Tensor) -> torch.Tensor:
+        """See `Runner`. Stages before the last return ``[len(wanted), 0]``."""
+        if self._in_step:
+            self._anyone(True)
+        return self._pass(ids, cache, wanted)
+
+    def share(self, tokens: torch.Tensor, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the last stage has drawn, on every stage."""
+        pp = self._grids.pp
+        if pp.size == 1:
+            return tokens, log_probs
+        drawn = torch.stack([tokens.double(), log_probs.double()])
+        assert pp.group is not None
+        dist.broadcast(drawn, dist.get_global_rank(pp.group, pp.size - 1), group=pp.group)
+        return drawn[0].to(tokens.dtype), drawn[1]
+
+    def finish(self) -> None:
+        """Called when this group has no prompts left: helps others, whose tokens visit this rank's experts."""
+        if not self._in_step:
+            return
+        idle = torch.zeros(1, dtype=torch.int64, device=self.device)
+        while self._anyone(False):
+            self._pass(idle, _NoCache(), idle[:0])
+
+    def _anyone(self, busy: bool) -> bool:
+        flag = torch.tensor([int(busy)], device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    @torch.no_grad()
+    def _pass(self, ids: torch.Tensor, cache: "SequenceCache | _NoCache", wanted: torch.Tensor) -> torch.Tensor:
+        pp, tp = self._grids.pp, self._grids.tp
+        padded = F.pad(ids, (0, -len(ids) % tp.size))
+        x = padded.unsqueeze(0)
+        if pp.index > 0:
+            x = torch.empty(1, len(padded) // tp.size, self._hidden, dtype=self.dtype, device=self.device)
+            dist.recv(x, self._neighbour(pp.index - 1), group=pp.group)
+        x = self._part.read(x, cache)
+        if pp.index < pp.size - 1:
+            dist.send(x.contiguous(), self._neighbour(pp.index + 1), group=pp.group)
+            return x.new_empty(len(wanted), 0)
+        states = x if tp.size == 1 else gather_sequence(x, tp)
+        return self._head(states[0, wanted])
+
+    def _neighbour(self, stage: int) -> int:
+        assert self._grids.pp.group is not None
+        return dist.get_global_rank(self._grids.pp.group, stage)
+
+    def _head(self, states: torch.Tensor) -> torch.Tensor:
+        """``[N, D] -> [N, V]``: each tp rank computes the logits of its part of the vocabulary."""
+        tp, weight = self._grids.tp, self._part.head_weight
+        logits = linear(states, weight)
+        if tp.size == 1:
+            return logits
+        most = -(-self._vocabulary // tp.size)
+        mine = F.pad(logits, (0, most - logits.shape[1])).contiguous()
+        gathered = mine.new_empty(tp.size * mine.shape[0], most)
+        all_gather_single(gathered, mine, group=tp.group)
+        sizes = [split_range(self._vocabulary, replace(tp, index=index))[1] for index in range(tp.size)]
+        return torch.cat([part[:, :size] for part, size in zip(gathered.chunk(tp.size), sizes, strict=True)], 1)
+
+
+class _NoCache:
+    """The cache of an idle pass: its token belongs to no sequence."""
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wanted_only: bool) -> torch.Tensor:
+        return torch.zeros_like(q)
+
+
+def gather_shares(mine: list[Item], grids: Grids, count: int) -> list[Item]:
+    """The results of all data-parallel groups, in the order of the ``count`` prompts that `share_of` dealt out."""
+    shares: list[list[Item]] = [[] for _ in range(grids.dp.size)]
+    dist.all_gather_object(shares, mine, group=grids.dp.group)
+    return [shares[i % grids.dp.size][i // grids.dp.size] for i in range(count)]

@@ -1,0 +1,183 @@
+"""One run of a command that generates: on one device, or as one of several ranks that torchrun, srun or `start_ranks`
+started."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from parallel.mesh import Grids, LayoutError, layout_for
+from parallel.process import ProcessError, process_info, start
+from qwen_moe.checkpoint.huggingface.convert import Weights
+from qwen_moe.checkpoint.huggingface.export import export_dtype
+from qwen_moe.errors import UserError
+from qwen_moe.generation.engine import Completion, Engine, Limits, Runner
+from qwen_moe.generation.open import HowToRead, Opened, on_one_device
+from qwen_moe.generation.ranks import ShardedRunner, gather_shares, load_sharded
+from qwen_moe.generation.sampling import Sampling
+from qwen_moe.generation.text import check_lengths
+from qwen_moe.sharding.layout import check_layout
+
+Done = Callable[[int, list[Completion]], None]
+
+
+class Session:
+    """The model of ``args.checkpoint``, read in the way that ``args`` say. A context manager: leaves the process group.
+
+    ``reports``: whether this process prints and writes. Prompts are dealt out to data-parallel groups; their answers come
+    back in waves of a batch each, so that a stopped run loses no more.
+    """
+
+    def __init__(self, args: argparse.Namespace, split: bool) -> None:
+        self.opened = Opened(args.checkpoint)
+        self._how = HowToRead(
+            extension=args.context_extension, attention=args.attention, limits=Limits(sequences=args.batch_size)
+        )
+        self._asked_dtype, self._rank, self._grids = args.dtype, 0, None
+        self._device, self._engine = torch.device("cpu"), None
+        if split:
+            self._grids = self._join(args)
+
+    _grids: Grids | None
+    _engine: Engine | None
+    _longest: int
+
+    def _join(self, args: argparse.Namespace) -> Grids:
+        config = self.opened.config
+        try:
+            info = process_info()
+            layout = layout_for(info.world_size, tp=args.tp, ep=args.ep, pp=args.pp)
+            check_layout(config, layout, args.tp)
+            if config.num_hidden_layers < args.pp:
+                raise LayoutError(f"{config.num_hidden_layers} layers cannot fill pp {args.pp} stages: lower --pp")
+            self._device = start(info)
+        except (ProcessError, LayoutError) as error:
+            raise UserError(str(error)) from None
+        self._rank = info.rank
+        return Grids(layout, self._device.type, kv_heads=config.num_key_value_heads)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if self._grids is not None and kind is None:
+            dist.destroy_process_group()
+
+    @property
+    def reports(self) -> bool:
+        return self._rank == 0
+
+    @property
+    def dtype(self) -> str:
+        assert self._engine is not None
+        return str(self._engine.runner.dtype).removeprefix("torch.")
+
+    def say(self, text: str) -> None:
+        if self.reports:
+            print(text, file=sys.stderr)
+
+    def notes(self) -> list[str]:
+        """What the user should know about the answers."""
+        record = None if self._engine is None else self._engine.record
+        shares = {} if record is None else record.shares()
+        if not shares:
+            return []
+        return [
+            f"sparse attention kept {shares['kept']:.1%} of the attention of the mean query "
+            f"({shares['kept_worst_layer']:.1%} in the worst layer) with {shares['work']:.1%} of dense attention's work"
+        ]
+
+    def check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
+        """Raise UserError for prompts that the model cannot continue. Call it once, with all prompts, before `generate`: the
+        longest decides how texts are read."""
+        self._longest = check_lengths(self.opened.config, self._how, prompts, max_new_tokens)
+
+    def agree(self, todo: list[int]) -> list[int]:
+        """What rank 0 has to do: only its file of answers counts."""
+        if self._grids is None:
+            return todo
+        shared = [todo]
+        dist.broadcast_object_list(shared, src=0)
+        return shared[0]
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        *,
+        numbers: Sequence[int] | None = None,
+        done: Done | None = None,
+    ) -> list[list[Completion]]:
+        """Answers to all ``prompts``, which ``numbers`` identify (see `Engine.generate`). On the rank that reports, ``done``
+        is called for each as soon as it is known there."""
+        numbers = list(range(len(prompts))) if numbers is None else numbers
+        if not prompts:
+            return []
+        self._engine = engine = self.opened.engine(self._how, self._longest, self._load)
+        tokens = sum(map(len, prompts))
+        with _Bars(tokens, len(prompts) * sampling.samples * sampling.max_new_tokens, self.reports) as bars:
+            if self._grids is None:
+                tell = None if done is None else (lambda i, answers: done(numbers[i], answers))
+                return engine.generate(prompts, sampling, numbers=numbers, done=tell, progress=bars.advance)
+            return self._in_waves(engine, prompts, sampling, numbers, done, bars)
+
+    def _in_waves(
+        self,
+        engine: Engine,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        numbers: Sequence[int],
+        done: Done | None,
+        bars: "_Bars",
+    ) -> list[list[Completion]]:
+        runner, grids = engine.runner, self._grids
+        assert isinstance(runner, ShardedRunner) and grids is not None
+        results: list[list[Completion]] = []
+        wave = grids.dp.size * max(1, self._how.limits.sequences // sampling.samples)
+        for begin in range(0, len(prompts), wave):
+            indices = list(range(begin, min(begin + wave, len(prompts))))
+            own = runner.share_of(indices)
+            answers = engine.generate(
+                [prompts[i] for i in own], sampling, numbers=[numbers[i] for i in own], progress=bars.advance
+            )
+            found = gather_shares(answers, grids, len(indices))
+            if done is not None and self.reports:
+                for index, completions in zip(indices, found, strict=True):
+                    done(numbers[index], completions)
+            results += found
+        return results
+
+    def _load(self, weights: Weights) -> Runner:
+        if self._grids is None:
+            return on_one_device(self._asked_dtype)(weights)
+        dtype = export_dtype(self._asked_dtype) or weights.dtype
+        model = load_sharded(weights.config, weights.source, self._grids, dtype, self._device, str(weights.directory))
+        return ShardedRunner(model, self._grids, self._device)
+
+
+class _Bars:
+    """Progress on stderr: tokens of prompts that were read, then tokens that were drawn. Each appears after a second."""
+
+    def __init__(self, to_read: int, to_draw: int, shown: bool) -> None:
+        often = 0.2 if sys.stderr.isatty() else 10.0
+        settings: dict[str, Any] = {
+            "unit": "token", "unit_scale": True, "file": sys.stderr, "leave": False, "delay": 1.0, "mininterval": often,
+            "disable": not shown,
+        }  # fmt: skip
+        self._reading = tqdm(desc="reading", total=to_read, **settings)
+        self._drawing = tqdm(desc="generating", total=to_draw, **settings)
+
+    def advance(self, read: int, drawn: int) -> None:
+        self._reading.update(read)
+        self._drawing.update(drawn)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._reading.close()
+        self._drawing.close()

@@ -1,0 +1,77 @@
+"""The tokenizer and the end tokens that belong to a checkpoint, and prompts as tokens."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_moe.documents import json_object, read_text
+from qwen_moe.errors import UserError
+
+
+def tokenizer_folder(directory: Path) -> Path:
+    """The folder with the tokenizer of a checkpoint, run or Hugging Face directory. Raises UserError if there is none."""
+    from qwen_moe.checkpoint.resolve import HF_FOLDER
+
+    folder = directory / HF_FOLDER if (directory / HF_FOLDER).is_dir() else directory
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(
+            f"{folder} has no tokenizer (no tokenizer.json or vocab.json): copy the files of the model's tokenizer there"
+        )
+    return folder
+
+
+def end_tokens(folder: Path, tokenizer: Any) -> list[int]:
+    """End tokens, read as Hugging Face does: from generation_config.json, else config.json, else the tokenizer."""
+    for name in ("generation_config.json", "config.json"):
+        if not (folder / name).is_file():
+            continue
+        values = json_object(read_text(folder / name, "the model's", "the model's own directory"), str(folder / name))
+        eos = values.get("eos_token_id")
+        if eos is None:
+            continue
+        ends = eos if isinstance(eos, list) else [eos]
+        if not all(isinstance(end, int) and not isinstance(end, bool) and 0 <= end < 2**31 for end in ends):
+            raise UserError(f"{folder / name}: eos_token_id is {eos!r}, expected an id or a list of ids")
+        return ends
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The Hugging Face tokenizer whose files lie in ``folder``. Raises UserError when they are damaged."""
+    from transformers import AutoTokenizer
+
+    try:
+        # Never run code from the folder, and never ask whether to run it.
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # for damaged files transformers raises plain Exception, KeyError, ...
+        raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from None
+
+
+def text_tokens(tokenizer: Any, text: str, what: str = "the prompt") -> list[int]:
+    """The tokens of a text. Raises UserError, beginning with ``what``, if it is empty or not Unicode."""
+    if not text:
+        raise UserError(f"{what} is empty: give some text")
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"{what} is not valid UTF-8 text: remove its broken characters")
+    # A long text is not a mistake, about which transformers would warn.
+    return tokenizer(text, verbose=False)["input_ids"]
+
+
+def chat_tokens(tokenizer: Any, messages: Sequence[Any], what: str = "the prompt") -> list[int]:
+    """The tokens of a conversation up to where the assistant's answer begins, by the tokenizer's chat template. Raises
+    UserError, beginning with ``what``, for messages of another form or that the template refuses."""
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{tokenizer.name_or_path} has no chat template (in tokenizer_config.json or chat_template.jinja): give text "
+            "without --chat, or add the template of the model"
+        )
+    if not messages or not all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in messages
+    ):
+        raise UserError(f'{what} must be a list of messages like {{"role": "user", "content": "..."}}')
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template raises what it likes
+        raise UserError(f"{what} is refused by the tokenizer's chat template: {error}") from None
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
