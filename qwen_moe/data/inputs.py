@@ -88,16 +88,18 @@ def check_mix(config: RunConfig) -> None:
 
 
 def check_longest(config: RunConfig) -> None:
-    """Raise UserError if sequences are longer than the model reaches and a document in them may be, too."""
-    if config.data.sequence_length <= config.model.reach:
+    """Raise UserError if sequences are longer than the model can be trained on and a document in them may be, too."""
+    most = config.model.trainable_length
+    if config.data.sequence_length <= most:
         return
     for dataset in (*train_datasets(config), *config.data.validation):
         longest = int(document_lengths(dataset.prefix).max(initial=0))
-        if longest > config.model.reach:
+        if longest > most:
+            of = "max_position_embeddings" if config.model.dual_chunk is None else "dual_chunk"
             raise UserError(
-                f"{config.place.label}{dataset.prefix} has a document of {longest:,} tokens, more than the model's reach of "
-                f"{config.model.reach:,} (model.max_position_embeddings), and data.sequence_length "
-                f"{config.data.sequence_length:,} does not cut it to that: lower data.sequence_length, or split the document"
+                f"{config.place.label}{dataset.prefix} has a document of {longest:,} tokens, more than the {most:,} that "
+                f"model.{of} allows in training, and data.sequence_length {config.data.sequence_length:,} does not cut it to "
+                "that: lower data.sequence_length, or split the document"
             )
 
 

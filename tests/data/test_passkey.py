@@ -130,7 +130,7 @@ def test_sequences_may_be_longer_than_the_model_reaches_if_no_document_is(tmp_pa
     overrides = [f"data.prepare.output={tmp_path / 'p'}", "data.sequence_length=4096"]
     check_longest(load_config(RECIPE, [*overrides, f"model.max_position_embeddings={longest}"]))
     with pytest.raises(
-        UserError, match=f"a document of {longest} tokens, more than the model's reach of {longest - 1} "
+        UserError, match=f"a document of {longest} tokens, more than the {longest - 1} that model.max_pos"
     ):
         check_longest(load_config(RECIPE, [*overrides, f"model.max_position_embeddings={longest - 1}"]))
     with pytest.raises(UserError, match=r"data\.sequence_length 4096 is larger than .*respect_document_boundaries"):
