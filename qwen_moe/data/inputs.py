@@ -98,8 +98,8 @@ def check_longest(config: RunConfig) -> None:
             of = "max_position_embeddings" if config.model.dual_chunk is None else "dual_chunk"
             raise UserError(
                 f"{config.place.label}{dataset.prefix} has a document of {longest:,} tokens, more than the {most:,} that "
-                f"model.{of} allows in training, and data.sequence_length {config.data.sequence_length:,} does not cut it to "
-                "that: lower data.sequence_length, or split the document"
+                f"model.{of} allows in training, and data.sequence_length {config.data.sequence_length:,} is longer, too: "
+                "lower data.sequence_length, or split the document"
             )
 
 
