@@ -93,13 +93,16 @@ class RunConfig(Section):
                 f"training.global_batch_size {training.global_batch_size} is not a multiple of "
                 f"training.micro_batch_size {training.micro_batch_size}"
             )
-        if self.data.sequence_length > self.model.reach:
+        # Where positions begin anew in each document its length matters, which is checked when the data are there.
+        packed = self.data.respect_document_boundaries
+        if self.data.sequence_length > self.model.reach and not packed:
             scaled = " times model.rope_scaling.factor" if self.model.rope_scaling is not None else ""
             raise ValueError(
                 f"data.sequence_length {self.data.sequence_length} is larger than model.max_position_embeddings{scaled} "
-                f"{self.model.reach}: lower the former or raise the latter"
+                f"{self.model.reach}: lower the former or raise the latter, or set data.respect_document_boundaries if no "
+                "document is longer"
             )
-        if self.data.sequence_length > self.model.trainable_length:
+        if self.data.sequence_length > self.model.trainable_length and not packed:
             raise ValueError(
                 f"data.sequence_length {self.data.sequence_length} is larger than {self.model.trainable_length}, up to "
                 "which model.dual_chunk changes nothing: attention in training is plain, and dual chunk attention is for "

@@ -26,7 +26,11 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "prepare", help="tokenize text, JSONL (.gz, .zst, .bz2, .xz) and directories into .bin/.idx files"
     )
     prepare.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="files, directories or python-stdlib"
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, directories, python-stdlib, or passkey:DOCUMENTS:LONGEST",
     )
     prepare.add_argument("--output", type=_output_prefix, required=True, metavar="PREFIX")
     which = prepare.add_mutually_exclusive_group(required=True)

@@ -1,5 +1,6 @@
 """Reads the documents of a corpus's files, and names file and line of what cannot be read."""
 
+import functools
 import io
 import json
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from qwen_moe.data.packed import HashedFile, open_packed
+from qwen_moe.data.passkey import SEPARATOR
 from qwen_moe.data.sources import Source, Tally
 from qwen_moe.errors import UserError
 
@@ -61,7 +63,7 @@ def read_documents(source: Source, counts: ReadCounts, reading: Reading | None =
     """The documents of one file, without empty ones. Raises UserError, which names file and position of unreadable text."""
     reading = reading or Reading()
     start = counts.bytes
-    with source.path.open("rb") as raw:
+    with source.open() as raw:
         hashed = HashedFile(raw)
         file = open_packed(source.path, io.BufferedReader(hashed, 1 << 18))
         found = _of_lines(file, source.path, reading) if source.kind == "jsonl" else _of_file(file, source, reading)
@@ -167,6 +169,10 @@ Found = Iterator[tuple[str, Callable[[], str]]]
 
 def _of_file(file: IO[bytes], source: Source, reading: Reading) -> Found:
     where = str(source.path)
+    if source.kind == "passkey":
+        for number, text in enumerate(file.read().decode().split(SEPARATOR), 1):
+            yield f"{where}, document {number}", functools.partial(str, text)
+        return
     # Read one byte more than is allowed, to detect a document that is too long.
     content = file.read(LONGEST_DOCUMENT + 1) if source.kind == "text" else file.read()
     if source.kind == "python":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from parallel.mesh import Axis
 from qwen_moe.config import Dataset, RunConfig, stage_runs
+from qwen_moe.data.content import document_lengths
 from qwen_moe.data.corpus import Reading
 from qwen_moe.data.lengths import long_and_short
 from qwen_moe.data.made_with import check_tokenizers
@@ -62,6 +63,7 @@ def prepare_inputs(config: RunConfig) -> None:
     for run in stage_runs(config):
         check_tokenizers(directory, [*train_datasets(run), *run.data.validation])
         check_mix(run)
+        check_longest(run)
     if directory is None:
         if config.sample_prompt:
             raise UserError(
@@ -83,6 +85,22 @@ def check_mix(config: RunConfig) -> None:
             long_and_short(config.data, train_datasets(config))
         except UserError as error:
             raise UserError(f"{config.place.label}{error}") from None
+
+
+def check_longest(config: RunConfig) -> None:
+    """Raise UserError if sequences are longer than the model can be trained on and a document in them may be, too."""
+    most = config.model.trainable_length
+    if config.data.sequence_length <= most:
+        return
+    for dataset in (*train_datasets(config), *config.data.validation):
+        longest = int(document_lengths(dataset.prefix).max(initial=0))
+        if longest > most:
+            of = "max_position_embeddings" if config.model.dual_chunk is None else "dual_chunk"
+            raise UserError(
+                f"{config.place.label}{dataset.prefix} has a document of {longest:,} tokens, more than the {most:,} that "
+                f"model.{of} allows in training, and data.sequence_length {config.data.sequence_length:,} is longer, too: "
+                "lower data.sequence_length, or split the document"
+            )
 
 
 def ordered_steps(config: RunConfig, length: int | None = None) -> int:

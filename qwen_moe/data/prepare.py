@@ -70,8 +70,7 @@ class Request:
         """A hash with the files' paths, sizes and modification times; manifests of all versions have it."""
         lines = []
         for source in sources:
-            stat = source.path.stat()
-            lines.append(os.fsencode(f"{source.path}|{stat.st_size}|{stat.st_mtime_ns}\n"))
+            lines.append(os.fsencode(f"{source.path}|{source.status()}\n"))
         return self._digest(lines).hexdigest()
 
     def by_content(self, sources: list[Source], digests: list[str]) -> str:
@@ -167,7 +166,7 @@ def _is_of_content(existing: PreparedData, request: Request, corpus: Corpus) -> 
     """True if the inputs' content is unchanged, whatever their names and modification times. Reads all of them."""
     if not existing.content or existing.settings != request.settings() or existing.files != len(corpus.sources):
         return False
-    return existing.content == request.by_content(corpus.sources, [sha256(s.path) for s in corpus.sources])
+    return existing.content == request.by_content(corpus.sources, [source.sha256() for source in corpus.sources])
 
 
 def _found_again(prefix: Path, existing: PreparedData, request: str) -> PreparedData:

@@ -1,15 +1,17 @@
 """Finds the files of a corpus, in a fixed order, and counts which files of a folder are left out and why."""
 
 import hashlib
+import io
 import os
 import stat
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from qwen_moe.data.packed import PACKED_ENDINGS
+from qwen_moe.data.passkey import is_passkey, passkey_bytes
 from qwen_moe.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
@@ -29,11 +31,26 @@ class MissingInput(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One file of the corpus. ``kind`` says how it is divided into documents."""
+    """One file of the corpus. ``kind`` says how it is divided into documents. With ``passkey`` there is no file,
+    and ``path`` is the name of documents that are generated."""
 
     path: Path
-    kind: Literal["text", "jsonl", "python"]
+    kind: Literal["text", "jsonl", "python", "passkey"]
     bytes: int
+
+    def open(self) -> BinaryIO:
+        return io.BytesIO(passkey_bytes(str(self.path))) if self.kind == "passkey" else self.path.open("rb")
+
+    def sha256(self) -> str:
+        with self.open() as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+    def status(self) -> str:
+        """What shows without reading a file that it is unchanged: its size and modification time."""
+        if self.kind == "passkey":
+            return f"{self.bytes}|{self.sha256()}"
+        stat = self.path.stat()
+        return f"{stat.st_size}|{stat.st_mtime_ns}"
 
 
 class Tally:
@@ -74,7 +91,8 @@ class Corpus:
 
 
 def find_corpus(inputs: Sequence[str]) -> Corpus:
-    """Every file behind ``inputs`` (paths of files and directories, or ``python-stdlib``), in a fixed order.
+    """Every file behind ``inputs`` (paths of files and directories, ``python-stdlib``, or ``passkey:DOCUMENTS:LONGEST``), in
+    a fixed order.
 
     Links in directories are followed. Files that are hidden, have an unknown suffix or were already found under another
     name are left out and counted. Raises MissingInput if a path does not exist; raises UserError for an unknown suffix, an
@@ -90,6 +108,8 @@ def find_corpus(inputs: Sequence[str]) -> Corpus:
             raise UserError(f"input {name} is given twice, so each document would be read twice: give it once")
         if name == PYTHON_STDLIB:
             corpus.sources.extend(_standard_library())
+        elif is_passkey(name):
+            corpus.sources.append(Source(path=path, kind="passkey", bytes=len(passkey_bytes(name))))
         elif path.is_dir():
             before = len(corpus.sources)
             _add_directory(corpus, path, seen)

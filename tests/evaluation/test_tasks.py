@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy.special import zeta
 
+from qwen_moe.data import passkey as wording
 from qwen_moe.errors import UserError
 from qwen_moe.evaluation.plan import Evaluation, Item, check, depths
 from qwen_moe.evaluation.scoring import clean
@@ -70,11 +71,11 @@ def test_passkeys_are_found_at_every_depth(length: int, tokenizer: Any) -> None:
             "\nWhat is the pass key? The pass key is"
         )
         assert text.count(answers[0]) == 2 and len(answers[0]) == 5 and answers[0] in solve(text)
-        noise = text.split(passkey.TASK)[1].split("What is")[0]
+        noise = text.split(wording.TASK)[1].split("What is")[0]
         before = noise.index("The pass key is")
-        places.append(before / (len(noise) - len(passkey.KEY.format(key="12345"))))
+        places.append(before / (len(noise) - len(wording.INFORMATION.format(key="12345"))))
     assert np.allclose(places, [0, 0.25, 0.5, 0.75, 1], atol=24 / (length / 3))
-    assert passkey._noise(7) == f"{NOISE} The grass is green. The sky is blue."
+    assert wording.noise(7) == f"{NOISE} The grass is green. The sky is blue."
     assert depths(1) == (0.5,) and depths(3) == (0, 0.5, 1)
 
 

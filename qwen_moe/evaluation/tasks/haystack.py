@@ -6,10 +6,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen_moe.data.passkey import NOISE as SENTENCES
 from qwen_moe.documents import read_text
 from qwen_moe.errors import UserError
 
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+NOISE = " ".join(SENTENCES)
 _RULE = re.compile(r"^[*=~+^#-]{3,}$")  # lines under headings
 _BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+")
 
