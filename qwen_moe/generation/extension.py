@@ -7,8 +7,13 @@ from qwen_moe.errors import UserError
 
 Extension = Literal["none", "yarn", "dca", "auto", "plain"]
 
-# The report on Qwen2.5-1M has chunks of 262,144 tokens of which 8,192 are local.
-_CHUNK_PER_LOCAL = 32
+# The report on Qwen2.5-1M has chunks of 262,144 tokens of which 8,192 are local. In short chunks more are needed: after
+# that many tokens of a chunk, the distances to the chunk before are no longer true ones.
+_CHUNK_PER_LOCAL, _LEAST_LOCAL = 32, 64
+
+
+def _local(chunk: int) -> int:
+    return max(1, chunk // _CHUNK_PER_LOCAL, min(_LEAST_LOCAL, chunk // 4))
 
 
 def extended(config: ModelConfig, extension: Extension, length: int, chunk: int | None = None) -> ModelConfig:
@@ -45,8 +50,8 @@ def extended(config: ModelConfig, extension: Extension, length: int, chunk: int 
             raise UserError(f"--chunk-size {size}: give 2 to {trained}, the length that the model was trained on")
         chunks = DualChunk(
             chunk_size=size,
-            local_size=max(1, size // _CHUNK_PER_LOCAL),
-            original_max_position_embeddings=trained,
+            local_size=_local(size),
+            original_max_position_embeddings=size,
         )
         change = {"dual_chunk": chunks, "max_position_embeddings": length}
     return ModelConfig.model_validate(config.model_dump() | change)

@@ -9,7 +9,7 @@ import torch
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
 from qwen_moe.generation.engine import Engine, Limits, LocalRunner
-from qwen_moe.generation.extension import extended
+from qwen_moe.generation.extension import _local, extended
 from qwen_moe.generation.sampling import Sampling
 from qwen_moe.models.attention.sparse import SparseSettings
 from tests.models.hf_reference import draw_weights
@@ -79,7 +79,8 @@ def test_auto_extends_only_what_does_not_reach() -> None:
 
 def test_chunks_of_another_size() -> None:
     chunks = extended(config(), "dca", 200, chunk=16).dual_chunk
-    assert chunks is not None and chunks.chunk_size == 16 and chunks.original_max_position_embeddings == TRAINED
+    assert chunks is not None and (chunks.chunk_size, chunks.local_size) == (16, 4)
+    assert [_local(size) for size in (256, 4096, 262144)] == [64, 128, 8192]  # the last is Qwen2.5-1M's
     for size in (1, TRAINED + 1):
         with pytest.raises(UserError, match=f"--chunk-size {size}: give 2 to {TRAINED}"):
             extended(config(), "dca", 200, chunk=size)
