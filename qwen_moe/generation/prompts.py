@@ -90,9 +90,9 @@ class Answers:
     def _read_partial(self, head: str) -> None:
         content = self._partial.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        first, *lines = whole.decode().splitlines() or [""]
-        if first != head:
-            before, now = json.loads(first or "{}"), json.loads(head)
+        first, *lines = whole.split(b"\n")[:-1] or [b"{}"]
+        before, now = self._object(first, 1), json.loads(head)
+        if before != now:
             changed = [
                 f"{name} {before.get(name)} is now {now.get(name)}" for name in now if before.get(name) != now[name]
             ]
@@ -103,9 +103,19 @@ class Answers:
         if len(whole) < len(content):
             with self._partial.open("rb+") as file:
                 file.truncate(len(whole))
-        for line in lines:
-            row = json.loads(line)
+        for number, line in enumerate(lines, 2):
+            row = self._object(line, number)
+            if type(row.get("index")) is not int:
+                raise UserError(
+                    f"{self._partial}, line {number} is damaged: remove it, and its prompt is answered again"
+                )
             self._rows[row["index"]] = row
+
+    def _object(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            return json_object(line.decode(), f"{self._partial}, line {number}")
+        except UnicodeDecodeError:
+            raise UserError(f"{self._partial}, line {number} is damaged: it is not UTF-8 text") from None
 
     @property
     def done(self) -> frozenset[int]:

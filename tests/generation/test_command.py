@@ -113,6 +113,22 @@ def test_a_begun_file_of_other_settings(chat: Path, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (b'{"index": 0, "pro\n', "line 2 is not valid JSON"),
+        (b"\xff\n", "line 2 is damaged: it is not UTF-8 text"),
+        (b'{"prompt": "a"}\n', "line 2 is damaged: remove it, and its prompt is answered again"),
+    ],
+)
+def test_a_damaged_line_of_a_begun_file(tmp_path: Path, damage: bytes, message: str) -> None:
+    Answers(tmp_path / "out", {"a": 1})
+    with (tmp_path / "out.partial").open("ab") as file:
+        file.write(damage)
+    with pytest.raises(UserError, match=message):
+        Answers(tmp_path / "out", {"a": 1})
+
+
+@pytest.mark.parametrize(
     ("lines", "message"),
     [
         ([], "has no prompts"),
