@@ -190,6 +190,17 @@ def load_tokenizer(directory: Path) -> "Tokenizer":
     return tokenizer
 
 
+def read_tokenizer(folder: Path) -> Any:
+    """The Hugging Face tokenizer whose files lie in ``folder``. Raises UserError when they are damaged."""
+    from transformers import AutoTokenizer
+
+    try:
+        # Never run code from the folder, and never ask whether to run it.
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # for damaged files transformers raises plain Exception, KeyError, ...
+        raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from None
+
+
 def control_ids(tokenizer: "Tokenizer") -> dict[int, str]:
     """The added tokens that text must not become, by id."""
     return {
