@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from qwen_moe.data.chat import Chat, Encoded
 from qwen_moe.data.conversations import BadRow, Conversation
+from qwen_moe.data.tokenizer import read_tokenizer, train_tokenizer
 from qwen_moe.errors import UserError
 from tests.data.chat_templates import (
     END_OUTSIDE,
@@ -23,6 +24,15 @@ from tests.data.chat_templates import (
 )
 
 Chats = dict[str, tuple[Chat, Chat]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It has tokens of two line ends, of which one may be the template's and one the answer's."""
+    path = tmp_path_factory.mktemp("tokenizer") / "trained"
+    train_tokenizer(["alpha\n\nbeta\n\ngamma\n\n\n def return import"] * 3, 290, path)
+    assert len(read_tokenizer(path)("\n\n")["input_ids"]) == 1
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +134,15 @@ def test_an_end_outside_of_the_marker_is_learned_all_the_same(tokenizer: Path, t
     ]  # fmt: skip
     theirs = chat.tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     assert not any(m for i, m in zip(theirs["input_ids"], theirs["assistant_masks"]) if i == chat.end)
+
+
+def test_special_tokens_within_a_turn_do_not_end_it(tokenizer: Path, tmp_path: Path) -> None:
+    inside = "{{- message.content + '<|quad_end|>' + eos_token }}"
+    template = unmarked(TEMPLATES["inst"]).replace("{{- message.content + eos_token }}", inside)
+    chat = chat_of(tokenizer, template, tmp_path)
+    assert learned(chat, chat.encode(Conversation(messages=TALK))) == [
+        "beta<|quad_end|><|endoftext|>", "delta<|quad_end|><|endoftext|>",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WITH_TOOLS)
