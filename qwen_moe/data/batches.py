@@ -41,6 +41,8 @@ def describe_prefix(prefix: Path, check: bool = False) -> dict[str, Any]:
     manifest = read_manifest(prefix)
     if manifest is not None:
         facts |= {"tokenizer": manifest.tokenizer, "vocab_size": manifest.vocab_size, "text_bytes": manifest.text_bytes}
+        if manifest.kind != "documents":
+            facts |= {"kind": manifest.kind} | manifest.counts
     if check:
         content = verify_content(prefix, whole=True)
         facts |= {"bin_sha256": content.bin_sha256, "idx_sha256": content.idx_sha256}

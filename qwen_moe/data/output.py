@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Protocol
@@ -13,6 +13,7 @@ from qwen_moe.data.content import sha256, verify_content
 from qwen_moe.data.manifest import (
     PreparedData,
     bin_path,
+    column_path,
     idx_path,
     manifest_path,
     partial_path,
@@ -49,6 +50,17 @@ class Asked(Protocol):
 
     def by_content(self, sources: list[Source], digests: list[str]) -> str:
         """A hash with the files' kinds and contents."""
+
+
+def status_lines(sources: list[Source]) -> list[bytes]:
+    """The files' paths, sizes and modification times, for a request's hash."""
+    status = [(source.path, source.path.stat()) for source in sources]
+    return [os.fsencode(f"{path}|{stat.st_size}|{stat.st_mtime_ns}\n") for path, stat in status]
+
+
+def content_lines(sources: list[Source], digests: list[str]) -> list[bytes]:
+    """The files' kinds and contents, for a request's hash."""
+    return [f"{source.kind}|{digest}\n".encode() for source, digest in zip(sources, digests, strict=True)]
 
 
 def settled(request: Asked, corpus: Corpus, prefix: Path, overwrite: bool) -> PreparedData | None:
@@ -147,11 +159,12 @@ def _lock(path: Path) -> IO[str]:
 
 
 @contextlib.contextmanager
-def no_partial_left(prefix: Path) -> Iterator[None]:
+def no_partial_left(prefix: Path, columns: Sequence[str] = ()) -> Iterator[None]:
+    """Remove unfinished files if the block fails."""
     try:
         yield
     except BaseException:
-        for path in (bin_path(prefix), idx_path(prefix)):
+        for path in (bin_path(prefix), idx_path(prefix), *(column_path(prefix, name) for name in columns)):
             partial_path(path).unlink(missing_ok=True)
         if manifest_path(prefix).exists():
             partial_path(manifest_path(prefix)).unlink(missing_ok=True)
@@ -163,13 +176,19 @@ def put_in_place(prefix: Path, prepared: PreparedData, tokenizer: Path | None) -
     """Move all files into place. The manifest is removed first and replaced last. Until then, its partial file says that
     the data must not be read and that the next preparation may replace them."""
     manifest = manifest_path(prefix)
+    with contextlib.suppress(UserError):  # of a damaged manifest
+        before = read_manifest(prefix)
+        obsolete = set(before.columns if before is not None else ()) - set(prepared.columns)
+        for name in obsolete:
+            column_path(prefix, name).unlink(missing_ok=True)
     write_manifest(partial_path(manifest), prepared)
     manifest.unlink(missing_ok=True)
     if tokenizer is not None:
         target = trained_tokenizer_path(prefix)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(tokenizer, target)
-    for path in (idx_path(prefix), bin_path(prefix), manifest):
+    columns = [column_path(prefix, name) for name in prepared.columns]
+    for path in (*columns, idx_path(prefix), bin_path(prefix), manifest):
         os.replace(partial_path(path), path)
 
 

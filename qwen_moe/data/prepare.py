@@ -1,7 +1,6 @@
 """Tokenizes a corpus into Megatron's `.bin/.idx`, in several processes; the output appears complete or not at all."""
 
 import hashlib
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +20,17 @@ from qwen_moe.data.manifest import (
     read_manifest,
     trained_tokenizer_path,
 )
-from qwen_moe.data.output import alone, being_made, damage, no_partial_left, put_in_place, settled, synced
+from qwen_moe.data.output import (
+    alone,
+    being_made,
+    content_lines,
+    damage,
+    no_partial_left,
+    put_in_place,
+    settled,
+    status_lines,
+    synced,
+)
 from qwen_moe.data.packed import check_unpackers
 from qwen_moe.data.sources import Corpus, MissingInput, Source, find_corpus
 from qwen_moe.data.tokenizer import (
@@ -54,16 +63,11 @@ class Request:
 
     def by_status(self, sources: list[Source]) -> str:
         """A hash with the files' paths, sizes and modification times; manifests of all versions have it."""
-        lines = []
-        for source in sources:
-            stat = source.path.stat()
-            lines.append(os.fsencode(f"{source.path}|{stat.st_size}|{stat.st_mtime_ns}\n"))
-        return self._digest(lines).hexdigest()
+        return self._digest(status_lines(sources)).hexdigest()
 
     def by_content(self, sources: list[Source], digests: list[str]) -> str:
         """A hash with the files' kinds and contents."""
-        pairs = zip(sources, digests, strict=True)
-        return self._digest([f"{source.kind}|{digest}\n".encode() for source, digest in pairs]).hexdigest()
+        return self._digest(content_lines(sources, digests)).hexdigest()
 
     def _digest(self, lines: list[bytes]) -> "hashlib._Hash":
         reading = self.reading
