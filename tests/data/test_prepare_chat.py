@@ -16,6 +16,7 @@ import pytest
 from qwen_moe.cli import main
 from qwen_moe.data.chat import Chat
 from qwen_moe.data.content import verify_content
+from qwen_moe.data.examples import ExampleSet, PackedExamples
 from qwen_moe.data.manifest import PreparedData, column_path, read_manifest
 from qwen_moe.errors import UserError
 from tests.data.chat_templates import THINKING, with_template
@@ -106,6 +107,29 @@ def test_a_pair_is_two_documents_the_chosen_first(tokenizer: Path, tmp_path: Pat
     ]
     assert answers == [f"{row[name]}<|im_end|>" for row in given for name in ("chosen", "rejected")]
     assert (found.kind, found.documents, found.counts["pairs"]) == ("pairs", 60, 30)
+
+
+@pytest.mark.parametrize("make", [talk, a_pair])
+def test_training_reads_what_was_written(tokenizer: Path, tmp_path: Path, make: Any) -> None:
+    given = rows(make)
+    found = prepared(tokenizer, tmp_path, given)
+    sets = [ExampleSet(prefix=tmp_path / "out")]
+    length = found.counts["longest"]
+    rows_ = PackedExamples(sets, length=length, epochs=2, seed=1, vocab_size=found.vocab_size, cache=tmp_path)
+    batch = rows_.train_batch(0, len(rows_.rows))
+    assert (batch["labels"] >= 0).sum() == 2 * found.counts["learned_tokens"]
+    read = Chat(tokenizer).tokenizer
+    for ids, labels, where in zip(batch["input_ids"], batch["labels"], range(len(rows_.rows))):
+        for one in rows_.placed(where):
+            at = slice(one.start, one.start + one.length)
+            answers = read.decode(labels[at][labels[at] >= 0])
+            row = given[one.example]
+            if make is a_pair:
+                expected = [row["rejected" if one.document % 2 else "chosen"]]
+            else:
+                expected = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+            assert answers == "".join(f"{answer}<|im_end|>" for answer in expected)
+            assert read.decode(ids[at]).endswith(f"{expected[-1]}<|im_end|>\n")
 
 
 def test_the_number_of_workers_does_not_show(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
