@@ -41,6 +41,8 @@ def describe_prefix(prefix: Path, check: bool = False) -> dict[str, Any]:
     manifest = read_manifest(prefix)
     if manifest is not None:
         facts |= {"tokenizer": manifest.tokenizer, "vocab_size": manifest.vocab_size, "text_bytes": manifest.text_bytes}
+        if manifest.kind != "documents":
+            facts |= {"kind": manifest.kind} | manifest.counts
     if check:
         content = verify_content(prefix, whole=True)
         facts |= {"bin_sha256": content.bin_sha256, "idx_sha256": content.idx_sha256}
@@ -85,6 +87,13 @@ class TokenBatches:
         self.end_of_document = -1 if end_of_document is None else end_of_document
         prefixes = list(dict.fromkeys(d.prefix for d in (*train, *config.validation)))
         self._contents = verified_on_all_ranks(prefixes, vocab_size, cache / "verified.json")
+        for prefix in prefixes:
+            manifest = read_manifest(prefix)
+            if manifest is not None and manifest.kind != "documents":
+                raise UserError(
+                    f"{prefix} holds {'pairs of answers' if manifest.kind == 'pairs' else 'conversations'}, and reading it "
+                    "as text would ignore which of its tokens are learned: give data that `qwen-moe data prepare` made"
+                )
         self._datasets, self._cache, self._validation_wanted = tuple(train), cache, validation_samples
         self.fingerprint, self._earlier_fingerprint = self._fingerprints(train_samples)
         self.train_tokens = sum(self._contents[d.prefix].tokens for d in train)

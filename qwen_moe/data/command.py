@@ -1,4 +1,4 @@
-"""`qwen-moe data prepare` and `qwen-moe data info`."""
+"""`qwen-moe data prepare`, `qwen-moe data info` and, from its own file, `qwen-moe data chat`."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from qwen_moe.config.fields import LARGEST_SIZE
+from qwen_moe.data.chat_command import register_chat
 from qwen_moe.errors import UserError
 from qwen_moe.options import given_prefix, whole
 
@@ -58,6 +59,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     prepare.add_argument("--overwrite", action="store_true")
     prepare.add_argument("--json", action="store_true")
     prepare.set_defaults(func=run_prepare)
+    register_chat(verbs, _output_prefix)
     info = verbs.add_parser("info", help="describe a .bin/.idx pair")
     info.add_argument("prefix", type=given_prefix)
     info.add_argument("--check", action="store_true", help="hash both files completely and compare with the manifest")

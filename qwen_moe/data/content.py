@@ -8,6 +8,7 @@ differs from then and from the last complete check.
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,30 +16,33 @@ from typing import Any
 import numpy as np
 
 from launchers.folder.atomic import write_text
-from qwen_moe.data.manifest import PreparedData, bin_path, idx_path, read_manifest, was_interrupted
+from qwen_moe.data.manifest import PreparedData, bin_path, column_path, idx_path, read_manifest, was_interrupted
 from qwen_moe.errors import UserError
 
 WHOLE_BYTES = 1 << 30
 _PIECES, _PIECE_BYTES = 1024, 1 << 16
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _WIDTHS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
+_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """A checked pair. ``signature`` is equal in every process that sees the same two unchanged files."""
+    """A checked pair. ``signature`` is equal in every process that sees the same unchanged files. ``columns`` are the
+    SHA-256 of the columns that the manifest names."""
 
     documents: int
     tokens: int
     bin_sha256: str
     idx_sha256: str
     signature: tuple[int, ...]
+    columns: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
-        """A hash of the tokens and of their division into documents."""
-        return hashlib.sha256((self.bin_sha256 + self.idx_sha256).encode()).hexdigest()
+        """A hash of the tokens, of their division into documents, and of the columns."""
+        return hashlib.sha256("".join((self.bin_sha256, self.idx_sha256, *self.columns)).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:
@@ -75,7 +79,9 @@ def sample_sha256(path: Path) -> str:
 
 def signature(prefix: Path) -> tuple[int, ...]:
     found: list[int] = []
-    for path in (bin_path(prefix), idx_path(prefix)):
+    manifest = read_manifest(prefix)
+    columns = [column_path(prefix, name) for name in manifest.columns] if manifest is not None else []
+    for path in (bin_path(prefix), idx_path(prefix), *columns):
         status = path.stat()
         found += [status.st_size, status.st_mtime_ns, status.st_ino]
     return tuple(found)
@@ -101,6 +107,13 @@ def _header(prefix: Path) -> tuple[np.ndarray, int, int, int]:
     if code in (6, 7):
         raise UserError(f"{path} holds floating-point numbers, expected token ids: prepare the data again")
     return content[header:], _WIDTHS[code], sequences, entries
+
+
+def token_dtype(prefix: Path) -> np.dtype:
+    """The type of the token ids in a `.bin`. Raises UserError if the index is damaged."""
+    _header(prefix)
+    with idx_path(prefix).open("rb") as file:
+        return np.dtype(_DTYPES[file.read(len(_INDEX_MAGIC) + 9)[-1]])
 
 
 def document_lengths(prefix: Path) -> np.ndarray:
@@ -169,7 +182,28 @@ def verify_content(prefix: Path, *, record: Path | None = None, whole: bool = Fa
         raise _changed(data, manifest.bin_sha256, found)
     if known is None and record is not None and data.stat().st_size > WHOLE_BYTES:
         _remember(record, data, found)
-    return Content(documents=documents, tokens=tokens, bin_sha256=found, idx_sha256=index, signature=signature(prefix))
+    columns = _verified_columns(prefix, manifest, digest) if manifest is not None else ()
+    return Content(
+        documents=documents,
+        tokens=tokens,
+        bin_sha256=found,
+        idx_sha256=index,
+        signature=signature(prefix),
+        columns=columns,
+    )
+
+
+def _verified_columns(prefix: Path, manifest: PreparedData, digest: Callable[[Path], str]) -> tuple[str, ...]:
+    """The SHA-256 of every column. Raises UserError if one is missing or differs."""
+    for name, wanted in manifest.columns.items():
+        path = column_path(prefix, name)
+        if not path.is_file():
+            raise UserError(
+                f"{path} does not exist, but {prefix.name}.json names it: restore it, or prepare the data again"
+            )
+        if (found := digest(path)) != wanted:
+            raise _changed(path, wanted, found)
+    return tuple(manifest.columns.values())
 
 
 def _changed(path: Path, wanted: str, found: str) -> UserError:

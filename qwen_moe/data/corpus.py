@@ -183,15 +183,33 @@ def _of_file(file: IO[bytes], source: Source, reading: Reading) -> Found:
 
 
 def _of_lines(file: IO[bytes], path: Path, reading: Reading) -> Found:
+    for where, offset, content in _lines(file, path):
+        yield where, _Text(content, where, offset, reading).line
+
+
+def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[str, int, bytes]]:
+    """(place, offset in bytes, content) of every line that is not blank. Of a line that is too long, the content is cut to
+    one byte more than is allowed."""
     number = offset = 0
     while line := file.readline(LONGEST_DOCUMENT + 1):
         number += 1
-        where = f"{path}, line {number}"
         content = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
         if content.strip():
-            yield where, _Text(content, where, offset + len(line) - len(content), reading).line
+            yield f"{path}, line {number}", offset + len(line) - len(content), content
         offset += len(line)
         while len(line) > LONGEST_DOCUMENT and not line.endswith(b"\n") and (rest := file.readline(1 << 24)):
             offset += len(rest)
             if rest.endswith(b"\n"):
                 break
+
+
+def read_lines(source: Source, counts: ReadCounts) -> Iterator[tuple[str, bytes]]:
+    """(place, content) of every line of a JSONL file that is not blank."""
+    start = counts.bytes
+    with source.path.open("rb") as raw:
+        hashed = HashedFile(raw)
+        for where, _, content in _lines(open_packed(source.path, io.BufferedReader(hashed, 1 << 18)), source.path):
+            counts.bytes = start + hashed.taken
+            yield where, content
+        counts.digests.append(hashed.digest.hexdigest())
+    counts.bytes = start + source.bytes

@@ -6,16 +6,17 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qwen_moe.data.tokenizer import control_ids, end_of_document_id, load_tokenizer
 from qwen_moe.errors import UserError
 
 _BATCH_CHARACTERS = 400_000
+R = TypeVar("R")
 
 _tokenizer: Any = None
 _directory = ""
@@ -41,11 +42,11 @@ def _start_worker(directory: str) -> None:
     _control = control_ids(_tokenizer)
 
 
-def _start_process(directory: str) -> None:
+def _start_process(start: Callable[[Any], None], given: Any) -> None:
     """Initialize a worker process. It ignores Ctrl-C, which the parent handles, and ends when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _start_worker(directory)
+    start(given)
 
 
 def _end_with_parent() -> None:
@@ -89,18 +90,25 @@ def encoded(directory: Path, documents: Iterator[str], workers: int) -> Iterator
 
     Raises UserError if a worker dies.
     """
+    return in_order(_encode, _batches(documents), workers, _start_worker, str(directory))
+
+
+def in_order(
+    fn: Callable[[Any], R], batches: Iterator[Any], workers: int, start: Callable[[Any], None], given: Any
+) -> Iterator[R]:
+    """``fn`` of every batch, in order, from processes that each begin with ``start(given)``; one worker is this process.
+    Reads at most a few batches per worker ahead. Raises UserError if a worker dies."""
     if workers == 1:
-        _start_worker(str(directory))
-        yield from map(_encode, _batches(documents))
+        start(given)
+        yield from map(fn, batches)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(str(directory),))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(start, given))
     try:
-        batches = _batches(documents)
-        pending = [pool.submit(_encode, batch) for batch in itertools.islice(batches, 3 * workers)]
+        pending = [pool.submit(fn, batch) for batch in itertools.islice(batches, 3 * workers)]
         while pending:
             done = pending.pop(0).result()
-            pending.extend(pool.submit(_encode, batch) for batch in itertools.islice(batches, 1))
+            pending.extend(pool.submit(fn, batch) for batch in itertools.islice(batches, 1))
             yield done
     except BrokenProcessPool:
         raise UserError(

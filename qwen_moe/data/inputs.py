@@ -12,7 +12,8 @@ from qwen_moe.data.corpus import Reading
 from qwen_moe.data.lengths import long_and_short
 from qwen_moe.data.made_with import check_tokenizers
 from qwen_moe.data.manifest import check_prefix_name, trained_tokenizer_path
-from qwen_moe.data.prepare import OtherDataThere, Request, prepare
+from qwen_moe.data.output import OtherDataThere
+from qwen_moe.data.prepare import Request, prepare
 from qwen_moe.data.tokenizer import copy_tokenizer, end_of_document_id, load_tokenizer, vocabulary_size
 from qwen_moe.errors import UserError
 

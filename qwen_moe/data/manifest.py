@@ -12,6 +12,8 @@ from launchers.folder.atomic import write_json
 from qwen_moe.errors import UserError
 
 _ENDINGS = (".bin", ".idx", ".json")
+LEARN = "learn"  # the column of chat data: uint8, 1 for tokens that are learned
+KINDS = ("documents", "chat", "pairs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,10 @@ class PreparedData:
     tokenizer's tokens. ``bin_sample_sha256`` is a hash of pieces spread over the file (`content.sample_sha256`), and
     ``bin_mtime_ns`` is the file's modification time when it was hashed completely. ``left_out`` counts files and documents
     that were not read.
+
+    ``kind`` is documents (of text), chat (each document is a conversation) or pairs (each two documents are a pair, the
+    chosen answer first). ``columns`` are files beside the `.bin` with a value for each of its tokens or documents, by name,
+    with their SHA-256. ``counts`` are the figures of chat data, and ``template_sha256`` is a hash of its chat template.
     """
 
     documents: int
@@ -45,6 +51,10 @@ class PreparedData:
     bin_mtime_ns: int = 0
     files: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
+    kind: str = "documents"
+    columns: dict[str, str] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    template_sha256: str = ""
 
 
 def manifest_path(prefix: Path) -> Path:
@@ -57,6 +67,11 @@ def bin_path(prefix: Path) -> Path:
 
 def idx_path(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".idx")
+
+
+def column_path(prefix: Path, name: str) -> Path:
+    """The file of a column of data, such as PREFIX.learn.bin."""
+    return prefix.with_name(f"{prefix.name}.{name}.bin")
 
 
 def partial_path(path: Path) -> Path:
@@ -77,6 +92,8 @@ def check_prefix_name(prefix: Path, what: str = "--output") -> None:
         raise UserError(
             f"{what} {prefix} ends in {prefix.suffix}: give the prefix without it, {prefix.with_suffix('')}"
         )
+    if prefix.suffix == f".{LEARN}":
+        raise UserError(f"{what} {prefix} ends in {prefix.suffix}, as a column of chat data does: give another name")
     if len(os.fsencode(prefix.name)) > 200:
         raise UserError(f"{what}: {prefix.name[:40]}... is too long for a prefix of file names; use at most 200 bytes")
 
@@ -114,6 +131,8 @@ def read_manifest(prefix: Path) -> PreparedData | None:
             wanted = entry.type if entry.type in (int, str) else dict
             if type(value) is not wanted or (isinstance(value, int) and value < 0):
                 raise ValueError(f"{entry.name} is {str(value)[:40]!r}")
+        if prepared.kind not in KINDS or not all(name.isidentifier() for name in prepared.columns):
+            raise ValueError(f"kind is {prepared.kind[:40]!r}, with columns {', '.join(prepared.columns)[:40]!r}")
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a manifest of prepared data ({error}): prepare the data again, with `qwen-moe data prepare "

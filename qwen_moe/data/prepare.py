@@ -1,18 +1,14 @@
 """Tokenizes a corpus into Megatron's `.bin/.idx`, in several processes; the output appears complete or not at all."""
 
-import contextlib
 import hashlib
-import os
-import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 from tqdm import tqdm
 
-from qwen_moe.data.content import sample_sha256, sha256, verify_content
+from qwen_moe.data.content import sample_sha256
 from qwen_moe.data.corpus import ReadCounts, Reading, read_documents
 from qwen_moe.data.encode import check_workers, encoded
 from qwen_moe.data.manifest import (
@@ -20,12 +16,20 @@ from qwen_moe.data.manifest import (
     bin_path,
     check_prefix_name,
     idx_path,
-    manifest_path,
     partial_path,
     read_manifest,
     trained_tokenizer_path,
-    was_interrupted,
-    write_manifest,
+)
+from qwen_moe.data.output import (
+    alone,
+    being_made,
+    content_lines,
+    damage,
+    no_partial_left,
+    put_in_place,
+    settled,
+    status_lines,
+    synced,
 )
 from qwen_moe.data.packed import check_unpackers
 from qwen_moe.data.sources import Corpus, MissingInput, Source, find_corpus
@@ -40,17 +44,8 @@ from qwen_moe.data.tokenizer import (
 )
 from qwen_moe.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock; two preparations of one output are then not kept from each other
-    fcntl = None  # type: ignore[assignment]
-
 # The tokenizer is trained on at most this much text, sampled evenly over the corpus.
 TOKENIZER_SAMPLE_BYTES = 200_000_000
-
-
-class OtherDataThere(UserError):
-    """The output was prepared from something else, and --overwrite was not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +63,11 @@ class Request:
 
     def by_status(self, sources: list[Source]) -> str:
         """A hash with the files' paths, sizes and modification times; manifests of all versions have it."""
-        lines = []
-        for source in sources:
-            lines.append(os.fsencode(f"{source.path}|{source.status()}\n"))
-        return self._digest(lines).hexdigest()
+        return self._digest(status_lines(sources)).hexdigest()
 
     def by_content(self, sources: list[Source], digests: list[str]) -> str:
         """A hash with the files' kinds and contents."""
-        pairs = zip(sources, digests, strict=True)
-        return self._digest([f"{source.kind}|{digest}\n".encode() for source, digest in pairs]).hexdigest()
+        return self._digest(content_lines(sources, digests)).hexdigest()
 
     def _digest(self, lines: list[bytes]) -> "hashlib._Hash":
         reading = self.reading
@@ -112,83 +103,28 @@ def prepare(
         existing = read_manifest(prefix)
         if not without_inputs or existing is None or existing.settings != request.settings():
             raise
-        if problem := _damage(prefix, existing, request):
+        if problem := damage(prefix, existing, request):
             raise UserError(f"{error}, and it is needed: {problem}") from None
         print(f"{error}; {bin_path(prefix)}, which was made from it before, is used", file=sys.stderr)
         return existing, False
-    if (existing := _settled(request, corpus, prefix, overwrite)) is not None:
+    if (existing := settled(request, corpus, prefix, overwrite)) is not None:
         return existing, False
     check_unpackers(source.path for source in corpus.sources)
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(prefix), _no_partial_left(prefix):
+    with alone(prefix), no_partial_left(prefix):
         # Another process may have prepared it in the meantime.
-        if (existing := _settled(request, corpus, prefix, overwrite)) is not None:
+        if (existing := settled(request, corpus, prefix, overwrite)) is not None:
             return existing, False
         if bin_path(prefix).exists() and not overwrite and (existing := read_manifest(prefix)) is not None:
-            print(f"made again: {_damage(prefix, existing, request)}", file=sys.stderr)
+            print(f"made again: {damage(prefix, existing, request)}", file=sys.stderr)
         print(f"reading {corpus}", file=sys.stderr)
         directory = request.tokenizer
         if directory is None:
             directory = trained_tokenizer_path(prefix)
             print(f"training a tokenizer of {request.vocab_size:,} tokens in {directory}", file=sys.stderr)
-            directory = _being_made(directory)
+            directory = being_made(directory)
             train_tokenizer(_sample(corpus, request.reading), request.vocab_size, directory)
         return _tokenise(request, corpus, prefix, directory, workers), True
-
-
-def _settled(request: Request, corpus: Corpus, prefix: Path, overwrite: bool) -> PreparedData | None:
-    """The manifest of an existing output that fits the request; None if it must be made. Raises OtherDataThere."""
-    try:
-        existing = read_manifest(prefix)
-    except UserError:
-        if not overwrite:
-            raise
-        return None
-    if not bin_path(prefix).exists():
-        return None
-    if existing is None:
-        if overwrite or was_interrupted(prefix):
-            return None
-        raise OtherDataThere(f"{bin_path(prefix)} exists and has no manifest: use --overwrite, or another output")
-    by_status = request.by_status(corpus.sources)
-    if existing.request != by_status and not _is_of_content(existing, request, corpus):
-        if overwrite:
-            return None
-        raise OtherDataThere(
-            f"{prefix}.bin was prepared from other inputs or with other settings: use --overwrite, or another output"
-        )
-    if _damage(prefix, existing, request):
-        return None
-    return existing if existing.request == by_status else _found_again(prefix, existing, by_status)
-
-
-def _is_of_content(existing: PreparedData, request: Request, corpus: Corpus) -> bool:
-    """True if the inputs' content is unchanged, whatever their names and modification times. Reads all of them."""
-    if not existing.content or existing.settings != request.settings() or existing.files != len(corpus.sources):
-        return False
-    return existing.content == request.by_content(corpus.sources, [source.sha256() for source in corpus.sources])
-
-
-def _found_again(prefix: Path, existing: PreparedData, request: str) -> PreparedData:
-    """Record the inputs' new paths and times, so that they are not hashed at every start."""
-    known = replace(existing, request=request)
-    with contextlib.suppress(OSError):  # the folder may be read-only
-        write_manifest(manifest_path(prefix), known)
-    return known
-
-
-def _damage(prefix: Path, manifest: PreparedData, request: Request) -> str | None:
-    """Why the files of a prefix are not what was written, or None if they are."""
-    try:
-        verify_content(prefix)
-        trained = trained_tokenizer_path(prefix)
-        if request.tokenizer is None:
-            load_tokenizer(trained)
-            if tokenizer_hash(trained) != manifest.tokenizer_sha256:
-                raise UserError(f"tokenizer {trained} is not the one that was trained with the data")
-    except UserError as error:
-        return str(error)
-    return None
 
 
 def _sample(corpus: Corpus, reading: Reading) -> Iterator[str]:
@@ -201,59 +137,6 @@ def _sample(corpus: Corpus, reading: Reading) -> Iterator[str]:
             given += len(text)
             if given > TOKENIZER_SAMPLE_BYTES:
                 return
-
-
-def _being_made(directory: Path) -> Path:
-    return directory.with_name(directory.name + ".new")
-
-
-@contextlib.contextmanager
-def _alone(prefix: Path) -> Iterator[None]:
-    """Lock an output: a second preparation waits, and then finds the first one's result."""
-    path = prefix.with_name(prefix.name + ".lock")
-    file = _lock(path)
-    # The previous holder deletes the file when it is done, and a lock on a deleted file protects nothing.
-    while not _is_named(file, path):
-        file.close()
-        file = _lock(path)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        file.close()
-
-
-def _is_named(file: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _lock(path: Path) -> IO[str]:
-    file = path.open("a")
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another process is preparing this ({path} is locked); waiting for it", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
-            pass
-    return file
-
-
-@contextlib.contextmanager
-def _no_partial_left(prefix: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        for path in (bin_path(prefix), idx_path(prefix)):
-            partial_path(path).unlink(missing_ok=True)
-        if manifest_path(prefix).exists():
-            partial_path(manifest_path(prefix)).unlink(missing_ok=True)
-        shutil.rmtree(_being_made(trained_tokenizer_path(prefix)), ignore_errors=True)
-        raise
 
 
 def _tokenise(request: Request, corpus: Corpus, prefix: Path, directory: Path, workers: int) -> PreparedData:
@@ -302,36 +185,15 @@ def _tokenise(request: Request, corpus: Corpus, prefix: Path, directory: Path, w
         tokenizer_identity=tokenizer_identity(tokenizer),
         skipped=counts.skipped,
         bin_bytes=data.stat().st_size,
-        bin_sha256=_synced(data),
+        bin_sha256=synced(data),
         bin_sample_sha256=sample_sha256(data),
         bin_mtime_ns=data.stat().st_mtime_ns,
-        idx_sha256=_synced(index),
+        idx_sha256=synced(index),
         request=request.by_status(corpus.sources),
         content=request.by_content(corpus.sources, counts.digests),
         settings=request.settings(),
         files=len(corpus.sources),
         left_out=corpus.left_out.counts | counts.left_out.counts,
     )
-    _put_in_place(prefix, prepared, directory if trained else None)
+    put_in_place(prefix, prepared, directory if trained else None)
     return prepared
-
-
-def _put_in_place(prefix: Path, prepared: PreparedData, tokenizer: Path | None) -> None:
-    """Move all files into place. The manifest is removed first and replaced last. Until then, its partial file says that
-    the data must not be read and that the next preparation may replace them."""
-    manifest = manifest_path(prefix)
-    write_manifest(partial_path(manifest), prepared)
-    manifest.unlink(missing_ok=True)
-    if tokenizer is not None:
-        target = trained_tokenizer_path(prefix)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(tokenizer, target)
-    for path in (idx_path(prefix), bin_path(prefix), manifest):
-        os.replace(partial_path(path), path)
-
-
-def _synced(path: Path) -> str:
-    """Flush a file to disk and return its SHA-256."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return sha256(path)

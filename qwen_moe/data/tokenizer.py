@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launchers.folder.atomic import replaced
+from qwen_moe.data.chat_template import CHAT_TEMPLATE
 from qwen_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,11 +49,6 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# ChatML, as Qwen2.5 writes plain conversations.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 MINIMUM_VOCABULARY = 256 + len(CONTROL_TOKENS)
 # The trainer allocates memory for the requested number of tokens, and aborts the process if there is too little.
 MAXIMUM_VOCABULARY = 10_000_000
@@ -188,6 +184,17 @@ def load_tokenizer(directory: Path) -> "Tokenizer":
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The Hugging Face tokenizer whose files lie in ``folder``. Raises UserError when they are damaged."""
+    from transformers import AutoTokenizer
+
+    try:
+        # Never run code from the folder, and never ask whether to run it.
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # for damaged files transformers raises plain Exception, KeyError, ...
+        raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from None
 
 
 def control_ids(tokenizer: "Tokenizer") -> dict[int, str]:

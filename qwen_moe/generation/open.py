@@ -10,10 +10,11 @@ import torch
 from qwen_moe.checkpoint.huggingface.convert import Weights, open_weights, read_model
 from qwen_moe.checkpoint.huggingface.sparse import read_sparse
 from qwen_moe.config import ModelConfig
+from qwen_moe.data.tokenizer import read_tokenizer
 from qwen_moe.errors import UserError
 from qwen_moe.generation.engine import Engine, Limits, LocalRunner, Runner
 from qwen_moe.generation.extension import Extension, extended
-from qwen_moe.generation.tokenizer import end_tokens, read_tokenizer, tokenizer_folder
+from qwen_moe.generation.tokenizer import end_tokens, tokenizer_folder
 from qwen_moe.models.attention.sparse import SparseSettings
 
 Attention = Literal["dense", "sparse"]

@@ -36,17 +36,6 @@ def end_tokens(folder: Path, tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def read_tokenizer(folder: Path) -> Any:
-    """The Hugging Face tokenizer whose files lie in ``folder``. Raises UserError when they are damaged."""
-    from transformers import AutoTokenizer
-
-    try:
-        # Never run code from the folder, and never ask whether to run it.
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # for damaged files transformers raises plain Exception, KeyError, ...
-        raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from None
-
-
 def text_tokens(tokenizer: Any, text: str, what: str = "the prompt") -> list[int]:
     """The tokens of a text. Raises UserError, beginning with ``what``, if it is empty or not Unicode."""
     if not text:

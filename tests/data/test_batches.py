@@ -21,6 +21,7 @@ from qwen_moe.data.content import check_prefix
 from qwen_moe.data.megatron import IndexedDatasetBuilder
 from qwen_moe.data.samples import rank_samples
 from qwen_moe.errors import UserError
+from tests.data.chat_data import write_chat
 
 SEQ, END = 16, 3
 
@@ -210,6 +211,14 @@ def test_impossible_splits(tmp_path: Path, split: str) -> None:
     prefix = write_tokens(tmp_path / "d", counting_documents(10, 50, 40))
     with pytest.raises(ValueError, match=re.escape(split)):  # the config refuses it before anything is opened
         batches(tmp_path, prefix, split=split)
+
+
+@pytest.mark.parametrize(("kind", "what"), [("chat", "holds conversations"), ("pairs", "holds pairs of answers")])
+def test_conversations_are_not_read_as_text(tmp_path: Path, kind: str, what: str) -> None:
+    prefix = write_chat(tmp_path / "d", [([5, 6, 7], [0, 1, 1])] * 8, kind)
+    assert what in refused(tmp_path, prefix) and what in refused(tmp_path, prefix, split="1,0,0")
+    text = write_tokens(tmp_path / "t", counting_documents(10, 50, 40))
+    assert what in refused(tmp_path, text, validation=(Dataset(prefix=prefix),))
 
 
 def test_boundaries_need_an_end_of_document_token(tmp_path: Path) -> None:

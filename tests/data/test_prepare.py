@@ -13,7 +13,7 @@ from qwen_moe.data.corpus import Reading
 from qwen_moe.data.manifest import (
     read_manifest,
 )
-from qwen_moe.data.prepare import OtherDataThere
+from qwen_moe.data.output import OtherDataThere
 from qwen_moe.data.tokenizer import load_tokenizer
 from qwen_moe.errors import UserError
 from tests.data.preparation import contents, prepare, write_corpus

@@ -25,7 +25,7 @@ from qwen_moe.data.manifest import (
     read_manifest,
     trained_tokenizer_path,
 )
-from qwen_moe.data.prepare import OtherDataThere
+from qwen_moe.data.output import OtherDataThere
 from qwen_moe.data.tokenizer import tokenizer_hash
 from qwen_moe.errors import UserError
 from tests.data.preparation import contents, prepare, write_corpus
@@ -164,7 +164,7 @@ def test_stopped_while_files_are_put_in_place(
     with monkeypatch.context() as patched:
         patched.setattr("os.replace", killed)
         # Leave what a kill leaves: nothing is cleaned up.
-        patched.setattr("qwen_moe.data.prepare._no_partial_left", lambda prefix: contextlib.nullcontext())
+        patched.setattr("qwen_moe.data.prepare.no_partial_left", lambda prefix: contextlib.nullcontext())
         if stop < 5:
             with pytest.raises(Killed):
                 prepare([str(corpus)], prefix, vocab_size=290, overwrite=True)

@@ -79,6 +79,10 @@ def test_transformers_reads_it_alike(directory: Path, tokenizer: Tokenizer) -> N
     assert theirs.eos_token == "<|endoftext|>" and theirs.pad_token == "<|endoftext|>" and len(theirs) == SIZE
     chat = theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
     assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "alpha"}]
+    marked = theirs.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+    learned = [token for token, mask in zip(marked["input_ids"], marked["assistant_masks"]) if mask]
+    assert theirs.decode(learned) == "alpha<|im_end|>"
     assert theirs(chat)["input_ids"][0] == theirs.convert_tokens_to_ids("<|im_start|>")
 
 

@@ -51,6 +51,10 @@ BASE: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("--input", "text.jsonl", "--output", "data/new", "--tokenizer", "data/corpus-tokenizer", "--workers", "1"),
         ("data", "text.jsonl"),
     ),
+    ("data", "chat"): (
+        ("--input", "chats.jsonl", "--output", "data/new", "--tokenizer", "data/corpus-tokenizer", "--workers", "1"),
+        ("data", "chats.jsonl"),
+    ),
     ("data", "info"): (("data/corpus",), ("data",)),
     ("convert", "from-hf"): (("hf", "out"), ("hf",)),
     ("convert", "to-hf"): (("ckpt", "out"), ("ckpt",)),

@@ -145,6 +145,8 @@ def begin(root: Path, server: Server) -> World:
     words = ["router", "expert", "token", "gradient", "tensor", "pipeline", "batch", "loss"]
     lines = [json.dumps({"text": " ".join(rng.choices(words, k=60))}) for _ in range(20)]
     (root / "text.jsonl").write_text("\n".join(lines) + "\n")
+    chats = [json.dumps({"prompt": " ".join(rng.choices(words, k=9)), "completion": "expert"}) for _ in range(9)]
+    (root / "chats.jsonl").write_text("\n".join(chats) + "\n")
     _write_recipe(root / "recipe.yaml")
     _write_recipe(root / "launched.yaml", run_dir="launched")
     _write_recipe(
