@@ -11,8 +11,8 @@ from qwen_moe.config import load_config
 from qwen_moe.data.content import document_lengths
 from qwen_moe.data.corpus import ReadCounts, Reading, read_documents
 from qwen_moe.data.inputs import check_longest
-from qwen_moe.data.passkey import passkey_bytes
 from qwen_moe.data.output import OtherDataThere
+from qwen_moe.data.passkey import passkey_bytes
 from qwen_moe.data.sources import find_corpus
 from qwen_moe.data.tokenizer import load_tokenizer
 from qwen_moe.errors import UserError
