@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe.config.fields import LARGEST, LARGEST_SIZE
+from qwen_moe.generation.command import add_chunk_size
 from qwen_moe.options import whole
 
 EXTENSIONS = ("none", "yarn", "dca", "auto", "plain")
@@ -95,12 +96,7 @@ def _add_common(
         help="at lengths that the model does not reach: YaRN, dual chunk attention (auto too), or no change, to see it fail "
         "(plain); default: %(default)s",
     )
-    parser.add_argument(
-        "--chunk-size",
-        type=whole(2, LARGEST_SIZE),
-        metavar="N",
-        help="tokens of a chunk of dual chunk attention; default: the length that the model was trained on",
-    )
+    add_chunk_size(parser)
     parser.add_argument("--attention", choices=("dense", "sparse"), default="dense", help="default: %(default)s")
     parser.add_argument(
         "--shard",

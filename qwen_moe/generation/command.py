@@ -73,17 +73,21 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="for texts longer than the model was trained on: YaRN, dual chunk attention, or the latter where needed (auto)",
     )
-    parser.add_argument(
-        "--chunk-size",
-        type=whole(2, LARGEST_SIZE),
-        metavar="N",
-        help="tokens of a chunk of --context-extension dca; default: the length that the model was trained on",
-    )
+    add_chunk_size(parser)
     parser.add_argument(
         "--attention", choices=ATTENTION, default="dense", help="sparse leaves out keys in prompts over 32,768 tokens"
     )
     parser.add_argument(
         "--batch-size", type=whole(1, 100_000), default=64, metavar="N", help="answers at a time; default: %(default)s"
+    )
+
+
+def add_chunk_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--chunk-size",
+        type=whole(2, LARGEST_SIZE),
+        metavar="N",
+        help="tokens of a chunk of dual chunk attention; default: the length that the model was trained on",
     )
 
 
