@@ -1,5 +1,6 @@
 """Settings of torch's elastic agent that work in every supported version of torch."""
 
+import os
 from typing import Any
 
 
@@ -11,3 +12,18 @@ def launch_config(*, shutdown_timeout: int, **values: Any) -> Any:
     if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:
         values["shutdown_timeout"] = shutdown_timeout
     return LaunchConfig(**values)
+
+
+def one_machine(processes: int, *, shutdown_timeout: int, **values: Any) -> Any:
+    """`launch_config` for ``processes`` on this machine, which are not restarted."""
+    return launch_config(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=str(os.getpid()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        shutdown_timeout=shutdown_timeout,
+        **values,
+    )

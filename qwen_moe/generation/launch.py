@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from parallel.elastic import launch_config
+from parallel.elastic import one_machine
 from parallel.gpus import visible_gpus
 from parallel.mesh import LayoutError, smallest_world
 from parallel.threads import choose_threads
@@ -46,16 +46,7 @@ def start_ranks(args: argparse.Namespace) -> int:
         )
     os.environ |= choose_threads(ranks, 0).environment()
     logging.disable(logging.CRITICAL)  # the ranks report their failures themselves
-    launch = launch_config(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=str(os.getpid()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        shutdown_timeout=30,
-    )
+    launch = one_machine(ranks, shutdown_timeout=30)
     with tempfile.TemporaryDirectory(prefix="qwen-moe-") as folder:
         failure = Path(folder) / "failure"
         os.environ[_FAILURE] = str(failure)

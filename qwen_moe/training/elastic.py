@@ -58,21 +58,12 @@ def main(nproc: int, config: str, failure_file: str) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    from parallel.elastic import launch_config
+    from parallel.elastic import one_machine
 
     entry, arguments, start_method = _entry(config, failure_file)
     logging.disable(logging.CRITICAL)  # the workers and the supervisor report failures
-    launch = launch_config(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id=str(os.getpid()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,  # the supervisor restarts: it knows whether there was progress
-        start_method=start_method,
-        shutdown_timeout=50,
-    )
+    # The supervisor restarts: it knows whether there was progress.
+    launch = one_machine(nproc, shutdown_timeout=50, start_method=start_method)
     try:
         elastic_launch(launch, entry)(*arguments)
     except ChildFailedError as error:

@@ -41,9 +41,9 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> t
 
 def _few_rows_times(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """`loop_mm` without gradients that reads only the weights of experts that have rows."""
-    out = x.new_empty(x.shape[0], weight.shape[1])
+    out, wide = x.new_empty(x.shape[0], weight.shape[1]), widens(x)
     for expert, rows in _rows_of_experts(counts.tolist()):
-        if widens(x) and rows.stop - rows.start > 1:
+        if wide and rows.stop - rows.start > 1:
             out[rows] = widen(x[rows]) @ widen(weight[expert]).T
         else:  # one row: torch's matrix-vector kernel sums in float32 on every CPU
             torch.mm(x[rows], weight[expert].T, out=out[rows])
