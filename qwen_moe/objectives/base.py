@@ -27,8 +27,9 @@ class Objective(ABC):
     metrics: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def count(self, batch: Batch, sequence: SequenceShard) -> torch.Tensor:
-        """The number that a step's losses are divided by: this cp rank's share ``[]`` of it for one micro-batch, int64."""
+    def count(self, batch: Batch) -> torch.Tensor:
+        """The number that a step's losses are divided by: one micro-batch's share ``[]`` of it, int64. ``batch`` is whole,
+        with the tokens of all cp ranks."""
 
     @abstractmethod
     def loss(

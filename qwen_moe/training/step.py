@@ -171,8 +171,8 @@ class Trainer:
             raise UserError(
                 f"the data has no {', '.join(missing)}, which the objective reads: prepare data that has them"
             )
-        counts = [self.objective.count(self.sequence.of_batch(batch), self.sequence) for batch in micro_batches]
-        return int(all_reduce_sum(torch.stack(counts).sum().to(self.device), self.grids.data))
+        counts = [self.objective.count(batch) for batch in micro_batches]
+        return int(all_reduce_sum(torch.stack(counts).sum().to(self.device), self.grids.dp))
 
     def _to_device(self, batch: Batch) -> Batch:
         """This rank's cp part of a micro-batch, on its device."""
