@@ -17,7 +17,7 @@ from parallel.mesh import Axis, Grids
 # A micro-batch: fields [b, S] by name. The first stage takes FIRST_INPUT; every stage and the loss get the other fields.
 Batch = dict[str, torch.Tensor]
 FIRST_INPUT = "input_ids"
-WHOLE = ("document_starts",)  # fields that describe the whole sequence to every rank
+WHOLE = ("document_starts", "counted")  # fields that describe the whole sequence to every rank
 
 ALONE = Axis("alone", 1, 0, None)
 
@@ -54,6 +54,10 @@ class SequenceShard:
         """``[B, S / cp] -> [B, S / parts]``: the tokens of an input field that this rank holds between layers. The
         log-probability head returns values for these tokens."""
         return field if self.tp.size == 1 else field.chunk(self.tp.size, dim=1)[self.tp.index]
+
+    def held_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """``[B, S] -> [B, S / parts]``: the tokens of a field of whole sequences that this rank holds between layers."""
+        return self.held(own_chunks(whole, self.cp))
 
     def row_sums(self, x: torch.Tensor) -> torch.Tensor:
         """``[B]``: each sequence's sum of ``x [B, S / parts]`` over all ranks that hold parts of it. Differentiable. All

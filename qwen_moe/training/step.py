@@ -69,7 +69,7 @@ class Trainer:
             for name, p in part.named_parameters()
             if model.counts_in_norm(name, stage)
         ]
-        self._count = 1
+        self._count = self._tokens = 1
         self._auxiliary: list[torch.Tensor] = []  # (balance, z) of each stage module and micro-batch
         self._metrics: list[torch.Tensor] = []  # the objective's metrics of each micro-batch
         self._balancers: dict[int, Balancer] = {}
@@ -145,7 +145,7 @@ class Trainer:
     def forward_backward(self, micro_batches: Sequence[Batch], count: int) -> torch.Tensor:
         """Compute the step's gradients, final on every rank. Returns this rank's share of the loss, the balance loss, the
         z-loss and the objective's metrics, ``[3 + metrics]`` float64. ``count``: the objective's, of the global batch."""
-        self.begin_step(count)
+        self.begin_step(count, self._tokens_over_ranks(micro_batches))
         losses = self.engine.forward_backward([self._to_device(batch) for batch in micro_batches])
         sums = torch.zeros(3 + len(self.objective.metrics), dtype=torch.float64, device=self.device)
         for loss in losses:
@@ -157,9 +157,9 @@ class Trainer:
         self.finalize_gradients()
         return sums
 
-    def begin_step(self, count: int) -> None:
-        """Prepare for micro-batches whose losses are divided by ``count``."""
-        self._count, self._auxiliary, self._metrics = count, [], []
+    def begin_step(self, count: int, tokens: int) -> None:
+        """Prepare for micro-batches whose losses are divided by ``count``, and whose auxiliary losses by ``tokens``."""
+        self._count, self._tokens, self._auxiliary, self._metrics = count, tokens, [], []
         self.model.kernels.begin_step()
         for part in self.model.parts:
             part.train()
@@ -173,6 +173,13 @@ class Trainer:
             )
         counts = [self.objective.count(batch) for batch in micro_batches]
         return int(all_reduce_sum(torch.stack(counts).sum().to(self.device), self.grids.dp))
+
+    def _tokens_over_ranks(self, micro_batches: Sequence[Batch]) -> int:
+        """The tokens of the global batch without its padding."""
+        if "counted" not in micro_batches[0]:
+            return self.config.tokens_per_step
+        counted = torch.stack([batch["counted"].sum() for batch in micro_batches]).sum()
+        return int(all_reduce_sum(counted.to(self.device), self.grids.dp))
 
     def _to_device(self, batch: Batch) -> Batch:
         """This rank's cp part of a micro-batch, on its device."""
@@ -188,12 +195,17 @@ class Trainer:
         return loss / self._count
 
     def _attach(
-        self, part: TrainingPart, out: torch.Tensor, router: RouterStatistics, labels: torch.Tensor
+        self,
+        part: TrainingPart,
+        out: torch.Tensor,
+        router: RouterStatistics,
+        labels: torch.Tensor,
+        counted: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attach auxiliary losses to the stage output; backward adds their gradient unscaled."""
         balance = self.config.balance
-        tokens = self.sequence.tokens(labels)
-        balance_loss, z_loss = self._balancers[id(part)].loss(router, tokens, self.config.tokens_per_step)
+        tokens = self.sequence.tokens(labels) if counted is None else counted.sum(1)
+        balance_loss, z_loss = self._balancers[id(part)].loss(router, tokens, self._tokens)
         self._auxiliary.append(torch.stack([balance_loss.detach().double(), z_loss.detach().double()]))
         loss = balance.z_loss_coefficient * z_loss
         if balance.scope != "none":
