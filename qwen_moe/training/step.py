@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from parallel.collectives import all_reduce_sum, attach_loss
+from parallel.collectives import all_reduce_max, all_reduce_sum, attach_loss
 from parallel.data import clip_by_norm, exchange_and_add, global_norm, local, sum_replicas
 from parallel.pipeline import Pipeline, Sequential
 from parallel.sequence import Batch, SequenceShard
@@ -72,6 +72,7 @@ class Trainer:
         self._count = self._tokens = 1
         self._auxiliary: list[torch.Tensor] = []  # (balance, z) of each stage module and micro-batch
         self._metrics: list[torch.Tensor] = []  # the objective's metrics of each micro-batch
+        self._maxima: list[torch.Tensor] = []  # and its maxima
         self._balancers: dict[int, Balancer] = {}
         if config.model.is_moe_family:
             experts, top_k = config.model.num_experts, config.model.num_experts_per_tok
@@ -120,7 +121,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         counts, dropped = self._end_of_step_balance()
-        metrics = dict(zip(self.objective.metrics, named, strict=True))
+        metrics = dict(zip(self.objective.metrics, named, strict=True)) | self._largest()
         if config.model.is_moe_family:
             layers = max(1, len(config.model.moe_layers))
             metrics["balance_loss"] = balance_loss / (1 if config.balance.scope == "huggingface" else layers)
@@ -159,7 +160,7 @@ class Trainer:
 
     def begin_step(self, count: int, tokens: int) -> None:
         """Prepare for micro-batches whose losses are divided by ``count``, and whose auxiliary losses by ``tokens``."""
-        self._count, self._tokens, self._auxiliary, self._metrics = count, tokens, [], []
+        self._count, self._tokens, self._auxiliary, self._metrics, self._maxima = count, tokens, [], [], []
         self.model.kernels.begin_step()
         for part in self.model.parts:
             part.train()
@@ -192,7 +193,18 @@ class Trainer:
         if self.objective.metrics:
             values = [named[name].detach().double() for name in self.objective.metrics]
             self._metrics.append(torch.stack(values) / self._count)
+        if self.objective.maxima:
+            self._maxima.append(torch.stack([named[name].detach().double() for name in self.objective.maxima]))
         return loss / self._count
+
+    def _largest(self) -> dict[str, float]:
+        """The objective's maxima over all micro-batches and ranks."""
+        names = self.objective.maxima
+        if not names:
+            return {}
+        none = torch.full((len(names),), -torch.inf, dtype=torch.float64, device=self.device)  # without the last stage
+        largest = torch.stack([none, *self._maxima]).amax(0)
+        return dict(zip(names, all_reduce_max(largest, self.grids.world).tolist(), strict=True))
 
     def _attach(
         self,
