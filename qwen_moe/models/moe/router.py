@@ -55,7 +55,8 @@ class Router(nn.Module):
         of_tokens = probs
         if counted is not None:
             ones = counted.repeat_interleave(self.top_k, dim=1).to(ones.dtype)
-            of_tokens, z = probs * counted.view(-1, 1), z * counted.view(-1)
+            flat = counted.flatten()
+            of_tokens, z = probs * flat.unsqueeze(1), z * flat
         counts.scatter_add_(1, per_sequence, ones)
         statistics = RouterStatistics(
             prob_sum=of_tokens.view(batch, -1, probs.shape[-1]).sum(1),
