@@ -89,7 +89,7 @@ class Preference(Objective):
         present = chosen.lengths + rejected.lengths > 0
         of_pairs = {
             "margin": rewards[0] - rewards[1],
-            "accuracy": rewards[0] > rewards[1],
+            "accuracy": (rewards[0] > rewards[1]).to(rewards.dtype),
             "reward_chosen": rewards[0],
             "reward_rejected": rewards[1],
         }
