@@ -228,10 +228,17 @@ def test_advantages_of_a_group() -> None:
     mean, std = 1 / 3, math.sqrt(((2 / 3) ** 2 + 2 * (1 / 3) ** 2) / 2)
     expected = [(1 - mean) / (std + 1e-4), -mean / (std + 1e-4), 0.0, 0.0, -mean / (std + 1e-4), 0.0, 0.0]
     assert found.advantages.tolist() == pytest.approx(expected, rel=1e-12)
-    assert found.advantages[[2, 3, 5, 6]].tolist() == [0.0] * 4  # exactly: 0.1 has no exact mean
     assert (found.groups, found.without_variance) == (3, 2)
     centered = group_advantages(rewards, groups, divide_by_std=False).advantages
     assert centered[[0, 1, 4]].tolist() == pytest.approx([2 / 3, -1 / 3, -1 / 3], rel=1e-12)
+
+
+def test_equal_rewards_give_exactly_zero() -> None:
+    """The mean of six times 0.1 is not 0.1 in float64: the rest would be an advantage, over a standard deviation of 0."""
+    rewards = torch.full((6,), 0.1, dtype=torch.float64)
+    assert sum(rewards.tolist()) / 6 != 0.1
+    found = group_advantages(rewards, torch.zeros(6, dtype=torch.int64))
+    assert found.advantages.tolist() == [0.0] * 6 and found.without_variance == 1
 
 
 @given(st.lists(st.tuples(st.integers(-2, 2), st.floats(-100, 100)), min_size=1, max_size=30), st.randoms())

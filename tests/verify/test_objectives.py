@@ -61,6 +61,7 @@ POST_TRAINING: dict[str, tuple[str, Layout, dict[str, Any]]] = {
     "sft, capacity, tp": ("sft", Layout(tp=2, ep=2), {"balance__capacity_factor": 0.75}),
     "sft, sequence balance, cp and tp": ("sft", Layout(cp=2, tp=2), {"balance__scope": "sequence"}),
     "dpo, cp and tp": ("dpo", Layout(cp=2, tp=2), {"objective__preference": PREFERENCE}),
+    "dpo, parts that are no power of two": ("dpo", Layout(cp=3), {"parallel__cp_kind": "ring"}),
     "dpo, stages and dp, micro-batch balance": ("dpo", Layout(pp=2, dp=2), {"balance__scope": "micro_batch"}),
     "grpo, cp and dp, transformers' balance": ("grpo", Layout(cp=2, dp=2), {"balance__scope": "huggingface"}),
     "grpo by sequences, tp and stages, recomputed": (
