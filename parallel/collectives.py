@@ -22,6 +22,14 @@ def all_reduce_sum(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     return total
 
 
+def all_reduce_max(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """The elementwise maximum over ``axis`` as a new tensor."""
+    largest = tensor.clone()
+    if axis.size > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=axis.group)
+    return largest
+
+
 class Pending:
     """A collective in flight and the buffer it fills; `wait` returns the finished tensor."""
 

@@ -17,7 +17,7 @@ from parallel.mesh import Axis, Grids
 # A micro-batch: fields [b, S] by name. The first stage takes FIRST_INPUT; every stage and the loss get the other fields.
 Batch = dict[str, torch.Tensor]
 FIRST_INPUT = "input_ids"
-WHOLE = ("document_starts",)  # fields that describe the whole sequence to every rank
+WHOLE = ("document_starts", "counted")  # fields that describe the whole sequence to every rank
 
 ALONE = Axis("alone", 1, 0, None)
 
@@ -55,10 +55,33 @@ class SequenceShard:
         log-probability head returns values for these tokens."""
         return field if self.tp.size == 1 else field.chunk(self.tp.size, dim=1)[self.tp.index]
 
+    def held_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """``[B, S] -> [B, S / parts]``: the tokens of a field of whole sequences that this rank holds between layers."""
+        return self.held(own_chunks(whole, self.cp))
+
     def row_sums(self, x: torch.Tensor) -> torch.Tensor:
         """``[B]``: each sequence's sum of ``x [B, S / parts]`` over all ranks that hold parts of it. Differentiable. All
         those ranks compute the same loss from it; use `share` to count that loss once."""
         return all_reduce_with_gradient(all_reduce_with_gradient(x.sum(1), self.tp), self.cp)
+
+    def document_sums(self, x: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+        """``[B, N, ...]``, float64: each document's sum of ``x [B, S / parts, ...]`` over all ranks that hold parts of it.
+
+        ``documents [B, S]`` is `document_numbers` of the whole rows; N is the largest number of documents in a row.
+        Differentiable; `share` counts it once, as for `row_sums`. Tokens are added in order, so that a document's sum does
+        not depend on what it is packed with.
+        """
+        held = self.held_of(documents)
+        lengths = torch.zeros(held.shape[0], int(documents.max()) + 1, dtype=torch.int64, device=held.device)
+        lengths.scatter_add_(1, held, torch.ones_like(held))
+        # Not index_add: on a GPU it adds in any order. A rank's tokens are in the order of the sequence, so the tokens that
+        # it holds of a document are neighbours.
+        sums = torch.segment_reduce(x.double(), "sum", lengths=lengths, axis=1, unsafe=True)
+        return all_reduce_with_gradient(all_reduce_with_gradient(sums, self.tp), self.cp)
+
+    def of_documents(self, values: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+        """``[B, N] -> [B, S / parts]``: each held token's value of its document."""
+        return values.gather(1, self.held_of(documents))
 
     def share(self, loss: torch.Tensor) -> torch.Tensor:
         """This rank's share of a loss that all ranks of a sequence have computed identically."""
@@ -104,6 +127,13 @@ class SequenceShard:
         if self.cp.size == 1:
             return torch.arange(given, device=device)
         return own_chunks(torch.arange(given * self.cp.size, device=device)[None], self.cp)[0]
+
+
+def document_numbers(document_starts: torch.Tensor) -> torch.Tensor:
+    """``[B, S]``: the number within its row, from 0, of each token's document. ``document_starts``: the index of its
+    first token."""
+    begins = document_starts == torch.arange(document_starts.shape[1], device=document_starts.device)
+    return begins.cumsum(1) - 1
 
 
 def _gather(x: torch.Tensor, axis: Axis) -> torch.Tensor:

@@ -6,6 +6,8 @@ input_ids     int64, the tokens
 labels        int64, the token that follows each, or IGNORE where it counts in no loss
 position_ids  int64, optional: positions, from 0 in each document
 document_starts  int64, optional: the index in the sequence of each document's first token; attention looks no further back
+counted       bool, optional: false for padding, which is in no statistic of the experts and in no auxiliary loss. Padding is
+              the last document of a sequence, without valid labels
 
 and whatever else the objective reads (`Objective.fields`).
 """

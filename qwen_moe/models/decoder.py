@@ -59,12 +59,13 @@ class DecoderLayer(nn.Module):
         rotary: RotaryTables,
         visible: Visibility,
         recompute: bool = False,
+        counted: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         if recompute:
             q, k, v = checkpoint(self._heads, x, rotary, use_reentrant=False)
             y = self.self_attn.attend(q, k, v, visible, rotary.softmax_scale)
-            return checkpoint(self._after_attention, x, y, use_reentrant=False)
-        return self._feed_forward(x + self.self_attn(self.input_layernorm(x), rotary, visible))
+            return checkpoint(self._after_attention, x, y, counted, use_reentrant=False)
+        return self._feed_forward(x + self.self_attn(self.input_layernorm(x), rotary, visible), counted)
 
     def read(self, x: torch.Tensor, cache: Cache, wanted: torch.Tensor | None) -> torch.Tensor:
         """The layer's output for new tokens ``[1, N, D]`` of cached sequences; of the tokens ``wanted`` alone if given."""
@@ -81,15 +82,19 @@ class DecoderLayer(nn.Module):
     def _heads(self, x: torch.Tensor, rotary: RotaryTables) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.self_attn.heads(self.input_layernorm(x), rotary)
 
-    def _after_attention(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, RouterStatistics | None]:
-        return self._feed_forward(x + self.self_attn.output(y))
+    def _after_attention(
+        self, x: torch.Tensor, y: torch.Tensor, counted: torch.Tensor | None
+    ) -> tuple[torch.Tensor, RouterStatistics | None]:
+        return self._feed_forward(x + self.self_attn.output(y), counted)
 
-    def _feed_forward(self, x: torch.Tensor) -> tuple[torch.Tensor, RouterStatistics | None]:
-        y = self.mlp(self.post_attention_layernorm(x))
+    def _feed_forward(
+        self, x: torch.Tensor, counted: torch.Tensor | None
+    ) -> tuple[torch.Tensor, RouterStatistics | None]:
+        normed = self.post_attention_layernorm(x)
         if self.is_moe:
-            y, statistics = y
+            y, statistics = self.mlp(normed, counted)
             return x + y, statistics
-        return x + y, None
+        return x + self.mlp(normed), None
 
 
 class Layers(nn.Module):
@@ -156,12 +161,14 @@ class DecoderLM(nn.Module):
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         document_starts: torch.Tensor | None = None,
+        counted: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         """Final normed states ``[B, S, D]`` and the routers' statistics, stacked over MoE layers.
 
         ``document_starts [B, S]`` keep attention inside each document: for each token of the whole sequence (also of parts
-        on other devices) the index of its document's first token. On a later pipeline stage ``input_ids`` are hidden states;
-        before the last stage the result feeds the next stage.
+        on other devices) the index of its document's first token. ``counted [B, S]``, also of the whole sequence, is false
+        for padding, which routers then do not count. On a later pipeline stage ``input_ids`` are hidden states; before the
+        last stage the result feeds the next stage.
         """
         seq = input_ids.shape[1] if self.first else self.sequence.given_length(input_ids.shape[1])
         if position_ids is None:
@@ -172,9 +179,9 @@ class DecoderLM(nn.Module):
         collected = []
         for layer in self.model.layers:
             if self.recompute == "full" and self.training:
-                x, statistics = checkpoint(layer, x, rotary, visible, use_reentrant=False)
+                x, statistics = checkpoint(layer, x, rotary, visible, False, counted, use_reentrant=False)
             else:
-                x, statistics = layer(x, rotary, visible, self.recompute == "selective" and self.training)
+                x, statistics = layer(x, rotary, visible, self.recompute == "selective" and self.training, counted)
             if statistics is not None:
                 collected.append(statistics)
         router = RouterStatistics(*(torch.stack(parts) for parts in zip(*collected))) if collected else None

@@ -20,6 +20,9 @@ class SequencePart(Protocol):
     def positions(self, given: int, device: torch.device) -> torch.Tensor:
         """``[given]``: the positions of the model's input in the sequence."""
 
+    def held_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """``[B, S] -> [B, held]``: the held tokens of a field of whole sequences."""
+
     @property
     def segments(self) -> int:
         """The number of equal, contiguous segments that the held tokens consist of."""
@@ -39,6 +42,9 @@ class WholeSequence:
 
     def positions(self, given: int, device: torch.device) -> torch.Tensor:
         return torch.arange(given, device=device)
+
+    def held_of(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole
 
     @property
     def segments(self) -> int:

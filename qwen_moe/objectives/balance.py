@@ -46,23 +46,25 @@ class Balancer:
     _dropped: list[torch.Tensor] = field(default_factory=list)
     _buffer: torch.Tensor | None = None
 
-    def loss(self, router: RouterStatistics, tokens: int, global_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(
+        self, router: RouterStatistics, tokens: int | torch.Tensor, global_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(balance loss, z-loss) of one micro-batch, before their coefficients: this rank's share of the step's loss.
-        ``tokens``: of the micro-batch over all ranks of ``sequence``; ``global_tokens``: of the step. ``router`` has the
-        shapes of LossSums.router."""
+        ``tokens``: of the micro-batch over all ranks of ``sequence``, or of each of its sequences ``[B]`` where padding is
+        left out; ``global_tokens``: of the step. ``router`` has the shapes of LossSums.router."""
         self._local.append(router.counts.sum(1))
         self._dropped.append(router.dropped.sum(1))
         z_loss = router.z_sum.sum() / global_tokens
         return self._balance(router, tokens) / global_tokens, z_loss
 
-    def _balance(self, router: RouterStatistics, tokens: int) -> torch.Tensor:
+    def _balance(self, router: RouterStatistics, tokens: int | torch.Tensor) -> torch.Tensor:
         """This rank's share of the balance loss times the micro-batch's tokens. f counts all ranks of its scope. The
         probabilities are this rank's own, so that the sum over ranks is the loss and needs no division."""
         scope, experts, k = self.config.scope, self.num_experts, self.top_k
         dtype = router.prob_sum.dtype
         if scope == "sequence":
             counts = self.sequence.sum(router.counts)
-            per_sequence = tokens // router.counts.shape[1]
+            per_sequence = tokens // counts.shape[1] if isinstance(tokens, int) else _not_zero(tokens.unsqueeze(1))
             fraction = counts.to(dtype) / (per_sequence * k)
             return experts * (fraction * router.prob_sum).sum()
         prob_sum = router.prob_sum.sum(1)
@@ -74,10 +76,11 @@ class Balancer:
             counts = self.sequence.sum(router.counts.sum(1))
         if scope == "huggingface":
             layers = prob_sum.shape[0]
-            fraction = counts.sum(0).to(dtype) / (layers * tokens)
+            pooled = tokens if isinstance(tokens, int) else _not_zero(tokens.sum())
+            fraction = counts.sum(0).to(dtype) / (layers * pooled)
             return experts * (fraction * prob_sum.sum(0) / layers).sum()
         # Every token makes exactly k choices, so a layer's choices are k times its tokens.
-        fraction = counts.to(dtype) / counts[0].sum().to(dtype)
+        fraction = counts.to(dtype) / _not_zero(counts[0].sum()).to(dtype)
         return experts * (fraction * prob_sum).sum()
 
     @property
@@ -90,6 +93,11 @@ class Balancer:
         counts, dropped = torch.stack(self._local).sum(0), torch.stack(self._dropped).sum(0)
         self._local, self._dropped, self._buffer = [], [], None
         return counts, dropped
+
+
+def _not_zero(tokens: torch.Tensor) -> torch.Tensor:
+    """Numbers of tokens to divide by: 1 where there is only padding, which chose no expert."""
+    return tokens.clamp_min(1)
 
 
 @torch.no_grad()

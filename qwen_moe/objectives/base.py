@@ -13,26 +13,32 @@ import torch
 from parallel.sequence import Batch, SequenceShard
 from qwen_moe.models.head import Head
 
+# What says where packed documents and padding are (qwen_moe/data/samples.py).
+PACKED = ("document_starts", "position_ids", "counted")
+
 
 class Objective(ABC):
     """``head``: the last stage's output for a micro-batch. ``cross_entropy [1]`` is the sum over valid tokens, computed with
     its gradient in one pass; ``log_probs [b, s]`` are the labels' log-probabilities, each with its own upstream gradient.
 
-    ``fields``: batch fields ``[b, S]`` that `loss` reads besides ``labels``. ``metrics``: names of the sums that `loss`
-    returns for the record; the trainer divides these by `count` too.
+    ``fields``: batch fields ``[b, S]`` that must be there besides ``labels``. ``metrics``: names of the sums that `loss`
+    returns for the record; the trainer divides these by `count` too. ``maxima``: names of the figures that `loss` also
+    returns, of which the trainer records the largest.
     """
 
     head: ClassVar[Head]
-    fields: ClassVar[tuple[str, ...]] = ()
+    fields: tuple[str, ...] = ()
     metrics: ClassVar[tuple[str, ...]] = ()
+    maxima: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def count(self, batch: Batch, sequence: SequenceShard) -> torch.Tensor:
-        """The number that a step's losses are divided by: this cp rank's share ``[]`` of it for one micro-batch, int64."""
+    def count(self, batch: Batch) -> torch.Tensor:
+        """The number that a step's losses are divided by: one micro-batch's share ``[]`` of it, int64. ``batch`` is whole,
+        with the tokens of all cp ranks."""
 
     @abstractmethod
     def loss(
         self, output: torch.Tensor, batch: Batch, sequence: SequenceShard
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """This rank's share ``[]`` of the micro-batch's summed loss, and of its `metrics`. ``batch`` is the model's input
-        (this cp rank's part); `SequenceShard.held` cuts a field to the tokens of ``output``."""
+        """This rank's share ``[]`` of the micro-batch's summed loss, and of its `metrics`; and its `maxima`. ``batch`` is
+        the model's input (this cp rank's part); `SequenceShard.held` cuts a field to the tokens of ``output``."""

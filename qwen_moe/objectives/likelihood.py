@@ -11,7 +11,7 @@ class Likelihood(Objective):
 
     head = "cross_entropy"
 
-    def count(self, batch: Batch, sequence: SequenceShard) -> torch.Tensor:
+    def count(self, batch: Batch) -> torch.Tensor:
         return (batch["labels"] >= 0).sum()
 
     def loss(

@@ -37,6 +37,11 @@ TABLE: dict[Rule, tuple[str, ...]] = {
         *("data.sequence_length", "data.split", "data.seed", "data.long_share"),
         *("data.respect_document_boundaries", "data.mask_end_of_document"),
         *("training.global_batch_size", "objective.kind"),
+        *("objective.preference.loss", "objective.preference.beta", "objective.preference.label_smoothing"),
+        *("objective.preference.length_normalized", "objective.preference.sft_weight"),
+        *("objective.policy.ratio", "objective.policy.clip_low", "objective.policy.clip_high"),
+        *("objective.policy.normalization", "objective.policy.longest"),
+        *("objective.policy.kl", "objective.policy.kl_coefficient"),
         *("optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_grad_norm"),
         "optimizer.learning_rate",  # the peak; a trunk and its branches have the same
         *("balance.scope", "balance.coefficient", "balance.z_loss_coefficient", "balance.bias_update_rate"),

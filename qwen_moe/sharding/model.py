@@ -35,10 +35,11 @@ class TrainingPart(DecoderLM):
         labels: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         document_starts: torch.Tensor | None = None,
+        counted: torch.Tensor | None = None,
         **for_the_loss: torch.Tensor,
     ) -> torch.Tensor:
         with self.around_forward():
-            out, router = self.hidden_states(x, position_ids, document_starts)
+            out, router = self.hidden_states(x, position_ids, document_starts, counted)
         if self.last and self.head == "cross_entropy":
             out = torch.stack([self.cross_entropy(out, self.head_weight, labels, self.chunk_tokens)])
         elif self.last:
@@ -46,7 +47,7 @@ class TrainingPart(DecoderLM):
                 out, self.head_weight, labels, self.chunk_tokens
             ).clone()  # not a view, about which FSDP warns
         if self.attach is not None and router is not None and torch.is_grad_enabled():
-            out = self.attach(self, out, router, labels)
+            out = self.attach(self, out, router, labels, counted)
         return out
 
 

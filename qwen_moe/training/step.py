@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from parallel.collectives import all_reduce_sum, attach_loss
+from parallel.collectives import all_reduce_max, all_reduce_sum, attach_loss
 from parallel.data import clip_by_norm, exchange_and_add, global_norm, local, sum_replicas
 from parallel.pipeline import Pipeline, Sequential
 from parallel.sequence import Batch, SequenceShard
@@ -69,9 +69,10 @@ class Trainer:
             for name, p in part.named_parameters()
             if model.counts_in_norm(name, stage)
         ]
-        self._count = 1
+        self._count = self._tokens = 1
         self._auxiliary: list[torch.Tensor] = []  # (balance, z) of each stage module and micro-batch
         self._metrics: list[torch.Tensor] = []  # the objective's metrics of each micro-batch
+        self._maxima: list[torch.Tensor] = []  # and its maxima
         self._balancers: dict[int, Balancer] = {}
         if config.model.is_moe_family:
             experts, top_k = config.model.num_experts, config.model.num_experts_per_tok
@@ -120,7 +121,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         counts, dropped = self._end_of_step_balance()
-        metrics = dict(zip(self.objective.metrics, named, strict=True))
+        metrics = dict(zip(self.objective.metrics, named, strict=True)) | self._largest()
         if config.model.is_moe_family:
             layers = max(1, len(config.model.moe_layers))
             metrics["balance_loss"] = balance_loss / (1 if config.balance.scope == "huggingface" else layers)
@@ -145,7 +146,7 @@ class Trainer:
     def forward_backward(self, micro_batches: Sequence[Batch], count: int) -> torch.Tensor:
         """Compute the step's gradients, final on every rank. Returns this rank's share of the loss, the balance loss, the
         z-loss and the objective's metrics, ``[3 + metrics]`` float64. ``count``: the objective's, of the global batch."""
-        self.begin_step(count)
+        self.begin_step(count, self._tokens_over_ranks(micro_batches))
         losses = self.engine.forward_backward([self._to_device(batch) for batch in micro_batches])
         sums = torch.zeros(3 + len(self.objective.metrics), dtype=torch.float64, device=self.device)
         for loss in losses:
@@ -157,9 +158,9 @@ class Trainer:
         self.finalize_gradients()
         return sums
 
-    def begin_step(self, count: int) -> None:
-        """Prepare for micro-batches whose losses are divided by ``count``."""
-        self._count, self._auxiliary, self._metrics = count, [], []
+    def begin_step(self, count: int, tokens: int) -> None:
+        """Prepare for micro-batches whose losses are divided by ``count``, and whose auxiliary losses by ``tokens``."""
+        self._count, self._tokens, self._auxiliary, self._metrics, self._maxima = count, tokens, [], [], []
         self.model.kernels.begin_step()
         for part in self.model.parts:
             part.train()
@@ -171,8 +172,15 @@ class Trainer:
             raise UserError(
                 f"the data has no {', '.join(missing)}, which the objective reads: prepare data that has them"
             )
-        counts = [self.objective.count(self.sequence.of_batch(batch), self.sequence) for batch in micro_batches]
-        return int(all_reduce_sum(torch.stack(counts).sum().to(self.device), self.grids.data))
+        counts = [self.objective.count(batch) for batch in micro_batches]
+        return int(all_reduce_sum(torch.stack(counts).sum().to(self.device), self.grids.dp))
+
+    def _tokens_over_ranks(self, micro_batches: Sequence[Batch]) -> int:
+        """The tokens of the global batch without its padding."""
+        if "counted" not in micro_batches[0]:
+            return self.config.tokens_per_step
+        counted = torch.stack([batch["counted"].sum() for batch in micro_batches]).sum()
+        return int(all_reduce_sum(counted.to(self.device), self.grids.dp))
 
     def _to_device(self, batch: Batch) -> Batch:
         """This rank's cp part of a micro-batch, on its device."""
@@ -185,15 +193,31 @@ class Trainer:
         if self.objective.metrics:
             values = [named[name].detach().double() for name in self.objective.metrics]
             self._metrics.append(torch.stack(values) / self._count)
+        if self.objective.maxima:
+            self._maxima.append(torch.stack([named[name].detach().double() for name in self.objective.maxima]))
         return loss / self._count
 
+    def _largest(self) -> dict[str, float]:
+        """The objective's maxima over all micro-batches and ranks."""
+        names = self.objective.maxima
+        if not names:
+            return {}
+        none = torch.full((len(names),), -torch.inf, dtype=torch.float64, device=self.device)  # without the last stage
+        largest = torch.stack([none, *self._maxima]).amax(0)
+        return dict(zip(names, all_reduce_max(largest, self.grids.world).tolist(), strict=True))
+
     def _attach(
-        self, part: TrainingPart, out: torch.Tensor, router: RouterStatistics, labels: torch.Tensor
+        self,
+        part: TrainingPart,
+        out: torch.Tensor,
+        router: RouterStatistics,
+        labels: torch.Tensor,
+        counted: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attach auxiliary losses to the stage output; backward adds their gradient unscaled."""
         balance = self.config.balance
-        tokens = self.sequence.tokens(labels)
-        balance_loss, z_loss = self._balancers[id(part)].loss(router, tokens, self.config.tokens_per_step)
+        tokens = self.sequence.tokens(labels) if counted is None else counted.sum(1)
+        balance_loss, z_loss = self._balancers[id(part)].loss(router, tokens, self._tokens)
         self._auxiliary.append(torch.stack([balance_loss.detach().double(), z_loss.detach().double()]))
         loss = balance.z_loss_coefficient * z_loss
         if balance.scope != "none":

@@ -2,7 +2,7 @@
 
 import math
 import random
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -10,9 +10,11 @@ from parallel.mesh import Layout, LayoutError
 from parallel.stages import V_SHAPED, splits_backward, stages_per_rank
 from qwen_moe.config import RunConfig, parse_config
 from qwen_moe.config.families import FAMILIES
+from qwen_moe.config.objective import KL, Normalization, Ratio
 from qwen_moe.data.samples import IGNORE, documents_of
 from qwen_moe.errors import UserError
 from qwen_moe.sharding.layout import context_plan
+from qwen_moe.verify.examples import LEAST_LENGTH, packed_batch
 from qwen_moe.verify.probe import weights
 
 STEPS = 3
@@ -143,11 +145,15 @@ def shrink(config: RunConfig, layout: Layout) -> RunConfig:
         )
     micro_batches, context = max(2, 2 * layout.pp), _context(config, layout)
     model = _smaller(config, layout, context, _stages(config, layout), bool(split))
-    values = _settings(model, layout, micro_batches, 2, 4 * layout.tp * layout.cp)
+    sequence = 4 * layout.tp * layout.cp
+    if config.objective.kind != "likelihood":
+        sequence *= math.ceil(LEAST_LENGTH / sequence)
+    values = _settings(model, layout, micro_batches, 2, sequence)
     values["seed"] = config.seed
     values["training"]["recompute"] = config.training.recompute
     values["optimizer"] |= {key: getattr(config.optimizer, key) for key in ("beta1", "beta2", "weight_decay")}
     values["balance"] = config.balance.model_dump()
+    values["objective"] = config.objective.model_dump()
     # Large coefficients: at 0.001 an error in this gradient would stay below the tolerance.
     for key in ("coefficient", "z_loss_coefficient"):
         if values["balance"][key]:
@@ -169,8 +175,9 @@ class Case(NamedTuple):
     probe: bool = False
 
 
-def draw(seed: int, index: int, max_ranks: int) -> Case:
-    """Case ``index`` of a fuzz run: a legal layout of 2 to ``max_ranks`` processes and a model with random features."""
+def draw(seed: int, index: int, max_ranks: int, objective: str = "likelihood") -> Case:
+    """Case ``index`` of a fuzz run: a legal layout of 2 to ``max_ranks`` processes and a model with random features. Of an
+    objective of post-training, its settings are drawn too. Of ``likelihood``, some cases minimize the probe instead."""
     rng = random.Random(f"{seed}/{index}")
     layout, family = _draw_layout(rng, max_ranks)
     schedule, per_rank = _draw_schedule(rng, layout.pp)
@@ -180,7 +187,13 @@ def draw(seed: int, index: int, max_ranks: int) -> Case:
     model, balance = _draw_model(rng, layout, family, layers, _exchanged(kind, ulysses, layout.cp))
     micro_batches = {"dualpipev": 2 * layout.pp}.get(schedule, layout.pp) * rng.choice([1, 2])
     micro_batches += rng.choice([0, 1]) if schedule != "interleaved_1f1b" else 0
-    values = _settings(model, layout, micro_batches, rng.choice([1, 2]), _draw_length(rng, layout))
+    rows, length = rng.choice([1, 2]), _draw_length(rng, layout)
+    more = random.Random(f"{seed}/{index}/{objective}")
+    if objective != "likelihood":
+        unit = layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
+        length = unit * math.ceil(more.randint(LEAST_LENGTH, 2 * LEAST_LENGTH) / unit)
+    values = _settings(model, layout, micro_batches, rows, length)
+    values["objective"] = _draw_objective(more, objective)
     values["seed"] = rng.randint(0, 10**6)
     values["balance"] = balance
     values["optimizer"]["clip_grad_norm"] = rng.choice([0.0, 0.5])
@@ -193,7 +206,30 @@ def draw(seed: int, index: int, max_ranks: int) -> Case:
     if stages > 1 and rng.random() < 0.3:
         cuts = sorted(rng.sample(range(1, layers), stages - 1))
         values["parallel"]["pipeline_split"] = [b - a for a, b in zip([0, *cuts], [*cuts, layers], strict=True)]
-    return Case(parse_config(values, f"case {index} of seed {seed}"), layout, probe=rng.random() < 0.3)
+    probe = rng.random() < 0.3 and objective == "likelihood"
+    return Case(parse_config(values, f"case {index} of seed {seed}"), layout, probe)
+
+
+def _draw_objective(rng: random.Random, kind: str) -> dict[str, Any]:
+    """The ``objective`` section, with random settings of its kind."""
+    loss = rng.choice(["sigmoid", "sigmoid", "ipo"])
+    preference = {
+        "loss": loss,
+        "beta": rng.choice([0.1, 1.0]),
+        "label_smoothing": rng.choice([0.0, 0.1]) if loss == "sigmoid" else 0.0,
+        "length_normalized": rng.random() < 0.3,
+        "sft_weight": rng.choice([0.0, 0.5]),
+    }
+    kl, normalization = rng.choice(get_args(KL)), rng.choice(get_args(Normalization))
+    policy = {
+        "ratio": rng.choice(get_args(Ratio)),
+        "clip_high": rng.choice([0.2, 0.4]),
+        "kl": kl,
+        "kl_coefficient": 0.0 if kl == "none" else 0.1,
+        "normalization": normalization,
+        "longest": 40 if normalization == "dr_grpo" else 0,
+    }
+    return {"kind": kind} | {"dpo": {"preference": preference}, "grpo": {"policy": policy}}.get(kind, {})
 
 
 def _draw_layout(rng: random.Random, max_ranks: int) -> tuple[Layout, str]:
@@ -296,7 +332,9 @@ def _draw_model(
 
 def global_batch(config: RunConfig, step: int) -> dict[str, torch.Tensor]:
     """The batch of one step, ``[global_batch_size, S]``: random tokens with uneven numbers of ignored labels, so that means
-    and sums differ. Only the probe uses ``weights``."""
+    and sums differ. Only the probe uses ``weights``. For an objective of post-training it is a `packed_batch`."""
+    if config.objective.kind != "likelihood":
+        return packed_batch(config, step)
     generator = torch.Generator().manual_seed(1000 * config.seed + step)
     rows, sequence = config.training.global_batch_size, config.data.sequence_length
     tokens = torch.randint(0, config.model.vocab_size, (rows, sequence + 1), generator=generator)

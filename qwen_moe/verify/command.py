@@ -4,9 +4,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from qwen_moe.config import RunConfig, load_config
+from qwen_moe.config import ObjectiveConfig, RunConfig, load_config
 from qwen_moe.config.fields import MOST_PROCESSES
 from qwen_moe.errors import UserError
 from qwen_moe.options import whole
@@ -37,6 +37,11 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--fuzz", type=whole(), default=0, metavar="N", help="N random layouts of random small models")
     parser.add_argument("--seed", type=whole(), default=0, help="seed of --fuzz")
+    parser.add_argument(
+        "--objective",
+        choices=get_args(ObjectiveConfig.model_fields["kind"].annotation),
+        help="the objective instead of the recipe's own; --fuzz draws its settings and packed documents with padding",
+    )
     parser.add_argument("--max-ranks", type=whole(2, 1024), default=8, help="largest number of processes (default 8)")
     parser.add_argument(
         "--shapes",
@@ -110,7 +115,7 @@ def _cases(args: argparse.Namespace, config: RunConfig) -> list[tuple[str, "Case
         case = Case(small, layout)
         cases.append((text if "cp_kind" in text else text + _marks(case), case))
     for index in range(args.fuzz):
-        case = draw(args.seed, index, args.max_ranks)
+        case = draw(args.seed, index, args.max_ranks, config.objective.kind)
         cases.append((f"#{index} {case.layout}{_marks(case)}", case))
     return cases
 
@@ -120,11 +125,13 @@ def _marks(case: "Case") -> str:
     from qwen_moe.sharding.layout import context_plan
 
     kind = f" {context_plan(case.config, case.layout).text(case.layout.cp)}" if case.layout.cp > 1 else ""
-    return kind + (" log-probs" if case.probe else "")
+    objective = case.config.objective.kind
+    return kind + (" log-probs" if case.probe else "" if objective == "likelihood" else f" {objective}")
 
 
 def run(args: argparse.Namespace) -> int:
-    config = load_config(args.recipe, args.overrides)
+    chosen = [f"objective.kind={args.objective}"] if args.objective else []
+    config = load_config(args.recipe, [*args.overrides, *chosen])
     if args.shapes:
         return _shapes(args, config)
     if not args.layout and not args.fuzz:

@@ -65,7 +65,7 @@ def compare_pieces(
 def compare(reports: Sequence[Report], reference: Trajectory) -> Differences:
     """Compare every rank's figures and pieces with the reference."""
     wrong: list[str] = []
-    largest = {"loss": 0.0, "balance loss": 0.0, "z-loss": 0.0, "gradient norm": 0.0, "log-likelihood": 0.0}
+    largest = dict.fromkeys(reference.figures[0], 0.0)
     for report in reports:
         for got, expected in zip(report.figures, reference.figures, strict=True):
             for key in largest:
@@ -79,6 +79,7 @@ def compare(reports: Sequence[Report], reference: Trajectory) -> Differences:
                 wrong.append(f"{name} differs")
     worst = {}
     gradients = 0.0
+    metrics = largest.keys() - {"loss", "balance loss", "z-loss", "gradient norm"}
     for step, whole in enumerate(reference.gradients):
         difference, name = compare_pieces([report.gradients[step] for report in reports], whole, wrong)
         if not difference <= gradients:
@@ -86,7 +87,7 @@ def compare(reports: Sequence[Report], reference: Trajectory) -> Differences:
     parameters, name = compare_pieces([report.parameters for report in reports], reference.parameters, wrong)
     worst["parameters"] = name
     return Differences(
-        loss=max(largest["loss"], largest["log-likelihood"]),
+        loss=max([largest["loss"], *(largest[name] for name in metrics)]),
         auxiliary=max(largest["balance loss"], largest["z-loss"]),
         gradients=gradients,
         grad_norm=largest["gradient norm"],

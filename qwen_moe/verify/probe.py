@@ -17,9 +17,8 @@ class Probe(Objective):
     fields = ("weights",)
     metrics = ("log_likelihood",)
 
-    def count(self, batch: Batch, sequence: SequenceShard) -> torch.Tensor:
-        rows = torch.tensor(batch["labels"].shape[0])
-        return rows if sequence.cp.index == 0 else torch.zeros_like(rows)
+    def count(self, batch: Batch) -> torch.Tensor:
+        return torch.tensor(batch["labels"].shape[0])
 
     def loss(
         self, output: torch.Tensor, batch: Batch, sequence: SequenceShard

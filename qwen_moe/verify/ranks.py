@@ -77,8 +77,8 @@ def record_step(trainer: Trainer, report: Report, step: int) -> None:
             "balance loss": result.metrics.get("balance_loss", 0.0),
             "z-loss": result.metrics.get("z_loss", 0.0),
             "gradient norm": result.grad_norm,
-            "log-likelihood": result.metrics.get("log_likelihood", 0.0),
         }
+        | {name: result.metrics[name] for name in (*trainer.objective.metrics, *trainer.objective.maxima)}
     )
     counts = None if result.expert_counts is None else result.expert_counts.tolist()
     report.counts.append((counts, result.dropped_choices))

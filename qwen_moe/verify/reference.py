@@ -1,6 +1,7 @@
 """Reference training in one process, written with means, torch's own cross-entropy and AdamW, and no distributed code.
 
 It shares the model's layers with the runs that it checks, but not their attention core, losses, sums, clipping or optimizer.
+Packed documents are computed one by one.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from qwen_moe.models.moe.block import MoE
 from qwen_moe.models.moe.router import RouterStatistics
 from qwen_moe.training.schedule import learning_rate
 from qwen_moe.verify.case import STEPS, global_batch
+from qwen_moe.verify.plain import Answer, plain_loss
 from qwen_moe.verify.probe import probe_loss
+from qwen_moe.verify.unpacked import alone, answers_of, together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +48,20 @@ def plain_attention(
     return torch.einsum("bhqk,bkhc->bqhc", scores.masked_fill(~sees[:, None], float("-inf")).softmax(-1), v)
 
 
-def _balance(config: RunConfig, router: RouterStatistics, ranks: int, seen: torch.Tensor | None) -> torch.Tensor:
+def _balance(
+    config: RunConfig, router: RouterStatistics, lengths: torch.Tensor, ranks: int, seen: torch.Tensor | None
+) -> torch.Tensor:
     """The balance loss of the micro-batches that ``ranks`` data-parallel ranks run at the same time, times their tokens.
-    ``seen [L, E]``: choices of the global batch up to and including these micro-batches."""
+    ``lengths [rows]``: tokens of each row without padding. ``seen [L, E]``: choices of the global batch up to and including
+    these micro-batches."""
     experts, top_k = config.model.num_experts, config.model.num_experts_per_tok
     layers, rows = router.counts.shape[:2]
-    sequence = config.data.sequence_length
     total = torch.zeros((), dtype=torch.float64)
     size = {"sequence": 1, "global_batch": rows}.get(config.balance.scope, rows // ranks)
     for begin in range(0, rows, size):
         counts = router.counts[:, begin : begin + size].sum(1).double()
         probs = router.prob_sum[:, begin : begin + size].sum(1)
-        tokens = size * sequence
+        tokens = int(lengths[begin : begin + size].sum())
         if config.balance.scope == "huggingface":
             share = counts.sum(0) / (layers * tokens)
             total = total + experts * (share * probs.sum(0) / (layers * tokens)).sum() * tokens
@@ -75,28 +80,39 @@ def _losses(
 ) -> dict[str, Any]:
     """The mean losses of a global batch, differentiable, and its counts."""
     rows, rows_at_once = batch["labels"].shape[0], config.training.micro_batch_size * ranks
-    count, tokens = (rows if probe else (batch["labels"] >= 0).sum()), batch["labels"].numel()
+    count = rows if probe else (batch["labels"] >= 0).sum()
+    lengths = batch.get("counted", torch.ones_like(batch["labels"])).sum(1)
     loss = likelihood = balance = z = torch.zeros((), dtype=torch.float64)
     counts, dropped = None, 0
+    answers: list[Answer] = []
     for begin in range(0, rows, rows_at_once):
         part = {name: tensor[begin : begin + rows_at_once] for name, tensor in batch.items()}
         labels = part["labels"]
-        hidden, router = model.hidden_states(part["input_ids"], part.get("position_ids"), part.get("document_starts"))
-        logits = hidden @ model.head_weight.T
-        if probe:
-            part_loss, part_likelihood = probe_loss(logits, part)
-            loss, likelihood = loss + part_loss, likelihood + part_likelihood.detach()
+        if config.objective.kind != "likelihood":
+            states, router = (together if config.balance.capacity_factor else alone)(model, part)
+            answers += answers_of(part, states, model.head_weight)
         else:
-            loss = loss + F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+            starts = part.get("document_starts")
+            hidden, router = model.hidden_states(part["input_ids"], part.get("position_ids"), starts)
+            logits = hidden @ model.head_weight.T
+            if probe:
+                part_loss, part_likelihood = probe_loss(logits, part)
+                loss, likelihood = loss + part_loss, likelihood + part_likelihood.detach()
+            else:
+                loss = loss + F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
         if router is not None:
             chosen = router.counts.sum(1)
             counts = chosen if counts is None else counts + chosen
             dropped += int(router.dropped.sum())
-            balance = balance + _balance(config, router, ranks, counts)
+            balance = balance + _balance(config, router, lengths[begin : begin + rows_at_once], ranks, counts)
             z = z + router.z_sum.sum()
+    mean, metrics = loss / count, {"log_likelihood": float(likelihood) / rows} if probe else {}
+    if answers:
+        mean, metrics = plain_loss(config.objective, answers)
+    tokens = lengths.sum()
     return {
-        "loss": loss / count,
-        "likelihood": likelihood / count,
+        "loss": mean,
+        "metrics": metrics,
         "balance": balance / tokens,
         "z": z / tokens,
         "counts": counts,
@@ -173,7 +189,7 @@ def train_reference(
                 "balance loss": means["balance"].item() / per_layer,
                 "z-loss": means["z"].item() / layers,
                 "gradient norm": norm,
-                "log-likelihood": means["likelihood"].item(),
+                **means["metrics"],
             }
         )
         counts.append((None if means["counts"] is None else means["counts"].tolist(), means["dropped"]))

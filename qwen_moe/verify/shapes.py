@@ -56,7 +56,7 @@ def run_shapes(config: RunConfig, world_size: int, rank: int) -> ShapeReport:
                 keep_statistics_dtypes(part)
             model.kernels.materialize(device)
             trainer = Trainer(config, layout, model, build_optimizer(model, config.optimizer), device)
-            trainer.begin_step(count=rows * sequence)
+            trainer.begin_step(count=rows * sequence, tokens=rows * sequence)
             ids = torch.zeros(rows, sequence // grids.cp.size, dtype=torch.int64)
             hidden_shape = (rows, SequenceShard.of(grids).length(sequence), config.model.hidden_size)
             for part in model.parts:

@@ -40,11 +40,7 @@ def loss_over_own_tokens(patch: Any) -> None:
     original = Trainer._count_over_ranks
 
     def count(trainer: Trainer, micro_batches: Any) -> int:
-        data, trainer.grids.data = trainer.grids.data, trainer.grids.dp
-        try:
-            return original(trainer, micro_batches)
-        finally:
-            trainer.grids.data = data
+        return original(trainer, [trainer.sequence.of_batch(batch) for batch in micro_batches])
 
     patch(Trainer, "_count_over_ranks", count)
 

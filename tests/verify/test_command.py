@@ -32,6 +32,15 @@ def test_layouts_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert "3 of 3 layouts equal one process" in err
 
 
+def test_an_objective_of_post_training(capsys: pytest.CaptureFixture[str]) -> None:
+    """Instead of the recipe's own, in the layouts given and in random ones, with settings that are drawn."""
+    assert main(["verify", DEMO, "--objective", "dpo", "--layout", "cp=2", "--fuzz", "1", "--json"]) == 0
+    out, err = capsys.readouterr()
+    rows = json.loads(out)["layouts"]
+    assert [row["objective"] for row in rows] == ["dpo", "dpo"] and "2 of 2 layouts equal one process" in err
+    assert all(0 < row["gradients"] <= 1e-10 and row["config"]["data"]["sequence_length"] >= 16 for row in rows)
+
+
 def test_a_difference_is_exit_code_1(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen_moe.verify import reference
 

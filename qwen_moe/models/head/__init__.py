@@ -1,5 +1,5 @@
-"""Heads after the last layer: the summed cross-entropy, or the log-probability of each label."""
+"""Heads after the last layer: the summed cross-entropy, the log-probability of each label, or scores of each token."""
 
 from typing import Literal
 
-Head = Literal["cross_entropy", "log_probs"]
+Head = Literal["cross_entropy", "log_probs", "scores"]

@@ -18,17 +18,28 @@ from qwen_moe.models.moe.router import Router, RouterStatistics
 from qwen_moe.models.sequence import SequencePart, WholeSequence
 
 
-def within_capacity(indices: torch.Tensor, num_experts: int, capacity: int, sequence: SequencePart) -> torch.Tensor:
+def within_capacity(
+    indices: torch.Tensor,
+    num_experts: int,
+    capacity: int | torch.Tensor,
+    sequence: SequencePart,
+    counted: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Whether each choice of ``indices [B, S, K]`` is among its expert's first ``capacity`` in its sequence: ``[B, S, K]``.
+    ``capacity`` may be of each sequence, ``[B, 1]``.
 
     Choices are served in order of position, whatever part of ``sequence`` is here, so that later tokens do not affect
-    earlier ones.
+    earlier ones. The choices of tokens outside ``counted [B, S]`` take no place and get none.
     """
     batch, _, top_k = indices.shape
     flat = indices.flatten(1)
-    chosen = F.one_hot(flat, num_experts).unflatten(1, (sequence.segments, -1))  # [B, segments, S * K / segments, E]
+    chosen = F.one_hot(flat, num_experts)
+    if counted is not None:
+        chosen = chosen * counted.repeat_interleave(top_k, dim=1).unsqueeze(2)
+    chosen = chosen.unflatten(1, (sequence.segments, -1))  # [B, segments, S * K / segments, E]
     before = (chosen.cumsum(2) - chosen + sequence.earlier(chosen.sum(2)).unsqueeze(2)).flatten(1, 2)
-    return (before.gather(2, flat.unsqueeze(2)).squeeze(2) < capacity).view(batch, -1, top_k)
+    kept = (before.gather(2, flat.unsqueeze(2)).squeeze(2) < capacity).view(batch, -1, top_k)
+    return kept if counted is None else kept & counted.unsqueeze(2)
 
 
 class MoE(nn.Module):
@@ -36,6 +47,7 @@ class MoE(nn.Module):
 
     ``capacity_factor`` > 0 lets an expert serve at most ``ceil(capacity_factor * S * K / E)`` choices of a sequence in
     training; the rest are dropped and counted. Capacity is per sequence, so that the layout does not change what is dropped.
+    Padding is no part of S: it takes no expert's capacity, is not served, and does not count as dropped.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -57,15 +69,17 @@ class MoE(nn.Module):
             return None
         return self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, RouterStatistics]:
-        weights, indices, statistics = self.gate(x)
+    def forward(self, x: torch.Tensor, counted: torch.Tensor | None = None) -> tuple[torch.Tensor, RouterStatistics]:
+        """``counted``: of whole sequences, on every device, the tokens that are not padding (by default all)."""
+        held = None if counted is None else self.sequence.held_of(counted)
+        weights, indices, statistics = self.gate(x, held)
         drops = self.capacity_factor > 0 and self.training
         if drops:
-            length = self.sequence.whole_length(x.shape[1])
-            capacity = math.ceil(self.capacity_factor * length * self.top_k / self.num_experts)
             per_sequence = indices.view(*x.shape[:2], -1)
-            kept = within_capacity(per_sequence, self.num_experts, capacity, self.sequence)
-            statistics = statistics._replace(dropped=(~kept).flatten(1).sum(1))
+            capacity = self._capacity(x.shape[1], counted)
+            kept = within_capacity(per_sequence, self.num_experts, capacity, self.sequence, held)
+            lost = ~kept if held is None else ~kept & held.unsqueeze(2)
+            statistics = statistics._replace(dropped=lost.flatten(1).sum(1))
             kept = kept.view_as(indices)
             weights, indices = weights * kept, indices.masked_fill(~kept, self.num_experts)
         routed, shared = self.dispatcher(
@@ -73,6 +87,14 @@ class MoE(nn.Module):
         )
         y = routed.view_as(x)
         return (y if shared is None else y + shared), statistics
+
+    def _capacity(self, held: int, counted: torch.Tensor | None) -> int | torch.Tensor:
+        """How many choices an expert serves of a sequence; of each, ``[B, 1]``, where they differ in length."""
+        if counted is None:
+            length = self.sequence.whole_length(held)
+            return math.ceil(self.capacity_factor * length * self.top_k / self.num_experts)
+        lengths = counted.sum(1, keepdim=True).double()
+        return (self.capacity_factor * lengths * self.top_k / self.num_experts).ceil()
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
         """``forward`` for generation: without statistics and without dropping choices."""

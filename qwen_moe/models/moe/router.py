@@ -16,7 +16,8 @@ from qwen_moe.models.ops.dtypes import accumulation_dtype
 class RouterStatistics(NamedTuple):
     """Sums over tokens, never means, kept per sequence so that every balancing scope can be computed from them.
 
-    They are outputs of the layer, so that recomputing a layer in backward cannot count a token twice.
+    They are outputs of the layer, so that recomputing a layer in backward cannot count a token twice. Padding, where a batch
+    says which tokens it is, is in none of them.
     """
 
     prob_sum: torch.Tensor  # [B, E] float32 (float64 for float64 models), differentiable
@@ -41,17 +42,26 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.register_buffer("expert_bias", torch.zeros(config.num_experts, dtype=torch.float32))
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, RouterStatistics]:
+    def forward(
+        self, x: torch.Tensor, counted: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, RouterStatistics]:
+        """``counted [B, S]``: the tokens that the statistics are of (by default all)."""
         batch = x.shape[0]
         logits, probs = self._probabilities(x)
         weights, indices = self._choose(probs)
         counts = torch.zeros(batch, probs.shape[-1], dtype=torch.int64, device=x.device)
         per_sequence = indices.view(batch, -1)
-        counts.scatter_add_(1, per_sequence, torch.ones_like(per_sequence))
+        ones, z = torch.ones_like(per_sequence), logits.logsumexp(-1).square()
+        of_tokens = probs
+        if counted is not None:
+            ones = counted.repeat_interleave(self.top_k, dim=1).to(ones.dtype)
+            flat = counted.flatten()
+            of_tokens, z = probs * flat.unsqueeze(1), z * flat
+        counts.scatter_add_(1, per_sequence, ones)
         statistics = RouterStatistics(
-            prob_sum=probs.view(batch, -1, probs.shape[-1]).sum(1),
+            prob_sum=of_tokens.view(batch, -1, probs.shape[-1]).sum(1),
             counts=counts,
-            z_sum=logits.logsumexp(-1).square().view(batch, -1).sum(1),
+            z_sum=z.view(batch, -1).sum(1),
             dropped=torch.zeros(batch, dtype=torch.int64, device=x.device),
         )
         return weights.to(x.dtype), indices, statistics
