@@ -281,7 +281,13 @@ def load_weights(path: Path, model: ParallelModel, config: ModelConfig) -> None:
 def check_same_model(path: Path, config: ModelConfig, may_differ: Collection[str] = ()) -> None:
     """Raise UserError if the checkpoint's model differs from ``config`` in other fields than ``may_differ``; the message
     names the fields."""
-    saved = read_object(path / MODEL_CONFIG)
+    check_fields(read_object(path / MODEL_CONFIG), config, f"checkpoint {path}", may_differ)
+
+
+def check_fields(
+    saved: dict[str, Any], config: ModelConfig, where: str, may_differ: Collection[str] = WITHOUT_WEIGHTS
+) -> None:
+    """`check_same_model` for the model's fields ``saved``, which are those of ``where``."""
     wanted = config.model_dump(mode="json")
     differing = [
         f"{key} is {saved.get(key)!r} there, {wanted[key]!r} here"
@@ -290,8 +296,7 @@ def check_same_model(path: Path, config: ModelConfig, may_differ: Collection[str
     ]
     if differing:
         raise UserError(
-            f"checkpoint {path} is of another model: {'; '.join(differing)}. Use the same model section, or another "
-            "run_dir"
+            f"{where} is of another model: {'; '.join(differing)}. Use the same model section, or another run_dir"
         )
 
 

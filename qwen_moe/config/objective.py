@@ -10,6 +10,7 @@ from qwen_moe.config.fields import NonNegativeFloat, NonNegativeInt, PositiveFlo
 PreferenceLoss = Literal["sigmoid", "ipo"]
 Ratio = Literal["token", "sequence"]
 Normalization = Literal["grpo", "dr_grpo", "dapo"]
+Reads = Literal["documents", "chat", "pairs", "samples"]
 KL = Literal["none", "k1", "k2", "k3", "rho_k3", "k1_in_reward"]
 
 
@@ -97,6 +98,12 @@ class ObjectiveConfig(Section):
     kind: Literal["likelihood", "sft", "dpo", "grpo"] = "likelihood"
     preference: PreferenceConfig = PreferenceConfig()
     policy: PolicyConfig = PolicyConfig()
+
+    @property
+    def reads(self) -> Reads:
+        """What it learns from: text, conversations, pairs of answers, or answers that the model samples itself."""
+        found: dict[str, Reads] = {"sft": "chat", "dpo": "pairs", "grpo": "samples"}
+        return found.get(self.kind, "documents")
 
     @property
     def unit(self) -> str:

@@ -128,10 +128,10 @@ def prepare_chat(
 def find_rows(inputs: tuple[str, ...]) -> Corpus:
     """The JSONL files behind ``inputs``. Other files of a folder are left out and counted. Raises UserError."""
     corpus = find_corpus(inputs)
-    other = [source for source in corpus.sources if source.kind != "jsonl"]
+    other = [source for source in corpus.sources if not source.has_lines]
     if named := next((source for source in other if str(source.path) in inputs or source.kind == "python"), None):
         raise UserError(f"{named.path} is not JSONL: chat data have one JSON object per line, in .jsonl or .ndjson")
-    corpus.sources = [source for source in corpus.sources if source.kind == "jsonl"]
+    corpus.sources = [source for source in corpus.sources if source.has_lines]
     for source in other:
         corpus.left_out.add("not JSONL", str(source.path))
     if not corpus.sources:
