@@ -7,9 +7,11 @@ from fractions import Fraction
 from typing import Any
 
 _NUMBER = re.compile(
-    r"(?<![\w.,])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\d))?(?:\s?/\s?\d+(?![\d.]))?%?"
-    r"|(?<![\w.,])[-+]?\.\d+%?"
+    r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?!\d)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?(?!\d|[eE][-+]?\d)"
+    r"(?:\s?/\s?\d+(?!\d|\.\d))?%?"
+    r"|(?<![\w.])[-+]?\.\d+%?"
 )
+_BETWEEN_TERMS = re.compile(r"(?<=[\w)\]])(?<![\d.][eE])[-+](?=[\d.])")
 _LONGEST_NUMBER = 1000  # digits; longer ones are no answers, and would take long
 _FENCE = re.compile(r"```[^\S\n]*([\w+-]*)[^\n]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 
@@ -38,7 +40,7 @@ def contains(completion: str, answer: Any) -> bool:
 def numbers(text: str) -> Iterable[Fraction]:
     """The numbers in ``text``, the last one first: 12, -3.5, 1,234, 2e3, 3/4, 50%. A minus sign after a letter, digit or
     bracket is one between two terms, so that 7-3 has the numbers 7 and 3."""
-    text = re.sub(r"(?<=[\w)\]])[-+](?=[\d.])", " ", text.replace("\u2212", "-"))
+    text = _BETWEEN_TERMS.sub(" ", text.replace("\u2212", "-"))
     for match in reversed(list(_NUMBER.finditer(text))):
         found = _fraction(match.group())
         if found is not None:
