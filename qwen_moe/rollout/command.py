@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from qwen_moe.data.command import output_prefix, verbs_of_data
 from qwen_moe.generation.command import add_reading, add_sampling, sampling_of
 from qwen_moe.options import number, whole
+from qwen_moe.rollout.pairs_command import register_pairs
 
 
 def register(subparsers: Any) -> None:
-    """Add `rollout` to the command's subparsers; ``args.func(args)`` returns the exit code."""
+    """Add `rollout` to the command's subparsers, and `pairs` to those of `data`."""
+    register_pairs(verbs_of_data(subparsers), output_prefix)
     parser = subparsers.add_parser("rollout", help="sample answers to queries and reward them, for post-training")
     parser.add_argument(
         "--checkpoint",

@@ -69,6 +69,7 @@ def _settings(args: argparse.Namespace, session: Session, sampling: Sampling, qu
         "model": fingerprint(directory),
         "tokenizer": tokenizer_fingerprint(tokenizer_folder(directory)),
         "end_tokens": sorted(session.opened.end_tokens),
+        "vocab_size": session.opened.config.vocab_size,
         "queries_digest": digest(queries),
         **vars(sampling),
         "stop": list(sampling.stop),

@@ -122,6 +122,7 @@ class Store:
             self._path("unscored", index).unlink(missing_ok=True)  # of a kill between a file and its scores
         write_text(self.folder / VARIANCES, "".join(json.dumps(row) + "\n" for row in variances))
         names = [*(self._path("rollouts", index).name for index in range(self._files)), VARIANCES]
+        names += [f"{TOKENIZER}/{path.name}" for path in sorted((self.folder / TOKENIZER).glob("*"))]
         files = {name: _sha256(self.folder / name) for name in names}
         write_json(self.folder / MANIFEST, self._values | {"summary": dict(summary), "files": files})
 
@@ -178,5 +179,5 @@ def read_rollouts(folder: Path) -> tuple[dict[str, Any], Iterator[Row]]:
     if "files" not in manifest:
         raise UserError(f"{folder} is not finished: run the same `qwen-moe rollout` again, which goes on")
     _check_hashes(folder, manifest)
-    names = [name for name in manifest["files"] if name != VARIANCES]
+    names = [name for name in manifest["files"] if name.startswith("rollouts-")]
     return manifest, (row for name in names for row in _rows(folder / name))

@@ -1,5 +1,6 @@
 """A small model with a tokenizer that has a chat template, and queries for it."""
 
+import functools
 import json
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from tests.small import small_model
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz.", "\u0120", "\u010a"]
 
 
+@functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
     """Characters and control tokens as tokens."""
     vocabulary = {letter: number for number, letter in enumerate([*LETTERS, *CONTROL_TOKENS])}
