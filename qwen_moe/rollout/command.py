@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe.data.command import output_prefix, verbs_of_data
+from qwen_moe.errors import UserError
 from qwen_moe.generation.command import add_reading, add_sampling, sampling_of
 from qwen_moe.options import number, whole
 from qwen_moe.rollout.pairs_command import register_pairs
@@ -37,6 +38,7 @@ def register(subparsers: Any) -> None:
     _add_rewards(parser)
     add_sampling(parser)
     add_reading(parser)
+    _add_server(parser)
     parser.set_defaults(samples=8, temperature=1.0, top_p=1.0)  # what training on the samples assumes
     parser.add_argument(
         "--queries-per-file",
@@ -79,9 +81,30 @@ def _add_rewards(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--reward-workers", type=whole(0, 4096), default=0, help="processes; default: one per core")
 
 
+def _add_server(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling from a server", "--checkpoint is then a copy of what it serves")
+    group.add_argument("--server", metavar="URL", help="a vLLM or SGLang server, such as http://127.0.0.1:8000")
+    group.add_argument("--model", metavar="NAME", help="the name under which it serves the model")
+    group.add_argument("--server-kind", choices=("vllm", "sglang"), default="vllm", help="default: %(default)s")
+    group.add_argument(
+        "--server-seconds", type=number(above=0), default=600.0, metavar="S", help="for an answer; default: %(default)s"
+    )
+    group.add_argument(
+        "--server-tries", type=whole(1, 1000), default=6, metavar="N", help="of a request; default: %(default)s"
+    )
+
+
+def _check_server(args: argparse.Namespace) -> None:
+    if (args.server is None) != (args.model is None):
+        raise UserError("--server and --model belong together: an address, and the name of the model that it serves")
+    if args.server is not None and args.tp * args.ep * args.pp > 1:
+        raise UserError("--tp, --ep and --pp are of a model that is sampled here: leave them out with --server")
+
+
 def _run(args: argparse.Namespace) -> int:
     from qwen_moe.rollout.rewards import RewardSettings
 
+    _check_server(args)
     sampling = sampling_of(args)
     rewards = RewardSettings(
         rewards=tuple(args.reward),
@@ -102,7 +125,6 @@ def _run(args: argparse.Namespace) -> int:
         from parallel.threads import limit_threads
 
         limit_threads()
-    from qwen_moe.errors import UserError
     from qwen_moe.generation.launch import USER_ERROR, report_failure
     from qwen_moe.generation.session import Session
     from qwen_moe.rollout.run import roll_out

@@ -17,6 +17,7 @@ from qwen_moe.generation.text import answer_text
 from qwen_moe.generation.tokenizer import tokenizer_folder
 from qwen_moe.rollout.queries import Query, digest, read_queries
 from qwen_moe.rollout.rewards import Item, Rewarder, RewardFailure, RewardSettings
+from qwen_moe.rollout.server import Sampler, Server, ServerSampler
 from qwen_moe.rollout.store import TOKENIZER, Row, Store
 from qwen_moe.rollout.summary import figures
 
@@ -39,14 +40,21 @@ def roll_out(
         session.check([query.tokens for query in queries], sampling.max_new_tokens)
         if rewarder is None:
             for index in session.agree([]):
-                _sample(session, [queries[number] for number in _numbers(args, queries, index)], sampling)
+                _sample(session, session, [queries[number] for number in _numbers(args, queries, index)], sampling)
             return None
         args.output.parent.mkdir(parents=True, exist_ok=True)
         stack.enter_context(alone(args.output))
+        sampler = _sampler(args, session, sampling)
         settings = _settings(args, session, sampling, queries)
         store = Store(args.output, settings, rewarder.identity(), len(queries), _per_file(args))
         copy_tokenizer(tokenizer_folder(session.opened.weights.directory), args.output / TOKENIZER)
-        _fill(session, store, queries, sampling, rewarder)
+        with _scoring(store, queries, rewarder) as score:
+            for index in store.to_score():
+                score(index)
+            for index in _to_sample(session, store, len(queries)):
+                rows = _sample(session, sampler, [queries[number] for number in store.numbers(index)], sampling)
+                store.add_samples(index, rows)
+                score(index)
         summary, variances = figures(store.rows())
         store.finish(summary, variances)
         return summary
@@ -74,12 +82,30 @@ def _settings(args: argparse.Namespace, session: Session, sampling: Sampling, qu
         **vars(sampling),
         "stop": list(sampling.stop),
         **{name: getattr(args, name) for name in names},
+        "server": None if args.server is None else f"{args.server_kind}: {args.model}",
     }
 
 
-def _sample(session: Session, queries: list[Query], sampling: Sampling) -> list[Row]:
+def _sampler(args: argparse.Namespace, session: Session, sampling: Sampling) -> Sampler:
+    """What samples: this process, or the server, which is asked once whether it is there."""
+    if args.server is None:
+        return session
+    server = Server(
+        url=args.server,
+        model=args.model,
+        kind=args.server_kind,
+        seconds=args.server_seconds,
+        tries=args.server_tries,
+        at_once=max(1, args.batch_size // args.samples),
+    )
+    found = ServerSampler(server, sorted(session.opened.end_tokens), session.opened.config.vocab_size)
+    found.check(sampling)
+    return found
+
+
+def _sample(session: Session, sampler: Sampler, queries: list[Query], sampling: Sampling) -> list[Row]:
     prompts, numbers = [query.tokens for query in queries], [query.number for query in queries]
-    found = session.generate(prompts, sampling, numbers=numbers)
+    found = sampler.generate(prompts, sampling, numbers=numbers)
     return [
         {
             "number": query.number,
@@ -100,17 +126,13 @@ def _sample(session: Session, queries: list[Query], sampling: Sampling) -> list[
     ]
 
 
-def _fill(session: Session, store: Store, queries: list[Query], sampling: Sampling, rewarder: Rewarder) -> None:
+def _to_sample(session: Session, store: Store, queries: int) -> list[int]:
+    """Files without samples, on which all ranks agree."""
     todo = session.agree(store.to_sample())
-    sampled = len(queries) - sum(len(store.numbers(index)) for index in todo)
+    sampled = queries - sum(len(store.numbers(index)) for index in todo)
     if sampled:
-        session.say(f"{store.folder}: {sampled:,} of {len(queries):,} queries have their samples already")
-    with _scoring(store, queries, rewarder) as score:
-        for index in store.to_score():
-            score(index)
-        for index in todo:
-            store.add_samples(index, _sample(session, [queries[n] for n in store.numbers(index)], sampling))
-            score(index)
+        session.say(f"{store.folder}: {sampled:,} of {queries:,} queries have their samples already")
+    return todo
 
 
 @contextlib.contextmanager
