@@ -78,6 +78,7 @@ FLOORS = {
         ("checkpoint", "planning"),
         ("runs",),
         ("machine", "schedule_picture", "generation"),
+        ("rollout",),
         ("info",),
         ("training",),
         ("verify", "launch", "evaluation"),

@@ -199,7 +199,7 @@ def _of_one_kind(outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
             yield Outcome(where=outcome.where, reason="of another kind", problem=what)
 
 
-class _Writer:
+class Writer:
     """The documents and columns of an output under temporary names, and their figures."""
 
     def __init__(self, prefix: Path, kind: Kind, vocabulary: int) -> None:
@@ -250,7 +250,7 @@ def _write(request: ChatRequest, corpus: Corpus, prefix: Path, kind: Kind, worke
     vocabulary = max(chat.tokenizer.get_vocab().values()) + 1
     counts, left_out = ReadCounts(), Tally()
     mistakes = _Mistakes(skip=request.on_bad_line == "skip")
-    writer = _Writer(prefix, kind, vocabulary)
+    writer = Writer(prefix, kind, vocabulary)
     with contextlib.closing(writer), _bar(corpus) as bar:
         for outcome in mistakes.used(_of_one_kind(encoded_rows(rules, corpus, counts, workers))):
             if outcome.reason:
