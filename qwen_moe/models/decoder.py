@@ -1,6 +1,6 @@
 """The decoder of every family: embedding, pre-norm layers, final norm, head.
 
-Shapes: B batch, S sequence, D hidden, V vocabulary, L MoE layers, E experts. Parameter names are Hugging Face's.
+Shapes: B batch, S sequence, D hidden, V vocabulary, L MoE layers, E experts, K top-k. Parameter names are Hugging Face's.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -60,12 +60,13 @@ class DecoderLayer(nn.Module):
         visible: Visibility,
         recompute: bool = False,
         counted: torch.Tensor | None = None,
+        experts: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         if recompute:
             q, k, v = checkpoint(self._heads, x, rotary, use_reentrant=False)
             y = self.self_attn.attend(q, k, v, visible, rotary.softmax_scale)
-            return checkpoint(self._after_attention, x, y, counted, use_reentrant=False)
-        return self._feed_forward(x + self.self_attn(self.input_layernorm(x), rotary, visible), counted)
+            return checkpoint(self._after_attention, x, y, counted, experts, use_reentrant=False)
+        return self._feed_forward(x + self.self_attn(self.input_layernorm(x), rotary, visible), counted, experts)
 
     def read(self, x: torch.Tensor, cache: Cache, wanted: torch.Tensor | None) -> torch.Tensor:
         """The layer's output for new tokens ``[1, N, D]`` of cached sequences; of the tokens ``wanted`` alone if given."""
@@ -83,16 +84,16 @@ class DecoderLayer(nn.Module):
         return self.self_attn.heads(self.input_layernorm(x), rotary)
 
     def _after_attention(
-        self, x: torch.Tensor, y: torch.Tensor, counted: torch.Tensor | None
+        self, x: torch.Tensor, y: torch.Tensor, counted: torch.Tensor | None, experts: torch.Tensor | None
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
-        return self._feed_forward(x + self.self_attn.output(y), counted)
+        return self._feed_forward(x + self.self_attn.output(y), counted, experts)
 
     def _feed_forward(
-        self, x: torch.Tensor, counted: torch.Tensor | None
+        self, x: torch.Tensor, counted: torch.Tensor | None, experts: torch.Tensor | None
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         normed = self.post_attention_layernorm(x)
         if self.is_moe:
-            y, statistics = self.mlp(normed, counted)
+            y, statistics = self.mlp(normed, counted, experts)
             return x + y, statistics
         return x + self.mlp(normed), None
 
@@ -162,13 +163,15 @@ class DecoderLM(nn.Module):
         position_ids: torch.Tensor | None = None,
         document_starts: torch.Tensor | None = None,
         counted: torch.Tensor | None = None,
+        experts: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         """Final normed states ``[B, S, D]`` and the routers' statistics, stacked over MoE layers.
 
         ``document_starts [B, S]`` keep attention inside each document: for each token of the whole sequence (also of parts
         on other devices) the index of its document's first token. ``counted [B, S]``, also of the whole sequence, is false
-        for padding, which routers then do not count. On a later pipeline stage ``input_ids`` are hidden states; before the
-        last stage the result feeds the next stage.
+        for padding, which routers then do not count. ``experts [B, S, L, K]`` replay a routing: for each token and MoE layer
+        of the whole model the experts to use, or -1 where the router selects them itself. On a later pipeline stage
+        ``input_ids`` are hidden states; before the last stage the result feeds the next stage.
         """
         seq = input_ids.shape[1] if self.first else self.sequence.given_length(input_ids.shape[1])
         if position_ids is None:
@@ -176,16 +179,23 @@ class DecoderLM(nn.Module):
         x = self.model.embed_tokens(input_ids) if self.first else input_ids
         rotary = self.rope.tables(position_ids, x.dtype)
         visible = Visibility(starts=document_starts)
+        replayed = {} if experts is None else self._by_layer(experts)
         collected = []
         for layer in self.model.layers:
+            of_layer = (counted, replayed.get(layer.self_attn.layer))
             if self.recompute == "full" and self.training:
-                x, statistics = checkpoint(layer, x, rotary, visible, False, counted, use_reentrant=False)
+                x, statistics = checkpoint(layer, x, rotary, visible, False, *of_layer, use_reentrant=False)
             else:
-                x, statistics = layer(x, rotary, visible, self.recompute == "selective" and self.training, counted)
+                x, statistics = layer(x, rotary, visible, self.recompute == "selective" and self.training, *of_layer)
             if statistics is not None:
                 collected.append(statistics)
         router = RouterStatistics(*(torch.stack(parts) for parts in zip(*collected))) if collected else None
         return (self.model.norm(x) if self.last else x), router
+
+    def _by_layer(self, experts: torch.Tensor) -> dict[int, torch.Tensor]:
+        """The experts ``[B, held, K]`` of the held tokens by layer index, from those of all MoE layers."""
+        held = self.sequence.held(experts)
+        return {layer: held[:, :, place] for place, layer in enumerate(self.config.moe_layers)}
 
     def forward(
         self,

@@ -69,10 +69,13 @@ class MoE(nn.Module):
             return None
         return self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
 
-    def forward(self, x: torch.Tensor, counted: torch.Tensor | None = None) -> tuple[torch.Tensor, RouterStatistics]:
-        """``counted``: of whole sequences, on every device, the tokens that are not padding (by default all)."""
+    def forward(
+        self, x: torch.Tensor, counted: torch.Tensor | None = None, experts: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, RouterStatistics]:
+        """``counted``: of whole sequences, on every device, the tokens that are not padding (by default all). ``experts
+        [B, S, K]``: those of each token of ``x`` in routing replay, see `Router`. Capacity holds for them too."""
         held = None if counted is None else self.sequence.held_of(counted)
-        weights, indices, statistics = self.gate(x, held)
+        weights, indices, statistics = self.gate(x, held, experts)
         drops = self.capacity_factor > 0 and self.training
         if drops:
             per_sequence = indices.view(*x.shape[:2], -1)
