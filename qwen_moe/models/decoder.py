@@ -68,8 +68,15 @@ class DecoderLayer(nn.Module):
             return checkpoint(self._after_attention, x, y, counted, experts, use_reentrant=False)
         return self._feed_forward(x + self.self_attn(self.input_layernorm(x), rotary, visible), counted, experts)
 
-    def read(self, x: torch.Tensor, cache: Cache, wanted: torch.Tensor | None) -> torch.Tensor:
-        """The layer's output for new tokens ``[1, N, D]`` of cached sequences; of the tokens ``wanted`` alone if given."""
+    def read(
+        self,
+        x: torch.Tensor,
+        cache: Cache,
+        wanted: torch.Tensor | None,
+        chosen: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """The layer's output for new tokens ``[1, N, D]`` of cached sequences; of the tokens ``wanted`` alone if given.
+        ``chosen`` receives the experts ``[n, K]`` of the n tokens that a MoE layer computes, if there are any."""
         q, k, v = self.self_attn.unrotated_heads(self.input_layernorm(x))
         if wanted is not None:
             x, q = x[:, wanted], q[:, wanted]
@@ -78,7 +85,7 @@ class DecoderLayer(nn.Module):
             return x
         x = x + self.self_attn.output(y)
         normed = self.post_attention_layernorm(x)
-        return x + (self.mlp.read(normed) if isinstance(self.mlp, MoE) else self.mlp(normed))
+        return x + (self.mlp.read(normed, chosen) if isinstance(self.mlp, MoE) else self.mlp(normed))
 
     def _heads(self, x: torch.Tensor, rotary: RotaryTables) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.self_attn.heads(self.input_layernorm(x), rotary)
@@ -207,14 +214,21 @@ class DecoderLM(nn.Module):
         return linear(x, self.head_weight)
 
     @torch.no_grad()
-    def read(self, x: torch.Tensor, cache: Cache, wanted: torch.Tensor | None = None) -> torch.Tensor:
+    def read(
+        self,
+        x: torch.Tensor,
+        cache: Cache,
+        wanted: torch.Tensor | None = None,
+        chosen: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Read new tokens ``[1, N]`` of cached sequences (on a later pipeline stage their hidden states) and return their
         hidden states, normed after the last layer: ``[1, N, D]``. ``wanted``: indices of the only tokens whose states are
-        needed; the last layer then computes no others."""
+        needed; the last layer then computes no others. ``chosen`` receives the experts ``[n, K]`` of each MoE layer here, of
+        the n held tokens that it computed; a layer that computed none is left out."""
         x = self.model.embed_tokens(x) if self.first else x
         for layer in self.model.layers:
             final = layer.self_attn.layer == self.config.num_hidden_layers - 1
-            x = layer.read(x, cache, wanted if final else None)
+            x = layer.read(x, cache, wanted if final else None, chosen)
         return self.model.norm(x) if self.last else x
 
     def loss_sums(

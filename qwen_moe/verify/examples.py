@@ -30,7 +30,9 @@ def packed_batch(config: RunConfig, step: int) -> Batch:
     for row, documents in enumerate(lengths):
         begin = 0
         for length in documents:
-            left_out = kind == "grpo" and rng.random() < 0.15  # a truncated response
+            left_out = (
+                kind == "grpo" and rng.random() < 0.15 and row + begin > 0
+            )  # a truncated response, never all of them
             labels[row, begin : begin + (length if left_out else rng.randint(0, length - 2))] = IGNORE
             begin += length
             ends[row, begin - 1] = True

@@ -99,9 +99,12 @@ class MoE(nn.Module):
         lengths = counted.sum(1, keepdim=True).double()
         return (self.capacity_factor * lengths * self.top_k / self.num_experts).ceil()
 
-    def read(self, x: torch.Tensor) -> torch.Tensor:
-        """``forward`` for generation: without statistics and without dropping choices."""
+    def read(self, x: torch.Tensor, chosen: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """``forward`` for generation: without statistics and without dropping choices. ``chosen`` receives the experts
+        ``[T, K]``."""
         weights, indices = self.gate.choose(x)
+        if chosen is not None:
+            chosen.append(indices)
         routed, shared = self.dispatcher(
             x.flatten(0, -2), weights, indices, self.experts, lambda: self._shared(x), False
         )
