@@ -10,6 +10,7 @@ from parallel.data import clip_by_norm, exchange_and_add, global_norm, local, su
 from parallel.pipeline import Pipeline, Sequential
 from parallel.sequence import Batch, SequenceShard
 from qwen_moe.config import RunConfig
+from qwen_moe.data.replay import check_experts
 from qwen_moe.errors import UserError
 from qwen_moe.models.moe.block import MoE
 from qwen_moe.models.moe.router import Router, RouterStatistics
@@ -172,6 +173,8 @@ class Trainer:
             raise UserError(
                 f"the data has no {', '.join(missing)}, which the objective reads: prepare data that has them"
             )
+        for batch in micro_batches:
+            check_experts(batch, self.config.model)
         counts = [self.objective.count(batch) for batch in micro_batches]
         return int(all_reduce_sum(torch.stack(counts).sum().to(self.device), self.grids.dp))
 
