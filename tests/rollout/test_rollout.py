@@ -297,6 +297,17 @@ def test_an_unfinished_folder_is_not_read(tmp_path: Path) -> None:
         read_rollouts(tmp_path)
 
 
+def test_what_is_drawn_does_not_depend_on_the_files(hf: Path, source: Path, finished: Path, tmp_path: Path) -> None:
+    """`generate` draws the same, too."""
+    assert rollout(hf, source, tmp_path / "out", "--queries-per-file", 8) == 0
+    tokens = [[t for t, _ in row] for row in samples(tmp_path / "out")]
+    assert tokens == [[t for t, _ in row] for row in samples(finished)]
+    command = ["generate", "--checkpoint", str(hf), "--input", str(source), "--output", str(tmp_path / "answers.jsonl")]
+    assert main([*command, *OPTIONS[:4], "--temperature", "1", "--top-p", "1"]) == 0
+    answers = [[one["tokens"] for one in row["completions"]] for row in read_lines(tmp_path / "answers.jsonl")]
+    assert answers == tokens
+
+
 def test_several_processes_draw_the_same(hf: Path, source: Path, finished: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "qwen_moe", "rollout", "--checkpoint", str(hf), "--input", str(source)]
     command += ["--output", str(tmp_path / "out"), *OPTIONS, *REWARD, "--ep", "2"]
