@@ -34,7 +34,7 @@ from qwen_moe.checkpoint.manifest import MODEL_CONFIG, read_object
 from qwen_moe.checkpoint.metadata import SafeReader, TensorsOnly
 from qwen_moe.checkpoint.optimizer_state import MOMENTS, optimizer_state, set_optimizer_step
 from qwen_moe.checkpoint.pieces import Piece, piece_of
-from qwen_moe.checkpoint.resolve import HF_FOLDER
+from qwen_moe.checkpoint.resolve import HF_FOLDER, model_config
 from qwen_moe.checkpoint.retention import Retention
 from qwen_moe.checkpoint.train_state import TRAIN_STATE, TrainState, read_train_state
 from qwen_moe.config import ModelConfig
@@ -42,6 +42,7 @@ from qwen_moe.errors import UserError
 from qwen_moe.sharding.model import ParallelModel
 
 KERNELS = "kernels"
+SCORE = "score.weight"  # the head of a reward model
 # Fields of a model's settings that no weight depends on and that a stage, or a run that starts from weights, may change.
 WITHOUT_WEIGHTS = ("rope_theta", "rope_scaling", "max_position_embeddings", "dual_chunk")
 
@@ -270,9 +271,13 @@ def _check_finite(path: Path, tensors: dict[str, Any]) -> None:
 
 def load_weights(path: Path, model: ParallelModel, config: ModelConfig) -> None:
     """Load weights and buffers of a checkpoint into a model of any layout and dtype. Raises UserError if the checkpoint
-    belongs to another model; RoPE and the longest text may differ."""
-    check_same_model(path, config, WITHOUT_WEIGHTS)
+    belongs to another model; RoPE and the longest text may differ. A reward model may start from a language model: its head
+    then keeps its initial values."""
+    from_language_model = bool(config.criteria) and not model_config(path).criteria
+    check_same_model(path, config, (*WITHOUT_WEIGHTS, *(["criteria"] if from_language_model else [])))
     state = model_state(model)
+    if from_language_model:
+        state.pop(SCORE, None)  # only the last stage has it
     _load(SafeReader(path), {"model": state})
     _check_finite(path, state)
     _copy_to_twins(model, None)
@@ -281,7 +286,8 @@ def load_weights(path: Path, model: ParallelModel, config: ModelConfig) -> None:
 def check_same_model(path: Path, config: ModelConfig, may_differ: Collection[str] = ()) -> None:
     """Raise UserError if the checkpoint's model differs from ``config`` in other fields than ``may_differ``; the message
     names the fields."""
-    saved = read_object(path / MODEL_CONFIG)
+    # Fields that the checkpoint lacks are newer than it, and had their defaults.
+    saved = {"criteria": []} | read_object(path / MODEL_CONFIG)
     wanted = config.model_dump(mode="json")
     differing = [
         f"{key} is {saved.get(key)!r} there, {wanted[key]!r} here"
