@@ -19,8 +19,9 @@ import torch
 from parallel.sequence import Batch
 from qwen_moe.config import Dataset
 from qwen_moe.data.content import document_lengths, token_dtype
+from qwen_moe.data.conversations import PREFERENCE
 from qwen_moe.data.made_with import check_tokenizers
-from qwen_moe.data.manifest import LEARN, bin_path, column_path, read_manifest
+from qwen_moe.data.manifest import LEARN, PREFERENCES, PreparedData, bin_path, column_path, read_manifest
 from qwen_moe.data.packing import ROWS_PER_WINDOW, Packed, Share, draws, pack
 from qwen_moe.data.ranks import verified_on_all_ranks
 from qwen_moe.data.samples import IGNORE
@@ -83,6 +84,8 @@ class _OpenSet:
                 f"{column_path(prefix, LEARN)} has {len(self.learn):,} values for {len(self.tokens):,} tokens"
             )
 
+        self.criteria, self.preferences = _preferences(prefix, manifest, len(self.sizes))
+
     def documents(self, example: int) -> range:
         return range(example * self.per_example, (example + 1) * self.per_example)
 
@@ -94,6 +97,30 @@ class _OpenSet:
         labels[:-1] = np.where(self.learn[at][1:], ids[1:], IGNORE)
         return ids, labels
 
+    def judged(self, document: int, criteria: Sequence[str]) -> tuple[int, np.ndarray]:
+        """Of an answer of a pair: the place of its last learned token, and by criterion 1 where it is the better answer, -1
+        where the other is, 0 where that was not judged."""
+        at = slice(self.starts[document], self.starts[document] + self.lengths[document])
+        row = self.preferences[document // 2]
+        values = [int(row[self.criteria.index(name)]) if name in self.criteria else 0 for name in criteria]
+        return int(np.flatnonzero(self.learn[at])[-1]), np.array(values) * (1 if document % 2 == 0 else -1)
+
+
+def _preferences(prefix: Path, manifest: PreparedData, pairs: int) -> tuple[list[str], np.ndarray]:
+    """By which criteria pairs were judged, and the judgments ``[pairs, criteria]``. Data of earlier versions have none, and
+    each chosen answer is then the better one."""
+    if PREFERENCES not in manifest.columns:
+        return [PREFERENCE], np.ones((pairs, 1), np.int8)
+    names, path = sorted(manifest.criteria), column_path(prefix, PREFERENCES)
+    if path.stat().st_size != pairs * len(names):
+        raise UserError(
+            f"{path} has {path.stat().st_size:,} bytes, expected {len(names)} for each of {pairs:,} pairs: prepare the data "
+            "again"
+        )
+    if not names:
+        return [], np.zeros((pairs, 0), np.int8)
+    return names, np.memmap(path, mode="r", dtype=np.int8, shape=(pairs, len(names)))
+
 
 class _Rows:
     """The rows of one epoch after another."""
@@ -104,6 +131,7 @@ class _Rows:
         self.sets, self.length = sets, length
         self.first_examples = np.cumsum([0, *(len(one.sizes) for one in sets)])
         self.examples = self.tokens = 0
+        self.criteria: tuple[str, ...] = ()  # of the judgments that batches hold
         self._epochs: list[tuple[np.ndarray, Packed]] = []
         for epoch in range(epochs):
             drawn = draws(shares, seed, epoch) if seed is not None else _in_order(sets)
@@ -142,12 +170,17 @@ class _Rows:
             "document_starts": np.zeros((count, self.length), np.int64),
             "example_ids": np.full((count, self.length), -1),
         }
+        if self.criteria:
+            fields["preferences"] = np.zeros((count, self.length, len(self.criteria)), np.int64)
         for row in range(count):
             end = 0
             for one in self.placed(first + row):
                 at, end = slice(one.start, one.start + one.length), one.start + one.length
                 fields["input_ids"][row, at], fields["labels"][row, at] = self.sets[one.dataset].read(one.document)
                 fields["document_starts"][row, at], fields["example_ids"][row, at] = one.start, one.example
+                if self.criteria:
+                    place, judged = self.sets[one.dataset].judged(one.document, self.criteria)
+                    fields["preferences"][row, one.start + place] = judged
             fields["document_starts"][row, end:] = end
         fields["position_ids"] = np.arange(self.length) - fields["document_starts"]
         return {name: torch.from_numpy(values) for name, values in fields.items()}
@@ -194,6 +227,23 @@ class PackedExamples:
         decides: list[Any] = [(contents[one.prefix].sha256, one.epochs, one.weight) for one in sets]
         decides += [length, seed, longer, ROWS_PER_WINDOW]
         self.fingerprint = hashlib.sha256(repr(decides).encode()).hexdigest()[:32]
+
+    def judge_by(self, criteria: Sequence[str]) -> None:
+        """Let batches hold ``preferences [b, length, C]``: by each of ``criteria``, at the last learned token of each answer
+        of a pair, 1 where it is the better answer, -1 where the other is, and 0 where that was not judged and everywhere
+        else. Raises UserError unless the data are pairs, some of which were judged by each."""
+        if self.kind != "pairs":
+            named = ", ".join(str(one.prefix) for one in self.sets)
+            raise UserError(f"a reward model learns from pairs, and {named} holds conversations: give prepared pairs")
+        known = sorted({name for one in self.sets for name in one.criteria})
+        if missing := [name for name in criteria if name not in known]:
+            raise UserError(
+                f"no pair was judged by {', '.join(missing)}: objective.reward.criteria can name {', '.join(known)} with "
+                'these data, or give pairs with "preferences"'
+            )
+        for rows in (self.rows, self._validation):
+            if rows is not None:
+                rows.criteria = tuple(criteria)
 
     def steps(self, global_batch_size: int) -> int:
         """Optimizer steps that read every row once. Rows of the last step that do not exist are padding."""
