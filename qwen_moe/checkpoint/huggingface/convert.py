@@ -226,6 +226,8 @@ def convert_to_hf(
         ),
         hf_dir,
     )
+    if config.criteria:
+        notes += _score_notes(read_json(hf_dir / CONFIG))
     return Conversion(
         source=str(path),
         target=str(hf_dir),
@@ -240,6 +242,19 @@ def convert_to_hf(
         files=len(files_in(hf_dir)),
         notes=notes + tuple(left),
     )
+
+
+def _score_notes(values: dict[str, Any]) -> tuple[str, ...]:
+    """Where transformers reads scores elsewhere than we do: it looks for the last token that is not padding."""
+    pad, end = values.get("pad_token_id"), values.get("eos_token_id")
+    if pad is None:
+        return ("config.json has no pad_token_id, so transformers scores one conversation at a time",)
+    if pad in (end if isinstance(end, list) else [end]):
+        return (
+            f"pad_token_id {pad} of config.json also ends answers, so transformers reads scores at the token before the "
+            "end: give it a pad_token_id of its own",
+        )
+    return ()
 
 
 @dataclass(frozen=True)
