@@ -78,7 +78,7 @@ FLOORS = {
         ("checkpoint", "planning"),
         ("runs",),
         ("machine", "schedule_picture", "generation"),
-        ("info",),
+        ("info", "scoring"),
         ("training",),
         ("verify", "launch", "evaluation"),
         ("scaling",),
