@@ -30,7 +30,7 @@ SAME: dict[str, Any] = {
 
 
 def config_for(layout: Layout, **changes: Any) -> RunConfig:
-    return post_training("reward_model", layout, objective__reward=REWARD, **(SAME | changes))
+    return post_training("reward_model", layout, **({"objective__reward": REWARD} | SAME | changes))
 
 
 def test_another_layout_goes_on_the_same(tmp_path: Path) -> None:

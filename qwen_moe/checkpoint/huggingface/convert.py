@@ -226,8 +226,6 @@ def convert_to_hf(
         ),
         hf_dir,
     )
-    if config.criteria:
-        notes += _score_notes(read_json(hf_dir / CONFIG))
     return Conversion(
         source=str(path),
         target=str(hf_dir),
@@ -240,7 +238,7 @@ def convert_to_hf(
             else list(dtypes.values())
         ),
         files=len(files_in(hf_dir)),
-        notes=notes + tuple(left),
+        notes=notes + tuple(left) + (_score_notes(read_json(hf_dir / CONFIG)) if config.criteria else ()),
     )
 
 
