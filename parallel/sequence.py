@@ -14,7 +14,7 @@ from parallel.collectives import all_gather_single, all_reduce_sum, all_reduce_w
 from parallel.context import chunks_of, own_chunks
 from parallel.mesh import Axis, Grids
 
-# A micro-batch: fields [b, S] by name. The first stage takes FIRST_INPUT; every stage and the loss get the other fields.
+# A micro-batch: fields [b, S, ...] by name. The first stage takes FIRST_INPUT; every stage and the loss get the others.
 Batch = dict[str, torch.Tensor]
 FIRST_INPUT = "input_ids"
 WHOLE = ("document_starts", "counted")  # fields that describe the whole sequence to every rank
@@ -47,11 +47,11 @@ class SequenceShard:
         return given.numel() * self.cp.size
 
     def of_batch(self, batch: Batch) -> Batch:
-        """The model's input: this rank's cp part ``[B, S / cp]`` of each field, and all of the fields WHOLE."""
+        """The model's input: this rank's cp part ``[B, S / cp, ...]`` of each field, and all of the fields WHOLE."""
         return {name: field if name in WHOLE else own_chunks(field, self.cp) for name, field in batch.items()}
 
     def held(self, field: torch.Tensor) -> torch.Tensor:
-        """``[B, S / cp] -> [B, S / parts]``: the tokens of an input field that this rank holds between layers. The
+        """``[B, S / cp, ...] -> [B, S / parts, ...]``: the tokens of an input field that this rank holds between layers. The
         log-probability head returns values for these tokens."""
         return field if self.tp.size == 1 else field.chunk(self.tp.size, dim=1)[self.tp.index]
 

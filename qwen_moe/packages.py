@@ -11,6 +11,7 @@ EXTRAS = {
     "zstandard": "data",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
+    "math_verify": "rl",
 }
 
 

@@ -273,21 +273,34 @@ def load_weights(path: Path, model: ParallelModel, config: ModelConfig) -> None:
     """Load weights and buffers of a checkpoint into a model of any layout and dtype. Raises UserError if the checkpoint
     belongs to another model; RoPE and the longest text may differ. A reward model may start from a language model: its head
     then keeps its initial values."""
-    from_language_model = bool(config.criteria) and not model_config(path).criteria
-    check_same_model(path, config, (*WITHOUT_WEIGHTS, *(["criteria"] if from_language_model else [])))
+    own_head = has_own_head(model_config(path), config)
+    check_same_model(path, config, WITHOUT_WEIGHTS if own_head else (*WITHOUT_WEIGHTS, "criteria"))
     state = model_state(model)
-    if from_language_model:
+    if not own_head:
         state.pop(SCORE, None)  # only the last stage has it
     _load(SafeReader(path), {"model": state})
     _check_finite(path, state)
     _copy_to_twins(model, None)
 
 
+def has_own_head(start: ModelConfig, config: ModelConfig) -> bool:
+    """Whether the weights of ``start`` have the head of ``config``. A reward model that starts from a language model has
+    none yet."""
+    return not config.criteria or bool(start.criteria)
+
+
 def check_same_model(path: Path, config: ModelConfig, may_differ: Collection[str] = ()) -> None:
     """Raise UserError if the checkpoint's model differs from ``config`` in other fields than ``may_differ``; the message
     names the fields."""
-    # Fields that the checkpoint lacks are newer than it, and had their defaults.
-    saved = {"criteria": []} | read_object(path / MODEL_CONFIG)
+    check_fields(read_object(path / MODEL_CONFIG), config, f"checkpoint {path}", may_differ)
+
+
+def check_fields(
+    saved: dict[str, Any], config: ModelConfig, where: str, may_differ: Collection[str] = WITHOUT_WEIGHTS
+) -> None:
+    """`check_same_model` for the model's fields ``saved``, which are those of ``where``."""
+    # Fields that are absent are newer than what was saved, and had their defaults.
+    saved = {"criteria": []} | saved
     wanted = config.model_dump(mode="json")
     differing = [
         f"{key} is {saved.get(key)!r} there, {wanted[key]!r} here"
@@ -296,8 +309,7 @@ def check_same_model(path: Path, config: ModelConfig, may_differ: Collection[str
     ]
     if differing:
         raise UserError(
-            f"checkpoint {path} is of another model: {'; '.join(differing)}. Use the same model section, or another "
-            "run_dir"
+            f"{where} is of another model: {'; '.join(differing)}. Use the same model section, or another run_dir"
         )
 
 

@@ -1,7 +1,7 @@
 """The data section: which tokens a run reads, in which order."""
 
 import math
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,27 +17,39 @@ from qwen_moe.config.fields import (
     Size,
 )
 
+Learn = Literal["assistant", "last", "all"]
+TooLong = Literal["error", "drop", "cut"]
+
 
 class Dataset(Section):
-    """One `.bin/.idx` pair (`prefix` is its path without the suffix) and its weight in the blend."""
+    """One `.bin/.idx` pair (`prefix` is its path without the suffix) and its weight in the blend.
+
+    Of conversations and pairs, weights that are not all 1 are shares of the examples of an epoch, which has as many as all
+    sets together; else every set is read ``passes`` times in each epoch."""
 
     prefix: GivenPrefix
     weight: PositiveFloat = 1.0
+    passes: Size = 1
 
 
 class Prepare(Section):
-    """Data that `qwen-moe train` prepares first if it does not exist, as `qwen-moe data prepare` would."""
+    """Data that `qwen-moe train` prepares first if it does not exist: text as `qwen-moe data prepare` would, and
+    conversations or pairs (where the objective learns from them) as `qwen-moe data chat` would, with its ``learn`` and
+    ``too_long``."""
 
     input: tuple[str, ...] = Field(min_length=1)
     output: GivenPrefix
     train_tokenizer: bool = False
     vocab_size: OptionalSize = 0
     text_key: str = "text"
+    learn: Learn = "assistant"
+    too_long: TooLong = "error"
 
 
 class DataConfig(Section):
     """The tokens to read and their order. ``split``: Megatron's train,validation,test weights over documents.
     ``order_tokens``: the training length for which the order is drawn; 0 is the run's own, and a branch sets its trunk's.
+    ``too_long``: what to do with a conversation or pair that is longer than a sequence: stop, or leave it out.
     ``long_share``: the share of training sequences (and so of tokens) from documents of at least ``sequence_length`` tokens;
     the others come from shorter documents. 0 takes all documents as they come."""
 
@@ -50,6 +62,7 @@ class DataConfig(Section):
     seed: Seed = 1234
     order_tokens: NonNegativeInt = 0
     long_share: Share = 0.0
+    too_long: Literal["error", "drop"] = "error"
     respect_document_boundaries: bool = False
     mask_end_of_document: bool = False
 
@@ -66,8 +79,6 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.train and self.prepare is None:
-            raise ValueError("there is nothing to read: give data.train (prefixes of .bin/.idx files) or data.prepare")
         if self.prepare is not None and self.prepare.train_tokenizer == (self.tokenizer is not None):
             raise ValueError(
                 "give either data.prepare.train_tokenizer: true (with vocab_size) or data.tokenizer, not both or neither"

@@ -10,6 +10,7 @@ from qwen_moe.config.fields import Criteria, NonNegativeFloat, NonNegativeInt, P
 PreferenceLoss = Literal["sigmoid", "ipo"]
 Ratio = Literal["token", "sequence"]
 Normalization = Literal["grpo", "dr_grpo", "dapo"]
+Reads = Literal["documents", "chat", "pairs", "samples"]
 KL = Literal["none", "k1", "k2", "k3", "rho_k3", "k1_in_reward"]
 
 
@@ -99,6 +100,12 @@ class ObjectiveConfig(Section):
     preference: PreferenceConfig = PreferenceConfig()
     reward: RewardConfig = RewardConfig()
     policy: PolicyConfig = PolicyConfig()
+
+    @property
+    def reads(self) -> Reads:
+        """What it learns from: text, conversations, pairs of answers, or answers that the model samples itself."""
+        found: dict[str, Reads] = {"sft": "chat", "dpo": "pairs", "reward_model": "pairs", "grpo": "samples"}
+        return found.get(self.kind, "documents")
 
     @property
     def unit(self) -> str:

@@ -16,6 +16,8 @@ from qwen_moe.config.stages import Place, StageConfig, places_of, values_of_stag
 from qwen_moe.config.system import CheckpointConfig, LaunchConfig, LoggingConfig, ParallelConfig
 from qwen_moe.config.training import BalanceConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 
+NAMES = {"documents": "text", "chat": "conversations", "pairs": "pairs of answers", "samples": "its own samples"}
+
 
 class RunConfig(Section):
     """One run. Everything that it writes goes to ``run_dir``. With ``stages``, the run walks through them, and the other
@@ -40,6 +42,14 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _name_objective(cls, values: Any) -> Any:
+        """`objective: sft` is short for `objective: {kind: sft}`."""
+        if isinstance(values, dict) and isinstance(values.get("objective"), str):
+            return values | {"objective": {"kind": values["objective"]}}
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
     def _add_stages(cls, values: Any) -> Any:
         """`training.train_tokens` is the sum of the stages' tokens, if it is left out."""
         stages = values.get("stages") if isinstance(values, dict) else None
@@ -57,7 +67,9 @@ class RunConfig(Section):
         if not isinstance(values, dict):
             return values
         objective, model = values.get("objective"), values.get("model")
-        if isinstance(objective, ObjectiveConfig):
+        if isinstance(objective, str):
+            objective = {"kind": objective}
+        elif isinstance(objective, ObjectiveConfig):
             objective = objective.model_dump()
         if not isinstance(objective, dict) or objective.get("kind") != "reward_model":
             return values
@@ -77,12 +89,16 @@ class RunConfig(Section):
     def check(self) -> None:
         """Raise ValueError if settings of different sections conflict."""
         self._check_fp8()
+        self._check_reads()
         self._check_tokens()
+        if self.training.train_tokens:
+            self._check_length()
         self._check_balance()
         self._check_criteria()
         if self.stages:
             _check_stages(self)
-        self._check_keep_steps()
+        if self.training.train_tokens:
+            self._check_keep_steps()
         if self.schedule.min_learning_rate > self.optimizer.learning_rate:
             raise ValueError(
                 f"schedule.min_learning_rate {self.schedule.min_learning_rate} is above optimizer.learning_rate "
@@ -122,15 +138,54 @@ class RunConfig(Section):
                 "precision.compute to bf16"
             )
 
+    def _check_reads(self) -> None:
+        """Raise ValueError unless the data and the length are of the kind that the objective learns from."""
+        data, training, kind = self.data, self.training, self.objective.kind
+        if not data.train and data.prepare is None:
+            raise ValueError(
+                "data: there is nothing to read: give data.train (prefixes of .bin/.idx files) or data.prepare"
+            )
+        if not training.train_tokens and not training.epochs:
+            raise ValueError(
+                "training.train_tokens is missing: give it in the recipe or as training.train_tokens=VALUE"
+                + ("" if self.objective.reads == "documents" else ", or give training.epochs")
+            )
+        if self.objective.reads == "documents":
+            given: dict[str, Any] = {
+                "training.epochs": training.epochs,
+                "data.too_long": data.too_long != "error",
+                "data.train's passes": any(one.passes > 1 for one in data.train),
+                "data.prepare.learn and too_long": data.prepare is not None
+                and (data.prepare.learn, data.prepare.too_long) != ("assistant", "error"),
+            }
+            why = f"is for conversations and pairs, and objective.kind {kind} reads text"
+        else:
+            given = {
+                "data.respect_document_boundaries": data.respect_document_boundaries,
+                "data.mask_end_of_document": data.mask_end_of_document,
+                "data.long_share": data.long_share,
+                "data.order_tokens": data.order_tokens,
+                "data.split": data.split != type(data).model_fields["split"].default,
+                "data.prepare.text_key": data.prepare is not None and data.prepare.text_key != "text",
+            }
+            weighted = any(one.weight != 1 for one in data.train)
+            given["data.train's passes beside weights"] = weighted and any(one.passes > 1 for one in data.train)
+            why = f"is for text, and objective.kind {kind} reads {NAMES[self.objective.reads]}"
+            compared = self.objective.kind in ("dpo", "grpo")  # with the model that the run begins from
+            given["stages"] = compared and self.stages
+            given["checkpoint.branch_from"] = compared and self.checkpoint.branch_from is not None
+        if named := [name for name, value in given.items() if value]:
+            raise ValueError(f"{named[0]} {why}: leave it out")
+
     def _check_tokens(self) -> None:
-        training, schedule = self.training, self.schedule
+        training = self.training
         if training.global_batch_size % training.micro_batch_size:
             raise ValueError(
                 f"training.global_batch_size {training.global_batch_size} is not a multiple of "
                 f"training.micro_batch_size {training.micro_batch_size}"
             )
         # Where positions begin anew in each document its length matters, which is checked when the data are there.
-        packed = self.data.respect_document_boundaries
+        packed = self.data.respect_document_boundaries or self.objective.reads != "documents"
         if self.data.sequence_length > self.model.reach and not packed:
             scaled = " times model.rope_scaling.factor" if self.model.rope_scaling is not None else ""
             raise ValueError(
@@ -144,6 +199,9 @@ class RunConfig(Section):
                 "which model.dual_chunk changes nothing: attention in training is plain, and dual chunk attention is for "
                 "reading longer texts without training on them; lower the length, or leave model.dual_chunk out"
             )
+
+    def _check_length(self) -> None:
+        training, schedule = self.training, self.schedule
         tokens_per_step = training.global_batch_size * self.data.sequence_length
         if training.train_tokens < tokens_per_step:
             raise ValueError(

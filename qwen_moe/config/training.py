@@ -8,7 +8,6 @@ from qwen_moe.config.fields import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     Section,
     ShareBelowOne,
     Size,
@@ -18,7 +17,8 @@ Recompute = Literal["none", "selective", "full"]
 
 
 class TrainingConfig(Section):
-    """Training length and batch sizes. Batch sizes count sequences; ``train_tokens`` counts tokens of all ranks.
+    """Training length and batch sizes. Batch sizes count sequences; ``train_tokens`` counts tokens of all ranks, with their
+    padding. ``epochs``: of conversations or pairs, instead; ``train_tokens`` is then set when the data are read.
     ``recompute``: what backward computes again instead of keeping it: nothing, whole layers (full), or layers except
     attention itself, whose cost grows with the square of the sequence (selective).
 
@@ -26,7 +26,8 @@ class TrainingConfig(Section):
     taken: the run goes back to its newest checkpoint and skips the batches since then, at most ``max_skips`` times.
     """
 
-    train_tokens: PositiveInt
+    train_tokens: NonNegativeInt = 0
+    epochs: NonNegativeInt = 0
     micro_batch_size: Size
     global_batch_size: Size
     validation_interval: NonNegativeInt = 200

@@ -1,4 +1,4 @@
-"""`qwen-moe data prepare`, `qwen-moe data info` and, from its own file, `qwen-moe data chat`."""
+"""`qwen-moe data prepare`, `qwen-moe data info` and, from files of their own, `qwen-moe data chat` and `data pairs`."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from qwen_moe.config.fields import LARGEST_SIZE
 from qwen_moe.data.chat_command import register_chat
@@ -13,7 +14,7 @@ from qwen_moe.errors import UserError
 from qwen_moe.options import given_prefix, whole
 
 
-def _output_prefix(text: str) -> Path:
+def output_prefix(text: str) -> Path:
     """A prefix of file names. A folder is refused, because the trailing slash would be dropped silently."""
     if text.endswith(("/", os.sep)):
         raise argparse.ArgumentTypeError(f"{text} is a folder: give a prefix of file names, such as {text}data")
@@ -33,7 +34,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="PATH",
         help="files, directories, python-stdlib, or passkey:DOCUMENTS:LONGEST",
     )
-    prepare.add_argument("--output", type=_output_prefix, required=True, metavar="PREFIX")
+    prepare.add_argument("--output", type=output_prefix, required=True, metavar="PREFIX")
     which = prepare.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer", type=Path, metavar="DIR")
     which.add_argument("--train-tokenizer", action="store_true", help="train one on the input, in PREFIX-tokenizer")
@@ -59,12 +60,18 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     prepare.add_argument("--overwrite", action="store_true")
     prepare.add_argument("--json", action="store_true")
     prepare.set_defaults(func=run_prepare)
-    register_chat(verbs, _output_prefix)
+    register_chat(verbs, output_prefix)
     info = verbs.add_parser("info", help="describe a .bin/.idx pair")
     info.add_argument("prefix", type=given_prefix)
     info.add_argument("--check", action="store_true", help="hash both files completely and compare with the manifest")
     info.add_argument("--json", action="store_true")
     info.set_defaults(func=run_info)
+
+
+def verbs_of_data(subparsers: Any) -> Any:
+    """The verbs of `data`, once it is registered: for one that is defined in a folder above this one."""
+    parser = subparsers.choices["data"]
+    return next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
 
 
 def run_prepare(args: argparse.Namespace) -> int:

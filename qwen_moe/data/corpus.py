@@ -66,7 +66,7 @@ def read_documents(source: Source, counts: ReadCounts, reading: Reading | None =
     with source.open() as raw:
         hashed = HashedFile(raw)
         file = open_packed(source.path, io.BufferedReader(hashed, 1 << 18))
-        found = _of_lines(file, source.path, reading) if source.kind == "jsonl" else _of_file(file, source, reading)
+        found = _of_lines(file, source.path, reading) if source.has_lines else _of_file(file, source, reading)
         for where, get in found:
             try:
                 text = get()
@@ -206,7 +206,7 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[str, int, bytes]]:
 def read_lines(source: Source, counts: ReadCounts) -> Iterator[tuple[str, bytes]]:
     """(place, content) of every line of a JSONL file that is not blank."""
     start = counts.bytes
-    with source.path.open("rb") as raw:
+    with source.open() as raw:
         hashed = HashedFile(raw)
         for where, _, content in _lines(open_packed(source.path, io.BufferedReader(hashed, 1 << 18)), source.path):
             counts.bytes = start + hashed.taken

@@ -40,26 +40,13 @@ def prepare_inputs(config: RunConfig) -> None:
     """Prepare the data that `data.prepare` describes, unless they exist, and check the tokenizer against the model."""
     wanted = config.data.prepare
     if wanted is not None:
-        if wanted.train_tokenizer and wanted.vocab_size > config.model.vocab_size:
-            raise UserError(
-                f"data.prepare.vocab_size {wanted.vocab_size} is larger than model.vocab_size {config.model.vocab_size}: "
-                "the model needs a row for every token"
-            )
-        request = Request(
-            inputs=wanted.input,
-            tokenizer=None if wanted.train_tokenizer else config.data.tokenizer,
-            vocab_size=wanted.vocab_size if wanted.train_tokenizer else 0,
-            reading=Reading(text_key=wanted.text_key),
-        )
-        check_prefix_name(wanted.output, "data.prepare.output")
-        try:
-            prepare(request, wanted.output, without_inputs=True)
-        except OtherDataThere:
-            raise UserError(
-                f"{wanted.output}.bin was prepared from other inputs or with other settings than data.prepare names now: "
-                "give another data.prepare.output, or restore what it was made from; `qwen-moe data prepare ... "
-                f"--overwrite --output {wanted.output}` replaces it, for all runs that read it"
-            ) from None
+        _check_room(config)
+        if config.objective.reads == "documents":
+            _prepare_text(config)
+        else:
+            from qwen_moe.data.epochs import prepare_conversations
+
+            prepare_conversations(config)
     directory = tokenizer_directory(config)
     for run in stage_runs(config):
         check_tokenizers(directory, [*train_datasets(run), *run.data.validation])
@@ -77,6 +64,37 @@ def prepare_inputs(config: RunConfig) -> None:
             f"tokenizer {directory} has {size} tokens but model.vocab_size is {config.model.vocab_size}: raise it to at "
             f"least {size}"
         )
+
+
+def _check_room(config: RunConfig) -> None:
+    """Raise UserError if the tokenizer that is to be trained has more tokens than the model."""
+    wanted = config.data.prepare
+    assert wanted is not None
+    if wanted.train_tokenizer and wanted.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"data.prepare.vocab_size {wanted.vocab_size} is larger than model.vocab_size {config.model.vocab_size}: "
+            "the model needs a row for every token"
+        )
+
+
+def _prepare_text(config: RunConfig) -> None:
+    wanted = config.data.prepare
+    assert wanted is not None
+    request = Request(
+        inputs=wanted.input,
+        tokenizer=None if wanted.train_tokenizer else config.data.tokenizer,
+        vocab_size=wanted.vocab_size if wanted.train_tokenizer else 0,
+        reading=Reading(text_key=wanted.text_key),
+    )
+    check_prefix_name(wanted.output, "data.prepare.output")
+    try:
+        prepare(request, wanted.output, without_inputs=True)
+    except OtherDataThere:
+        raise UserError(
+            f"{wanted.output}.bin was prepared from other inputs or with other settings than data.prepare names now: "
+            "give another data.prepare.output, or restore what it was made from; `qwen-moe data prepare ... "
+            f"--overwrite --output {wanted.output}` replaces it, for all runs that read it"
+        ) from None
 
 
 def check_mix(config: RunConfig) -> None:
@@ -168,17 +186,7 @@ def open_inputs(config: RunConfig, dp: Axis) -> RunInputs:
     """Open the data on every rank. Rank 0 prepares them first if they do not exist."""
     import torch.distributed as dist
 
-    from qwen_moe.data.batches import TokenBatches
-
-    problem: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            prepare_inputs(config)
-        except UserError as error:
-            problem = [str(error)]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise UserError(problem[0])
+    prepared_on_all_ranks(config)
     directory = tokenizer_directory(config)
     kept = None
     end_of_document = None
@@ -187,14 +195,40 @@ def open_inputs(config: RunConfig, dp: Axis) -> RunInputs:
         kept = config.run_dir / TOKENIZER
         if dist.get_rank() == 0:
             copy_tokenizer(directory, kept)
+    return RunInputs(config, dp, _samples(config, end_of_document), kept)
+
+
+def prepared_on_all_ranks(config: RunConfig) -> None:
+    """`prepare_inputs` on rank 0; its UserError is one on all ranks."""
+    from qwen_moe.data.ranks import same_on_all_ranks
+
+    same_on_all_ranks(lambda: prepare_inputs(config))
+
+
+def _samples(config: RunConfig, end_of_document: int | None) -> "Samples":
+    datasets, cache = train_datasets(config), config.run_dir / "data_cache"
+    if config.objective.reads != "documents":
+        from qwen_moe.data.epochs import open_examples
+
+        return open_examples(config, datasets, cache)
+    from qwen_moe.data.batches import TokenBatches
+
     training = config.training
-    batches = TokenBatches(
+    return TokenBatches(
         config.data,
-        train_datasets(config),
+        datasets,
         train_samples=ordered_steps(config) * training.global_batch_size,
         validation_samples=training.validation_sequences,
         vocab_size=config.model.vocab_size,
         end_of_document=end_of_document,
-        cache=config.run_dir / "data_cache",
+        cache=cache,
     )
-    return RunInputs(config, dp, batches, kept)
+
+
+def with_length(config: RunConfig) -> RunConfig:
+    """``config`` with the tokens that its epochs take. The data must be prepared."""
+    if not config.training.epochs:
+        return config
+    from qwen_moe.data.epochs import with_epochs
+
+    return with_epochs(config, train_datasets(config))

@@ -129,10 +129,10 @@ def prepare_chat(
 def find_rows(inputs: tuple[str, ...]) -> Corpus:
     """The JSONL files behind ``inputs``. Other files of a folder are left out and counted. Raises UserError."""
     corpus = find_corpus(inputs)
-    other = [source for source in corpus.sources if source.kind != "jsonl"]
+    other = [source for source in corpus.sources if not source.has_lines]
     if named := next((source for source in other if str(source.path) in inputs or source.kind == "python"), None):
         raise UserError(f"{named.path} is not JSONL: chat data have one JSON object per line, in .jsonl or .ndjson")
-    corpus.sources = [source for source in corpus.sources if source.kind == "jsonl"]
+    corpus.sources = [source for source in corpus.sources if source.has_lines]
     for source in other:
         corpus.left_out.add("not JSONL", str(source.path))
     if not corpus.sources:
@@ -200,7 +200,7 @@ def _of_one_kind(outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
             yield Outcome(where=outcome.where, reason="of another kind", problem=what)
 
 
-class _Writer:
+class Writer:
     """The documents and columns of an output under temporary names, and their figures."""
 
     def __init__(self, prefix: Path, kind: Kind, vocabulary: int) -> None:
@@ -271,7 +271,7 @@ def _write(request: ChatRequest, corpus: Corpus, prefix: Path, kind: Kind, worke
     vocabulary = max(chat.tokenizer.get_vocab().values()) + 1
     counts, left_out = ReadCounts(), Tally()
     mistakes = _Mistakes(skip=request.on_bad_line == "skip")
-    writer = _Writer(prefix, kind, vocabulary)
+    writer = Writer(prefix, kind, vocabulary)
     with contextlib.closing(writer), _bar(corpus) as bar:
         for outcome in mistakes.used(_of_one_kind(encoded_rows(rules, corpus, counts, workers))):
             if outcome.reason:

@@ -8,6 +8,8 @@ position_ids  int64, optional: positions, from 0 in each document
 document_starts  int64, optional: the index in the sequence of each document's first token; attention looks no further back
 counted       bool, optional: false for padding, which is in no statistic of the experts and in no auxiliary loss. Padding is
               the last document of a sequence, without valid labels
+experts       int16 ``[b, S, L, K]``, optional: routing replay, the experts of each token in every MoE layer of the model,
+              or -1 where the router selects them itself (`qwen_moe.data.replay`)
 
 and whatever else the objective reads (`Objective.fields`).
 """

@@ -12,6 +12,7 @@ from typing import BinaryIO, Literal
 
 from qwen_moe.data.packed import PACKED_ENDINGS
 from qwen_moe.data.passkey import is_passkey, passkey_bytes
+from qwen_moe.data.tasks import is_tasks, tasks_bytes
 from qwen_moe.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
@@ -25,21 +26,30 @@ _NAMED = 3
 Seen = set[tuple[int, int] | str]
 
 
+_MADE = {"passkey": passkey_bytes, "tasks": tasks_bytes}
+
+
 class MissingInput(UserError):
     """An input does not exist."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One file of the corpus. ``kind`` says how it is divided into documents. With ``passkey`` there is no file,
-    and ``path`` is the name of documents that are generated."""
+    """One file of the corpus. ``kind`` says how it is divided into documents. With ``passkey`` and ``tasks`` (JSON lines)
+    there is no file, and ``path`` is the name of documents that are generated."""
 
     path: Path
-    kind: Literal["text", "jsonl", "python", "passkey"]
+    kind: Literal["text", "jsonl", "python", "passkey", "tasks"]
     bytes: int
 
+    @property
+    def has_lines(self) -> bool:
+        """Whether it has a JSON object on each line."""
+        return self.kind in ("jsonl", "tasks")
+
     def open(self) -> BinaryIO:
-        return io.BytesIO(passkey_bytes(str(self.path))) if self.kind == "passkey" else self.path.open("rb")
+        made = _MADE.get(self.kind)
+        return io.BytesIO(made(str(self.path))) if made is not None else self.path.open("rb")
 
     def sha256(self) -> str:
         with self.open() as file:
@@ -47,7 +57,7 @@ class Source:
 
     def status(self) -> str:
         """What shows without reading a file that it is unchanged: its size and modification time."""
-        if self.kind == "passkey":
+        if self.kind in _MADE:
             return f"{self.bytes}|{self.sha256()}"
         stat = self.path.stat()
         return f"{stat.st_size}|{stat.st_mtime_ns}"
@@ -91,8 +101,8 @@ class Corpus:
 
 
 def find_corpus(inputs: Sequence[str]) -> Corpus:
-    """Every file behind ``inputs`` (paths of files and directories, ``python-stdlib``, or ``passkey:DOCUMENTS:LONGEST``), in
-    a fixed order.
+    """Every file behind ``inputs`` (paths of files and directories, ``python-stdlib``, ``passkey:DOCUMENTS:LONGEST``, or
+    ``tasks:KIND:COUNT``), in a fixed order.
 
     Links in directories are followed. Files that are hidden, have an unknown suffix or were already found under another
     name are left out and counted. Raises MissingInput if a path does not exist; raises UserError for an unknown suffix, an
@@ -110,6 +120,8 @@ def find_corpus(inputs: Sequence[str]) -> Corpus:
             corpus.sources.extend(_standard_library())
         elif is_passkey(name):
             corpus.sources.append(Source(path=path, kind="passkey", bytes=len(passkey_bytes(name))))
+        elif is_tasks(name):
+            corpus.sources.append(Source(path=path, kind="tasks", bytes=len(tasks_bytes(name))))
         elif path.is_dir():
             before = len(corpus.sources)
             _add_directory(corpus, path, seen)

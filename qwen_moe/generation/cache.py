@@ -5,7 +5,7 @@ sequences is written with one copy. Shapes: P prompts, N new tokens of any of th
 T tokens, C head dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,24 @@ class Chunk:
     begin: int
     end: int
     last: bool
+
+
+def passes(lengths: Sequence[int], limit: int) -> Iterator[list[Chunk]]:
+    """Chunks of prompts of ``lengths`` to read in each forward pass, at most ``limit`` tokens together."""
+    chunks: list[Chunk] = []
+    room = limit
+    for prompt, length in enumerate(lengths):
+        begin = 0
+        while begin < length:
+            if room == 0 or (begin == 0 and chunks and length > room):
+                yield chunks  # a prompt that would fit whole into the next pass is not cut
+                chunks, room = [], limit
+            end = min(length, begin + room)
+            chunks.append(Chunk(prompt, begin, end, end == length))
+            room -= end - begin
+            begin = end
+    if chunks:
+        yield chunks
 
 
 class _Store:

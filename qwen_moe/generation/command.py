@@ -40,17 +40,15 @@ def register(subparsers: Any) -> None:
         "--output", type=Path, metavar="JSONL", help="the answers to --input; the same command goes on after a stop"
     )
     parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template to the prompts")
-    _add_sampling(parser)
-    _add_reading(parser)
-    for degree, what in (("tp", "tensor"), ("ep", "expert"), ("pp", "pipeline")):
-        parser.add_argument(
-            f"--{degree}", type=whole(1, 4096), default=1, help=f"processes of {what} parallelism; default: 1"
-        )
+    add_sampling(parser)
+    add_reading(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(func=_run)
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Options of what is drawn; `sampling_of` reads them."""
+
     def option(name: str, kind: Any, default: Any, metavar: str, text: str) -> None:
         parser.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{text}; default: %(default)s")
 
@@ -65,7 +63,8 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=whole(), default=0, help="default: %(default)s")
 
 
-def _add_reading(parser: argparse.ArgumentParser) -> None:
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Options of how the model reads, and over how many processes it is split."""
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored, or the run's compute dtype")
     parser.add_argument(
         "--context-extension",
@@ -80,6 +79,10 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=whole(1, 100_000), default=64, metavar="N", help="answers at a time; default: %(default)s"
     )
+    for degree, what in (("tp", "tensor"), ("ep", "expert"), ("pp", "pipeline")):
+        parser.add_argument(
+            f"--{degree}", type=whole(1, 4096), default=1, help=f"processes of {what} parallelism; default: 1"
+        )
 
 
 def add_chunk_size(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +94,7 @@ def add_chunk_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _sampling(args: argparse.Namespace) -> "Sampling":
+def sampling_of(args: argparse.Namespace) -> "Sampling":
     from qwen_moe.generation.sampling import Sampling
 
     return Sampling(
@@ -110,7 +113,7 @@ def _sampling(args: argparse.Namespace) -> "Sampling":
 def _run(args: argparse.Namespace) -> int:
     if (args.input is None) != (args.output is None):
         raise UserError("--input and --output belong together: a file of prompts and the file that gets the answers")
-    sampling = _sampling(args)
+    sampling = sampling_of(args)
     from parallel.process import started_by_launcher
 
     split = args.tp * args.ep * args.pp > 1

@@ -1,11 +1,12 @@
 """Continues many prompts at once: reads them in chunks, then draws one token of every answer per forward pass.
 
-Shapes: N new tokens of any number of sequences, V vocabulary.
+Shapes: N new tokens of any number of sequences, V vocabulary; of routing, see `routing`.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -13,7 +14,8 @@ import torch
 from parallel.gemm import linear
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
-from qwen_moe.generation.cache import Chunk, SequenceCache
+from qwen_moe.generation.cache import SequenceCache, passes
+from qwen_moe.generation.routing import Routing, experts_of_pass, split_routing
 from qwen_moe.generation.sampling import Sampling, draw, uniforms
 from qwen_moe.models.attention.dual_chunk import DualChunkReader
 from qwen_moe.models.attention.reader import PlainReader, Reader
@@ -27,11 +29,12 @@ _CHANCES = 64  # random numbers drawn at a time
 @dataclass(frozen=True)
 class Completion:
     """An answer. ``log_probs``: of each token, see `sampling.draw`. ``finish_reason``: "stop" at an end token or a stop
-    string, "length" at max_new_tokens. The end token is the last of ``tokens``."""
+    string, "length" at max_new_tokens. The end token is the last of ``tokens``. ``routing``: if it was asked for."""
 
     tokens: list[int]
     log_probs: list[float]
     finish_reason: str
+    routing: Routing | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +54,14 @@ class Runner(Protocol):
     dtype: torch.dtype
     first_head: int  # the number in the model of this rank's first query head
 
-    def logits(self, ids: torch.Tensor, cache: SequenceCache, wanted: torch.Tensor) -> torch.Tensor:
+    def logits(
+        self, ids: torch.Tensor, cache: SequenceCache, wanted: torch.Tensor, experts: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """``ids [N]`` -> logits ``[len(wanted), V]`` of the tokens with the indices ``wanted``. Where V is 0, another rank
-        has them."""
+        has them. ``experts`` receives those of all tokens in the MoE layers of this rank, ``[N, l, K]``."""
+
+    def of_all_layers(self, experts: torch.Tensor) -> torch.Tensor:
+        """``[n, l, K] -> [n, L, K]``: the experts of tokens in the whole model. All ranks of a pipeline call it."""
 
     def share(self, tokens: torch.Tensor, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``[N]`` each, as the rank that has the logits drew them."""
@@ -70,10 +78,18 @@ class LocalRunner:
         self.device, self.dtype = model.head_weight.device, model.head_weight.dtype
 
     @torch.no_grad()
-    def logits(self, ids: torch.Tensor, cache: SequenceCache, wanted: torch.Tensor) -> torch.Tensor:
+    def logits(
+        self, ids: torch.Tensor, cache: SequenceCache, wanted: torch.Tensor, experts: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         some = wanted if len(wanted) < len(ids) else None
-        states = self.model.read(ids.unsqueeze(0), cache, some)[0]
+        chosen: list[torch.Tensor] | None = None if experts is None else []
+        states = self.model.read(ids.unsqueeze(0), cache, some, chosen)[0]
+        if experts is not None and chosen is not None:
+            experts.append(experts_of_pass(self.model, chosen, wanted, len(ids)))
         return linear(states, self.model.head_weight)
+
+    def of_all_layers(self, experts: torch.Tensor) -> torch.Tensor:
+        return experts
 
     def share(self, tokens: torch.Tensor, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return tokens, log_probs
@@ -90,9 +106,10 @@ class _Answer:
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     finish_reason: str = ""
+    experts: list[torch.Tensor] = field(default_factory=list)  # [l, K] of each token that was read
 
-    def completion(self) -> Completion:
-        return Completion(self.tokens, self.log_probs, self.finish_reason)
+    def completion(self, routing: Routing | None) -> Completion:
+        return Completion(self.tokens, self.log_probs, self.finish_reason, routing)
 
 
 def _chances(seed: int, prompt: int, sample: int) -> Iterator[float]:
@@ -147,19 +164,23 @@ class Engine:
         sampling: Sampling,
         *,
         numbers: Sequence[int] | None = None,
+        routing: bool = False,
         done: Callable[[int, list[Completion]], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[list[Completion]]:
         """``sampling.samples`` answers to each of ``prompts``, in their order.
 
         ``numbers`` (default 0, 1, ...) identify the prompts: with the seed they decide what is drawn, whatever else is in
-        the batch. ``done(i, answers)`` is called as soon as prompt i has all its answers; ``progress(read, drawn)`` after
-        each forward pass with the numbers of tokens. Raises UserError for tokens that the model does not know, and texts
-        that it does not reach.
+        the batch. ``routing``: say which experts each token took (`Completion.routing`). ``done(i, answers)`` is called as
+        soon as prompt i has all its answers; ``progress(read, drawn)`` after each forward pass with the numbers of tokens.
+        Raises UserError for tokens that the model does not know, texts that it does not reach, and the routing of a model
+        without experts.
         """
         numbers = range(len(prompts)) if numbers is None else numbers
         for prompt in prompts:
             check_prompt(prompt, sampling.max_new_tokens, self.config)
+        if routing and not self.config.moe_layers:
+            raise UserError("a model without experts has no routing: generate without asking for it")
         if sampling.stop and self.text is None:
             raise UserError(
                 f"stop is {list(sampling.stop)}, but there is no tokenizer to write text with: leave it out"
@@ -176,7 +197,7 @@ class Engine:
             def told(i: int, answers: list[Completion], batch: list[int] = batch) -> None:
                 finished(batch[i], answers)
 
-            _Batch(self, [prompts[i] for i in batch], [numbers[i] for i in batch], sampling).run(
+            _Batch(self, [prompts[i] for i in batch], [numbers[i] for i in batch], sampling, routing).run(
                 told, progress or (lambda read, drawn: None)
             )
         self.runner.finish()
@@ -187,9 +208,16 @@ class _Batch:
     """Prompts that are read together, and continued until the last of their answers has ended."""
 
     def __init__(
-        self, engine: Engine, prompts: Sequence[Sequence[int]], numbers: Sequence[int], sampling: Sampling
+        self,
+        engine: Engine,
+        prompts: Sequence[Sequence[int]],
+        numbers: Sequence[int],
+        sampling: Sampling,
+        routing: bool,
     ) -> None:
         self._engine, self._runner, self._sampling, self._prompts = engine, engine.runner, sampling, prompts
+        self._routing = routing
+        self._read: list[list[torch.Tensor]] = [[] for _ in prompts]  # experts [n, l, K] of each prompt's chunks
         self._here = list(range(len(prompts)))  # prompts whose answers are being drawn
         self._answers = [
             [_Answer(_chances(sampling.seed, number, sample)) for sample in range(sampling.samples)]
@@ -218,13 +246,32 @@ class _Batch:
             progress(0, len(tokens))
             for prompt, answers in enumerate(self._answers):
                 if answers and all(answer.finish_reason for answer in answers):
-                    done(prompt, [answer.completion() for answer in answers])
+                    done(prompt, self._completions(prompt))
                     self._answers[prompt] = []
             if not any(self._answers):
                 return
             tokens = self._forget_ended(tokens)
             self._cache.begin_step(self._runner.device)
-            logits = self._runner.logits(tokens, self._cache, torch.arange(len(tokens), device=tokens.device))
+            logits, experts = self._pass(tokens, torch.arange(len(tokens), device=tokens.device))
+            for answer, taken in zip(self._rows() if self._routing else (), experts, strict=True):
+                if not answer.finish_reason:
+                    answer.experts.append(taken)
+
+    def _pass(self, ids: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits of ``wanted``, and the experts ``[N, l, K]`` of all tokens: ``[0]`` if nobody asked."""
+        experts: list[torch.Tensor] | None = [] if self._routing else None
+        logits = self._runner.logits(ids, self._cache, wanted, experts)
+        return logits, experts[0] if experts else torch.empty(0)
+
+    def _completions(self, prompt: int) -> list[Completion]:
+        answers = self._answers[prompt]
+        if not self._routing:
+            return [answer.completion(None) for answer in answers]
+        parts = [*self._read[prompt], *(taken.unsqueeze(0) for answer in answers for taken in answer.experts)]
+        sizes = [len(self._prompts[prompt]), *(len(answer.experts) for answer in answers)]
+        routings = split_routing(self._runner.of_all_layers(torch.cat(parts)), sizes)
+        self._read[prompt] = []
+        return [answer.completion(routing) for answer, routing in zip(answers, routings, strict=True)]
 
     def _rows(self) -> list[_Answer]:
         """The answers that rows of a forward pass belong to. A prompt whose answers have ended may still have rows."""
@@ -236,12 +283,16 @@ class _Batch:
         logits: dict[int, torch.Tensor] = {}
         for chunks in passes([len(prompt) for prompt in self._prompts], self._engine.limits.chunk):
             ids = [token for chunk in chunks for token in self._prompts[chunk.prompt][chunk.begin : chunk.end]]
-            ends = [end - 1 for chunk, end in zip(chunks, _ends(chunks), strict=True) if chunk.last]
+            sizes = [chunk.end - chunk.begin for chunk in chunks]
+            ends = [end - 1 for chunk, end in zip(chunks, accumulate(sizes), strict=True) if chunk.last]
             device = self._runner.device
             self._cache.begin_prompts(chunks)
-            found = self._runner.logits(
-                torch.tensor(ids, device=device), self._cache, torch.tensor(ends, dtype=torch.int64, device=device)
+            found, experts = self._pass(
+                torch.tensor(ids, device=device), torch.tensor(ends, dtype=torch.int64, device=device)
             )
+            if self._routing:
+                for chunk, taken in zip(chunks, experts.split(sizes), strict=True):
+                    self._read[chunk.prompt].append(taken)
             logits |= dict(zip([chunk.prompt for chunk in chunks if chunk.last], found, strict=True))
             progress(len(ids), 0)
         return torch.stack([logits[prompt] for prompt in range(len(self._prompts))])
@@ -296,33 +347,6 @@ class _Batch:
         if self._occurred is not None:
             self._occurred = self._occurred[rows]
         return tokens[rows]
-
-
-def _ends(chunks: Sequence[Chunk]) -> list[int]:
-    """Where each chunk ends in a pass that reads them one after another."""
-    ends, total = [], 0
-    for chunk in chunks:
-        total += chunk.end - chunk.begin
-        ends.append(total)
-    return ends
-
-
-def passes(lengths: Sequence[int], limit: int) -> Iterator[list[Chunk]]:
-    """Chunks of prompts of ``lengths`` to read in each forward pass, at most ``limit`` tokens together."""
-    chunks: list[Chunk] = []
-    room = limit
-    for prompt, length in enumerate(lengths):
-        begin = 0
-        while begin < length:
-            if room == 0 or (begin == 0 and chunks and length > room):
-                yield chunks  # a prompt that would fit whole into the next pass is not cut
-                chunks, room = [], limit
-            end = min(length, begin + room)
-            chunks.append(Chunk(prompt, begin, end, end == length))
-            room -= end - begin
-            begin = end
-    if chunks:
-        yield chunks
 
 
 def batches(lengths: Sequence[int], sampling: Sampling, limits: Limits) -> list[list[int]]:

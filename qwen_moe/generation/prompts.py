@@ -27,23 +27,28 @@ class PromptRow:
 def read_prompts(path: Path, tokenizer: Any, chat: bool) -> list[PromptRow]:
     """The prompts of a JSONL file, each line an object with one of _FORMS. With ``chat``, a "prompt" is the user's message.
     Raises UserError naming the line."""
-    rows = []
+    rows = [prompt_row(where, line, tokenizer, chat) for where, line in prompt_lines(path)]
+    if not rows:
+        raise UserError(f"--input {path} has no prompts: give JSON lines with {_FORMS}")
+    return rows
+
+
+def prompt_lines(path: Path) -> list[tuple[str, bytes]]:
+    """The lines of a JSONL file that are not empty, each with its place for messages. Raises UserError."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"--input {path} cannot be read: {error.strerror}") from None
-    for number, line in enumerate(lines, 1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            values = json_object(line.decode("utf-8-sig"), where)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where} is not UTF-8 text (byte {error.start})") from None
-        rows.append(PromptRow(values, _tokens(values, tokenizer, chat, where)))
-    if not rows:
-        raise UserError(f"--input {path} has no prompts: give JSON lines with {_FORMS}")
-    return rows
+    return [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def prompt_row(where: str, line: bytes, tokenizer: Any, chat: bool) -> PromptRow:
+    """The prompt that ``line`` holds. Raises a UserError that begins with ``where``."""
+    try:
+        values = json_object(line.decode("utf-8-sig"), where)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 text (byte {error.start})") from None
+    return PromptRow(values, _tokens(values, tokenizer, chat, where))
 
 
 def _tokens(values: dict[str, Any], tokenizer: Any, chat: bool, where: str) -> list[int]:

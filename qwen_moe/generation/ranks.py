@@ -1,7 +1,7 @@
 """Generation with a model that is split over ranks: tensor, expert and pipeline parallel.
 
 Every rank of a pipeline and of a tensor-parallel group follows the same batches and draws the same tokens; data-parallel
-groups have prompts of their own. Shapes: N new tokens, n tp ranks, D hidden, V vocabulary.
+groups have prompts of their own. Shapes: N new tokens, n tp ranks, D hidden, V vocabulary; of routing, see `routing`.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from parallel.collectives import all_gather_single, gather_sequence
+from parallel.collectives import all_gather_single, all_reduce_sum, gather_sequence
 from parallel.gemm import linear
 from parallel.kernels.interface import Kernels
 from parallel.mesh import Grids
@@ -22,6 +22,7 @@ from qwen_moe.checkpoint.finite import check_cast, check_finite
 from qwen_moe.checkpoint.tensor_store import TensorSource
 from qwen_moe.config import ModelConfig
 from qwen_moe.generation.cache import SequenceCache
+from qwen_moe.generation.routing import experts_of_pass
 from qwen_moe.models.flops import layer_costs
 from qwen_moe.models.init import keep_statistics_dtypes
 from qwen_moe.sharding.model import ParallelModel, build_parts
@@ -74,11 +75,24 @@ class ShardedRunner:
         return list(items[self._grids.dp.index :: self._grids.dp.size])
 
     @torch.no_grad()
-    def logits(self, ids: torch.Tensor, cache: SequenceCache, wanted: torch.Tensor) -> torch.Tensor:
+    def logits(
+        self, ids: torch.Tensor, cache: SequenceCache, wanted: torch.Tensor, experts: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """See `Runner`. Stages before the last return ``[len(wanted), 0]``."""
         if self._in_step:
             self._anyone(True)
-        return self._pass(ids, cache, wanted)
+        return self._pass(ids, cache, wanted, experts)
+
+    def of_all_layers(self, experts: torch.Tensor) -> torch.Tensor:
+        pp, config = self._grids.pp, self._part.config
+        if pp.size == 1:
+            return experts
+        here = [layer.self_attn.layer for layer in self._part.model.layers if layer.is_moe]
+        places = [config.moe_layers.index(layer) for layer in here]
+        # int32, because neither gloo nor NCCL sums int16. Each layer is another stage's, so a sum with zeros joins them.
+        whole = torch.zeros(len(experts), len(config.moe_layers), experts.shape[2], dtype=torch.int32)
+        whole[:, places] = experts.to(torch.int32)
+        return all_reduce_sum(whole.to(self.device), pp).to("cpu", torch.int16)
 
     def share(self, tokens: torch.Tensor, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the last stage has drawn, on every stage."""
@@ -104,19 +118,34 @@ class ShardedRunner:
         return bool(flag.item())
 
     @torch.no_grad()
-    def _pass(self, ids: torch.Tensor, cache: "SequenceCache | _NoCache", wanted: torch.Tensor) -> torch.Tensor:
+    def _pass(
+        self,
+        ids: torch.Tensor,
+        cache: "SequenceCache | _NoCache",
+        wanted: torch.Tensor,
+        experts: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         pp, tp = self._grids.pp, self._grids.tp
         padded = F.pad(ids, (0, -len(ids) % tp.size))
         x = padded.unsqueeze(0)
         if pp.index > 0:
             x = torch.empty(1, len(padded) // tp.size, self._hidden, dtype=self.dtype, device=self.device)
             dist.recv(x, self._neighbour(pp.index - 1), group=pp.group)
-        x = self._part.read(x, cache)
+        chosen: list[torch.Tensor] | None = None if experts is None else []
+        x = self._part.read(x, cache, chosen=chosen)
+        if experts is not None and chosen is not None:
+            of_layers = [self._of_all_tokens(held)[: len(ids)] for held in chosen]
+            experts.append(experts_of_pass(self._part, of_layers, wanted, len(ids)))
         if pp.index < pp.size - 1:
             dist.send(x.contiguous(), self._neighbour(pp.index + 1), group=pp.group)
             return x.new_empty(len(wanted), 0)
         states = x if tp.size == 1 else gather_sequence(x, tp)
         return self._head(states[0, wanted])
+
+    def _of_all_tokens(self, held: torch.Tensor) -> torch.Tensor:
+        """``[N / n, K] -> [N, K]``: each tp rank has routed its part of the tokens."""
+        tp = self._grids.tp
+        return held if tp.size == 1 else gather_sequence(held.unsqueeze(0), tp)[0]
 
     def _neighbour(self, stage: int) -> int:
         assert self._grids.pp.group is not None

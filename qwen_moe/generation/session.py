@@ -113,10 +113,11 @@ class Session:
         sampling: Sampling,
         *,
         numbers: Sequence[int] | None = None,
+        routing: bool = False,
         done: Done | None = None,
     ) -> list[list[Completion]]:
-        """Answers to all ``prompts``, which ``numbers`` identify (see `Engine.generate`). On the rank that reports, ``done``
-        is called for each as soon as it is known there."""
+        """Answers to all ``prompts``, which ``numbers`` identify, with their ``routing`` if asked (see `Engine.generate`).
+        On the rank that reports, ``done`` is called for each as soon as it is known there."""
         numbers = list(range(len(prompts))) if numbers is None else numbers
         if not prompts:
             return []
@@ -125,8 +126,10 @@ class Session:
         with _Bars(tokens, len(prompts) * sampling.samples * sampling.max_new_tokens, self.reports) as bars:
             if self._grids is None:
                 tell = None if done is None else (lambda i, answers: done(numbers[i], answers))
-                return engine.generate(prompts, sampling, numbers=numbers, done=tell, progress=bars.advance)
-            return self._in_waves(engine, prompts, sampling, numbers, done, bars)
+                return engine.generate(
+                    prompts, sampling, numbers=numbers, routing=routing, done=tell, progress=bars.advance
+                )
+            return self._in_waves(engine, prompts, sampling, numbers, routing, done, bars)
 
     def _in_waves(
         self,
@@ -134,6 +137,7 @@ class Session:
         prompts: list[list[int]],
         sampling: Sampling,
         numbers: Sequence[int],
+        routing: bool,
         done: Done | None,
         bars: "_Bars",
     ) -> list[list[Completion]]:
@@ -145,7 +149,11 @@ class Session:
             indices = list(range(begin, min(begin + wave, len(prompts))))
             own = runner.share_of(indices)
             answers = engine.generate(
-                [prompts[i] for i in own], sampling, numbers=[numbers[i] for i in own], progress=bars.advance
+                [prompts[i] for i in own],
+                sampling,
+                numbers=[numbers[i] for i in own],
+                routing=routing,
+                progress=bars.advance,
             )
             found = gather_shares(answers, grids, len(indices))
             if done is not None and self.reports:

@@ -1,7 +1,7 @@
 """The decoder of every family: embedding, pre-norm layers, final norm, head.
 
-Shapes: B batch, S sequence, D hidden, V vocabulary, C criteria of a reward model, L MoE layers, E experts. Parameter names
-are Hugging Face's.
+Shapes: B batch, S sequence, D hidden, V vocabulary, C criteria of a reward model, L MoE layers, E experts, K top-k.
+Parameter names are Hugging Face's.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -62,15 +62,23 @@ class DecoderLayer(nn.Module):
         visible: Visibility,
         recompute: bool = False,
         counted: torch.Tensor | None = None,
+        experts: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         if recompute:
             q, k, v = checkpoint(self._heads, x, rotary, use_reentrant=False)
             y = self.self_attn.attend(q, k, v, visible, rotary.softmax_scale)
-            return checkpoint(self._after_attention, x, y, counted, use_reentrant=False)
-        return self._feed_forward(x + self.self_attn(self.input_layernorm(x), rotary, visible), counted)
+            return checkpoint(self._after_attention, x, y, counted, experts, use_reentrant=False)
+        return self._feed_forward(x + self.self_attn(self.input_layernorm(x), rotary, visible), counted, experts)
 
-    def read(self, x: torch.Tensor, cache: Cache, wanted: torch.Tensor | None) -> torch.Tensor:
-        """The layer's output for new tokens ``[1, N, D]`` of cached sequences; of the tokens ``wanted`` alone if given."""
+    def read(
+        self,
+        x: torch.Tensor,
+        cache: Cache,
+        wanted: torch.Tensor | None,
+        chosen: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """The layer's output for new tokens ``[1, N, D]`` of cached sequences; of the tokens ``wanted`` alone if given.
+        ``chosen`` receives the experts ``[n, K]`` of the n tokens that a MoE layer computes, if there are any."""
         q, k, v = self.self_attn.unrotated_heads(self.input_layernorm(x))
         if wanted is not None:
             x, q = x[:, wanted], q[:, wanted]
@@ -79,22 +87,22 @@ class DecoderLayer(nn.Module):
             return x
         x = x + self.self_attn.output(y)
         normed = self.post_attention_layernorm(x)
-        return x + (self.mlp.read(normed) if isinstance(self.mlp, MoE) else self.mlp(normed))
+        return x + (self.mlp.read(normed, chosen) if isinstance(self.mlp, MoE) else self.mlp(normed))
 
     def _heads(self, x: torch.Tensor, rotary: RotaryTables) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.self_attn.heads(self.input_layernorm(x), rotary)
 
     def _after_attention(
-        self, x: torch.Tensor, y: torch.Tensor, counted: torch.Tensor | None
+        self, x: torch.Tensor, y: torch.Tensor, counted: torch.Tensor | None, experts: torch.Tensor | None
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
-        return self._feed_forward(x + self.self_attn.output(y), counted)
+        return self._feed_forward(x + self.self_attn.output(y), counted, experts)
 
     def _feed_forward(
-        self, x: torch.Tensor, counted: torch.Tensor | None
+        self, x: torch.Tensor, counted: torch.Tensor | None, experts: torch.Tensor | None
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         normed = self.post_attention_layernorm(x)
         if self.is_moe:
-            y, statistics = self.mlp(normed, counted)
+            y, statistics = self.mlp(normed, counted, experts)
             return x + y, statistics
         return x + self.mlp(normed), None
 
@@ -171,13 +179,15 @@ class DecoderLM(nn.Module):
         position_ids: torch.Tensor | None = None,
         document_starts: torch.Tensor | None = None,
         counted: torch.Tensor | None = None,
+        experts: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         """Final normed states ``[B, S, D]`` and the routers' statistics, stacked over MoE layers.
 
         ``document_starts [B, S]`` keep attention inside each document: for each token of the whole sequence (also of parts
         on other devices) the index of its document's first token. ``counted [B, S]``, also of the whole sequence, is false
-        for padding, which routers then do not count. On a later pipeline stage ``input_ids`` are hidden states; before the
-        last stage the result feeds the next stage.
+        for padding, which routers then do not count. ``experts [B, S, L, K]`` replay a routing: for each token and MoE layer
+        of the whole model the experts to use, or -1 where the router selects them itself. On a later pipeline stage
+        ``input_ids`` are hidden states; before the last stage the result feeds the next stage.
         """
         seq = input_ids.shape[1] if self.first else self.sequence.given_length(input_ids.shape[1])
         if position_ids is None:
@@ -185,16 +195,23 @@ class DecoderLM(nn.Module):
         x = self.model.embed_tokens(input_ids) if self.first else input_ids
         rotary = self.rope.tables(position_ids, x.dtype)
         visible = Visibility(starts=document_starts)
+        replayed = {} if experts is None else self._by_layer(experts)
         collected = []
         for layer in self.model.layers:
+            of_layer = (counted, replayed.get(layer.self_attn.layer))
             if self.recompute == "full" and self.training:
-                x, statistics = checkpoint(layer, x, rotary, visible, False, counted, use_reentrant=False)
+                x, statistics = checkpoint(layer, x, rotary, visible, False, *of_layer, use_reentrant=False)
             else:
-                x, statistics = layer(x, rotary, visible, self.recompute == "selective" and self.training, counted)
+                x, statistics = layer(x, rotary, visible, self.recompute == "selective" and self.training, *of_layer)
             if statistics is not None:
                 collected.append(statistics)
         router = RouterStatistics(*(torch.stack(parts) for parts in zip(*collected))) if collected else None
         return (self.model.norm(x) if self.last else x), router
+
+    def _by_layer(self, experts: torch.Tensor) -> dict[int, torch.Tensor]:
+        """The experts ``[B, held, K]`` of the held tokens by layer index, from those of all MoE layers."""
+        held = self.sequence.held(experts)
+        return {layer: held[:, :, place] for place, layer in enumerate(self.config.moe_layers)}
 
     def forward(
         self,
@@ -206,14 +223,21 @@ class DecoderLM(nn.Module):
         return self.scores(x) if self.config.criteria else linear(x, self.head_weight)
 
     @torch.no_grad()
-    def read(self, x: torch.Tensor, cache: Cache, wanted: torch.Tensor | None = None) -> torch.Tensor:
+    def read(
+        self,
+        x: torch.Tensor,
+        cache: Cache,
+        wanted: torch.Tensor | None = None,
+        chosen: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Read new tokens ``[1, N]`` of cached sequences (on a later pipeline stage their hidden states) and return their
         hidden states, normed after the last layer: ``[1, N, D]``. ``wanted``: indices of the only tokens whose states are
-        needed; the last layer then computes no others."""
+        needed; the last layer then computes no others. ``chosen`` receives the experts ``[n, K]`` of each MoE layer here, of
+        the n held tokens that it computed; a layer that computed none is left out."""
         x = self.model.embed_tokens(x) if self.first else x
         for layer in self.model.layers:
             final = layer.self_attn.layer == self.config.num_hidden_layers - 1
-            x = layer.read(x, cache, wanted if final else None)
+            x = layer.read(x, cache, wanted if final else None, chosen)
         return self.model.norm(x) if self.last else x
 
     def loss_sums(

@@ -20,6 +20,9 @@ class SequencePart(Protocol):
     def positions(self, given: int, device: torch.device) -> torch.Tensor:
         """``[given]``: the positions of the model's input in the sequence."""
 
+    def held(self, field: torch.Tensor) -> torch.Tensor:
+        """``[B, given, ...] -> [B, held, ...]``: the held tokens of a field of the model's input."""
+
     def held_of(self, whole: torch.Tensor) -> torch.Tensor:
         """``[B, S] -> [B, held]``: the held tokens of a field of whole sequences."""
 
@@ -42,6 +45,9 @@ class WholeSequence:
 
     def positions(self, given: int, device: torch.device) -> torch.Tensor:
         return torch.arange(given, device=device)
+
+    def held(self, field: torch.Tensor) -> torch.Tensor:
+        return field
 
     def held_of(self, whole: torch.Tensor) -> torch.Tensor:
         return whole

@@ -35,7 +35,7 @@ TABLE: dict[Rule, tuple[str, ...]] = {
         "seed",
         "model",
         *("data.sequence_length", "data.split", "data.seed", "data.long_share"),
-        *("data.respect_document_boundaries", "data.mask_end_of_document"),
+        *("data.respect_document_boundaries", "data.mask_end_of_document", "data.too_long"),
         *("training.global_batch_size", "objective.kind"),
         *("objective.preference.loss", "objective.preference.beta", "objective.preference.label_smoothing"),
         *("objective.preference.length_normalized", "objective.preference.sft_weight"),
@@ -60,6 +60,7 @@ TABLE: dict[Rule, tuple[str, ...]] = {
     Rule.DATA: (
         *("data.train", "data.validation", "data.tokenizer", "data.prepare.input", "data.prepare.output"),
         *("data.prepare.train_tokenizer", "data.prepare.vocab_size", "data.prepare.text_key"),
+        *("data.prepare.learn", "data.prepare.too_long"),
     ),
     Rule.RESULT: (
         *("checkpoint.load_from", "checkpoint.branch_from"),  # where the run begins
@@ -70,6 +71,7 @@ TABLE: dict[Rule, tuple[str, ...]] = {
     Rule.STAGES: ("stages",),
     Rule.FREE: (
         *("run_dir", "sample_prompt"),
+        "training.epochs",  # decides training.train_tokens, which is compared
         *("training.recompute", "training.loss_chunk_tokens"),
         "optimizer.provider",  # another kernel for the same computation
         *(

@@ -37,10 +37,11 @@ class TrainingPart(DecoderLM):
         position_ids: torch.Tensor | None = None,
         document_starts: torch.Tensor | None = None,
         counted: torch.Tensor | None = None,
+        experts: torch.Tensor | None = None,
         **for_the_loss: torch.Tensor,
     ) -> torch.Tensor:
         with self.around_forward():
-            out, router = self.hidden_states(x, position_ids, document_starts, counted)
+            out, router = self.hidden_states(x, position_ids, document_starts, counted, experts)
         if self.last and self.head == "cross_entropy":
             out = torch.stack([self.cross_entropy(out, self.head_weight, labels, self.chunk_tokens)])
         elif self.last and self.head == "scores":

@@ -52,9 +52,10 @@ def _join(config: RunConfig) -> int:
 
     code = run_worker(config, admit=admit)
     if code == 0 and process_info().rank == 0:
+        from qwen_moe.data.inputs import with_length
         from qwen_moe.runs.finish import finish_run
 
-        finish_run(config)
+        finish_run(with_length(config))
     for lock in held:
         lock.close()
     return code
@@ -65,7 +66,7 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
     from launchers.local.supervisor import Supervisor
     from parallel.gpus import visible_gpus
     from qwen_moe.checkpoint.preflight import check_disk_space
-    from qwen_moe.data.inputs import prepare_inputs
+    from qwen_moe.data.inputs import prepare_inputs, with_length
     from qwen_moe.runs.sinks import check_recorders
     from qwen_moe.sharding.layout import run_layout
     from qwen_moe.training.stages import check_layouts, processes_for
@@ -83,6 +84,7 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
     try:
         check_disk_space(config, config.run_dir / CHECKPOINTS)
         prepare_inputs(config)
+        config = with_length(config)
         (config.run_dir / FAILURE).unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(prefix="qwen-moe-") as folder:
             # Not in the run folder: the failure may be that its disk is full.

@@ -25,7 +25,7 @@ from qwen_moe.checkpoint.preflight import check_disk_space, kept_steps
 from qwen_moe.checkpoint.train_state import TrainState, read_train_state
 from qwen_moe.checkpoint.valid import newest_valid
 from qwen_moe.config import RunConfig, stage_runs
-from qwen_moe.data.inputs import open_inputs
+from qwen_moe.data.inputs import open_inputs, prepared_on_all_ranks, with_length
 from qwen_moe.errors import UserError
 from qwen_moe.models.flops import flops_per_token
 from qwen_moe.models.ops.compiled import compiling
@@ -38,7 +38,8 @@ from qwen_moe.sharding.build import DTYPES, build_model, make_grids
 from qwen_moe.sharding.layout import run_layout
 from qwen_moe.training.compilation import choose_compilation
 from qwen_moe.training.optimizer import build_optimizer
-from qwen_moe.training.restore import Say, find_start, history_of, restore
+from qwen_moe.training.reference import provide_reference
+from qwen_moe.training.restore import Say, find_start, history_of, load_start, restore
 from qwen_moe.training.rollback import History
 from qwen_moe.training.slow_step import SlowStepNotice
 from qwen_moe.training.stages import begins_at, check_layouts, records, stage_of
@@ -186,7 +187,11 @@ class _Run:
         self.say(choose_compilation(config, device))
         stage = self._open(start.step)
         self.writer = self._make_writer(stage)
+        if start.path is not None:
+            provide_reference(stage.config, stage.trainer, stage.inputs, self.say, load_start)
         self.history = restore(stage.config, start, stage.trainer, stage.inputs, self.total, self.say)
+        if start.path is None:
+            provide_reference(stage.config, stage.trainer, stage.inputs, self.say)
         self.done = start.step
         self.writer.retention.went_back_to(self.done)
         if info.rank == 0:
@@ -340,6 +345,9 @@ def train(
 ) -> int:
     """Train to the end or until asked to stop. Returns 0 if the run is complete, 130 if it was stopped before that."""
     stop = StopRequest(device, stop_signals)
+    if config.training.epochs:
+        prepared_on_all_ranks(config)
+        config = with_length(config)
     run = _Run(config, info, device, heart or Heartbeat())
     if run.walk(stop):
         run.say(f"stopped after step {run.done} of {run.total}; the same command resumes from there")

@@ -65,7 +65,7 @@ def restore(config: RunConfig, start: Start, trainer: Trainer, inputs: RunInputs
     the initial values. Returns the history. ``total``: steps of the whole run."""
     path, state = start.path, start.state
     if path is None or state is None:
-        _load_weights(config, trainer, say)
+        load_start(config, trainer, say)
         return History()
     enters = staged.begins_at(config, state.step)
     resume(path, trainer.model, trainer.optimizer, config.model, WITHOUT_WEIGHTS if enters else ())
@@ -92,15 +92,22 @@ def history_of(config: RunConfig, state: TrainState) -> History:
     return History.restored(state.skips, [] if staged.begins_at(config, state.step) else state.recent_losses)
 
 
-def _load_weights(config: RunConfig, trainer: Trainer, say: Say) -> None:
-    if config.checkpoint.load_from is None:
+def load_start(config: RunConfig, trainer: Trainer, say: Say) -> None:
+    """Load the weights of `checkpoint.load_from`, if it is given: a checkpoint, a run, or a Hugging Face directory."""
+    source = config.checkpoint.load_from
+    if source is None:
         return
-    from qwen_moe.checkpoint.resolve import model_config, resolve_checkpoint
+    from qwen_moe.checkpoint.resolve import is_ours, model_config, resolve_checkpoint
 
-    source = resolve_checkpoint(config.checkpoint.load_from)
-    load_weights(source, trainer.model, config.model)
+    if not is_ours(source) and (source / "config.json").is_file():
+        from qwen_moe.checkpoint.huggingface.load import load_huggingface
+
+        base = load_huggingface(source, trainer.model, config.model).rope_theta
+    else:
+        source = resolve_checkpoint(source)
+        load_weights(source, trainer.model, config.model)
+        base = model_config(source).rope_theta
     say(f"weights loaded from {source}")
-    base = model_config(source).rope_theta
     if base != config.model.rope_theta:
         say(f"its model.rope_theta was {base:g}, and this run trains with {config.model.rope_theta:g}")
 

@@ -10,6 +10,7 @@ from parallel.data import clip_by_norm, exchange_and_add, global_norm, local, su
 from parallel.pipeline import Pipeline, Sequential
 from parallel.sequence import Batch, SequenceShard
 from qwen_moe.config import RunConfig
+from qwen_moe.data.replay import check_experts
 from qwen_moe.errors import UserError
 from qwen_moe.models.moe.block import MoE
 from qwen_moe.models.moe.router import Router, RouterStatistics
@@ -147,7 +148,7 @@ class Trainer:
         """Compute the step's gradients, final on every rank. Returns this rank's share of the loss, the balance loss, the
         z-loss and the objective's metrics, ``[3 + metrics]`` float64. ``count``: the objective's, of the global batch."""
         self.begin_step(count, self._tokens_over_ranks(micro_batches))
-        losses = self.engine.forward_backward([self._to_device(batch) for batch in micro_batches])
+        losses = self.engine.forward_backward([self.to_device(batch) for batch in micro_batches])
         sums = torch.zeros(3 + len(self.objective.metrics), dtype=torch.float64, device=self.device)
         for loss in losses:
             sums[0] += loss.double()
@@ -172,6 +173,8 @@ class Trainer:
             raise UserError(
                 f"the data has no {', '.join(missing)}, which the objective reads: prepare data that has them"
             )
+        for batch in micro_batches:
+            check_experts(batch, self.config.model)
         counts = [self.objective.count(batch) for batch in micro_batches]
         return int(all_reduce_sum(torch.stack(counts).sum().to(self.device), self.grids.dp))
 
@@ -182,7 +185,7 @@ class Trainer:
         counted = torch.stack([batch["counted"].sum() for batch in micro_batches]).sum()
         return int(all_reduce_sum(counted.to(self.device), self.grids.dp))
 
-    def _to_device(self, batch: Batch) -> Batch:
+    def to_device(self, batch: Batch) -> Batch:
         """This rank's cp part of a micro-batch, on its device."""
         part = self.sequence.of_batch(batch)
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in part.items()}
@@ -282,7 +285,7 @@ class Trainer:
         for part in self.model.parts:
             part.eval()
         count = self._count_over_ranks(micro_batches)
-        batches = [self._to_device(batch) for batch in micro_batches]
+        batches = [self.to_device(batch) for batch in micro_batches]
         outputs = (engine or self.engine).forward(batches)
         self.model.reshard()
         total = torch.zeros((), dtype=torch.float64, device=self.device)

@@ -123,10 +123,12 @@ def _cases(args: argparse.Namespace, config: RunConfig) -> list[tuple[str, "Case
 def _marks(case: "Case") -> str:
     """What the degrees of a case do not say."""
     from qwen_moe.sharding.layout import context_plan
+    from qwen_moe.verify.examples import replays
 
     kind = f" {context_plan(case.config, case.layout).text(case.layout.cp)}" if case.layout.cp > 1 else ""
     objective = case.config.objective.kind
-    return kind + (" log-probs" if case.probe else "" if objective == "likelihood" else f" {objective}")
+    replay = ", routing replayed" if replays(case.config) else ""
+    return kind + (" log-probs" if case.probe else "" if objective == "likelihood" else f" {objective}{replay}")
 
 
 def run(args: argparse.Namespace) -> int:

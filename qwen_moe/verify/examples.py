@@ -30,7 +30,9 @@ def packed_batch(config: RunConfig, step: int) -> Batch:
     for row, documents in enumerate(lengths):
         begin = 0
         for length in documents:
-            left_out = kind == "grpo" and rng.random() < 0.15  # a truncated response
+            left_out = (
+                kind == "grpo" and rng.random() < 0.15 and row + begin > 0
+            )  # a truncated response, never all of them
             labels[row, begin : begin + (length if left_out else rng.randint(0, length - 2))] = IGNORE
             begin += length
             ends[row, begin - 1] = True
@@ -42,7 +44,24 @@ def packed_batch(config: RunConfig, step: int) -> Batch:
         batch["preferences"] = _preferences(len(config.model.criteria), lengths, sequence, rng)
     elif kind != "sft":
         batch |= _fields(config, labels, lengths, generator)
+    if replays(config):
+        batch["experts"] = _experts(config, rows, generator)
     return batch
+
+
+def replays(config: RunConfig) -> bool:
+    """Whether the batches of a case have experts to replay: about half of those of ``grpo`` with a MoE model."""
+    drawn = random.Random(f"{config.seed}/experts").random() < 0.5
+    return drawn and config.objective.kind == "grpo" and bool(config.model.moe_layers)
+
+
+def _experts(config: RunConfig, rows: int, generator: torch.Generator) -> torch.Tensor:
+    """``[rows, S, L, K]``: different experts at random, and in a quarter of places -1. Padding has them too."""
+    model = config.model
+    places = (rows, config.data.sequence_length, len(model.moe_layers))
+    experts = torch.rand(*places, model.num_experts, generator=generator).topk(model.num_experts_per_tok).indices
+    known = torch.rand(*places, 1, generator=generator) < 0.75
+    return experts.where(known, -1).to(torch.int16)
 
 
 def spans(batch: Batch) -> list[tuple[int, int, int]]:

@@ -1,6 +1,7 @@
 """Reference training in one process, written with means, torch's own cross-entropy and AdamW, and no distributed code.
 
-It shares the model's layers with the runs that it checks, but not their attention core, losses, sums, clipping or optimizer.
+It shares the model's layers with the runs that it checks, but not their attention core, router, losses, sums, clipping or
+optimizer.
 Packed documents are computed one by one.
 """
 
@@ -20,6 +21,7 @@ from qwen_moe.models.moe.router import RouterStatistics
 from qwen_moe.training.schedule import learning_rate
 from qwen_moe.verify.case import STEPS, global_batch
 from qwen_moe.verify.plain import Answer, plain_loss
+from qwen_moe.verify.plain_router import use_plain_routers
 from qwen_moe.verify.probe import probe_loss
 from qwen_moe.verify.unpacked import alone, answers_of, together
 
@@ -127,6 +129,7 @@ def _model(config: RunConfig) -> DecoderLM:
             module.capacity_factor = config.balance.capacity_factor
         elif isinstance(module, Attention):
             module.attend = plain_attention
+    use_plain_routers(model)
     return model
 
 

@@ -6,6 +6,7 @@ from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.moe.router import RouterStatistics
 from qwen_moe.verify.examples import spans
 from qwen_moe.verify.plain import Answer
+from qwen_moe.verify.plain_router import replaying
 
 Batch = dict[str, torch.Tensor]
 Documents = tuple[
@@ -17,7 +18,9 @@ def alone(model: DecoderLM, batch: Batch) -> Documents:
     """Every document in a row of its own, from position 0 on."""
     states: list[torch.Tensor] = []
     by_row: dict[int, RouterStatistics] = {}
+    experts = batch.get("experts")
     for row, begin, end in spans(batch):
+        replaying(model, None if experts is None else experts[row : row + 1, begin:end])
         hidden, router = model.hidden_states(batch["input_ids"][row : row + 1, begin:end])
         states.append(hidden[0])
         if router is not None:
@@ -30,6 +33,7 @@ def alone(model: DecoderLM, batch: Batch) -> Documents:
 
 def together(model: DecoderLM, batch: Batch) -> Documents:
     """Rows as they are: documents of a row share the capacity of experts."""
+    replaying(model, batch.get("experts"))
     names = ("input_ids", "position_ids", "document_starts", "counted")
     hidden, router = model.hidden_states(*(batch[name] for name in names))
     return [hidden[row, begin:end] for row, begin, end in spans(batch)], router

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_moe.data import packing
-from qwen_moe.data.examples import ExampleSet, PackedExamples
+from qwen_moe.data.examples import PackedExamples
 from qwen_moe.data.packing import Share, draws, pack
+from qwen_moe.data.rows import ExampleSet, Order
 from qwen_moe.data.samples import IGNORE, rank_samples
 from qwen_moe.errors import UserError
 from qwen_moe.models.init import build_model
@@ -51,9 +52,9 @@ def opened(folder: Path, *sets: list[Document], kind: str = "chat", **options: A
     for number, (documents, weight, times) in enumerate(zip(sets, weights, passes, strict=True)):
         prefix = write_chat(folder / f"set{number}", documents, kind)
         given.append(ExampleSet(prefix=prefix, weight=weight, epochs=times))
-    return PackedExamples(
-        given, **{"length": ROW, "epochs": 2, "seed": 5, "vocab_size": 60_000, "cache": folder} | options
-    )
+    of_data = {name: options.pop(name) for name in ("vocab_size", "cache", "validation") if name in options}
+    order = Order(**{"length": ROW, "epochs": 2, "seed": 5} | options)
+    return PackedExamples(given, order, **{"vocab_size": 60_000, "cache": folder} | of_data)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,15 @@ def drawn_in_epoch(examples: PackedExamples, epoch: int) -> list[int]:
     per_example = 2 if examples.kind == "pairs" else 1
     found = [[one.example for one in examples.placed(row)] for row in rows]
     return [example for row in found for example in row[::per_example]]
+
+
+def example_ids(examples: PackedExamples, rows: int) -> torch.Tensor:
+    """The example of each token of the first rows, -1 for padding."""
+    found = torch.full((rows, ROW), -1)
+    for row in range(rows):
+        for one in examples.placed(row):
+            found[row, one.start : one.start + one.length] = one.example
+    return found
 
 
 @QUICK
@@ -101,16 +111,17 @@ def test_labels_are_the_next_learned_token_of_the_same_document(
     following = {a: b for tokens, _ in documents for a, b in itertools.pairwise(tokens)}
     learned = {t: bool(mask) for tokens, learn in documents for t, mask in zip(tokens, learn)}
     batch = examples.train_batch(0, len(examples.rows))
-    used = batch["example_ids"] >= 0
+    used, of_example = batch["counted"], example_ids(examples, len(examples.rows))
+    assert torch.equal(used, of_example >= 0)
     for token, label in zip(batch["input_ids"][used].tolist(), batch["labels"][used].tolist()):
         expected = following.get(token)
         assert label == (expected if expected is not None and learned[expected] else IGNORE)
     assert (batch["labels"][~used] == IGNORE).all()
     # What is learned is as much as unpacked, in number and with a weight for each example.
-    counted = Counter(batch["example_ids"][batch["labels"] >= 0].tolist())
+    counted = Counter(of_example[batch["labels"] >= 0].tolist())
     assert counted == Counter({n: 2 * sum(learn) for n, (_, learn) in enumerate(documents) if sum(learn)})
     weights = torch.tensor([1 / max(1, sum(learn)) for _, learn in documents] + [torch.nan], dtype=torch.float64)
-    packed = weights[batch["example_ids"]][batch["labels"] >= 0].sum()
+    packed = weights[of_example][batch["labels"] >= 0].sum()
     assert packed.item() == pytest.approx(2 * sum(any(learn) for _, learn in documents), rel=1e-12)
 
 
@@ -132,8 +143,8 @@ def test_positions_and_starts_are_those_of_documents_and_padding_is_the_last(fol
             start += one.length
         assert batch["document_starts"][row, start:].tolist() == [start] * (ROW - start)
         assert batch["position_ids"][row, start:].tolist() == list(range(ROW - start))
-        assert (batch["example_ids"][row, start:] == -1).all() and (batch["example_ids"][row, :start] >= 0).all()
-    assert (batch["labels"][-1] == IGNORE).all() and (batch["example_ids"][-1] == -1).all()
+        assert not batch["counted"][row, start:].any() and batch["counted"][row, :start].all()
+    assert (batch["labels"][-1] == IGNORE).all() and not batch["counted"][-1].any()
 
 
 @QUICK
@@ -153,15 +164,28 @@ def test_pairs_stay_together_the_chosen_first(folder: Path, pairs: list[tuple[in
 def test_any_ranks_read_the_same_rows_by_step_alone(
     folder: Path, lengths: list[int], micro: int, ranks: int, accumulation: int
 ) -> None:
-    examples, other = opened(folder, counting(lengths)), opened(folder, counting(lengths))
     size = micro * ranks * accumulation
-    whole = examples.train_batch(0, examples.steps(size) * size)
-    assert len(whole["labels"]) - len(examples.rows) < size
-    for step in reversed(range(examples.steps(size))):
+    examples, other = (opened(folder, counting(lengths), rows_per_step=size) for _ in range(2))
+    steps = len(examples.rows) // size
+    whole = examples.train_batch(0, steps * size)
+    assert steps * size == len(examples.rows)
+    for step in reversed(range(steps)):
         for rank in range(ranks):
             for first, count in rank_samples(step, size, micro, rank, ranks):
                 batch = other.train_batch(first, count)
                 assert all(torch.equal(batch[name], whole[name][first : first + count]) for name in whole)
+
+
+def test_an_epoch_begins_with_a_step_and_ends_with_empty_rows(tmp_path: Path) -> None:
+    examples = opened(tmp_path, counting([4] * 21), rows_per_step=4)  # six rows, five full and one of one example
+    assert examples.rows.per_epoch == [6, 6] and len(examples.rows) == 16
+    learned = [int((examples.train_batch(row, 1)["labels"] >= 0).sum()) for row in range(16)]
+    assert sum(learned[:6]) == sum(learned[8:14]) == 42
+    assert learned[6:8] == learned[14:] == [0, 0]
+    assert [one.example for row in range(8, 16) for one in examples.placed(row)] != list(range(21))
+    wanted = opened(tmp_path, counting([4] * 21), rows_per_step=4, epochs=0, least_rows=17)
+    assert len(wanted.rows) == 24
+    assert torch.equal(wanted.train_batch(0, 16)["input_ids"], examples.train_batch(0, 16)["input_ids"])
 
 
 def test_epochs_have_other_orders_which_do_not_depend_on_their_number(tmp_path: Path) -> None:
@@ -314,7 +338,7 @@ def test_data_that_do_not_fit_each_other(tmp_path: Path) -> None:
     column.write_bytes(b"\1" * 16)
     with pytest.raises(UserError, match=r"set0\.learn\.bin is not what was prepared"):
         PackedExamples(
-            [ExampleSet(prefix=tmp_path / "set0")], length=ROW, epochs=1, seed=1, vocab_size=100, cache=tmp_path
+            [ExampleSet(prefix=tmp_path / "set0")], Order(length=ROW, seed=1), vocab_size=100, cache=tmp_path
         )
 
 

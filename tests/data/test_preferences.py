@@ -11,8 +11,9 @@ import torch
 from qwen_moe.config.objective import RewardConfig
 from qwen_moe.data.chat import Chat
 from qwen_moe.data.content import verify_content
-from qwen_moe.data.examples import ExampleSet, PackedExamples
+from qwen_moe.data.examples import PackedExamples
 from qwen_moe.data.manifest import PREFERENCES, column_path
+from qwen_moe.data.rows import ExampleSet, Order
 from qwen_moe.errors import UserError
 from qwen_moe.objectives.reward import RewardModel
 from tests.data.chat_data import write_chat
@@ -40,8 +41,7 @@ ROWS = [a_pair(number, judged) for number, (judged, _) in enumerate(JUDGED)]
 
 def opened(folder: Path, **options: Any) -> PackedExamples:
     sets = [ExampleSet(prefix=folder / "out")]
-    given = {"length": 96, "epochs": 1, "seed": 3, "vocab_size": 60_000, "cache": folder} | options
-    return PackedExamples(sets, **given)
+    return PackedExamples(sets, Order(**{"length": 96, "seed": 3} | options), vocab_size=60_000, cache=folder)
 
 
 def test_the_column_is_what_the_rows_say(tokenizer: Path, tmp_path: Path) -> None:

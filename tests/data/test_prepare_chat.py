@@ -16,8 +16,9 @@ import pytest
 from qwen_moe.cli import main
 from qwen_moe.data.chat import Chat
 from qwen_moe.data.content import verify_content
-from qwen_moe.data.examples import ExampleSet, PackedExamples
+from qwen_moe.data.examples import PackedExamples
 from qwen_moe.data.manifest import PreparedData, column_path, read_manifest
+from qwen_moe.data.rows import ExampleSet, Order
 from qwen_moe.errors import UserError
 from tests.data.chat_templates import THINKING, with_template
 
@@ -115,7 +116,7 @@ def test_training_reads_what_was_written(tokenizer: Path, tmp_path: Path, make: 
     found = prepared(tokenizer, tmp_path, given)
     sets = [ExampleSet(prefix=tmp_path / "out")]
     length = found.counts["longest"]
-    rows_ = PackedExamples(sets, length=length, epochs=2, seed=1, vocab_size=found.vocab_size, cache=tmp_path)
+    rows_ = PackedExamples(sets, Order(length=length, epochs=2, seed=1), vocab_size=found.vocab_size, cache=tmp_path)
     batch = rows_.train_batch(0, len(rows_.rows))
     assert (batch["labels"] >= 0).sum() == 2 * found.counts["learned_tokens"]
     read = Chat(tokenizer).tokenizer

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from qwen_moe.checkpoint.fingerprint import fingerprint
 from qwen_moe.checkpoint.huggingface.convert import convert_from_hf, from_pretrained, save_pretrained
 from qwen_moe.cli import main
 from qwen_moe.evaluation import command as command_module
-from qwen_moe.evaluation.model import CompleterOptions, fingerprint, open_completer
+from qwen_moe.evaluation.model import CompleterOptions, open_completer
 from qwen_moe.evaluation.picture import draw
 from qwen_moe.generation.sampling import Sampling
 from qwen_moe.generation.text import generate_text

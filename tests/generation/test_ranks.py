@@ -1,4 +1,4 @@
-"""Generation in tensor, expert, pipeline and data parallel layouts draws the tokens of one process."""
+"""Generation in tensor, expert, pipeline and data parallel layouts draws the tokens of one process, by the same experts."""
 
 from typing import Any
 
@@ -21,23 +21,24 @@ SAMPLING = Sampling(max_new_tokens=9, temperature=1.0, top_p=0.9, samples=2, rep
 ENDS = [2, 11]
 
 
-def config() -> ModelConfig:
-    return small_model(max_position_embeddings=64, num_hidden_layers=3, vocab_size=61)
+def config(dense: list[int]) -> ModelConfig:
+    return small_model(max_position_embeddings=64, num_hidden_layers=3, vocab_size=61, mlp_only_layers=dense)
 
 
-def one_process() -> list[Any]:
-    engine = Engine(LocalRunner(draw_weights(config(), 4).eval()), config(), end_tokens=ENDS)
-    return engine.generate(PROMPTS, SAMPLING)
+def one_process(dense: list[int], routing: bool) -> list[Any]:
+    engine = Engine(LocalRunner(draw_weights(config(dense), 4).eval()), config(dense), end_tokens=ENDS)
+    return engine.generate(PROMPTS, SAMPLING, routing=routing)
 
 
-def _generate(layout: Layout) -> list[Any]:
-    grids = Grids(layout, "cpu", kv_heads=config().num_key_value_heads)
-    source = ModuleTensors(draw_weights(config(), 4))
-    model = load_sharded(config(), source, grids, torch.float64, torch.device("cpu"), "the test")
+def _generate(layout: Layout, dense: list[int], routing: bool) -> list[Any]:
+    shape = config(dense)
+    grids = Grids(layout, "cpu", kv_heads=shape.num_key_value_heads)
+    source = ModuleTensors(draw_weights(shape, 4))
+    model = load_sharded(shape, source, grids, torch.float64, torch.device("cpu"), "the test")
     runner = ShardedRunner(model, grids, torch.device("cpu"))
-    engine = Engine(runner, config(), end_tokens=ENDS, limits=Limits(chunk=7, sequences=4))
+    engine = Engine(runner, shape, end_tokens=ENDS, limits=Limits(chunk=7, sequences=4))
     numbers = runner.share_of(range(len(PROMPTS)))
-    answers = engine.generate([PROMPTS[i] for i in numbers], SAMPLING, numbers=numbers)
+    answers = engine.generate([PROMPTS[i] for i in numbers], SAMPLING, numbers=numbers, routing=routing)
     dist.barrier()
     return gather_shares(answers, grids, len(PROMPTS))
 
@@ -55,11 +56,24 @@ def _generate(layout: Layout) -> list[Any]:
     ],
     ids=str,
 )
-def test_layouts_draw_what_one_process_draws(layout: Layout) -> None:
-    expected = one_process()
-    for found in run_distributed(_generate, layout.world_size, layout):
+@pytest.mark.parametrize("dense", [[], [1]], ids=["all layers have experts", "a dense layer"])
+def test_layouts_draw_what_one_process_draws(layout: Layout, dense: list[int]) -> None:
+    equal_one_process(layout, dense, routing=True)
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2), Layout(dp=2, ep=2)], ids=str)
+def test_layouts_draw_the_same_without_routing(layout: Layout) -> None:
+    equal_one_process(layout, [], routing=False)
+
+
+def equal_one_process(layout: Layout, dense: list[int], routing: bool) -> None:
+    expected = one_process(dense, routing)
+    for found in run_distributed(_generate, layout.world_size, layout, dense, routing):
         assert [[a.tokens for a in x] for x in found] == [[a.tokens for a in x] for x in expected]
         for theirs, ours in zip(expected, found, strict=True):
             for a, b in zip(theirs, ours, strict=True):
                 assert a.finish_reason == b.finish_reason
+                assert (b.routing is not None) == routing
+                if routing:
+                    assert torch.equal(a.routing.whole(), b.routing.whole())
                 torch.testing.assert_close(torch.tensor(a.log_probs), torch.tensor(b.log_probs), rtol=0, atol=1e-10)

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from qwen_moe.config import RunConfig, parse_config
-from qwen_moe.data.examples import ExampleSet, PackedExamples
+from qwen_moe.data.examples import PackedExamples
+from qwen_moe.data.rows import ExampleSet, OpenSet, Order
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.scoring.model import ScoringModel
 from qwen_moe.verify.ranks import make_trainer
@@ -49,14 +50,12 @@ def run(folder: Path) -> RunConfig:
 def _train(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     config = run(folder)
     trainer = make_trainer(config)
-    sets = [ExampleSet(prefix=folder / "out")]
-    examples = PackedExamples(sets, length=ROW, epochs=40, seed=1, vocab_size=VOCABULARY, cache=folder)
+    order = Order(length=ROW, seed=1, least_rows=BATCH * STEPS)
+    examples = PackedExamples([ExampleSet(prefix=folder / "out")], order, vocab_size=VOCABULARY, cache=folder)
     examples.judge_by(config.model.criteria)
     metrics = []
     for step in range(STEPS):
         batches = [examples.train_batch(BATCH * step + first, 4) for first in (0, 4)]
-        # Of padding, no expert counts anything.
-        batches = [{"counted": batch["example_ids"] >= 0} | batch for batch in batches]
         result = trainer.step(step, batches)
         metrics.append({"loss": result.loss} | result.metrics)
     return {name: p.full_tensor().detach() for name, p in trainer.model.named_parameters()}, metrics
@@ -71,16 +70,10 @@ def test_it_prefers_the_better_answers_of_other_pairs(tokenizer: Path, tmp_path:
     (tmp_path / "held-out").mkdir()
     held_out = pairs(60, 2)
     prepared(tokenizer, tmp_path / "held-out", held_out)
-    examples = PackedExamples(
-        [ExampleSet(prefix=tmp_path / "held-out" / "out")],
-        length=ROW,
-        epochs=1,
-        seed=1,
-        vocab_size=VOCABULARY,
-        cache=tmp_path,
-    )
-    (one,) = examples.sets
-    answers = [one.read(document)[0][: one.judged(document, CRITERIA)[0] + 1].tolist() for document in range(120)]
+    one = OpenSet(tmp_path / "held-out" / "out", ROW, "error")
+    answers = [
+        one.tokens[one.at(document)][: one.judged(document, CRITERIA)[0] + 1].tolist() for document in range(120)
+    ]
     scores = ScoringModel(model).scores(answers)
     for place, name in enumerate(CRITERIA):
         right = [

@@ -215,7 +215,7 @@ def _packing_seen(patch: Any) -> None:
     patch(
         DecoderLM,
         "hidden_states",
-        lambda model, x, positions, starts, counted: original(model, x, positions, torch.zeros_like(starts), counted),
+        lambda model, x, positions, starts, *rest: original(model, x, positions, torch.zeros_like(starts), *rest),
     )
 
 

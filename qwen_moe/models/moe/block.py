@@ -69,10 +69,13 @@ class MoE(nn.Module):
             return None
         return self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
 
-    def forward(self, x: torch.Tensor, counted: torch.Tensor | None = None) -> tuple[torch.Tensor, RouterStatistics]:
-        """``counted``: of whole sequences, on every device, the tokens that are not padding (by default all)."""
+    def forward(
+        self, x: torch.Tensor, counted: torch.Tensor | None = None, experts: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, RouterStatistics]:
+        """``counted``: of whole sequences, on every device, the tokens that are not padding (by default all). ``experts
+        [B, S, K]``: those of each token of ``x`` in routing replay, see `Router`. Capacity holds for them too."""
         held = None if counted is None else self.sequence.held_of(counted)
-        weights, indices, statistics = self.gate(x, held)
+        weights, indices, statistics = self.gate(x, held, experts)
         drops = self.capacity_factor > 0 and self.training
         if drops:
             per_sequence = indices.view(*x.shape[:2], -1)
@@ -96,9 +99,12 @@ class MoE(nn.Module):
         lengths = counted.sum(1, keepdim=True).double()
         return (self.capacity_factor * lengths * self.top_k / self.num_experts).ceil()
 
-    def read(self, x: torch.Tensor) -> torch.Tensor:
-        """``forward`` for generation: without statistics and without dropping choices."""
+    def read(self, x: torch.Tensor, chosen: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """``forward`` for generation: without statistics and without dropping choices. ``chosen`` receives the experts
+        ``[T, K]``."""
         weights, indices = self.gate.choose(x)
+        if chosen is not None:
+            chosen.append(indices)
         routed, shared = self.dispatcher(
             x.flatten(0, -2), weights, indices, self.experts, lambda: self._shared(x), False
         )

@@ -32,6 +32,10 @@ class Router(nn.Module):
     Softmax over all experts in float32, then top-k, as Qwen does. Logits are computed in float32 too: rounded to bfloat16
     they would have about three digits, and near-ties would flip between a forward and its recomputation.
     ``expert_bias`` (arXiv 2408.15664) affects the selection only, never the weights.
+
+    Routing replay (arXiv 2510.11370) gives the selection of each token: ``experts [B, S, K]``, or -1 in all K places where
+    the router selects itself. The weights are always its own, gathered from the softmax over all experts, so that gradients
+    reach it as if it had selected these experts.
     """
 
     expert_bias: torch.Tensor
@@ -43,12 +47,13 @@ class Router(nn.Module):
         self.register_buffer("expert_bias", torch.zeros(config.num_experts, dtype=torch.float32))
 
     def forward(
-        self, x: torch.Tensor, counted: torch.Tensor | None = None
+        self, x: torch.Tensor, counted: torch.Tensor | None = None, experts: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, RouterStatistics]:
-        """``counted [B, S]``: the tokens that the statistics are of (by default all)."""
+        """``counted [B, S]``: the tokens that the statistics are of (by default all). ``experts [B, S, K]``: see the class;
+        the statistics count them as they count the router's own choices."""
         batch = x.shape[0]
         logits, probs = self._probabilities(x)
-        weights, indices = self._choose(probs)
+        weights, indices = self._choose(probs, experts)
         counts = torch.zeros(batch, probs.shape[-1], dtype=torch.int64, device=x.device)
         per_sequence = indices.view(batch, -1)
         ones, z = torch.ones_like(per_sequence), logits.logsumexp(-1).square()
@@ -76,7 +81,10 @@ class Router(nn.Module):
         logits = F.linear(x.flatten(0, -2).to(wide), self.weight.to(wide))
         return logits, logits.softmax(-1)
 
-    def _choose(self, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _choose(self, probs: torch.Tensor, experts: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         indices = torch.topk(probs.detach() + self.expert_bias, self.top_k, dim=-1, sorted=True).indices
+        if experts is not None:
+            given = experts.flatten(0, -2).to(indices.dtype)
+            indices = torch.where(given >= 0, given, indices)
         weights = probs.gather(-1, indices)
         return (weights / weights.sum(-1, keepdim=True) if self.norm_topk_prob else weights), indices

@@ -1,0 +1,1 @@
+"""Post-training's sampling side: queries, sampled answers, their rewards, and pairs of answers."""

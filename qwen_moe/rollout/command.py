@@ -1,0 +1,143 @@
+"""`qwen-moe rollout`: samples answers to queries and rewards them. Torch is imported only when it is used."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from qwen_moe.data.command import output_prefix, verbs_of_data
+from qwen_moe.errors import UserError
+from qwen_moe.generation.command import add_reading, add_sampling, sampling_of
+from qwen_moe.options import number, whole
+from qwen_moe.rollout.pairs_command import register_pairs
+
+
+def register(subparsers: Any) -> None:
+    """Add `rollout` to the command's subparsers, and `pairs` to those of `data`."""
+    register_pairs(verbs_of_data(subparsers), output_prefix)
+    parser = subparsers.add_parser("rollout", help="sample answers to queries and reward them, for post-training")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a checkpoint, a run directory (its newest checkpoint) or a Hugging Face directory",
+    )
+    parser.add_argument(
+        "--input",
+        type=Path,
+        required=True,
+        metavar="JSONL",
+        help='lines with "prompt", "messages" or "tokens", and what the reward needs',
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="a folder; the same command goes on after a stop"
+    )
+    parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template to the prompts")
+    _add_rewards(parser)
+    add_sampling(parser)
+    add_reading(parser)
+    _add_server(parser)
+    parser.set_defaults(samples=8, temperature=1.0, top_p=1.0)  # what training on the samples assumes
+    parser.add_argument(
+        "--queries-per-file",
+        type=whole(1, 1_000_000),
+        metavar="N",
+        help="queries that are sampled together; a kill loses no more. Default: four batches of answers",
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.set_defaults(func=_run)
+
+
+def _add_rewards(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("rewards")
+    group.add_argument(
+        "--reward",
+        nargs="+",
+        required=True,
+        metavar="SPEC",
+        help="exact, contains, number, math, format:REGEX, python, or MODULE:FUNCTION of (prompt, completion, row)",
+    )
+    group.add_argument(
+        "--reward-weights", nargs="+", type=number(), default=[], metavar="W", help="one for each reward; default: 1"
+    )
+    group.add_argument(
+        "--on-reward-failure",
+        choices=("error", "zero"),
+        default="error",
+        help="what a reward counts that hangs, throws or returns no finite number; default: %(default)s",
+    )
+    group.add_argument(
+        "--reward-seconds", type=number(above=0), default=10.0, metavar="S", help="for one answer; default: %(default)s"
+    )
+    group.add_argument(
+        "--reward-memory",
+        type=whole(64, 1 << 30),
+        default=4096,
+        metavar="MIB",
+        help="address space of each process; default: %(default)s",
+    )
+    group.add_argument("--reward-workers", type=whole(0, 4096), default=0, help="processes; default: one per core")
+
+
+def _add_server(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling from a server", "--checkpoint is then a copy of what it serves")
+    group.add_argument("--server", metavar="URL", help="a vLLM or SGLang server, such as http://127.0.0.1:8000")
+    group.add_argument("--model", metavar="NAME", help="the name under which it serves the model")
+    group.add_argument("--server-kind", choices=("vllm", "sglang"), default="vllm", help="default: %(default)s")
+    group.add_argument(
+        "--server-seconds", type=number(above=0), default=600.0, metavar="S", help="for an answer; default: %(default)s"
+    )
+    group.add_argument(
+        "--server-tries", type=whole(1, 1000), default=6, metavar="N", help="of a request; default: %(default)s"
+    )
+
+
+def _check_server(args: argparse.Namespace) -> None:
+    if (args.server is None) != (args.model is None):
+        raise UserError("--server and --model belong together: an address, and the name of the model that it serves")
+    if args.server is not None and args.tp * args.ep * args.pp > 1:
+        raise UserError("--tp, --ep and --pp are of a model that is sampled here: leave them out with --server")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from qwen_moe.rollout.rewards import RewardSettings
+
+    _check_server(args)
+    sampling = sampling_of(args)
+    rewards = RewardSettings(
+        rewards=tuple(args.reward),
+        weights=tuple(args.reward_weights),
+        on_failure=args.on_reward_failure,
+        seconds=args.reward_seconds,
+        memory_mib=args.reward_memory,
+        workers=args.reward_workers,
+    )
+    from parallel.process import started_by_launcher
+
+    split = args.tp * args.ep * args.pp > 1
+    if split and not started_by_launcher():
+        from qwen_moe.generation.launch import start_ranks
+
+        return start_ranks(args)
+    if not split:
+        from parallel.threads import limit_threads
+
+        limit_threads()
+    from qwen_moe.generation.launch import USER_ERROR, report_failure
+    from qwen_moe.generation.session import Session
+    from qwen_moe.rollout.run import roll_out
+    from qwen_moe.rollout.summary import described
+
+    try:
+        with Session(args, split) as session:
+            summary = roll_out(args, session, sampling, rewards)
+            if summary is not None:
+                print(json.dumps(summary) if args.json else f"{args.output}: {described(summary)}")
+                for line in session.notes():
+                    print(line, file=sys.stderr)
+    except UserError as error:
+        report_failure(error)
+        return USER_ERROR
+    return 0

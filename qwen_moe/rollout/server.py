@@ -1,0 +1,252 @@
+"""Samples answers from a vLLM or SGLang server over HTTP: token ids in, token ids and log-probabilities out.
+
+* vLLM: ``POST /v1/completions`` with the prompt as ids, ``logprobs`` and ``return_token_ids``; the fields are those of
+  `CompletionRequest` and `CompletionResponseChoice` in vllm/entrypoints/openai/completion/protocol.py, from 0.10.2 on.
+  Servers without ``token_ids`` are asked for tokens as ``token_id:N``.
+* SGLang: ``POST /generate`` with ``input_ids`` and ``return_logprob`` (docs.sglang.io, sampling parameters), because its
+  OpenAI-compatible endpoint returns no ids.
+
+Both give log-probabilities before the temperature is applied (vLLM's ``--logprobs-mode raw_logprobs``), so the temperature
+must be 1, or 0. Every answer is checked: a server that gives other tokens than it was asked for is an error.
+"""
+
+import http.client
+import json
+import math
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from qwen_moe.errors import UserError
+from qwen_moe.generation.engine import Completion
+from qwen_moe.generation.sampling import Sampling, uniforms
+from qwen_moe.progress import bar
+
+Kind = Literal["vllm", "sglang"]
+_PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be gone at the next try
+_LONGEST_WAIT = 30.0  # seconds between two tries
+_GOES_ON = "Samples of earlier files are kept: the same command goes on"
+
+
+class Sampler(Protocol):
+    """What samples answers: a `Session`, which has the model, or a `ServerSampler`."""
+
+    def generate(
+        self, prompts: list[list[int]], sampling: Sampling, *, numbers: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
+        """``sampling.samples`` answers to each of ``prompts``, in their order. ``numbers`` identify the prompts: with the
+        seed they decide what is drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """Where a server is and how to ask it. ``seconds``: to wait for an answer. ``tries``: of each request. ``at_once``:
+    requests at a time."""
+
+    url: str
+    model: str
+    kind: Kind = "vllm"
+    seconds: float = 600.0
+    tries: int = 6
+    at_once: int = 16
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise UserError(f"--server {self.url!r} is no address: give one such as http://127.0.0.1:8000")
+
+
+class ServerSampler:
+    """A `Sampler`. ``end_tokens``, ``vocab_size``: of the model that is served; answers are checked against them."""
+
+    def __init__(self, server: Server, end_tokens: Sequence[int], vocab_size: int) -> None:
+        self.server, self._ends, self._vocabulary = server, frozenset(end_tokens), vocab_size
+        self._base = server.url.rstrip("/").removesuffix("/v1")
+
+    def check(self, sampling: Sampling) -> None:
+        """Raise UserError if the server does not answer or has no such model, or for settings whose log-probabilities would
+        not be those that training compares with. Call it before anything is sampled."""
+        if sampling.temperature not in (0, 1) or sampling.repetition_penalty != 1:
+            raise UserError(
+                f"--server with temperature {sampling.temperature} and repetition penalty {sampling.repetition_penalty}: a "
+                "server's log-probabilities are those at temperature 1 without penalty; use these, or sample here"
+            )
+        answer = self._ask("/v1/models", None)
+        names = [str(one.get("id")) for one in _list(answer, "data") if isinstance(one, dict)]
+        if self.server.model not in names:
+            raise UserError(f"{self._base} has no model {self.server.model!r}, only {', '.join(names)}: give --model")
+
+    def generate(
+        self, prompts: list[list[int]], sampling: Sampling, *, numbers: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
+        numbers = list(range(len(prompts))) if numbers is None else numbers
+        if not prompts:
+            return []
+        with ThreadPoolExecutor(min(self.server.at_once, len(prompts))) as threads:
+            try:
+                asked = threads.map(
+                    lambda one: self._answers(one[0], sampling, one[1]), zip(prompts, numbers, strict=True)
+                )
+                return list(bar(asked, "answers", " queries", len(prompts)))
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _answers(self, prompt: list[int], sampling: Sampling, number: int) -> list[Completion]:
+        # The same random numbers for a query in whichever order queries are asked, as far as the server keeps to its seed.
+        seed = uniforms(sampling.seed, number, 0).initial_seed() % (1 << 31)
+        if self.server.kind == "vllm":
+            body = _vllm_request(self.server.model, prompt, sampling, seed)
+            found = _vllm_answers(self._ask("/v1/completions", body), prompt)
+        else:
+            answer = self._ask("/generate", _sglang_request(prompt, sampling, seed))
+            found = _sglang_answers(answer)
+        self._check_answers(found, sampling, number)
+        return found
+
+    def _check_answers(self, answers: list[Completion], sampling: Sampling, number: int) -> None:
+        def refuse(problem: str) -> None:
+            raise UserError(
+                f"{self._base} {problem}, for query number {number}. {_GOES_ON} with a server that is right"
+            )
+
+        if len(answers) != sampling.samples:
+            refuse(f"gave {len(answers)} answers and was asked for {sampling.samples}")
+        for answer in answers:
+            tokens, log_probs = answer.tokens, answer.log_probs
+            if not 0 < len(tokens) <= sampling.max_new_tokens:
+                refuse(f"gave an answer of {len(tokens)} tokens and was asked for 1 to {sampling.max_new_tokens}")
+            if len(log_probs) != len(tokens):
+                refuse(f"gave {len(log_probs)} log-probabilities for {len(tokens)} tokens")
+            if wrong := [token for token in tokens if not 0 <= token < self._vocabulary]:
+                refuse(f"gave token {wrong[0]}, but the model's vocabulary has {self._vocabulary}")
+            if wrong_one := [one for one in log_probs if not (math.isfinite(one) and one <= 1e-4)]:
+                refuse(f"gave the log-probability {wrong_one[0]}")
+            if answer.finish_reason not in ("stop", "length"):
+                refuse(f"ended an answer with finish_reason {answer.finish_reason!r}, expected stop or length")
+            if answer.finish_reason == "stop" and not sampling.stop and tokens[-1] not in self._ends:
+                refuse(
+                    f"ended an answer with token {tokens[-1]}, which is none of the end tokens {sorted(self._ends)} of the "
+                    "model: training on it would not teach to stop"
+                )
+
+    def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
+        """The JSON that the server answers. Raises UserError, after several tries if it is down or busy."""
+        url = self._base + path
+        data = None if body is None else json.dumps(body).encode()
+        problem = ""
+        for attempt in range(self.server.tries):
+            if attempt:
+                time.sleep(min(_LONGEST_WAIT, 0.5 * 2 ** (attempt - 1)))
+            request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+            try:
+                with urllib.request.urlopen(request, timeout=self.server.seconds) as response:
+                    return _json(response.read(), url)
+            except urllib.error.HTTPError as error:
+                text = error.read(2000).decode(errors="replace").strip()
+                problem = f"status {error.code}: {text[:300]}"
+                if error.code not in _PASSING:
+                    raise UserError(f"{url} refuses the request with {problem}") from None
+            except TimeoutError:
+                problem = f"no answer within {self.server.seconds:g} seconds (--server-seconds)"
+            except urllib.error.URLError as error:
+                slow = isinstance(error.reason, TimeoutError)
+                problem = f"no answer within {self.server.seconds:g} seconds" if slow else f"{error.reason}"
+            except (http.client.HTTPException, ConnectionError) as error:
+                problem = f"the connection was lost ({type(error).__name__})"
+        raise UserError(f"{url} did not answer in {self.server.tries} tries: {problem}. {_GOES_ON} once it does")
+
+
+def _json(content: bytes, url: str) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError:
+        raise UserError(f"{url} answers {content[:80]!r}, which is not JSON: is it a vLLM or SGLang server?") from None
+
+
+def _list(answer: Any, name: str) -> list[Any]:
+    found = answer.get(name) if isinstance(answer, dict) else None
+    if not isinstance(found, list):
+        raise UserError(f"the server's answer has no list {name!r}: {str(answer)[:120]}")
+    return found
+
+
+def _vllm_request(model: str, prompt: list[int], sampling: Sampling, seed: int) -> dict[str, Any]:
+    return {
+        "model": model,
+        "prompt": prompt,
+        "n": sampling.samples,
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "stop": list(sampling.stop),
+        "seed": seed,
+        "logprobs": 0,  # of the sampled token only
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "add_special_tokens": False,
+    }
+
+
+def _vllm_answers(answer: Any, prompt: list[int]) -> list[Completion]:
+    """The choices in the order of their index. Raises UserError for another form, and a prompt that is not ours."""
+    try:
+        choices = sorted(_list(answer, "choices"), key=lambda choice: choice["index"])
+        for choice in choices:
+            read = choice.get("prompt_token_ids")
+            if read is not None and list(read) != prompt:
+                raise UserError(
+                    f"the server read a prompt that begins with the tokens {list(read)[:8]} and was given {prompt[:8]} "
+                    f"({len(read)} tokens for {len(prompt)}): it must not change prompts"
+                )
+        return [
+            Completion(_vllm_tokens(one), [float(p) for p in one["logprobs"]["token_logprobs"]], one["finish_reason"])
+            for one in choices
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _other_form("vLLM", error, answer) from None
+
+
+def _vllm_tokens(choice: dict[str, Any]) -> list[int]:
+    if choice.get("token_ids") is not None:
+        return [int(token) for token in choice["token_ids"]]
+    return [int(name.removeprefix("token_id:")) for name in choice["logprobs"]["tokens"]]
+
+
+def _sglang_request(prompt: list[int], sampling: Sampling, seed: int) -> dict[str, Any]:
+    parameters = {
+        "n": sampling.samples,
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "min_p": sampling.min_p,
+        "stop": list(sampling.stop),
+        "sampling_seed": seed,
+    }
+    return {"input_ids": prompt, "sampling_params": parameters, "return_logprob": True}
+
+
+def _sglang_answers(answer: Any) -> list[Completion]:
+    try:
+        found = []
+        for one in answer if isinstance(answer, list) else [answer]:
+            meta = one["meta_info"]
+            drawn = meta["output_token_logprobs"]
+            tokens = [int(entry[1]) for entry in drawn]
+            found.append(Completion(tokens, [float(entry[0]) for entry in drawn], meta["finish_reason"]["type"]))
+        return found
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise _other_form("SGLang", error, answer) from None
+
+
+def _other_form(kind: str, error: Exception, answer: Any) -> UserError:
+    return UserError(
+        f"the server's answer has not the form of {kind}'s ({type(error).__name__}: {error}): {str(answer)[:200]}. Token "
+        "ids and log-probabilities of each token are needed; vLLM gives them from 0.10.2 on"
+    )

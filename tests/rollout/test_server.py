@@ -1,0 +1,269 @@
+"""Sampling over HTTP, from a real server that speaks the protocols of vLLM and SGLang and answers with our own model."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_moe.cli import main
+from qwen_moe.errors import UserError
+from qwen_moe.generation.engine import Completion
+from qwen_moe.generation.open import HowToRead, Opened, on_one_device
+from qwen_moe.generation.sampling import Sampling
+from qwen_moe.rollout import server as module
+from qwen_moe.rollout.server import Server, ServerSampler
+from qwen_moe.rollout.store import read_manifest, read_rollouts
+from tests.rollout.conftest import write_lines
+
+PROMPTS = [[1, 2, 3], [4], [5, 6]]
+SAMPLING = Sampling(max_new_tokens=6, temperature=1, top_p=1, samples=3, seed=5)
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Answers both protocols. ``failures``: statuses to answer first. ``change`` edits an answer before it is sent."""
+
+    def __init__(self, hf: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.opened = Opened(hf)
+        self.engine = self.opened.engine(HowToRead(), 64, on_one_device("fp32", "cpu"))
+        self.lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        self.failures: list[int] = []
+        self.requests: list[tuple[str, Any]] = []
+        self.wait = 0.0
+        self.change: Any = lambda answer: answer
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def sampled(self, prompt: list[int], sampling: Sampling) -> list[Completion]:
+        with self.lock:
+            return self.engine.generate([prompt], sampling)[0]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: FakeServer
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+    def send(self, status: int, value: Any) -> None:
+        content = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            self.send(200, {"object": "list", "data": [{"id": "ours", "object": "model"}]})
+        else:
+            self.send(404, {"error": "no such path"})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append((self.path, body))
+        if self.server.failures:
+            status = self.server.failures.pop(0)
+            if status == 0:
+                self.close_connection = True  # without an answer
+                return
+            self.send(status, {"error": {"message": "busy"}})
+            return
+        time.sleep(self.server.wait)
+        answer = self.vllm(body) if self.path == "/v1/completions" else self.sglang(body)
+        self.send(200, self.server.change(answer))
+
+    def vllm(self, body: dict[str, Any]) -> Any:
+        assert body["model"] == "ours" and body["logprobs"] == 0 and body["return_token_ids"] is True
+        sampling = Sampling(
+            max_new_tokens=body["max_tokens"], temperature=body["temperature"], top_p=body["top_p"], top_k=body["top_k"],
+            min_p=body["min_p"], samples=body["n"], stop=tuple(body["stop"]), seed=body["seed"],
+        )  # fmt: skip
+        choices = []
+        for index, answer in enumerate(self.server.sampled(body["prompt"], sampling)):
+            log_probs = {"token_logprobs": answer.log_probs, "tokens": [f"token_id:{token}" for token in answer.tokens]}
+            choices.append(
+                {"index": index, "text": self.server.opened.text(answer.tokens), "finish_reason": answer.finish_reason,
+                 "logprobs": log_probs, "token_ids": answer.tokens, "prompt_token_ids": body["prompt"]}
+            )  # fmt: skip
+        return {"id": "cmpl-1", "object": "text_completion", "choices": choices[::-1]}
+
+    def sglang(self, body: dict[str, Any]) -> Any:
+        given = body["sampling_params"]
+        assert self.path == "/generate" and body["return_logprob"] is True
+        sampling = Sampling(
+            max_new_tokens=given["max_new_tokens"], temperature=given["temperature"], top_p=given["top_p"],
+            top_k=max(given["top_k"], 0), min_p=given["min_p"], samples=given["n"], seed=given["sampling_seed"],
+        )  # fmt: skip
+        return [
+            {"text": "", "output_ids": answer.tokens, "meta_info": {
+                "finish_reason": {"type": answer.finish_reason},
+                "output_token_logprobs": [[p, t, None] for p, t in zip(answer.log_probs, answer.tokens, strict=True)],
+            }}
+            for answer in self.server.sampled(body["input_ids"], sampling)
+        ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def running(hf: Path) -> Iterator[FakeServer]:
+    with FakeServer(hf) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def fake(running: FakeServer, monkeypatch: pytest.MonkeyPatch) -> FakeServer:
+    running.reset()
+    monkeypatch.setattr(module, "_LONGEST_WAIT", 0.01)
+    return running
+
+
+def sampler(fake: FakeServer, **changes: Any) -> ServerSampler:
+    server = Server(**{"url": fake.url, "model": "ours", "tries": 3, "seconds": 30} | changes)
+    return ServerSampler(server, sorted(fake.opened.end_tokens), fake.opened.config.vocab_size)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_answers_are_those_of_the_model_that_is_served(fake: FakeServer, kind: Any) -> None:
+    found = sampler(fake, kind=kind).generate(PROMPTS, SAMPLING, numbers=[7, 8, 9])
+    assert [len(answers) for answers in found] == [3, 3, 3]
+    sent = {tuple(body.get("prompt") or body["input_ids"]): body for _, body in fake.requests}
+    for prompt, answers in zip(PROMPTS, found, strict=True):
+        seed = (
+            sent[tuple(prompt)]["seed"] if kind == "vllm" else sent[tuple(prompt)]["sampling_params"]["sampling_seed"]
+        )
+        assert answers == fake.sampled(prompt, replace(SAMPLING, seed=seed))
+    assert len({json.dumps(vars(one)) for answers in found for one in answers}) == 9
+    # Queries keep their random numbers in another order.
+    again = sampler(fake, kind=kind).generate(PROMPTS[::-1], SAMPLING, numbers=[9, 8, 7])
+    assert again == found[::-1]
+
+
+def test_an_older_server_names_tokens(fake: FakeServer) -> None:
+    expected = sampler(fake).generate(PROMPTS, SAMPLING)
+
+    def older(answer: Any) -> Any:
+        for choice in answer["choices"]:
+            del choice["token_ids"], choice["prompt_token_ids"]
+        return answer
+
+    fake.change = older
+    assert sampler(fake).generate(PROMPTS, SAMPLING) == expected
+
+
+def test_what_passes_is_tried_again(fake: FakeServer) -> None:
+    fake.failures = [503, 0]
+    (found,) = sampler(fake).generate(PROMPTS[:1], SAMPLING)
+    assert len(found) == 3 and len(fake.requests) == 3
+    fake.failures = [503, 429, 500]
+    with pytest.raises(
+        UserError, match=r"/v1/completions did not answer in 3 tries: status 500.*the same command goes on"
+    ):
+        sampler(fake).generate(PROMPTS[:1], SAMPLING)
+    fake.failures = [400]
+    with pytest.raises(UserError, match=r"refuses the request with status 400: .*busy"):
+        sampler(fake).generate(PROMPTS[:1], SAMPLING)
+
+
+def test_a_server_that_is_slow_or_down(fake: FakeServer) -> None:
+    fake.wait = 1.0
+    with pytest.raises(UserError, match=r"in 2 tries: no answer within 0.1 seconds \(--server-seconds\)"):
+        sampler(fake, seconds=0.1, tries=2).generate(PROMPTS[:1], SAMPLING)
+    closed = ServerSampler(Server(url="http://127.0.0.1:9", model="ours", tries=2), [31], 53)
+    with pytest.raises(UserError, match=r"http://127.0.0.1:9/v1/models did not answer in 2 tries: .*refused"):
+        closed.check(SAMPLING)
+
+
+def edited(index: int, **changes: Any) -> Any:
+    def change(answer: Any) -> Any:
+        answer["choices"][index] |= changes
+        return answer
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (edited(1, prompt_token_ids=[9, 1, 2, 3]), r"read a prompt that begins with the tokens \[9, 1, 2, 3\]"),
+        (edited(0, token_ids=[1, 2]), r"log-probabilities for 2 tokens"),
+        (edited(0, token_ids=[1] * 7, logprobs={"token_logprobs": [-1.0] * 7}), "an answer of 7 tokens"),
+        (edited(0, token_ids=[], logprobs={"token_logprobs": []}), "an answer of 0 tokens"),
+        (
+            edited(0, token_ids=[99], logprobs={"token_logprobs": [-1.0]}),
+            "gave token 99, but the model's vocabulary has 53",
+        ),
+        (edited(0, token_ids=[1], logprobs={"token_logprobs": [float("nan")]}), "gave the log-probability nan"),
+        (edited(0, token_ids=[1], logprobs={"token_logprobs": [0.5]}), "gave the log-probability 0.5"),
+        (edited(0, token_ids=[1], logprobs={"token_logprobs": [-1.0]}, finish_reason="stop"), "none of the end tokens"),
+        (edited(0, finish_reason="abort"), "finish_reason 'abort'"),
+        (edited(0, logprobs=None), "not the form of vLLM's"),
+        (lambda answer: {"choices": answer["choices"][:2]}, "gave 2 answers and was asked for 3"),
+        (lambda answer: {"error": "no"}, "no list 'choices'"),
+        (lambda answer: b"<html>", "which is not JSON"),
+    ],
+)
+def test_wrong_answers_are_refused(fake: FakeServer, change: Any, message: str) -> None:
+    fake.change = change
+    with pytest.raises(UserError, match=message):
+        sampler(fake).generate(PROMPTS[:1], SAMPLING)
+
+
+def test_what_cannot_be_is_known_before_sampling(fake: FakeServer, hf: Path, tmp_path: Path, capsys: Any) -> None:
+    sampler(fake).check(SAMPLING)
+    with pytest.raises(UserError, match="has no model 'other', only ours"):
+        sampler(fake, model="other").check(SAMPLING)
+    with pytest.raises(UserError, match="are those at temperature 1"):
+        sampler(fake).check(replace(SAMPLING, temperature=0.7))
+    with pytest.raises(UserError, match="is no address"):
+        sampler(fake, url="localhost:8000")
+    with pytest.raises(UserError, match=r"no such path|refuses the request with status 404"):
+        sampler(fake, url=fake.url + "/elsewhere").check(SAMPLING)
+    for more, message in ((["--server", fake.url], "--server and --model belong"), (
+        ["--server", fake.url, "--model", "ours", "--tp", "2"], "leave them out with --server"
+    )):  # fmt: skip
+        common = ["--checkpoint", str(hf), "--input", "q.jsonl", "--output", str(tmp_path / "out"), "--reward", "exact"]
+        assert main(["rollout", *common, *more]) == 2 and message in capsys.readouterr().err
+    assert not fake.requests
+
+
+def test_the_command_goes_on_after_the_server_was_down(fake: FakeServer, hf: Path, tmp_path: Path, capsys: Any) -> None:
+    source = write_lines(tmp_path / "q.jsonl", [{"prompt": "k" * n, "answer": "q"} for n in range(1, 5)])
+    command = ["rollout", "--checkpoint", str(hf), "--input", str(source), "--output", str(tmp_path / "out")]
+    command += ["--reward", "contains", "--samples", "2", "--max-new-tokens", "5", "--queries-per-file", "2"]
+    command += ["--server", fake.url, "--model", "ours", "--server-tries", "1", "--batch-size", "2"]
+    done = 0
+
+    def fails_later(answer: Any) -> Any:
+        nonlocal done
+        done += 1
+        fake.failures = [503] if done == 3 else []
+        return answer
+
+    fake.change = fails_later
+    assert main(command) == 2 and "did not answer in 1 tries: status 503" in capsys.readouterr().err
+    assert len(list((tmp_path / "out").glob("*-00000.jsonl"))) == 1 and not list(
+        (tmp_path / "out").glob("*-00001.jsonl")
+    )
+    asked = len(fake.requests)
+    fake.reset()
+    assert main(command) == 0 and asked == 4 and len(fake.requests) == 2
+    rows = list(read_rollouts(tmp_path / "out")[1])
+    assert [len(row["samples"]) for row in rows] == [2] * 4
+    assert read_manifest(tmp_path / "out")["sampling"]["server"] == "vllm: ours"
+    for row in rows:
+        for one in row["samples"]:
+            assert len(one["tokens"]) == len(one["log_probs"])
