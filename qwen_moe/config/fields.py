@@ -77,6 +77,7 @@ Degree = Annotated[int, BeforeValidator(whole_number), Field(gt=0, le=MOST_PROCE
 Seed = Annotated[int, BeforeValidator(whole_number), Field(ge=0, le=LARGEST_SEED, strict=True)]
 PositiveFloat = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 ShareBelowOne = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1, allow_inf_nan=False)]
 Criteria = Annotated[tuple[str, ...], AfterValidator(_criteria)]  # names of a reward model's scores

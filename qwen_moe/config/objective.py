@@ -65,7 +65,8 @@ class PolicyConfig(Section):
 
     ``ratio``: of the new to the old probability of each token, or of each sequence (GSPO, arXiv 2507.18071).
     ``clip_low``, ``clip_high``: the ratio is clipped to [1 - clip_low, 1 + clip_high]. ``normalization``: what weights the
-    tokens (`policy_weights`); ``longest``: the length that dr_grpo divides by. ``kl``: the estimator of the divergence from
+    tokens (`policy_weights`); ``longest``: the length that dr_grpo divides by. ``divide_by_std``: advantages are divided by
+    the standard deviation of their group's rewards (Dr. GRPO does not). ``kl``: the estimator of the divergence from
     the reference, and ``kl_coefficient`` its weight.
     """
 
@@ -74,6 +75,7 @@ class PolicyConfig(Section):
     clip_high: NonNegativeFloat = 0.2
     normalization: Normalization = "grpo"
     longest: NonNegativeInt = 0
+    divide_by_std: bool = True
     kl: KL = "none"
     kl_coefficient: NonNegativeFloat = 0.0
 

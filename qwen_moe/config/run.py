@@ -12,6 +12,7 @@ from qwen_moe.config.fields import GivenPath, Section, Seed, whole_number
 from qwen_moe.config.model import ModelConfig
 from qwen_moe.config.objective import ObjectiveConfig, RewardConfig
 from qwen_moe.config.precision import PrecisionConfig
+from qwen_moe.config.rollout import RolloutConfig
 from qwen_moe.config.stages import Place, StageConfig, places_of, values_of_stages
 from qwen_moe.config.system import CheckpointConfig, LaunchConfig, LoggingConfig, ParallelConfig
 from qwen_moe.config.training import BalanceConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
@@ -30,6 +31,7 @@ class RunConfig(Section):
     data: DataConfig
     training: TrainingConfig
     objective: ObjectiveConfig = ObjectiveConfig()
+    rollout: RolloutConfig | None = None
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     balance: BalanceConfig = BalanceConfig()
@@ -47,6 +49,20 @@ class RunConfig(Section):
         if isinstance(values, dict) and isinstance(values.get("objective"), str):
             return values | {"objective": {"kind": values["objective"]}}
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_episodes(cls, values: Any) -> Any:
+        """`training.train_tokens` of a run that samples: its episodes' steps, each of as many rows as global_batch_size."""
+        try:
+            rollout, training, length = values["rollout"], values["training"], values["data"]["sequence_length"]
+            sizes = [rollout["episodes"], rollout.get("updates_per_episode", 1), training["global_batch_size"], length]
+        except (KeyError, TypeError, AttributeError):
+            return values  # what is missing is reported by itself
+        numbers = [whole_number(size) for size in sizes]
+        if not all(isinstance(number, int) and number > 0 for number in numbers):
+            return values
+        return values | {"training": {"train_tokens": math.prod(numbers)} | training}
 
     @model_validator(mode="before")
     @classmethod
@@ -141,7 +157,9 @@ class RunConfig(Section):
     def _check_reads(self) -> None:
         """Raise ValueError unless the data and the length are of the kind that the objective learns from."""
         data, training, kind = self.data, self.training, self.objective.kind
-        if not data.train and data.prepare is None:
+        if self.rollout is not None:
+            self._check_samples()
+        elif not data.train and data.prepare is None:
             raise ValueError(
                 "data: there is nothing to read: give data.train (prefixes of .bin/.idx files) or data.prepare"
             )
@@ -176,6 +194,32 @@ class RunConfig(Section):
             given["checkpoint.branch_from"] = compared and self.checkpoint.branch_from is not None
         if named := [name for name, value in given.items() if value]:
             raise ValueError(f"{named[0]} {why}: leave it out")
+
+    def _check_samples(self) -> None:
+        if self.objective.reads != "samples":
+            raise ValueError(
+                f"the section rollout is for objective.kind grpo, and objective.kind is {self.objective.kind}: leave it out"
+            )
+        given = {
+            "data.train": self.data.train,
+            "data.prepare": self.data.prepare,
+            "data.validation": self.data.validation,
+            "training.epochs": self.training.epochs,
+        }
+        if named := [name for name, value in given.items() if value]:
+            raise ValueError(f"{named[0]} is not read by objective.kind {self.objective.kind}: leave it out")
+        if self.data.tokenizer is None:
+            raise ValueError("data.tokenizer is missing: sampled answers are read and rewarded as text")
+        if self.precision.compute == "fp8":
+            raise ValueError(
+                "objective.kind grpo samples from the model that it trains, in bf16 or wider: set "
+                "precision.compute to bf16"
+            )
+        if self.parallel.pp > 1 and self.parallel.schedule != "1f1b":
+            raise ValueError(
+                f"parallel.schedule {self.parallel.schedule} gives a process several stages, from which objective.kind grpo "
+                "cannot sample: set it to 1f1b"
+            )
 
     def _check_tokens(self) -> None:
         training = self.training

@@ -14,7 +14,7 @@ from qwen_moe.data.made_with import check_tokenizers
 from qwen_moe.data.manifest import check_prefix_name, trained_tokenizer_path
 from qwen_moe.data.output import OtherDataThere
 from qwen_moe.data.prepare import Request, prepare
-from qwen_moe.data.tokenizer import copy_tokenizer, end_of_document_id, load_tokenizer, vocabulary_size
+from qwen_moe.data.tokenizer import copy_tokenizer, end_of_document_id, end_with_turn, load_tokenizer, vocabulary_size
 from qwen_moe.errors import UserError
 
 if TYPE_CHECKING:  # the command prepares inputs before it starts the processes that need torch
@@ -195,6 +195,10 @@ def open_inputs(config: RunConfig, dp: Axis) -> RunInputs:
         kept = config.run_dir / TOKENIZER
         if dist.get_rank() == 0:
             copy_tokenizer(directory, kept)
+            if config.objective.reads != "documents":
+                from qwen_moe.data.chat import Chat
+
+                end_with_turn(kept, Chat(directory).end)
     return RunInputs(config, dp, _samples(config, end_of_document), kept)
 
 

@@ -197,6 +197,23 @@ def read_tokenizer(folder: Path) -> Any:
         raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from None
 
 
+def end_with_turn(folder: Path, end: int) -> None:
+    """Let generation with the tokenizer in ``folder`` end at token ``end``, which ends a turn, too: in its
+    generation_config.json."""
+    path = folder / "generation_config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        given = values.get("eos_token_id")
+    except (ValueError, AttributeError):
+        raise UserError(f"{path} is not a JSON object: correct it, or remove it") from None
+    if given is None:
+        given = read_tokenizer(folder).eos_token_id
+    others = given if isinstance(given, list) else [] if given is None else [given]
+    values["eos_token_id"] = [end, *(other for other in others if other != end)]
+    with replaced(path) as file:
+        file.write((json.dumps(values, indent=2) + "\n").encode())
+
+
 def control_ids(tokenizer: "Tokenizer") -> dict[int, str]:
     """The added tokens that text must not become, by id."""
     return {

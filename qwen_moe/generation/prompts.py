@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers.folder.atomic import write_text
+from qwen_moe.data.tasks import is_tasks, tasks_bytes
 from qwen_moe.documents import json_object
 from qwen_moe.errors import UserError
 from qwen_moe.generation.tokenizer import chat_tokens, text_tokens
@@ -34,9 +35,10 @@ def read_prompts(path: Path, tokenizer: Any, chat: bool) -> list[PromptRow]:
 
 
 def prompt_lines(path: Path) -> list[tuple[str, bytes]]:
-    """The lines of a JSONL file that are not empty, each with its place for messages. Raises UserError."""
+    """The lines that are not empty of a JSONL file, or of `tasks:KIND:COUNT`, each with its place for messages. Raises
+    UserError."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = (tasks_bytes(str(path)) if is_tasks(str(path)) else path.read_bytes()).splitlines()
     except OSError as error:
         raise UserError(f"--input {path} cannot be read: {error.strerror}") from None
     return [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]

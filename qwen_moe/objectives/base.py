@@ -23,11 +23,13 @@ class Objective(ABC):
 
     ``fields``: batch fields ``[b, S]`` that must be there besides ``labels``. ``metrics``: names of the sums that `loss`
     returns for the record; the trainer divides these by `count` too. ``maxima``: names of the figures that `loss` also
-    returns, of which the trainer records the largest.
+    returns, of which the trainer records the largest. ``may_be_empty``: a global batch without anything to learn is no
+    mistake; its step changes nothing.
     """
 
     head: ClassVar[Head]
     fields: tuple[str, ...] = ()
+    may_be_empty: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ()
     maxima: ClassVar[tuple[str, ...]] = ()
 

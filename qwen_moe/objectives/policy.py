@@ -121,6 +121,7 @@ class Policy(Objective):
     """
 
     head = "log_probs"
+    may_be_empty = True  # every group may have rewards that are all equal
     metrics = ("clip_share", "kl", "kl_to_old", "entropy")
     maxima = ("ratio_max",)
 

@@ -179,11 +179,7 @@ class Rewarder:
 
     def check(self, row: Mapping[str, Any]) -> None:
         """Raise UserError if a query's values lack what a reward needs. Call it before anything is sampled."""
-        for reward in self.settings.rewards:
-            if reward in (*_COMPARISONS, "math"):
-                _check_answer(reward, row)
-            elif reward == "python":
-                _check_tests(row)
+        check_values(self.settings, row)
 
     def score(self, items: Sequence[Item]) -> list[Score]:
         """The scores of ``items``, in their order. Raises RewardFailure, after all are scored, if a reward fails and
@@ -231,6 +227,15 @@ class Rewarder:
             self.timeouts += outcome.kind == "took too long"
             return _Value(0.0, outcome.text)
         return _Value(outcome)
+
+
+def check_values(settings: RewardSettings, row: Mapping[str, Any]) -> None:
+    """Raise UserError if a query's values lack what a reward needs."""
+    for reward in settings.rewards:
+        if reward in (*_COMPARISONS, "math"):
+            _check_answer(reward, row)
+        elif reward == "python":
+            _check_tests(row)
 
 
 def _of_function(outcome: "float | Failure") -> _Value:

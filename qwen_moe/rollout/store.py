@@ -25,6 +25,7 @@ from qwen_moe.errors import UserError
 
 MANIFEST, VARIANCES, TOKENIZER = "manifest.json", "variances.jsonl", "tokenizer"
 FORMAT = 1
+_OF_SAMPLES = {"tokens", "log_probs", "text", "finish_reason"}
 _OF_REWARDS = ("reward", "parts", "why", "failed")
 
 Row = dict[str, Any]
@@ -61,7 +62,7 @@ class Store:
                 f"{self.folder} was sampled with other settings ({'; '.join(changed)}): repeat the command with the former "
                 "to go on, or give another --output"
             )
-        _check_hashes(self.folder, before, missing_too=False)
+        check_hashes(self.folder, before, missing_too=False)
         if before["reward"] != self._values["reward"]:
             for index in range(self._files):
                 if self._path("rollouts", index).exists():
@@ -140,7 +141,8 @@ def _sha256(path: Path) -> str:
         return ""
 
 
-def _check_hashes(folder: Path, manifest: Mapping[str, Any], missing_too: bool = True) -> None:
+def check_hashes(folder: Path, manifest: Mapping[str, Any], missing_too: bool = True) -> None:
+    """Raise UserError for a file that is not as it was when the folder was finished."""
     for name, expected in manifest.get("files", {}).items():
         found = _sha256(folder / name)
         if found != expected and (found or missing_too):
@@ -156,9 +158,15 @@ def _rows(path: Path) -> Iterator[Row]:
     for number, line in enumerate(read_text(path, "rollouts", "a folder of `qwen-moe rollout`").splitlines(), 1):
         where = f"{path}, line {number}"
         row = json_object(line, where)
-        if not isinstance(row.get("samples"), list) or not isinstance(row.get("prompt_tokens"), list):
+        if not _is_row(row):
             raise UserError(f"{where} is not a query with its samples: remove the file, and it is made again")
         yield row
+
+
+def _is_row(row: Row) -> bool:
+    samples = row.get("samples")
+    whole = isinstance(samples, list) and all(isinstance(one, dict) and one.keys() >= _OF_SAMPLES for one in samples)
+    return whole and isinstance(row.get("prompt_tokens"), list) and row.keys() >= {"number", "id", "values"}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -178,6 +186,6 @@ def read_rollouts(folder: Path) -> tuple[dict[str, Any], Iterator[Row]]:
     manifest = read_manifest(folder)
     if "files" not in manifest:
         raise UserError(f"{folder} is not finished: run the same `qwen-moe rollout` again, which goes on")
-    _check_hashes(folder, manifest)
+    check_hashes(folder, manifest)
     names = [name for name in manifest["files"] if name.startswith("rollouts-")]
     return manifest, (row for name in names for row in _rows(folder / name))

@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen_moe.errors import UserError
 from qwen_moe.rollout.queries import Query
-from qwen_moe.rollout.store import VARIANCES, Row, read_manifest
+from qwen_moe.rollout.store import VARIANCES, Row, check_hashes, read_manifest
 
 
 def mean_and_variance(rewards: Sequence[float]) -> tuple[float, float]:
@@ -72,18 +72,12 @@ def described(summary: dict[str, Any]) -> str:
 
 def read_variances(folder: Path) -> dict[str, float]:
     """The variance of the rewards of each query, by its id. Raises UserError if the rollouts are not finished."""
-    if "files" not in read_manifest(folder) or not (folder / VARIANCES).is_file():
+    manifest = read_manifest(folder)
+    if "files" not in manifest:
         raise UserError(f"{folder} is not finished: run the same `qwen-moe rollout` again, which goes on")
-    found = {}
-    for number, line in enumerate((folder / VARIANCES).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            found[str(row["id"])] = float(row["variance"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{folder / VARIANCES}, line {number} is damaged: remove the file and run `qwen-moe rollout` again"
-            ) from None
-    return found
+    check_hashes(folder, {"files": {VARIANCES: manifest["files"].get(VARIANCES)}})
+    rows = map(json.loads, (folder / VARIANCES).read_text(encoding="utf-8").splitlines())
+    return {str(row["id"]): float(row["variance"]) for row in rows}
 
 
 def by_variance(queries: Sequence[Query], folder: Path) -> list[Query]:

@@ -42,7 +42,11 @@ TABLE: dict[Rule, tuple[str, ...]] = {
         *("objective.reward.criteria", "objective.reward.weights", "objective.reward.center"),
         *("objective.policy.ratio", "objective.policy.clip_low", "objective.policy.clip_high"),
         *("objective.policy.normalization", "objective.policy.longest"),
-        *("objective.policy.kl", "objective.policy.kl_coefficient"),
+        *("objective.policy.divide_by_std", "objective.policy.kl", "objective.policy.kl_coefficient"),
+        *("rollout.queries", "rollout.chat", "rollout.queries_per_episode", "rollout.samples"),
+        *("rollout.updates_per_episode", "rollout.max_new_tokens", "rollout.variances", "rollout.rewards"),
+        *("rollout.reward_weights", "rollout.reward_model", "rollout.reward_model_weight", "rollout.on_reward_failure"),
+        *("rollout.flat_groups", "rollout.truncated", "rollout.replay", "rollout.old_log_probs"),
         *("optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_grad_norm"),
         "optimizer.learning_rate",  # the peak; a trunk and its branches have the same
         *("balance.scope", "balance.coefficient", "balance.z_loss_coefficient", "balance.bias_update_rate"),
@@ -71,7 +75,9 @@ TABLE: dict[Rule, tuple[str, ...]] = {
     Rule.STAGES: ("stages",),
     Rule.FREE: (
         *("run_dir", "sample_prompt"),
-        "training.epochs",  # decides training.train_tokens, which is compared
+        *("training.epochs", "rollout.episodes"),  # they decide training.train_tokens, which is compared
+        *("rollout.reward_seconds", "rollout.reward_memory_mib"),
+        *("rollout.batch", "rollout.held_out", "rollout.held_out_interval"),
         *("training.recompute", "training.loss_chunk_tokens"),
         "optimizer.provider",  # another kernel for the same computation
         *(

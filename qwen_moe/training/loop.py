@@ -37,7 +37,9 @@ from qwen_moe.runs.sinks import check_recorders
 from qwen_moe.sharding.build import DTYPES, build_model, make_grids
 from qwen_moe.sharding.layout import run_layout
 from qwen_moe.training.compilation import choose_compilation
+from qwen_moe.training.episodes import Episodes
 from qwen_moe.training.optimizer import build_optimizer
+from qwen_moe.training.queries import open_queries
 from qwen_moe.training.reference import provide_reference
 from qwen_moe.training.restore import Say, find_start, history_of, load_start, restore
 from qwen_moe.training.rollback import History
@@ -137,7 +139,8 @@ class _Stage:
     ) -> None:
         self.config, self.stages = config, stages
         layout = run_layout(config, grids.layout.world_size)
-        self.inputs = open_inputs(config, grids.dp)
+        samples = config.objective.reads == "samples"
+        self.inputs = open_queries(config, grids.dp) if samples else open_inputs(config, grids.dp)
         if grids.cp.size > 1:
             say(f"context parallelism over {grids.cp.size}: {layout.context.text(grids.cp.size)}")
         if device.type == "cpu" and DTYPES[config.precision.compute] == torch.bfloat16:
@@ -146,10 +149,12 @@ class _Stage:
         if config.precision.compute == "fp8":
             say(f"FP8 matmuls, recipe {config.precision.fp8.recipe}, by {model.kernels.name}")
         self.trainer = Trainer(config, layout, model, build_optimizer(model, config.optimizer), device)
+        self.episodes = Episodes(config, self.trainer, self.inputs, say) if samples else None
 
     def batches(self, done: int, history: History) -> list[Batch]:
         first = self.config.place.first_step
-        return self.inputs.train_micro_batches(history.data_step(done, self.inputs.ordered_steps, first))
+        step = history.data_step(done, self.inputs.ordered_steps, first)
+        return self.inputs.train_micro_batches(step) if self.episodes is None else self.episodes.micro_batches(step)
 
     def state(self, done: int, history: History) -> TrainState:
         config, place = self.config, self.config.place
@@ -296,10 +301,13 @@ class _Run:
         """Train to the end of ``stage``. Returns whether the run was stopped before its own end."""
         config, recorder = stage.config, self.recorder
         assert self.grids is not None
+        episodes = stage.episodes
         validation = Validation(self.stages, config, stage.trainer, stage.inputs, self.grids.dp)
         clock = _Clock(config, self.peak)
         recorder.begin("compiling" if compiling() else "first step")
         slow = SlowStepNotice(recorder.say, config, clock.peak)
+        if episodes is not None and self.done == config.place.first_step:
+            episodes.after(self.done, recorder)
         stopped = False
         while config.place.first_step <= self.done < config.end_step and not stopped:
             start = time.perf_counter()
@@ -316,15 +324,21 @@ class _Run:
             if config.parallel.check_collectives:
                 _check_collectives(self.done)
             slow.end_step()
-            recorder.step(
-                _step_record(config, self.done, result, self.device) | clock.record(time.perf_counter() - start)
-            )
+            record = _step_record(config, self.done, result, self.device)
+            if episodes is not None:
+                clock.tokens = episodes.tokens
+                record |= episodes.facts()
+            recorder.step(record | clock.record(time.perf_counter() - start))
             if clock.steps == 1:
                 recorder.first_step_done()
             validation.after(self.done, recorder)
+            if episodes is not None:
+                episodes.after(self.done, recorder)
             stopped = stop.agreed() and self.done < self.total
             self._save_if_due(stage, stopped)
         slow.close()
+        if episodes is not None:
+            episodes.close()
         return stopped
 
     def _save_if_due(self, stage: _Stage, stopped: bool) -> None:

@@ -29,11 +29,12 @@ from qwen_moe.data.ranks import same_on_all_ranks
 from qwen_moe.data.rows import OpenSet, Rows
 from qwen_moe.data.samples import rank_samples
 from qwen_moe.errors import UserError
+from qwen_moe.sharding.model import ParallelModel
 from qwen_moe.training.log_probs import label_log_probs
 from qwen_moe.training.step import Trainer
 
 Say = Callable[[str], None]
-LoadStart = Callable[[RunConfig, Trainer, Say], None]
+LoadStart = Callable[[RunConfig, ParallelModel, Say], None]
 FOLDER, FACTS = "reference", "reference.json"
 COLUMN = "reference_log_probs"
 
@@ -58,7 +59,7 @@ def provide_reference(
         if reference.found():
             return
         say(f"{reference.folder} is gone, damaged or of other data: it is computed again")
-        load_start(config, trainer, say)
+        load_start(config, trainer.model, say)
     weights = weights_hash(trainer)
     if not reference.found(weights):
         say("computing the reference: the log-probabilities that the first weights give to the data")

@@ -12,6 +12,7 @@ from qwen_moe.config import RunConfig
 from qwen_moe.data.inputs import RunInputs
 from qwen_moe.errors import UserError
 from qwen_moe.runs.identity import ON_RESUME, Difference, Rule, differences, rule_of
+from qwen_moe.sharding.model import ParallelModel
 from qwen_moe.training import stages as staged
 from qwen_moe.training.branch import check_branch
 from qwen_moe.training.extension import check_length, is_of_another_length, move_export, set_aside_export
@@ -65,7 +66,7 @@ def restore(config: RunConfig, start: Start, trainer: Trainer, inputs: RunInputs
     the initial values. Returns the history. ``total``: steps of the whole run."""
     path, state = start.path, start.state
     if path is None or state is None:
-        load_start(config, trainer, say)
+        load_start(config, trainer.model, say)
         return History()
     enters = staged.begins_at(config, state.step)
     resume(path, trainer.model, trainer.optimizer, config.model, WITHOUT_WEIGHTS if enters else ())
@@ -92,8 +93,9 @@ def history_of(config: RunConfig, state: TrainState) -> History:
     return History.restored(state.skips, [] if staged.begins_at(config, state.step) else state.recent_losses)
 
 
-def load_start(config: RunConfig, trainer: Trainer, say: Say) -> None:
-    """Load the weights of `checkpoint.load_from`, if it is given: a checkpoint, a run, or a Hugging Face directory."""
+def load_start(config: RunConfig, model: ParallelModel, say: Say) -> None:
+    """Load the weights of `checkpoint.load_from` into ``model``, if it is given: of a checkpoint, a run, or a Hugging Face
+    directory."""
     source = config.checkpoint.load_from
     if source is None:
         return
@@ -102,10 +104,10 @@ def load_start(config: RunConfig, trainer: Trainer, say: Say) -> None:
     if not is_ours(source) and (source / "config.json").is_file():
         from qwen_moe.checkpoint.huggingface.load import load_huggingface
 
-        base = load_huggingface(source, trainer.model, config.model).rope_theta
+        base = load_huggingface(source, model, config.model).rope_theta
     else:
         source = resolve_checkpoint(source)
-        load_weights(source, trainer.model, config.model)
+        load_weights(source, model, config.model)
         base = model_config(source).rope_theta
     say(f"weights loaded from {source}")
     if base != config.model.rope_theta:

@@ -96,6 +96,8 @@ class Trainer:
         Raises BadStep on every rank if the loss is not finite or is above ``highest_loss``."""
         config = self.config
         count = self._count_over_ranks(micro_batches)
+        if count == 0 and self.objective.may_be_empty:
+            return self._without_update(step)
         if count == 0:
             raise UserError(f"step {step}: the global batch has no valid label; check the data's labels")
         sums = self.forward_backward(micro_batches, count)
@@ -135,6 +137,18 @@ class Trainer:
             count=count,
             expert_counts=counts,
             dropped_choices=dropped,
+        )
+
+    def _without_update(self, step: int) -> StepResult:
+        """The result of a step that has nothing to learn from: nothing changes, not even AdamW's moments."""
+        return StepResult(
+            loss=0.0,
+            metrics={},
+            grad_norm=0.0,
+            learning_rate=learning_rate(self.config, step),
+            count=0,
+            expert_counts=None,
+            dropped_choices=0,
         )
 
     def abandon_step(self) -> None:

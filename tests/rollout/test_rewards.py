@@ -101,14 +101,14 @@ def test_what_fails_is_named_and_counted(tmp_path: Path) -> None:
     asked = ["hang", "good", "throw", "exit", "nan", "infinite", "text", "none", "memory", "true", "good"]
     items = [item(text, pid=str(tmp_path / "pid")) for text in asked]
     settings = RewardSettings(
-        rewards=(FUNCTION + "misbehaves",), on_failure="zero", seconds=1, memory_mib=2048, workers=2
+        rewards=(FUNCTION + "misbehaves",), on_failure="zero", seconds=4, memory_mib=2048, workers=2
     )
     with Rewarder(settings) as rewarder:
         found = rewarder.score(items)
     assert [score.value for score in found] == [0, 1, 0, 0, 0, 0, 0, 0, 0, 1, 1]
     assert [bool(score.failed) for score in found] == [text not in ("good", "true") for text in asked]
     for score, why in zip(
-        found, ["more than 1 seconds", "", "KeyError: 'no such thing'", "exit code 3", "nan", "inf", "'3'", "None",
+        found, ["more than 4 seconds", "", "KeyError: 'no such thing'", "exit code 3", "nan", "inf", "'3'", "None",
                 "MemoryError"], strict=False,
     ):  # fmt: skip
         assert why in score.why

@@ -261,9 +261,30 @@ def test_damage_is_named_and_repaired(hf: Path, source: Path, finished: Path, tm
     with pytest.raises(UserError, match=r"rollouts-00001.jsonl is damaged"):
         read_rollouts(out)
     assert rollout(hf, source, out) == 2 and "is damaged" in capsys.readouterr().err
+    variances = (out / "variances.jsonl").read_bytes()
+    (out / "variances.jsonl").write_bytes(variances.replace(b"0", b"1", 1))
+    with pytest.raises(UserError, match=r"variances.jsonl is damaged"):
+        read_variances(out)
+    (out / "variances.jsonl").write_bytes(variances)
     path.unlink()
     with pytest.raises(UserError, match=r"rollouts-00001.jsonl is missing"):
         read_rollouts(out)
+    assert rollout(hf, source, out) == 0 and content(out) == content(finished)
+
+
+def test_a_damaged_line_of_an_unfinished_folder_is_named(
+    hf: Path, source: Path, finished: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    assert rollout(hf, source, out) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["files"], manifest["summary"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    path = out / "rollouts-00002.jsonl"
+    path.write_text(path.read_text().replace('"log_probs"', '"log"', 1))
+    assert rollout(hf, source, out) == 2
+    assert f"{path}, line 1 is not a query with its samples: remove the file" in capsys.readouterr().err
+    path.unlink()
     assert rollout(hf, source, out) == 0 and content(out) == content(finished)
 
 
@@ -274,6 +295,17 @@ def test_an_unfinished_folder_is_not_read(tmp_path: Path) -> None:
             read(tmp_path / "out")
     with pytest.raises(UserError, match=r"manifest.*does not exist"):
         read_rollouts(tmp_path)
+
+
+def test_what_is_drawn_does_not_depend_on_the_files(hf: Path, source: Path, finished: Path, tmp_path: Path) -> None:
+    """`generate` draws the same, too."""
+    assert rollout(hf, source, tmp_path / "out", "--queries-per-file", 8) == 0
+    tokens = [[t for t, _ in row] for row in samples(tmp_path / "out")]
+    assert tokens == [[t for t, _ in row] for row in samples(finished)]
+    command = ["generate", "--checkpoint", str(hf), "--input", str(source), "--output", str(tmp_path / "answers.jsonl")]
+    assert main([*command, *OPTIONS[:4], "--temperature", "1", "--top-p", "1"]) == 0
+    answers = [[one["tokens"] for one in row["completions"]] for row in read_lines(tmp_path / "answers.jsonl")]
+    assert answers == tokens
 
 
 def test_several_processes_draw_the_same(hf: Path, source: Path, finished: Path, tmp_path: Path) -> None:

@@ -1,0 +1,159 @@
+"""The files of an episode, `RUN/episodes/episode_NNNNNN/`: what was sampled, its rewards, and log-probabilities.
+
+Each data-parallel group writes what it sampled (`part_D.*`); `samples.json` says that all have. `rewards.json` and
+`NAME.npy` follow, so that a run that is killed repeats nothing that was done. `samples.jsonl` is for people.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from launchers.folder.atomic import replaced, write_json, write_text
+from qwen_moe.generation.engine import Completion
+from qwen_moe.training.responses import Response
+
+FOLDER, SAMPLES, REWARDS, TEXT = "episodes", "samples.json", "rewards.json", "samples.jsonl"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one data-parallel group sampled: for each of its queries (numbers in the episode) the answers in order."""
+
+    facts: list[dict[str, Any]]  # of each answer: query, prompt (tokens), tokens, truncated
+    tokens: np.ndarray  # int32, of prompts and answers one after another
+    log_probs: np.ndarray  # float64, of answers
+    experts: np.ndarray | None  # int16 [tokens, L, K]; the last token of each answer has UNKNOWN
+
+
+class EpisodeFiles:
+    """The files of episode ``number`` of a run."""
+
+    def __init__(self, run_dir: Path, number: int) -> None:
+        self.folder = run_dir / FOLDER / f"episode_{number:06d}"
+
+    def begin(self) -> None:
+        """Forget what is there. Only one rank may call it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+
+    def write_part(
+        self,
+        group: int,
+        queries: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        found: Sequence[Sequence[Completion]],
+    ) -> None:
+        """Write the answers ``found`` of data-parallel group ``group`` to ``prompts``, which are those of ``queries``."""
+        facts, tokens, log_probs, experts = [], [], [], []
+        for query, prompt, answers in zip(queries, prompts, found, strict=True):
+            for answer in answers:
+                whole = [*prompt, *answer.tokens]
+                truncated = answer.finish_reason == "length"
+                facts.append({"query": query, "prompt": len(prompt), "tokens": len(whole), "truncated": truncated})
+                tokens += whole
+                log_probs += answer.log_probs
+                if answer.routing is not None:
+                    taken = answer.routing.whole()
+                    experts += [taken, torch.full((len(whole) - len(taken), *taken.shape[1:]), -1, dtype=taken.dtype)]
+        arrays: dict[str, np.ndarray] = {
+            "tokens": np.array(tokens, np.int32),
+            "log_probs": np.array(log_probs, np.float64),
+        }
+        if experts:
+            arrays["experts"] = torch.cat(experts).numpy()
+        for name, array in arrays.items():
+            _save(self.folder / f"part_{group}.{name}.npy", array)
+        write_json(self.folder / f"part_{group}.json", {"answers": facts})
+
+    def has_samples(self, weights: str | None) -> bool:
+        """Whether all groups' samples are there and, with ``weights`` given, were sampled from weights with this hash."""
+        facts = _json(self.folder / SAMPLES)
+        return facts is not None and (weights is None or facts.get("weights") == weights)
+
+    def end_sampling(self, groups: int, weights: str, facts: Mapping[str, Any]) -> None:
+        write_json(self.folder / SAMPLES, {"weights": weights, "groups": groups, **facts})
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return _json(self.folder / SAMPLES) or {}
+
+    def parts(self) -> list[Part]:
+        found = []
+        for group in range(self.facts["groups"]):
+            path = self.folder / f"part_{group}"
+            facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["answers"]
+            experts = self.folder / f"part_{group}.experts.npy"
+            found.append(
+                Part(
+                    facts,
+                    np.load(self.folder / f"part_{group}.tokens.npy"),
+                    np.load(self.folder / f"part_{group}.log_probs.npy"),
+                    np.load(experts, mmap_mode="r") if experts.exists() else None,
+                )
+            )
+        return found
+
+    def responses(self) -> tuple[list[Response], list[torch.Tensor] | None]:
+        """Every response, in the order of queries, and the experts ``[n, L, K]`` of each if they were kept."""
+        found: list[tuple[int, Response, np.ndarray | None]] = []
+        for part in self.parts():
+            at = answered = 0
+            for one in part.facts:
+                tokens = part.tokens[at : at + one["tokens"]].astype(np.int64)
+                size = one["tokens"] - one["prompt"]
+                response = Response(
+                    query=one["query"],
+                    tokens=tokens,
+                    prompt=one["prompt"],
+                    log_probs=part.log_probs[answered : answered + size],
+                    truncated=one["truncated"],
+                )
+                experts = None if part.experts is None else part.experts[at : at + one["tokens"]]
+                found.append((len(found), response, experts))
+                at, answered = at + one["tokens"], answered + size
+        found.sort(key=lambda one: (one[1].query, one[0]))  # answers to a query are of one group, in their order
+        experts_of = [torch.from_numpy(np.array(taken)) for _, _, taken in found if taken is not None]
+        return [response for _, response, _ in found], experts_of if len(experts_of) == len(found) else None
+
+    def write_rewards(
+        self, rewards: Sequence[float], facts: Mapping[str, Any], lines: Sequence[dict[str, Any]]
+    ) -> None:
+        write_text(self.folder / TEXT, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_json(self.folder / REWARDS, {"rewards": list(rewards), **facts})
+
+    def rewards(self) -> dict[str, Any] | None:
+        return _json(self.folder / REWARDS)
+
+    def write_values(self, name: str, values: Sequence[np.ndarray]) -> None:
+        """Values of the tokens of all answers, in the order of `responses`."""
+        _save(self.folder / f"{name}.npy", np.concatenate(list(values)))
+
+    def values(self, name: str, responses: Sequence[Response]) -> list[np.ndarray] | None:
+        path = self.folder / f"{name}.npy"
+        if not path.exists():
+            return None
+        return np.split(np.load(path), np.cumsum([one.answer for one in responses])[:-1])
+
+    def forget_arrays(self) -> None:
+        """Delete what only training reads; the text stays."""
+        for path in (*self.folder.glob("*.npy"), *self.folder.glob("part_*.json"), self.folder / SAMPLES):
+            path.unlink(missing_ok=True)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with replaced(path) as file:
+        np.save(file, array)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

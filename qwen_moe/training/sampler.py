@@ -1,0 +1,79 @@
+"""Samples answers from the model that is being trained, with the weights that this rank's layout already holds."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from parallel.sequence import Batch
+from qwen_moe.config import RunConfig
+from qwen_moe.data.samples import IGNORE
+from qwen_moe.generation.engine import Completion, Engine, Limits
+from qwen_moe.generation.ranks import ShardedRunner
+from qwen_moe.generation.sampling import Sampling
+from qwen_moe.sharding.model import ParallelModel
+from qwen_moe.training.log_probs import label_log_probs
+from qwen_moe.training.step import Trainer
+
+
+class PolicySampler:
+    """``end_tokens`` end an answer; ``text`` decodes tokens; ``batch``: answers at a time.
+
+    Every data-parallel group samples the answers to its own prompts (`share`): with cp, all its ranks sample the same. While
+    it samples, FSDP's parameters are gathered: a rank holds its tp, ep and pp part in the compute dtype.
+    """
+
+    def __init__(
+        self, trainer: Trainer, end_tokens: Sequence[int], text: Callable[[list[int]], str], batch: int
+    ) -> None:
+        self.trainer, self._ends, self._text, self._limits = trainer, list(end_tokens), text, Limits(sequences=batch)
+        # FSDP gathers the parts of a model only after a forward pass through all of it.
+        label_log_probs(trainer, [_padding(trainer.config)])
+
+    def share(self, count: int) -> range:
+        """The numbers of those of ``count`` prompts that this data-parallel group samples for."""
+        dp = self.trainer.grids.dp
+        return range(dp.index, count, dp.size)
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        numbers: Sequence[int],
+        *,
+        routing: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Answers to this group's ``prompts``, which ``numbers`` identify. All ranks must call it together."""
+        trainer = self.trainer
+        for part in trainer.model.parts:
+            part.eval()
+        _gather(trainer.model)
+        try:
+            runner = ShardedRunner(trainer.model, trainer.grids, trainer.device)
+            engine = Engine(runner, trainer.config.model, end_tokens=self._ends, text=self._text, limits=self._limits)
+            return engine.generate(prompts, sampling, numbers=numbers, routing=routing, progress=progress)
+        finally:
+            trainer.model.reshard()
+
+
+def _padding(config: RunConfig) -> Batch:
+    """A micro-batch of nothing but padding."""
+    shape = config.training.micro_batch_size, config.data.sequence_length
+    zeros = torch.zeros(shape, dtype=torch.int64)
+    return {
+        "input_ids": zeros,
+        "labels": torch.full(shape, IGNORE),
+        "document_starts": zeros,
+        "position_ids": torch.arange(shape[1]).expand(shape).contiguous(),
+        "counted": torch.zeros(shape, dtype=torch.bool),
+    }
+
+
+def _gather(model: ParallelModel) -> None:
+    """Gather FSDP's parameters, in the compute dtype, until `ParallelModel.reshard`."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
