@@ -198,7 +198,8 @@ def draw(seed: int, index: int, max_ranks: int, objective: str = "likelihood") -
     values["balance"] = balance
     values["optimizer"]["clip_grad_norm"] = rng.choice([0.0, 0.5])
     values["training"]["recompute"] = rng.choice(["none", "selective", "full"])
-    values["data"]["respect_document_boundaries"] = rng.random() < 0.3
+    documents = rng.random() < 0.3  # conversations and pairs are always documents of their own
+    values["data"]["respect_document_boundaries"] = documents and objective == "likelihood"
     values["parallel"] = layout_overrides(layout, schedule, per_rank if schedule == "interleaved_1f1b" else 0)
     values["parallel"] |= {"cp_kind": kind, "cp_ulysses": ulysses}
     shardings = ["zero2"] if schedule in V_SHAPED else ["zero2", "zero3"]  # see ParallelConfig
@@ -229,6 +230,13 @@ def _draw_objective(rng: random.Random, kind: str) -> dict[str, Any]:
         "normalization": normalization,
         "longest": 40 if normalization == "dr_grpo" else 0,
     }
+    if kind == "reward_model":
+        names = ("helpful", "concise", "truthful")[: rng.randint(1, 3)]
+        weights = tuple(rng.choice([0.5, 1.0, 2.0]) for _ in names)
+        return {
+            "kind": kind,
+            "reward": {"criteria": names, "weights": weights, "center": rng.choice([0.0, 0.1])},
+        }
     return {"kind": kind} | {"dpo": {"preference": preference}, "grpo": {"policy": policy}}.get(kind, {})
 
 
