@@ -192,6 +192,6 @@ def test_data_and_settings_that_do_not_fit_the_objective_are_refused(tuned: Path
     assert "holds pairs of answers, and objective.kind sft reads conversations" in refusal(path, "objective=sft")
     assert "data.split is for text" in refusal(path, "data.split='90,10,0'")
     assert "longer than data.sequence_length 16" in refusal(path, "data.sequence_length=16")
-    assert "take 1" in refusal(path, "training.train_tokens=4096")
+    assert "of this data take" in refusal(path, "training.train_tokens=4096")
     assert "training.epochs is for conversations and pairs" in refusal(path, "objective=likelihood")
     assert "stages is for text" in refusal(path, "stages=[{name: a, tokens: 4096}]")
