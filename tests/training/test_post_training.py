@@ -169,9 +169,8 @@ def test_a_reward_model_begins_from_a_language_model_and_scores_pairs(
     loss = sum(math.log1p(math.exp(-z)) for z in differences) / 60
     assert loss == pytest.approx(evaluated[-1]["validation_loss"], abs=1e-5)
     assert "scores texts by preference and writes none" in _refused("generate", tuned / "reward", capsys)
-    assert "no pair was judged by kind" in refusal(
-        path, "objective={kind: reward_model, reward: {criteria: [kind]}}", "run_dir=x"
-    )
+    other = ["objective={kind: reward_model, reward: {criteria: [kind]}}", f"run_dir={tuned / 'kind'}"]
+    assert "no pair was judged by kind: objective.reward.criteria can name preference" in refusal(path, *other)
 
 
 def _refused(verb: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> str:
