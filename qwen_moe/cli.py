@@ -22,6 +22,7 @@ VERBS = (
     "qwen_moe.data.command",
     "qwen_moe.checkpoint.huggingface.command",
     "qwen_moe.generation.command",
+    "qwen_moe.scoring.command",
     "qwen_moe.rollout.command",
     "qwen_moe.evaluation.command",
     "qwen_moe.scaling",
@@ -31,7 +32,7 @@ VERBS = (
     "qwen_moe.planning.command",
 )
 # Verbs that compute in this process. Commands that start several processes choose their threads (`parallel.threads`).
-ONE_PROCESS = ("evaluate", "convert", "verify", "report")
+ONE_PROCESS = ("evaluate", "score", "convert", "verify", "report")
 
 
 def build_parser() -> argparse.ArgumentParser:

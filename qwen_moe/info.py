@@ -93,6 +93,8 @@ def _text(name: str, facts: dict[str, Any]) -> str:
     if model["shared_expert_intermediate_size"]:
         shape.append(f"shared expert of {model['shared_expert_intermediate_size']}")
     lines.append("  " + ", ".join(shape) + f", vocabulary {model['vocab_size']:,}")
+    if model["criteria"]:
+        lines.append(f"  a reward model, which scores by {', '.join(model['criteria'])}")
     lines.append(
         f"  parameters        {counts['total'] / 1e9:10.3f} B total, {counts['activated'] / 1e9:.3f} B activated"
     )

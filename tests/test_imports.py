@@ -78,6 +78,7 @@ FLOORS = {
         ("checkpoint", "planning"),
         ("runs",),
         ("machine", "schedule_picture", "generation"),
+        ("scoring",),
         ("rollout",),
         ("info",),
         ("training",),

@@ -34,7 +34,7 @@ from qwen_moe.checkpoint.manifest import MODEL_CONFIG, read_object
 from qwen_moe.checkpoint.metadata import SafeReader, TensorsOnly
 from qwen_moe.checkpoint.optimizer_state import MOMENTS, optimizer_state, set_optimizer_step
 from qwen_moe.checkpoint.pieces import Piece, piece_of
-from qwen_moe.checkpoint.resolve import HF_FOLDER
+from qwen_moe.checkpoint.resolve import HF_FOLDER, model_config
 from qwen_moe.checkpoint.retention import Retention
 from qwen_moe.checkpoint.train_state import TRAIN_STATE, TrainState, read_train_state
 from qwen_moe.config import ModelConfig
@@ -42,6 +42,7 @@ from qwen_moe.errors import UserError
 from qwen_moe.sharding.model import ParallelModel
 
 KERNELS = "kernels"
+SCORE = "score.weight"  # the head of a reward model
 # Fields of a model's settings that no weight depends on and that a stage, or a run that starts from weights, may change.
 WITHOUT_WEIGHTS = ("rope_theta", "rope_scaling", "max_position_embeddings", "dual_chunk")
 
@@ -270,12 +271,22 @@ def _check_finite(path: Path, tensors: dict[str, Any]) -> None:
 
 def load_weights(path: Path, model: ParallelModel, config: ModelConfig) -> None:
     """Load weights and buffers of a checkpoint into a model of any layout and dtype. Raises UserError if the checkpoint
-    belongs to another model; RoPE and the longest text may differ."""
-    check_same_model(path, config, WITHOUT_WEIGHTS)
+    belongs to another model; RoPE and the longest text may differ. A reward model may start from a language model: its head
+    then keeps its initial values."""
+    own_head = has_own_head(model_config(path), config)
+    check_same_model(path, config, WITHOUT_WEIGHTS if own_head else (*WITHOUT_WEIGHTS, "criteria"))
     state = model_state(model)
+    if not own_head:
+        state.pop(SCORE, None)  # only the last stage has it
     _load(SafeReader(path), {"model": state})
     _check_finite(path, state)
     _copy_to_twins(model, None)
+
+
+def has_own_head(start: ModelConfig, config: ModelConfig) -> bool:
+    """Whether the weights of ``start`` have the head of ``config``. A reward model that starts from a language model has
+    none yet."""
+    return not config.criteria or bool(start.criteria)
 
 
 def check_same_model(path: Path, config: ModelConfig, may_differ: Collection[str] = ()) -> None:
@@ -288,6 +299,8 @@ def check_fields(
     saved: dict[str, Any], config: ModelConfig, where: str, may_differ: Collection[str] = WITHOUT_WEIGHTS
 ) -> None:
     """`check_same_model` for the model's fields ``saved``, which are those of ``where``."""
+    # Fields that are absent are newer than what was saved, and had their defaults.
+    saved = {"criteria": []} | saved
     wanted = config.model_dump(mode="json")
     differing = [
         f"{key} is {saved.get(key)!r} there, {wanted[key]!r} here"

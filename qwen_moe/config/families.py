@@ -35,6 +35,11 @@ class Family:
     defaults: Mapping[str, Any]
 
     @property
+    def classifier(self) -> str:
+        """Hugging Face's class of a reward model of this family."""
+        return self.architecture.replace("ForCausalLM", "ForSequenceClassification")
+
+    @property
     def hf_defaults(self) -> dict[str, Any]:
         """transformers' values for keys that config.json lacks, for every setting that it reads there. The number of experts
         is always under `num_experts`."""

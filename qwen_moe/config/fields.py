@@ -7,7 +7,7 @@ real training run; beyond them sums overflow or a command never ends.
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 LARGEST = 2**63 - 1
 # Token ids are stored in at most 32 bits, and no dim of a tensor is larger.
@@ -58,6 +58,15 @@ def _prefix(value: Any) -> Any:
     return _path(value)
 
 
+def _criteria(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError(f"{list(names)} has a name twice: give each criterion its own")
+    for name in names:
+        if not name.isprintable() or name != name.strip() or not 0 < len(name) <= 60:
+            raise ValueError(f"{name[:80]!r} is not the name of a criterion: give up to 60 characters on one line")
+    return names
+
+
 PositiveInt = Annotated[int, BeforeValidator(whole_number), Field(gt=0, le=LARGEST, strict=True)]
 NonNegativeInt = Annotated[int, BeforeValidator(whole_number), Field(ge=0, le=LARGEST, strict=True)]
 Size = Annotated[int, BeforeValidator(whole_number), Field(gt=0, le=LARGEST_SIZE, strict=True)]
@@ -71,6 +80,7 @@ NonNegativeFloat = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_
 Finite = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 ShareBelowOne = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1, allow_inf_nan=False)]
+Criteria = Annotated[tuple[str, ...], AfterValidator(_criteria)]  # names of a reward model's scores
 GivenPath = Annotated[Path, BeforeValidator(_path)]
 GivenPrefix = Annotated[Path, BeforeValidator(_prefix)]
 

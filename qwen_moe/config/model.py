@@ -6,7 +6,16 @@ from pydantic import AfterValidator, Field, model_validator
 
 from qwen_moe.config.dual_chunk import DualChunk
 from qwen_moe.config.families import FAMILIES, Family, families_that
-from qwen_moe.config.fields import Layers, NonNegativeInt, OptionalSize, PositiveFloat, Section, Size, whole_number
+from qwen_moe.config.fields import (
+    Criteria,
+    Layers,
+    NonNegativeInt,
+    OptionalSize,
+    PositiveFloat,
+    Section,
+    Size,
+    whole_number,
+)
 from qwen_moe.config.rope import RopeScaling
 
 
@@ -41,6 +50,8 @@ class ModelConfig(Section):
     ``family`` names a row of `qwen_moe/config/families.py`, which decides what the other fields do not.
     ``dual_chunk``: how texts longer than its chunk_size are read, up to ``max_position_embeddings``; training is plain.
     ``qkv_bias``: q, k and v have biases, and in families with ``o_bias`` the output projection too.
+    ``criteria``: the names of a reward model's scores. Such a model has a head that scores every token by each of them
+    (`score.weight [criteria, D]`) in the place of the head over the vocabulary. A recipe says it by its objective.
     A layer is MoE when ``(index + 1) % decoder_sparse_step == 0`` and it is not in ``mlp_only_layers``.
     """
 
@@ -67,6 +78,7 @@ class ModelConfig(Section):
     norm_topk_prob: bool = False
     decoder_sparse_step: Size = 1
     mlp_only_layers: tuple[NonNegativeInt, ...] = ()
+    criteria: Criteria = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -203,6 +215,16 @@ class ModelConfig(Section):
     @property
     def features(self) -> Family:
         return FAMILIES[self.family]
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether the head over the vocabulary is the embedding; a reward model has no such head."""
+        return self.tie_word_embeddings and not self.criteria
+
+    @property
+    def has_lm_head(self) -> bool:
+        """Whether the head over the vocabulary is a weight of its own."""
+        return not self.tie_word_embeddings and not self.criteria
 
     @property
     def is_moe_family(self) -> bool:

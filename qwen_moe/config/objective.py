@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from qwen_moe.config.fields import NonNegativeFloat, NonNegativeInt, PositiveFloat, Section, ShareBelowOne
+from qwen_moe.config.fields import Criteria, NonNegativeFloat, NonNegativeInt, PositiveFloat, Section, ShareBelowOne
 
 PreferenceLoss = Literal["sigmoid", "ipo"]
 Ratio = Literal["token", "sequence"]
@@ -44,14 +44,14 @@ class RewardConfig(Section):
     the squared sum of a pair's scores, which keeps scores near 0 on average (arXiv 2312.09244).
     """
 
-    criteria: tuple[str, ...] = ("preference",)
+    criteria: Criteria = ("preference",)
     weights: tuple[PositiveFloat, ...] = (1.0,)
     center: NonNegativeFloat = 0.0
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if len(set(self.criteria)) < len(self.criteria) or not self.criteria:
-            raise ValueError(f"reward.criteria are {list(self.criteria)}: give at least one name, and each once")
+        if not self.criteria:
+            raise ValueError("reward.criteria is empty: give at least one name, or leave it out")
         if len(self.weights) != len(self.criteria):
             raise ValueError(
                 f"reward.weights has {len(self.weights)} numbers and reward.criteria {len(self.criteria)} names: give one "
@@ -95,16 +95,18 @@ class PolicyConfig(Section):
 
 class ObjectiveConfig(Section):
     """``likelihood``: the mean negative log-likelihood of valid labels, for pre-training. ``sft``: the same for packed
-    conversations with padding. ``dpo`` and ``grpo`` have the settings `preference` and `policy`."""
+    conversations with padding. ``dpo``, ``reward_model`` and ``grpo`` have the settings `preference`, `reward` and
+    `policy`."""
 
-    kind: Literal["likelihood", "sft", "dpo", "grpo"] = "likelihood"
+    kind: Literal["likelihood", "sft", "dpo", "reward_model", "grpo"] = "likelihood"
     preference: PreferenceConfig = PreferenceConfig()
+    reward: RewardConfig = RewardConfig()
     policy: PolicyConfig = PolicyConfig()
 
     @property
     def reads(self) -> Reads:
         """What it learns from: text, conversations, pairs of answers, or answers that the model samples itself."""
-        found: dict[str, Reads] = {"sft": "chat", "dpo": "pairs", "grpo": "samples"}
+        found: dict[str, Reads] = {"sft": "chat", "dpo": "pairs", "reward_model": "pairs", "grpo": "samples"}
         return found.get(self.kind, "documents")
 
     @property
@@ -112,14 +114,18 @@ class ObjectiveConfig(Section):
         """The unit of a loss."""
         if self.kind == "dpo" and self.preference.loss == "ipo":
             return "squared nats per pair"
-        return {"dpo": "nats per pair", "grpo": "per token"}.get(self.kind, "nats per token")
+        if self.kind in ("dpo", "reward_model"):
+            return "nats per pair"
+        return "per token" if self.kind == "grpo" else "nats per token"
 
     def loss_of_guessing(self, vocab_size: int) -> float:
         """The loss of a model that has learned nothing; a run that ends above it has failed. For dpo it is that of a model
-        equal to its reference. A policy's loss has no such level: infinity."""
+        equal to its reference, for a reward model that of equal scores. A policy's loss has no such level: infinity."""
         uniform = math.log(vocab_size)
         if self.kind == "grpo":
             return math.inf
+        if self.kind == "reward_model":
+            return math.log(2)
         if self.kind != "dpo":
             return uniform
         equal = math.log(2) if self.preference.loss == "sigmoid" else (1 / (2 * self.preference.beta)) ** 2

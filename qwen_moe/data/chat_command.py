@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe.config.fields import LARGEST_SIZE
+from qwen_moe.data.conversations import PREFERENCE
 from qwen_moe.data.manifest import PreparedData
 from qwen_moe.errors import UserError
 from qwen_moe.options import whole
@@ -73,6 +74,8 @@ def _described(prepared: PreparedData) -> str:
     examples = "pairs" if prepared.kind == "pairs" else "conversations"
     text = f"{counts[examples]:,} {examples}, {prepared.tokens:,} tokens, {counts['learned_tokens']:,} of them learned"
     text += f", the longest {counts['longest']:,}"
+    if set(prepared.criteria) - {PREFERENCE}:
+        text += "; judged by " + ", ".join(f"{name} ({count:,})" for name, count in prepared.criteria.items())
     if counts["truncated"]:
         text += f"; {counts['truncated']:,} truncated by {counts['cut_tokens']:,} tokens"
         text += f", {counts['cut_learned_tokens']:,} of them learned"

@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from qwen_moe.data.chat import Chat, Encoded, Learn
-from qwen_moe.data.conversations import BadRow, Conversation, Kind, kind_of
+from qwen_moe.data.conversations import BadRow, Conversation, Kind, kind_of, preferences
 from qwen_moe.data.corpus import LONGEST_DOCUMENT, ReadCounts, read_lines
 from qwen_moe.data.encode import in_order
 from qwen_moe.data.sources import Corpus
@@ -33,12 +33,14 @@ class Rules:
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What became of the line at ``where``: its documents (two of a pair), or the ``reason`` why it has none. ``problem``
-    says what is wrong with it; it is empty for a line that is left out by the rule for long ones. ``cut`` and
-    ``cut_learned`` count tokens that were cut off."""
+    says what is wrong with it; it is empty for a line that is left out by the rule for long ones. ``judged``: of a pair, by
+    criterion, which answer is better (`conversations.preferences`). ``cut`` and ``cut_learned`` count tokens that were cut
+    off."""
 
     where: str
     kind: Kind | None = None
     documents: tuple[Encoded, ...] = ()
+    judged: dict[str, int] = field(default_factory=dict)
     cut: int = 0
     cut_learned: int = 0
     reason: str = ""
@@ -56,8 +58,8 @@ def _start_worker(rules: Rules) -> None:
     _rules, _chat = rules, Chat(rules.tokenizer, rules.learn)
 
 
-def _read(where: str, line: bytes) -> tuple[Kind, tuple[Conversation, ...]]:
-    """The kind and the conversations of a line. Raises BadRow."""
+def _read(where: str, line: bytes) -> tuple[Kind, tuple[Conversation, ...], dict[str, int]]:
+    """The kind and the conversations of a line, and of a pair what was judged. Raises BadRow."""
     assert _chat is not None
     if len(line) > LONGEST_DOCUMENT:
         raise BadRow("not JSON", f"the line has more than {LONGEST_DOCUMENT:,} bytes; JSONL has one object per line")
@@ -71,7 +73,8 @@ def _read(where: str, line: bytes) -> tuple[Kind, tuple[Conversation, ...]]:
         row = json_object(text, "the line")
     except UserError as error:
         raise BadRow("not JSON", str(error)) from None
-    return kind_of(row), _chat.read(row)
+    kind = kind_of(row)
+    return kind, _chat.read(row), preferences(row) if kind == "pairs" else {}
 
 
 def _check(lines: _Lines) -> list[Outcome]:
@@ -97,13 +100,13 @@ def _encode(lines: _Lines) -> list[Outcome]:
 
 def _encode_one(where: str, line: bytes) -> Outcome:
     assert _chat is not None and _rules is not None
-    kind, read = _read(where, line)
+    kind, read, judged = _read(where, line)
     documents = tuple(_chat.encode(conversation) for conversation in read)
     if kind == "pairs" and documents[0].ids.tolist() == documents[1].ids.tolist():
         raise BadRow("chosen equal to rejected", "chosen and rejected are the same tokens: nothing can be preferred")
     length, tokens = _rules.length, sum(len(document.ids) for document in documents)
     if not length or tokens <= length:
-        return Outcome(where=where, kind=kind, documents=documents)
+        return Outcome(where=where, kind=kind, documents=documents, judged=judged)
     if _rules.too_long == "error":
         what = "its two answers with their prompts have" if kind == "pairs" else "it has"
         how = "drop" if kind == "pairs" else "drop or cut"

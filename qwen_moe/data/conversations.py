@@ -20,6 +20,7 @@ _FOLLOWING: dict[str | None, tuple[str, ...]] = {
     "tool": ("tool", "assistant"),
 }
 _SURROGATE = re.compile("[\ud800-\udfff]")
+PREFERENCE = "preference"  # the criterion of pairs that say only which answer was chosen
 FORMS = "messages; prompt and completion; or prompt, chosen and rejected"
 
 
@@ -54,12 +55,38 @@ def kind_of(row: dict[str, Any]) -> Kind:
     return "pairs" if "chosen" in row or "rejected" in row else "chat"
 
 
+def preferences(row: dict[str, Any]) -> dict[str, int]:
+    """Of a pair, by criterion: 1 if the chosen answer was judged the better one, -1 if the rejected one was. Raises BadRow.
+
+    Row key ``preferences`` holds them; 0 stands for a criterion that was not judged. Without it, the chosen answer is the
+    better one by `PREFERENCE`.
+    """
+    if row.get("preferences") is None:
+        return {PREFERENCE: 1}
+    given = row["preferences"]
+    if not isinstance(given, dict):
+        raise BadRow(
+            "bad preferences", f"preferences is {_shown(given)}, expected an object of criteria with 1, -1 or 0"
+        )
+    for name, value in given.items():
+        if type(value) is not int or value not in (-1, 0, 1):
+            what = (
+                f"preferences: {_shown(name)} is {_shown(value)}, expected 1 (chosen is better), -1 (rejected is) or 0"
+            )
+            raise BadRow("bad preferences", what)
+        if not name.isprintable() or name != name.strip() or not 0 < len(name) <= 60:
+            what = f"preferences: {_shown(name)} is not the name of a criterion; give up to 60 characters on one line"
+            raise BadRow("bad preferences", what)
+    return {name: value for name, value in given.items() if value}
+
+
 def conversations(row: dict[str, Any], control: re.Pattern[str] | None = None) -> tuple[Conversation, ...]:
     """The conversation of a row or, of a pair, those with the chosen and the rejected answer. Raises BadRow.
 
     ``control``: what no message may contain, because the tokenizer would read it as one of its special tokens. A pair is a
     row with ``chosen`` and ``rejected``; of the other rows ``messages`` counts before ``prompt`` and ``completion``; other
-    keys are not read. A prompt of text is a user's message, a completion of text the assistant's.
+    keys are not read here (`preferences` reads one). A prompt of text is a user's message, a completion of text the
+    assistant's.
     """
     _check_text(row, control)
     tools = _tools(row)

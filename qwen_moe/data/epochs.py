@@ -103,9 +103,12 @@ def open_examples(config: RunConfig, datasets: tuple[Dataset, ...], cache: Path)
     validation = [one.prefix for one in config.data.validation]
     sets = train_sets(datasets)
     check_kind(config, [*(one.prefix for one in sets), *validation])
-    return PackedExamples(
+    examples = PackedExamples(
         sets, order_of(config), vocab_size=config.model.vocab_size, cache=cache, validation=validation
     )
+    if config.model.criteria:
+        examples.judge_by(config.model.criteria)
+    return examples
 
 
 def said(examples: "PackedExamples") -> str:

@@ -15,6 +15,7 @@ from qwen_moe.data.packing import ROWS_PER_WINDOW
 from qwen_moe.data.ranks import verified_on_all_ranks
 from qwen_moe.data.rows import ExampleSet, OpenSet, Order, Placed, Rows, open_sets, training_rows
 from qwen_moe.data.samples import IGNORE
+from qwen_moe.errors import UserError
 
 
 class PackedExamples:
@@ -22,8 +23,8 @@ class PackedExamples:
 
     All ranks construct it together. A batch holds ``[b, length]``: ``input_ids``; ``labels`` (the next token of the
     document, IGNORE where it is not learned and at a document's end); ``document_starts`` and ``position_ids``;
-    ``counted``, false for padding; and the sets' columns. Raises UserError if data are damaged, of different kinds, made
-    with different tokenizers, or do not fit.
+    ``counted``, false for padding; the sets' columns; and judgments of pairs if `judge_by` asks for them. Raises UserError
+    if data are damaged, of different kinds, made with different tokenizers, or do not fit.
     """
 
     def __init__(
@@ -48,6 +49,23 @@ class PackedExamples:
         decides: list[Any] = [(contents[one.prefix].sha256, one.epochs, one.weight) for one in sets]
         decides += [order.length, order.seed, order.longer, ROWS_PER_WINDOW]
         self.fingerprint = hashlib.sha256(repr(decides).encode()).hexdigest()[:32]
+
+    def judge_by(self, criteria: Sequence[str]) -> None:
+        """Let batches hold ``preferences [b, length, C]``: by each of ``criteria``, at the last learned token of each answer
+        of a pair, 1 where it is the better answer, -1 where the other is, and 0 where that was not judged and everywhere
+        else. Raises UserError unless the data are pairs, some of which were judged by each."""
+        if self.kind != "pairs":
+            named = ", ".join(str(one.prefix) for one in self.sets)
+            raise UserError(f"a reward model learns from pairs, and {named} holds conversations: give prepared pairs")
+        known = sorted({name for one in self.sets for name in one.criteria})
+        if missing := [name for name in criteria if name not in known]:
+            raise UserError(
+                f"no pair was judged by {', '.join(missing)}: objective.reward.criteria can name {', '.join(known)} with "
+                'these data, or give pairs with "preferences"'
+            )
+        for rows in (self.rows, self.validation_rows):
+            if rows is not None:
+                rows.criteria = tuple(criteria)
 
     def facts(self) -> dict[str, Any]:
         """Figures for the record: ``examples`` counts those of all epochs, ``left_out`` those that do not fit into a row,
@@ -102,6 +120,8 @@ def _batch(rows: Rows, first: int, count: int) -> Batch:
         "document_starts": np.zeros(shape, np.int64),
         "counted": np.zeros(shape, bool),
     } | {name: np.zeros(shape, dtype) for name, dtype in columns.items()}
+    if rows.criteria:
+        fields["preferences"] = np.zeros((*shape, len(rows.criteria)), np.int64)
     for row in range(count):
         end = 0
         for one in rows.placed(first + row):
@@ -110,6 +130,9 @@ def _batch(rows: Rows, first: int, count: int) -> Batch:
             fields["document_starts"][row, at] = one.start
             for name in columns:
                 fields[name][row, at] = of.columns[name][of.at(one.document)]
+            if rows.criteria:
+                place, judged = of.judged(one.document, rows.criteria)
+                fields["preferences"][row, one.start + place] = judged
         fields["counted"][row, :end] = True
         fields["document_starts"][row, end:] = end
     fields["position_ids"] = np.arange(rows.length) - fields["document_starts"]

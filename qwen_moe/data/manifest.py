@@ -13,6 +13,7 @@ from qwen_moe.errors import UserError
 
 _ENDINGS = (".bin", ".idx", ".json")
 LEARN = "learn"  # the column of chat data: uint8, 1 for tokens that are learned
+PREFERENCES = "preferences"  # the column of pairs: int8 for each pair and criterion, see PreparedData
 KINDS = ("documents", "chat", "pairs")
 
 
@@ -29,6 +30,9 @@ class PreparedData:
     ``kind`` is documents (of text), chat (each document is a conversation) or pairs (each two documents are a pair, the
     chosen answer first). ``columns`` are files beside the `.bin` with a value for each of its tokens or documents, by name,
     with their SHA-256. ``counts`` are the figures of chat data, and ``template_sha256`` is a hash of its chat template.
+    ``criteria``: by which criteria pairs were judged, and how many by each. Column `PREFERENCES` has a row for each pair and
+    a value for each criterion, in the order of their names: 1 if the chosen answer is better, -1 if the rejected one is, 0
+    where that was not judged. Pairs without this column were chosen by `preference`.
     """
 
     documents: int
@@ -55,6 +59,7 @@ class PreparedData:
     columns: dict[str, str] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     template_sha256: str = ""
+    criteria: dict[str, int] = field(default_factory=dict)
 
 
 def manifest_path(prefix: Path) -> Path:
@@ -92,7 +97,7 @@ def check_prefix_name(prefix: Path, what: str = "--output") -> None:
         raise UserError(
             f"{what} {prefix} ends in {prefix.suffix}: give the prefix without it, {prefix.with_suffix('')}"
         )
-    if prefix.suffix == f".{LEARN}":
+    if prefix.suffix in (f".{LEARN}", f".{PREFERENCES}"):
         raise UserError(f"{what} {prefix} ends in {prefix.suffix}, as a column of chat data does: give another name")
     if len(os.fsencode(prefix.name)) > 200:
         raise UserError(f"{what}: {prefix.name[:40]}... is too long for a prefix of file names; use at most 200 bytes")

@@ -1,7 +1,7 @@
 """Turns conversations, or pairs of answers, into token files for training; the output appears complete or not at all.
 
 Beside `PREFIX.bin` and `PREFIX.idx`, whose documents are conversations, `PREFIX.learn.bin` says of each token whether it is
-learned.
+learned, and `PREFIX.preferences.bin` of each pair which answer is better, by criterion.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from qwen_moe.data.corpus import BadLine, ReadCounts
 from qwen_moe.data.encode import check_workers
 from qwen_moe.data.manifest import (
     LEARN,
+    PREFERENCES,
     PreparedData,
     bin_path,
     check_prefix_name,
@@ -116,7 +117,7 @@ def prepare_chat(
     if not given and corpus.bytes < _SMALL:
         workers = 1
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    with alone(prefix), no_partial_left(prefix, (LEARN,)):
+    with alone(prefix), no_partial_left(prefix, (LEARN, PREFERENCES)):
         # Another process may have prepared it in the meantime.
         if (existing := settled(request, corpus, prefix, overwrite)) is not None:
             return existing, False
@@ -215,6 +216,10 @@ class Writer:
         self.largest = -1
         self._builder = IndexedDatasetBuilder(str(self.bin), dtype=DType.optimal_dtype(vocabulary))
         self._learn = self.column.open("wb")
+        self.columns = {LEARN: self.column}
+        self.criteria: dict[str, int] = {}  # by how many pairs each was judged
+        self._prefix, self._judged = prefix, list[dict[str, int]]()
+        self._known: dict[tuple[tuple[str, int], ...], dict[str, int]] = {}
 
     def add(self, outcome: Outcome) -> None:
         import torch
@@ -229,6 +234,11 @@ class Writer:
             self.largest = max(self.largest, int(document.ids.max()))
             counts["learned_tokens"] += document.learned
         counts[self.examples] += 1
+        if self.examples == "pairs":
+            # Many pairs are judged alike: each way is held once.
+            self._judged.append(self._known.setdefault(tuple(outcome.judged.items()), outcome.judged))
+            for name in outcome.judged:
+                self.criteria[name] = self.criteria.get(name, 0) + 1
         counts["longest"] = max(counts["longest"], sum(len(document.ids) for document in outcome.documents))
         counts["truncated"] += outcome.cut > 0
         counts["cut_tokens"] += outcome.cut
@@ -237,10 +247,21 @@ class Writer:
     def close(self) -> None:
         """Finish the files. An output without documents has none."""
         self._learn.close()
+        if self._judged:
+            self._write_preferences()
         if self.documents:
             self._builder.finalize(str(self.idx))
         else:
             self._builder.data_file.close()
+
+    def _write_preferences(self) -> None:
+        import numpy as np
+
+        self.criteria = dict(sorted(self.criteria.items()))
+        rows = {id(judged): [judged.get(name, 0) for name in self.criteria] for judged in self._known.values()}
+        self.columns[PREFERENCES] = partial_path(column_path(self._prefix, PREFERENCES))
+        values = np.array([rows[id(judged)] for judged in self._judged], np.int8)
+        self.columns[PREFERENCES].write_bytes(values.tobytes())
 
 
 def _write(request: ChatRequest, corpus: Corpus, prefix: Path, kind: Kind, workers: int) -> PreparedData:
@@ -285,7 +306,8 @@ def _write(request: ChatRequest, corpus: Corpus, prefix: Path, kind: Kind, worke
         files=len(corpus.sources),
         left_out=corpus.left_out.counts | left_out.counts,
         kind=kind,
-        columns={LEARN: synced(writer.column)},
+        columns={name: synced(path) for name, path in writer.columns.items()},
+        criteria=writer.criteria,
         counts=writer.counts,
         template_sha256=request.template_sha256,
     )

@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 
 from qwen_moe.data.content import document_lengths, token_dtype
-from qwen_moe.data.manifest import LEARN, bin_path, column_path, read_manifest
+from qwen_moe.data.conversations import PREFERENCE
+from qwen_moe.data.manifest import LEARN, PREFERENCES, PreparedData, bin_path, column_path, read_manifest
 from qwen_moe.data.packing import Packed, Share, draws, pack
 from qwen_moe.errors import UserError
 
@@ -92,12 +93,38 @@ class OpenSet:
                 f"{column_path(prefix, LEARN)} has {len(self.learn):,} values for {len(self.tokens):,} tokens"
             )
 
+        self.criteria, self.preferences = _preferences(prefix, manifest, len(self.sizes))
+
     def at(self, document: int) -> slice:
         """The tokens of a document."""
         return slice(self.starts[document], self.starts[document] + self.lengths[document])
 
     def documents(self, example: int) -> range:
         return range(example * self.per_example, (example + 1) * self.per_example)
+
+    def judged(self, document: int, criteria: Sequence[str]) -> tuple[int, np.ndarray]:
+        """Of an answer of a pair: the place of its last learned token, and by criterion 1 where it is the better answer, -1
+        where the other is, 0 where that was not judged."""
+        row = self.preferences[document // 2]
+        values = [int(row[self.criteria.index(name)]) if name in self.criteria else 0 for name in criteria]
+        place = int(np.flatnonzero(self.learn[self.at(document)])[-1])
+        return place, np.array(values) * (1 if document % 2 == 0 else -1)
+
+
+def _preferences(prefix: Path, manifest: PreparedData, pairs: int) -> tuple[list[str], np.ndarray]:
+    """By which criteria pairs were judged, and the judgments ``[pairs, criteria]``. Data of earlier versions have none, and
+    each chosen answer is then the better one."""
+    if PREFERENCES not in manifest.columns:
+        return [PREFERENCE], np.ones((pairs, 1), np.int8)
+    names, path = sorted(manifest.criteria), column_path(prefix, PREFERENCES)
+    if path.stat().st_size != pairs * len(names):
+        raise UserError(
+            f"{path} has {path.stat().st_size:,} bytes, expected {len(names)} for each of {pairs:,} pairs: prepare the data "
+            "again"
+        )
+    if not names:
+        return [], np.zeros((pairs, 0), np.int8)
+    return names, np.memmap(path, mode="r", dtype=np.int8, shape=(pairs, len(names)))
 
 
 class Rows:
@@ -106,6 +133,7 @@ class Rows:
     def __init__(self, sets: Sequence[OpenSet], shares: Sequence[Share], order: Order) -> None:
         self.sets, self.length, self._shares = sets, order.length, shares
         self.first_examples = np.cumsum([0, *(len(one.sizes) for one in sets)])
+        self.criteria: tuple[str, ...] = ()  # of the judgments that batches hold
         self.examples = self.tokens = 0
         self.per_epoch: list[int] = []
         self._epochs: list[tuple[np.ndarray, Packed]] = []

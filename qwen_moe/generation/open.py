@@ -41,6 +41,11 @@ class Opened:
                 f"{directory} does not exist: give a checkpoint, a run directory or a Hugging Face directory"
             )
         self.weights = open_weights(directory)
+        if criteria := self.weights.config.criteria:
+            raise UserError(
+                f"{directory} is a reward model, which scores texts by {', '.join(criteria)} and writes none: use "
+                "`qwen-moe score`, or give a language model"
+            )
         folder = tokenizer_folder(self.weights.directory)
         self.tokenizer = read_tokenizer(folder)
         self.end_tokens = end_tokens(folder, self.tokenizer)

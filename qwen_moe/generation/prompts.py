@@ -129,6 +129,11 @@ class Answers:
         """Prompts that have their answers."""
         return frozenset(self._rows)
 
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows that are there, in the order of the prompts."""
+        return [self._rows[index] for index in sorted(self._rows)]
+
     def add(self, index: int, row: Mapping[str, Any]) -> None:
         """Write the answers to prompt ``index``. They are on the disk when this returns."""
         self._rows[index] = {"index": index, **row}

@@ -1,6 +1,7 @@
 """The decoder of every family: embedding, pre-norm layers, final norm, head.
 
-Shapes: B batch, S sequence, D hidden, V vocabulary, L MoE layers, E experts, K top-k. Parameter names are Hugging Face's.
+Shapes: B batch, S sequence, D hidden, V vocabulary, C criteria of a reward model, L MoE layers, E experts, K top-k.
+Parameter names are Hugging Face's.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from qwen_moe.models.attention.mask import Visibility
 from qwen_moe.models.feed_forward import FeedForward
 from qwen_moe.models.head.cross_entropy import linear_cross_entropy
 from qwen_moe.models.head.log_probs import linear_log_probs
+from qwen_moe.models.head.scores import linear_scores
 from qwen_moe.models.linear import Linear
 from qwen_moe.models.moe.block import MoE
 from qwen_moe.models.moe.router import RouterStatistics
@@ -136,7 +138,8 @@ class Decoder(nn.Module):
 
 
 class DecoderLM(nn.Module):
-    """A causal language model: ``model(input_ids [B, S]) -> logits [B, S, V]``.
+    """A causal language model: ``model(input_ids [B, S]) -> logits [B, S, V]``. With ``config.criteria`` it is a reward
+    model, which returns scores ``[B, S, C]`` instead.
 
     ``recompute``: each layer's activations are dropped in forward and computed again in backward; ``selective`` keeps those
     of attention itself. ``layers`` (default all)
@@ -150,10 +153,12 @@ class DecoderLM(nn.Module):
         self.config, self.recompute = config, recompute
         self.rope = make_rope(config)
         self.first, self.last = layers[0] == 0, layers[-1] == config.num_hidden_layers - 1
-        tied = config.tie_word_embeddings
-        self.model = Decoder(config, layers, embedding=self.first or (self.last and tied), norm=self.last)
-        if self.last and not tied:
+        embedding = self.first or (self.last and config.tied_head)
+        self.model = Decoder(config, layers, embedding=embedding, norm=self.last)
+        if self.last and config.has_lm_head:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if self.last and config.criteria:
+            self.score = Linear(config.hidden_size, len(config.criteria), bias=False)
         # Replaced where sequences and the vocabulary are split over ranks.
         self.sequence: SequencePart = WholeSequence()
         self.cross_entropy: CrossEntropy = linear_cross_entropy
@@ -163,6 +168,10 @@ class DecoderLM(nn.Module):
     def head_weight(self) -> torch.Tensor:
         """The head's weight ``[V, D]``: with tied embeddings, the embedding itself."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """Scores ``[..., C]`` of final normed states ``x [..., D]``, float32 (float64 for float64)."""
+        return linear_scores(x, self.score.weight)
 
     def hidden_states(
         self,
@@ -211,7 +220,7 @@ class DecoderLM(nn.Module):
         document_starts: torch.Tensor | None = None,
     ) -> torch.Tensor:
         x, _ = self.hidden_states(input_ids, position_ids, document_starts)
-        return linear(x, self.head_weight)
+        return self.scores(x) if self.config.criteria else linear(x, self.head_weight)
 
     @torch.no_grad()
     def read(

@@ -32,7 +32,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     always = config.num_hidden_layers * layer + dense * 3 * d * config.intermediate_size + moe * (router + shared) + d
     total = always + moe * config.num_experts * expert
     activated = always + moe * config.num_experts_per_tok * expert
-    vocabulary = config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
+    vocabulary = config.vocab_size * d * (2 if config.has_lm_head else 1) + len(config.criteria) * d
     return ParameterCounts(
         total=total + vocabulary,
         activated=activated + vocabulary,
@@ -78,7 +78,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> FlopsPerToken:
         if config.shared_expert_intermediate_size
         else 0.0,
         router=2.0 * moe * config.num_experts * d,
-        head=2.0 * d * config.vocab_size,
+        head=2.0 * d * (len(config.criteria) or config.vocab_size),
     )
 
 

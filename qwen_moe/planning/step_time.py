@@ -215,7 +215,7 @@ class StepTimeModel:
         if first:
             part += Part(compute=self.rates.moved(tokens / choice.tp * d, 6), tp=self._tp(choice.tp, tokens, 2))
         if last:
-            v = self.model.vocab_size / choice.tp
+            v = (len(self.model.criteria) or self.model.vocab_size) / choice.tp
             head = self.rates.gemm(tokens, v, d, "bf16") + self.rates.moved(tokens * v, 9, 4)
             part += Part(compute=head, tp=self._tp(choice.tp, tokens, 2))
         return part

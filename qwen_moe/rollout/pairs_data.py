@@ -19,7 +19,8 @@ from launchers.folder.atomic import replaced
 from qwen_moe.data.chat import Chat, Encoded
 from qwen_moe.data.chat_rows import Outcome
 from qwen_moe.data.content import sample_sha256
-from qwen_moe.data.manifest import LEARN, PreparedData, check_prefix_name
+from qwen_moe.data.conversations import PREFERENCE
+from qwen_moe.data.manifest import LEARN, PREFERENCES, PreparedData, check_prefix_name
 from qwen_moe.data.output import alone, content_lines, no_partial_left, put_in_place, settled, status_lines, synced
 from qwen_moe.data.prepare_chat import Writer, template_sha256
 from qwen_moe.data.sources import Corpus, Source
@@ -70,7 +71,7 @@ def prepare_pairs(request: PairsRequest, prefix: Path, *, overwrite: bool = Fals
     path = request.rollouts / MANIFEST  # holds the hashes of all others
     corpus = Corpus(sources=[Source(path=path, kind="jsonl", bytes=path.stat().st_size)])
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    with alone(prefix), no_partial_left(prefix, (LEARN,)):
+    with alone(prefix), no_partial_left(prefix, (LEARN, PREFERENCES)):
         existing = settled(request, corpus, prefix, overwrite)
         if existing is not None and provenance_path(prefix).is_file():
             return existing, False
@@ -85,6 +86,7 @@ def prepare_pairs(request: PairsRequest, prefix: Path, *, overwrite: bool = Fals
 def _write(request: PairsRequest, rows: Any, writer: Writer, provenance: Path) -> tuple[Counter[str], dict[str, int]]:
     """What was left out, by reason, and the numbers of queries and of those without a pair."""
     left_out: Counter[str] = Counter()
+    judged = {PREFERENCE: 1}
     queries = without = 0
     with replaced(provenance) as file:
         for row in rows:
@@ -92,7 +94,7 @@ def _write(request: PairsRequest, rows: Any, writer: Writer, provenance: Path) -
             found = [pair for pair in pairs_of(row, request.rules, left_out) if _fits(row, pair, request, left_out)]
             without += not found
             for pair in found:
-                writer.add(Outcome(where=str(row["id"]), kind="pairs", documents=_documents(row, pair)))
+                writer.add(Outcome(where=str(row["id"]), kind="pairs", documents=_documents(row, pair), judged=judged))
                 file.write(json.dumps(_provenance(row, pair)).encode() + b"\n")
         if not writer.documents:
             raise UserError(
@@ -168,7 +170,8 @@ def _prepared(
         files=1,
         left_out=dict(sorted(left_out.items())),
         kind="pairs",
-        columns={LEARN: synced(writer.column)},
+        columns={name: synced(path) for name, path in writer.columns.items()},
+        criteria=writer.criteria,
         counts=writer.counts | queries,
         template_sha256=template,
     )

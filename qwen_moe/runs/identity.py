@@ -39,6 +39,7 @@ TABLE: dict[Rule, tuple[str, ...]] = {
         *("training.global_batch_size", "objective.kind"),
         *("objective.preference.loss", "objective.preference.beta", "objective.preference.label_smoothing"),
         *("objective.preference.length_normalized", "objective.preference.sft_weight"),
+        *("objective.reward.criteria", "objective.reward.weights", "objective.reward.center"),
         *("objective.policy.ratio", "objective.policy.clip_low", "objective.policy.clip_high"),
         *("objective.policy.normalization", "objective.policy.longest"),
         *("objective.policy.divide_by_std", "objective.policy.kl", "objective.policy.kl_coefficient"),

@@ -114,11 +114,14 @@ def _shapes(config: RunConfig, model: ParallelModel) -> MicroBatchShapes:
     sequence = SequenceShard.of(model.grids)
     rows, whole = config.training.micro_batch_size, config.data.sequence_length
     compute, tokens = DTYPES[config.precision.compute], (rows, sequence.length(whole))
+    outputs: dict[str, tuple[int, ...]] = {
+        "cross_entropy": (1,),
+        "log_probs": tokens,
+        "scores": (*tokens, len(config.model.criteria)),
+    }
     with torch.device("meta"):
         return MicroBatchShapes(
             first=torch.empty(rows, whole // sequence.cp.size, dtype=torch.int64),
             hidden=torch.empty(*tokens, config.model.hidden_size, dtype=compute),
-            output=torch.empty(
-                (1,) if model.parts[0].head == "cross_entropy" else tokens, dtype=accumulation_dtype(compute)
-            ),
+            output=torch.empty(outputs[model.parts[0].head], dtype=accumulation_dtype(compute)),
         )

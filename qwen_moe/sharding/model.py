@@ -21,8 +21,9 @@ from qwen_moe.sharding.table import Placement
 
 class TrainingPart(DecoderLM):
     """A stage module: consecutive layers as training runs them. ``forward(x, labels, ...)`` returns hidden states; on the
-    last stage it returns what ``head`` names: the summed cross-entropy ``[1]`` or the labels' log-probabilities
-    ``[B, S / parts]``. ``attach`` receives the router statistics and may attach losses to the output."""
+    last stage it returns what ``head`` names: the summed cross-entropy ``[1]``, the labels' log-probabilities
+    ``[B, S / parts]`` or scores by criterion ``[B, S / parts, C]``. ``attach`` receives the router statistics and may
+    attach losses to the output."""
 
     head: Head = "cross_entropy"
     chunk_tokens = 1024
@@ -43,6 +44,8 @@ class TrainingPart(DecoderLM):
             out, router = self.hidden_states(x, position_ids, document_starts, counted, experts)
         if self.last and self.head == "cross_entropy":
             out = torch.stack([self.cross_entropy(out, self.head_weight, labels, self.chunk_tokens)])
+        elif self.last and self.head == "scores":
+            out = self.scores(out)
         elif self.last:
             out = self.log_probs(
                 out, self.head_weight, labels, self.chunk_tokens
@@ -70,6 +73,7 @@ class ParallelModel:
 
     def use_head(self, head: Head) -> None:
         """Choose the last stage's output. Call it before an engine is built for the model."""
+        assert (head == "scores") == bool(self.config.criteria), (head, self.config.criteria)
         for part in self.parts:
             part.head = head
 
@@ -92,7 +96,7 @@ class ParallelModel:
     @property
     def tied_apart(self) -> bool:
         """Whether the embedding and the head are one parameter that two stages hold."""
-        return self.config.tie_word_embeddings and self.num_stages > 1
+        return self.config.tied_head and self.num_stages > 1
 
     def counts_in_norm(self, name: str, stage: int) -> bool:
         """Whether this rank's copy is the one that the global norm counts."""

@@ -52,7 +52,7 @@ def parallelize(part: DecoderLM, grids: Grids, kernels: Kernels, plain_layers: C
             embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, device="meta")
             embedding.axis, embedding.first = tp, placements["model.embed_tokens.weight"].offsets[0]
             swap(part.model, "embed_tokens", embedding)
-        if part.last:
+        if part.last and not config.criteria:
             head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
             first = placements[head].offsets[0]
             part.cross_entropy = partial(vocab_parallel_cross_entropy, first=first, axis=tp)

@@ -229,6 +229,13 @@ def _draw_objective(rng: random.Random, kind: str) -> dict[str, Any]:
         "normalization": normalization,
         "longest": 40 if normalization == "dr_grpo" else 0,
     }
+    if kind == "reward_model":
+        names = ("helpful", "concise", "truthful")[: rng.randint(1, 3)]
+        weights = tuple(rng.choice([0.5, 1.0, 2.0]) for _ in names)
+        return {
+            "kind": kind,
+            "reward": {"criteria": names, "weights": weights, "center": rng.choice([0.0, 0.1])},
+        }
     return {"kind": kind} | {"dpo": {"preference": preference}, "grpo": {"policy": policy}}.get(kind, {})
 
 

@@ -132,7 +132,8 @@ def _marks(case: "Case") -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    chosen = [f"objective.kind={args.objective}"] if args.objective else []
+    # Nothing is sampled here, and some objectives train models that write no text.
+    chosen = [f"objective.kind={args.objective}", "sample_prompt="] if args.objective else []
     config = load_config(args.recipe, [*args.overrides, *chosen])
     if args.shapes:
         return _shapes(args, config)

@@ -23,7 +23,7 @@ def packed_batch(config: RunConfig, step: int) -> Batch:
     rng = random.Random(f"{config.seed}/{step}")
     generator = torch.Generator().manual_seed(1000 * config.seed + step)
     rows, sequence, kind = config.training.global_batch_size, config.data.sequence_length, config.objective.kind
-    lengths = [_lengths(rng, sequence, pairs=kind == "dpo") for _ in range(rows)]
+    lengths = [_lengths(rng, sequence, pairs=kind in ("dpo", "reward_model")) for _ in range(rows)]
     tokens = torch.randint(0, config.model.vocab_size, (rows, sequence + 1), generator=generator)
     ends, labels = torch.zeros(rows, sequence, dtype=torch.bool), tokens[:, 1:].clone()
     counted = torch.zeros(rows, sequence, dtype=torch.bool)
@@ -40,7 +40,9 @@ def packed_batch(config: RunConfig, step: int) -> Batch:
         counted[row, :begin] = True
     labels[ends] = IGNORE
     batch = {"input_ids": tokens[:, :-1].contiguous(), "labels": labels, "counted": counted} | documents_of(ends)
-    if kind != "sft":
+    if kind == "reward_model":
+        batch["preferences"] = _preferences(len(config.model.criteria), lengths, sequence, rng)
+    elif kind != "sft":
         batch |= _fields(config, labels, lengths, generator)
     if replays(config):
         batch["experts"] = _experts(config, rows, generator)
@@ -79,6 +81,22 @@ def _lengths(rng: random.Random, sequence: int, pairs: bool) -> list[int]:
     spare = used - count * SHORTEST
     cuts = sorted(rng.randint(0, spare) for _ in range(count - 1))
     return [SHORTEST + b - a for a, b in zip([0, *cuts], [*cuts, spare], strict=True)]
+
+
+def _preferences(criteria: int, lengths: list[list[int]], sequence: int, rng: random.Random) -> torch.Tensor:
+    """``[rows, S, C]``: random judgments of each pair, at the last token of each answer or at the one before it, as where a
+    template ends a turn with a line break. Some pairs are judged by some criteria only, or by none."""
+    found = torch.zeros(len(lengths), sequence, criteria, dtype=torch.int64)
+    for row, documents in enumerate(lengths):
+        begin = 0
+        for first, second in zip(documents[0::2], documents[1::2], strict=True):
+            judged = torch.tensor([rng.choice([-1, 0, 1, 1]) for _ in range(criteria)])
+            if row == begin == 0:
+                judged[0] = 1  # no step is without a judgment
+            for sign, length in ((1, first), (-1, second)):
+                begin += length
+                found[row, begin - 1 - rng.randint(0, 1)] = sign * judged
+    return found
 
 
 def _fields(config: RunConfig, labels: torch.Tensor, lengths: list[list[int]], generator: torch.Generator) -> Batch:

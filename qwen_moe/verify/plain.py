@@ -1,7 +1,8 @@
 """The objectives of post-training as their papers write them, for one answer at a time: what `verify` compares with.
 
 An answer is a document by itself: the log-probabilities ``[n]`` of its labels and the batch's fields, with entries at its n
-valid labels only. Nothing here is shared with `qwen_moe.objectives`, nor are the weights of the batch.
+valid labels only. For a reward model it is the scores ``[n, C]`` and the fields at the tokens that are judged: one, or none.
+Nothing here is shared with `qwen_moe.objectives`, nor are the weights of the batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,6 +49,32 @@ def _pair(
         loss = -(1 - config.label_smoothing) * margin.sigmoid().log()
         loss = loss - config.label_smoothing * (-margin).sigmoid().log()
     return loss - config.sft_weight * chosen["log_probs"].mean(), rewards[0], rewards[1]
+
+
+def _reward_model(config: ObjectiveConfig, answers: Sequence[Answer]) -> Result:
+    losses: list[torch.Tensor] = []
+    metrics = dict.fromkeys(("accuracy", "margin", "confidence", "brier"), 0.0)
+    for first, second in zip(answers[0::2], answers[1::2], strict=True):
+        if not len(first["preferences"]):
+            continue
+        terms, figures, weights = [], [], []
+        for index, weight in enumerate(config.reward.weights):
+            preferred = int(first["preferences"][0, index])
+            if preferred == 0:
+                continue
+            better, worse = (first, second) if preferred == 1 else (second, first)
+            up, down = better["scores"][0, index], worse["scores"][0, index]
+            right = up.exp() / (up.exp() + down.exp())
+            terms.append(weight * (-right.log() + config.reward.center * (up + down) ** 2))
+            p = right.item()
+            figures.append(
+                [weight * value for value in (p > 0.5, abs((up - down).item()), max(p, 1 - p), (1 - p) ** 2)]
+            )
+            weights.append(weight)
+        losses.append(torch.stack(terms).sum() / sum(weights))
+        for name, values in zip(metrics, zip(*figures, strict=True), strict=True):
+            metrics[name] += sum(values) / sum(weights)
+    return torch.stack(losses).mean(), {name: total / len(losses) for name, total in metrics.items()}
 
 
 def _grpo(config: ObjectiveConfig, answers: Sequence[Answer]) -> Result:
@@ -100,7 +127,12 @@ def _response(policy: PolicyConfig, answer: Answer) -> tuple[torch.Tensor, torch
     return loss + policy.kl_coefficient * terms[policy.kl], ratio, clipped
 
 
-LOSSES: dict[str, Callable[[ObjectiveConfig, Sequence[Answer]], Result]] = {"sft": _sft, "dpo": _dpo, "grpo": _grpo}
+LOSSES: dict[str, Callable[[ObjectiveConfig, Sequence[Answer]], Result]] = {
+    "sft": _sft,
+    "dpo": _dpo,
+    "reward_model": _reward_model,
+    "grpo": _grpo,
+}
 
 
 def plain_loss(config: ObjectiveConfig, answers: Sequence[Answer]) -> Result:

@@ -92,7 +92,7 @@ def _losses(
         labels = part["labels"]
         if config.objective.kind != "likelihood":
             states, router = (together if config.balance.capacity_factor else alone)(model, part)
-            answers += answers_of(part, states, model.head_weight)
+            answers += answers_of(part, states, model)
         else:
             starts = part.get("document_starts")
             hidden, router = model.hidden_states(part["input_ids"], part.get("position_ids"), starts)

@@ -39,12 +39,18 @@ def together(model: DecoderLM, batch: Batch) -> Documents:
     return [hidden[row, begin:end] for row, begin, end in spans(batch)], router
 
 
-def answers_of(batch: Batch, states: list[torch.Tensor], head_weight: torch.Tensor) -> list[Answer]:
-    """Each document's log-probabilities and other fields at its valid labels."""
+def answers_of(batch: Batch, states: list[torch.Tensor], model: DecoderLM) -> list[Answer]:
+    """Each document's log-probabilities and other fields at its valid labels; of a reward model, the scores and other fields
+    at the token that is judged."""
     found = []
     for (row, begin, end), hidden in zip(spans(batch), states, strict=True):
         fields = {name: field[row, begin:end] for name, field in batch.items()}
-        at = (fields["labels"] >= 0).nonzero().flatten()
-        log_probs = (hidden[at] @ head_weight.T).log_softmax(-1)[torch.arange(len(at)), fields["labels"][at]]
-        found.append({name: field[at] for name, field in fields.items()} | {"log_probs": log_probs})
+        if model.config.criteria:
+            at = fields["preferences"].abs().sum(-1).nonzero().flatten()
+            head = {"scores": hidden[at] @ model.score.weight.T}
+        else:
+            at = (fields["labels"] >= 0).nonzero().flatten()
+            log_probs = (hidden[at] @ model.head_weight.T).log_softmax(-1)
+            head = {"log_probs": log_probs[torch.arange(len(at)), fields["labels"][at]]}
+        found.append({name: field[at] for name, field in fields.items()} | head)
     return found

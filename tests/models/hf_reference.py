@@ -70,9 +70,9 @@ def hf_model(ours: DecoderLM, **config_changes: Any) -> Any:
     config = transformers.AutoConfig.for_model(**values)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
-    model = getattr(transformers, architecture)(config).to(ours.head_weight.dtype).eval()
+    model = getattr(transformers, architecture)(config).to(ours.model.norm.weight.dtype).eval()
     missing, unexpected = model.load_state_dict(to_hf_names(dict(ours.state_dict())), strict=False)
-    assert unexpected == [] and set(missing) <= ({"lm_head.weight"} if ours.config.tie_word_embeddings else set())
+    assert unexpected == [] and set(missing) <= ({"lm_head.weight"} if ours.config.tied_head else set())
     return model
 
 

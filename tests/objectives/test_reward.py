@@ -113,7 +113,7 @@ def test_a_calibrated_model_has_no_calibration_error() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"criteria": ("a", "a"), "weights": (1.0, 1.0)}, "each once"),
+        ({"criteria": ("a", "a"), "weights": (1.0, 1.0)}, "a name twice"),
         ({"criteria": ("a", "b")}, "one weight for each criterion"),
         ({"weights": (0.0,)}, "greater than 0"),
     ],

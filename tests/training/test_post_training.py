@@ -141,6 +141,44 @@ def test_a_reference_that_is_gone_is_that_of_the_first_weights_again(tuned: Path
     assert losses == [line["loss"] for line in expected]
 
 
+def test_a_reward_model_begins_from_a_language_model_and_scores_pairs(
+    tuned: Path, pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blend = [{"prefix": str(pairs)}]
+    data = {"train": blend, "validation": blend, "tokenizer": str(tuned / "sft" / "hf")}
+    changes = {"objective": "reward_model", "optimizer": {"learning_rate": 5e-3}, "data": data}
+    path = dpo(tuned, pairs, "reward", **changes)
+    records = trained(path, "training.epochs=6")
+    first, last = records[0], records[-1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=0.1) and last["loss"] < first["loss"]
+    evaluated = [line for line in read_lines(tuned / "reward" / "metrics.jsonl") if "validation_loss" in line]
+    assert evaluated and evaluated[-1]["validation_loss"] < evaluated[0]["validation_loss"]
+    result = run_to_end(path, "training.epochs=6")
+    assert result.returncode == 0 and "resumed" in result.stderr, result.stderr
+    config = json.loads((tuned / "reward" / "hf" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2MoeForSequenceClassification"]
+    assert config["id2label"] == {"0": "preference"}
+    scored = tuned / "scores.jsonl"
+    arguments = ["--checkpoint", str(tuned / "reward"), "--input", str(tuned / "pairs.jsonl"), "--output", str(scored)]
+    capsys.readouterr()
+    assert main(["score", *arguments, "--json"]) == 0
+    agreement = json.loads(capsys.readouterr().out)["agreement"]["preference"]
+    assert agreement["judged"] == 60
+    # What it says of the pairs is what training measured on them.
+    differences = [row["score"]["chosen"] - row["score"]["rejected"] for row in map(json.loads, scored.open())]
+    loss = sum(math.log1p(math.exp(-z)) for z in differences) / 60
+    assert loss == pytest.approx(evaluated[-1]["validation_loss"], abs=1e-5)
+    assert "scores texts by preference and writes none" in _refused("generate", tuned / "reward", capsys)
+    assert "no pair was judged by kind" in refusal(
+        path, "objective={kind: reward_model, reward: {criteria: [kind]}}", "run_dir=x"
+    )
+
+
+def _refused(verb: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main([verb, "--checkpoint", str(checkpoint), "--prompt", "1"]) == 2
+    return capsys.readouterr().err
+
+
 def refusal(path: Path, *overrides: str) -> str:
     result = run_to_end(path, *overrides)
     assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr

@@ -3,6 +3,7 @@ of post-training equal unpacked documents in one process."""
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,17 +53,26 @@ def post_training(kind: str, layout: Layout, **changes: Any) -> RunConfig:
     length = 24
     batch = case(layout).training.global_batch_size
     own = {"data__sequence_length": length, "training__train_tokens": STEPS * batch * length}
-    return case(layout, objective__kind=kind, **own, **changes)
+    return case(layout, objective__kind=kind, **(own | changes))
 
 
+KINDS = ["sft", "dpo", "reward_model", "grpo"]
 POLICY = {"ratio": "sequence", "kl": "rho_k3", "kl_coefficient": 0.1}
 PREFERENCE = {"length_normalized": True, "sft_weight": 0.5}
+REWARD = {"criteria": ["helpful", "concise"], "weights": [2.0, 0.5], "center": 0.1}
 POST_TRAINING: dict[str, tuple[str, Layout, dict[str, Any]]] = {
     "sft, capacity, tp": ("sft", Layout(tp=2, ep=2), {"balance__capacity_factor": 0.75}),
     "sft, sequence balance, cp and tp": ("sft", Layout(cp=2, tp=2), {"balance__scope": "sequence"}),
     "dpo, cp and tp": ("dpo", Layout(cp=2, tp=2), {"objective__preference": PREFERENCE}),
     "dpo, parts that are no power of two": ("dpo", Layout(cp=3), {"parallel__cp_kind": "ring"}),
     "dpo, stages and dp, micro-batch balance": ("dpo", Layout(pp=2, dp=2), {"balance__scope": "micro_batch"}),
+    "reward model, cp and tp, two criteria": ("reward_model", Layout(cp=2, tp=2), {"objective__reward": REWARD}),
+    "reward model, stages, tied embeddings": ("reward_model", Layout(pp=2, dp=2), {"objective__reward": REWARD}),
+    "reward model, ZeRO-3 and more ranks than criteria": (
+        "reward_model",
+        Layout(dp=4, ep=2),
+        {"parallel__sharding": "zero3", "model__tie_word_embeddings": False},
+    ),
     "grpo, cp and dp, transformers' balance": ("grpo", Layout(cp=2, dp=2), {"balance__scope": "huggingface"}),
     "grpo by sequences, tp and stages, recomputed": (
         "grpo",
@@ -81,7 +91,7 @@ def test_packed_documents_equal_each_by_itself_in_one_process(name: str) -> None
     assert found.equal, found
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("index", range(2))
 def test_random_layouts(kind: str, index: int) -> None:
     config, layout, _ = draw(2027, index, 8, kind)
@@ -92,7 +102,7 @@ def test_random_layouts(kind: str, index: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_fifty_random_layouts(kind: str) -> None:
     bad = []
     for index in range(50):
@@ -234,12 +244,42 @@ def _first_label_lost(patch: Any) -> None:
     patch(SequenceShard, "of_batch", of_batch)
 
 
+def _score_of_one_rank(patch: Any) -> None:
+    """Each tp rank keeps the head's gradient of its own tokens."""
+    from qwen_moe.sharding import parallelize
+
+    original = parallelize.placement
+
+    def placed(name: str, shape: Any, grids: Any) -> Any:
+        place = original(name, shape, grids)
+        return replace(place, replicas=()) if name == "score.weight" else place
+
+    patch(parallelize, "placement", placed)
+
+
+def _score_at_the_last_token(patch: Any) -> None:
+    """Scores are read at the last token of a document, whatever the batch says (transformers #35352)."""
+    from qwen_moe.objectives import reward
+
+    original = reward.answer_scores
+
+    def answer_scores(scores: torch.Tensor, batch: Any, sequence: Any) -> Any:
+        starts = torch.nn.functional.pad(batch["document_starts"], (0, 1), value=-1)
+        last = (starts[:, 1:] != starts[:, :-1]).unsqueeze(-1)
+        return original(scores, {**batch, "preferences": last.long()}, sequence)
+
+    patch(reward, "answer_scores", answer_scores)
+
+
 POST_TRAINING_MISTAKES: dict[str, tuple[Callable[[Any], None], str, Layout]] = {
     "padding counted": (_padding_counted, "sft", Layout(dp=2)),
     "sums of answers over one rank's tokens": (_documents_of_one_rank, "dpo", Layout(tp=2)),
     "sums of answers over one cp rank's tokens": (_documents_of_one_rank, "dpo", Layout(cp=2)),
     "documents seen by the next": (_packing_seen, "sft", Layout(dp=2)),
     "mean of each micro-batch": (_mean_of_each_micro_batch, "sft", Layout(dp=2)),
+    "gradient of the head of scores of one rank": (_score_of_one_rank, "reward_model", Layout(tp=2)),
+    "scores at the last token": (_score_at_the_last_token, "reward_model", Layout(dp=2)),
+    "answers scored on one rank": (_documents_of_one_rank, "reward_model", Layout(tp=2)),
     "first label lost": (_first_label_lost, "grpo", Layout(dp=2)),
 }
 

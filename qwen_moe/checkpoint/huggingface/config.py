@@ -43,6 +43,8 @@ _UNUSED = frozenset(
         "use_sliding_window",
     ]
 )
+# Keys of classifiers, as transformers calls reward models, which name the scores.
+_LABELS = ("id2label", "label2id", "num_labels", "problem_type")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ _TYPES: dict[str, tuple[type, str]] = {
     "architectures": _LIST,
     "model_type": _TEXT,
     "hidden_act": _TEXT,
+    "id2label": _MAPPING,
     "dtype": _TEXT,
     "torch_dtype": _TEXT,
     "layer_types": _LIST,
@@ -101,7 +104,8 @@ def _check_types(values: dict[str, Any], where: str) -> None:
 
 def _family(values: dict[str, Any], where: str) -> str:
     families = {row.architecture: name for name, row in FAMILIES.items()}
-    supported = ", ".join(families)
+    supported = ", ".join(families) + ", and ...ForSequenceClassification of each"
+    families |= {row.classifier: name for name, row in FAMILIES.items()}
     named, model_type = values.get("architectures") or [], values.get("model_type")
     if not named:
         if model_type not in FAMILIES:
@@ -125,6 +129,25 @@ def _refuse_unsupported(values: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}: hidden_act is {values['hidden_act']!r}: only 'silu' is supported")
     if values.get("quantization_config"):
         check_quantization(values["quantization_config"], where)
+
+
+def _criteria(values: dict[str, Any], family: str, where: str) -> tuple[str, ...]:
+    """The names of the scores if it is a classifier: transformers' defaults are two labels, LABEL_0 and LABEL_1."""
+    if (values.get("architectures") or []) != [FAMILIES[family].classifier]:
+        return ()
+    count = values.get("num_labels")
+    if count is not None and (type(count) is not int or not 0 < count <= 10_000):
+        raise UserError(f"{where}: num_labels is {str(count)[:100]}, expected a number of scores")
+    labels = values.get("id2label")
+    if labels is None:
+        return tuple(f"LABEL_{index}" for index in range(2 if count is None else count))
+    expected = [str(index) for index in range(len(labels))]
+    if sorted(map(str, labels)) != sorted(expected) or not all(isinstance(name, str) for name in labels.values()):
+        raise UserError(f"{where}: id2label is {str(labels)[:100]}, expected names for 0, 1 and so on")
+    if count is not None and count != len(labels):
+        raise UserError(f"{where}: num_labels is {count} but id2label has {len(labels)} names: correct one of them")
+    by_index = {str(index): name for index, name in labels.items()}
+    return tuple(by_index[index] for index in expected)
 
 
 def _num_experts(values: dict[str, Any], where: str) -> Any:
@@ -151,6 +174,7 @@ def interpret(values: dict[str, Any], where: str = "config.json") -> Interpretat
     theta, scaling = read_rope(values, where, notes)
     fields: dict[str, Any] = {"family": family, "rope_theta": theta, "rope_scaling": scaling}
     fields["dual_chunk"] = read_dual_chunk(values, where, notes)
+    fields["criteria"] = _criteria(values, family, where)
     features = FAMILIES[family]
     defaults = features.hf_defaults
     given = dict(values)
@@ -178,7 +202,7 @@ def interpret(values: dict[str, Any], where: str = "config.json") -> Interpretat
         fields["mlp_only_layers"] = [layer for layer in only if layer not in beyond]
     if given.get("attention_dropout"):
         notes.append(f"attention_dropout {given['attention_dropout']} is not used: attention here has no dropout")
-    unknown = sorted(values.keys() - _UNUSED - defaults.keys())
+    unknown = sorted(values.keys() - _UNUSED - defaults.keys() - set(_LABELS if fields["criteria"] else ()))
     if unknown:
         notes.append(f"not used: {', '.join(unknown)}")
     return Interpretation(parse_model(fields, where), tuple(notes))
@@ -193,7 +217,7 @@ def _fresh(config: ModelConfig) -> dict[str, Any]:
     """A complete config.json that old and new versions of transformers read in the same way."""
     features = config.features
     values: dict[str, Any] = {
-        "architectures": [features.architecture],
+        "architectures": [features.classifier if config.criteria else features.architecture],
         "attention_dropout": 0.0,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
@@ -203,6 +227,9 @@ def _fresh(config: ModelConfig) -> dict[str, Any]:
     } | write_rope(config)
     for key in features.hf_defaults.keys() - {"num_experts"}:
         values[key] = config.qkv_bias if key == features.qkv_bias_key else getattr(config, key)
+    if config.criteria:
+        values["id2label"] = {str(index): name for index, name in enumerate(config.criteria)}
+        values["label2id"] = {name: index for index, name in enumerate(config.criteria)}
     if features.moe:
         values["mlp_only_layers"] = list(config.mlp_only_layers)
     values |= dict.fromkeys(features.expert_count_keys, config.num_experts) | write_dual_chunk(config, {})
@@ -219,6 +246,7 @@ def _keys(field: str, features: Family) -> tuple[str, ...]:
         "rope_scaling": _ROPE_KEYS,
         "num_experts": features.expert_count_keys,
         "qkv_bias": (features.qkv_bias_key,),
+        "criteria": ("architectures", *_LABELS),
     }
     return others.get(field, (field,))
 
@@ -240,6 +268,9 @@ def hf_config(config: ModelConfig, original: dict[str, Any] | None = None, dtype
                 continue
             if name in ("rope_theta", "rope_scaling"):
                 for key in (*_ROPE_KEYS, "original_max_position_embeddings"):
+                    values.pop(key, None)
+            if name == "criteria":
+                for key in _LABELS:
                     values.pop(key, None)
             if name == "dual_chunk":
                 values.pop(DUAL_CHUNK, None)

@@ -238,8 +238,21 @@ def convert_to_hf(
             else list(dtypes.values())
         ),
         files=len(files_in(hf_dir)),
-        notes=notes + tuple(left),
+        notes=notes + tuple(left) + (_score_notes(read_json(hf_dir / CONFIG)) if config.criteria else ()),
     )
+
+
+def _score_notes(values: dict[str, Any]) -> tuple[str, ...]:
+    """Where transformers reads scores elsewhere than we do: it looks for the last token that is not padding."""
+    pad, end = values.get("pad_token_id"), values.get("eos_token_id")
+    if pad is None:
+        return ("config.json has no pad_token_id, so transformers scores one conversation at a time",)
+    if pad in (end if isinstance(end, list) else [end]):
+        return (
+            f"pad_token_id {pad} of config.json also ends answers, so transformers reads scores at the token before the "
+            "end: give it a pad_token_id of its own",
+        )
+    return ()
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,9 @@ def _config_json(request: ExportRequest, quantization: dict[str, Any]) -> bytes:
     values = hf_config(request.config, old, None if old is not None and request.keeps_dtypes else main)
     if old is None:
         values |= request.token_ids
+    elif request.config.criteria and values["architectures"] != old.get("architectures"):
+        # A reward model that began as a language model: transformers finds an answer's end by the padding after it.
+        values = {key: value for key, value in request.token_ids.items() if key == "pad_token_id"} | values
     # An original's entry describes FP8 weights, which were dequantized when they were read.
     values.pop("quantization_config", None)
     if quantization:

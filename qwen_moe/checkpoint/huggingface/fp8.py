@@ -49,10 +49,11 @@ def fp8_pieces(pieces: Sequence[Piece]) -> tuple[list[Piece], dict[str, Any]]:
     if len(found) == len(pieces):
         raise UserError(f"--dtype fp8: no linear layer of this model has sizes that are multiples of {BLOCK}: use bf16")
     gates = {_module(piece.hf_name) for piece in pieces if piece.kind == "gate"}
+    head = "score" if any(piece.hf_name == "score.weight" for piece in pieces) else "lm_head"
     return found, {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
-        "modules_to_not_convert": sorted({"lm_head"} | kept | gates),
+        "modules_to_not_convert": sorted({head} | kept | gates),
         "quant_method": "fp8",
         "weight_block_size": [BLOCK, BLOCK],
     }

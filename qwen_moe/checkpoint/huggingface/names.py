@@ -5,7 +5,7 @@ expert (transformers 5 fuses them in memory, and that layout can be read too). E
 functions expand rows for a config and compare the result with what a directory holds.
 
 Shape legend: V vocabulary, D hidden, Q query heads x head dim, KV key/value heads x head dim, C head dim, I dense
-feed-forward width, E experts, F expert width, S shared expert width.
+feed-forward width, E experts, F expert width, S shared expert width, R criteria of a reward model.
 """
 
 import re
@@ -77,7 +77,11 @@ _MOE_LAYER = (
     Row("mlp.shared_expert.down_proj.weight", ("D", "S"), when="shared_expert_intermediate_size", kind="linear"),
     Row("mlp.shared_expert_gate.weight", (1, "D"), when="shared_expert_intermediate_size", kind="gate"),
 )
-_GLOBAL_LAST = (Row("model.norm.weight", ("D",)), Row("lm_head.weight", ("V", "D"), when="untied"))
+_GLOBAL_LAST = (
+    Row("model.norm.weight", ("D",)),
+    Row("lm_head.weight", ("V", "D"), when="has_lm_head"),
+    Row("score.weight", ("R", "D"), when="criteria"),
+)
 
 # Buffers that old versions of transformers saved and every version computes again.
 _RECOMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -135,6 +139,7 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
         "E": config.num_experts,
         "F": config.moe_intermediate_size,
         "S": config.shared_expert_intermediate_size,
+        "R": len(config.criteria),
     }
 
 
@@ -157,7 +162,7 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
     sizes = _sizes(config)
 
     def wanted(row: Row) -> bool:
-        return not config.tie_word_embeddings if row.when == "untied" else not row.when or getattr(config, row.when)
+        return not row.when or bool(getattr(config, row.when))
 
     rows = [(row, "") for row in _GLOBAL_FIRST]
     for layer in range(config.num_hidden_layers):
@@ -180,7 +185,7 @@ def hf_pieces(config: ModelConfig) -> dict[str, Piece]:
         found |= {piece.hf_name: piece for piece in parameter.pieces}
         if parameter.fused is not None:
             found[parameter.fused.hf_name] = parameter.fused
-    if config.tie_word_embeddings:
+    if config.tied_head:
         found[_TIED_HEAD] = Piece(_TIED_HEAD, _EMBEDDING, (), found[_EMBEDDING].shape)
     return found
 
@@ -209,7 +214,7 @@ def match(config: ModelConfig, found: Mapping[str, Shape], where: str) -> Match:
             elif tuple(shape) != piece.shape:
                 misshapen.append(f"{piece.hf_name} is {list(shape)}, expected {list(piece.shape)}")
     ignored = tuple(name for name in left if _RECOMPUTED.fullmatch(name))
-    tied_head = config.tie_word_embeddings and left.get(_TIED_HEAD) is not None
+    tied_head = config.tied_head and left.get(_TIED_HEAD) is not None
     if tied_head and tuple(left[_TIED_HEAD]) != (config.vocab_size, config.hidden_size):
         misshapen.append(f"{_TIED_HEAD} is {list(left[_TIED_HEAD])} but the tied embedding is another shape")
     extra = [name for name in left if name not in ignored and not (tied_head and name == _TIED_HEAD)]

@@ -171,7 +171,7 @@ def test_unknown_keys_are_said() -> None:
             {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
             r"LlamaForCausalLM.*Qwen2ForCausalLM, Qwen2Moe",
         ),
-        ({"architectures": ["Qwen2ForSequenceClassification"]}, "not supported: supported are Qwen2ForCausalLM"),
+        ({"architectures": ["Qwen2ForTokenClassification"]}, "not supported: supported are Qwen2ForCausalLM"),
         ({"architectures": None, "model_type": "gpt2"}, "model_type 'gpt2'"),
         ({"model_type": "qwen3_moe"}, "Qwen2MoeForCausalLM but model_type 'qwen3_moe'"),
         (
