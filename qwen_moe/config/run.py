@@ -7,10 +7,11 @@ from typing import Any, Self
 
 from pydantic import ValidationError, model_validator
 
+from qwen_moe.config.criteria import check_criteria, with_criteria
 from qwen_moe.config.data import DataConfig
 from qwen_moe.config.fields import GivenPath, Section, Seed, whole_number
 from qwen_moe.config.model import ModelConfig
-from qwen_moe.config.objective import ObjectiveConfig, RewardConfig
+from qwen_moe.config.objective import ObjectiveConfig
 from qwen_moe.config.precision import PrecisionConfig
 from qwen_moe.config.rollout import RolloutConfig
 from qwen_moe.config.stages import Place, StageConfig, places_of, values_of_stages
@@ -79,23 +80,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _add_criteria(cls, values: Any) -> Any:
-        """A reward model's `model.criteria` are those of its objective, if they are left out."""
-        if not isinstance(values, dict):
-            return values
-        objective, model = values.get("objective"), values.get("model")
-        if isinstance(objective, str):
-            objective = {"kind": objective}
-        elif isinstance(objective, ObjectiveConfig):
-            objective = objective.model_dump()
-        if not isinstance(objective, dict) or objective.get("kind") != "reward_model":
-            return values
-        reward = objective.get("reward", {})
-        criteria = reward.get("criteria", RewardConfig().criteria) if isinstance(reward, dict) else ()
-        if isinstance(model, ModelConfig) and not model.criteria:
-            return values | {"model": model.model_copy(update={"criteria": tuple(criteria)})}
-        if isinstance(model, dict) and not model.get("criteria"):
-            return values | {"model": model | {"criteria": criteria}}
-        return values
+        return with_criteria(values)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -110,7 +95,7 @@ class RunConfig(Section):
         if self.training.train_tokens:
             self._check_length()
         self._check_balance()
-        self._check_criteria()
+        check_criteria(self.model.criteria, self.objective, self.sample_prompt)
         if self.stages:
             _check_stages(self)
         if self.training.train_tokens:
@@ -122,22 +107,6 @@ class RunConfig(Section):
             )
         if self.sample_prompt and not self.checkpoint.export_hf:
             raise ValueError("sample_prompt is sampled from the exported model: set checkpoint.export_hf to true")
-
-    def _check_criteria(self) -> None:
-        scored, judged = self.model.criteria, self.objective.reward.criteria
-        if self.objective.kind != "reward_model":
-            if scored:
-                raise ValueError(
-                    f"model.criteria {list(scored)} make a reward model, which objective.kind {self.objective.kind} cannot "
-                    "train: set objective.kind to reward_model, or leave model.criteria out"
-                )
-            return
-        if scored != judged:
-            raise ValueError(
-                f"model.criteria {list(scored)} are not objective.reward.criteria {list(judged)}: leave model.criteria out"
-            )
-        if self.sample_prompt:
-            raise ValueError("sample_prompt is set, but a reward model writes no text: leave it out")
 
     def _check_keep_steps(self) -> None:
         last = self.train_steps

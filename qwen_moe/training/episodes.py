@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,11 +29,10 @@ from qwen_moe.generation.engine import Completion
 from qwen_moe.generation.ranks import gather_shares
 from qwen_moe.generation.sampling import Sampling
 from qwen_moe.rollout.queries import Query
-from qwen_moe.rollout.rewards import Item, Rewarder
 from qwen_moe.runs.recorder import Recorder
 from qwen_moe.training.episode_files import EpisodeFiles
 from qwen_moe.training.log_probs import Frozen, frozen_model, label_log_probs
-from qwen_moe.training.queries import QuerySamples, ends, reward_settings
+from qwen_moe.training.queries import QuerySamples, ends
 from qwen_moe.training.reference import COLUMN, Say, weights_hash
 from qwen_moe.training.responses import (
     Judged,
@@ -46,6 +46,7 @@ from qwen_moe.training.responses import (
     with_values,
 )
 from qwen_moe.training.restore import load_start
+from qwen_moe.training.rewards import Rewards
 from qwen_moe.training.sampler import PolicySampler
 from qwen_moe.training.step import Trainer
 
@@ -77,10 +78,8 @@ class Episodes:
         self._updates: list[_Update] = []
         self._facts: dict[str, float] = {}
         self._tokens = 0
-        settings = reward_settings(config)
-        self._rewarder: Rewarder | None = None
-        if settings is not None:
-            same_on_all_ranks(lambda: self._start_rewarder(Rewarder(settings)))
+        tokenizer = inputs.tokenizer
+        same_on_all_ranks(lambda: self._open_rewards(tokenizer))
         self._frozen: Frozen | None = None
         if COLUMN in trainer.objective.fields:
             if config.checkpoint.load_from is None:
@@ -91,12 +90,14 @@ class Episodes:
             self._frozen = frozen_model(trainer)
             load_start(config, self._frozen.model, say)
 
-    def _start_rewarder(self, rewarder: Rewarder) -> None:
-        self._rewarder = rewarder
+    _rewards: Rewards  # on rank 0 alone
+
+    def _open_rewards(self, tokenizer: Path) -> None:
+        self._rewards = Rewards(self.config, tokenizer)
 
     def close(self) -> None:
-        if self._rewarder is not None:
-            self._rewarder.close()
+        if dist.get_rank() == 0:
+            self._rewards.close()
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This data-parallel rank's micro-batches of a step; samples first where its episode has no samples yet."""
@@ -192,7 +193,7 @@ class Episodes:
         if kept is not None:
             return [float(reward) for reward in kept["rewards"]]
         texts = [self._text(one.tokens[one.prompt :].tolist()) for one in responses]
-        rewards, parts = self._scores(responses, queries, texts)
+        rewards, parts = self._rewards.score(responses, queries, texts)
         lines = [
             {
                 "query": queries[one.query].id,
@@ -207,23 +208,6 @@ class Episodes:
         ]
         files.write_rewards(rewards, {"episode": number}, lines)
         return rewards
-
-    def _scores(
-        self, responses: Sequence[Response], queries: Sequence[Query], texts: Sequence[str]
-    ) -> tuple[list[float], list[dict[str, float]]]:
-        """The reward of each response and its parts, on rank 0."""
-        items = [
-            Item(
-                prompt=queries[one.query].prompt,
-                completion=text,
-                row={"id": queries[one.query].id, **queries[one.query].values},
-                finish_reason="length" if one.truncated else "stop",
-            )
-            for one, text in zip(responses, texts, strict=True)
-        ]
-        assert self._rewarder is not None
-        scores = self._rewarder.score(items)
-        return [score.value for score in scores], [dict(score.parts) for score in scores]
 
     def _cut(self, responses: Sequence[Response], experts: list[torch.Tensor] | None) -> list[_Update]:
         """The parts of an episode that its steps learn from, packed into rows."""
@@ -332,5 +316,5 @@ class Episodes:
             for number, (query, (answer,)) in enumerate(zip(queries, answers, strict=True))
         ]
         texts = [self._text(one.tokens[one.prompt :].tolist()) for one in responses]
-        rewards, _ = self._scores(responses, queries, texts)
+        rewards, _ = self._rewards.score(responses, queries, texts)
         return math.fsum(rewards) / len(rewards)

@@ -198,7 +198,8 @@ def draw(seed: int, index: int, max_ranks: int, objective: str = "likelihood") -
     values["balance"] = balance
     values["optimizer"]["clip_grad_norm"] = rng.choice([0.0, 0.5])
     values["training"]["recompute"] = rng.choice(["none", "selective", "full"])
-    values["data"]["respect_document_boundaries"] = rng.random() < 0.3
+    documents = rng.random() < 0.3  # conversations and pairs are always documents of their own
+    values["data"]["respect_document_boundaries"] = documents and objective == "likelihood"
     values["parallel"] = layout_overrides(layout, schedule, per_rank if schedule == "interleaved_1f1b" else 0)
     values["parallel"] |= {"cp_kind": kind, "cp_ulysses": ulysses}
     shardings = ["zero2"] if schedule in V_SHAPED else ["zero2", "zero3"]  # see ParallelConfig

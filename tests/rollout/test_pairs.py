@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from qwen_moe.cli import main
 from qwen_moe.data.content import document_lengths, token_dtype
-from qwen_moe.data.examples import ExampleSet, PackedExamples
+from qwen_moe.data.examples import PackedExamples
 from qwen_moe.data.manifest import bin_path, column_path, read_manifest
+from qwen_moe.data.rows import ExampleSet, Order
 from qwen_moe.errors import UserError
 from qwen_moe.rollout.pairs import FAILED, NEAR_DUPLICATE, SAME, TRUNCATED, Pair, PairRules, pairs_of
 from qwen_moe.rollout.store import TOKENIZER, Row, Store
@@ -175,9 +176,9 @@ def test_training_reads_them(tmp_path: Path) -> None:
     rows = questions(5)
     rollouts = stored(tmp_path / "rollouts", *rows)
     assert main(["data", "pairs", str(rollouts), "--output", str(tmp_path / "pairs")]) == 0
-    read = PackedExamples(
-        [ExampleSet(prefix=tmp_path / "pairs")], length=96, epochs=1, seed=0, vocab_size=60, cache=tmp_path
-    )
+    order = Order(length=96, seed=0)
+    read = PackedExamples([ExampleSet(prefix=tmp_path / "pairs")], order, vocab_size=60, cache=tmp_path)
+    read.judge_by(["preference"])  # the chosen answer is the better one
     assert read.kind == "pairs" and read.rows.examples == 5
     met = 0
     for number in range(len(read.rows)):

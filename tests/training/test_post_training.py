@@ -169,9 +169,8 @@ def test_a_reward_model_begins_from_a_language_model_and_scores_pairs(
     loss = sum(math.log1p(math.exp(-z)) for z in differences) / 60
     assert loss == pytest.approx(evaluated[-1]["validation_loss"], abs=1e-5)
     assert "scores texts by preference and writes none" in _refused("generate", tuned / "reward", capsys)
-    assert "no pair was judged by kind" in refusal(
-        path, "objective={kind: reward_model, reward: {criteria: [kind]}}", "run_dir=x"
-    )
+    other = ["objective={kind: reward_model, reward: {criteria: [kind]}}", f"run_dir={tuned / 'kind'}"]
+    assert "no pair was judged by kind: objective.reward.criteria can name preference" in refusal(path, *other)
 
 
 def _refused(verb: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -193,6 +192,6 @@ def test_data_and_settings_that_do_not_fit_the_objective_are_refused(tuned: Path
     assert "holds pairs of answers, and objective.kind sft reads conversations" in refusal(path, "objective=sft")
     assert "data.split is for text" in refusal(path, "data.split='90,10,0'")
     assert "longer than data.sequence_length 16" in refusal(path, "data.sequence_length=16")
-    assert "take 1" in refusal(path, "training.train_tokens=4096")
+    assert "of this data take" in refusal(path, "training.train_tokens=4096")
     assert "training.epochs is for conversations and pairs" in refusal(path, "objective=likelihood")
     assert "stages is for text" in refusal(path, "stages=[{name: a, tokens: 4096}]")
