@@ -52,6 +52,7 @@ def draw(
         if len(values) > _SMOOTH:
             right.plot(steps, smooth, color=_BLUE, linewidth=2, label=f"mean of {_SMOOTH} steps")
             right.legend(fontsize=8, loc="lower right")
+        right.xaxis.get_major_locator().set_params(integer=True)
         right.set_xlabel("step of GRPO")
         right.set_ylabel("mean reward of sampled answers")
         right.set_title("GRPO's own samples", fontsize=10)

@@ -1,8 +1,10 @@
 """Runs a command of `qwen-moe` in a process of its own, so that nothing of a model stays behind in this one."""
 
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from launchers.local.orphans import before_exec
@@ -13,8 +15,9 @@ from qwen_moe.workflow.state import Stopped
 COMMAND = (sys.executable, "-m", "qwen_moe")
 
 
-def run_command(*arguments: str) -> str:
-    """The stdout of `qwen-moe ARGUMENTS`, whose stderr is this process's. Raises Stopped unless it succeeds.
+def run_command(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+    """The stdout of `qwen-moe ARGUMENTS`, whose stderr is this process's, with variables beside this process's. Raises
+    Stopped unless it succeeds.
 
     The first SIGINT or SIGTERM is passed on as SIGINT, on which a training run saves a checkpoint; the second kills. If this
     process dies, the command gets SIGTERM (Linux).
@@ -31,6 +34,7 @@ def run_command(*arguments: str) -> str:
         [*COMMAND, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
+        env=os.environ | dict(environment),
         text=True,
         encoding="utf-8",
         start_new_session=True,

@@ -6,15 +6,17 @@ A step runs a command of `qwen-moe` as from a shell, so everything that a walk d
 import hashlib
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
-from launchers.folder.atomic import write_text
-from launchers.folder.run_folder import CHECKPOINTS
+from launchers.folder.atomic import write_json, write_text
+from launchers.folder.run_folder import CHECKPOINTS, read_json
+from parallel.threads import choose_threads
 from qwen_moe.checkpoint.directory import step_directories
 from qwen_moe.checkpoint.fingerprint import fingerprint
 from qwen_moe.data.tasks import is_tasks
@@ -26,6 +28,7 @@ from qwen_moe.rollout.store import MANIFEST
 from qwen_moe.runs import identity
 from qwen_moe.workflow.state import State
 
+THREADS = "threads.json"
 MEASURE = "measure "  # and the name of the model: the name of a step that measures
 
 
@@ -37,9 +40,22 @@ class Context:
     state: State
     commands: list[str] = field(default_factory=list)
 
-    def call(self, *arguments: str) -> str:
+    def call(self, *arguments: str, environment: Mapping[str, str] = MappingProxyType({})) -> str:
+        """The stdout of a command of `qwen-moe`. Raises Stopped unless it succeeds."""
         self.commands.append(shlex.join(["qwen-moe", *arguments]))
-        return run_command(*arguments)
+        return run_command(arguments, environment)
+
+    def sample(self, *arguments: str) -> dict[str, Any]:
+        """The summary of `qwen-moe rollout`, which always has the threads of this walk's first one, so that a walk that was
+        stopped has the same rounding. (A training run keeps its own.)"""
+        path = self.walk.run_dir / THREADS
+        asked = next((run.launch.threads for run in self.walk.runs.values()), 0)
+        kept = read_json(path)
+        before = int(kept.get("threads", 0)) if isinstance(kept, dict) else 0
+        threads = choose_threads(1, asked, before=before)
+        if not before:
+            write_json(path, {"threads": threads.count})
+        return json.loads(self.call(*arguments, "--json", environment=threads.environment()))
 
 
 class Step:
@@ -110,7 +126,7 @@ class Sampling(Step):
         assert before is not None
         sampling = ["--samples", str(section.samples), "--temperature", str(section.temperature)]
         arguments = _rollout(walk.model(before), section, walk.folder("rollout"))
-        return json.loads(at.call(*arguments, *sampling, "--seed", str(section.seed), "--json"))
+        return at.sample(*arguments, *sampling, "--seed", str(section.seed))
 
 
 class Pairing(Step):
@@ -156,7 +172,7 @@ class Measuring(Step):
         walk, section = at.walk, at.walk.config.measure
         assert section is not None
         folder = walk.measured_folder(self.model)
-        at.call(*_rollout(walk.model(self.model), section, folder), "--samples", "1", "--temperature", "0", "--json")
+        at.sample(*_rollout(walk.model(self.model), section, folder), "--samples", "1", "--temperature", "0")
         facts = figures.of_answers(folder, section.shown)
         before = None if self.model == "start" else walk.begins_from(self.model)
         if before is not None:
