@@ -218,7 +218,7 @@ def _made_by(walk: Walk, step: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     before = walk.begins_from(step) if step != "pairs" else None
     if before is not None:
-        found[f"the model {before} (content)"] = of_model(walk.model(before))
+        found[f"the model that {step} begins from (content)"] = of_model(walk.model(before))
     files = {
         "pairs": walk.pairs_prefix.with_name(f"{walk.pairs_prefix.name}.bin"),
         "rollout": walk.folder("rollout") / MANIFEST,

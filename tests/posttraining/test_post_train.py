@@ -152,7 +152,7 @@ def losses(run: str) -> list[float]:
         ("pairs.rule=all", "pairs", "pairs.rule was 'pass-fail', is now 'all'"),
         ("dpo.objective.preference.beta=0.5", "dpo", "objective.preference.beta was 0.1, is now 0.5"),
         ("grpo.rollout.episodes=4", "grpo", "training.train_tokens was 1536, is now 2048"),
-        ("dpo=null", "grpo", "the model sft has changed"),
+        ("dpo=null", "grpo", "the model that grpo begins from has changed"),
     ],
 )
 def test_changed_settings_are_refused(
@@ -165,14 +165,18 @@ def test_changed_settings_are_refused(
     assert (finished / "run" / "state.json").read_bytes() == before
 
 
-def test_changed_inputs_are_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_inputs_are_refused(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     newest = sorted((finished / "run" / "1-sft" / "checkpoints").iterdir())[-1]
     with (newest / "manifest.json").open("ab") as file:
         file.write(b" ")
-    assert post_train() == 2
-    message = capsys.readouterr().err
-    # A measurement is cheap, and is done again; it is the first that reads the model.
-    assert "[2/9] measure sft" in message and "again, because the model sft has changed" in message
+    assert post_train("measure=null") == 2
+    assert "the model that rollout begins from has changed" in capsys.readouterr().err
+    monkeypatch.setattr(steps_module, "run_command", stops)
+    assert post_train() == 7  # a measurement is cheap, and is done again
+    assert "[2/9] measure sft" in (message := capsys.readouterr().err)
+    assert "again, because the model sft has changed" in message
 
 
 def test_other_held_out_queries_are_answered_again(
