@@ -12,7 +12,7 @@ from qwen_moe.rollout.store import Row, read_rollouts
 from qwen_moe.runs.outcome import read_outcome
 from qwen_moe.runs.records import ATTEMPTS, read_lines
 
-_LAST = 20  # the last loss is the mean of one step in so many
+_LAST, _LEAST = 10, 5  # a tenth of the steps, at least five of them
 
 
 def of_run(config: RunConfig) -> dict[str, Any]:
@@ -24,12 +24,17 @@ def of_run(config: RunConfig) -> dict[str, Any]:
         "unit": config.objective.unit,
         "attempts": len((config.run_dir / ATTEMPTS).read_text(encoding="utf-8").splitlines()),
     }
-    last = records[-max(1, len(records) // _LAST) :]
+    last = records[-_last_steps(len(records)) :]
     for name in ("loss", "accuracy", "reward"):
         if name in records[0]:
             found[name] = [float(records[0][name]), math.fsum(float(one[name]) for one in last) / len(last)]
     outcome = read_outcome(config, config.run_dir)
     return found | ({"warning": outcome.why} if outcome.state != "complete" else {})
+
+
+def _last_steps(steps: int) -> int:
+    """How many of a run's last steps its last loss is the mean of: one step, perhaps of few examples, says little."""
+    return max(1, min(steps // 2, max(_LEAST, steps // _LAST)))
 
 
 def rewards_by_step(run_dir: Path) -> tuple[list[int], list[float]]:

@@ -90,7 +90,12 @@ def _table(at: Context) -> list[str]:
     notes = [
         f"* {TITLES[name]}: {found}" for name in at.walk.config.steps if (found := at.state.facts(name).get("warning"))
     ]
-    return [*lines, "", "First → last: of the first step, and the mean of the last 5% of steps.", *notes]
+    return [
+        *lines,
+        "",
+        "First → last: of the first step, and the mean of the last tenth of the steps (at least five, at most half).",
+        *notes,
+    ]
 
 
 def _learned(name: str, facts: dict[str, Any]) -> str:
