@@ -82,6 +82,7 @@ def test_steps_that_are_left_out_are_passed_over(here: Path) -> None:
                  "grpo.rollout.reward_model=null")  # fmt: skip
     assert [step.name for step in steps_of(short)] == ["sft", "measure sft", "grpo", "measure grpo"]
     assert short.runs["grpo"].checkpoint.load_from == Path("run/1-sft")
+    assert walk(here).runs["grpo"].checkpoint.load_from == Path("run/4-dpo")
     assert short.runs["grpo"].run_dir == Path("run/6-grpo")  # numbers do not change, so that steps can be added later
     assert [step.name for step in steps_of(walk(here, "measure=null"))] == list(STEPS)
     assert STEPS == NAMES
