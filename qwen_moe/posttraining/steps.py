@@ -45,17 +45,17 @@ class Context:
         self.commands.append(shlex.join(["qwen-moe", *arguments]))
         return run_command(arguments, environment)
 
-    def sample(self, *arguments: str) -> dict[str, Any]:
-        """The summary of `qwen-moe rollout`, which always has the threads of this walk's first one, so that a walk that was
-        stopped has the same rounding. (A training run keeps its own.)"""
-        path = self.walk.run_dir / THREADS
-        asked = next((run.launch.threads for run in self.walk.runs.values()), 0)
+    def sample(self, output: Path, *arguments: str) -> dict[str, Any]:
+        """The summary of `qwen-moe rollout`, which writes to ``output``. One that was stopped goes on with the threads that
+        it had, so that its rounding is the same; a training run does so by itself."""
+        path, name = self.walk.run_dir / THREADS, output.name
         kept = read_json(path)
-        before = int(kept.get("threads", 0)) if isinstance(kept, dict) else 0
-        threads = choose_threads(1, asked, before=before)
-        if not before:
-            write_json(path, {"threads": threads.count})
-        return json.loads(self.call(*arguments, "--json", environment=threads.environment()))
+        counts: dict[str, int] = kept if isinstance(kept, dict) else {}
+        asked = next((run.launch.threads for run in self.walk.runs.values()), 0)
+        threads = choose_threads(1, asked, before=int(counts.get(name, 0)) if output.exists() else 0)
+        write_json(path, counts | {name: threads.count})
+        environment = threads.environment()
+        return json.loads(self.call(*arguments, "--output", str(output), "--json", environment=environment))
 
 
 class Step:
@@ -125,8 +125,8 @@ class Sampling(Step):
         before = walk.begins_from("rollout")
         assert before is not None
         sampling = ["--samples", str(section.samples), "--temperature", str(section.temperature)]
-        arguments = _rollout(walk.model(before), section, walk.folder("rollout"))
-        return at.sample(*arguments, *sampling, "--seed", str(section.seed))
+        arguments = _rollout(walk.model(before), section)
+        return at.sample(walk.folder("rollout"), *arguments, *sampling, "--seed", str(section.seed))
 
 
 class Pairing(Step):
@@ -172,7 +172,7 @@ class Measuring(Step):
         walk, section = at.walk, at.walk.config.measure
         assert section is not None
         folder = walk.measured_folder(self.model)
-        at.sample(*_rollout(walk.model(self.model), section, folder), "--samples", "1", "--temperature", "0")
+        at.sample(folder, *_rollout(walk.model(self.model), section), "--samples", "1", "--temperature", "0")
         facts = figures.of_answers(folder, section.shown)
         before = None if self.model == "start" else walk.begins_from(self.model)
         if before is not None:
@@ -249,9 +249,9 @@ def _files(names: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def _rollout(model: Path, section: Rewarded, output: Path) -> list[str]:
+def _rollout(model: Path, section: Rewarded) -> list[str]:
     """The arguments of `qwen-moe rollout` that sampling and measuring have in common."""
-    found = ["rollout", "--checkpoint", str(model), "--input", section.queries, "--output", str(output)]
+    found = ["rollout", "--checkpoint", str(model), "--input", section.queries]
     found += ["--chat"] if section.chat else []
     found += ["--reward", *section.rewards]
     if section.reward_weights:
