@@ -114,6 +114,11 @@ class MetricsLog:
                 file.close()
 
 
+def _progress(record: dict[str, Any]) -> str:
+    """What a step's line in the bar begins with. The loss of a policy that learns from its own samples says little."""
+    return f"reward {record['reward']:.3f}" if "reward" in record else f"loss {record['loss']:.3f}"
+
+
 def open_recorder(config: RunConfig, *, resumed_step: int) -> "Recorder":
     """The recorder that the recipe configures. Every rank must call it."""
     sinks, warnings = open_sinks(config, resumed_step=resumed_step) if dist.get_rank() == 0 else ([], [])
@@ -157,7 +162,7 @@ class Recorder:
         self._record(record)
         share = record.get("share_of_peak", 0.0)
         self.bar.set_postfix_str(
-            f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s, {share:.0%} of matmul peak",
+            f"{_progress(record)}, {record['tokens_per_second']:,.0f} tokens/s, {share:.0%} of matmul peak",
             refresh=False,
         )
         self.bar.update(1)

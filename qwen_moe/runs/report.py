@@ -23,6 +23,7 @@ NEEDED = (
 )
 _AT_LENGTH = "validation_loss_"
 LOSS_PICTURE = "loss.png"
+REWARD_PICTURE = "reward.png"
 LOAD_PICTURE = "expert_load.png"
 
 
@@ -94,7 +95,27 @@ def summarize(run_dir: Path) -> dict[str, Any]:
     if "expert_imbalance_max" in last:
         facts["expert_imbalance_max"] = last["expert_imbalance_max"]
         facts["balance_loss"] = last["balance_loss"]
-    return facts
+    return facts | _of_samples(records, timed)
+
+
+def _of_samples(records: list[dict[str, Any]], timed: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of a run that learns from its own samples: rewards, and its speed in tokens without padding."""
+    rewards = [record["reward"] for record in records if "reward" in record]
+    if not rewards:
+        return {}
+    tenth = max(1, len(rewards) // 10)
+    speed = sorted(record["tokens_per_second"] for record in timed)[len(timed) // 2]
+    last = timed[-1]
+    per_token, peak = last["model_flops_per_second"] / last["tokens_per_second"], last["share_of_peak"]
+    facts: dict[str, Any] = {
+        "reward_first": sum(rewards[:tenth]) / tenth,
+        "reward_last": sum(rewards[-tenth:]) / tenth,
+        "tokens_per_second": speed,
+        "model_flops_per_second": speed * per_token,
+        "share_of_peak": speed * peak / last["tokens_per_second"],
+    }
+    held_out = [record["held_out_reward"] for record in records if "held_out_reward" in record]
+    return facts | ({"held_out_first": held_out[0], "held_out_last": held_out[-1]} if held_out else {})
 
 
 def _tokens_per_step(steps: list[dict[str, Any]]) -> float:
@@ -132,6 +153,14 @@ def as_text(facts: dict[str, Any]) -> str:
     """Human-readable summary of the figures."""
     lines = [f"{facts['run_dir']}: step {facts['step']:,}, {facts['tokens']:,} tokens"]
     lines.append(f"  training loss     {facts['loss']:.4f} {facts['unit']}")
+    if "reward_last" in facts:
+        lines.append(
+            f"  reward            {facts['reward_first']:.4f} in the first tenth, {facts['reward_last']:.4f} in the last"
+        )
+    if "held_out_last" in facts:
+        lines.append(
+            f"  held-out reward   {facts['held_out_first']:.4f} at first, {facts['held_out_last']:.4f} at last (greedy)"
+        )
     if facts["validation_loss"] is not None:
         lines.append(f"  validation loss   {facts['validation_loss']:.4f}")
     for stage in facts.get("stages", []):
@@ -176,6 +205,8 @@ def draw(run_dir: Path) -> list[Path]:
     matplotlib.use("Agg")
     records = _records(run_dir)
     paths = [_draw_loss(records, _objective(run_dir).unit, run_dir / LOSS_PICTURE)]
+    if any("reward" in record for record in records):
+        paths.append(_draw_reward(records, run_dir / REWARD_PICTURE))
     loads = [record for record in records if "expert_counts" in record]
     if loads:
         paths.append(_draw_load(records, loads, run_dir / LOAD_PICTURE))
@@ -198,6 +229,27 @@ def _draw_loss(records: list[dict[str, Any]], unit: str, path: Path) -> Path:
     lower.set_xlabel("training tokens (millions)")
     lower.grid(alpha=0.3)
     _draw_borders(upper, lower, steps)
+    return _save(figure, path)
+
+
+def _draw_reward(records: list[dict[str, Any]], path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    steps = [record for record in records if "reward" in record]
+    held_out = [record for record in records if "held_out_reward" in record]
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained")
+    upper.plot([r["step"] for r in steps], [r["reward"] for r in steps], linewidth=1, label="sampled answers, mean")
+    if held_out:
+        places, values = [r["step"] for r in held_out], [r["held_out_reward"] for r in held_out]
+        upper.plot(places, values, "o-", label=f"greedy answers to held-out queries (last {values[-1]:.3f})")
+    upper.set_ylabel("reward")
+    upper.legend()
+    upper.grid(alpha=0.3)
+    lower.plot([r["step"] for r in steps], [r["used_answers"] for r in steps], linewidth=1, color="tab:green")
+    lower.set_ylabel("used answers")
+    lower.set_ylim(0, 1)
+    lower.set_xlabel("step")
+    lower.grid(alpha=0.3)
     return _save(figure, path)
 
 
