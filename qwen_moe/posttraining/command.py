@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qwen_moe.posttraining.steps import Context, Step
 
+STOPPING_SECONDS = 300.0  # for what a killed walk left behind, which may be saving a checkpoint
 NAMES = ("sft", "rollout", "pairs", "dpo", "reward_model", "grpo")
 
 
@@ -44,9 +45,9 @@ def run(args: argparse.Namespace) -> int:
     walk = Walk(load_walk(args.recipe, args.overrides), str(args.recipe))
     opened = (walk.run_dir, "run_dir", "that of an earlier post-train")
     State.open(*opened)  # it is refused before it is locked, which makes it
-    lock = RunLock(walk.run_dir)
+    lock = RunLock(walk.run_dir, patience=STOPPING_SECONDS)
     try:
-        at = Context(walk=walk, state=State.open(*opened))
+        at = Context(walk=walk, state=State.open(*opened), lock=lock)
         at.state.write()  # the folder is known to be ours before a step writes into it
         if args.redo:
             _redo(at, args.redo)

@@ -15,12 +15,12 @@ from qwen_moe.workflow.state import Stopped
 COMMAND = (sys.executable, "-m", "qwen_moe")
 
 
-def run_command(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+def run_command(arguments: Sequence[str], environment: Mapping[str, str], pass_fds: Sequence[int] = ()) -> str:
     """The stdout of `qwen-moe ARGUMENTS`, whose stderr is this process's, with variables beside this process's. Raises
     Stopped unless it succeeds.
 
     The first SIGINT or SIGTERM is passed on as SIGINT, on which a training run saves a checkpoint; the second kills. If this
-    process dies, the command gets SIGTERM (Linux).
+    process dies, the command gets SIGTERM (Linux); until it has ended it holds the lock whose file is in ``pass_fds``.
     """
     stopping = False
 
@@ -39,6 +39,7 @@ def run_command(arguments: Sequence[str], environment: Mapping[str, str]) -> str
         encoding="utf-8",
         start_new_session=True,
         preexec_fn=before_exec(),
+        pass_fds=tuple(pass_fds),
     )
     with answered_by(stop):
         output, _ = process.communicate()

@@ -16,6 +16,7 @@ import yaml
 
 from launchers.folder.atomic import write_json, write_text
 from launchers.folder.run_folder import CHECKPOINTS, read_json
+from launchers.local.lock import RunLock
 from parallel.threads import choose_threads
 from qwen_moe.checkpoint.directory import step_directories
 from qwen_moe.checkpoint.fingerprint import fingerprint
@@ -34,16 +35,17 @@ MEASURE = "measure "  # and the name of the model: the name of a step that measu
 
 @dataclass
 class Context:
-    """What steps work with. ``commands`` are the ones that the current step has run."""
+    """What steps work with. ``commands`` are the ones that the current step has run. ``lock``: of the walk's folder."""
 
     walk: Walk
     state: State
+    lock: RunLock
     commands: list[str] = field(default_factory=list)
 
     def call(self, *arguments: str, environment: Mapping[str, str] = MappingProxyType({})) -> str:
         """The stdout of a command of `qwen-moe`. Raises Stopped unless it succeeds."""
         self.commands.append(shlex.join(["qwen-moe", *arguments]))
-        return run_command(arguments, environment)
+        return run_command(arguments, environment, self.lock.pass_fds)
 
     def sample(self, output: Path, *arguments: str) -> dict[str, Any]:
         """The summary of `qwen-moe rollout`, which writes to ``output``. One that was stopped goes on with the threads that

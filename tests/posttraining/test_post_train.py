@@ -54,11 +54,11 @@ def finished(whole: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: py
     return tmp_path
 
 
-def no_process(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+def no_process(arguments: Sequence[str], environment: Mapping[str, str], pass_fds: Sequence[int]) -> str:
     raise AssertionError(f"qwen-moe {' '.join(arguments)} was called")
 
 
-def stops(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+def stops(arguments: Sequence[str], environment: Mapping[str, str], pass_fds: Sequence[int]) -> str:
     raise Stopped(7)
 
 
