@@ -27,6 +27,7 @@ VERBS = (
     "qwen_moe.evaluation.command",
     "qwen_moe.scaling",
     "qwen_moe.workflow.command",
+    "qwen_moe.posttraining.command",
     "qwen_moe.launch.command",
     "qwen_moe.launch.observe",
     "qwen_moe.planning.command",

@@ -85,6 +85,7 @@ FLOORS = {
         ("verify", "launch", "evaluation"),
         ("scaling",),
         ("workflow",),
+        ("posttraining",),
         ("cli",),
         ("__main__",),
     ),

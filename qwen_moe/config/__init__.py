@@ -9,6 +9,7 @@ from qwen_moe.config.load import (
     load_stage,
     parse_config,
     parse_model,
+    read_recipe,
     refuse_stages,
 )
 from qwen_moe.config.model import ModelConfig
@@ -47,6 +48,7 @@ __all__ = [
     "load_stage",
     "parse_config",
     "parse_model",
+    "read_recipe",
     "refuse_stages",
     "stage_runs",
 ]

@@ -26,9 +26,9 @@ def shorten(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"
 
 
-def _valid_keys(path: tuple[str | int, ...]) -> list[str]:
-    """The keys that are valid in the section of ``path``, the path of an unknown key."""
-    section: type[BaseModel] = RunConfig
+def _valid_keys(path: tuple[str | int, ...], whole: type[BaseModel]) -> list[str]:
+    """The keys that are valid in the section of ``path``, the path of an unknown key of ``whole``."""
+    section = whole
     for part in path[:-1]:
         field = section.model_fields.get(str(part))
         if field is None:
@@ -40,14 +40,17 @@ def _valid_keys(path: tuple[str | int, ...]) -> list[str]:
     return list(section.model_fields) + (["preset"] if section is ModelConfig else [])
 
 
-def _explain(error: ValidationError, source: str, root: tuple[str, ...] = ()) -> UserError:
+def explain(
+    error: ValidationError, source: str, root: tuple[str, ...] = (), whole: type[BaseModel] = RunConfig
+) -> UserError:
+    """One message for all mistakes in ``source``, which holds a ``whole``; ``root``: the section that ``error`` is about."""
     lines = []
     for item in error.errors():
         path = root + tuple(item["loc"])
         dotted = ".".join(str(part) for part in path)
         if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(path[-1]), _valid_keys(path), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(_valid_keys(path))}"
+            near = difflib.get_close_matches(str(path[-1]), _valid_keys(path, whole), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(_valid_keys(path, whole))}"
             lines.append(f"unknown key {dotted!r}; {hint}")
         elif item["type"] == "missing":
             lines.append(f"{dotted!r} is missing: give it in the recipe or as {dotted}=VALUE")
@@ -67,7 +70,7 @@ def parse_model(values: dict[str, Any], source: str) -> ModelConfig:
     try:
         return ModelConfig(**values)
     except ValidationError as error:
-        raise _explain(error, source, ("model",)) from None
+        raise explain(error, source, ("model",)) from None
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -90,7 +93,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     node[leaf] = yaml_value(text, f"override {shorten(override)!r}") if text else ""
 
 
-def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Put `section.key=value` overrides into ``values``. Raises UserError."""
     given: dict[str, str] = {}
     for override in overrides:
         key = override.partition("=")[0]
@@ -107,7 +111,7 @@ def parse_config(values: dict[str, Any], source: str) -> RunConfig:
     try:
         return RunConfig(**values)
     except ValidationError as error:
-        raise _explain(error, source) from None
+        raise explain(error, source) from None
 
 
 def find_recipe(path: Path) -> Path:
@@ -119,16 +123,19 @@ def find_recipe(path: Path) -> Path:
     return ours if os.path.isfile(ours) else path
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe, from a file or from the package (`find_recipe`), and apply `section.key=value` overrides (values are
-    YAML). Raises UserError naming every problem."""
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The values of a recipe, from a file or from the package (`find_recipe`). Raises UserError."""
     expected = f"the path of a YAML file, or one of {', '.join(sorted(file.stem for file in RECIPES.glob('*.yaml')))}"
     source = find_recipe(path)
     if source != path and path.suffix:
         print(f"{path} does not exist: reading {source}, which comes with qwen-moe", file=sys.stderr)
-    values = yaml_mapping(read_text(source, "recipe", expected), f"recipe {path}")
-    values = with_stages(values, str(path))
-    _apply_overrides(values, overrides)
+    return yaml_mapping(read_text(source, "recipe", expected), f"recipe {path}")
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe and apply `section.key=value` overrides (values are YAML). Raises UserError naming every problem."""
+    values = with_stages(read_recipe(path), str(path))
+    apply_overrides(values, overrides)
     return parse_config(values, str(path))
 
 

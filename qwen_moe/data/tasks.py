@@ -1,6 +1,7 @@
 """Small tasks with exact answers, generated: rows to learn from, to sample answers to, and to measure on.
 
-`tasks:KIND:COUNT` names COUNT rows of training, `tasks:KIND:COUNT:heldout` COUNT different tasks that training never has.
+`tasks:KIND:COUNT` names COUNT rows of training, `tasks:KIND:COUNT:heldout` COUNT different tasks that training never has,
+and `tasks:KIND:COUNT:after:N` COUNT different tasks of training that `tasks:KIND:N` does not have.
 A row has ``prompt``, ``completion`` and ``answer`` (equal), ``text`` (both), ``kind`` and ``id``.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 from qwen_moe.errors import UserError
 
 PREFIX = "tasks:"
-HELD_OUT = "heldout"
+HELD_OUT, AFTER = "heldout", "after"
 _SHARE = 8  # one task of so many is held out
 _MOST = 5_000_000  # rows, which are held in memory
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -73,25 +74,25 @@ def tasks_bytes(name: str) -> bytes:
 
 def tasks(name: str) -> list[dict[str, Any]]:
     """The rows that ``name`` asks for. Raises UserError."""
-    kind, count, held_out = _parts(name)
-    rng = random.Random(f"{kind}:{held_out}")
+    kind, count, held_out, after = _parts(name)
+    different = held_out or after > 0
+    met = {row["prompt"] for row in tasks(f"{PREFIX}{kind}:{after}")} if after else set()
+    rng = random.Random(f"{kind}:{held_out}:{after}" if after else f"{kind}:{held_out}")
     rows: list[dict[str, Any]] = []
-    met: set[str] = set()
     in_vain = 0
     while len(rows) < count:
         question, answer = KINDS[kind](rng)
-        if is_held_out(question) != held_out or (held_out and question in met):
+        if is_held_out(question) != held_out or (different and question in met):
             in_vain += 1
             if in_vain > 50_000:
-                raise UserError(
-                    f"input {name}: there are only {len(rows):,} held-out tasks of this kind: ask for fewer"
-                )
+                which = "held-out tasks of this kind" if held_out else f"tasks of this kind beside the first {after:,}"
+                raise UserError(f"input {name}: there are only {len(rows):,} {which}: ask for fewer")
             continue
         in_vain = 0
         met.add(question)
         rows.append(
             {
-                "id": f"{kind}-{len(rows)}",
+                "id": f"{kind}-{len(rows)}" + (f"-{AFTER}-{after}" if after else ""),
                 "kind": kind,
                 "prompt": question,
                 "completion": answer,
@@ -102,17 +103,21 @@ def tasks(name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _parts(name: str) -> tuple[str, int, bool]:
+def _parts(name: str) -> tuple[str, int, bool, int]:
+    """Kind, count, whether they are held out, and the number of rows that they come after."""
     parts = name.removeprefix(PREFIX).split(":")
     number = parts[1] if len(parts) > 1 else ""
-    held_out = parts[2:] == [HELD_OUT]
-    if not number.isascii() or not number.isdigit() or len(parts) > 3 or (len(parts) == 3 and not held_out):
+    held_out, after = parts[2:] == [HELD_OUT], parts[3] if len(parts) == 4 and parts[2] == AFTER else ""
+    if not all(text.isascii() and text.isdigit() for text in (number, after or "0")) or (
+        len(parts) > 2 and not held_out and not after
+    ):
         raise UserError(
-            f"input {name} is not of the form {PREFIX}KIND:COUNT or {PREFIX}KIND:COUNT:{HELD_OUT}, as in "
-            f"{PREFIX}addition:20000"
+            f"input {name} is not of the form {PREFIX}KIND:COUNT, {PREFIX}KIND:COUNT:{HELD_OUT} or "
+            f"{PREFIX}KIND:COUNT:{AFTER}:N, as in {PREFIX}addition:20000"
         )
     if parts[0] not in KINDS:
         raise UserError(f"input {name}: there is no kind {parts[0]!r} of tasks: give one of {', '.join(KINDS)}")
-    if not 0 < int(number[:12]) <= _MOST:
-        raise UserError(f"input {name} asks for {number} tasks: give 1 to {_MOST:,}")
-    return parts[0], int(number), held_out
+    for text in (number, after or "1"):
+        if not 0 < int(text[:12]) <= _MOST:
+            raise UserError(f"input {name} asks for {text} tasks: give 1 to {_MOST:,}")
+    return parts[0], int(number), held_out, int(after or "0")

@@ -5,7 +5,6 @@ inputs have changed is done again, with all steps after it, and a message names 
 """
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -66,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the steps. ``args.build_parser`` makes the parser of all verbs, which steps are called with."""
     from qwen_moe.config import load_config, refuse_stages
     from qwen_moe.workflow.page import write_page
-    from qwen_moe.workflow.state import State
+    from qwen_moe.workflow.state import State, Stopped
     from qwen_moe.workflow.steps import NAMES as STEPS_IN_ORDER
-    from qwen_moe.workflow.steps import STEPS, Context, Stopped
+    from qwen_moe.workflow.steps import STEPS, Context
 
     assert STEPS_IN_ORDER == NAMES
     _check(args)
@@ -106,26 +105,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _redo(at: "Context", first: str) -> None:
     """Forget a step and all steps after it. An existing ladder is moved aside, not deleted."""
+    from qwen_moe.workflow.state import move_aside
     from qwen_moe.workflow.steps import LADDER
 
     at.state.forget(list(NAMES[NAMES.index(first) :]))
     if NAMES.index(first) <= NAMES.index("ladder"):
-        _move_aside(at.folder / LADDER)
-
-
-def _move_aside(folder: Path) -> None:
-    if not folder.exists():
-        return
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    os.replace(folder, aside)
-    print(f"{folder} was moved to {aside}", file=sys.stderr)
+        move_aside(at.folder / LADDER)
 
 
 def _one(at: "Context", step: "Step", title: str) -> bool:
     """Do a step unless it is done. Returns False if the user does not want to continue. Raises UserError, Stopped."""
-    from qwen_moe.workflow.state import shown
+    from qwen_moe.workflow.state import move_aside, shown
 
     inputs = step.inputs(at)
     changes = at.state.changes(step.name, inputs)
@@ -140,7 +130,7 @@ def _one(at: "Context", step: "Step", title: str) -> bool:
     again = f" again, because {shown(changes)}" if changes else ""
     print(f"{title}: {step.what}{again}", file=sys.stderr)
     if changes is None and step.keeps:
-        _move_aside(at.folder / step.name)  # it is incomplete, because a finished step would be recorded
+        move_aside(at.folder / step.name)  # it is incomplete, because a finished step would be recorded
     if step.cost is not None and (step.name == "run" or at.args.submit) and not _confirmed(at, step):
         return False
     at.commands = []

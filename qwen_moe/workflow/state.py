@@ -1,6 +1,8 @@
 """What a pipeline has done: the inputs and results of each step, in one JSON file that is written atomically."""
 
 import hashlib
+import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,15 +26,14 @@ class State:
     steps: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path) -> "State":
-        """Read the state of ``folder``. Raises UserError if the file is damaged or the folder holds something else."""
+    def open(cls, folder: Path, given: str = "--output", whose: str = "an earlier pipeline's") -> "State":
+        """Read the state of ``folder``, which ``given`` names. Raises UserError if the file is damaged, or if the folder
+        holds something else than ``whose``."""
         path = folder / STATE
         if not path.exists():
             others = [entry.name for entry in folder.iterdir() if entry.name != "lock"] if folder.is_dir() else []
             if others:
-                raise UserError(
-                    f"--output {folder} contains {others[0]} and no {STATE}: give a new folder, or an earlier pipeline's"
-                )
+                raise UserError(f"{given} {folder} contains {others[0]} and no {STATE}: give a new folder, or {whose}")
             return cls(folder)
         found = read_json(path)
         if not isinstance(found, dict) or not isinstance(found.get("steps"), dict):
@@ -73,6 +74,21 @@ class State:
 
     def write(self) -> None:
         write_json(self.folder / STATE, {"steps": self.steps})
+
+
+class Stopped(Exception):
+    """A command ended without finishing its step; the argument is the exit code."""
+
+
+def move_aside(path: Path) -> None:
+    """Give ``path``, a file or a folder, another name beside its own, if it exists, and say so."""
+    if not path.exists():
+        return
+    number = 1
+    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    os.replace(path, aside)
+    print(f"{path} was moved to {aside}", file=sys.stderr)
 
 
 def _changed(name: str, before: Any, now: Any) -> str:

@@ -19,7 +19,7 @@ from launchers.local.supervisor import INTERRUPTED
 from qwen_moe.config import RunConfig, dump_config
 from qwen_moe.errors import UserError
 from qwen_moe.runs import identity
-from qwen_moe.workflow.state import State, content, flat
+from qwen_moe.workflow.state import State, Stopped, content, flat
 
 RUNS, FIT, LADDER, RECOMMENDED, RECIPE, SCRIPT = (
     "runs.csv",
@@ -29,10 +29,6 @@ RUNS, FIT, LADDER, RECOMMENDED, RECIPE, SCRIPT = (
     "recipe.yaml",
     "job.sbatch",
 )
-
-
-class Stopped(Exception):
-    """A command ended without finishing its step; the argument is the exit code."""
 
 
 @dataclass

@@ -26,6 +26,15 @@ def test_answers_are_right_and_held_out_questions_are_new(kind: str) -> None:
     assert len(questions) == 900 and questions.isdisjoint(row["prompt"] for row in trained)
 
 
+def test_later_tasks_are_different_from_the_first_and_from_those_held_out() -> None:
+    first, later = tasks("tasks:addition:4000"), tasks("tasks:addition:3000:after:4000")
+    questions = {row["prompt"] for row in later}
+    assert len(questions) == 3000 and questions.isdisjoint(row["prompt"] for row in first)
+    assert questions.isdisjoint(row["prompt"] for row in tasks("tasks:addition:1000:heldout"))
+    assert {row["id"] for row in later}.isdisjoint(row["id"] for row in first)
+    assert all(row["answer"] == RIGHT["addition"](row["prompt"]) for row in later)
+
+
 def test_a_thousand_sums_are_held_out_and_the_bytes_are_always_the_same() -> None:
     assert len(tasks("tasks:addition:1000:heldout")) == 1000
     assert tasks_bytes("tasks:mixed:50") == tasks_bytes.__wrapped__("tasks:mixed:50")
@@ -44,6 +53,10 @@ def test_a_thousand_sums_are_held_out_and_the_bytes_are_always_the_same() -> Non
         ("tasks:addition:5:test", "not of the form"),
         ("tasks:cooking:5", f"no kind 'cooking' of tasks: give one of {', '.join(KINDS)}"),
         ("tasks:addition:9000:heldout", "only 1,"),
+        ("tasks:addition:9000:after:4000", "tasks of this kind beside the first 4,000"),
+        ("tasks:addition:5:after", "not of the form"),
+        ("tasks:addition:5:after:0", "give 1 to"),
+        ("tasks:addition:5:heldout:5", "not of the form"),
     ],
 )
 def test_what_cannot_be_made_is_said(name: str, part: str) -> None:
