@@ -1,9 +1,11 @@
 """The files of an episode, `RUN/episodes/episode_NNNNNN/`: what was sampled, its rewards, and log-probabilities.
 
-Each data-parallel group writes what it sampled (`part_D.*`); `samples.json` says that all have. `rewards.json` and
-`NAME.npy` follow, so that a run that is killed repeats nothing that was done. `samples.jsonl` is for people.
+Each data-parallel group writes what it sampled (`part_D.*`); `samples.json` says that all have, with hashes of these files.
+`rewards.json` and `NAME.npy` follow, so that a run that is killed repeats nothing that was done. `samples.jsonl` is for
+people.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,8 @@ import numpy as np
 import torch
 
 from launchers.folder.atomic import replaced, write_json, write_text
+from qwen_moe.data.content import sha256
+from qwen_moe.errors import UserError
 from qwen_moe.generation.engine import Completion
 from qwen_moe.training.responses import Response
 
@@ -69,25 +73,34 @@ class EpisodeFiles:
             arrays["experts"] = torch.cat(experts).numpy()
         for name, array in arrays.items():
             _save(self.folder / f"part_{group}.{name}.npy", array)
-        write_json(self.folder / f"part_{group}.json", {"answers": facts})
+        _write(self.folder / f"part_{group}.json", {"answers": facts})
 
     def has_samples(self, weights: str | None) -> bool:
-        """Whether all groups' samples are there and, with ``weights`` given, were sampled from weights with this hash."""
-        facts = _json(self.folder / SAMPLES)
-        return facts is not None and (weights is None or facts.get("weights") == weights)
+        """Whether all groups' samples are there, undamaged, and with ``weights`` given, were sampled from weights with this
+        hash. Without it an update has already learned from them: raises UserError if they are damaged."""
+        facts = _read(self.folder / SAMPLES)
+        damaged = [name for name, known in (facts or {}).get("files", {}).items() if _hash(self.folder / name) != known]
+        if weights is None and (self.folder / REWARDS).exists() and (facts is None or damaged):
+            raise UserError(
+                f"{self.folder / (damaged[0] if damaged else SAMPLES)} is gone or damaged, and an update has learned from "
+                f"these samples: go back to a checkpoint of an earlier episode, or delete {self.folder} to sample the rest of "
+                "it anew"
+            )
+        return facts is not None and not damaged and (weights is None or facts.get("weights") == weights)
 
     def end_sampling(self, groups: int, weights: str, facts: Mapping[str, Any]) -> None:
-        write_json(self.folder / SAMPLES, {"weights": weights, "groups": groups, **facts})
+        files = {path.name: _hash(path) for path in sorted(self.folder.glob("part_*"))}
+        _write(self.folder / SAMPLES, {"weights": weights, "groups": groups, "files": files, **facts})
 
     @property
     def facts(self) -> dict[str, Any]:
-        return _json(self.folder / SAMPLES) or {}
+        return _read(self.folder / SAMPLES) or {}
 
     def parts(self) -> list[Part]:
         found = []
         for group in range(self.facts["groups"]):
             path = self.folder / f"part_{group}"
-            facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["answers"]
+            facts = (_read(path.with_suffix(".json")) or {})["answers"]
             experts = self.folder / f"part_{group}.experts.npy"
             found.append(
                 Part(
@@ -125,24 +138,35 @@ class EpisodeFiles:
         self, rewards: Sequence[float], facts: Mapping[str, Any], lines: Sequence[dict[str, Any]]
     ) -> None:
         write_text(self.folder / TEXT, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        write_json(self.folder / REWARDS, {"rewards": list(rewards), **facts})
+        _write(self.folder / REWARDS, {"rewards": list(rewards), **facts})
 
     def rewards(self) -> dict[str, Any] | None:
-        return _json(self.folder / REWARDS)
+        """What `write_rewards` wrote; None if it is not there or damaged: rewards are computed again."""
+        return _read(self.folder / REWARDS)
 
     def write_values(self, name: str, values: Sequence[np.ndarray]) -> None:
         """Values of the tokens of all answers, in the order of `responses`."""
-        _save(self.folder / f"{name}.npy", np.concatenate(list(values)))
+        path = self.folder / f"{name}.npy"
+        _save(path, np.concatenate(list(values)))
+        _write(path.with_suffix(".json"), {"sha256": _hash(path)})
 
     def values(self, name: str, responses: Sequence[Response]) -> list[np.ndarray] | None:
+        """What `write_values` wrote, or None if it was not. Raises UserError if it is damaged: the weights that gave these
+        values may have changed since."""
         path = self.folder / f"{name}.npy"
-        if not path.exists():
+        facts = _read(path.with_suffix(".json"))
+        if facts is None and not path.with_suffix(".json").exists():
             return None
+        if facts is None or facts.get("sha256") != _hash(path):
+            raise UserError(
+                f"{path} is damaged: delete {self.folder}, and its samples are made anew from the weights of the newest "
+                "checkpoint"
+            )
         return np.split(np.load(path), np.cumsum([one.answer for one in responses])[:-1])
 
     def forget_arrays(self) -> None:
         """Delete what only training reads; the text stays."""
-        for path in (*self.folder.glob("*.npy"), *self.folder.glob("part_*.json"), self.folder / SAMPLES):
+        for path in (*self.folder.glob("*.npy"), *self.folder.glob("*.json")):
             path.unlink(missing_ok=True)
 
 
@@ -151,9 +175,24 @@ def _save(path: Path, array: np.ndarray) -> None:
         np.save(file, array)
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _hash(path: Path) -> str:
+    """SHA-256 of a file; empty if there is none."""
+    return sha256(path) if path.is_file() else ""
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    write_json(path, {**values, "checksum": _checksum(values)})
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What `_write` wrote; None if it is not there or damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        checksum = found.pop("checksum")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return None
-    return found if isinstance(found, dict) else None
+    return found if checksum == _checksum(found) else None

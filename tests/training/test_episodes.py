@@ -14,7 +14,9 @@ import yaml
 
 from qwen_moe.config import parse_config
 from qwen_moe.data.chat_tokenizer import trained_chat_tokenizer
+from qwen_moe.errors import UserError
 from qwen_moe.runs.records import read_lines
+from qwen_moe.training.episode_files import EpisodeFiles
 from tests.distributed import run_distributed
 from tests.small import model_values
 from tests.training.test_run import command, run_to_end
@@ -59,7 +61,6 @@ def learn(recipe: dict[str, Any], degrees: dict[str, int], steps: int) -> list[d
 
     from qwen_moe.sharding.build import build_model, make_grids
     from qwen_moe.sharding.layout import run_layout
-    from qwen_moe.training.episode_files import EpisodeFiles
     from qwen_moe.training.episodes import Episodes
     from qwen_moe.training.optimizer import build_optimizer
     from qwen_moe.training.queries import open_queries
@@ -212,6 +213,33 @@ def test_the_divergence_is_from_the_model_that_the_run_began_with(tokenizer: Pat
         assert [here[key] for key in ("loss", "kl", "grad_norm")] == pytest.approx(
             [there[key] for key in ("loss", "kl", "grad_norm")], rel=1e-10, abs=1e-10
         )
+
+
+def test_damaged_samples_are_made_again_or_refused(tokenizer: Path, tmp_path: Path) -> None:
+    """Before an update has learned from them they are made again; afterwards that would be from other weights."""
+    recipe = values(tokenizer, tmp_path, rollout={"updates_per_episode": 2})
+    (expected,) = run_distributed(learn, 1, recipe, {}, 2)
+    (folder,) = (tmp_path / "episodes").iterdir()
+    files = EpisodeFiles(tmp_path, 0)
+    weights = files.facts["weights"]
+    for name in ("part_0.tokens.npy", "part_0.log_probs.npy", "samples.json"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+        assert not files.has_samples(weights)
+        with pytest.raises(UserError, match="is gone or damaged, and an update has learned"):
+            files.has_samples(None)
+        (folder / name).write_bytes(content)
+    assert files.has_samples(weights) and files.has_samples(None)
+    old = folder / "old_log_probs.npy"
+    old.write_bytes(old.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"old_log_probs\.npy is damaged: delete"):
+        files.values("old_log_probs", files.responses()[0])
+    (folder / "rewards.json").write_text("{}")
+    assert files.rewards() is None
+    (folder / "part_0.tokens.npy").unlink()
+    (again,) = run_distributed(learn, 1, recipe, {}, 2)
+    assert [one["tokens"] for one in again] == [one["tokens"] for one in expected]
+    assert [one["weights"] for one in again] == [one["weights"] for one in expected]
 
 
 def refusal(recipe: dict[str, Any]) -> str:
