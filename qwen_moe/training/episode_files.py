@@ -83,8 +83,8 @@ class EpisodeFiles:
         if weights is None and (self.folder / REWARDS).exists() and (facts is None or damaged):
             raise UserError(
                 f"{self.folder / (damaged[0] if damaged else SAMPLES)} is gone or damaged, and an update has learned from "
-                f"these samples: go back to a checkpoint of an earlier episode, or delete {self.folder} to sample the rest of "
-                "it anew"
+                f"these samples: go back to a checkpoint of an earlier episode, or delete {self.folder} to sample the "
+                "rest of it anew"
             )
         return facts is not None and not damaged and (weights is None or facts.get("weights") == weights)
 
