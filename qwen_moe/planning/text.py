@@ -1,5 +1,6 @@
 """The text that `qwen-moe plan` prints."""
 
+from qwen_moe.config import RunConfig
 from qwen_moe.planning.memory import Memory
 from qwen_moe.planning.search import Misfit, Plan, Scored, changes
 
@@ -37,7 +38,7 @@ def _one(number: int, scored: Scored, plan: Plan) -> list[str]:
         f"{number}. {scored.choice}",
         f"   dp={grid.dp} edp={grid.edp}, {scored.layout.micro_batches} micro-batches{pipeline}",
         f"   step {scored.step.total:.3f} s   {scored.tokens_per_second:,.0f} tokens/s/GPU   {scored.tflops:.0f} TFLOP/s/GPU"
-        f"   MFU {scored.mfu:.1%}   {scored.gpu_hours:,.0f} GPU-hours{cost}",
+        f"   MFU {scored.mfu:.1%}" + (f"   {scored.gpu_hours:,.0f} GPU-hours{cost}" if scored.gpu_hours else ""),
         f"   time     {_time(scored)}",
         f"   memory   {scored.memory.total / GIB:.1f} of {usable:.1f} GiB: {_memory(scored.memory)}",
     ]
@@ -87,13 +88,24 @@ def _misfit(misfit: Misfit, plan: Plan) -> list[str]:
     return lines
 
 
+def _length(config: RunConfig) -> str:
+    """How long the run is, and what of it is not planned."""
+    training = config.training
+    if not training.train_tokens:
+        plural = "s" if training.epochs > 1 else ""
+        return f"{training.epochs} epoch{plural}, whose tokens are known when the data are read"
+    text = f"{training.train_tokens / 1e9:,.1f} billion tokens in all"
+    if config.objective.reads == "samples":
+        text += " at most; sampling, rewards and old log-probabilities are not in these figures"
+    return text
+
+
 def plan_text(plan: Plan, name: str) -> str:
     """The best layouts, and those that would be faster but do not fit."""
     config, cluster = plan.config, plan.cluster
     lines = [
         f"{name} on {plan.gpus} x {cluster.gpu.name}, {cluster.gpus_per_node} per node, {cluster.network.name}",
-        f"global batch {config.training.global_batch_size:,} x {config.data.sequence_length:,} tokens, "
-        f"{config.training.train_tokens / 1e9:,.1f} billion tokens in all",
+        f"global batch {config.training.global_batch_size:,} x {config.data.sequence_length:,} tokens, {_length(config)}",
         f"{plan.legal:,} legal layouts, {plan.seconds:.1f} s; times are estimates (docs/plan.md), memory is counted",
         "",
     ]
