@@ -22,7 +22,7 @@ MOVES = {
     "qwen_moe/data/tokenizer.py": "a tokenizer's folder",
     "qwen_moe/data/output.py": "data, index, tokenizer and manifest, put in place together",
     "qwen_moe/training/reference.py": "the reference's folder",
-    "qwen_moe/workflow/command.py": "a ladder's folder, moved aside",
+    "qwen_moe/workflow/state.py": "a ladder's folder, moved aside",
     "qwen_moe/training/extension.py": "an exported folder, moved aside",
 }
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from qwen_moe.config import ObjectiveConfig, RunConfig, load_config
+from qwen_moe.config import ObjectiveConfig, RunConfig, load_config, parse_config
 from qwen_moe.config.fields import MOST_PROCESSES
 from qwen_moe.errors import UserError
 from qwen_moe.options import whole
@@ -131,10 +131,21 @@ def _marks(case: "Case") -> str:
     return kind + (" log-probs" if case.probe else "" if objective == "likelihood" else f" {objective}{replay}")
 
 
+def _with_objective(config: RunConfig, kind: str) -> RunConfig:
+    """The recipe with another objective and without what only its own needs: nothing is read or sampled here."""
+    values = config.model_dump()
+    tokens = max(config.training.train_tokens, config.tokens_per_step)
+    data = {"train": [{"prefix": "unused"}], **{key: values["data"][key] for key in ("sequence_length", "seed")}}
+    values |= {"objective": values["objective"] | {"kind": kind}, "data": data, "rollout": None, "sample_prompt": ""}
+    return parse_config(
+        values | {"training": values["training"] | {"train_tokens": tokens, "epochs": 0}}, "--objective"
+    )
+
+
 def run(args: argparse.Namespace) -> int:
-    # Nothing is sampled here, and some objectives train models that write no text.
-    chosen = [f"objective.kind={args.objective}", "sample_prompt="] if args.objective else []
-    config = load_config(args.recipe, [*args.overrides, *chosen])
+    config = load_config(args.recipe, args.overrides)
+    if args.objective:
+        config = _with_objective(config, args.objective)
     if args.shapes:
         return _shapes(args, config)
     if not args.layout and not args.fuzz:

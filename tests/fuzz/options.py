@@ -59,6 +59,13 @@ BASE: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = {
     ("convert", "from-hf"): (("hf", "out"), ("hf",)),
     ("convert", "to-hf"): (("ckpt", "out"), ("ckpt",)),
     ("generate",): (("--checkpoint", "run", "--prompt", "router", "--max-new-tokens", "3"), ("run",)),
+    ("score",): (("--checkpoint", "run", "--input", "text.jsonl", "--output", "new.jsonl"), ("run", "text.jsonl")),
+    ("rollout",): (
+        ("--checkpoint", "run", "--input", "tasks:sort:2", "--samples", "2", "--max-new-tokens", "3", "--reward", "exact",
+         "--output", "new"), ("run",),
+    ),
+    ("data", "pairs"): (("run", "--output", "data/new"), ("run",)),
+    ("post-train",): (("large.yaml",), ("large.yaml",)),
     ("evaluate", "passkey"): (("--checkpoint", "run", "--lengths", "500", "--depths", "1"), ("run",)),
     ("evaluate", "ruler"): (
         ("--checkpoint", "run", "--lengths", "700", "--tasks", "niah_single_1", "--samples", "1"), ("run",),

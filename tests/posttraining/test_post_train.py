@@ -216,6 +216,8 @@ def until(found: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_killed_in_the_middle_of_steps_it_ends_the_same(whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     write_recipe(tmp_path)
     command = [sys.executable, "-m", "qwen_moe", "post-train", "recipe.yaml"]

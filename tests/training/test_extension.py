@@ -69,7 +69,7 @@ def say_as_earlier_versions(checkpoint: Path) -> None:
     kept = {key: saved[key] for key in ("seed", "optimizer", "schedule", "balance")}
     kept["precision"] = {key: saved["precision"][key] for key in ("compute", "master")}
     kept["training"] = {key: saved["training"][key] for key in ("train_tokens", "global_batch_size")}
-    assert set(saved) == {*kept, "data", "objective"} and len(kept["optimizer"]) == 6
+    assert set(saved) == {*kept, "data", "objective", "rollout"} and len(kept["optimizer"]) == 6
     (partial / "train_state.json").write_text(json.dumps(state | {"settings": kept}))
     entries = {file.as_posix(): file_entry(partial / file) for file in files_in(partial)}
     commit(checkpoint, entries, {key: facts[key] for key in ("step", "compute_dtype", "world_size")})
