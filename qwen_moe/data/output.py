@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,26 @@ class Asked(Protocol):
 
     def by_content(self, sources: list[Source], digests: list[str]) -> str:
         """A hash with the files' kinds and contents."""
+
+
+class Digested(ABC):
+    """A request whose hashes are `_digest` of lines about its inputs."""
+
+    @abstractmethod
+    def _digest(self, lines: list[bytes]) -> str:
+        """A hash of ``lines`` and of everything except the inputs."""
+
+    def settings(self) -> str:
+        """A hash of everything except the inputs."""
+        return self._digest([])
+
+    def by_status(self, sources: list[Source]) -> str:
+        """A hash with the files' paths, sizes and modification times; manifests of all versions have it."""
+        return self._digest(status_lines(sources))
+
+    def by_content(self, sources: list[Source], digests: list[str]) -> str:
+        """A hash with the files' kinds and contents."""
+        return self._digest(content_lines(sources, digests))
 
 
 def status_lines(sources: list[Source]) -> list[bytes]:

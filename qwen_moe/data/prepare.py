@@ -21,18 +21,17 @@ from qwen_moe.data.manifest import (
     trained_tokenizer_path,
 )
 from qwen_moe.data.output import (
+    Digested,
     alone,
     being_made,
-    content_lines,
     damage,
     no_partial_left,
     put_in_place,
     settled,
-    status_lines,
     synced,
 )
 from qwen_moe.data.packed import check_unpackers
-from qwen_moe.data.sources import Corpus, MissingInput, Source, find_corpus
+from qwen_moe.data.sources import Corpus, MissingInput, find_corpus
 from qwen_moe.data.tokenizer import (
     check_vocabulary_size,
     end_of_document_id,
@@ -49,7 +48,7 @@ TOKENIZER_SAMPLE_BYTES = 200_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(Digested):
     """What decides the tokens of an output, in addition to the content of its inputs."""
 
     inputs: tuple[str, ...]
@@ -57,19 +56,7 @@ class Request:
     vocab_size: int = 0
     reading: Reading = field(default_factory=Reading)
 
-    def settings(self) -> str:
-        """A hash of everything except the inputs."""
-        return self._digest([]).hexdigest()
-
-    def by_status(self, sources: list[Source]) -> str:
-        """A hash with the files' paths, sizes and modification times; manifests of all versions have it."""
-        return self._digest(status_lines(sources)).hexdigest()
-
-    def by_content(self, sources: list[Source], digests: list[str]) -> str:
-        """A hash with the files' kinds and contents."""
-        return self._digest(content_lines(sources, digests)).hexdigest()
-
-    def _digest(self, lines: list[bytes]) -> "hashlib._Hash":
+    def _digest(self, lines: list[bytes]) -> str:
         reading = self.reading
         settings: tuple[object, ...] = (self.vocab_size, reading.text_key, reading.on_bad_utf8)
         if reading.on_bad_line != "error":
@@ -77,7 +64,7 @@ class Request:
         digest = hashlib.sha256(b"".join(lines))
         digest.update((tokenizer_hash(self.tokenizer) if self.tokenizer else "trained").encode())
         digest.update(repr(settings).encode())
-        return digest
+        return digest.hexdigest()
 
 
 def prepare(

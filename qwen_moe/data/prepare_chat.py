@@ -32,16 +32,15 @@ from qwen_moe.data.manifest import (
     partial_path,
 )
 from qwen_moe.data.output import (
+    Digested,
     alone,
-    content_lines,
     no_partial_left,
     put_in_place,
     settled,
-    status_lines,
     synced,
 )
 from qwen_moe.data.packed import check_unpackers
-from qwen_moe.data.sources import Corpus, Source, Tally, find_corpus
+from qwen_moe.data.sources import Corpus, Tally, find_corpus
 from qwen_moe.data.tokenizer import load_tokenizer, tokenizer_hash, tokenizer_identity
 from qwen_moe.errors import UserError
 
@@ -50,7 +49,7 @@ _SMALL, _SMALL_TO_CHECK = 4_000_000, 200_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatRequest:
+class ChatRequest(Digested):
     """What decides the tokens of an output, in addition to the content of its inputs."""
 
     inputs: tuple[str, ...]
@@ -61,18 +60,6 @@ class ChatRequest:
     @property
     def tokenizer(self) -> Path:
         return self.rules.tokenizer
-
-    def settings(self) -> str:
-        """A hash of everything except the inputs."""
-        return self._digest([])
-
-    def by_status(self, sources: list[Source]) -> str:
-        """A hash with the files' paths, sizes and modification times."""
-        return self._digest(status_lines(sources))
-
-    def by_content(self, sources: list[Source], digests: list[str]) -> str:
-        """A hash with the files' kinds and contents."""
-        return self._digest(content_lines(sources, digests))
 
     def _digest(self, lines: list[bytes]) -> str:
         rules = self.rules

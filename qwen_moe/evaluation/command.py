@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe.config.fields import LARGEST, LARGEST_SIZE
-from qwen_moe.generation.command import add_chunk_size
+from qwen_moe.generation.command import add_checkpoint, add_chunk_size
 from qwen_moe.options import whole
 
 EXTENSIONS = ("none", "yarn", "dca", "auto", "plain")
@@ -61,13 +61,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def _add_common(
     parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], samples: int, each: str
 ) -> None:
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="a checkpoint, a run directory (its newest checkpoint) or a Hugging Face directory",
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--lengths",
         type=_lengths,

@@ -23,13 +23,7 @@ ATTENTION = ("dense", "sparse")
 def register(subparsers: Any) -> None:
     """Add `generate` to the command's subparsers; ``args.func(args)`` returns the exit code."""
     parser = subparsers.add_parser("generate", help="continue texts with a checkpoint or Hugging Face directory")
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="a checkpoint, a run directory (its newest checkpoint) or a Hugging Face directory",
-    )
+    add_checkpoint(parser)
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompt", metavar="TEXT")
     given.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file; only the answer is printed")
@@ -85,6 +79,16 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a checkpoint, a run directory (its newest checkpoint) or a Hugging Face directory",
+    )
+
+
 def add_chunk_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunk-size",
@@ -114,26 +118,9 @@ def _run(args: argparse.Namespace) -> int:
     if (args.input is None) != (args.output is None):
         raise UserError("--input and --output belong together: a file of prompts and the file that gets the answers")
     sampling = sampling_of(args)
-    from parallel.process import started_by_launcher
+    from qwen_moe.generation.launch import in_session
 
-    split = args.tp * args.ep * args.pp > 1
-    if split and not started_by_launcher():
-        from qwen_moe.generation.launch import start_ranks
-
-        return start_ranks(args)
-    if not split:
-        from parallel.threads import limit_threads
-
-        limit_threads()
-    from qwen_moe.generation.launch import USER_ERROR, report_failure
-    from qwen_moe.generation.session import Session
-
-    try:
-        with Session(args, split) as session:
-            return _many(args, session, sampling) if args.input else _one(args, session, sampling)
-    except UserError as error:
-        report_failure(error)
-        return USER_ERROR
+    return in_session(args, lambda session: (_many if args.input else _one)(args, session, sampling))
 
 
 def _one(args: argparse.Namespace, session: Any, sampling: "Sampling") -> int:

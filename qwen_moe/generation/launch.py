@@ -6,13 +6,18 @@ import logging
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from parallel.elastic import one_machine
 from parallel.gpus import visible_gpus
 from parallel.mesh import LayoutError, smallest_world
-from parallel.threads import choose_threads
+from parallel.threads import choose_threads, limit_threads
 from qwen_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from qwen_moe.generation.session import Session
 
 USER_ERROR = 2
 _FAILURE = "QWEN_MOE_GENERATION_FAILURE"  # the file for the message of the first rank that fails
@@ -25,6 +30,26 @@ def report_failure(error: UserError) -> None:
         raise error
     with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
         file.write(str(error))
+
+
+def in_session(args: argparse.Namespace, work: Callable[["Session"], int]) -> int:
+    """Run ``work`` in a session of ``args``: in this process, in one of a launcher's, or in ranks that are started for --tp,
+    --ep and --pp. Returns the exit code."""
+    from parallel.process import started_by_launcher
+
+    split = args.tp * args.ep * args.pp > 1
+    if split and not started_by_launcher():
+        return start_ranks(args)
+    if not split:
+        limit_threads()
+    from qwen_moe.generation.session import Session
+
+    try:
+        with Session(args, split) as session:
+            return work(session)
+    except UserError as error:
+        report_failure(error)
+        return USER_ERROR
 
 
 def start_ranks(args: argparse.Namespace) -> int:

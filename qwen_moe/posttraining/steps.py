@@ -6,6 +6,7 @@ A step runs a command of `qwen-moe` as from a shell, so everything that a walk d
 import hashlib
 import json
 import shlex
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,20 +61,20 @@ class Context:
         return json.loads(self.call(*arguments, "--output", str(output), "--json", environment=environment))
 
 
-class Step:
+class Step(ABC):
     """A step by its ``name``. ``output``: the files and folders that it writes."""
 
     name: str
     what: str
     output: tuple[Path, ...]
 
+    @abstractmethod
     def inputs(self, at: Context) -> dict[str, Any]:
         """What decides the result, by name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def do(self, at: Context) -> dict[str, Any]:
         """Do it, or go on with it, and return its figures."""
-        raise NotImplementedError
 
 
 _WHAT = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen_moe.data.command import output_prefix, verbs_of_data
 from qwen_moe.errors import UserError
-from qwen_moe.generation.command import add_reading, add_sampling, sampling_of
+from qwen_moe.generation.command import add_checkpoint, add_reading, add_sampling, sampling_of
 from qwen_moe.options import number, whole
 from qwen_moe.rollout.pairs_command import register_pairs
 
@@ -17,13 +17,7 @@ def register(subparsers: Any) -> None:
     """Add `rollout` to the command's subparsers, and `pairs` to those of `data`."""
     register_pairs(verbs_of_data(subparsers), output_prefix)
     parser = subparsers.add_parser("rollout", help="sample answers to queries and reward them, for post-training")
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="a checkpoint, a run directory (its newest checkpoint) or a Hugging Face directory",
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--input",
         type=Path,
@@ -114,30 +108,18 @@ def _run(args: argparse.Namespace) -> int:
         memory_mib=args.reward_memory,
         workers=args.reward_workers,
     )
-    from parallel.process import started_by_launcher
+    from qwen_moe.generation.launch import in_session
 
-    split = args.tp * args.ep * args.pp > 1
-    if split and not started_by_launcher():
-        from qwen_moe.generation.launch import start_ranks
+    return in_session(args, lambda session: _roll_out(args, session, sampling, rewards))
 
-        return start_ranks(args)
-    if not split:
-        from parallel.threads import limit_threads
 
-        limit_threads()
-    from qwen_moe.generation.launch import USER_ERROR, report_failure
-    from qwen_moe.generation.session import Session
+def _roll_out(args: argparse.Namespace, session: Any, sampling: Any, rewards: Any) -> int:
     from qwen_moe.rollout.run import roll_out
     from qwen_moe.rollout.summary import described
 
-    try:
-        with Session(args, split) as session:
-            summary = roll_out(args, session, sampling, rewards)
-            if summary is not None:
-                print(json.dumps(summary) if args.json else f"{args.output}: {described(summary)}")
-                for line in session.notes():
-                    print(line, file=sys.stderr)
-    except UserError as error:
-        report_failure(error)
-        return USER_ERROR
+    summary = roll_out(args, session, sampling, rewards)
+    if summary is not None:
+        print(json.dumps(summary) if args.json else f"{args.output}: {described(summary)}")
+        for line in session.notes():
+            print(line, file=sys.stderr)
     return 0

@@ -21,7 +21,7 @@ from qwen_moe.data.chat_rows import Outcome
 from qwen_moe.data.content import sample_sha256
 from qwen_moe.data.conversations import PREFERENCE
 from qwen_moe.data.manifest import LEARN, PREFERENCES, PreparedData, check_prefix_name
-from qwen_moe.data.output import alone, content_lines, no_partial_left, put_in_place, settled, status_lines, synced
+from qwen_moe.data.output import Digested, alone, no_partial_left, put_in_place, settled, synced
 from qwen_moe.data.prepare_chat import Writer, template_sha256
 from qwen_moe.data.sources import Corpus, Source
 from qwen_moe.data.tokenizer import load_tokenizer, tokenizer_hash, tokenizer_identity, vocabulary_size
@@ -33,7 +33,7 @@ TOO_LONG = "pairs longer than --length"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsRequest:
+class PairsRequest(Digested):
     """What decides the tokens of an output. ``length``: the most tokens of both answers with their prompts; 0: any."""
 
     rollouts: Path
@@ -43,15 +43,6 @@ class PairsRequest:
     @property
     def tokenizer(self) -> Path:
         return self.rollouts / TOKENIZER
-
-    def settings(self) -> str:
-        return self._digest([])
-
-    def by_status(self, sources: list[Source]) -> str:
-        return self._digest(status_lines(sources))
-
-    def by_content(self, sources: list[Source], digests: list[str]) -> str:
-        return self._digest(content_lines(sources, digests))
 
     def _digest(self, lines: list[bytes]) -> str:
         digest = hashlib.sha256(b"".join(lines))

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_moe.config.fields import LARGEST_SIZE
 from qwen_moe.errors import UserError
+from qwen_moe.generation.command import DTYPES
 from qwen_moe.options import whole
 
 if TYPE_CHECKING:
     from qwen_moe.scoring.model import ScoringModel
     from qwen_moe.scoring.rows import ScoredRow
-
-DTYPES = ("bf16", "fp16", "fp32", "fp64")
 
 
 def register(subparsers: Any) -> None:

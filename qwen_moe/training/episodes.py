@@ -130,10 +130,10 @@ class Episodes:
     def _open(self, number: int, at_begin: bool) -> None:
         """Have the samples of an episode, its rewards and its log-probabilities, from files where they are there."""
         files = EpisodeFiles(self.config.run_dir, number)
-        weights = weights_hash(self.trainer)
+        weights = weights_hash(self.trainer) if at_begin else None
         begin = time.perf_counter()
-        if not same_on_all_ranks(lambda: files.has_samples(weights if at_begin else None)):
-            self._sample(files, number, weights)
+        if not same_on_all_ranks(lambda: files.has_samples(weights)):
+            self._sample(files, number, weights or weights_hash(self.trainer))
         sampled = time.perf_counter()
         responses, experts = files.responses()
         queries = self._samples.of_episode(number, self.rollout.queries_per_episode)

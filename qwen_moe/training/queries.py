@@ -41,10 +41,9 @@ class QuerySamples:
     def of_episode(self, number: int, size: int) -> list[tuple[int, Query]]:
         """The ``size`` queries of an episode, each with its place in the run, which no other has."""
         places = range(number * size, (number + 1) * size)
-        return [
-            (place, self.queries[self._order(place // len(self.queries))[place % len(self.queries)]])
-            for place in places
-        ]
+        count = len(self.queries)
+        orders = {passes: self._order(passes) for passes in {place // count for place in places}}
+        return [(place, self.queries[orders[place // count][place % count]]) for place in places]
 
     def _order(self, passes: int) -> np.ndarray:
         count = len(self.queries)

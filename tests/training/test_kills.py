@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from qwen_moe.runs.records import read_lines
-from tests.training.test_post_training import MODEL, dpo, pairs, recipe, trained, tuned
+from tests.posttraining.walks import MODEL
+from tests.training.test_post_training import dpo, pairs, recipe, trained, tuned
 from tests.training.test_run import command, run_to_end
 
 __all__ = ["pairs", "tuned"]  # fixtures

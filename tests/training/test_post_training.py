@@ -15,22 +15,8 @@ from qwen_moe.data.examples import PackedExamples
 from qwen_moe.data.rows import ExampleSet, Order
 from qwen_moe.data.tasks import tasks
 from qwen_moe.runs.records import read_lines
+from tests.posttraining.walks import MODEL
 from tests.training.test_run import run_to_end
-
-MODEL = {
-    "family": "qwen2_moe",
-    "vocab_size": 288,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "max_position_embeddings": 256,
-}
 
 
 def recipe(folder: Path, name: str, kind: str, **sections: Any) -> Path:
