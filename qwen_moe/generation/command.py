@@ -135,6 +135,7 @@ def _one(args: argparse.Namespace, session: Any, sampling: "Sampling") -> int:
         tokens = chat_tokens(opened.tokenizer, [{"role": "user", "content": prompt}])
     else:
         tokens = text_tokens(opened.tokenizer, prompt)
+    session.say_if_no_chat(args.chat, [{"prompt": prompt}])
     session.check([tokens], sampling.max_new_tokens)
     begin = time.perf_counter()
     (answers,) = session.generate([tokens], sampling)
@@ -171,6 +172,7 @@ def _many(args: argparse.Namespace, session: Any, sampling: "Sampling") -> int:
 
     opened = session.opened
     rows = read_prompts(args.input, opened.tokenizer, args.chat)
+    session.say_if_no_chat(args.chat, (row.values for row in rows))
     session.check([row.tokens for row in rows], sampling.max_new_tokens)
     settings = {
         "checkpoint": str(opened.weights.directory),

@@ -3,7 +3,7 @@ started."""
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -82,6 +82,14 @@ class Session:
     def say(self, text: str) -> None:
         if self.reports:
             print(text, file=sys.stderr)
+
+    def say_if_no_chat(self, chat: bool, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Say that a model which answers turns is given plain text, where a row of prompts has it and ``chat`` is off."""
+        if not chat and any("prompt" in row for row in rows) and self.opened.ends_turns:
+            self.say(
+                "note: the model answers turns of conversations, and the prompts are given to it as plain text: --chat asks "
+                "them as a user"
+            )
 
     def notes(self) -> list[str]:
         """What the user should know about the answers."""
