@@ -38,7 +38,7 @@ class Layer:
             self.shared_factor = torch.ones(size, dtype=torch.float64)
             return
         # What the shared expert does not hold is the routed experts' alone.
-        share = plan.settings.shared_share * (times > 0)
+        share = (times > 0).double() * plan.settings.shared_share
         self.routed_factor = (1 - share) * plan.routed_scale
         # Its gate is 0 at first, so that it gives sigmoid(0) = 1/2 of its output.
         self.shared_factor = (2 * share / times.clamp(min=1))[self.shared]
