@@ -126,6 +126,8 @@ def upcycle(
     source, target = Path(source), Path(target)
     weights = open_weights(source)
     plan = make_plan(weights.config, settings, str(weights.directory))
+    # Before a billion experts are given names.
+    require_free(target, count_parameters(plan.moe).total * weights.source.dtype("model.embed_tokens.weight").itemsize)
     tensors = _Tensors(weights, plan)
     specs = tensors.specs()
     ours = is_ours(source)
