@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -120,8 +121,9 @@ def _lines(found: "Upcycled") -> list[str]:
         f"active for a token: {before.activated:,} -> {after.activated:,}",
         "what published recipes leave open, as chosen here (docs/upcycling.md gives the reasons):",
         *(f"  {line}" for line in _choices(plan)),
-        "model section for a recipe that trains it with checkpoint.load_from:",
-        "  model: " + json.dumps(found.model),
+        "train it with any recipe:",
+        f"  qwen-moe train RECIPE {shlex.quote(f'checkpoint.load_from={found.target}')} "
+        + shlex.quote(f"model={json.dumps(found.model)}"),
     ]
 
 

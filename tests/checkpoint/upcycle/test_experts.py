@@ -97,12 +97,12 @@ def test_as_many_indices_are_new_as_asked_in_gate_up_and_down_alike(
     size: int, share: float, new: int, tmp_path: Path
 ) -> None:
     model, after = made(tmp_path, replace(FINE, expert_size=size, reinitialize=share, scale="none"))
-    patterns = []
     for layer in range(2):
+        patterns = set()
         for found in origins(experts_of(after, layer), feed_forward(model, layer)):
             assert found.count(-1) == new and len(set(found)) >= size - new
-            patterns.append(tuple(index < 0 for index in found))
-    assert len(set(patterns)) > 1 or new == size, "each expert keeps other indices"
+            patterns.add(tuple(index < 0 for index in found))
+        assert len(patterns) > 1 or new == size, "each expert keeps other indices"
     shared = after["model.layers.0.mlp.shared_expert.up_proj.weight"]
     assert -1 not in places(shared, feed_forward(model, 0)["up"]), "the shared expert keeps what the dense model knows"
 
@@ -140,8 +140,7 @@ def test_new_weights_have_the_mean_and_spread_of_those_they_replace_or_the_initi
         assert float(replaced[name].std()) == pytest.approx(float(old[name].std()), rel=0.03)
         assert float(fixed[name].mean()) == pytest.approx(0, abs=0.02)
         assert float(fixed[name].std()) == pytest.approx(0.5, rel=0.03)
-    flat = torch.stack([matrix.flatten() for matrix in fixed["up"]])
-    assert float(flat.corrcoef().fill_diagonal_(0).abs().max()) < 0.1, "each expert draws its own"
+    assert set(places(fixed["up"][0], fixed["up"][1:].flatten(0, 1))) == {-1}, "each expert draws its own"
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_the_command_says_what_it_does(tmp_path: Path, capsys: pytest.CaptureFix
     assert document["tensors"] == {"unchanged": 20, "cut": 2 * 5, "new": 2 * 2} and document["copies"] == 3
     assert convert("upcycle", tmp_path / "dense", tmp_path / "plain", *map(str, arguments[3:])) == 0
     found = capsys.readouterr().out
-    assert said.splitlines()[1:] == found.splitlines()[1:], "a dry run says what the run says"
+    assert said.splitlines()[1:-1] == found.splitlines()[1:-1], "a dry run says what the run says"
 
 
 def test_a_result_names_what_it_was_made_of(tmp_path: Path) -> None:
