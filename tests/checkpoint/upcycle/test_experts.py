@@ -11,7 +11,8 @@ import qwen_moe
 from qwen_moe.checkpoint.huggingface.names import expert_biases
 from qwen_moe.checkpoint.resolve import model_config
 from qwen_moe.checkpoint.upcycle.convert import upcycle
-from qwen_moe.checkpoint.upcycle.settings import UpcycleSettings
+from qwen_moe.checkpoint.upcycle.settings import UpcycleSettings, make_plan
+from qwen_moe.config import parse_model
 from qwen_moe.models.decoder import DecoderLM
 from tests.checkpoint.upcycle.cases import FINE, SHARED, WIDTH, dense, tensors
 
@@ -175,3 +176,13 @@ def test_routers_and_gates_are_new(tmp_path: Path) -> None:
     assert float(found["random"].std()) == pytest.approx(0.3, rel=0.2)
     assert len(found["groups"].unique(dim=0)) == 2
     assert torch.equal(found["groups"][0], found["groups"][3]) and torch.equal(found["groups"][4], found["groups"][7])
+
+
+def test_the_published_sizes_come_out() -> None:
+    """Qwen2-57B-A14B, as its config.json describes it, from the shape of Qwen2-7B, in 9 copies (arXiv 2407.10671, 2.2.2)."""
+    published = parse_model({"preset": "qwen2-57b-a14b"}, "test")
+    source = parse_model({"preset": "qwen2.5-7b", "vocab_size": published.vocab_size}, "test")
+    settings = replace(FINE, num_experts=64, top_k=8, expert_size=2560, shared_expert=20480, norm_topk_prob=False)
+    plan = make_plan(source, settings, "Qwen2-7B")
+    assert plan.moe == published and plan.copies == 9 and plan.discarded == 9 * 18_944 - 64 * 2560
+    assert plan.reinitialize == 0.5 and plan.reinitialized(2560) == 1280
