@@ -113,8 +113,10 @@ def test_as_many_elements_are_new_as_asked(tmp_path: Path) -> None:
     old, again = feed_forward(model, 0), tensors(tmp_path / "moe")
     upcycle(tmp_path / "dense", tmp_path / "kept", replace(FINE, reinitialize=0.0, scale="none"))
     kept = experts_of(tensors(tmp_path / "kept"), 0)
-    for name, matrices in experts_of(after, 0).items():
-        changed = (matrices != kept[name]).flatten(1)
+    patterns = {name: matrices != kept[name] for name, matrices in experts_of(after, 0).items()}
+    assert not any(torch.equal(patterns["gate"], patterns[name]) for name in ("up", "down"))
+    for pattern in patterns.values():
+        changed = pattern.flatten(1)
         assert changed.sum(1).tolist() == [7 * 16 // 2] * 6
         assert len({tuple(line.tolist()) for line in changed}) == 6
     shared = again["model.layers.0.mlp.shared_expert.gate_proj.weight"]

@@ -13,6 +13,7 @@ from parallel.data import local
 from parallel.mesh import Layout
 from qwen_moe.checkpoint.distributed import load_weights
 from qwen_moe.checkpoint.huggingface.convert import convert_from_hf, convert_to_hf
+from qwen_moe.checkpoint.manifest import manifest_text, read_manifest
 from qwen_moe.checkpoint.resolve import model_config
 from qwen_moe.checkpoint.upcycle.convert import Upcycled, upcycle
 from qwen_moe.checkpoint.upcycle.settings import UpcycleSettings
@@ -21,7 +22,7 @@ from qwen_moe.verify.case import layout_overrides
 from qwen_moe.verify.compare import compare_pieces
 from qwen_moe.verify.ranks import Report, make_trainer, record_step
 from tests.checkpoint.huggingface.directories import convert, files_of, tensors_of
-from tests.checkpoint.upcycle.cases import FINE, SAME, SHARED, dense, relative
+from tests.checkpoint.upcycle.cases import FINE, SAME, SHARED, dense, relative, tensors
 from tests.distributed import run_distributed
 from tests.models.hf_reference import true_float64
 from tests.small import exact_run
@@ -83,7 +84,7 @@ def test_its_export_computes_the_same_in_transformers(family: str, settings: Upc
     assert kept["tokenizer.json"] == files_of(tmp_path / "dense")["tokenizer.json"]
 
 
-def test_the_export_keeps_special_tokens_and_master_weights_dtype(tmp_path: Path) -> None:
+def test_the_export_keeps_special_tokens(tmp_path: Path) -> None:
     dense(tmp_path / "dense", dtype=torch.float32)
     config = tmp_path / "dense" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": 7, "custom": 1}))
@@ -128,3 +129,16 @@ def test_a_result_names_what_it_was_made_of(tmp_path: Path) -> None:
     found: Upcycled = upcycle(tmp_path / "dense", tmp_path / "moe", FINE)
     facts = json.loads((tmp_path / "moe" / "manifest.json").read_text())
     assert facts["source"] == "upcycled" and facts["upcycling"]["num_experts"] == 6 and found.plan.copies == 3
+
+
+def test_master_weights_of_a_bf16_run_are_exported_as_bf16(tmp_path: Path) -> None:
+    dense(tmp_path / "dense", dtype=torch.float32)
+    convert_from_hf(tmp_path / "dense", tmp_path / "run")
+    manifest = read_manifest(tmp_path / "run")
+    text = manifest_text(manifest["files"], {"compute_dtype": "bf16"})
+    (tmp_path / "run" / "manifest.json").write_text(text)
+    upcycle(tmp_path / "run", tmp_path / "moe", FINE)
+    weights = {name: one for name, one in tensors(tmp_path / "moe").items() if not name.endswith("expert_bias")}
+    assert {one.dtype for one in weights.values()} == {torch.float32}
+    convert_to_hf(tmp_path / "moe", tmp_path / "hf")
+    assert {one.dtype for one in tensors_of(tmp_path / "hf").values()} == {torch.bfloat16}
