@@ -32,7 +32,7 @@ _MLP = ".mlp."
 class Upcycled:
     """What was made, or with ``dry_run`` would be. ``unchanged``: tensors copied bit for bit; ``cut``: made of the dense
     feed-forward; ``new``: routers and gates, which the dense model does not have. ``before`` and ``after``: parameters of
-    the models. ``model``: the fields that a recipe's model section needs."""
+    the models. ``model``: the fields that a recipe's model section needs; a reward model's criteria are its objective's."""
 
     source: str
     target: str
@@ -160,7 +160,7 @@ def upcycle(
         bytes=total,
         before=count_parameters(plan.dense),
         after=count_parameters(plan.moe),
-        model=plan.moe.model_dump(mode="json", exclude_defaults=True),
+        model=plan.moe.model_dump(mode="json", exclude_defaults=True, exclude={"criteria"}),
         notes=tuple(notes),
     )
 

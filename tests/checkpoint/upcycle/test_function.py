@@ -27,6 +27,7 @@ from tests.small import VOCAB
         ("qwen3", replace(SAME, expert_size=None, router="even", norm_topk_prob=False), {}),
         ("qwen3", replace(SAME, top_k=8, norm_topk_prob=False), {}),
         ("qwen2", SHARED, {"tie_word_embeddings": True}),
+        ("qwen2", SHARED, {"criteria": ["helpful", "concise"]}),
         ("qwen2", replace(SHARED, shared_share=0.2, dense_layers=(0,)), {}),
         ("qwen2", replace(SHARED, shared_expert=6), {}),
         ("qwen2", replace(SHARED, shared_expert=6, shared_share=1.0), {}),
