@@ -121,11 +121,18 @@ class Layer:
             return
         mean, std = 0.0, plan.dense.initializer_range
         if plan.settings.reinitialize_std == "replaced":
-            # By numpy, whose sums do not depend on the number of threads.
-            values = replaced.double().numpy()
-            mean, std = float(np.mean(values)), float(np.std(values, ddof=min(1, values.size - 1)))
-        drawn = torch.empty(replaced.shape).normal_(generator=self._generator(f"{owner}/{name}/values")) * std + mean
+            mean, std = _moments(replaced)
+        drawn = torch.empty(replaced.shape).normal_(generator=self._generator(f"{owner}/{name}/values"))
+        drawn.mul_(std).add_(mean)
         if plan.settings.reinitialize_what == "indices":
             matrix[rows] = drawn.to(matrix.dtype)
         else:
             matrix[rows, columns] = drawn.to(matrix.dtype)
+
+
+def _moments(values: torch.Tensor) -> tuple[float, float]:
+    """Mean and standard deviation, by numpy, whose sums do not depend on the number of threads."""
+    array = values.to(torch.float64, copy=True).numpy()
+    mean = np.mean(array)
+    array -= mean
+    return float(mean), float(np.sqrt(np.square(array, out=array).sum() / max(1, array.size - 1)))
