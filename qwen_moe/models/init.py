@@ -11,7 +11,7 @@ from qwen_moe.models.decoder import DecoderLM
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
-    """Random numbers that belong to the tensor ``name``."""
+    """A generator whose numbers depend on ``seed`` and ``name`` only."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

@@ -58,6 +58,9 @@ BASE: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = {
     ("data", "info"): (("data/corpus",), ("data",)),
     ("convert", "from-hf"): (("hf", "out"), ("hf",)),
     ("convert", "to-hf"): (("ckpt", "out"), ("ckpt",)),
+    ("convert", "upcycle"): (
+        ("dense", "out", "--experts", "4", "--top-k", "2", "--expert-size", "8", "--shared-expert", "12"), ("dense",),
+    ),
     ("generate",): (("--checkpoint", "run", "--prompt", "router", "--max-new-tokens", "3"), ("run",)),
     ("score",): (("--checkpoint", "run", "--input", "text.jsonl", "--output", "new.jsonl"), ("run", "text.jsonl")),
     ("rollout",): (
