@@ -1,16 +1,17 @@
 """Planted leaks of tests: how many are found, what else is removed, and how fast, beside tokenizing the same text.
 
-    python benchmarks/decontaminate.py [--documents 100000] [--tests 10000] [--workers 2] [--sample 40] [--literal 1000]
+    python benchmarks/decontaminate.py [--documents 100000] [--tests 10000] [--workers 2] [--sample 40] [--literal 200]
 
-Text: pydoc's topics and the docstrings of the standard library and of the installed packages, by paragraphs. Tests are paragraphs
-of 16 to 200 words. Documents are made of 3 to 14 other paragraphs, which share no eight words in a row with a test, so a document
-without a planted leak is clean. One in 50 documents gets a leak: a test as it is, with 5, 10, 20 or 30% of the words replaced by
-others of the corpus, or in capitals with other spaces and punctuation. Seconds are of processors, all processes together, because
-other work may share the machine; wall time is reported too.
+Text: pydoc's topics and the docstrings of the standard library and of the installed packages, by paragraphs. Tests are
+paragraphs of 16 to 200 words. Documents are made of 3 to 14 other paragraphs, which share no eight words in a row with a
+test, so a document without a planted leak is clean. One in 50 documents gets a leak: a test as it is, with 5, 10, 20 or 30%
+of the words replaced by others of the corpus, or in capitals with other spaces and punctuation. Seconds are of processors,
+all processes together, because other work may share the machine; wall time is reported too.
 """
 
 import argparse
 import ast
+import contextlib
 import json
 import os
 import platform
@@ -117,10 +118,8 @@ def measured(command: list[str]) -> dict[str, float]:
     def watch() -> None:
         nonlocal peak
         while process.poll() is None:
-            try:
+            with contextlib.suppress(psutil.Error):
                 peak = max(peak, sum(p.memory_info().rss for p in [process, *process.children(recursive=True)]))
-            except psutil.Error:
-                pass
             time.sleep(0.1)
 
     watcher = threading.Thread(target=watch)

@@ -115,6 +115,15 @@ def test_both_conditions_of_the_rule(length: int, common: int, leak: bool) -> No
     assert brute_force(document, test, "windowed") is leak
 
 
+def test_rare_words_in_the_last_block_bring_the_window_before_it_into_question() -> None:
+    """Frequent words, which the index leaves out, then rare ones; the last block of the document has all of the latter."""
+    frequent, rare = [f"often{n}" for n in range(16)], [f"rare{n}" for n in range(24)]
+    test = frequent + rare
+    others = [frequent * 4 for _ in range(5)]
+    document = ["filler"] * 24 + test
+    assert brute_force(document, test, "windowed") and 0 in leaked(finder([test, *others]), document)
+
+
 def test_the_literal_rule_matches_where_the_windowed_one_does_not() -> None:
     """The words of a test, in order, far apart in a long document."""
     test = [f"word{n}" for n in range(20)]
