@@ -38,12 +38,17 @@ from qwen_moe.curation.leaks.tokens import words
 
 KINDS = ("verbatim", "5%", "10%", "20%", "case and spaces", "30%")
 EVERY = 50  # documents for each planted leak
+MOST = 60_000  # paragraphs
 RUN = 8  # words in a row that clean text shares with no test
 
 
-def paragraphs() -> list[str]:
-    """Paragraphs of English of at least 16 words, each once, in an order that does not change."""
+def paragraphs(cache: Path | None) -> list[str]:
+    """Paragraphs of English of at least 16 words, each once, in an order that does not change. ``cache``: a file that keeps
+    them, because reading all those modules takes a minute or more."""
     from pydoc_data.topics import topics
+
+    if cache is not None and cache.is_file():
+        return list(json.loads(cache.read_text()))
 
     found: dict[str, str] = {}
     texts: Iterator[str] = (text for part in (topics.values(), _docstrings()) for text in part)
@@ -51,15 +56,19 @@ def paragraphs() -> list[str]:
         for paragraph in re.split(r"\n\s*\n", text):
             if len(paragraph) > 60 and len(key := words(paragraph)) >= 16:
                 found.setdefault(" ".join(key), paragraph.strip())
+        if len(found) >= MOST:
+            break
     result = [found[key] for key in sorted(found)]
     random.Random(0).shuffle(result)
+    if cache is not None:
+        cache.write_text(json.dumps(result))
     return result
 
 
 def _docstrings() -> Iterator[str]:
     warnings.simplefilter("ignore")
-    roots = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
-    for path in sorted({path for root in roots for path in root.rglob("*.py")}):
+    files = [sorted(Path(sysconfig.get_path(name)).rglob("*.py")) for name in ("stdlib", "purelib")]
+    for path in dict.fromkeys(files[0] + files[1]):
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, ValueError, OSError, RecursionError):
@@ -86,10 +95,10 @@ def planted(test: str, kind: str, rng: random.Random, vocabulary: list[str]) -> 
     return " ".join(copy)
 
 
-def make(folder: Path, documents: int, tests: int) -> dict[str, str]:
+def make(folder: Path, documents: int, tests: int, cache: Path | None) -> dict[str, str]:
     """Write the corpus and the tests. Returns the kind of each planted leak by the id of its document."""
     rng = random.Random(1)
-    every = paragraphs()
+    every = paragraphs(cache)
     chosen = [text for text in every if len(words(text)) <= 200][:tests]
     held = set().union(*map(_runs, chosen))
     known = set(chosen)
@@ -199,6 +208,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--sample", type=int, default=40, help="documents that brute force judges, too")
     parser.add_argument("--literal", type=int, default=200, help="documents that the literal rule judges, too")
+    parser.add_argument("--cache", type=Path, help="a file that keeps the paragraphs for the next time")
     parser.add_argument("--tokenize", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.tokenize:
@@ -209,7 +219,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        kinds = make(folder, args.documents, args.tests)
+        kinds = make(folder, args.documents, args.tests, args.cache)
         lines = (folder / "docs.jsonl").read_text().splitlines()
         texts = [json.loads(line)["text"] for line in lines[:: max(1, len(lines) // 3000)]]
         train_tokenizer(texts, 16_000, folder / "tokenizer")

@@ -115,6 +115,14 @@ def test_both_conditions_of_the_rule(length: int, common: int, leak: bool) -> No
     assert brute_force(document, test, "windowed") is leak
 
 
+@pytest.mark.parametrize("seeds", ["words", "3-grams"])
+@pytest.mark.parametrize("more", [-1, 0, 1, 20, 21])
+def test_a_document_that_is_a_test_and_a_few_words_more_or_less(seeds: str, more: int) -> None:
+    test = draw(random.Random(4), 20)
+    for rule in ("windowed", "report"):
+        assert leaked(finder([test], rule, seeds), (test + ["more"] * more)[: 20 + more]) == {0}
+
+
 def test_rare_words_in_the_last_block_bring_the_window_before_it_into_question() -> None:
     """Frequent words, which the index leaves out, then rare ones; the last block of the document has all of the latter."""
     frequent, rare = [f"often{n}" for n in range(16)], [f"rare{n}" for n in range(24)]

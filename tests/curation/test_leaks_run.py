@@ -143,7 +143,7 @@ def test_kill_in_the_middle_then_again(corpus: Path) -> None:
     subprocess.run([*command, str(corpus / "undisturbed")], check=True, capture_output=True)
     process = subprocess.Popen([*command, str(corpus / "clean")], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 60
-    while not list((corpus / "clean" / "progress").glob("00001.json")):
+    while not list((corpus / "clean" / "progress").glob("00001.json")) or not list((corpus / "clean").glob(".clean-*")):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -283,6 +283,34 @@ def test_prepared_data_know_what_they_were_checked_against(corpus: Path, capsys:
     write_jsonl(corpus / "clean" / "added.jsonl", [{"text": "added later"}])
     assert main([*prepare, "--output", str(corpus / "three")]) == 0
     assert share_checked(corpus / "three", asked) == 0.0
+
+
+def test_data_that_are_checked_again_after_they_were_prepared(corpus: Path) -> None:
+    rows = read_jsonl(corpus / "tests.jsonl")
+    write_jsonl(corpus / "fewer.jsonl", [rows[n] for n in (0, 1, 2, 5)])
+    assert decontaminate(corpus, *KEYS, against="fewer.jsonl") == 0
+    prepare = [
+        "data",
+        "prepare",
+        "--train-tokenizer",
+        "--vocab-size",
+        "300",
+        "--workers",
+        "1",
+        "--output",
+        str(corpus / "data"),
+    ]
+    texts = [f"{row['question']} {row['answer']}" for row in rows]
+    assert main([*prepare, "--input", str(corpus / "clean")]) == 0
+    assert share_checked(corpus / "data", texts) == 4 / 12
+    made = (corpus / "data.bin").stat().st_mtime_ns
+    assert decontaminate(corpus, *KEYS, "--overwrite") == 0  # against all tests, with the same outcome
+    assert main([*prepare, "--input", str(corpus / "clean")]) == 0
+    assert share_checked(corpus / "data", texts) == 1.0
+    assert (corpus / "data.bin").stat().st_mtime_ns == made
+    (corpus / "clean" / "decontaminated.json").unlink()
+    assert main([*prepare, "--input", str(corpus / "clean"), "--overwrite"]) == 0  # now reads what was dropped, too
+    assert share_checked(corpus / "data", texts) == 0.0
 
 
 def test_of_two_inputs_the_tests_count_that_both_were_checked_against(corpus: Path) -> None:
