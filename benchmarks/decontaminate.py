@@ -2,9 +2,11 @@
 
     python benchmarks/decontaminate.py [--documents 100000] [--tests 10000] [--workers 2] [--sample 40] [--literal 200]
 
-Text: pydoc's topics and the docstrings of the standard library and of the installed packages, by paragraphs. Tests are
-paragraphs of 16 to 200 words. Documents are made of 3 to 14 other paragraphs, which share no eight words in a row with a
-test, so a document without a planted leak is clean. One in 50 documents gets a leak: a test as it is, with 5, 10, 20 or 30%
+Text: prose of pydoc's topics and of the docstrings of the standard library and of installed packages, by paragraphs. Tests
+are paragraphs of 16 to 200 words from one half of the packages. Documents are made of 3 to 14 paragraphs of the other half,
+which share no eight words in a row with a test, so a document without a planted leak is clean. (Within a package, docstrings
+of sister functions are copies of each other with a few words changed, which the rule rightly finds: `same_package` counts
+how many documents of such paragraphs are removed.) One in 50 documents gets a leak: a test as it is, with 5, 10, 20 or 30%
 of the words replaced by others of the corpus, or in capitals with other spaces and punctuation. Seconds are of processors,
 all processes together, because other work may share the machine; wall time is reported too.
 """
@@ -12,6 +14,7 @@ all processes together, because other work may share the machine; wall time is r
 import argparse
 import ast
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -25,6 +28,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,24 +42,26 @@ from qwen_moe.curation.leaks.tokens import words
 
 KINDS = ("verbatim", "5%", "10%", "20%", "case and spaces", "30%")
 EVERY = 50  # documents for each planted leak
-MOST = 60_000  # paragraphs
+MOST = 40_000  # paragraphs
 RUN = 8  # words in a row that clean text shares with no test
 
 
-def paragraphs(cache: Path | None) -> list[str]:
-    """Paragraphs of English of at least 16 words, each once, in an order that does not change. ``cache``: a file that keeps
-    them, because reading all those modules takes a minute or more."""
+Paragraph = tuple[str, str]  # the package, and the text
+
+
+def paragraphs(cache: Path | None) -> list[Paragraph]:
+    """Paragraphs of prose, each once, in an order that does not change. ``cache``: a file that keeps them, because reading
+    all those modules takes minutes."""
     from pydoc_data.topics import topics
 
     if cache is not None and cache.is_file():
-        return list(json.loads(cache.read_text()))
-
-    found: dict[str, str] = {}
-    texts: Iterator[str] = (text for part in (topics.values(), _docstrings()) for text in part)
-    for text in texts:
+        return [(package, text) for package, text in json.loads(cache.read_text())]
+    found: dict[str, Paragraph] = {}
+    texts: Iterator[Paragraph] = (("pydoc", text) for text in topics.values())
+    for package, text in itertools.chain(texts, _docstrings()):
         for paragraph in re.split(r"\n\s*\n", text):
-            if len(paragraph) > 60 and len(key := words(paragraph)) >= 16:
-                found.setdefault(" ".join(key), paragraph.strip())
+            if is_prose(paragraph):
+                found.setdefault(" ".join(words(paragraph)), (package, paragraph.strip()))
         if len(found) >= MOST:
             break
     result = [found[key] for key in sorted(found)]
@@ -65,17 +71,41 @@ def paragraphs(cache: Path | None) -> list[str]:
     return result
 
 
-def _docstrings() -> Iterator[str]:
+def is_prose(paragraph: str) -> bool:
+    """Whether a paragraph has at least 16 words and is sentences, not code, a list of parameters or a table."""
+    if (
+        len(paragraph) < 60
+        or not paragraph.rstrip().endswith((".", "!", "?"))
+        or re.search(r">>>|--|==| : ", paragraph)
+    ):
+        return False
+    plain = [word for word in paragraph.split() if re.fullmatch(r"[A-Za-z'’-]+[.,;:!?)]*", word)]
+    return len(words(paragraph)) >= 16 and len(plain) >= 0.8 * len(paragraph.split())
+
+
+def _docstrings() -> Iterator[Paragraph]:
     warnings.simplefilter("ignore")
-    files = [sorted(Path(sysconfig.get_path(name)).rglob("*.py")) for name in ("stdlib", "purelib")]
-    for path in dict.fromkeys(files[0] + files[1]):
+    roots = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
+    files = {path: root for root in roots for path in sorted(root.rglob("*.py"))}
+    for path, root in files.items():
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, ValueError, OSError, RecursionError):
             continue
+        parts = [part for part in path.relative_to(root).parts if part not in ("site-packages", "dist-packages")]
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                yield ast.get_docstring(node) or ""
+                yield parts[0], ast.get_docstring(node) or ""
+
+
+def halves(every: list[Paragraph]) -> tuple[list[str], list[str]]:
+    """The paragraphs of two halves of the packages."""
+    sizes = Counter(package for package, _ in every)
+    sides: tuple[set[str], set[str]] = (set(), set())
+    for package, _ in sorted(sizes.items(), key=lambda one: (-one[1], one[0])):
+        min(sides, key=lambda side: sum(sizes[name] for name in side)).add(package)
+    first, second = ([text for package, text in every if package in side] for side in sides)
+    return first, second
 
 
 def _runs(text: str) -> set[int]:
@@ -98,15 +128,21 @@ def planted(test: str, kind: str, rng: random.Random, vocabulary: list[str]) -> 
 def make(folder: Path, documents: int, tests: int, cache: Path | None) -> dict[str, str]:
     """Write the corpus and the tests. Returns the kind of each planted leak by the id of its document."""
     rng = random.Random(1)
-    every = paragraphs(cache)
-    chosen = [text for text in every if len(words(text)) <= 200][:tests]
+    here, there = halves(paragraphs(cache))
+    short = [text for text in here if len(words(text)) <= 200]
+    chosen = short[:tests]
     held = set().union(*map(_runs, chosen))
-    known = set(chosen)
-    pool = [text for text in every if text not in known and held.isdisjoint(_runs(text))]
+    pool = [text for text in there if held.isdisjoint(_runs(text))]
+    sisters = [text for text in here[len(here) // 2 :] if text not in set(chosen) and held.isdisjoint(_runs(text))]
     vocabulary = [word for text in pool[:5000] for word in words(text)]
-    print(f"{len(every):,} paragraphs, {len(chosen):,} tests, {len(pool):,} paragraphs for documents", file=sys.stderr)
+    print(
+        f"{len(chosen):,} tests, {len(pool):,} paragraphs of other packages, {len(sisters):,} of the same ones",
+        file=sys.stderr,
+    )
+    _write_documents(folder / "sisters.jsonl", sisters, min(1000, documents), rng)
     with (folder / "tests.jsonl").open("w") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in chosen)
+    print(f"{sum(len(words(text)) for text in chosen) / len(chosen):.0f} words a test", file=sys.stderr)
     kinds: dict[str, str] = {}
     with (folder / "docs.jsonl").open("w") as file:
         for number in range(documents):
@@ -116,6 +152,13 @@ def make(folder: Path, documents: int, tests: int, cache: Path | None) -> dict[s
                 parts.insert(rng.randint(0, len(parts)), planted(rng.choice(chosen), kind, rng, vocabulary))
             file.write(json.dumps({"text": "\n\n".join(parts), "id": str(number)}) + "\n")
     return kinds
+
+
+def _write_documents(path: Path, pool: list[str], documents: int, rng: random.Random) -> None:
+    with path.open("w") as file:
+        for _ in range(documents):
+            parts = [rng.choice(pool) for _ in range(rng.randint(3, 14))]
+            file.write(json.dumps({"text": "\n\n".join(parts)}) + "\n")
 
 
 def measured(command: list[str]) -> dict[str, float]:
@@ -167,8 +210,8 @@ def brute_force(tests: list[list[str]], document: list[str]) -> bool:
     return False
 
 
-def command(folder: Path, output: str, *options: str) -> list[str]:
-    base = [sys.executable, "-m", "qwen_moe", "data", "decontaminate", "--input", str(folder / "docs.jsonl")]
+def command(folder: Path, output: str, *options: str, docs: str = "docs.jsonl") -> list[str]:
+    base = [sys.executable, "-m", "qwen_moe", "data", "decontaminate", "--input", str(folder / docs)]
     return [*base, "--against", str(folder / "tests.jsonl"), "--output", str(folder / output), *options]
 
 
@@ -227,6 +270,8 @@ def main() -> None:
         ours = measured(command(folder, "out", "--workers", str(args.workers)))
         given = [str(folder / "docs.jsonl"), str(folder / "tokenizer"), "--workers", str(args.workers)]
         theirs = measured([sys.executable, __file__, "--tokenize", *given])
+        measured(command(folder, "out-sisters", docs="sisters.jsonl"))
+        sisters = json.loads((folder / "out-sisters" / "leaks.json").read_text())["counts"]
         found = dropped_ids(folder / "out")
         clean = {str(n) for n in range(len(lines))} - kinds.keys()
         judged, different = sampled(folder, kinds, found, args.sample)
@@ -243,6 +288,7 @@ def main() -> None:
             },
             "clean": len(clean),
             "clean_removed": len(clean & found),
+            "same_package": {"documents": sisters["rows"], "removed": sisters["dropped"]},
             "judged_by_brute_force": judged,
             "judged_otherwise": different,
             "decontaminate": ours | {"mb_per_cpu_second": megabytes / ours["cpu"]},

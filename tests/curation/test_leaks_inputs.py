@@ -64,6 +64,8 @@ def test_a_text_file_in_another_encoding(folder: Path, capsys: pytest.CaptureFix
     assert decontaminate(folder, "--on-bad-line", "skip", inputs="texts") == 0
     assert [row["text"] for row in read_jsonl(folder / "clean" / "clean-00000.jsonl")] == ["good"]
     assert f"1 rows that cannot be read ({folder / 'texts' / 'a.txt'})" in capsys.readouterr().err
+    counts = json.loads((folder / "clean" / "leaks.json").read_text())["counts"]
+    assert counts == {"rows": 2, "kept": 1, "dropped": 0, "bad": 1, "by_chance": 0}
 
 
 def test_short_tests_are_counted_named_and_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,8 +103,10 @@ def test_a_broken_line_of_a_test_set(folder: Path, capsys: pytest.CaptureFixture
     ("options", "files", "said"),
     [
         ((), {"inputs": "missing.jsonl"}, "missing.jsonl does not exist"),
-        ((), {"against": "missing.jsonl"}, "missing.jsonl does not exist"),
+        ((), {"against": "missing.jsonl"}, "test set: input"),
         (("--report", "page.pdf"), {}, "expected a name that ends in .html"),
+        (("--text-key", ""), {}, "text_key = ''"),
+        (("--text-key", "\udcff"), {}, "unable to parse raw data as a unicode string"),
         (("--test-key", "a,,b"), {}, "has an empty name"),
         (("--tokenizer", "missing"), {}, "--tokenizer missing is no folder"),
         (("--workers", "5000"), {}, "expected a whole number"),

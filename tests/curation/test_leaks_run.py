@@ -203,6 +203,9 @@ def test_conversations_pairs_and_queries(tmp_path: Path) -> None:
         {"prompt": asked, "chosen": answered, "rejected": "no"},
         {"prompt": asked, "chosen": "no", "rejected": [{"role": "assistant", "content": answered}]},
         {"prompt": f"{asked} {answered}", "answer": "12"},
+        {"prompt": "say it", "chosen": f"{asked} {answered}", "rejected": "no"},
+        {"prompt": "say it", "chosen": "no", "rejected": f"{asked} {answered}"},
+        {"prompt": "say it", "completion": f"{asked} {answered}"},
         {
             "messages": [
                 user,

@@ -4,11 +4,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_moe.data.command import verbs_of_data
 from qwen_moe.errors import UserError
 from qwen_moe.options import whole
+
+if TYPE_CHECKING:
+    from qwen_moe.curation.leaks.settings import LeakSettings
 
 _MEGABYTE = 1_000_000
 
@@ -66,28 +69,38 @@ def register(subparsers: Any) -> None:
     parser.set_defaults(func=_run)
 
 
-def _run(args: argparse.Namespace) -> int:
-    from qwen_moe.curation.leaks.report import check_report, cost, figures, write_report
-    from qwen_moe.curation.leaks.run import Request, decontaminate
+def _settings(args: argparse.Namespace) -> "LeakSettings":
+    """The options as settings. Raises UserError for values that cannot be."""
+    from pydantic import ValidationError
+
+    from qwen_moe.config.load import explain
     from qwen_moe.curation.leaks.settings import LeakSettings
 
-    if not args.text_key:
-        raise UserError("--text-key is empty: give the key of the text")
     keys = tuple(args.test_key.split(",")) if args.test_key is not None else ()
     if not all(keys):
         raise UserError(f"--test-key {args.test_key!r} has an empty name: give keys with commas between them")
+    try:
+        return LeakSettings(
+            against=tuple(args.against),
+            rule=args.rule,
+            tokenizer=args.tokenizer,
+            text_key=args.text_key,
+            test_keys=keys,
+            complete=args.complete,
+            on_short=args.on_short,
+            on_bad_line=args.on_bad_line,
+        )
+    except ValidationError as error:
+        raise explain(error, "data decontaminate", whole=LeakSettings) from None
+
+
+def _run(args: argparse.Namespace) -> int:
+    from qwen_moe.curation.leaks.report import check_report, cost, figures, write_report
+    from qwen_moe.curation.leaks.run import Request, decontaminate
+
     report = args.report or args.output / "leaks.html"
     check_report(report)
-    settings = LeakSettings(
-        against=tuple(name for name in args.against if name),
-        rule=args.rule,
-        tokenizer=args.tokenizer,
-        text_key=args.text_key,
-        test_keys=keys,
-        complete=args.complete,
-        on_short=args.on_short,
-        on_bad_line=args.on_bad_line,
-    )
+    settings = _settings(args)
     request = Request(inputs=tuple(args.input), settings=settings, shard_bytes=args.shard_size * _MEGABYTE)
     record, done = decontaminate(request, args.output, workers=args.workers, overwrite=args.overwrite)
     write_report(report, args.output, record)

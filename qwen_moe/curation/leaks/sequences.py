@@ -53,7 +53,11 @@ def read_sequences(settings: LeakSettings, tokens: Tokens) -> Sequences:
     cannot be read, unless the settings say that such rows are left out."""
     sequences = Sequences()
     _check_given(settings.against)
-    for source in find_rows(settings.against).sources:
+    try:
+        sources = find_rows(settings.against).sources
+    except UserError as error:
+        raise UserError(f"test set: {error}") from None
+    for source in sources:
         name = str(source.path)
         sequences.files[name] = 0
         for line in read_rows(source, settings.text_key, settings.on_bad_line == "skip"):

@@ -93,7 +93,7 @@ def examine(batch: Batch) -> Outcome:
     outcome = Outcome(batch.end, batch.size)
     kept, dropped = [], []
     for line in batch.lines:
-        outcome.rows += not line.problem
+        outcome.rows += 1
         try:
             row = row_of(line)
             text = text_of(row, line, _settings.text_key)
