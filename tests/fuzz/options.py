@@ -55,6 +55,9 @@ BASE: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("--input", "chats.jsonl", "--output", "data/new", "--tokenizer", "data/corpus-tokenizer", "--workers", "1"),
         ("data", "chats.jsonl"),
     ),
+    ("data", "decontaminate"): (
+        ("--input", "text.jsonl", "--against", "text.jsonl", "--output", "new", "--workers", "1"), ("text.jsonl",),
+    ),
     ("data", "info"): (("data/corpus",), ("data",)),
     ("convert", "from-hf"): (("hf", "out"), ("hf",)),
     ("convert", "to-hf"): (("ckpt", "out"), ("ckpt",)),
