@@ -255,7 +255,8 @@ def main() -> None:
     parser.add_argument("--tokenize", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.tokenize:
-        tokenize(*args.tokenize, args.workers)
+        source, tokenizer = args.tokenize
+        tokenize(source, tokenizer, args.workers)
         return
     from qwen_moe.data.tokenizer import train_tokenizer
 
