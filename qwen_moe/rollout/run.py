@@ -39,7 +39,8 @@ def roll_out(
         queries = read_queries(args.input, session.opened.tokenizer, chat=args.chat, checks=[check])
         session.check([query.tokens for query in queries], sampling.max_new_tokens)
         if rewarder is None:
-            for index in session.agree([]):
+            todo: list[int] = []  # rank 0 knows
+            for index in session.agree(todo):
                 _sample(session, session, [queries[number] for number in _numbers(args, queries, index)], sampling)
             return None
         args.output.parent.mkdir(parents=True, exist_ok=True)
