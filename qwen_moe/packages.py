@@ -12,6 +12,7 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "math_verify": "rl",
+    "lm_eval": "eval",
 }
 
 
