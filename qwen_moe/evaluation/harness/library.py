@@ -107,7 +107,6 @@ def configure(tasks: dict[str, Any], num_fewshot: int | None, gen_kwargs: dict[s
             task.set_config(key="num_fewshot", value=num_fewshot)
         elif own is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=_SEED)
         if task.get_config("num_fewshot"):
             try:
                 task.sampler.sample(1)
@@ -116,6 +115,7 @@ def configure(tasks: dict[str, Any], num_fewshot: int | None, gen_kwargs: dict[s
                     f"task {name} has no examples for --num-fewshot {num_fewshot}: {type(error).__name__}: "
                     f"{_first_line(error)}. Give 0, or fewshot_split in its file"
                 ) from None
+        task.set_fewshot_seed(seed=_SEED)  # last: what was drawn above must not count
 
 
 def texts_of(task: Any) -> Iterator[str]:
