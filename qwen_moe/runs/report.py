@@ -10,6 +10,7 @@ from launchers.folder.atomic import replaced
 from qwen_moe.config import ObjectiveConfig, load_config
 from qwen_moe.errors import UserError
 from qwen_moe.packages import missing_text
+from qwen_moe.runs import task_scores
 from qwen_moe.runs.records import RESOLVED
 
 NEEDED = (
@@ -25,6 +26,7 @@ _AT_LENGTH = "validation_loss_"
 LOSS_PICTURE = "loss.png"
 REWARD_PICTURE = "reward.png"
 LOAD_PICTURE = "expert_load.png"
+TASKS_PICTURE = "tasks.png"
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -95,6 +97,8 @@ def summarize(run_dir: Path) -> dict[str, Any]:
     if "expert_imbalance_max" in last:
         facts["expert_imbalance_max"] = last["expert_imbalance_max"]
         facts["balance_loss"] = last["balance_loss"]
+    if scores := task_scores.read(run_dir):
+        facts["tasks"] = scores
     return facts | _of_samples(records, timed)
 
 
@@ -169,6 +173,7 @@ def as_text(facts: dict[str, Any]) -> str:
             f"  stage             {stage['name']}: steps {stage['first_step']:,} to {stage['last_step']:,} of "
             f"{stage['sequence_length']:,} tokens" + (f"; validation loss {losses}" if losses else "")
         )
+    lines += task_scores.as_lines(facts.get("tasks", {}))
     lines.append(
         f"  speed             {facts['tokens_per_second']:,.0f} tokens/s, {facts['model_flops_per_second'] / 1e9:,.1f} "
         f"GFLOP/s of the model, {facts['share_of_peak']:.0%} of the measured matmul peak"
@@ -199,7 +204,8 @@ def draw_if_possible(run_dir: Path) -> list[str]:
 
 
 def draw(run_dir: Path) -> list[Path]:
-    """Write loss.png and, for MoE models, expert_load.png into the run folder. Returns their paths."""
+    """Write loss.png and, where there is something to show, reward.png, expert_load.png (of MoE models) and tasks.png into
+    the run folder. Returns their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -210,6 +216,8 @@ def draw(run_dir: Path) -> list[Path]:
     loads = [record for record in records if "expert_counts" in record]
     if loads:
         paths.append(_draw_load(records, loads, run_dir / LOAD_PICTURE))
+    if scores := task_scores.read(run_dir):
+        paths.append(_save(task_scores.drawn(scores), run_dir / TASKS_PICTURE))
     return paths
 
 

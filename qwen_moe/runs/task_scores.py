@@ -8,7 +8,6 @@ from qwen_moe.errors import UserError
 
 FOLDER = "evaluation/tasks"
 RESULTS_PREFIX = "results-"
-PICTURE = "tasks.png"
 
 
 def main_score(record: dict[str, Any]) -> dict[str, Any] | None:
@@ -17,7 +16,7 @@ def main_score(record: dict[str, Any]) -> dict[str, Any] | None:
     return found if found is not None and found["value"] is not None else None
 
 
-def task_scores(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
+def read(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
     """By task, the first metric at each step: ``step``, ``metric``, ``value`` and ``stderr``, in order. Raises UserError for
     a damaged file."""
     scores: dict[str, list[dict[str, Any]]] = {}
@@ -47,13 +46,24 @@ def as_lines(scores: dict[str, list[dict[str, Any]]]) -> list[str]:
     return lines
 
 
-def draw(scores: dict[str, list[dict[str, Any]]], axes: Any) -> None:
-    """A curve for each task, with a bar of one standard error up and down."""
-    for task, points in scores.items():
-        steps, values = [point["step"] for point in points], [point["value"] for point in points]
-        errors = [point["stderr"] or 0.0 for point in points]
-        axes.errorbar(steps, values, yerr=errors, marker="o", capsize=3, label=f"{task} ({points[-1]['metric']})")
-    axes.set_xlabel("step")
-    axes.set_ylabel("score")
-    axes.legend()
-    axes.grid(alpha=0.3)
+def drawn(scores: dict[str, list[dict[str, Any]]]) -> Any:
+    """A figure with a panel for each metric and a curve for each task, with bars of one standard error up and down."""
+    import matplotlib.pyplot as plt
+
+    metrics = list(dict.fromkeys(points[-1]["metric"] for points in scores.values()))
+    figure, panels = plt.subplots(
+        len(metrics), 1, figsize=(8, 1 + 3 * len(metrics)), sharex=True, squeeze=False, layout="constrained"
+    )
+    for metric, axes in zip(metrics, panels[:, 0], strict=True):
+        for task, points in scores.items():
+            if points[-1]["metric"] != metric:
+                continue
+            steps, values = [point["step"] for point in points], [point["value"] for point in points]
+            errors = [point["stderr"] or 0.0 for point in points]
+            label = f"{task} (last {values[-1]:.3f})"
+            axes.errorbar(steps, values, yerr=errors, marker="o", linewidth=1, capsize=3, label=label)
+        axes.set_ylabel(metric)
+        axes.legend()
+        axes.grid(alpha=0.3)
+    panels[-1, 0].set_xlabel("step")
+    return figure

@@ -6,6 +6,7 @@ import argparse
 import json
 import random
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -106,18 +107,34 @@ def _evaluate(args: argparse.Namespace, model: HarnessModel, loaded: dict[str, A
     random.seed(0)
     np.random.seed(1234)
     torch.manual_seed(1234)
-    return dict(
-        evaluate(
-            lm=model,
-            task_dict=loaded,
-            limit=args.limit,
-            log_samples=True,
-            system_instruction=args.system,
-            apply_chat_template=args.chat,
-            fewshot_as_multiturn=args.chat,
-            confirm_run_unsafe_code=args.allow_code,
+    try:
+        return dict(
+            evaluate(
+                lm=model,
+                task_dict=loaded,
+                limit=args.limit,
+                log_samples=True,
+                system_instruction=args.system,
+                apply_chat_template=args.chat,
+                fewshot_as_multiturn=args.chat,
+                confirm_run_unsafe_code=args.allow_code,
+            )
         )
-    )
+    except Exception as error:
+        if _raised_here(error):
+            raise
+        text = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"the harness cannot evaluate {', '.join(loaded['tasks'])}: {text:.300} (--traceback shows where). Correct the "
+            "task's file, or leave the task out"
+        ) from error
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether our code, or torch under it, raised ``error``, rather than the harness, a task's template or its functions."""
+    names = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    inner = names[max((i for i, name in enumerate(names) if name.startswith("lm_eval.")), default=0) :]
+    return isinstance(error, UserError) or any(name.startswith("qwen_moe.") for name in inner)
 
 
 def _records(

@@ -55,11 +55,16 @@ def _sentences(text: str) -> list[str]:
     return [sentence for part in plain for sentence in re.split(r"(?<=\.) ", part)]
 
 
+@cache
+def _all_sentences() -> list[str]:
+    return sorted({one for source in _sources() for text in _docstrings(source) for one in _sentences(text)})
+
+
 def pydoc_cloze(count: int = 300, **metadata: Any) -> dict[str, Any]:
     """Sentences of docstrings up to a word, and four words of which one follows."""
     rng = random.Random("pydoc_cloze")
     found = []
-    for sentence in sorted({one for source in _sources() for text in _docstrings(source) for one in _sentences(text)}):
+    for sentence in _all_sentences():
         words = sentence.split(" ")
         places = [i for i, word in enumerate(words) if i >= 5 and re.fullmatch(r"[a-z]{5,}", word)]
         if places:
@@ -84,10 +89,11 @@ def python_next_line(count: int = 300, **metadata: Any) -> dict[str, Any]:
         pool = sorted({line for line in lines if len(line.strip()) >= 12})
         for place in rng.sample(range(_CONTEXT, len(lines)), min(12, len(lines) - _CONTEXT)):
             right = lines[place]
-            others = [line for line in pool if line.strip() != right.strip()]
+            drawn = rng.sample(pool, min(2 * _WRONG, len(pool)))
+            others = [line for line in drawn if line.strip() != right.strip()][:_WRONG]
             if len(right.strip()) < 12 or len(others) < _WRONG:
                 continue
-            choices = [right, *rng.sample(others, _WRONG)]
+            choices = [right, *others]
             rng.shuffle(choices)
             text = "\n".join(lines[place - _CONTEXT : place]) + "\n"
             documents.append({"text": text, "choices": choices, "answer": choices.index(right)})
