@@ -20,7 +20,8 @@ import torch
 
 from benchmarks.train_step import SHAPE, reference_config
 from parallel.threads import limit_threads
-from qwen_moe.generation.engine import Engine, LocalRunner
+from qwen_moe.generation.engine import Engine
+from qwen_moe.generation.runner import LocalRunner
 from qwen_moe.generation.sampling import Sampling
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.init import build_model

@@ -33,7 +33,8 @@ VERBS = (
     "qwen_moe.launch.observe",
     "qwen_moe.planning.command",
 )
-# Verbs that compute in this process. Commands that start several processes choose their threads (`parallel.threads`).
+# Verbs that compute in this process. Commands that start several processes choose their threads (`parallel.threads`): of
+# these verbs, those whose parser's default ``may_split`` says so.
 ONE_PROCESS = ("evaluate", "score", "convert", "verify", "report")
 
 
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         args.argv = sys.argv[1:] if argv is None else argv
         verb = " ".join(filter(None, (args.verb, getattr(args, "scaling_verb", ""))))
         check_installed(f"qwen-moe {verb}", *getattr(args, "needs", ()))
-        if getattr(args, "verb", "") in ONE_PROCESS:
+        if getattr(args, "verb", "") in ONE_PROCESS and not getattr(args, "may_split", False):
             from parallel.threads import limit_threads
 
             limit_threads()

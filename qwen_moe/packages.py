@@ -14,6 +14,7 @@ EXTRAS = {
     "math_verify": "rl",
     "datatrove": "curate",
     "pyarrow": "curate",
+    "lm_eval": "eval",
 }
 
 

@@ -54,6 +54,7 @@ def test_training_imports_none_of_them() -> None:
         (["train", "demo", "logging.tensorboard=true"], "logging.tensorboard: tensorboard is not installed: pip install "
          "'qwen-moe[tensorboard]', or set it to auto or false"),
         (["train", "demo", "logging.wandb={project: p}"], "logging.wandb: wandb is not installed"),
+        (["evaluate", "tasks", "--tasks", "arc_easy"], "lm_eval is not installed: pip install 'qwen-moe[eval]'"),
         (["data", "prepare", "--input", "a.txt.zst", "--output", "x", "--train-tokenizer", "--vocab-size", "300"],
          "a.txt.zst is packed with zstandard: zstandard is not installed: pip install 'qwen-moe[data]'"),
     ],

@@ -1,6 +1,7 @@
 """The data section: which tokens a run reads, in which order."""
 
 import math
+import re
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -19,6 +20,7 @@ from qwen_moe.config.fields import (
 
 Learn = Literal["assistant", "last", "all"]
 TooLong = Literal["error", "drop", "cut"]
+_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 
 
 class Dataset(Section):
@@ -48,6 +50,7 @@ class Prepare(Section):
 
 class DataConfig(Section):
     """The tokens to read and their order. ``split``: Megatron's train,validation,test weights over documents.
+    ``validation_sets``: further validation data by name, such as one blend for each domain, each with a loss of its own.
     ``order_tokens``: the training length for which the order is drawn; 0 is the run's own, and a branch sets its trunk's.
     ``too_long``: what to do with a conversation or pair that is longer than a sequence: stop, or leave it out.
     ``long_share``: the share of training sequences (and so of tokens) from documents of at least ``sequence_length`` tokens;
@@ -56,6 +59,7 @@ class DataConfig(Section):
     prepare: Prepare | None = None
     train: tuple[Dataset, ...] = ()
     validation: tuple[Dataset, ...] = ()
+    validation_sets: dict[str, tuple[Dataset, ...]] = Field(default={})
     tokenizer: GivenPath | None = None
     sequence_length: Size
     split: str = "99,1,0"
@@ -76,6 +80,21 @@ class DataConfig(Section):
         if not (1 <= len(weights) <= 3 and all(0 <= w < math.inf for w in weights) and weights[0] > 0):
             raise ValueError(f"{split!r} is not of the form 'train,validation,test': give numbers, the first above 0")
         return split
+
+    @field_validator("validation_sets")
+    @classmethod
+    def _check_sets(cls, sets: dict[str, tuple[Dataset, ...]]) -> dict[str, tuple[Dataset, ...]]:
+        for name, datasets in sets.items():
+            if not _SET_NAME.fullmatch(name):
+                raise ValueError(f"{name!r:.60} is not a name: give up to 40 letters, digits, _, - and dots")
+            if not datasets:
+                raise ValueError(f"{name} is empty: give at least one prefix, or leave it out")
+        return sets
+
+    @property
+    def all_validation(self) -> tuple[Dataset, ...]:
+        """The data of every validation set."""
+        return self.validation + tuple(one for datasets in self.validation_sets.values() for one in datasets)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

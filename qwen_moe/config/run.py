@@ -159,6 +159,7 @@ class RunConfig(Section):
             given["data.train's passes beside weights"] = weighted and any(one.passes > 1 for one in data.train)
             why = f"is for text, and objective.kind {kind} reads {NAMES[self.objective.reads]}"
             compared = self.objective.kind in ("dpo", "grpo")  # with the model that the run begins from
+            given["data.validation_sets"] = compared and self.data.validation_sets
             given["stages"] = compared and self.stages
             given["checkpoint.branch_from"] = compared and self.checkpoint.branch_from is not None
         if named := [name for name, value in given.items() if value]:
@@ -173,6 +174,7 @@ class RunConfig(Section):
             "data.train": self.data.train,
             "data.prepare": self.data.prepare,
             "data.validation": self.data.validation,
+            "data.validation_sets": self.data.validation_sets,
             "training.epochs": self.training.epochs,
         }
         if named := [name for name, value in given.items() if value]:

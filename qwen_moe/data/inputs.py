@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from parallel.mesh import Axis
 from qwen_moe.config import Dataset, RunConfig, stage_runs
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the command prepares inputs before it starts the processes 
     from qwen_moe.data.samples import Samples
 
 TOKENIZER = "tokenizer"
+CACHE = "data_cache"
 
 
 def tokenizer_directory(config: RunConfig) -> Path | None:
@@ -49,7 +50,7 @@ def prepare_inputs(config: RunConfig) -> None:
             prepare_conversations(config)
     directory = tokenizer_directory(config)
     for run in stage_runs(config):
-        check_tokenizers(directory, [*train_datasets(run), *run.data.validation])
+        check_tokenizers(directory, [*train_datasets(run), *run.data.all_validation])
         check_mix(run)
         check_longest(run)
     if directory is None:
@@ -111,7 +112,7 @@ def check_longest(config: RunConfig) -> None:
     most = config.model.trainable_length
     if config.data.sequence_length <= most:
         return
-    for dataset in (*train_datasets(config), *config.data.validation):
+    for dataset in (*train_datasets(config), *config.data.all_validation):
         longest = int(document_lengths(dataset.prefix).max(initial=0))
         if longest > most:
             of = "max_position_embeddings" if config.model.dual_chunk is None else "dual_chunk"
@@ -189,9 +190,8 @@ def open_inputs(config: RunConfig, dp: Axis) -> RunInputs:
     prepared_on_all_ranks(config)
     directory = tokenizer_directory(config)
     kept = None
-    end_of_document = None
+    end_of_document = _end_of_document(directory)
     if directory is not None:
-        end_of_document = end_of_document_id(load_tokenizer(directory), directory)
         kept = config.run_dir / TOKENIZER
         if dist.get_rank() == 0:
             copy_tokenizer(directory, kept)
@@ -199,7 +199,36 @@ def open_inputs(config: RunConfig, dp: Axis) -> RunInputs:
                 from qwen_moe.data.chat import Chat
 
                 end_with_turn(kept, Chat(directory).end)
-    return RunInputs(config, dp, _samples(config, end_of_document), kept)
+    return RunInputs(config, dp, _samples(config, end_of_document, config.run_dir / CACHE), kept)
+
+
+def open_validation_sets(config: RunConfig, dp: Axis) -> dict[str, RunInputs]:
+    """The sets of `data.validation_sets` by name, each as if it were the only data. All ranks call it together, after
+    `open_inputs`. Raises UserError for a set that is smaller than a sequence."""
+    directory = tokenizer_directory(config)
+    found = {}
+    for name, datasets in config.data.validation_sets.items():
+        alone: dict[str, Any] = {"train": datasets, "validation": datasets, "tokenizer": directory}
+        alone |= {"validation_sets": {}, "prepare": None, "long_share": 0.0}
+        one_step = {"train_tokens": config.tokens_per_step, "epochs": 0}  # nobody trains on them
+        run = config.model_copy(
+            update={
+                "data": config.data.model_copy(update=alone),
+                "training": config.training.model_copy(update=one_step),
+            }
+        )
+        samples = _samples(run, _end_of_document(directory), config.run_dir / CACHE / f"validation-{name}")
+        found[name] = RunInputs(run, dp, samples, directory)
+        if not found[name].has_validation:
+            raise UserError(
+                f"data.validation_sets.{name} has less than one sequence of {config.data.sequence_length:,} tokens: give "
+                "more data, or leave it out"
+            )
+    return found
+
+
+def _end_of_document(tokenizer: Path | None) -> int | None:
+    return None if tokenizer is None else end_of_document_id(load_tokenizer(tokenizer), tokenizer)
 
 
 def prepared_on_all_ranks(config: RunConfig) -> None:
@@ -209,8 +238,8 @@ def prepared_on_all_ranks(config: RunConfig) -> None:
     same_on_all_ranks(lambda: prepare_inputs(config))
 
 
-def _samples(config: RunConfig, end_of_document: int | None) -> "Samples":
-    datasets, cache = train_datasets(config), config.run_dir / "data_cache"
+def _samples(config: RunConfig, end_of_document: int | None, cache: Path) -> "Samples":
+    datasets = train_datasets(config)
     if config.objective.reads != "documents":
         from qwen_moe.data.epochs import open_examples
 

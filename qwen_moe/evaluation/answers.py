@@ -1,20 +1,14 @@
 """The answers of an evaluation: one JSON object a line, written as they come and read again by the same command."""
 
 import json
-import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from launchers.folder.atomic import write_json
 from qwen_moe.documents import json_object, read_text
 from qwen_moe.errors import UserError
+from qwen_moe.evaluation.lines import LineFile
 from qwen_moe.evaluation.plan import Item
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock; two processes of one shard are then not noticed
-    fcntl = None  # type: ignore[assignment]
 
 SETTINGS = "settings.json"
 PATTERN = "answers-*.jsonl"
@@ -81,41 +75,16 @@ def read_all(output: Path) -> dict[Item, dict[str, Any]]:
     return found
 
 
-class AnswerFile:
+class AnswerFile(LineFile):
     """The file of one shard, open for appending, and locked until it is closed. Raises UserError if another process
     has it."""
 
     def __init__(self, output: Path, shard: int) -> None:
-        path = output / PATTERN.replace("*", str(shard))
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise UserError(
-                        f"{path} is being written by another process: wait for it, give each process its own --shard, or "
-                        "give another --output"
-                    ) from None
-            os.ftruncate(self.descriptor, read_answers(path)[1])
-        except BaseException:
-            os.close(self.descriptor)
-            raise
-
-    def append(self, record: dict[str, Any]) -> None:
-        """One line, on the disk when this returns."""
-        line = json.dumps(record).encode() + b"\n"
-        while line:
-            line = line[os.write(self.descriptor, line) :]
-        os.fsync(self.descriptor)
-
-    def __enter__(self) -> "AnswerFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        os.close(self.descriptor)
+        super().__init__(
+            output / PATTERN.replace("*", str(shard)),
+            lambda path: read_answers(path)[1],
+            "wait for it, give each process its own --shard, or give another --output",
+        )
 
 
 def claim_folder(output: Path, settings: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""`qwen-moe evaluate passkey` and `qwen-moe evaluate ruler`."""
+"""`qwen-moe evaluate passkey` and `qwen-moe evaluate ruler`; `tasks` is in `harness.command`."""
 
 import argparse
 import hashlib
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe.config.fields import LARGEST, LARGEST_SIZE
+from qwen_moe.evaluation.harness.command import register_tasks
 from qwen_moe.generation.command import add_checkpoint, add_chunk_size
 from qwen_moe.options import whole
 
@@ -38,7 +39,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser("evaluate", help="measure how well a model reads long texts")
+    parser = subparsers.add_parser("evaluate", help="measure how well a model reads long texts and solves tasks")
     verbs = parser.add_subparsers(dest="evaluate_verb", required=True, metavar="VERB")
     passkey = verbs.add_parser("passkey", help="find a number that is hidden in noise, at several lengths and depths")
     _add_common(passkey, _run_passkey, 1, "for each length and depth")
@@ -56,6 +57,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     ruler.add_argument("--squad", type=Path, metavar="FILE", help="SQuAD's dev-v2.0.json, for qa_1")
     ruler.add_argument("--hotpot", type=Path, metavar="FILE", help="hotpot_dev_distractor_v1.json, for qa_2")
+    register_tasks(verbs)
 
 
 def _add_common(

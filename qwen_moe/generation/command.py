@@ -79,11 +79,11 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        required=True,
+        required=required,
         metavar="DIR",
         help="a checkpoint, a run directory (its newest checkpoint) or a Hugging Face directory",
     )

@@ -7,20 +7,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 
-from parallel.gemm import linear
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
 from qwen_moe.generation.cache import SequenceCache, passes
-from qwen_moe.generation.routing import Routing, experts_of_pass, split_routing
+from qwen_moe.generation.likelihood import Likelihood, ScoredText, TextsOfPass
+from qwen_moe.generation.routing import Routing, split_routing
+from qwen_moe.generation.runner import Runner
 from qwen_moe.generation.sampling import Sampling, draw, uniforms
 from qwen_moe.models.attention.dual_chunk import DualChunkReader
 from qwen_moe.models.attention.reader import PlainReader, Reader
 from qwen_moe.models.attention.sparse import SparsePrefill, SparseRecord, SparseSettings
-from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.rope import make_rope
 
 _CHANCES = 64  # random numbers drawn at a time
@@ -45,57 +44,6 @@ class Limits:
     chunk: int = 32768
     sequences: int = 64
     cached: int = 1 << 20
-
-
-class Runner(Protocol):
-    """Runs the model, which may be split over ranks."""
-
-    device: torch.device
-    dtype: torch.dtype
-    first_head: int  # the number in the model of this rank's first query head
-
-    def logits(
-        self, ids: torch.Tensor, cache: SequenceCache, wanted: torch.Tensor, experts: list[torch.Tensor] | None = None
-    ) -> torch.Tensor:
-        """``ids [N]`` -> logits ``[len(wanted), V]`` of the tokens with the indices ``wanted``. Where V is 0, another rank
-        has them. ``experts`` receives those of all tokens in the MoE layers of this rank, ``[N, l, K]``."""
-
-    def of_all_layers(self, experts: torch.Tensor) -> torch.Tensor:
-        """``[n, l, K] -> [n, L, K]``: the experts of tokens in the whole model. All ranks of a pipeline call it."""
-
-    def share(self, tokens: torch.Tensor, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[N]`` each, as the rank that has the logits drew them."""
-
-    def finish(self) -> None:
-        """No further call will come from this rank."""
-
-
-class LocalRunner:
-    """The whole model on one device."""
-
-    def __init__(self, model: DecoderLM) -> None:
-        self.model, self.first_head = model, 0
-        self.device, self.dtype = model.head_weight.device, model.head_weight.dtype
-
-    @torch.no_grad()
-    def logits(
-        self, ids: torch.Tensor, cache: SequenceCache, wanted: torch.Tensor, experts: list[torch.Tensor] | None = None
-    ) -> torch.Tensor:
-        some = wanted if len(wanted) < len(ids) else None
-        chosen: list[torch.Tensor] | None = None if experts is None else []
-        states = self.model.read(ids.unsqueeze(0), cache, some, chosen)[0]
-        if experts is not None and chosen is not None:
-            experts.append(experts_of_pass(self.model, chosen, wanted, len(ids)))
-        return linear(states, self.model.head_weight)
-
-    def of_all_layers(self, experts: torch.Tensor) -> torch.Tensor:
-        return experts
-
-    def share(self, tokens: torch.Tensor, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return tokens, log_probs
-
-    def finish(self) -> None:
-        pass
 
 
 @dataclass
@@ -202,6 +150,14 @@ class Engine:
             )
         self.runner.finish()
         return [results[i] for i in range(len(prompts))]
+
+    def likelihoods(self, texts: Sequence[ScoredText]) -> list[Likelihood]:
+        """How likely the scored tokens of ``texts`` are, all in one forward pass. Raises UserError."""
+        cache = TextsOfPass(texts, [self.reader(len(text.tokens))[0] for text in texts])
+        device = self.runner.device
+        fields = (torch.tensor(field, device=device) for field in (cache.ids, cache.wanted, cache.labels))
+        ids, wanted, labels = fields
+        return cache.split(*self.runner.log_probs(ids, cache, wanted, labels))
 
 
 class _Batch:

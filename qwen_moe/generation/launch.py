@@ -34,10 +34,10 @@ def report_failure(error: UserError) -> None:
 
 def in_session(args: argparse.Namespace, work: Callable[["Session"], int]) -> int:
     """Run ``work`` in a session of ``args``: in this process, in one of a launcher's, or in ranks that are started for --tp,
-    --ep and --pp. Returns the exit code."""
+    --ep, --pp and, where a command has it, --dp. Returns the exit code."""
     from parallel.process import started_by_launcher
 
-    split = args.tp * args.ep * args.pp > 1
+    split = args.tp * args.ep * args.pp * getattr(args, "dp", 1) > 1
     if split and not started_by_launcher():
         return start_ranks(args)
     if not split:
@@ -53,14 +53,14 @@ def in_session(args: argparse.Namespace, work: Callable[["Session"], int]) -> in
 
 
 def start_ranks(args: argparse.Namespace) -> int:
-    """Run the command that this process was called with, in as many processes as --tp, --ep and --pp need. Returns its exit
-    code."""
+    """Run the command that this process was called with (``args.argv``), in as many processes as --tp, --ep, --pp and --dp
+    need. Returns its exit code."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
     try:
-        ranks = smallest_world(1, tp=args.tp, ep=args.ep, pp=args.pp)
+        ranks = smallest_world(getattr(args, "dp", 1) * args.tp * args.pp, tp=args.tp, ep=args.ep, pp=args.pp)
     except LayoutError as error:
         raise UserError(str(error)) from None
     gpus = visible_gpus()

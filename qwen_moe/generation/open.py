@@ -13,8 +13,9 @@ from qwen_moe.config import ModelConfig
 from qwen_moe.data.chat import Chat
 from qwen_moe.data.tokenizer import read_tokenizer
 from qwen_moe.errors import UserError
-from qwen_moe.generation.engine import Engine, Limits, LocalRunner, Runner
+from qwen_moe.generation.engine import Engine, Limits
 from qwen_moe.generation.extension import Extension, extended
+from qwen_moe.generation.runner import LocalRunner, Runner
 from qwen_moe.generation.tokenizer import end_tokens, tokenizer_folder
 from qwen_moe.models.attention.sparse import SparseSettings
 

@@ -22,7 +22,9 @@ from qwen_moe.checkpoint.finite import check_cast, check_finite
 from qwen_moe.checkpoint.tensor_store import TensorSource
 from qwen_moe.config import ModelConfig
 from qwen_moe.generation.cache import SequenceCache
+from qwen_moe.generation.likelihood import of_labels
 from qwen_moe.generation.routing import experts_of_pass
+from qwen_moe.models.attention.cache import Cache
 from qwen_moe.models.flops import layer_costs
 from qwen_moe.models.init import keep_statistics_dtypes
 from qwen_moe.sharding.model import ParallelModel, build_parts
@@ -81,7 +83,23 @@ class ShardedRunner:
         """See `Runner`. Stages before the last return ``[len(wanted), 0]``."""
         if self._in_step:
             self._anyone(True)
-        return self._pass(ids, cache, wanted, experts)
+        states = self._pass(ids, cache, wanted, experts)
+        return states if states.shape[1] == 0 else self._head(states)
+
+    @torch.no_grad()
+    def log_probs(
+        self, ids: torch.Tensor, cache: Cache, wanted: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Runner`."""
+        if self._in_step:
+            self._anyone(True)
+        states = self._pass(ids, cache, wanted)
+        if states.shape[1] == 0:  # the last stage knows
+            log_probs, best = labels.new_zeros(len(labels), dtype=torch.float64), torch.zeros_like(labels)
+        else:
+            log_probs, best = of_labels(states, labels, self._head)
+        best, log_probs = self.share(best, log_probs)
+        return log_probs, best
 
     def of_all_layers(self, experts: torch.Tensor) -> torch.Tensor:
         pp, config = self._grids.pp, self._part.config
@@ -121,10 +139,11 @@ class ShardedRunner:
     def _pass(
         self,
         ids: torch.Tensor,
-        cache: "SequenceCache | _NoCache",
+        cache: Cache,
         wanted: torch.Tensor,
         experts: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
+        """The last hidden states ``[len(wanted), D]``, and ``[len(wanted), 0]`` on stages before the last."""
         pp, tp = self._grids.pp, self._grids.tp
         padded = F.pad(ids, (0, -len(ids) % tp.size))
         x = padded.unsqueeze(0)
@@ -140,7 +159,7 @@ class ShardedRunner:
             dist.send(x.contiguous(), self._neighbour(pp.index + 1), group=pp.group)
             return x.new_empty(len(wanted), 0)
         states = x if tp.size == 1 else gather_sequence(x, tp)
-        return self._head(states[0, wanted])
+        return states[0, wanted]
 
     def _of_all_tokens(self, held: torch.Tensor) -> torch.Tensor:
         """``[N / n, K] -> [N, K]``: each tp rank has routed its part of the tokens."""

@@ -4,7 +4,7 @@ started."""
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,14 +15,18 @@ from parallel.process import ProcessError, process_info, start
 from qwen_moe.checkpoint.huggingface.convert import Weights
 from qwen_moe.checkpoint.huggingface.export import export_dtype
 from qwen_moe.errors import UserError
-from qwen_moe.generation.engine import Completion, Engine, Limits, Runner
+from qwen_moe.generation.engine import Completion, Engine, Limits
+from qwen_moe.generation.extension import extended
+from qwen_moe.generation.likelihood import Likelihood, ScoredText, check_text, in_passes
 from qwen_moe.generation.open import HowToRead, Opened, on_one_device
 from qwen_moe.generation.ranks import ShardedRunner, gather_shares, load_sharded
+from qwen_moe.generation.runner import Runner
 from qwen_moe.generation.sampling import Sampling
 from qwen_moe.generation.text import check_lengths
 from qwen_moe.sharding.layout import check_layout
 
 Done = Callable[[int, list[Completion]], None]
+Shared = TypeVar("Shared")
 
 
 class Session:
@@ -107,13 +111,59 @@ class Session:
         longest decides how texts are read."""
         self._longest = check_lengths(self.opened.config, self._how, prompts, max_new_tokens)
 
-    def agree(self, todo: list[int]) -> list[int]:
+    def reach(self, longest: int | None = None) -> int:
+        """Instead of `check`: texts have at most ``longest`` tokens, by default as many as the model reaches. Returns this
+        number. Raises UserError if the model does not reach so far."""
+        self._longest = longest or self.opened.config.reach
+        config = extended(self.opened.config, self._how.extension, self._longest, self._how.chunk)
+        if self._longest > config.reach:
+            raise UserError(
+                f"texts of {self._longest} tokens are longer than the model's reach of {config.reach} tokens: lower the "
+                "length, or extend the context (--context-extension)"
+            )
+        return self._longest
+
+    @property
+    def together(self) -> bool:
+        """Whether several processes work together."""
+        return self._grids is not None
+
+    def agree(self, todo: Shared) -> Shared:
         """What rank 0 has to do: only its file of answers counts."""
         if self._grids is None:
             return todo
         shared = [todo]
         dist.broadcast_object_list(shared, src=0)
         return shared[0]
+
+    def likelihoods(self, texts: Sequence[ScoredText], done: Callable[[dict[int, Likelihood]], None]) -> None:
+        """How likely the scored tokens of ``texts`` are. On the rank that reports, ``done`` is called with some of the
+        answers, by their index in ``texts``, as soon as they are known there. Raises UserError."""
+        for text in texts:
+            check_text(text, self.opened.config.vocab_size, self._longest)
+        if not texts:
+            return
+        self._engine = engine = self.opened.engine(self._how, self._longest, self._load)
+        groups = 1 if self._grids is None else self._grids.dp.size
+        plan = in_passes([len(text.tokens) for text in texts], self._how.limits.chunk)
+        total = sum(len(text.tokens) for text in texts)
+        with _Bars(total, 0, self.reports) as bars:
+            for begin in range(0, len(plan), groups):
+                wave = plan[begin : begin + groups]
+                own = engine.runner.share_of(wave) if isinstance(engine.runner, ShardedRunner) else wave
+                found = [engine.likelihoods([texts[i] for i in batch]) for batch in own]
+                engine.runner.finish()
+                if self._grids is not None:
+                    found = gather_shares(found, self._grids, len(wave))
+                if self.reports:
+                    done(
+                        {
+                            i: one
+                            for batch, of in zip(wave, found, strict=True)
+                            for i, one in zip(batch, of, strict=True)
+                        }
+                    )
+                bars.advance(sum(len(texts[i].tokens) for batch in wave for i in batch), 0)
 
     def generate(
         self,

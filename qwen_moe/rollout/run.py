@@ -40,7 +40,8 @@ def roll_out(
         session.say_if_no_chat(args.chat, (query.values for query in queries))
         session.check([query.tokens for query in queries], sampling.max_new_tokens)
         if rewarder is None:
-            for index in session.agree([]):
+            todo: list[int] = []  # rank 0 knows
+            for index in session.agree(todo):
                 _sample(session, session, [queries[number] for number in _numbers(args, queries, index)], sampling)
             return None
         args.output.parent.mkdir(parents=True, exist_ok=True)

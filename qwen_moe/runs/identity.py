@@ -68,7 +68,7 @@ TABLE: dict[Rule, tuple[str, ...]] = {
     ),
     Rule.RESULT: (
         *("checkpoint.load_from", "checkpoint.branch_from"),  # where the run begins
-        *("training.validation_interval", "training.validation_sequences"),  # what is measured
+        *("training.validation_interval", "training.validation_sequences", "data.validation_sets"),  # what is measured
         *("training.max_skips", "training.spike_nats"),  # batches that a checkpoint records as skipped stay skipped
         "training.micro_batch_size",  # affects the balancing loss in some scopes, as the layout does
     ),

@@ -45,7 +45,7 @@ def _problem(record: Any) -> str:
     step = record.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         return f"its step is {step!r}"
-    numbers = [*NUMBERS, *(name for name in record if name.startswith("validation_loss_"))]
+    numbers = [*NUMBERS, *(name for name in record if name.startswith(("validation_loss_", "validation_loss/")))]
     wrong = [name for name in numbers if name in record and not _is_number(record[name])]
     if wrong:
         return f"its {wrong[0]} is {record[wrong[0]]!r:.60}"

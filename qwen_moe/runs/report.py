@@ -10,6 +10,7 @@ from launchers.folder.atomic import replaced
 from qwen_moe.config import ObjectiveConfig, load_config
 from qwen_moe.errors import UserError
 from qwen_moe.packages import missing_text
+from qwen_moe.runs import task_scores
 from qwen_moe.runs.records import RESOLVED
 
 NEEDED = (
@@ -21,10 +22,11 @@ NEEDED = (
     "share_of_peak",
     "memory_bytes",
 )
-_AT_LENGTH = "validation_loss_"
+_AT_LENGTH, _OF_SET = "validation_loss_", "validation_loss/"
 LOSS_PICTURE = "loss.png"
 REWARD_PICTURE = "reward.png"
 LOAD_PICTURE = "expert_load.png"
+TASKS_PICTURE = "tasks.png"
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -86,6 +88,7 @@ def summarize(run_dir: Path) -> dict[str, Any]:
         "loss": last["loss"],
         "unit": _objective(run_dir).unit,
         "validation_loss": validations[-1]["validation_loss"] if validations else None,
+        "validation_sets": (sets_validated(records) or [{}])[-1],
         "stages": stages_of(records),
         "tokens_per_second": tokens_per_step / seconds,
         "model_flops_per_second": tokens_per_step / seconds * per_token,
@@ -95,6 +98,8 @@ def summarize(run_dir: Path) -> dict[str, Any]:
     if "expert_imbalance_max" in last:
         facts["expert_imbalance_max"] = last["expert_imbalance_max"]
         facts["balance_loss"] = last["balance_loss"]
+    if scores := task_scores.read(run_dir):
+        facts["tasks"] = scores
     return facts | _of_samples(records, timed)
 
 
@@ -134,6 +139,12 @@ def lengths_validated(record: dict[str, Any]) -> dict[int, float]:
     return {int(length): value for length, value in found.items() if length.isdecimal()}
 
 
+def sets_validated(records: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """The losses of named validation sets, of each record that has some."""
+    found = [{k.removeprefix(_OF_SET): v for k, v in record.items() if k.startswith(_OF_SET)} for record in records]
+    return [losses for losses in found if losses]
+
+
 def stages_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The stages that have begun: name, steps, sequence length, and the last validation loss at every length."""
     found: list[dict[str, Any]] = []
@@ -163,12 +174,16 @@ def as_text(facts: dict[str, Any]) -> str:
         )
     if facts["validation_loss"] is not None:
         lines.append(f"  validation loss   {facts['validation_loss']:.4f}")
+    if facts["validation_sets"]:
+        losses = ", ".join(f"{loss:.4f} of {name}" for name, loss in facts["validation_sets"].items())
+        lines.append(f"  validation sets   {losses}")
     for stage in facts.get("stages", []):
         losses = ", ".join(f"{loss:.4f} at {length:,}" for length, loss in stage["validation_losses"].items())
         lines.append(
             f"  stage             {stage['name']}: steps {stage['first_step']:,} to {stage['last_step']:,} of "
             f"{stage['sequence_length']:,} tokens" + (f"; validation loss {losses}" if losses else "")
         )
+    lines += task_scores.as_lines(facts.get("tasks", {}))
     lines.append(
         f"  speed             {facts['tokens_per_second']:,.0f} tokens/s, {facts['model_flops_per_second'] / 1e9:,.1f} "
         f"GFLOP/s of the model, {facts['share_of_peak']:.0%} of the measured matmul peak"
@@ -199,7 +214,8 @@ def draw_if_possible(run_dir: Path) -> list[str]:
 
 
 def draw(run_dir: Path) -> list[Path]:
-    """Write loss.png and, for MoE models, expert_load.png into the run folder. Returns their paths."""
+    """Write loss.png and, where there is something to show, reward.png, expert_load.png (of MoE models) and tasks.png into
+    the run folder. Returns their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -210,6 +226,8 @@ def draw(run_dir: Path) -> list[Path]:
     loads = [record for record in records if "expert_counts" in record]
     if loads:
         paths.append(_draw_load(records, loads, run_dir / LOAD_PICTURE))
+    if scores := task_scores.read(run_dir):
+        paths.append(_save(task_scores.drawn(scores), run_dir / TASKS_PICTURE))
     return paths
 
 
@@ -254,16 +272,17 @@ def _draw_reward(records: list[dict[str, Any]], path: Path) -> Path:
 
 
 def _draw_validation(axes: Any, records: list[dict[str, Any]], tokens: dict[int, float]) -> None:
-    """One curve, or one for each sequence length of a run of stages."""
+    """One curve, or one for each sequence length of a run of stages, and one for each named set."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for record in records:
-        if "validation_loss" not in record and not lengths_validated(record):
-            continue
         at = tokens.get(record["step"])
         if at is None:
             continue
-        by_length = {f"at {length:,} tokens": loss for length, loss in sorted(lengths_validated(record).items())}
-        for name, loss in (by_length or {"": record["validation_loss"]}).items():
+        losses = {f"at {length:,} tokens": loss for length, loss in sorted(lengths_validated(record).items())}
+        if not losses and "validation_loss" in record:
+            losses[""] = record["validation_loss"]
+        losses |= {f"of {name}": loss for some in sets_validated([record]) for name, loss in some.items()}
+        for name, loss in losses.items():
             curves.setdefault(name, []).append((at, loss))
     colors = ("tab:orange", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
     for number, (name, points) in enumerate(curves.items()):

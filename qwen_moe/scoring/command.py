@@ -165,25 +165,32 @@ def _score(model: "ScoringModel", rows: list["ScoredRow"], todo: list[int], answ
 def _report(args: argparse.Namespace, criteria: tuple[str, ...], rows: list["ScoredRow"], answers: Any) -> None:
     from qwen_moe.scoring.picture import draw
     from qwen_moe.scoring.rows import ANSWERS
-    from qwen_moe.scoring.summary import WEIGHTED, agreements, table
+    from qwen_moe.scoring.summary import WEIGHTED, agreements, by_kind, kinds_table, table
 
-    pairs = []
+    pairs, kinds = [], []
     for row, scored in zip(rows, answers.rows, strict=True):
         if len(row.tokens) == 2:
             first, second = (scored["scores"][name] | {WEIGHTED: scored["score"][name]} for name in ANSWERS)
             pairs.append((row.judged, first, second))
-    found = agreements(criteria, pairs)
+            kinds.append(row.values.get("kind"))
+    found, of_kinds = agreements(criteria, pairs), by_kind(criteria, pairs, kinds)
     summary = {"output": str(args.output), "rows": len(rows), "pairs": len(pairs), "criteria": list(criteria)}
     if args.plot is not None and found:
         draw(found, args.plot)
         summary["plot"] = str(args.plot)
     answers.finish()
     if args.json:
-        print(json.dumps(summary | {"agreement": {name: one.figures() for name, one in found.items()}}))
+        summary["agreement"] = {name: one.figures() for name, one in found.items()}
+        summary["agreement_by_kind"] = {
+            kind: {name: one.figures() for name, one in of.items()} for kind, of in of_kinds.items()
+        }
+        print(json.dumps(summary))
         return
     print(f"{args.output}: scores of {len(rows)} rows by {', '.join(criteria)}")
     if found:
         print(table(found))
+        if of_kinds:
+            print(kinds_table(of_kinds))
     elif pairs:
         print("no pair was judged by these criteria")
     if args.plot is not None and found:

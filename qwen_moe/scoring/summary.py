@@ -32,9 +32,10 @@ class Agreement:
         }
 
 
-def agreements(
-    criteria: Sequence[str], pairs: Iterable[tuple[dict[str, int], dict[str, Any], dict[str, Any]]]
-) -> dict[str, Agreement]:
+Pair = tuple[dict[str, int], dict[str, Any], dict[str, Any]]
+
+
+def agreements(criteria: Sequence[str], pairs: Iterable[Pair]) -> dict[str, Agreement]:
     """By criterion, for those by which pairs were judged. ``pairs``: the judgments of each (1: the first answer is better,
     -1: the second is), and the scores of its first and second answer by criterion, with ``weighted``.
 
@@ -48,6 +49,16 @@ def agreements(
         if (value := judged.get(PREFERENCE, 0)) and PREFERENCE not in criteria:
             differences[WEIGHTED].append(value * (first[WEIGHTED] - second[WEIGHTED]))
     return {name: _agreement(torch.tensor(z, dtype=torch.float64)) for name, z in differences.items() if z}
+
+
+def by_kind(criteria: Sequence[str], pairs: Sequence[Pair], kinds: Sequence[Any]) -> dict[str, dict[str, Agreement]]:
+    """The `agreements` of the pairs of each kind; ``kinds``: that of each pair. Pairs whose kind is no text are left out."""
+    groups: dict[str, list[Pair]] = {}
+    for pair, kind in zip(pairs, kinds, strict=True):
+        if isinstance(kind, str):
+            groups.setdefault(kind, []).append(pair)
+    found = {kind: agreements(criteria, some) for kind, some in sorted(groups.items())}
+    return {kind: of for kind, of in found.items() if of}
 
 
 def _agreement(z: torch.Tensor) -> Agreement:
@@ -68,4 +79,14 @@ def table(found: dict[str, Agreement]) -> str:
         lines.append(
             f"{name:{width}s} {one.judged:8,d} {one.accuracy:9.1%} {one.confidence:11.1%} {one.calibration.error:18.1%}"
         )
+    return "\n".join(lines)
+
+
+def kinds_table(found: dict[str, dict[str, Agreement]]) -> str:
+    """One line for each kind of pairs and criterion."""
+    first, second = max(4, *map(len, found)), max(9, *(len(name) for of in found.values() for name in of))
+    lines = [f"{'kind':{first}s} {'criterion':{second}s} {'pairs':>8s} {'accuracy':>9s}"]
+    for kind, of in found.items():
+        for name, one in of.items():
+            lines.append(f"{kind:{first}s} {name:{second}s} {one.judged:8,d} {one.accuracy:9.1%}")
     return "\n".join(lines)

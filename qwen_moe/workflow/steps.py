@@ -86,7 +86,7 @@ def _prepare(at: Context) -> dict[str, Any]:
         size = ["--vocab-size", str(wanted.vocab_size)] if wanted.vocab_size and data.tokenizer is None else []
         output = ["--output", str(wanted.output), *tokenizer, *size, "--text-key", wanted.text_key]
         found.append(json.loads(at.call("data", "prepare", "--input", *wanted.input, *output, "--json")))
-    for dataset in (*data.train, *data.validation):
+    for dataset in (*data.train, *data.all_validation):
         if not dataset.prefix.with_name(dataset.prefix.name + ".bin").is_file():
             raise UserError(
                 f"data.train names {dataset.prefix}, but {dataset.prefix}.bin does not exist: make it by `qwen-moe data "

@@ -76,6 +76,9 @@ BASE: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = {
     ("evaluate", "ruler"): (
         ("--checkpoint", "run", "--lengths", "700", "--tasks", "niah_single_1", "--samples", "1"), ("run",),
     ),
+    ("evaluate", "tasks"): (
+        ("--checkpoint", "run", "--tasks", "pydoc_cloze", "--limit", "2"), ("run",),
+    ),
     ("scaling", "fit"): (("runs.csv", "--output", "new", "--samples", "0"), ("runs.csv",)),
     ("scaling", "recommend"): (("fit", "--n-total", "1e9", "--tokens", "2e10", "--seq-len", "1024"), ("fit",)),
     ("scaling", "report"): (("fit",), ("fit",)),

@@ -8,8 +8,9 @@ import torch
 
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
-from qwen_moe.generation.engine import Engine, Limits, LocalRunner
+from qwen_moe.generation.engine import Engine, Limits
 from qwen_moe.generation.extension import _local, extended
+from qwen_moe.generation.runner import LocalRunner
 from qwen_moe.generation.sampling import Sampling
 from qwen_moe.models.attention.sparse import SparseSettings
 from tests.models.hf_reference import draw_weights

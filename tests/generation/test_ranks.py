@@ -9,8 +9,9 @@ import torch.distributed as dist
 from parallel.mesh import Grids, Layout
 from qwen_moe.checkpoint.tensor_store import ModuleTensors
 from qwen_moe.config import ModelConfig
-from qwen_moe.generation.engine import Engine, Limits, LocalRunner
+from qwen_moe.generation.engine import Engine, Limits
 from qwen_moe.generation.ranks import ShardedRunner, gather_shares, load_sharded
+from qwen_moe.generation.runner import LocalRunner
 from qwen_moe.generation.sampling import Sampling
 from tests.distributed import run_distributed
 from tests.models.hf_reference import draw_weights

@@ -8,7 +8,8 @@ import torch
 
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
-from qwen_moe.generation.engine import Completion, Engine, Limits, LocalRunner
+from qwen_moe.generation.engine import Completion, Engine, Limits
+from qwen_moe.generation.runner import LocalRunner
 from qwen_moe.generation.sampling import Sampling
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.moe.router import Router

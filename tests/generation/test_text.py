@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from qwen_moe.checkpoint.huggingface.convert import save_pretrained
 from qwen_moe.errors import UserError
 from qwen_moe.generation.command import register
-from qwen_moe.generation.engine import Engine, Limits, LocalRunner
+from qwen_moe.generation.engine import Engine, Limits
+from qwen_moe.generation.runner import LocalRunner
 from qwen_moe.generation.sampling import Sampling, draw, uniforms
 from qwen_moe.generation.text import generate_text
 from qwen_moe.generation.tokenizer import end_tokens

@@ -140,8 +140,9 @@ def generation(where: Where) -> Iterator[Row]:
     """Tokens drawn in float32 on the device against float64 on the CPU: prompts of many lengths at once, answers that share
     a prompt, dual chunk attention, and sparse prefill that keeps nearly everything."""
     from qwen_moe.config import parse_model
-    from qwen_moe.generation.engine import Engine, LocalRunner
+    from qwen_moe.generation.engine import Engine
     from qwen_moe.generation.extension import extended
+    from qwen_moe.generation.runner import LocalRunner
     from qwen_moe.generation.sampling import Sampling
     from qwen_moe.models.attention.sparse import SparseSettings
     from qwen_moe.models.init import build_model

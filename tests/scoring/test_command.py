@@ -94,6 +94,29 @@ def test_agreement_with_judgments(
     assert summary["agreement"]["weighted"]["judged"] == 1
 
 
+def test_agreement_by_kind(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = ["math", "chat", "math", "code", None, 7, "chat", "math"]
+    pairs = [pair | {"kind": kind} for pair, kind in zip(PAIRS, kinds, strict=True)]
+    source = write(tmp_path / "in.jsonl", pairs)
+    assert score(folders[0], source, tmp_path / "out.jsonl", "--json") == 0
+    found = json.loads(capsys.readouterr().out)["agreement_by_kind"]
+    assert list(found) == ["chat", "code", "math"]
+    rows = read(tmp_path / "out.jsonl")
+    for kind, of in found.items():
+        for name in CRITERIA:
+            judged = [row for row in rows if row["kind"] == kind and name in row["preferences"]]
+            assert (name in of) == bool(judged)
+            scores = [[row["scores"][part][name] for part in ("chosen", "rejected")] for row in judged]
+            right = [(a - b) * row["preferences"][name] > 0 for row, (a, b) in zip(judged, scores, strict=True)]
+            if judged:
+                assert of[name]["judged"] == len(judged)
+                assert of[name]["accuracy"] == pytest.approx(sum(right) / len(judged))
+    assert score(folders[0], source, tmp_path / "again.jsonl") == 0
+    said = capsys.readouterr().out
+    accuracy = found["math"]["helpful"]["accuracy"]
+    assert f"math helpful          2 {accuracy:9.1%}" in said
+
+
 def test_a_stopped_command_goes_on(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
