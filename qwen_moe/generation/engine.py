@@ -23,6 +23,9 @@ from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.rope import make_rope
 
 _CHANCES = 64  # random numbers drawn at a time
+NOT_FINITE = (
+    "the model's outputs are NaN or infinite: its weights are damaged, or it needs a wider dtype (--dtype fp32)"
+)
 
 
 @dataclass(frozen=True)
@@ -307,10 +310,7 @@ class _Batch:
             if row.finish_reason:
                 continue
             if not math.isfinite(log_prob):
-                raise UserError(
-                    "the model's outputs are NaN or infinite: its weights are damaged, or it needs a wider dtype "
-                    "(--dtype fp32)"
-                )
+                raise UserError(NOT_FINITE)
             row.tokens.append(token)
             row.log_probs.append(log_prob)
             if token in self._engine.end_tokens or self._says_stop(row):

@@ -3,8 +3,8 @@ started."""
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,9 @@ from parallel.process import ProcessError, process_info, start
 from qwen_moe.checkpoint.huggingface.convert import Weights
 from qwen_moe.checkpoint.huggingface.export import export_dtype
 from qwen_moe.errors import UserError
+from qwen_moe.generation.choices import log_probs_of_choices
 from qwen_moe.generation.engine import Completion, Engine, Limits, Runner
+from qwen_moe.generation.extension import extended
 from qwen_moe.generation.open import HowToRead, Opened, on_one_device
 from qwen_moe.generation.ranks import ShardedRunner, gather_shares, load_sharded
 from qwen_moe.generation.sampling import Sampling
@@ -23,6 +25,7 @@ from qwen_moe.generation.text import check_lengths
 from qwen_moe.sharding.layout import check_layout
 
 Done = Callable[[int, list[Completion]], None]
+Item = TypeVar("Item")
 
 
 class Session:
@@ -99,6 +102,14 @@ class Session:
         longest decides how texts are read."""
         self._longest = check_lengths(self.opened.config, self._how, prompts, max_new_tokens)
 
+    def allow(self, longest: int) -> None:
+        """What `check` does, for prompts that come later: no text, prompt and answer together, is longer than this. Raises
+        UserError if the model does not reach so far."""
+        reach = extended(self.opened.config, self._how.extension, longest, self._how.chunk).reach
+        if longest > reach:
+            raise UserError(f"texts of {longest:,} tokens are longer than the model's reach of {reach:,}: shorten them")
+        self._longest = longest
+
     def agree(self, todo: list[int]) -> list[int]:
         """What rank 0 has to do: only its file of answers counts."""
         if self._grids is None:
@@ -121,7 +132,7 @@ class Session:
         numbers = list(range(len(prompts))) if numbers is None else numbers
         if not prompts:
             return []
-        self._engine = engine = self.opened.engine(self._how, self._longest, self._load)
+        engine = self._open()
         tokens = sum(map(len, prompts))
         with _Bars(tokens, len(prompts) * sampling.samples * sampling.max_new_tokens, self.reports) as bars:
             if self._grids is None:
@@ -129,38 +140,48 @@ class Session:
                 return engine.generate(
                     prompts, sampling, numbers=numbers, routing=routing, done=tell, progress=bars.advance
                 )
-            return self._in_waves(engine, prompts, sampling, numbers, routing, done, bars)
+
+            def work(own: list[int]) -> list[list[Completion]]:
+                given, named = [prompts[i] for i in own], [numbers[i] for i in own]
+                return engine.generate(given, sampling, numbers=named, routing=routing, progress=bars.advance)
+
+            results: list[list[Completion]] = []
+            at_once = self._how.limits.sequences // sampling.samples
+            for indices, found in self._in_waves(engine, len(prompts), at_once, work):
+                if done is not None and self.reports:
+                    for index, completions in zip(indices, found, strict=True):
+                        done(numbers[index], completions)
+                results += found
+            return results
+
+    def log_probs(self, prompts: list[list[int]], choices: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The log-probability of each of ``choices`` as the answer to each of ``prompts`` (see `log_probs_of_choices`), on
+        every rank. Call `allow` first."""
+        engine = self._open()
+        if self._grids is None:
+            return log_probs_of_choices(engine, prompts, choices)
+
+        def work(indices: list[int]) -> list[list[float]]:
+            return log_probs_of_choices(engine, [prompts[i] for i in indices], choices)
+
+        found = self._in_waves(engine, len(prompts), self._how.limits.sequences, work)
+        return [row for _, rows in found for row in rows]
+
+    def _open(self) -> Engine:
+        self._engine = self.opened.engine(self._how, self._longest, self._load)
+        return self._engine
 
     def _in_waves(
-        self,
-        engine: Engine,
-        prompts: list[list[int]],
-        sampling: Sampling,
-        numbers: Sequence[int],
-        routing: bool,
-        done: Done | None,
-        bars: "_Bars",
-    ) -> list[list[Completion]]:
+        self, engine: Engine, count: int, at_once: int, work: Callable[[list[int]], list[Item]]
+    ) -> Iterator[tuple[list[int], list[Item]]]:
+        """Numbers below ``count``, a wave at a time, and what ``work`` makes of each: every data-parallel group does
+        ``at_once`` of a wave."""
         runner, grids = engine.runner, self._grids
         assert isinstance(runner, ShardedRunner) and grids is not None
-        results: list[list[Completion]] = []
-        wave = grids.dp.size * max(1, self._how.limits.sequences // sampling.samples)
-        for begin in range(0, len(prompts), wave):
-            indices = list(range(begin, min(begin + wave, len(prompts))))
-            own = runner.share_of(indices)
-            answers = engine.generate(
-                [prompts[i] for i in own],
-                sampling,
-                numbers=[numbers[i] for i in own],
-                routing=routing,
-                progress=bars.advance,
-            )
-            found = gather_shares(answers, grids, len(indices))
-            if done is not None and self.reports:
-                for index, completions in zip(indices, found, strict=True):
-                    done(numbers[index], completions)
-            results += found
-        return results
+        wave = grids.dp.size * max(1, at_once)
+        for begin in range(0, count, wave):
+            indices = list(range(begin, min(begin + wave, count)))
+            yield indices, gather_shares(work(runner.share_of(indices)), grids, len(indices))
 
     def _load(self, weights: Weights) -> Runner:
         if self._grids is None:
