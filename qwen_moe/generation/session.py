@@ -82,6 +82,11 @@ class Session:
         assert self._engine is not None
         return str(self._engine.runner.dtype).removeprefix("torch.")
 
+    @property
+    def layout(self) -> str:
+        """Over how many processes the model is split, which decides the rounding."""
+        return "one process" if self._grids is None else str(self._grids.layout)
+
     def say(self, text: str) -> None:
         if self.reports:
             print(text, file=sys.stderr)
