@@ -45,13 +45,18 @@ class Network(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         outputs = len(shape.names)
-        self.words = nn.Embedding(shape.buckets, shape.hidden or outputs, sparse=True)
+        self.words = nn.Embedding(shape.buckets, shape.hidden or outputs)
         self.bias = nn.Parameter(torch.zeros(shape.hidden or outputs))
         self.output = nn.Linear(shape.hidden, outputs) if shape.hidden else None
 
     def forward(self, buckets: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        table = self.words.weight
-        x = F.embedding_bag(buckets, table, offsets, mode="sum", per_sample_weights=weights, sparse=True) + self.bias
+        return self.of_table(self.words.weight, buckets, offsets, weights)
+
+    def of_table(
+        self, table: torch.Tensor, buckets: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """With the rows of ``table`` in place of `words`."""
+        x = F.embedding_bag(buckets, table, offsets, mode="sum", per_sample_weights=weights) + self.bias
         return x if self.output is None else self.output(F.relu(x))
 
 

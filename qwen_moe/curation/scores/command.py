@@ -119,7 +119,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         "--buckets", type=whole(16, 1 << 26), default=1 << 18, help="of hashed words; default: %(default)s"
     )
     group.add_argument(
-        "--learning-rate", type=number(above=0, most=10), default=0.01, help="at the first step; default: %(default)s"
+        "--learning-rate", type=number(above=0, most=10), default=0.03, help="at the first step; default: %(default)s"
     )
     group.add_argument(
         "--most-documents", type=whole(1, 100_000_000), default=200_000, help="that are learned; default: %(default)s"
@@ -316,4 +316,6 @@ def _target(key: str | None, domains: "DomainSettings | None") -> Callable[[Any]
         return lambda document: rules.annotate([document])[0].get("domain")
     if key is not None:
         return lambda document: None if document.metadata.get(key) is None else str(document.metadata[key])
-    return lambda document: document.metadata.get("scores") or None
+    from qwen_moe.curation.scores.train import scores_of
+
+    return scores_of
