@@ -201,7 +201,7 @@ class _Step:
         table = self._table[rows].requires_grad_()
         self._others.zero_grad()
         (_loss(self._network.of_table(table, places, offsets, weights), targets, kind) / len(targets)).backward()
-        rate = self._schedule.get_last_lr()[0]
+        rate = float(self._schedule.get_last_lr()[0])
         self._others.step()
         self._schedule.step()
         assert table.grad is not None
