@@ -56,6 +56,11 @@ BASE: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("data", "chats.jsonl"),
     ),
     ("data", "info"): (("data/corpus",), ("data",)),
+    ("data", "score"): (
+        ("--input", "text.jsonl", "--output", "new", "--scorer", "run", "--dimensions", "quality", "--document-tokens",
+         "20"),
+        ("run", "text.jsonl"),
+    ),
     ("convert", "from-hf"): (("hf", "out"), ("hf",)),
     ("convert", "to-hf"): (("ckpt", "out"), ("ckpt",)),
     ("generate",): (("--checkpoint", "run", "--prompt", "router", "--max-new-tokens", "3"), ("run",)),

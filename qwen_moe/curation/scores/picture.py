@@ -44,11 +44,12 @@ def _scores(place: Any, name: str, found: Found) -> None:
     edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
     by_language = sorted(found.values[name].items(), key=lambda item: -len(item[1]))
     if len(by_language) > 1:
-        shown = by_language[:_LANGUAGES]
-        place.hist(
-            [np.asarray(part, np.float64) for _, part in shown], bins=edges, stacked=True,
-            label=[f"{language or 'unknown'} ({len(part):,})" for language, part in shown],
-        )  # fmt: skip
+        parts = {language or "unknown": np.asarray(part, np.float64) for language, part in by_language}
+        shown = dict(list(parts.items())[:_LANGUAGES])
+        if rest := [part for language, part in parts.items() if language not in shown]:
+            shown[f"{len(rest)} others"] = np.concatenate(rest)
+        labels = [f"{language} ({len(part):,})" for language, part in shown.items()]
+        place.hist(list(shown.values()), bins=edges, stacked=True, label=labels)
         place.legend(fontsize=7)
     else:
         place.hist(values, bins=edges)
