@@ -59,7 +59,6 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """Options of how the model reads, and over how many processes it is split."""
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as stored, or the run's compute dtype")
     parser.add_argument(
         "--context-extension",
         choices=EXTENSIONS,
@@ -70,6 +69,12 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention", choices=ATTENTION, default="dense", help="sparse leaves out keys in prompts over 32,768 tokens"
     )
+    add_running(parser)
+
+
+def add_running(parser: Any) -> None:
+    """Options of how the model computes: `add_reading` without how it reads long texts."""
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as stored, or the run's compute dtype")
     parser.add_argument(
         "--batch-size", type=whole(1, 100_000), default=64, metavar="N", help="answers at a time; default: %(default)s"
     )

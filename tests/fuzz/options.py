@@ -59,6 +59,11 @@ BASE: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("--input", "text.jsonl", "--against", "text.jsonl", "--output", "new", "--workers", "1"), ("text.jsonl",),
     ),
     ("data", "info"): (("data/corpus",), ("data",)),
+    ("data", "score"): (
+        ("--input", "text.jsonl", "--output", "new", "--scorer", "run", "--dimensions", "quality", "--document-tokens",
+         "20"),
+        ("run", "text.jsonl"),
+    ),
     ("convert", "from-hf"): (("hf", "out"), ("hf",)),
     ("convert", "to-hf"): (("ckpt", "out"), ("ckpt",)),
     ("convert", "upcycle"): (
