@@ -276,7 +276,9 @@ def our_model(session: Session, size: Size, precision: dict[str, Any]) -> Step:
     layout, grids = session.parts(config)
     model = build_model(config, layout, grids, session.device)
     part = model.parts[0]
-    part.attach = lambda part, out, *statistics: out  # statistics are collected, as in training; no loss is made of them
+    part.attach = lambda part, out, *statistics: (
+        out
+    )  # statistics are collected, as in training; no loss is made of them
     ids = torch.randint(0, size.vocabulary, (size.batch, size.sequence), device=session.device)
 
     def step() -> None:

@@ -24,6 +24,7 @@ VERBS = (
     "qwen_moe.generation.command",
     "qwen_moe.scoring.command",
     "qwen_moe.rollout.command",
+    "qwen_moe.curation.command",
     "qwen_moe.evaluation.command",
     "qwen_moe.scaling",
     "qwen_moe.workflow.command",

@@ -86,6 +86,7 @@ FLOORS = {
         ("scaling",),
         ("workflow",),
         ("posttraining",),
+        ("curation",),
         ("cli",),
         ("__main__",),
     ),
