@@ -104,7 +104,7 @@ class Tally:
         self.characters[domain] += len(document.text)
         if "filter_reason" in metadata:
             self.reasons[str(metadata["filter_reason"])] += 1
-        self.edited.update(metadata.get("edited", ()))
+        self.edited.update(list(metadata.get("edited", ())))
         for name, value in (metadata.get("scores") or {}).items():
             self.scores.setdefault(name, collections.Counter())[f"{value:.2g}"] += 1
 

@@ -20,6 +20,7 @@ from qwen_moe.errors import UserError
 from qwen_moe.packages import check_installed
 
 BAD = "bad"  # the folder with what could not be read
+SHOWN = 5  # of it, in one message
 _PARQUET = (".parquet", ".pq")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -142,16 +143,16 @@ class BadInput(Exception):
 
 @dataclass
 class Problems:
-    """What could not be read: how much, and the first of it with its place."""
+    """What could not be read: how much, and the first of it: (number of the file, number in the file, what is wrong)."""
 
     count: int = 0
-    first: list[str] = field(default_factory=list)
+    first: list[tuple[int, int, str]] = field(default_factory=list)
     empty: int = 0
 
-    def add(self, problem: str) -> None:
+    def add(self, file: int, index: int, problem: str) -> None:
         self.count += 1
-        if len(self.first) < 5:
-            self.first.append(problem)
+        if len(self.first) < SHOWN:
+            self.first.append((file, index, problem))
 
 
 class Inputs(BaseReader):
@@ -174,7 +175,7 @@ class Inputs(BaseReader):
                 try:
                     text, metadata = get()
                 except BadInput as error:
-                    problems.add(f"{where}: {error}")
+                    problems.add(number, index, f"{where}: {error}")
                     continue
                 if not text.strip():
                     problems.empty += 1

@@ -20,7 +20,7 @@ from qwen_moe.curation import dedup, synthesise, weights
 from qwen_moe.curation.documents import KEPT, Lines, Shard, file_name, read_file, tallied
 from qwen_moe.curation.execute import LOG, Executor, Stage
 from qwen_moe.curation.filters import MinimumScore, build_filters
-from qwen_moe.curation.reading import BAD, Inputs, Place, find_places
+from qwen_moe.curation.reading import BAD, SHOWN, Inputs, Place, find_places
 from qwen_moe.curation.recipe import NUMBERS, STEPS, CurateConfig, InputSection
 from qwen_moe.curation.words import word_tokenizer
 from qwen_moe.errors import UserError
@@ -136,7 +136,7 @@ class Read(Step):
         return {
             "count": sum(one["count"] for one in found),
             "empty": sum(one["empty"] for one in found),
-            "first": [text for one in found for text in one["first"]][:5],
+            "first": [text for *_, text in sorted(tuple(row) for one in found for row in one["first"])][:SHOWN],
         }
 
     def facts(self, at: Context) -> dict[str, Any]:
