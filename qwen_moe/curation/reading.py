@@ -180,7 +180,7 @@ class Inputs(BaseReader):
                 if not text.strip():
                     problems.empty += 1
                     continue
-                metadata |= {"file": place.name, "domain": metadata.get("domain", place.of.domain)}
+                metadata |= {"file_path": place.name, "domain": metadata.get("domain", place.of.domain)}
                 if line is not None:
                     metadata["line"] = line
                 yield Document(text=text, id=place.name if line is None else f"{place.name}:{line}", metadata=metadata)

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from qwen_moe.errors import UserError
 from qwen_moe.workflow.state import State
 
 PLAN, BLEND, TOKENIZER, BEGUN = "plan.json", "blend.yaml", "tokenizer", "begun.json"
+SMALL = 1 << 20  # bytes of a file whose content is hashed
 TOKENIZER_SAMPLE = 200_000_000  # characters, sampled evenly over the documents
 
 
@@ -172,11 +173,16 @@ class Foreign(Step):
         return found
 
     def settings(self, at: Context) -> dict[str, Any]:
-        found = self.section(at).model_dump(exclude={"workers"}, mode="json")
-        return _flat(self.name, found)
+        found = _flat(self.name, self.section(at).model_dump(exclude={"workers"}, mode="json"))
+        return found | {f"{name} (content)": digest for name, digest in _contents(found.values())}
 
-    def check(self, at: Context) -> Any:
-        """The checked settings. Raises UserError."""
+    def check(self, at: Context) -> None:
+        """Raise UserError for settings with which the step cannot run."""
+        made = self.made(at)
+        if hasattr(made, "check"):
+            made.check()
+
+    def _settings(self, at: Context) -> Any:
         from pydantic import ValidationError
 
         from qwen_moe.config.load import explain
@@ -189,7 +195,8 @@ class Foreign(Step):
 
     def _class(self, which: int) -> Any:
         name = self.classes[which]
-        for module in (self.module, self.module.rpartition(".")[0]):
+        package = self.module.rpartition(".")[0]
+        for module in (self.module, f"{package}.settings"):
             try:
                 found = getattr(importlib.import_module(f"qwen_moe.curation.{module}"), name, None)
             except ModuleNotFoundError as error:
@@ -203,7 +210,8 @@ class Foreign(Step):
         )
 
     def made(self, at: Context, *arguments: Any) -> Any:
-        return self._class(1)(self.check(at), *arguments)
+        """The step of the library's pipeline. Raises UserError."""
+        return self._class(1)(self._settings(at), *arguments)
 
     def pipeline(self, at: Context) -> list[Any]:
         return [self.made(at)]
@@ -386,6 +394,24 @@ def _flat(name: str, values: dict[str, Any]) -> dict[str, Any]:
     from qwen_moe.workflow.state import flat
 
     return flat(json.loads(json.dumps(values)), f"{name}.")
+
+
+def _contents(values: Iterable[Any]) -> Iterator[tuple[str, str]]:
+    """Of each value that names a file or a folder, its path and a hash: of the names and sizes of the files in it, and of
+    the content of those that are small or stand alone."""
+    for value in values:
+        names = value if isinstance(value, list) else [value]
+        for path in (Path(name.removeprefix("classifier:")) for name in names if isinstance(name, str) and name):
+            if not path.exists():
+                continue
+            files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+            digest = hashlib.sha256()
+            for file in files:
+                digest.update(f"{file.relative_to(path)}|{file.stat().st_size}".encode())
+                if file == path or file.stat().st_size < SMALL:
+                    with file.open("rb") as opened:
+                        digest.update(hashlib.file_digest(opened, "sha256").digest())
+            yield str(path), digest.hexdigest()
 
 
 def _first(bad: dict[str, Any]) -> str:

@@ -75,7 +75,7 @@ def _more(name: str, folder: Path, metadata: dict[str, Any], identity: str) -> s
         return f"; of domain {metadata.get('domain')}, {share['repeats']:.1%} is kept" if share else ""
     if name == "scores":
         return f" ({_scores(metadata)})"
-    known = {"filter", "filter_reason", "file", "line", "domain", "edited", "given_id"}
+    known = {"filter", "filter_reason", "file_path", "line", "domain", "edited", "given_id"}
     others = {key: value for key, value in metadata.items() if key not in known}
     return f" ({json.dumps(others, ensure_ascii=False)})" if others and name in ("filters", "decontamination") else ""
 

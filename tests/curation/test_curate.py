@@ -181,7 +181,7 @@ def test_rows_of_parquet_without_text(tmp_path: Path, capsys: pytest.CaptureFixt
         ({"input": None}, "there is no text: give input"),
         ({"input": ["missing.jsonl"]}, "input missing.jsonl does not exist"),
         ({"deduplication": {"exact": False, "minhash": None}}, "there is nothing to do"),
-        ({"scores": {"scorer": "x"}}, "scores"),
+        ({"scores": {"scorer": "x", "no_such": 1}}, "scores"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_before_work(
