@@ -87,7 +87,7 @@ def _row(_writer: Lines, document: Document) -> dict[str, Any]:
 
 
 class Tally:
-    """What the documents of one file are: counts by domain, by reason, and of their scores, rounded to two digits."""
+    """What the documents of one file are: counts by domain, by reason, and of their scores, rounded to three digits."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -106,7 +106,7 @@ class Tally:
             self.reasons[str(metadata["filter_reason"])] += 1
         self.edited.update(list(metadata.get("edited", ())))
         for name, value in (metadata.get("scores") or {}).items():
-            self.scores.setdefault(name, collections.Counter())[f"{value:.2g}"] += 1
+            self.scores.setdefault(name, collections.Counter())[f"{value:.3g}"] += 1
 
     def counts(self) -> dict[str, Any]:
         named = ("documents", "characters", "reasons", "edited")

@@ -65,7 +65,7 @@ def _steps(axis: Any, left: Sequence[tuple[str, Mapping[str, int]]], colors: Map
     axis.set_xlim(0, most * 1.15)
     axis.set_xlabel("documents")
     axis.set_title("documents left after each step", fontsize=10)
-    axis.legend(fontsize=8, frameon=False, loc="lower right")
+    axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)
 
 
 def _before_and_after(axis: Any, domains: Mapping[str, Mapping[str, Any]], colors: Mapping[str, Any]) -> None:

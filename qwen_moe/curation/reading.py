@@ -169,38 +169,42 @@ class Inputs(BaseReader):
         for number, place in enumerate(self.places):
             if not place.divided and number % world_size != rank:
                 continue
-            for index, (where, line, get) in enumerate(_documents(place)):
+            for index, (file, line, get) in enumerate(_documents(place)):
                 if place.divided and index % world_size != rank:
                     continue
                 try:
                     text, metadata = get()
                 except BadInput as error:
-                    problems.add(number, index, f"{where}: {error}")
+                    problems.add(number, index, f"{file}, {_unit(place)} {line}: {error}" if line else f"{error}")
                     continue
                 if not text.strip():
                     problems.empty += 1
                     continue
-                metadata |= {"file_path": place.name, "domain": metadata.get("domain", place.of.domain)}
-                if line is not None:
+                metadata |= {"file_path": file, "domain": metadata.get("domain", place.of.domain)}
+                if line:
                     metadata["line"] = line
-                yield Document(text=text, id=place.name if line is None else f"{place.name}:{line}", metadata=metadata)
+                yield Document(text=text, id=f"{file}:{line}" if line else file, metadata=metadata)
         write_json(Path(self.folder) / BAD / f"{rank:05d}.json", vars(problems))
 
 
-def _documents(place: Place) -> Iterator[tuple[str, int | str | None, Any]]:
-    """(place in words, line, what gives text and metadata or raises BadInput) of each document."""
+def _unit(place: Place) -> str:
+    return "row" if place.kind == "parquet" else "line"
+
+
+def _documents(place: Place) -> Iterator[tuple[str, int, Any]]:
+    """(file, line, what gives text and metadata or raises BadInput) of each document; a file that is one has line 0."""
     if place.kind == "machine":
         for name, read in ITEMS[place.name]():
-            yield f"{place.name}/{name}", name, lambda read=read: (read(), {})
+            yield f"{place.name}/{name}", 0, lambda read=read: (read(), {})
     elif place.kind == "parquet":
         yield from _rows(place)
     elif place.kind == "lines":
         assert place.source is not None
         for where, content in read_lines(place.source, ReadCounts()):
             line = int(where.rsplit(" ", 1)[1])
-            yield where, line, lambda content=content: _line(content, place.of.text_key)
+            yield place.name, line, lambda content=content: _line(content, place.of.text_key)
     else:
-        yield place.name, None, lambda: _whole(place)
+        yield place.name, 0, lambda: _whole(place)
 
 
 def _whole(place: Place) -> tuple[str, dict[str, Any]]:
@@ -240,7 +244,7 @@ def _rows(place: Place) -> Iterator[tuple[str, int, Any]]:
             for row in batch.to_pylist():
                 number += 1
                 yield (
-                    f"{place.name}, row {number}",
+                    place.name,
                     number,
                     lambda row=row: (_checked(row.pop(key)), _metadata(json.loads(json.dumps(row, default=str)))),
                 )

@@ -14,6 +14,7 @@ from qwen_moe.curation.synthesise import REJECTED, TEXTS
 from qwen_moe.errors import UserError
 from qwen_moe.workflow.state import State
 
+_LONGEST = 600  # characters of metadata
 _NEAR = 2000  # ids among which similar ones are looked for
 
 
@@ -77,7 +78,9 @@ def _more(name: str, folder: Path, metadata: dict[str, Any], identity: str) -> s
         return f" ({_scores(metadata)})"
     known = {"filter", "filter_reason", "file_path", "line", "domain", "edited", "given_id"}
     others = {key: value for key, value in metadata.items() if key not in known}
-    return f" ({json.dumps(others, ensure_ascii=False)})" if others and name in ("filters", "decontamination") else ""
+    text = json.dumps(others, ensure_ascii=False)
+    shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return f" ({shown})" if others and name in ("filters", "decontamination") else ""
 
 
 def _kept(name: str, folder: Path, row: dict[str, Any]) -> str:

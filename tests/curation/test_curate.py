@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from qwen_moe.config import parse_config, read_recipe
+from qwen_moe.curation.machine_text import python_docs, python_packages
 from qwen_moe.data.manifest import read_manifest
 from tests.curation.curations import curate, documents, outputs, recipe, rows, sentences, write_corpus
 
@@ -216,3 +217,14 @@ def test_edits_of_texts_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[
     capsys.readouterr()
     assert curate(path, "--why", f"{corpus}:1") == 0
     assert f"c4_quality left {len(text):,} of {len(text) + 12:,} characters" in capsys.readouterr().out
+
+
+def test_text_of_the_machine() -> None:
+    items = dict(python_docs())
+    assert "if" in items["topics/if"]().split()
+    text = items["json/__init__.py"]()
+    assert "JSON (JavaScript Object Notation)" in text and "Serialize ``obj`` to a JSON formatted ``str``" in text
+    assert "import" not in text.split("\n")[0] and items["this.py"]() == ""
+    packages = dict(python_packages())
+    name = next(name for name in packages if name.startswith("datatrove-") and name.endswith("/description"))
+    assert "DataTrove" in packages[name]()
