@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from copy import deepcopy
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import multiprocess  # type: ignore[import-untyped]
+import multiprocess.connection  # type: ignore[import-untyped]
 
 from launchers.folder.atomic import write_json, write_text
 from launchers.folder.run_folder import read_json
-from launchers.local.orphans import end_with_parent
 from qwen_moe.curation.library import LocalPipelineExecutor, SlurmPipelineExecutor, logger
 from qwen_moe.curation.recipe import SlurmSection
 from qwen_moe.errors import UserError
@@ -60,8 +61,7 @@ class Here(LocalPipelineExecutor):
             self.pipeline = pipeline
             return
         context = multiprocess.get_context("forkserver")
-        # The parent of a worker is the fork server, which ends when this process has ended.
-        with context.Pool(workers, initializer=_end_with_server) as pool:
+        with context.Pool(workers, initializer=_start_worker) as pool:
             for _ in pool.imap_unordered(self._quiet, ranks):
                 pass
 
@@ -74,8 +74,18 @@ class Here(LocalPipelineExecutor):
             logger.remove()
 
 
-def _end_with_server() -> None:
-    end_with_parent(os.getppid(), signal.SIGKILL)
+def _start_worker() -> None:
+    """A worker ignores Ctrl-C, which the command handles, and ends when the command ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_command, daemon=True).start()
+
+
+def _end_with_command() -> None:
+    # Its parent in the sense of the kernel is the fork server, which lives as long as its workers.
+    parent = multiprocess.parent_process()
+    if parent is not None:
+        multiprocess.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 class Executor:

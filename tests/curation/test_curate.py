@@ -129,6 +129,21 @@ def test_changed_settings_are_named_and_redone_if_asked(tmp_path: Path, capsys: 
     assert f"input {tmp_path}/corpus/notes has changed" in capsys.readouterr().err
 
 
+def test_a_step_that_was_begun_with_other_settings_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its finished tasks would otherwise be mixed with tasks of the new settings."""
+    write_corpus(tmp_path / "corpus")
+    path = recipe(tmp_path)
+    assert curate(path, "--until", "read") == 0
+    begun = tmp_path / "run/2-filters/begun.json"
+    begun.parent.mkdir()
+    begun.write_text(json.dumps({"filters": [], "words": "simple"}))
+    assert curate(path) == 2
+    assert "step filters" in (message := capsys.readouterr().err) and "or begun, with other settings" in message
+    assert curate(path, "--redo", "filters", "--until", "filters") == 0
+
+
 def test_bad_lines_are_named_and_left_out_only_if_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = json.dumps({"text": "A good line."}).encode()
     lines = [good, b"{not json", b'{"other": 1}', b'{"text": 5}', b'{"text": "\xff"}', b'{"text": "a\\ud800"}', b"",

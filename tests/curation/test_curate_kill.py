@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,6 @@ def test_a_killed_curation_ends_with_the_same_files(step: str, undisturbed: Path
     run = undisturbed / f"killed-{step}"
     path = recipe(undisturbed, run=run.name)
     assert kill_at(path, run / UNDER_WAY[step])
-    assert not (run / "curate.md").exists() or step != "read"
     assert curate(path) == 0
     assert outputs(run) == outputs(undisturbed / "run")
     assert not list(run.glob("*/work"))
@@ -84,25 +84,41 @@ def test_ten_kills_in_a_row(undisturbed: Path) -> None:
     assert outputs(run) == outputs(undisturbed / "run")
 
 
-def test_workers_end_with_a_killed_command(undisturbed: Path) -> None:
+WORKERS = """
+import os, sys, time
+from pathlib import Path
+from qwen_moe.curation.execute import Executor, Stage
+
+folder = sys.argv[1]
+
+def sleep(data, rank, world_size):
+    (Path(folder) / f"pid-{rank}").write_text(str(os.getpid()))
+    time.sleep(120)
+    yield from ()
+
+if __name__ == "__main__":
+    Executor(2).run(Stage("sleep", [sleep], 2, Path(folder)))
+"""
+
+
+def test_workers_end_with_a_killed_command(tmp_path: Path) -> None:
     """Otherwise they would write to files that the next command writes, too."""
-    run = undisturbed / "orphans"
-    path = recipe(undisturbed, run=run.name)
-    assert kill_at(path, run / "1-read/kept/00000.jsonl")
-    end = time.monotonic() + 20
-    while (left := commands_with(str(path))) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert left == []
+    (tmp_path / "sleep.py").write_text(WORKERS)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, str(tmp_path / "sleep.py"), str(tmp_path)], env=environment)
+    try:
+        files = [tmp_path / f"pid-{rank}" for rank in range(2)]
+        wait(lambda: all(file.exists() and file.read_text() for file in files))
+        pids = [int(file.read_text()) for file in files]
+        assert process.pid not in pids and all(Path(f"/proc/{pid}").exists() for pid in pids)
+    finally:
+        process.kill()
+        process.wait(60)
+    wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
-def commands_with(text: str) -> list[str]:
-    """Processes whose command line or current work names ``text``."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            line = (entry / "cmdline").read_bytes().decode(errors="replace") if entry.name.isdigit() else ""
-        except OSError:
-            continue
-        if text in line and int(entry.name) != os.getpid():
-            found.append(line)
-    return found
+def wait(until: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not until():
+        assert time.monotonic() < end
+        time.sleep(0.05)
