@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qwen_moe.curation.steps import Context, Step
+    from qwen_moe.curation.step import Context, Step
 
 NAMES = (
     "synthesise",
@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     from qwen_moe.curation.execute import Executor
     from qwen_moe.curation.page import facts_of, write_page
     from qwen_moe.curation.recipe import STEPS, load_curation
-    from qwen_moe.curation.steps import Context, check, steps_of
+    from qwen_moe.curation.step import Context
+    from qwen_moe.curation.steps import check, steps_of
     from qwen_moe.curation.why import explain
     from qwen_moe.errors import UserError
     from qwen_moe.workflow.state import State

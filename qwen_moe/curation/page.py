@@ -10,7 +10,7 @@ from qwen_moe.packages import missing_text
 from qwen_moe.workflow.cost import span
 
 if TYPE_CHECKING:
-    from qwen_moe.curation.steps import Context
+    from qwen_moe.curation.step import Context
 
 PAGE, PICTURE, FACTS = "curate.md", "curate.png", "curate.json"
 

@@ -1,13 +1,10 @@
 """The steps of a curation: what decides the result of each, its stages, and its figures."""
 
 import hashlib
-import importlib
-import json
 import shutil
 import sys
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,65 +12,19 @@ import yaml
 
 from launchers.folder.atomic import write_json, write_text
 from launchers.folder.run_folder import read_json
-from launchers.local.lock import RunLock
 from qwen_moe.curation import dedup, synthesise, weights
 from qwen_moe.curation.documents import KEPT, Lines, Shard, file_name, read_file, tallied
-from qwen_moe.curation.execute import LOG, Executor, Stage
-from qwen_moe.curation.filters import MinimumScore, build_filters
-from qwen_moe.curation.reading import BAD, SHOWN, Inputs, Place, find_places
-from qwen_moe.curation.recipe import NUMBERS, STEPS, CurateConfig, InputSection
+from qwen_moe.curation.execute import Stage
+from qwen_moe.curation.filters import build_filters
+from qwen_moe.curation.foreign import Decontamination, Domains, Foreign, Scores
+from qwen_moe.curation.reading import BAD, SHOWN, Inputs, find_places
+from qwen_moe.curation.recipe import STEPS, CurateConfig, InputSection
+from qwen_moe.curation.step import Context, Step, named
 from qwen_moe.curation.words import word_tokenizer
 from qwen_moe.errors import UserError
-from qwen_moe.workflow.state import State
 
 PLAN, BLEND, TOKENIZER, BEGUN = "plan.json", "blend.yaml", "tokenizer", "begun.json"
-SMALL = 1 << 20  # bytes of a file whose content is hashed
 TOKENIZER_SAMPLE = 200_000_000  # characters, sampled evenly over the documents
-
-
-@dataclass
-class Context:
-    """What steps work with."""
-
-    config: CurateConfig
-    source: str
-    state: State
-    lock: RunLock
-    executor: Executor
-    places: list[Place] = field(default_factory=list)
-
-    def folder(self, step: str) -> Path:
-        return self.config.run_dir / f"{NUMBERS[step]}-{step}"
-
-    def before(self, step: str) -> Path:
-        """The documents that the step before ``step`` left."""
-        steps = [name for name in self.config.steps if name not in ("synthesise", "prepare")]
-        names = [name for name in steps if NUMBERS[name] < NUMBERS[step]]
-        return self.folder(names[-1]) / KEPT
-
-
-class Step(ABC):
-    """A step by its ``name``. Between the stages that `stages` yields, all of which are done when the next is asked for, it
-    does what needs all documents. What it leaves is in its folder."""
-
-    name: str
-    what: str
-
-    @abstractmethod
-    def settings(self, at: Context) -> dict[str, Any]:
-        """What decides the result, by name, beside what the step before left."""
-
-    @abstractmethod
-    def stages(self, at: Context) -> Iterator[Stage]:
-        """The stages, in order."""
-
-    def facts(self, at: Context) -> dict[str, Any]:
-        """Counts of what was kept and dropped."""
-        return {"tally": tallied(at.folder(self.name))}
-
-    def clean(self, at: Context) -> None:
-        """Remove what only the stages needed; also called after a stop between the end of the step and this."""
-        shutil.rmtree(at.folder(self.name) / dedup.WORK, ignore_errors=True)
 
 
 class Synthesise(Step):
@@ -84,7 +35,7 @@ class Synthesise(Step):
 
         section = at.config.synthesise
         assert section is not None
-        return _flat(self.name, section.model_dump(mode="json")) | {"the model (content)": of_model(section.checkpoint)}
+        return named(self.name, section.model_dump(mode="json")) | {"the model (content)": of_model(section.checkpoint)}
 
     def stages(self, at: Context) -> Iterator[Stage]:
         from qwen_moe.posttraining.process import run_command
@@ -110,7 +61,7 @@ class Read(Step):
     def settings(self, at: Context) -> dict[str, Any]:
         found: dict[str, Any] = {"tasks": at.config.tasks, "on_bad_line": at.config.on_bad_line}
         for one in at.config.input:
-            found |= _flat(f"input {one.path}", one.model_dump(exclude={"path"}))
+            found |= named(f"input {one.path}", one.model_dump(exclude={"path"}))
             own = [f"{place.name}|{place.status}" for place in at.places if place.of == one]
             found[f"input {one.path} (content)"] = hashlib.sha256("\n".join(own).encode()).hexdigest()
         if not at.places and self.name in at.state.steps:  # inputs that were read and are gone
@@ -161,90 +112,6 @@ class Filters(Step):
         yield Stage("filters", [Shard(at.before(self.name)), *filters, Lines(folder)], at.config.tasks, folder)
 
 
-class Foreign(Step):
-    """A step of another module of this package: ``module`` has its class of settings, ``classes``: (settings, step)."""
-
-    module: str
-    classes: tuple[str, str]
-
-    def section(self, at: Context) -> Any:
-        found = getattr(at.config, self.name)
-        assert found is not None
-        return found
-
-    def settings(self, at: Context) -> dict[str, Any]:
-        found = _flat(self.name, self.section(at).model_dump(exclude={"workers"}, mode="json"))
-        return found | {f"{name} (content)": digest for name, digest in _contents(found.values())}
-
-    def check(self, at: Context) -> None:
-        """Raise UserError for settings with which the step cannot run."""
-        made = self.made(at)
-        if hasattr(made, "check"):
-            made.check()
-
-    def _settings(self, at: Context) -> Any:
-        from pydantic import ValidationError
-
-        from qwen_moe.config.load import explain
-
-        cls = self._class(0)
-        try:
-            return cls(**self.section(at).settings)
-        except ValidationError as error:
-            raise explain(error, at.source, (self.name,), whole=cls) from None
-
-    def _class(self, which: int) -> Any:
-        name = self.classes[which]
-        package = self.module.rpartition(".")[0]
-        for module in (self.module, f"{package}.settings"):
-            try:
-                found = getattr(importlib.import_module(f"qwen_moe.curation.{module}"), name, None)
-            except ModuleNotFoundError as error:
-                if not str(error.name).startswith("qwen_moe.curation"):
-                    raise
-                found = None
-            if found is not None:
-                return found
-        raise UserError(
-            f"step {self.name}: this version has no {name} in qwen_moe.curation.{self.module}: leave the step out"
-        )
-
-    def made(self, at: Context, *arguments: Any) -> Any:
-        """The step of the library's pipeline. Raises UserError."""
-        return self._class(1)(self._settings(at), *arguments)
-
-    def pipeline(self, at: Context) -> list[Any]:
-        return [self.made(at)]
-
-    def stages(self, at: Context) -> Iterator[Stage]:
-        folder = at.folder(self.name)
-        pipeline = [Shard(at.before(self.name)), *self.pipeline(at), Lines(folder)]
-        yield Stage(self.name, pipeline, at.config.tasks, folder, self.section(at).workers)
-
-
-class Scores(Foreign):
-    name, what = "scores", "score the documents"
-    module, classes = "scores.step", ("ScoreSettings", "ScoreStep")
-
-    def pipeline(self, at: Context) -> list[Any]:
-        minimum = self.section(at).minimum
-        drop = [MinimumScore(minimum, Lines(at.folder(self.name), filter="minimum_score"))] if minimum else []
-        return [self.made(at), *drop]
-
-
-class Domains(Foreign):
-    name, what = "domains", "classify the documents by domain"
-    module, classes = "scores.domains", ("DomainSettings", "DomainStep")
-
-
-class Decontamination(Foreign):
-    name, what = "decontamination", "drop documents that leak tests"
-    module, classes = "leaks.filter", ("LeakSettings", "LeakFilter")
-
-    def pipeline(self, at: Context) -> list[Any]:
-        return [self.made(at, Lines(at.folder(self.name), filter="leaks"))]
-
-
 class Deduplication(Step):
     name, what = "deduplication", "drop duplicates"
 
@@ -252,7 +119,7 @@ class Deduplication(Step):
         section = at.config.deduplication
         assert section is not None
         words = {"words": at.config.words} if section.minhash is not None else {}
-        return _flat(self.name, section.model_dump(mode="json")) | words
+        return named(self.name, section.model_dump(mode="json")) | words
 
     def stages(self, at: Context) -> Iterator[Stage]:
         section = at.config.deduplication
@@ -268,7 +135,7 @@ class Weights(Step):
         from qwen_moe.data.tokenizer import tokenizer_hash
 
         prepare = at.config.prepare
-        found = _flat(self.name, at.config.weights.model_dump(mode="json"))
+        found = named(self.name, at.config.weights.model_dump(mode="json"))
         if prepare.tokenizer is not None:
             return found | {"prepare.tokenizer (content)": tokenizer_hash(prepare.tokenizer)}
         return found | {"prepare.vocab_size": prepare.vocab_size}
@@ -390,33 +257,6 @@ def check(at: Context) -> None:
         raise UserError(f"{at.source}: " + "; ".join(mistakes))
 
 
-def _flat(name: str, values: dict[str, Any]) -> dict[str, Any]:
-    from qwen_moe.workflow.state import flat
-
-    return flat(json.loads(json.dumps(values)), f"{name}.")
-
-
-def _contents(values: Iterable[Any]) -> Iterator[tuple[str, str]]:
-    """Of each value that names a file or a folder, its path and a hash: of the names and sizes of the files in it, and of
-    the content of those that are small or stand alone."""
-    for value in values:
-        names = value if isinstance(value, list) else [value]
-        for path in (Path(name.removeprefix("classifier:")) for name in names if isinstance(name, str) and name):
-            if not path.exists():
-                continue
-            files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
-            digest = hashlib.sha256()
-            for file in files:
-                digest.update(f"{file.relative_to(path)}|{file.stat().st_size}".encode())
-                if file == path or file.stat().st_size < SMALL:
-                    with file.open("rb") as opened:
-                        digest.update(hashlib.file_digest(opened, "sha256").digest())
-            yield str(path), digest.hexdigest()
-
-
 def _first(bad: dict[str, Any]) -> str:
     more = f"; and {bad['count'] - len(bad['first'])} more" if bad["count"] > len(bad["first"]) else ""
     return "; ".join(bad["first"]) + more
-
-
-__all__ = ["LOG", "Context", "Step", "check", "steps_of"]
