@@ -98,6 +98,24 @@ class Decontamination(Foreign):
     def pipeline(self, at: Context) -> list[Any]:
         return [self.made(at, Lines(at.folder(self.name), filter="leaks"))]
 
+    def record(self, at: Context, folders: Iterable[Path]) -> None:
+        """Write beside the documents of ``folders`` which tests they were checked against, as `data decontaminate` does, so
+        that token files and an evaluation know it."""
+        try:
+            names = ("record", "sequences", "tokens")
+            record, sequences, tokens = (importlib.import_module(f"qwen_moe.curation.leaks.{name}") for name in names)
+        except ModuleNotFoundError:
+            return
+        settings = self._settings(at)
+        tests = sequences.read_sequences(settings, tokens.tokens_of(settings.tokenizer))
+        for folder in folders:
+            files = {}
+            for path in sorted(folder.glob("*.jsonl")):
+                with path.open("rb") as file:
+                    files[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            facts = {"counts": {}, "files": files, "bad": [], "tests": {}}
+            record.write_record(folder, settings, tests, request="", facts=facts)
+
 
 def _contents(values: Iterable[Any]) -> Iterator[tuple[str, str]]:
     """Of each value that names a file or a folder, its path and a hash: of the names and sizes of the files in it, and of

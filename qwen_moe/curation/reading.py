@@ -214,7 +214,7 @@ def _whole(place: Place) -> tuple[str, dict[str, Any]]:
     try:
         texts = list(read_documents(place.source, counts, reading))
     except UserError as error:
-        raise BadInput(str(error)) from None
+        raise BadInput(str(error).partition(";")[0]) from None  # its advice is for another command
     if place.source.kind == "python" and counts.skipped:
         return "", {}  # a few files of the standard library are undecodable on purpose
     return "\n".join(texts), {}
@@ -236,11 +236,21 @@ def _line(content: bytes, key: str) -> tuple[str, dict[str, Any]]:
 
 
 def _rows(place: Place) -> Iterator[tuple[str, int, Any]]:
+    import pyarrow
     import pyarrow.parquet
 
     key, number = place.of.text_key, 0
     with pyarrow.parquet.ParquetFile(place.path) as file:
-        for batch in file.iter_batches(batch_size=1000):
+        batches = file.iter_batches(batch_size=1000)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pyarrow.ArrowException, OSError) as error:
+                raise UserError(
+                    f"{place.path} is damaged after row {number} ({str(error)[:120]}): restore it"
+                ) from None
+            if batch is None:
+                return
             for row in batch.to_pylist():
                 number += 1
                 yield (

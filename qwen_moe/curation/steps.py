@@ -184,9 +184,11 @@ class Prepare(Step):
     def stages(self, at: Context) -> Iterator[Stage]:
         from qwen_moe.data.prepare import Request, prepare
 
-        for domain in self._domains(at):
-            inputs = (str(at.folder("weights") / KEPT / domain),)
-            request = Request(inputs=inputs, tokenizer=Weights.tokenizer(at))
+        folders = {domain: at.folder("weights") / KEPT / domain for domain in self._domains(at)}
+        if at.config.decontamination is not None:
+            Decontamination().record(at, folders.values())
+        for domain, folder in folders.items():
+            request = Request(inputs=(str(folder),), tokenizer=Weights.tokenizer(at))
             # The output of another attempt, of other documents, has another step folder.
             prepare(request, self.prefix(at, domain), workers=at.config.workers, overwrite=True)
         self._write_blend(at)

@@ -1,5 +1,6 @@
 """`qwen-moe data curate`: counts, reasons, ids, bad input, changed settings."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,48 @@ def test_rows_of_parquet_without_text(tmp_path: Path, capsys: pytest.CaptureFixt
     file.write_bytes(b"PAR1 no")
     assert curate(path, "--until", "read") == 2
     assert "is not a Parquet file" in capsys.readouterr().err
+
+
+def test_damaged_files_and_other_encodings_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    def attempt(file: Path) -> str:
+        """The message when it is read in two processes."""
+        path = recipe(
+            tmp_path,
+            run=f"run-{file.stem}",
+            input=[str(file)],
+            workers=2,
+            filters=None,
+            deduplication=None,
+            weights=None,
+        )
+        assert curate(path, "--until", "read") == 2
+        return capsys.readouterr().err
+
+    packed = tmp_path / "cut.jsonl.gz"
+    lines = "".join(json.dumps({"text": sentences(seed, 20)}) + "\n" for seed in range(50))
+    packed.write_bytes(gzip.compress(lines.encode())[:-2000])
+    assert str(packed) in (message := attempt(packed)) and "Traceback" not in message
+    damaged = tmp_path / "damaged.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [sentences(seed, 20) for seed in range(50)]}), damaged)
+    content = bytearray(damaged.read_bytes())
+    content[200:2000] = bytes(1800)
+    damaged.write_bytes(content)
+    assert f"{damaged} is damaged after row 0" in attempt(damaged)
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "a.md").write_bytes("Über die Straße.".encode("latin-1"))
+    (folder / "b.md").write_bytes("Two bytes a character.".encode("utf-16"))
+    (folder / "c.md").write_text("A good one.")
+    message = attempt(folder)
+    assert "2 lines, rows or files cannot be read" in message
+    assert (
+        f"{folder}/a.md: byte 0 (0xdc) is not UTF-8" in message
+        and f"{folder}/b.md: byte 0 (0xff) is not UTF-8" in message
+    )
+    assert "--on-bad-utf8" not in message
 
 
 @pytest.mark.parametrize(
