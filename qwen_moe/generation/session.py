@@ -230,7 +230,7 @@ class _Bars:
             "disable": not shown,
         }  # fmt: skip
         self._reading = tqdm(desc="reading", total=to_read, **settings)
-        self._drawing = tqdm(desc="generating", total=to_draw, **settings)
+        self._drawing = tqdm(desc="generating", total=to_draw, **settings | {"disable": not shown or not to_draw})
 
     def advance(self, read: int, drawn: int) -> None:
         self._reading.update(read)

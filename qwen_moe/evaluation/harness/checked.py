@@ -24,11 +24,13 @@ def prefixes_of(run: Path) -> list[Path]:
 def share_checked(prefixes: Sequence[Path], texts: Sequence[str]) -> float | None:
     """The share of ``texts`` that every one of ``prefixes`` was checked against when leaks were removed; None where nobody
     keeps records of it."""
+    if not prefixes or not texts:
+        return None
     try:
         record = importlib.import_module("qwen_moe.curation.leaks.record")
     except ModuleNotFoundError:
         return None
-    return min(float(record.share_checked(prefix, texts)) for prefix in prefixes) if prefixes and texts else None
+    return min(float(record.share_checked(prefix, texts)) for prefix in prefixes)
 
 
 def warning(task: str, share: float | None) -> str:

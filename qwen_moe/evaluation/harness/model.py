@@ -204,10 +204,7 @@ class HarnessModel(TemplateLM):
         return Sampling(max_new_tokens=new, stop=heard, seed=self._seed, **values), stop
 
     def _text(self, answer: Completion, stop: tuple[str, ...]) -> str:
-        tokens = answer.tokens
-        if tokens and tokens[-1] in self._ends:
-            tokens = tokens[:-1]
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
         return str(postprocess_generated_text(text, list(stop), None))
 
     def _answered(self, keys: list[str], ask: Callable[[list[int], Answered], None]) -> list[Any]:
