@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def against_transformers(dtype: str, batch: int, rounds: int) -> dict[str, Any]:
         peer = theirs(model, experts)
         try:
             tokens_of(peer)
-            trials[experts] = (seconds_of(lambda peer=peer: tokens_of(peer)), peer)
+            trials[experts] = (seconds_of(partial(tokens_of, peer)), peer)
         except (RuntimeError, ValueError, ImportError) as error:
             print(f"transformers' {experts} experts do not run here: {error}")
     experts = min(trials, key=lambda name: trials[name][0])

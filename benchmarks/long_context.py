@@ -37,7 +37,8 @@ def _tensors(batch: int, tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 def _timed(core: Attend, tensors: list[torch.Tensor], visible: Visibility) -> float:
     begin = time.perf_counter()
-    y = core(*tensors, visible, SCALE)
+    q, k, v = tensors
+    y = core(q, k, v, visible, SCALE)
     torch.autograd.grad(y, tensors, torch.ones_like(y))
     return time.perf_counter() - begin
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from train_step import SHAPE, adamw
+from train_step import SHAPE, adamw  # type: ignore[import-not-found]  # the script beside this one
 
 from qwen_moe.config import ModelConfig, parse_model
 from qwen_moe.models.attention.gqa import Attention

@@ -36,7 +36,7 @@ from qwen_moe.models.ops.compiled import compile_kernels, compiling
 from qwen_moe.runs.recorder import measure_matmul_peak
 
 BATCH, SEQUENCE = 4, 512
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "family": "qwen2_moe",
     "vocab_size": 8192,
     "hidden_size": 512,
@@ -102,7 +102,7 @@ def _sharded(config: ModelConfig) -> DecoderLM:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
     model = build_model(config, 0, torch.float32)
     grids = Grids(Layout(), "cpu")
-    units = []
+    units: list[Any] = []
     for layer in model.model.layers:
         units += [(layer.mlp.experts, grids.expert_shard), (layer, grids.dense_shard)]
     shard(
@@ -183,7 +183,8 @@ def compare(precision: str, rounds: int) -> dict[str, Any]:
     first = time.perf_counter() - begin
     their_loss = their_step()
     our_step(), their_step()
-    our_seconds, their_seconds = [], []
+    our_seconds: list[float] = []
+    their_seconds: list[float] = []
     for _ in range(rounds):
         for step, seconds in ((our_step, our_seconds), (their_step, their_seconds)):
             start = time.perf_counter()

@@ -24,6 +24,8 @@ VERBS = (
     "qwen_moe.generation.command",
     "qwen_moe.scoring.command",
     "qwen_moe.rollout.command",
+    "qwen_moe.curation.leaks.command",
+    "qwen_moe.curation.scores.command",
     "qwen_moe.evaluation.command",
     "qwen_moe.scaling",
     "qwen_moe.workflow.command",

@@ -12,6 +12,8 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "math_verify": "rl",
+    "datatrove": "curate",
+    "pyarrow": "curate",
     "lm_eval": "eval",
 }
 

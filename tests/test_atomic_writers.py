@@ -21,6 +21,7 @@ MOVES = {
     "qwen_moe/checkpoint/huggingface/export.py": "an exported folder",
     "qwen_moe/data/tokenizer.py": "a tokenizer's folder",
     "qwen_moe/data/output.py": "data, index, tokenizer and manifest, put in place together",
+    "qwen_moe/curation/scores/store.py": "a file of scored documents, which grew block by block",
     "qwen_moe/training/reference.py": "the reference's folder",
     "qwen_moe/workflow/state.py": "a ladder's folder, moved aside",
     "qwen_moe/training/extension.py": "an exported folder, moved aside",

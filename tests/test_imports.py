@@ -80,6 +80,7 @@ FLOORS = {
         ("machine", "schedule_picture", "generation"),
         ("scoring",),
         ("rollout",),
+        ("curation",),
         ("info",),
         ("training",),
         ("verify", "launch", "evaluation"),

@@ -14,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 
 from qwen_moe.checkpoint.huggingface.names import Piece, Shape
@@ -145,16 +145,24 @@ class _StreamingPlanner(DefaultSavePlanner):
         return self._produce(write_item.index.fqn.removeprefix(MODEL_KEY + "."))
 
 
+class _Writer(dcp.FileSystemWriter):
+    """Leaves the path and a random id out of DCP's metadata, so that the same tensors give the same bytes in every file."""
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()
+
+
 def write_tensors(
     directory: Path, specs: Mapping[str, tuple[Shape, torch.dtype]], produce: Callable[[str], torch.Tensor]
 ) -> None:
     """Write a DCP checkpoint of ``specs`` (name -> shape and dtype). ``produce(name)`` is called once for each, in turn.
 
-    Each tensor gets its own file, because DCP's writer keeps all tensors of a file until it closes the file.
+    Each tensor gets its own file, because DCP's writer keeps all tensors of a file until it closes the file. The same
+    tensors give the same bytes anywhere.
     """
     state = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in specs.items()}
     # per_thread_copy_ahead=0, because otherwise the writer asks for tensors ahead of time if there is a GPU.
-    writer = dcp.FileSystemWriter(directory, single_file_per_rank=False, thread_count=1, per_thread_copy_ahead=0)
+    writer = _Writer(directory, single_file_per_rank=False, thread_count=1, per_thread_copy_ahead=0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.save({MODEL_KEY: state}, storage_writer=writer, planner=_StreamingPlanner(produce), no_dist=True)

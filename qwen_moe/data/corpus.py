@@ -8,7 +8,7 @@ import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from qwen_moe.data.packed import HashedFile, open_packed
 from qwen_moe.data.passkey import SEPARATOR
@@ -62,6 +62,12 @@ class _NotUnicode(UserError):
 def read_documents(source: Source, counts: ReadCounts, reading: Reading | None = None) -> Iterator[str]:
     """The documents of one file, without empty ones. Raises UserError, which names file and position of unreadable text."""
     reading = reading or Reading()
+    for _, row in read_rows(source, counts, reading):
+        yield row[reading.text_key]
+
+
+def read_rows(source: Source, counts: ReadCounts, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Like `read_documents`: the place of each, and its line's object or, of other files, an object with its text."""
     start = counts.bytes
     with source.open() as raw:
         hashed = HashedFile(raw)
@@ -69,21 +75,21 @@ def read_documents(source: Source, counts: ReadCounts, reading: Reading | None =
         found = _of_lines(file, source.path, reading) if source.has_lines else _of_file(file, source, reading)
         for where, get in found:
             try:
-                text = get()
+                row = get()
             except _BadLine:
                 if reading.on_bad_line == "error":
                     raise
                 counts.left_out.add(BAD_LINE, where)
-                text = None
+                row = None
             except _NotUnicode:
                 if source.kind != "python" and reading.on_bad_utf8 != "skip":
                     raise
                 counts.left_out.add(BAD_TEXT, where)
-                text = None
+                row = None
             counts.bytes = start + hashed.taken
-            if text is not None and text.strip():
-                yield text
-            elif text is not None:
+            if row is not None and row[reading.text_key].strip():
+                yield where, row
+            elif row is not None:
                 counts.left_out.add(EMPTY, where)
         counts.digests.append(hashed.digest.hexdigest())
     counts.bytes = start + source.bytes
@@ -95,24 +101,24 @@ class _Text:
     def __init__(self, content: bytes, where: str, offset: int, reading: Reading) -> None:
         self.content, self.where, self.offset, self.reading = content, where, offset, reading
 
-    def document(self) -> str:
+    def document(self) -> dict[str, Any]:
         """The whole as one document."""
         if len(self.content) > LONGEST_DOCUMENT:
             raise UserError(
                 f"{self.where} is a document of more than {LONGEST_DOCUMENT:,} bytes: split it into several"
             )
-        return self._decode()
+        return {self.reading.text_key: self._decode()}
 
-    def python(self) -> str:
+    def python(self) -> dict[str, Any]:
         """Decode as PEP 263 says. A few files of the standard library are undecodable on purpose: they are not Unicode."""
         try:
             encoding, _ = tokenize.detect_encoding(io.BytesIO(self.content).readline)
-            return io.TextIOWrapper(io.BytesIO(self.content), encoding).read()
+            return {self.reading.text_key: io.TextIOWrapper(io.BytesIO(self.content), encoding).read()}
         except (SyntaxError, UnicodeDecodeError) as error:
             raise _NotUnicode(f"{self.where} is not decodable ({error})") from None
 
-    def line(self) -> str:
-        """The text of a line of JSONL."""
+    def line(self) -> dict[str, Any]:
+        """The object of a line of JSONL, which has a text."""
         if len(self.content) > LONGEST_DOCUMENT:
             raise _BadLine(
                 f"{self.where} has more than {LONGEST_DOCUMENT:,} bytes: JSONL has one object per line; split it, or leave "
@@ -134,7 +140,7 @@ class _Text:
             raise _BadLine(f"{where} has no {key!r} (found: {keys}); name the key with --text-key, or {advice}")
         if not isinstance(value[key], str):
             raise _BadLine(f"{where}: {key!r} is {type(value[key]).__name__}, expected text; {advice}")
-        return self._unicode(value[key])
+        return value | {key: self._unicode(value[key])}
 
     def _decode(self) -> str:
         policy = self.reading.on_bad_utf8
@@ -164,14 +170,14 @@ class _Text:
         )
 
 
-Found = Iterator[tuple[str, Callable[[], str]]]
+Found = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 
 
 def _of_file(file: IO[bytes], source: Source, reading: Reading) -> Found:
     where = str(source.path)
     if source.kind == "passkey":
         for number, text in enumerate(file.read().decode().split(SEPARATOR), 1):
-            yield f"{where}, document {number}", functools.partial(str, text)
+            yield f"{where}, document {number}", functools.partial(dict, {reading.text_key: text})
         return
     # Read one byte more than is allowed, to detect a document that is too long.
     content = file.read(LONGEST_DOCUMENT + 1) if source.kind == "text" else file.read()

@@ -33,6 +33,8 @@ class PreparedData:
     ``criteria``: by which criteria pairs were judged, and how many by each. Column `PREFERENCES` has a row for each pair and
     a value for each criterion, in the order of their names: 1 if the chosen answer is better, -1 if the rejected one is, 0
     where that was not judged. Pairs without this column were chosen by `preference`.
+
+    ``decontaminated``: the tests that all inputs were checked against (`checked.carried`); empty if some were not.
     """
 
     documents: int
@@ -60,6 +62,7 @@ class PreparedData:
     counts: dict[str, int] = field(default_factory=dict)
     template_sha256: str = ""
     criteria: dict[str, int] = field(default_factory=dict)
+    decontaminated: dict[str, Any] = field(default_factory=dict)
 
 
 def manifest_path(prefix: Path) -> Path:

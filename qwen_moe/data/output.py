@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Protocol
 
+from qwen_moe.data.checked import carried_again
 from qwen_moe.data.content import sha256, verify_content
 from qwen_moe.data.manifest import (
     PreparedData,
@@ -106,7 +107,10 @@ def settled(request: Asked, corpus: Corpus, prefix: Path, overwrite: bool) -> Pr
         )
     if damage(prefix, existing, request):
         return None
-    return existing if existing.request == by_status else _found_again(prefix, existing, by_status)
+    decontaminated = carried_again(corpus.sources, existing.decontaminated)
+    if existing.request == by_status and existing.decontaminated == decontaminated:
+        return existing
+    return _found_again(prefix, replace(existing, request=by_status, decontaminated=decontaminated))
 
 
 def _is_of_content(existing: PreparedData, request: Asked, corpus: Corpus) -> bool:
@@ -116,9 +120,9 @@ def _is_of_content(existing: PreparedData, request: Asked, corpus: Corpus) -> bo
     return existing.content == request.by_content(corpus.sources, [source.sha256() for source in corpus.sources])
 
 
-def _found_again(prefix: Path, existing: PreparedData, request: str) -> PreparedData:
-    """Record the inputs' new paths and times, so that they are not hashed at every start."""
-    known = replace(existing, request=request)
+def _found_again(prefix: Path, known: PreparedData) -> PreparedData:
+    """Record the inputs' new paths and times, so that they are not hashed at every start, and what they were checked
+    against."""
     with contextlib.suppress(OSError):  # the folder may be read-only
         write_manifest(manifest_path(prefix), known)
     return known

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from qwen_moe.data.checked import carried
 from qwen_moe.data.content import sample_sha256
 from qwen_moe.data.corpus import ReadCounts, Reading, read_documents
 from qwen_moe.data.encode import check_workers, encoded
@@ -181,6 +182,7 @@ def _tokenise(request: Request, corpus: Corpus, prefix: Path, directory: Path, w
         settings=request.settings(),
         files=len(corpus.sources),
         left_out=corpus.left_out.counts | counts.left_out.counts,
+        decontaminated=carried(corpus.sources, counts.digests),
     )
     put_in_place(prefix, prepared, directory if trained else None)
     return prepared

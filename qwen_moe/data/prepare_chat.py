@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from qwen_moe.data.chat import Chat
 from qwen_moe.data.chat_rows import TOO_LONG, Outcome, Rules, checked, encoded_rows
+from qwen_moe.data.checked import carried
 from qwen_moe.data.content import sample_sha256
 from qwen_moe.data.conversations import Kind
 from qwen_moe.data.corpus import BadLine, ReadCounts
@@ -297,6 +298,7 @@ def _write(request: ChatRequest, corpus: Corpus, prefix: Path, kind: Kind, worke
         criteria=writer.criteria,
         counts=writer.counts,
         template_sha256=request.template_sha256,
+        decontaminated=carried(corpus.sources, counts.digests),
     )
     put_in_place(prefix, prepared, None)
     return prepared

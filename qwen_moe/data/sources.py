@@ -18,10 +18,14 @@ from qwen_moe.errors import UserError
 PYTHON_STDLIB = "python-stdlib"
 _TEXT_ENDINGS = (".txt", ".md", ".rst", ".py", ".text")
 _JSONL_ENDINGS = (".jsonl", ".ndjson")
+_PARQUET = ".parquet"
 HIDDEN = "hidden"
 TWICE = "met before under another name"
 BROKEN_LINK = "link to nothing"
 SPECIAL = "no regular file"
+# `qwen-moe data decontaminate` writes this file, and beside it a folder of what it dropped.
+RECORD, DROPPED = "decontaminated.json", "dropped"
+LEAKS = "dropped as leaks of tests"
 _NAMED = 3
 Seen = set[tuple[int, int] | str]
 
@@ -39,7 +43,7 @@ class Source:
     there is no file, and ``path`` is the name of documents that are generated."""
 
     path: Path
-    kind: Literal["text", "jsonl", "python", "passkey", "tasks"]
+    kind: Literal["text", "jsonl", "python", "passkey", "tasks", "parquet"]
     bytes: int
 
     @property
@@ -85,8 +89,10 @@ class Tally:
 
 @dataclass
 class Corpus:
-    """The files that are read, in order, and counts of files that are left out."""
+    """The files that are read, in order, and counts of files that are left out. ``parquet``: whether files of Parquet are
+    wanted, too."""
 
+    parquet: bool = False
     sources: list[Source] = field(default_factory=list)
     left_out: Tally = field(default_factory=Tally)
 
@@ -100,15 +106,16 @@ class Corpus:
         return f"{text}; left out: {self.left_out}" if self.left_out.counts else text
 
 
-def find_corpus(inputs: Sequence[str]) -> Corpus:
+def find_corpus(inputs: Sequence[str], *, parquet: bool = False) -> Corpus:
     """Every file behind ``inputs`` (paths of files and directories, ``python-stdlib``, ``passkey:DOCUMENTS:LONGEST``, or
     ``tasks:KIND:COUNT``), in a fixed order.
 
     Links in directories are followed. Files that are hidden, have an unknown suffix or were already found under another
-    name are left out and counted. Raises MissingInput if a path does not exist; raises UserError for an unknown suffix, an
-    input given twice, an unreadable directory, or if there is nothing to read.
+    name are left out and counted. Files of Parquet are found only if ``parquet``. Raises MissingInput if a path does not
+    exist; raises UserError for an unknown suffix, an input given twice, an unreadable directory, or if there is nothing to
+    read.
     """
-    corpus = Corpus()
+    corpus = Corpus(parquet=parquet)
     seen: Seen = set()
     for number, name in enumerate(inputs):
         path = Path(name)
@@ -127,9 +134,9 @@ def find_corpus(inputs: Sequence[str]) -> Corpus:
             _add_directory(corpus, path, seen)
             if len(corpus.sources) == before:
                 left_out = f"; left out: {corpus.left_out}" if corpus.left_out.counts else ""
-                raise UserError(f"{path} contains no text: expected files ending in {_endings()}{left_out}")
+                raise UserError(f"{path} contains no text: expected files ending in {_endings(parquet)}{left_out}")
         elif path.is_file():
-            _add(corpus, _source(path), seen)
+            _add(corpus, _source(path, corpus.parquet), seen)
         elif path.exists():
             raise UserError(f"input {name} is a pipe or device: give files, directories or {PYTHON_STDLIB!r}")
         else:
@@ -139,12 +146,15 @@ def find_corpus(inputs: Sequence[str]) -> Corpus:
     return corpus
 
 
-def _endings() -> str:
-    return f"{' '.join(_TEXT_ENDINGS + _JSONL_ENDINGS)} (or these with {', '.join(PACKED_ENDINGS)})"
+def _endings(parquet: bool) -> str:
+    text = f"{' '.join(_TEXT_ENDINGS + _JSONL_ENDINGS)} (or these with {', '.join(PACKED_ENDINGS)})"
+    return f"{text}, {_PARQUET}" if parquet else text
 
 
-def _kind(path: Path) -> Literal["text", "jsonl"] | None:
+def _kind(path: Path, parquet: bool) -> Literal["text", "jsonl", "parquet"] | None:
     name = path.name.lower()
+    if name.endswith(_PARQUET):
+        return "parquet" if parquet else None
     for ending in PACKED_ENDINGS:
         if name.endswith(ending):
             name = name.removesuffix(ending)
@@ -154,11 +164,11 @@ def _kind(path: Path) -> Literal["text", "jsonl"] | None:
     return "text" if name.endswith(_TEXT_ENDINGS) else None
 
 
-def _source(path: Path) -> Source:
-    kind = _kind(path)
+def _source(path: Path, parquet: bool) -> Source:
+    kind = _kind(path, parquet)
     if kind is None:
         hint = " (if it has one JSON object per line, name it .jsonl)" if ".json" in path.suffixes else ""
-        raise UserError(f"{path}: the ending is not known; expected one of {_endings()}{hint}")
+        raise UserError(f"{path}: the ending is not known; expected one of {_endings(parquet)}{hint}")
     return Source(path=path, kind=kind, bytes=path.stat().st_size)
 
 
@@ -193,9 +203,11 @@ def _add_directory(corpus: Corpus, root: Path, seen: Seen) -> None:
             path = folder / entry.name
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 corpus.left_out.add(HIDDEN, f"{path}/" if path.is_dir() else str(path))
+            elif entry.name == DROPPED and path.is_dir() and (folder / RECORD).is_file():
+                corpus.left_out.add(LEAKS, f"{path}/")
             elif path.is_dir():
                 walk(path)
-            elif _is_wanted(path, corpus.left_out):
+            elif _is_wanted(path, corpus):
                 files.append(path)
 
     walk(root)
@@ -205,10 +217,11 @@ def _add_directory(corpus: Corpus, root: Path, seen: Seen) -> None:
         if kept.setdefault(_identity(path), path) != path:
             corpus.left_out.add(TWICE, str(path))
     for path in sorted(kept.values()):
-        _add(corpus, _source(path), seen)
+        _add(corpus, _source(path, corpus.parquet), seen)
 
 
-def _is_wanted(path: Path, left_out: Tally) -> bool:
+def _is_wanted(path: Path, corpus: Corpus) -> bool:
+    left_out = corpus.left_out
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -216,7 +229,7 @@ def _is_wanted(path: Path, left_out: Tally) -> bool:
         return False
     if not stat.S_ISREG(mode):
         left_out.add(SPECIAL, str(path))
-    elif _kind(path) is None:
+    elif _kind(path, corpus.parquet) is None:
         packed = path.suffix.lower() in PACKED_ENDINGS
         ending = "".join(path.suffixes[-2:]) if packed else path.suffix
         left_out.add(f"ending in {ending}" if ending else "without an ending", str(path))

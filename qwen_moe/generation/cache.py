@@ -5,8 +5,9 @@ sequences is written with one copy. Shapes: P prompts, N new tokens of any of th
 T tokens, C head dim.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,9 @@ class Chunk:
     begin: int
     end: int
     last: bool
+
+    def __len__(self) -> int:
+        return self.end - self.begin
 
 
 def passes(lengths: Sequence[int], limit: int) -> Iterator[list[Chunk]]:
@@ -227,3 +231,23 @@ class SequenceCache:
             )
             y = merge(tuple(x.flatten(0, 1) for x in of_prompt), tuple(x[:, 0] for x in own))  # type: ignore[arg-type]
         return F.pad(y, (0, 0, 0, 0, 0, q.shape[1] - rows)).unsqueeze(0)
+
+
+def read_prompts(
+    prompts: Sequence[Sequence[int]],
+    cache: SequenceCache,
+    limit: int,
+    device: torch.device,
+    read: Callable[[torch.Tensor, torch.Tensor, list[Chunk]], torch.Tensor],
+) -> torch.Tensor:
+    """Logits after each of ``prompts``, ``[P, V]``, which are read into ``cache`` in passes of at most ``limit`` tokens.
+    ``read(ids [N], wanted, chunks)`` makes a pass and returns the logits of the tokens with the indices ``wanted``."""
+    logits: dict[int, torch.Tensor] = {}
+    for chunks in passes([len(prompt) for prompt in prompts], limit):
+        ids = [token for chunk in chunks for token in prompts[chunk.prompt][chunk.begin : chunk.end]]
+        ends = [end - 1 for chunk, end in zip(chunks, accumulate(map(len, chunks)), strict=True) if chunk.last]
+        cache.begin_prompts(chunks)
+        wanted = torch.tensor(ends, dtype=torch.int64, device=device)
+        found = read(torch.tensor(ids, device=device), wanted, chunks)
+        logits |= dict(zip([chunk.prompt for chunk in chunks if chunk.last], found, strict=True))
+    return torch.stack([logits[prompt] for prompt in range(len(prompts))])

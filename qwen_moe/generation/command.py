@@ -59,7 +59,6 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """Options of how the model reads, and over how many processes it is split."""
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as stored, or the run's compute dtype")
     parser.add_argument(
         "--context-extension",
         choices=EXTENSIONS,
@@ -70,6 +69,12 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention", choices=ATTENTION, default="dense", help="sparse leaves out keys in prompts over 32,768 tokens"
     )
+    add_running(parser)
+
+
+def add_running(parser: Any) -> None:
+    """Options of how the model computes: `add_reading` without how it reads long texts."""
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as stored, or the run's compute dtype")
     parser.add_argument(
         "--batch-size", type=whole(1, 100_000), default=64, metavar="N", help="answers at a time; default: %(default)s"
     )
@@ -135,6 +140,7 @@ def _one(args: argparse.Namespace, session: Any, sampling: "Sampling") -> int:
         tokens = chat_tokens(opened.tokenizer, [{"role": "user", "content": prompt}])
     else:
         tokens = text_tokens(opened.tokenizer, prompt)
+    session.say_if_no_chat(args.chat, [{"prompt": prompt}])
     session.check([tokens], sampling.max_new_tokens)
     begin = time.perf_counter()
     (answers,) = session.generate([tokens], sampling)
@@ -171,6 +177,7 @@ def _many(args: argparse.Namespace, session: Any, sampling: "Sampling") -> int:
 
     opened = session.opened
     rows = read_prompts(args.input, opened.tokenizer, args.chat)
+    session.say_if_no_chat(args.chat, (row.values for row in rows))
     session.check([row.tokens for row in rows], sampling.max_new_tokens)
     settings = {
         "checkpoint": str(opened.weights.directory),

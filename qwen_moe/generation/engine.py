@@ -6,13 +6,12 @@ Shapes: N new tokens of any number of sequences, V vocabulary; of routing, see `
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 
 import torch
 
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
-from qwen_moe.generation.cache import SequenceCache, passes
+from qwen_moe.generation.cache import Chunk, SequenceCache, read_prompts
 from qwen_moe.generation.likelihood import Likelihood, ScoredText, TextsOfPass
 from qwen_moe.generation.routing import Routing, split_routing
 from qwen_moe.generation.runner import Runner
@@ -23,6 +22,9 @@ from qwen_moe.models.attention.sparse import SparsePrefill, SparseRecord, Sparse
 from qwen_moe.models.rope import make_rope
 
 _CHANCES = 64  # random numbers drawn at a time
+NOT_FINITE = (
+    "the model's outputs are NaN or infinite: its weights are damaged, or it needs a wider dtype (--dtype fp32)"
+)
 
 
 @dataclass(frozen=True)
@@ -236,22 +238,16 @@ class _Batch:
 
     def _read_prompts(self, progress: Callable[[int, int], None]) -> torch.Tensor:
         """Logits after each prompt, ``[P, V]``."""
-        logits: dict[int, torch.Tensor] = {}
-        for chunks in passes([len(prompt) for prompt in self._prompts], self._engine.limits.chunk):
-            ids = [token for chunk in chunks for token in self._prompts[chunk.prompt][chunk.begin : chunk.end]]
-            sizes = [chunk.end - chunk.begin for chunk in chunks]
-            ends = [end - 1 for chunk, end in zip(chunks, accumulate(sizes), strict=True) if chunk.last]
-            device = self._runner.device
-            self._cache.begin_prompts(chunks)
-            found, experts = self._pass(
-                torch.tensor(ids, device=device), torch.tensor(ends, dtype=torch.int64, device=device)
-            )
+
+        def read(ids: torch.Tensor, wanted: torch.Tensor, chunks: list[Chunk]) -> torch.Tensor:
+            logits, experts = self._pass(ids, wanted)
             if self._routing:
-                for chunk, taken in zip(chunks, experts.split(sizes), strict=True):
+                for chunk, taken in zip(chunks, experts.split([len(chunk) for chunk in chunks]), strict=True):
                     self._read[chunk.prompt].append(taken)
-            logits |= dict(zip([chunk.prompt for chunk in chunks if chunk.last], found, strict=True))
             progress(len(ids), 0)
-        return torch.stack([logits[prompt] for prompt in range(len(self._prompts))])
+            return logits
+
+        return read_prompts(self._prompts, self._cache, self._engine.limits.chunk, self._runner.device, read)
 
     def _draw(self, logits: torch.Tensor) -> torch.Tensor:
         """The next token of every row. Ended answers get any."""
@@ -270,10 +266,7 @@ class _Batch:
             if row.finish_reason:
                 continue
             if not math.isfinite(log_prob):
-                raise UserError(
-                    "the model's outputs are NaN or infinite: its weights are damaged, or it needs a wider dtype "
-                    "(--dtype fp32)"
-                )
+                raise UserError(NOT_FINITE)
             row.tokens.append(token)
             row.log_probs.append(log_prob)
             if token in self._engine.end_tokens or self._says_stop(row):

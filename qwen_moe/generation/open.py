@@ -10,6 +10,7 @@ import torch
 from qwen_moe.checkpoint.huggingface.convert import Weights, open_weights, read_model
 from qwen_moe.checkpoint.huggingface.sparse import read_sparse
 from qwen_moe.config import ModelConfig
+from qwen_moe.data.chat import Chat
 from qwen_moe.data.tokenizer import read_tokenizer
 from qwen_moe.errors import UserError
 from qwen_moe.generation.engine import Engine, Limits
@@ -47,14 +48,22 @@ class Opened:
                 f"{directory} is a reward model, which scores texts by {', '.join(criteria)} and writes none: use "
                 "`qwen-moe score`, or give a language model"
             )
-        folder = tokenizer_folder(self.weights.directory)
-        self.tokenizer = read_tokenizer(folder)
-        self.end_tokens = end_tokens(folder, self.tokenizer)
+        self._folder = tokenizer_folder(self.weights.directory)
+        self.tokenizer = read_tokenizer(self._folder)
+        self.end_tokens = end_tokens(self._folder, self.tokenizer)
         self._runner: Runner | None = None
 
     @property
     def config(self) -> ModelConfig:
         return self.weights.config
+
+    @property
+    def ends_turns(self) -> bool:
+        """Whether the model stops where its chat template ends a turn, so that it was fine-tuned on conversations."""
+        try:
+            return Chat(self._folder).end in self.end_tokens
+        except UserError:  # a tokenizer without a template, or with one for other uses
+            return False
 
     def text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens)

@@ -3,7 +3,7 @@ started."""
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from parallel.process import ProcessError, process_info, start
 from qwen_moe.checkpoint.huggingface.convert import Weights
 from qwen_moe.checkpoint.huggingface.export import export_dtype
 from qwen_moe.errors import UserError
+from qwen_moe.generation.choices import log_probs_of_choices
 from qwen_moe.generation.engine import Completion, Engine, Limits
 from qwen_moe.generation.extension import extended
 from qwen_moe.generation.likelihood import Likelihood, ScoredText, check_text, in_passes
@@ -27,6 +28,7 @@ from qwen_moe.sharding.layout import check_layout
 
 Done = Callable[[int, list[Completion]], None]
 Shared = TypeVar("Shared")
+Item = TypeVar("Item")
 
 
 class Session:
@@ -83,9 +85,22 @@ class Session:
         assert self._engine is not None
         return str(self._engine.runner.dtype).removeprefix("torch.")
 
+    @property
+    def layout(self) -> str:
+        """Over how many processes the model is split, which decides the rounding."""
+        return "one process" if self._grids is None else str(self._grids.layout)
+
     def say(self, text: str) -> None:
         if self.reports:
             print(text, file=sys.stderr)
+
+    def say_if_no_chat(self, chat: bool, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Say that a model which answers turns is given plain text, where a row of prompts has it and ``chat`` is off."""
+        if not chat and any("prompt" in row for row in rows) and self.opened.ends_turns:
+            self.say(
+                "note: the model answers turns of conversations, and the prompts are given to it as plain text: --chat asks "
+                "them as a user"
+            )
 
     def notes(self) -> list[str]:
         """What the user should know about the answers."""
@@ -135,27 +150,19 @@ class Session:
             check_text(text, self.opened.config.vocab_size, self._longest)
         if not texts:
             return
-        self._engine = engine = self.opened.engine(self._how, self._longest, self._load)
-        groups = 1 if self._grids is None else self._grids.dp.size
-        plan = in_passes([len(text.tokens) for text in texts], self._how.limits.chunk)
-        total = sum(len(text.tokens) for text in texts)
-        with _Bars(total, 0, self.reports) as bars:
-            for begin in range(0, len(plan), groups):
-                wave = plan[begin : begin + groups]
-                own = engine.runner.share_of(wave) if isinstance(engine.runner, ShardedRunner) else wave
-                found = [engine.likelihoods([texts[i] for i in batch]) for batch in own]
-                engine.runner.finish()
-                if self._grids is not None:
-                    found = gather_shares(found, self._grids, len(wave))
+        engine, plan = self._open(), in_passes([len(text.tokens) for text in texts], self._how.limits.chunk)
+
+        def work(own: list[int]) -> list[list[Likelihood]]:
+            found = [engine.likelihoods([texts[i] for i in plan[number]]) for number in own]
+            engine.runner.finish()
+            return found
+
+        with _Bars(sum(len(text.tokens) for text in texts), 0, self.reports) as bars:
+            for numbers, found in self._in_waves(engine, len(plan), 1, work):
+                indices = [i for number in numbers for i in plan[number]]
                 if self.reports:
-                    done(
-                        {
-                            i: one
-                            for batch, of in zip(wave, found, strict=True)
-                            for i, one in zip(batch, of, strict=True)
-                        }
-                    )
-                bars.advance(sum(len(texts[i].tokens) for batch in wave for i in batch), 0)
+                    done(dict(zip(indices, [one for of_pass in found for one in of_pass], strict=True)))
+                bars.advance(sum(len(texts[i].tokens) for i in indices), 0)
 
     def generate(
         self,
@@ -171,7 +178,7 @@ class Session:
         numbers = list(range(len(prompts))) if numbers is None else numbers
         if not prompts:
             return []
-        self._engine = engine = self.opened.engine(self._how, self._longest, self._load)
+        engine = self._open()
         tokens = sum(map(len, prompts))
         with _Bars(tokens, len(prompts) * sampling.samples * sampling.max_new_tokens, self.reports) as bars:
             if self._grids is None:
@@ -179,38 +186,49 @@ class Session:
                 return engine.generate(
                     prompts, sampling, numbers=numbers, routing=routing, done=tell, progress=bars.advance
                 )
-            return self._in_waves(engine, prompts, sampling, numbers, routing, done, bars)
+
+            def work(own: list[int]) -> list[list[Completion]]:
+                given, named = [prompts[i] for i in own], [numbers[i] for i in own]
+                return engine.generate(given, sampling, numbers=named, routing=routing, progress=bars.advance)
+
+            results: list[list[Completion]] = []
+            at_once = self._how.limits.sequences // sampling.samples
+            for indices, found in self._in_waves(engine, len(prompts), at_once, work):
+                if done is not None and self.reports:
+                    for index, completions in zip(indices, found, strict=True):
+                        done(numbers[index], completions)
+                results += found
+            return results
+
+    def log_probs(self, prompts: list[list[int]], choices: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The log-probability of each of ``choices`` as the answer to each of ``prompts`` (see `log_probs_of_choices`), on
+        every rank. Call `reach` first."""
+        engine = self._open()
+
+        def work(indices: list[int]) -> list[list[float]]:
+            return log_probs_of_choices(engine, [prompts[i] for i in indices], choices)
+
+        found = self._in_waves(engine, len(prompts), self._how.limits.sequences, work)
+        return [row for _, rows in found for row in rows]
+
+    def _open(self) -> Engine:
+        self._engine = self.opened.engine(self._how, self._longest, self._load)
+        return self._engine
 
     def _in_waves(
-        self,
-        engine: Engine,
-        prompts: list[list[int]],
-        sampling: Sampling,
-        numbers: Sequence[int],
-        routing: bool,
-        done: Done | None,
-        bars: "_Bars",
-    ) -> list[list[Completion]]:
+        self, engine: Engine, count: int, at_once: int, work: Callable[[list[int]], list[Item]]
+    ) -> Iterator[tuple[list[int], list[Item]]]:
+        """Numbers below ``count``, a wave at a time, and what ``work`` makes of each: every data-parallel group does
+        ``at_once`` of a wave."""
         runner, grids = engine.runner, self._grids
-        assert isinstance(runner, ShardedRunner) and grids is not None
-        results: list[list[Completion]] = []
-        wave = grids.dp.size * max(1, self._how.limits.sequences // sampling.samples)
-        for begin in range(0, len(prompts), wave):
-            indices = list(range(begin, min(begin + wave, len(prompts))))
-            own = runner.share_of(indices)
-            answers = engine.generate(
-                [prompts[i] for i in own],
-                sampling,
-                numbers=[numbers[i] for i in own],
-                routing=routing,
-                progress=bars.advance,
-            )
-            found = gather_shares(answers, grids, len(indices))
-            if done is not None and self.reports:
-                for index, completions in zip(indices, found, strict=True):
-                    done(numbers[index], completions)
-            results += found
-        return results
+        wave = max(1, at_once) * (1 if grids is None else grids.dp.size)
+        for begin in range(0, count, wave):
+            indices = list(range(begin, min(begin + wave, count)))
+            if grids is None:
+                yield indices, work(indices)
+            else:
+                assert isinstance(runner, ShardedRunner)
+                yield indices, gather_shares(work(runner.share_of(indices)), grids, len(indices))
 
     def _load(self, weights: Weights) -> Runner:
         if self._grids is None:

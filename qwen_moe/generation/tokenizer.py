@@ -49,6 +49,11 @@ def text_tokens(tokenizer: Any, text: str, what: str = "the prompt") -> list[int
 def chat_tokens(tokenizer: Any, messages: Sequence[Any], what: str = "the prompt") -> list[int]:
     """The tokens of a conversation up to where the assistant's answer begins, by the tokenizer's chat template. Raises
     UserError, beginning with ``what``, for messages of another form or that the template refuses."""
+    return tokenizer(chat_text(tokenizer, messages, what), add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def chat_text(tokenizer: Any, messages: Sequence[Any], what: str = "the prompt", **options: Any) -> str:
+    """The text of which `chat_tokens` are the tokens. ``options`` are handed to the template."""
     if tokenizer.chat_template is None:
         raise UserError(
             f"{tokenizer.name_or_path} has no chat template (in tokenizer_config.json or chat_template.jinja): give text "
@@ -60,7 +65,6 @@ def chat_tokens(tokenizer: Any, messages: Sequence[Any], what: str = "the prompt
     ):
         raise UserError(f'{what} must be a list of messages like {{"role": "user", "content": "..."}}')
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
     except Exception as error:  # a template raises what it likes
         raise UserError(f"{what} is refused by the tokenizer's chat template: {error}") from None
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

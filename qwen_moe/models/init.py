@@ -10,7 +10,8 @@ from qwen_moe.config import ModelConfig
 from qwen_moe.models.decoder import DecoderLM
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """A generator whose numbers depend on ``seed`` and ``name`` only."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -31,9 +32,9 @@ def initial_value(
         first, count = experts if experts is not None else (0, shape[0])
         values = torch.empty(count, *shape[1:])
         for index in range(count):
-            values[index].normal_(0, std, generator=_generator(seed, f"{name}/{first + index}"))
+            values[index].normal_(0, std, generator=named_generator(seed, f"{name}/{first + index}"))
         return values
-    return torch.empty(tuple(shape)).normal_(0, std, generator=_generator(seed, name))
+    return torch.empty(tuple(shape)).normal_(0, std, generator=named_generator(seed, name))
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ def roll_out(
                 rewarder.check(query.values)
 
         queries = read_queries(args.input, session.opened.tokenizer, chat=args.chat, checks=[check])
+        session.say_if_no_chat(args.chat, (query.values for query in queries))
         session.check([query.tokens for query in queries], sampling.max_new_tokens)
         if rewarder is None:
             todo: list[int] = []  # rank 0 knows

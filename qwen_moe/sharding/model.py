@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,8 +15,23 @@ from parallel.mesh import Grids
 from qwen_moe.config import ModelConfig, Recompute
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.head import Head
+from qwen_moe.models.moe.router import RouterStatistics
 from qwen_moe.sharding.parallelize import parallelize
 from qwen_moe.sharding.table import Placement
+
+
+class Attach(Protocol):
+    """``(part, out, router, labels, counted) -> out``: adds losses of the router's statistics to a stage's output."""
+
+    def __call__(
+        self,
+        part: "TrainingPart",
+        out: torch.Tensor,
+        router: RouterStatistics,
+        labels: torch.Tensor,
+        counted: torch.Tensor | None,
+        /,
+    ) -> torch.Tensor: ...
 
 
 class TrainingPart(DecoderLM):
@@ -27,7 +42,7 @@ class TrainingPart(DecoderLM):
 
     head: Head = "cross_entropy"
     chunk_tokens = 1024
-    attach: Callable[..., torch.Tensor] | None = None
+    attach: "Attach | None" = None
     around_forward: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def forward(  # type: ignore[override]

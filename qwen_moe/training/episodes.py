@@ -105,7 +105,7 @@ class Episodes:
         if number != self._number:
             self._open(number, at_begin=update == 0)
         one, self._update = self._updates[update], update
-        self._tokens = sum(len(response.tokens) for response in one.responses)
+        self._tokens = sum(len(one.responses[place.response].tokens) for row in one.rows for place in row)
         return [
             with_judgment(
                 with_values(self._batch(one, rows), rows, one.responses, one.values), rows, one.responses, one.judged
@@ -210,7 +210,7 @@ class Episodes:
         return rewards
 
     def _cut(self, responses: Sequence[Response], experts: list[torch.Tensor] | None) -> list[_Update]:
-        """The parts of an episode that its steps learn from, packed into rows."""
+        """The parts of an episode that its steps learn from. Rows hold what is learned from, and nothing else."""
         config, training = self.config, self.config.training
         size = self.rollout.queries_per_update * self.rollout.samples
         grids = self.trainer.grids
@@ -220,9 +220,10 @@ class Episodes:
         for first in range(0, len(responses), size):
             own = list(responses[first : first + size])
             lengths = [len(one.tokens) for one in own]
-            rows = rows_of(lengths, config.data.sequence_length, training.micro_batch_size * grids.dp.size, at_least)
+            judged, multiple = judge(config, own), training.micro_batch_size * grids.dp.size
+            rows = rows_of(lengths, judged.learned, config.data.sequence_length, multiple, at_least)
             taken = None if experts is None else experts[first : first + size]
-            found.append(_Update(own, taken, rows, judge(config, own), {}))
+            found.append(_Update(own, taken, rows, judged, {}))
         return found
 
     def _own(self, rows: list[list[Place]]) -> list[list[list[Place]]]:
@@ -244,8 +245,10 @@ class Episodes:
         old = sampled
         if self.rollout.old_log_probs == "trainer":
             old = self._kept(files, OLD, responses, None)
-            apart = np.concatenate(old).astype(np.float64) - np.concatenate(sampled)
-            gap = {"sampler_gap_max": float(np.abs(apart).max()), "sampler_gap_mean": float(np.abs(apart).mean())}
+            learned = np.concatenate([one.judged.learned for one in self._updates])
+            pairs = [(o, s) for o, s, counts in zip(old, sampled, learned, strict=True) if counts]
+            apart = np.abs(np.concatenate([o.astype(np.float64) - s for o, s in pairs])) if pairs else np.zeros(1)
+            gap = {"sampler_gap_max": float(apart.max()), "sampler_gap_mean": float(apart.mean())}
         values = {OLD: old}
         if self._frozen is not None:
             values[COLUMN] = self._kept(files, COLUMN, responses, self._frozen)
@@ -258,7 +261,8 @@ class Episodes:
     def _kept(
         self, files: EpisodeFiles, name: str, responses: Sequence[Response], of: Frozen | None
     ) -> list[np.ndarray]:
-        """Log-probabilities of all answers' tokens: kept ones, or of the present weights or of ``of``."""
+        """Log-probabilities of all answers' tokens, 0 in answers that are not learned from: kept ones, or of the present
+        weights or of ``of``."""
         kept = same_on_all_ranks(lambda: files.values(name, responses))
         if kept is not None:
             return kept
@@ -271,7 +275,8 @@ class Episodes:
         if of is not None:
             for batch in batches:
                 batch.pop(FIELD, None)  # the reference's router chooses for itself
-        found: list[np.ndarray] = [np.zeros(0)] * len(one.responses)
+        dtype = np.float64 if self.config.precision.compute == "fp64" else np.float32
+        found = [np.zeros(response.answer, dtype) for response in one.responses]
         for index, everywhere in enumerate(label_log_probs(self.trainer, batches, of)):
             for rank, of_rank in enumerate(everywhere.numpy()):
                 first, _ = self._ranges(one.rows, rank)[index]

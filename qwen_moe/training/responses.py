@@ -85,14 +85,18 @@ class Place:
     start: int
 
 
-def rows_of(lengths: Sequence[int], length: int, multiple: int, at_least: int = 0) -> list[list[Place]]:
-    """The responses of each row of ``length`` tokens; the number of rows is a multiple of ``multiple``."""
-    packed = pack(np.array(lengths, np.int64), length, None)
+def rows_of(
+    lengths: Sequence[int], taken: np.ndarray, length: int, multiple: int, at_least: int = 0
+) -> list[list[Place]]:
+    """The responses of each row of ``length`` tokens, of those that are ``taken [N]`` (bool); the number of rows is a
+    multiple of ``multiple``."""
+    numbers = np.flatnonzero(taken)
+    packed = pack(np.array(lengths, np.int64)[numbers], length, None)
     count = -(-max(len(packed), at_least, 1) // multiple) * multiple
     found: list[list[Place]] = []
     for row in range(count):
         places, start = [], 0
-        for number in packed.row(row).tolist() if row < len(packed) else ():
+        for number in numbers[packed.row(row)].tolist() if row < len(packed) else ():
             places.append(Place(response=number, start=start))
             start += lengths[number]
         found.append(places)
@@ -144,18 +148,12 @@ def with_values(
 def with_judgment(
     batch: Batch, rows: Sequence[Sequence[Place]], responses: Sequence[Response], judged: Judged
 ) -> Batch:
-    """``batch`` with advantages and weights; labels of responses that are not learned from are taken out."""
+    """``batch`` with advantages and weights."""
     of_tokens = {
         name: [np.full(one.answer, value) for one, value in zip(responses, values, strict=True)]
         for name, values in (("advantages", judged.advantages), ("weights", judged.weights))
     }
-    batch = with_values(batch, rows, responses, of_tokens)
-    for row, places in enumerate(rows):
-        for place in places:
-            if not judged.learned[place.response]:
-                end = place.start + len(responses[place.response].tokens)
-                batch["labels"][row, place.start : end] = IGNORE
-    return batch
+    return with_values(batch, rows, responses, of_tokens)
 
 
 def with_experts(batch: Batch, rows: Sequence[Sequence[Place]], experts: Sequence[torch.Tensor]) -> Batch:

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Sequence
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -13,6 +14,7 @@ from qwen_moe.config.families import FAMILIES
 from qwen_moe.config.objective import KL, Normalization, Ratio
 from qwen_moe.data.samples import IGNORE, documents_of
 from qwen_moe.errors import UserError
+from qwen_moe.models.init import named_generator
 from qwen_moe.sharding.layout import context_plan
 from qwen_moe.verify.examples import LEAST_LENGTH, packed_batch
 from qwen_moe.verify.probe import weights
@@ -336,6 +338,16 @@ def _draw_model(
         "capacity_factor": rng.choice([0.0, 0.0, 0.75, 1.25]),
     }
     return model, balance
+
+
+def drawn_value(name: str, shape: Sequence[int], seed: int) -> torch.Tensor | None:
+    """A random value of a norm, bias or expert bias, which begin as ones and zeros: a rank that leaves one out or takes
+    another's would not show. None for other tensors, which are drawn anyway."""
+    centers = {"norm.weight": (1.0, 0.2), ".bias": (0.0, 0.2), "expert_bias": (0.0, 0.02)}
+    for ending, (center, std) in centers.items():
+        if name.endswith(ending):
+            return center + std * torch.randn(tuple(shape), generator=named_generator(seed, name))
+    return None
 
 
 def global_batch(config: RunConfig, step: int) -> dict[str, torch.Tensor]:

@@ -24,7 +24,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "verify",
         help="prove layouts equal to one process, in float64 on this machine",
         description="Shrinks the recipe's model (keeping its features), trains 3 steps in float64 in one process and in "
-        "each layout, and compares loss, auxiliary losses, every gradient, gradient norm and parameters.",
+        "each layout, and compares loss, auxiliary losses, every gradient, gradient norm, parameters, and the loss of an "
+        "evaluation.",
     )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -160,8 +161,8 @@ def run(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     out = sys.stderr if args.json else sys.stdout
     print(
-        f"{'layout':44s} {'loss':>8s} {'aux':>8s} {'gradients':>9s} {'norm':>8s} {'weights':>8s}  (largest relative "
-        f"difference from one process, float64; limit {TOLERANCE:.0e})",
+        f"{'layout':44s} {'loss':>8s} {'aux':>8s} {'gradients':>9s} {'norm':>8s} {'weights':>8s} {'eval':>8s}  (largest "
+        f"relative difference from one process, float64; limit {TOLERANCE:.0e})",
         file=out,
     )
     for name, case in cases:
@@ -222,12 +223,13 @@ def _compare_once(name: str, case: "Case") -> tuple[dict[str, Any], str, float |
         "gradients": differences.gradients,
         "gradient_norm": differences.grad_norm,
         "parameters": differences.parameters,
+        "evaluated": differences.evaluated,
         "worst": differences.worst,
         "wrong": differences.wrong,
     }
     figures = (
         f"{differences.loss:8.0e} {differences.auxiliary:8.0e} {differences.gradients:9.0e} "
-        f"{differences.grad_norm:8.0e} {differences.parameters:8.0e}"
+        f"{differences.grad_norm:8.0e} {differences.parameters:8.0e} {differences.evaluated:8.0e}"
     )
     sensitive = None
     if not differences.equal and not differences.wrong:

@@ -1,5 +1,6 @@
 """The largest relative difference between a layout's ranks and the run in one process."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,20 +14,22 @@ TOLERANCE = 1e-10
 
 @dataclass(frozen=True, kw_only=True)
 class Differences:
-    """The largest relative differences over all steps, ranks and tensors. ``worst`` names the tensors. ``wrong`` lists
-    mismatches of values that must be equal (counts, biases) and elements that no rank holds."""
+    """The largest relative differences over all steps, ranks and tensors; NaN counts as infinity. ``evaluated`` is the loss
+    of a batch that is evaluated after the last step. ``worst`` names the tensors. ``wrong`` lists mismatches of values that
+    must be equal (counts, biases) and elements that no rank holds."""
 
     loss: float
     auxiliary: float
     gradients: float
     grad_norm: float
     parameters: float
+    evaluated: float
     worst: dict[str, str]
     wrong: list[str]
 
     @property
     def largest(self) -> float:
-        return max(self.loss, self.auxiliary, self.gradients, self.grad_norm, self.parameters)
+        return max(self.loss, self.auxiliary, self.gradients, self.grad_norm, self.parameters, self.evaluated)
 
     @property
     def equal(self) -> bool:
@@ -34,7 +37,12 @@ class Differences:
 
 
 def _relative(got: float, expected: float) -> float:
-    return abs(got - expected) / abs(expected) if expected else abs(got)
+    return _ordered(abs(got - expected) / abs(expected) if expected else abs(got))
+
+
+def _ordered(difference: float) -> float:
+    """``difference``, with infinity in the place of NaN, which compares with nothing and would be lost in a maximum."""
+    return math.inf if math.isnan(difference) else difference
 
 
 def compare_pieces(
@@ -55,8 +63,8 @@ def compare_pieces(
             seen[name][place] = True
             if not held.numel():
                 continue
-            difference = float((held - expected).abs().max()) / max(float(whole[name].abs().max()), floor)
-            if not difference <= worst:  # a NaN is the worst
+            difference = _ordered(float((held - expected).abs().max()) / max(float(whole[name].abs().max()), floor))
+            if difference > worst:
                 worst, where = difference, name
     wrong += [f"no rank holds all of {name}" for name, mask in seen.items() if not bool(mask.all())]
     return worst, where
@@ -69,9 +77,7 @@ def compare(reports: Sequence[Report], reference: Trajectory) -> Differences:
     for report in reports:
         for got, expected in zip(report.figures, reference.figures, strict=True):
             for key in largest:
-                difference = _relative(got[key], expected[key])
-                if not difference <= largest[key]:
-                    largest[key] = difference
+                largest[key] = max(largest[key], _relative(got[key], expected[key]))
         if report.counts != reference.counts:
             wrong.append("expert counts or dropped choices differ")
         for name, bias in report.biases.items():
@@ -82,7 +88,7 @@ def compare(reports: Sequence[Report], reference: Trajectory) -> Differences:
     metrics = largest.keys() - {"loss", "balance loss", "z-loss", "gradient norm"}
     for step, whole in enumerate(reference.gradients):
         difference, name = compare_pieces([report.gradients[step] for report in reports], whole, wrong)
-        if not difference <= gradients:
+        if difference > gradients:
             gradients, worst["gradients"] = difference, f"{name} (step {step})"
     parameters, name = compare_pieces([report.parameters for report in reports], reference.parameters, wrong)
     worst["parameters"] = name
@@ -92,6 +98,7 @@ def compare(reports: Sequence[Report], reference: Trajectory) -> Differences:
         gradients=gradients,
         grad_norm=largest["gradient norm"],
         parameters=parameters,
+        evaluated=max(_relative(report.evaluated, reference.evaluated) for report in reports),
         worst=worst,
         wrong=sorted(set(wrong)),
     )

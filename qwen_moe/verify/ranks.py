@@ -15,7 +15,7 @@ from qwen_moe.sharding.layout import run_layout
 from qwen_moe.sharding.model import ParallelModel
 from qwen_moe.training.optimizer import build_optimizer
 from qwen_moe.training.step import Trainer
-from qwen_moe.verify.case import STEPS, global_batch
+from qwen_moe.verify.case import STEPS, drawn_value, global_batch
 from qwen_moe.verify.probe import Probe
 
 
@@ -28,6 +28,7 @@ class Report:
     gradients: list[list[tuple[str, list[int], torch.Tensor]]] = field(default_factory=list)
     parameters: list[tuple[str, list[int], torch.Tensor]] = field(default_factory=list)
     biases: dict[str, torch.Tensor] = field(default_factory=dict)
+    evaluated: float = 0.0  # the loss of another batch after the last step
 
 
 def _pieces(model: ParallelModel, of_gradients: bool) -> list[tuple[str, list[int], torch.Tensor]]:
@@ -39,12 +40,27 @@ def _pieces(model: ParallelModel, of_gradients: bool) -> list[tuple[str, list[in
     return pieces
 
 
+@torch.no_grad()
+def _draw(model: ParallelModel, seed: int) -> None:
+    """Give this rank's part of norms, biases and expert biases random values (`drawn_value`)."""
+    for name, parameter in model.named_parameters():
+        value = drawn_value(name, model.placements[name].shape, seed)
+        if value is not None and (held := local(parameter)).numel():
+            for dim, (offset, size) in enumerate(zip(*model.range_of(name, parameter), strict=True)):
+                value = value.narrow(dim, offset, size)
+            held.copy_(value)
+    for name, buffer in model.named_buffers():
+        if (value := drawn_value(name, buffer.shape, seed)) is not None:
+            buffer.copy_(value)
+
+
 def make_trainer(config: RunConfig, objective: Objective | None = None) -> Trainer:
-    """This rank's trainer. The process group must be initialized."""
+    """This rank's trainer, with norms and biases drawn too (`drawn_value`). The process group must be initialized."""
     device = torch.device("cpu")
     layout = run_layout(config, dist.get_world_size())
     grids = make_grids(config, layout, device)
     model = build_model(config, layout, grids, device)
+    _draw(model, config.seed)
     return Trainer(config, layout, model, build_optimizer(model, config.optimizer), device, objective)
 
 
@@ -65,6 +81,7 @@ def train_rank(config: RunConfig, steps: int = STEPS, probe: bool = False) -> Re
         record_step(trainer, report, step)
     report.parameters = _pieces(trainer.model, False)
     report.biases = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
+    report.evaluated = trainer.evaluate(micro_batches(trainer, steps))
     return report
 
 

@@ -1,7 +1,7 @@
 """Reference training in one process, written with means, torch's own cross-entropy and AdamW, and no distributed code.
 
-It shares the model's layers with the runs that it checks, but not their attention core, router, losses, sums, clipping or
-optimizer.
+It shares the model's layers with the runs that it checks, but not their attention core, mixture of experts, losses, sums,
+clipping or optimizer.
 Packed documents are computed one by one.
 """
 
@@ -19,22 +19,24 @@ from qwen_moe.models.init import build_model
 from qwen_moe.models.moe.block import MoE
 from qwen_moe.models.moe.router import RouterStatistics
 from qwen_moe.training.schedule import learning_rate
-from qwen_moe.verify.case import STEPS, global_batch
+from qwen_moe.verify.case import STEPS, drawn_value, global_batch
 from qwen_moe.verify.plain import Answer, plain_loss
-from qwen_moe.verify.plain_router import use_plain_routers
+from qwen_moe.verify.plain_moe import use_plain_moe
 from qwen_moe.verify.probe import probe_loss
 from qwen_moe.verify.unpacked import alone, answers_of, together
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """Figures and gradients (before clipping) of a few steps, and the final parameters, by name."""
+    """Figures and gradients (before clipping) of a few steps, and the final parameters, by name. ``evaluated``: the loss of
+    another batch after them, with nothing dropped."""
 
     figures: list[dict[str, float]]
     counts: list[Any]  # expert counts [L, E] and dropped choices of each step
     gradients: list[dict[str, torch.Tensor]]
     parameters: dict[str, torch.Tensor]
     biases: dict[str, torch.Tensor]
+    evaluated: float
 
 
 def plain_attention(
@@ -122,14 +124,19 @@ def _losses(
     }
 
 
-def _model(config: RunConfig) -> DecoderLM:
+def reference_model(config: RunConfig) -> DecoderLM:
+    """The model that the reference begins with: the recipe's, with plain attention and mixtures of experts, and with norms
+    and biases drawn too."""
     model = build_model(config.model, config.seed, torch.float64).train()
+    use_plain_moe(model)
     for module in model.modules():
         if isinstance(module, MoE):
             module.capacity_factor = config.balance.capacity_factor
         elif isinstance(module, Attention):
             module.attend = plain_attention
-    use_plain_routers(model)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if (value := drawn_value(name, tensor.shape, config.seed)) is not None:
+            tensor.data.copy_(value)
     return model
 
 
@@ -161,7 +168,7 @@ def train_reference(
     """Train ``steps`` steps. ``ranks``: data-parallel size of the layout to compare with. It decides which micro-batches run
     at the same time, which matters because global-batch balancing counts all micro-batches so far. ``nudged``: from weights
     that differ in their last digit, which shows how much of a difference rounding alone can make."""
-    model = _model(config)
+    model = reference_model(config)
     if nudged:
         _nudge(model)
     named = dict(model.named_parameters())
@@ -201,10 +208,13 @@ def train_reference(
             routers = [layer.mlp.gate for layer in model.model.layers if isinstance(layer.mlp, MoE)]
             for router, row in zip(routers, load, strict=True):
                 router.expert_bias += balance.bias_update_rate * (row.mean() - row).sign().float()
+    with torch.no_grad():
+        evaluated = _losses(config, model.eval(), global_batch(config, steps), ranks, probe)["loss"]
     return Trajectory(
         figures=figures,
         counts=counts,
         gradients=gradients,
         parameters={name: p.detach() for name, p in named.items()},
         biases=dict(model.named_buffers()),
+        evaluated=float(evaluated),
     )

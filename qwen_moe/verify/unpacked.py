@@ -6,7 +6,7 @@ from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.moe.router import RouterStatistics
 from qwen_moe.verify.examples import spans
 from qwen_moe.verify.plain import Answer
-from qwen_moe.verify.plain_router import replaying
+from qwen_moe.verify.plain_moe import replaying
 
 Batch = dict[str, torch.Tensor]
 Documents = tuple[

@@ -219,6 +219,25 @@ def test_a_checkpoint_of_another_model_is_refused_by_name_of_the_field(tmp_path:
         assert "rope_theta" in message and "5000.0" in message
 
 
+def _save_and_start_from(config: RunConfig, root: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Expert biases of a trained model, and of another one that begins with its weights."""
+    from qwen_moe.checkpoint.distributed import load_weights
+
+    trainer, writer = _setup(config, root)
+    _train(trainer, range(2))
+    writer.save(trainer.model, trainer.optimizer, _state(2))
+    other, _ = _setup(config.model_copy(update={"seed": config.seed + 1}), root)
+    load_weights(root / "step_00000002", other.model, config.model)
+    return _biases(trainer), _biases(other)
+
+
+def test_weights_that_a_run_begins_from_bring_their_expert_biases(tmp_path: Path) -> None:
+    """Without them tokens would be routed to other experts, in silence."""
+    config = make_config(**CHANGES, training__micro_batch_size=4)
+    for trained, loaded in run_distributed(_save_and_start_from, 2, config, tmp_path):
+        assert all(torch.equal(one, two) and bool(one.any()) for one, two in zip(trained, loaded, strict=True))
+
+
 def _save_and_load_not_finite(config: RunConfig, root: Path, where: str) -> list[str]:
     """NaN in one rank's part of a weight, or of a moment, and what loading says to it."""
     from parallel.data import local

@@ -55,9 +55,20 @@ BASE: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("--input", "chats.jsonl", "--output", "data/new", "--tokenizer", "data/corpus-tokenizer", "--workers", "1"),
         ("data", "chats.jsonl"),
     ),
+    ("data", "decontaminate"): (
+        ("--input", "text.jsonl", "--against", "text.jsonl", "--output", "new", "--workers", "1"), ("text.jsonl",),
+    ),
     ("data", "info"): (("data/corpus",), ("data",)),
+    ("data", "score"): (
+        ("--input", "text.jsonl", "--output", "new", "--scorer", "run", "--dimensions", "quality", "--document-tokens",
+         "20"),
+        ("run", "text.jsonl"),
+    ),
     ("convert", "from-hf"): (("hf", "out"), ("hf",)),
     ("convert", "to-hf"): (("ckpt", "out"), ("ckpt",)),
+    ("convert", "upcycle"): (
+        ("dense", "out", "--experts", "4", "--top-k", "2", "--expert-size", "8", "--shared-expert", "12"), ("dense",),
+    ),
     ("generate",): (("--checkpoint", "run", "--prompt", "router", "--max-new-tokens", "3"), ("run",)),
     ("score",): (("--checkpoint", "run", "--input", "text.jsonl", "--output", "new.jsonl"), ("run", "text.jsonl")),
     ("rollout",): (

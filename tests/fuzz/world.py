@@ -247,6 +247,15 @@ def add_weights(world: World) -> None:
     world.run("convert", "from-hf", "hf", "ckpt")
 
 
+def add_dense(world: World) -> None:
+    """A Hugging Face directory of a dense model that was never trained."""
+    import qwen_moe
+    from qwen_moe.models.init import build_model
+    from tests.small import small_model
+
+    qwen_moe.save_pretrained(build_model(small_model("qwen2"), seed=0), world.root / "dense")
+
+
 def add_ladder_runs(world: World) -> None:
     """Two small runs of the ladder as finished ones: their recipes and curves."""
     for name in sorted(path.stem for path in (world.root / "ladder").glob("run_*.yaml"))[:2]:
@@ -264,6 +273,7 @@ def build_light(root: Path, server: Server) -> World:
     world = begin(root, server)
     _write_metrics(root / "run")
     add_weights(world)
+    add_dense(world)
     add_launched(world)
     return world
 
@@ -271,6 +281,6 @@ def build_light(root: Path, server: Server) -> World:
 def build(root: Path, server: Server) -> World:
     """Everything."""
     world = begin(root, server)
-    for part in (add_data, add_run, add_exports, add_scaling, add_ladder_runs, add_launched):
+    for part in (add_data, add_run, add_exports, add_dense, add_scaling, add_ladder_runs, add_launched):
         part(world)
     return world

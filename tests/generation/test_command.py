@@ -79,6 +79,27 @@ def test_a_conversation_is_what_the_template_makes_of_it(chat: Path, tmp_path: P
     assert drawn(out) == [first] * 2
 
 
+ENDS_TURNS = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}<|endoftext|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "said"), [(ENDS_TURNS, [], 1), (ENDS_TURNS, ["--chat"], 0), (TEMPLATE, [], 0)]
+)
+def test_plain_text_for_a_model_of_conversations_is_noted(
+    chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], template: str, options: list[str], said: int
+) -> None:
+    shutil.copytree(chat, tmp_path / "hf")
+    (tmp_path / "hf" / "chat_template.jinja").write_text(template)
+    arguments = ["generate", "--checkpoint", str(tmp_path / "hf"), "--max-new-tokens", "2", *options]
+    assert main([*arguments, "--prompt", "abc"]) == 0
+    prompts = write(tmp_path / "prompts.jsonl", LINES)
+    assert main([*arguments, "--input", str(prompts), "--output", str(tmp_path / "answers.jsonl")]) == 0
+    assert capsys.readouterr().err.count("--chat asks them as a user") == 2 * said
+
+
 def test_a_stopped_command_goes_on(chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = write(tmp_path / "in.jsonl", LINES), tmp_path / "out.jsonl"
     assert generate(chat, "--input", source, "--output", tmp_path / "whole.jsonl") == 0

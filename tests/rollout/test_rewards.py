@@ -3,6 +3,7 @@
 import os
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,16 @@ def test_math_verify() -> None:
     texts = ["so $\\frac{1}{2}$", "0.5", "0.4", "\\boxed{2/4}"]
     found = scores([item(text, answer="1/2") for text in texts], "math", seconds=30, workers=1)
     assert [score.value for score in found] == [1, 1, 0, 1]
+
+
+def test_rewards_of_another_thread_are_the_same() -> None:
+    """Limits by SIGALRM work on the main thread alone; elsewhere every reward became 0 (verl #5635, TRL #5281)."""
+    kinds = ("number", "format:^[0-9 ]+$", FUNCTION + "length")
+    items = [item("12", answer="12"), item("x 13", answer="12"), item("7", answer="7")]
+    expected = scores(items, *kinds)
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(scores, items, *kinds).result() == expected
+    assert len({one.value for one in expected}) > 1
 
 
 def test_an_identity_changes_with_the_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from qwen_moe.config import RunConfig
-from qwen_moe.models.init import build_model
 from qwen_moe.verify.case import STEPS, global_batch
 from qwen_moe.verify.compare import compare
 from qwen_moe.verify.ranks import make_trainer, train_rank
-from qwen_moe.verify.reference import Trajectory, train_reference
+from qwen_moe.verify.reference import Trajectory, reference_model, train_reference
 from tests.distributed import run_distributed
 from tests.small import exact_run, model_values
 
@@ -61,7 +60,7 @@ def test_global_batch_scope_counts_up_to_the_current_micro_batch() -> None:
     """Two micro-batches on one rank: the second's f comes from both, the first's from itself (arXiv 2501.11873)."""
     config = make_config(training__micro_batch_size=4, optimizer__clip_grad_norm=0.0)
     (report,) = run_distributed(train_rank, 1, config, 1)
-    model = build_model(config.model, config.seed, torch.float64)
+    model = reference_model(config)
     batch = global_batch(config, 0)
     experts, top_k, tokens = 6, 2, ROWS * SEQ
     expected, counts = 0.0, torch.zeros(2, experts, dtype=torch.float64)
@@ -77,9 +76,20 @@ def test_expert_bias_moves_against_the_load_and_alike_on_all_ranks() -> None:
     config = make_config(balance__scope="none", balance__bias_update_rate=0.25)
     reports = run_distributed(train_rank, 2, config, 1)
     counts = torch.tensor(reports[0].counts[0][0]).double()
-    expected = 0.25 * (counts.mean(1, keepdim=True) - counts).sign()
+    first = [b for name, b in reference_model(config).named_buffers() if name.endswith("expert_bias")]
+    expected = torch.stack(first) + 0.25 * (counts.mean(1, keepdim=True) - counts).sign().float()
     for report in reports:
-        assert torch.equal(torch.stack(list(report.biases.values())).double(), expected)
+        assert torch.equal(torch.stack(list(report.biases.values())), expected)
+
+
+def test_gradients_of_bf16_are_summed_over_ranks_in_float32() -> None:
+    """Each rank's gradients are bf16 numbers. A sum of two mostly is not, unless it was rounded to one."""
+    changes = {"precision__compute": "bf16", "precision__master": "fp32", "training__micro_batch_size": 1}
+    config = make_config(balance__scope="none", training__global_batch_size=2, **changes)
+    for report in run_distributed(train_rank, 2, config, 1):
+        values = torch.cat([held.flatten() for _, _, held in report.gradients[0]])
+        assert values.dtype == torch.float32
+        assert float((values.bfloat16().float() != values).float().mean()) > 0.3
 
 
 def _nan_step(config: RunConfig) -> tuple[str, bool]:

@@ -146,7 +146,7 @@ def test_weights_that_magnify_rounding_are_drawn_again(monkeypatch: pytest.Monke
 
 def test_the_last_digit_of_the_weights_tells_how_sensitive_a_case_is() -> None:
     found = []
-    for index in (56, 55):  # seven layers of hidden size 8, and two of 16
+    for index in (13, 55):  # six layers of hidden size 12, and two of 16
         config, layout, probe = draw(4242, index, 8)
         runs = (train_reference(config, layout.dp, 3, probe, nudged=nudged) for nudged in (False, True))
         found.append(sensitivity(*runs))

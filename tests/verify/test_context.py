@@ -65,7 +65,7 @@ def _evaluation_case(layout: Layout, kind: str) -> RunConfig:
 
 def _evaluated_once(layout: Layout, batches: str) -> float:
     config = _evaluation_case(layout, "ring")
-    model = reference._model(config).eval()
+    model = reference.reference_model(config).eval()
     batch = BATCHES[batches](config, global_batch(config, 0))
     return reference._losses(config, model, batch, layout.dp, False)["loss"].item()
 

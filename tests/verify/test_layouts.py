@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from parallel.mesh import Layout
+from qwen_moe.cli import main
 from qwen_moe.config import RunConfig
 from qwen_moe.verify.case import STEPS, draw
 from qwen_moe.verify.compare import Differences, compare
@@ -52,13 +53,7 @@ def test_random_layouts(index: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # minutes on a quiet machine
 def test_two_hundred_random_layouts() -> None:
-    bad = []
-    for index in range(200):
-        config, layout, probe = draw(0, index, 8)
-        found = differences(config, layout, probe=probe)
-        if not found.equal:
-            bad.append((index, str(layout), found))
-    assert not bad, bad
+    assert main(["verify", "demo", "--fuzz", "200"]) == 0
 
 
 # Each mistake was shipped by a public trainer or is one step from it: what is broken, and a layout that must show it.
@@ -281,6 +276,52 @@ def _capacity_of_own_part(patch: Any) -> None:
     patch(SequenceShard, "earlier", lambda shard, counts: torch.zeros_like(counts))
 
 
+def _capacity(change: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """Every expert serves ``change(capacity)`` choices of a sequence."""
+
+    def mutate(patch: Any) -> None:
+        from qwen_moe.models.moe import block
+
+        original = block.within_capacity
+        patch(
+            block, "within_capacity", lambda i, experts, capacity, *rest: original(i, experts, change(capacity), *rest)
+        )
+
+    return mutate
+
+
+def _dropping_in_evaluation(patch: Any) -> None:
+    """Modules stay in training mode while they evaluate."""
+    from qwen_moe.sharding.model import TrainingPart
+
+    patch(TrainingPart, "eval", lambda part: part)
+
+
+def _evaluation_over_dp(patch: Any) -> None:
+    """The evaluated loss is summed over dp, of which most stages and tp ranks have other parts."""
+    from qwen_moe.training import step
+
+    evaluate, total = step.Trainer.evaluate, step.all_reduce_sum
+
+    def broken(trainer: Any, *arguments: Any) -> float:
+        patch(step, "all_reduce_sum", lambda x, axis: total(x, trainer.grids.dp))
+        return evaluate(trainer, *arguments)
+
+    patch(step.Trainer, "evaluate", broken)
+
+
+def _norms_of_ones(patch: Any) -> None:
+    """A rank's norms are not those that were drawn, loaded or trained, but ones."""
+    from qwen_moe.models.norm import RMSNorm
+
+    original = RMSNorm.forward
+
+    def forward(norm: Any, x: torch.Tensor) -> torch.Tensor:
+        return original(norm, x) / norm.weight
+
+    patch(RMSNorm, "forward", forward)
+
+
 TP, EP, PP = Layout(tp=2, dp=2), Layout(dp=4, ep=2), Layout(pp=2, dp=2)
 MISTAKES: dict[str, tuple[Callable[[Any], None], Layout, dict[str, Any]]] = {
     "gradients averaged over ranks": (_averaged, EP, {}),
@@ -308,6 +349,11 @@ MISTAKES: dict[str, tuple[Callable[[Any], None], Layout, dict[str, Any]]] = {
     "softmax over one shard of the vocabulary": (_softmax_of_one_shard, TP, {}),
     "received rows not sorted by expert": (_rows_in_order_of_arrival, EP, {}),
     "capacity counted per tp rank": (_capacity_of_own_part, TP, {"balance__capacity_factor": 0.75}),
+    "a choice too many is served": (_capacity(lambda capacity: capacity + 1), EP, {"balance__capacity_factor": 0.75}),
+    "capacity rounded down": (_capacity(lambda capacity: capacity - 1), EP, {"balance__capacity_factor": 0.7}),
+    "choices dropped in evaluation": (_dropping_in_evaluation, EP, {"balance__capacity_factor": 0.75}),
+    "evaluated loss summed over dp alone": (_evaluation_over_dp, Layout(tp=2, pp=2), {}),
+    "norms of ones": (_norms_of_ones, TP, {}),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The verb `qwen-moe convert`: from-hf and to-hf."""
+"""The verb `qwen-moe convert`: from-hf, to-hf and upcycle."""
 
 import argparse
 import json
@@ -7,11 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from qwen_moe.checkpoint.upcycle.command import register as register_upcycle
+
 
 def register(subparsers: Any) -> None:
     """Add `convert` to the command's subparsers; ``args.func(args)`` returns the exit code."""
     convert = subparsers.add_parser("convert", help="convert weights between Hugging Face and our checkpoints")
-    verbs = convert.add_subparsers(dest="direction", required=True, metavar="from-hf|to-hf")
+    verbs = convert.add_subparsers(dest="direction", required=True, metavar="from-hf|to-hf|upcycle")
 
     from_hf = verbs.add_parser("from-hf", help="Hugging Face directory -> checkpoint")
     from_hf.add_argument("hf_dir", type=Path, metavar="HF_DIR")
@@ -40,6 +42,8 @@ def register(subparsers: Any) -> None:
     )
     to_hf.add_argument("--json", action="store_true", help="print one JSON document")
     to_hf.set_defaults(func=_to_hf)
+
+    register_upcycle(verbs)
 
 
 def _from_hf(args: argparse.Namespace) -> int:

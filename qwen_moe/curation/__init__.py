@@ -1,0 +1,1 @@
+"""Curation of text: filters, scores, domains, deduplication, leaks of tests."""

@@ -1,0 +1,1 @@
+"""Finds the text of test sets in training data (`qwen-moe data decontaminate`)."""

@@ -1,0 +1,1 @@
+"""`qwen-moe data score`: scores of documents in several dimensions, and their domains."""
