@@ -130,11 +130,6 @@ class Session:
             )
         return self._longest
 
-    @property
-    def together(self) -> bool:
-        """Whether several processes work together."""
-        return self._grids is not None
-
     def agree(self, todo: Shared) -> Shared:
         """What rank 0 has to do: only its file of answers counts."""
         if self._grids is None:
