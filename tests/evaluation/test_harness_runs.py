@@ -192,6 +192,7 @@ def test_requests_that_the_model_cannot_answer(
     assert "new tokens, and the model reads 48" in failed(
         capsys, *at, "--tasks", names[2], "--gen-kwargs", "max_gen_toks=48"
     )
+    assert "give a text or a list of texts" in failed(capsys, *at, "--tasks", names[2], "--gen-kwargs", "until=3")
     assert '{"num_beams": 4}' in failed(capsys, *at, "--tasks", names[2], "--gen-kwargs", "num_beams=4")
     assert "longer than the model's reach of 48" in failed(capsys, *at, "--tasks", names[0], "--max-length", "49")
     assert "a continuation has" in failed(capsys, *at, "--tasks", names[0], "--max-length", "2")

@@ -180,6 +180,10 @@ class HarnessModel(TemplateLM):
         """How a request wants its answer, and the strings at which its text ends. Raises UserError."""
         kwargs = normalize_gen_kwargs(given, self.max_gen_toks)
         until, new = kwargs.pop("until"), kwargs.pop("max_gen_toks")
+        if not all(isinstance(text, str) for text in until):
+            raise UserError(
+                f"a task ends answers at until={json.dumps(until, default=str)}: give a text or a list of texts"
+            )
         stop = tuple(dict.fromkeys(text for text in [*until, eos] if text))
         draws = kwargs.pop("do_sample")
         values = {"top_p": 1.0} | {name: kwargs.pop(name) for name in _SAMPLING if kwargs.get(name) is not None}
