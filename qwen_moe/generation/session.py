@@ -130,11 +130,6 @@ class Session:
             )
         return self._longest
 
-    @property
-    def together(self) -> bool:
-        """Whether several processes work together."""
-        return self._grids is not None
-
     def agree(self, todo: Shared) -> Shared:
         """What rank 0 has to do: only its file of answers counts."""
         if self._grids is None:
@@ -248,7 +243,7 @@ class _Bars:
             "disable": not shown,
         }  # fmt: skip
         self._reading = tqdm(desc="reading", total=to_read, **settings)
-        self._drawing = tqdm(desc="generating", total=to_draw, **settings)
+        self._drawing = tqdm(desc="generating", total=to_draw, **settings | {"disable": not shown or not to_draw})
 
     def advance(self, read: int, drawn: int) -> None:
         self._reading.update(read)

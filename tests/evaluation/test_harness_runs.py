@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,7 +52,9 @@ def test_checkpoints_of_a_run_are_compared_and_drawn(
 ) -> None:
     run, hf, names = world
     assert evaluate("--checkpoint", run, "--tasks", ",".join(names[:2]), "--all-checkpoints") == 0
-    table = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    table = said.out.splitlines()
+    assert "the run's data were checked against none of the texts of own_choice" in said.err
     assert table[0].split() == ["checkpoint", "own_choice", "acc", "own_text", "bits_per_byte"]
     assert [line.split()[0] for line in table[1:]] == ["step_00000003", "step_00000007"]
     # In place as exported, and a run's default is its newest checkpoint.
@@ -189,6 +192,7 @@ def test_requests_that_the_model_cannot_answer(
     assert "new tokens, and the model reads 48" in failed(
         capsys, *at, "--tasks", names[2], "--gen-kwargs", "max_gen_toks=48"
     )
+    assert "give a text or a list of texts" in failed(capsys, *at, "--tasks", names[2], "--gen-kwargs", "until=3")
     assert '{"num_beams": 4}' in failed(capsys, *at, "--tasks", names[2], "--gen-kwargs", "num_beams=4")
     assert "longer than the model's reach of 48" in failed(capsys, *at, "--tasks", names[0], "--max-length", "49")
     assert "a continuation has" in failed(capsys, *at, "--tasks", names[0], "--max-length", "2")
@@ -203,6 +207,23 @@ def test_the_data_of_a_run_are_known(world: tuple[Path, Path, list[str]]) -> Non
     run, _, _ = world
     assert checked.prefixes_of(run) == [Path("data/some"), Path("data/more")]
     assert checked.prefixes_of(run / "checkpoints") == []
+    assert checked.share_of_texts([], ["a test"]) is None
     assert checked.warning("arc", 1.0) == "" == checked.warning("arc", None)
     assert "none of the texts of arc" in checked.warning("arc", 0.0)
     assert "checked against 50% of the texts of arc" in checked.warning("arc", 0.5)
+
+
+def test_the_share_of_texts_that_data_were_checked_against(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worst of several data counts."""
+    from qwen_moe.curation.leaks import record
+    from qwen_moe.curation.leaks.sequences import hash_of
+
+    texts = ["the first test", "the second test", "a third one", "a fourth one"]
+    known = {Path("all"): texts, Path("some"): texts[:3]}
+    monkeypatch.setattr(
+        record,
+        "read_manifest",
+        lambda prefix: SimpleNamespace(decontaminated={"tests": [hash_of(text) for text in known[prefix]]}),
+    )
+    assert checked.share_of_texts([Path("all")], texts) == 1
+    assert checked.share_of_texts([Path("all"), Path("some")], iter(texts)) == 0.75

@@ -1,7 +1,6 @@
 """Whether the data that a run was trained on were checked against the texts that it is tested on."""
 
-import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qwen_moe.config import load_config
@@ -21,14 +20,15 @@ def prefixes_of(run: Path) -> list[Path]:
     return [Path(prefix) for prefix in dict.fromkeys([*(one.prefix for one in data.train), *prepared])]
 
 
-def share_checked(prefixes: Sequence[Path], texts: Sequence[str]) -> float | None:
-    """The share of ``texts`` that every one of ``prefixes`` was checked against when leaks were removed; None where nobody
-    keeps records of it."""
-    try:
-        record = importlib.import_module("qwen_moe.curation.leaks.record")
-    except ModuleNotFoundError:
+def share_of_texts(prefixes: Sequence[Path], texts: Iterable[str]) -> float | None:
+    """The share of ``texts`` that every one of ``prefixes`` was checked against when leaks were removed; None if there are
+    no prefixes. Raises UserError for damaged records."""
+    if not prefixes:
         return None
-    return min(float(record.share_checked(prefix, texts)) for prefix in prefixes) if prefixes and texts else None
+    from qwen_moe.curation.leaks.record import share_checked
+
+    texts = list(texts)
+    return min(share_checked(prefix, texts) for prefix in prefixes) if texts else None
 
 
 def warning(task: str, share: float | None) -> str:

@@ -180,6 +180,10 @@ class HarnessModel(TemplateLM):
         """How a request wants its answer, and the strings at which its text ends. Raises UserError."""
         kwargs = normalize_gen_kwargs(given, self.max_gen_toks)
         until, new = kwargs.pop("until"), kwargs.pop("max_gen_toks")
+        if not all(isinstance(text, str) for text in until):
+            raise UserError(
+                f"a task ends answers at until={json.dumps(until, default=str)}: give a text or a list of texts"
+            )
         stop = tuple(dict.fromkeys(text for text in [*until, eos] if text))
         draws = kwargs.pop("do_sample")
         values = {"top_p": 1.0} | {name: kwargs.pop(name) for name in _SAMPLING if kwargs.get(name) is not None}
@@ -204,10 +208,7 @@ class HarnessModel(TemplateLM):
         return Sampling(max_new_tokens=new, stop=heard, seed=self._seed, **values), stop
 
     def _text(self, answer: Completion, stop: tuple[str, ...]) -> str:
-        tokens = answer.tokens
-        if tokens and tokens[-1] in self._ends:
-            tokens = tokens[:-1]
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
         return str(postprocess_generated_text(text, list(stop), None))
 
     def _answered(self, keys: list[str], ask: Callable[[list[int], Answered], None]) -> list[Any]:

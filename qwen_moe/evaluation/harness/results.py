@@ -58,11 +58,14 @@ def _number(value: Any) -> float | None:
 
 
 def write_results(path: Path, checkpoint: dict[str, Any], harness: str, tasks: dict[str, Any]) -> dict[str, Any]:
-    """Write the results of a checkpoint. Tasks of earlier evaluations of the same checkpoint stay."""
+    """Write the results of a checkpoint. Tasks of earlier evaluations of the same weights in the same way stay."""
     earlier: dict[str, Any] = {}
     if path.is_file():
         there = json_object(read_text(path, "results", "another --output"), str(path))
-        if there.get("checkpoint") == checkpoint and isinstance(there.get("tasks"), dict):
+        same = isinstance(there.get("checkpoint"), dict) and there["checkpoint"] | {"path": ""} == checkpoint | {
+            "path": ""
+        }
+        if same and isinstance(there.get("tasks"), dict):
             earlier = there["tasks"]
     results = {"kind": "tasks", "harness": harness, "checkpoint": checkpoint, "tasks": earlier | tasks}
     write_json(path, results)

@@ -22,7 +22,7 @@ from qwen_moe.checkpoint.fingerprint import fingerprint, tokenizer_fingerprint
 from qwen_moe.checkpoint.huggingface.export import export_dtype
 from qwen_moe.errors import UserError
 from qwen_moe.evaluation.harness.answers import RequestAnswers, key_of
-from qwen_moe.evaluation.harness.checked import prefixes_of, share_checked, warning
+from qwen_moe.evaluation.harness.checked import prefixes_of, share_of_texts, warning
 from qwen_moe.evaluation.harness.library import Library, configure, texts_of
 from qwen_moe.evaluation.harness.model import HarnessModel
 from qwen_moe.evaluation.harness.results import file_name, results_file, task_record, write_results, write_samples
@@ -151,7 +151,7 @@ def _records(
     records = {}
     for name in found["results"]:
         records[name] = task_record(name, found, settings)
-        if name in tasks and (share := share_checked(trained_on, list(texts_of(tasks[name])))) is not None:
+        if name in tasks and (share := share_of_texts(trained_on, texts_of(tasks[name]))) is not None:
             records[name]["checked_for_leaks"] = share
     return records
 
