@@ -44,13 +44,12 @@ class Session:
             limits=Limits(sequences=args.batch_size),
         )
         self._asked_dtype, self._rank, self._grids = args.dtype, 0, None
-        self._device, self._engine = torch.device("cpu"), None
+        self._device, self._engine, self._longest = torch.device("cpu"), None, 0
         if split:
             self._grids = self._join(args)
 
     _grids: Grids | None
     _engine: Engine | None
-    _longest: int
 
     def _join(self, args: argparse.Namespace) -> Grids:
         config = self.opened.config
@@ -113,7 +112,7 @@ class Session:
         reach = extended(self.opened.config, self._how.extension, longest, self._how.chunk).reach
         if longest > reach:
             raise UserError(f"texts of {longest:,} tokens are longer than the model's reach of {reach:,}: shorten them")
-        self._longest = longest
+        self._longest = max(self._longest, longest)
 
     def agree(self, todo: list[int]) -> list[int]:
         """What rank 0 has to do: only its file of answers counts."""

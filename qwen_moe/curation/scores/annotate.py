@@ -1,5 +1,6 @@
 """What scores documents or gives them a domain: one interface for models, classifiers, functions and rules."""
 
+import argparse
 import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -82,7 +83,7 @@ def open_annotator(settings: ScoreSettings | DomainSettings, session: "Session |
     if settings.kind == "model":
         from qwen_moe.curation.scores.rating import DomainChooser, Rater
 
-        opened = session if session is not None else open_model(settings)
+        opened = session or open_model(model_of(settings), settings.dtype, settings.batch_size)
         return Rater(settings, opened) if isinstance(settings, ScoreSettings) else DomainChooser(settings, opened)
     if isinstance(settings, DomainSettings):
         if settings.kind == "rules":
@@ -102,30 +103,23 @@ def open_annotator(settings: ScoreSettings | DomainSettings, session: "Session |
     return FunctionScorer(settings.scorer)
 
 
-@functools.lru_cache(1)
+@functools.lru_cache(8)
 def open_cached(settings: str, kind: type[ScoreSettings] | type[DomainSettings]) -> Annotator:
-    """`open_annotator`, from JSON: tasks that one process does after another share the model."""
+    """`open_annotator`, from JSON: tasks that one process does after another share it."""
     return open_annotator(kind.model_validate_json(settings))
 
 
-def open_model(settings: ScoreSettings | DomainSettings) -> "Session":
-    import argparse
-
+@functools.lru_cache(1)
+def open_model(directory: Path, dtype: str | None, batch_size: int) -> "Session":
+    """A model on one device, shared by the steps of this process. Raises UserError."""
     from qwen_moe.generation.session import Session
 
-    directory = model_of(settings)
     if not directory.is_dir():
-        what = "scorer" if isinstance(settings, ScoreSettings) else "model"
         raise UserError(
-            f"{what} {directory} does not exist: give a Hugging Face directory, a checkpoint or a run"
-            + (", classifier:DIR, or module:function" if what == "scorer" else "")
+            f"the model {directory} does not exist: give a Hugging Face directory, a checkpoint or a run (a scorer may also "
+            "be classifier:DIR or module:function)"
         )
-    return Session(argparse.Namespace(**reading_options(settings)), split=False)
-
-
-def reading_options(settings: ScoreSettings | DomainSettings) -> dict[str, Any]:
-    """The options of `qwen-moe generate` that a session reads."""
-    return {
-        "checkpoint": model_of(settings), "dtype": settings.dtype, "batch_size": settings.batch_size,
-        "context_extension": "none", "chunk_size": None, "attention": "dense",
-    }  # fmt: skip
+    options: dict[str, Any] = {"checkpoint": directory, "dtype": dtype, "batch_size": batch_size}
+    # Prompts are short: documents are shortened to fit.
+    options |= {"context_extension": "none", "chunk_size": None, "attention": "dense"}
+    return Session(argparse.Namespace(**options), split=False)
