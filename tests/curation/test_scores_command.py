@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -237,6 +238,29 @@ def test_metadata_of_another_form(here: Path, capsys: pytest.CaptureFixture[str]
     write(here / "docs" / "b.jsonl", [{"text": "alpha", "metadata": 7}])
     assert score("--input", "docs", "--scorer", function(here, "length"), "--output", "out") == 2
     assert "docs/b.jsonl, line 1: metadata is int, expected an object" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ('{"old": NaN}', "the score old is nan, expected a finite number"),
+        ('{"old": "good"}', "the score old is 'good', expected a finite number"),
+        ("[3]", r"scores is \[3\], expected an object"),
+    ],
+)
+def test_scores_that_a_document_has_already(
+    here: Path, given: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(here / "docs" / "b.jsonl", [f'{{"text": "alpha", "metadata": {{"scores": {given}}}}}'])
+    assert score("--input", "docs", "--scorer", function(here, "length"), "--output", "out") == 2
+    assert re.search(f"docs/b.jsonl, line 1: {message}", capsys.readouterr().err)
+
+
+def test_half_a_character_in_metadata(here: Path) -> None:
+    write(here / "docs" / "b.jsonl", [r'{"text": "\u00fc", "metadata": {"odd": "\ud800"}}'])
+    assert score("--input", "docs/b.jsonl", "--scorer", function(here, "length"), "--output", "out") == 0
+    (row,) = read(here / "out")
+    assert row["text"] == "ü" and row["metadata"]["odd"] == "\ud800"
 
 
 def test_lines_of_other_programs(here: Path) -> None:

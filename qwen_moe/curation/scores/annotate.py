@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,8 +48,24 @@ def add_metadata(document: Doc, found: Mapping[str, Any]) -> None:
             document.metadata[name] = value
 
 
+def scores_of(document: Doc) -> dict[str, float] | None:
+    """The scores of ``document``, None if it has none. Raises UserError for one that is no finite number."""
+    found = document.metadata.get("scores")
+    if not found:
+        return None
+    where = getattr(document, "where", "") or document.id
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: scores is {found!r:.60}, expected an object with a number for each dimension")
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"{where}: the score {name} is {value!r:.60}, expected a finite number")
+    return found
+
+
 def forget(document: Doc) -> None:
-    """Remove what an earlier command noted of how it scored ``document``; scores and domain stay."""
+    """Remove what an earlier command noted of how it scored ``document``; scores and domain stay. Raises UserError for a
+    score that is no number."""
+    scores_of(document)
     for name in (ERROR, LEFT_OUT):
         document.metadata.pop(name, None)
 

@@ -324,6 +324,6 @@ def _target(key: str | None, domains: "DomainSettings | None") -> Callable[[Any]
         return lambda document: rules.annotate([document])[0].get("domain")
     if key is not None:
         return lambda document: None if document.metadata.get(key) is None else str(document.metadata[key])
-    from qwen_moe.curation.scores.train import scores_of
+    from qwen_moe.curation.scores.annotate import scores_of
 
     return scores_of
