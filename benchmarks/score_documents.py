@@ -5,8 +5,8 @@ documents at once against one after another.
 
 The documents are pieces of 3,000 characters of the standard library's source text. The tokenizer (8,192 tokens) is trained
 on them; both it and the classifier (262,144 buckets, 32 hidden units, 3 scores) use one process and one thread, and take
-turns. The model has the shape of `benchmarks/train_step.py` with random weights, and rates one dimension; the two ways take turns,
-too, and the largest difference of their scores is shown. Reported are medians.
+turns. The model has the shape of `benchmarks/train_step.py` with random weights, and rates one dimension; the two ways take
+turns, too, and the largest difference of their scores is shown. Reported are medians.
 """
 
 import argparse
