@@ -22,6 +22,7 @@ from launchers.folder.run_folder import read_json
 from qwen_moe.curation.library import LocalPipelineExecutor, SlurmPipelineExecutor, logger
 from qwen_moe.curation.recipe import SlurmSection
 from qwen_moe.errors import UserError
+from qwen_moe.progress import bar
 
 LOG = "log"
 SCRIPT, JOB = "launch_script.slurm", "job.json"
@@ -47,6 +48,8 @@ class Here(LocalPipelineExecutor):
     """The library's executor for one machine. Its own `run` starts a manager process that outlives a killed parent and keeps
     its files open; this one starts workers that end with it, so that a second command never meets them."""
 
+    what = "tasks"  # of which stage, for the progress bar
+
     def run(self) -> None:
         ranks = self.get_incomplete_ranks()
         if not ranks:
@@ -55,14 +58,14 @@ class Here(LocalPipelineExecutor):
         workers = min(self.workers, len(ranks))
         if workers == 1:
             pipeline = self.pipeline  # type: ignore[has-type]
-            for rank in ranks:
+            for rank in bar(ranks, self.what, "task"):
                 self.pipeline = deepcopy(pipeline)
                 self._quiet(rank)
             self.pipeline = pipeline
             return
         context = multiprocess.get_context("forkserver")
         with context.Pool(workers, initializer=_start_worker) as pool:
-            for _ in pool.imap_unordered(self._quiet, ranks):
+            for _ in bar(pool.imap_unordered(self._quiet, ranks), self.what, "task", total=len(ranks)):
                 pass
 
     def _quiet(self, rank: int) -> None:
@@ -106,6 +109,7 @@ class Executor:
             workers=min(stage.workers or self.workers, stage.tasks),
             logging_dir=str(stage.log),
         )
+        executor.what = stage.name
         executor.run()
 
     def script(self, stage: Stage) -> Path:

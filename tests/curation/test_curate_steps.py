@@ -91,12 +91,11 @@ def others(monkeypatch: pytest.MonkeyPatch) -> None:
         ("scores.domains", (DomainSettings, DomainStep)),
         ("leaks.filter", (LeakSettings, LeakFilter)),
     ):
-        package = f"qwen_moe.curation.{name.split('.')[0]}"
-        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
         module = types.ModuleType(f"qwen_moe.curation.{name}")
         for cls in classes:
             setattr(module, cls.__name__, cls)
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, "qwen_moe.curation.leaks.record", None)
 
 
 SECTIONS: dict[str, Any] = {
