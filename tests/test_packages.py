@@ -50,6 +50,7 @@ def test_training_imports_none_of_them() -> None:
          "pip install 'qwen-moe[scaling]'"),
         (["scaling", "report", "fit"], "pip install 'qwen-moe[plot,scaling]'"),
         (["pipeline", "demo"], "pip install 'qwen-moe[plot,scaling]'"),
+        (["data", "curate", "curate_demo"], "datatrove is not installed: pip install 'qwen-moe[curate]'"),
         (["info", "--schedule", "zbv", "--pp", "2", "--micro-batches", "4", "--output", "x.png"], "'qwen-moe[plot]'"),
         (["train", "demo", "logging.tensorboard=true"], "logging.tensorboard: tensorboard is not installed: pip install "
          "'qwen-moe[tensorboard]', or set it to auto or false"),

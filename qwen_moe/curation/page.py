@@ -66,9 +66,13 @@ def line_of(at: "Context", step: str) -> str:
     dropped = sum(sum(reasons.values()) for reasons in dropped_by_reason(facts).values())
     if step == "weights":
         tokens = sum(share["tokens_after"] for share in facts["domains"].values())
-        return f"{kept:,} documents of {tokens:,} tokens, {dropped:,} left out"
+        return f"{_count(kept)} of {tokens:,} tokens, {dropped:,} left out"
     bad = facts.get("bad", {}).get("count", 0)
-    return f"{kept:,} documents kept, {dropped:,} dropped" + (f", {bad:,} could not be read" if bad else "")
+    return f"{_count(kept)} kept, {dropped:,} dropped" + (f", {bad:,} could not be read" if bad else "")
+
+
+def _count(documents: int) -> str:
+    return f"{documents:,} document{'' if documents == 1 else 's'}"
 
 
 def write_page(at: "Context") -> Path:

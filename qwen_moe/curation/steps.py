@@ -17,6 +17,7 @@ from qwen_moe.curation.documents import KEPT, Lines, Shard, file_name, read_file
 from qwen_moe.curation.execute import Stage
 from qwen_moe.curation.filters import build_filters
 from qwen_moe.curation.foreign import Decontamination, Domains, Foreign, Scores
+from qwen_moe.curation.page import PAGE, kept_by_domain
 from qwen_moe.curation.reading import BAD, SHOWN, Inputs, find_places
 from qwen_moe.curation.recipe import STEPS, CurateConfig, InputSection
 from qwen_moe.curation.step import Context, Step, named
@@ -142,12 +143,17 @@ class Weights(Step):
 
     def stages(self, at: Context) -> Iterator[Stage]:
         folder, before, section = at.folder(self.name), at.before(self.name), at.config.weights
+        if not any(path.stat().st_size for path in before.glob("*.jsonl")):
+            facts = {name: at.state.facts(name) for name in at.config.steps}
+            empty = next(name for name, one in facts.items() if "tally" in one and not kept_by_domain(one))
+            raise UserError(
+                f"no document is left to weigh: step {empty} has dropped the last. "
+                f"{at.config.run_dir / PAGE} has the reasons; loosen the settings, and repeat the step with --redo"
+            )
         counts, tokenizer = folder / dedup.WORK / "counts", self.tokenizer(at)
         if at.config.prepare.train_tokenizer and not (tokenizer / "tokenizer.json").is_file():
             self._train(before, at, tokenizer)
         yield Stage("count", [Shard(before), weights.Count(tokenizer, counts, section.seed)], at.config.tasks, folder)
-        if not counts.exists():
-            raise UserError("no document is left to weigh: the steps before have dropped all")
         shares = weights.plan(counts, section)
         write_json(folder / PLAN, {"seed": section.seed, "domains": {n: asdict(share) for n, share in shares.items()}})
         sample = weights.Sample(shares, section.seed, folder)

@@ -125,6 +125,8 @@ def test_changed_settings_are_named_and_redone_if_asked(tmp_path: Path, capsys: 
     assert curate(changed, "--until", "filters", "--redo", "filters") == 0
     assert documents(tmp_path / "run/2-filters/kept") == []
     assert len(documents(tmp_path / "run/2-filters.old-1/kept")) > 30
+    assert curate(changed) == 2
+    assert "no document is left to weigh: step filters has dropped the last" in capsys.readouterr().err
     (tmp_path / "corpus/notes/new.md").write_text("Another note.")
     assert curate(changed, "--until", "read") == 2
     assert f"input {tmp_path}/corpus/notes has changed" in capsys.readouterr().err
