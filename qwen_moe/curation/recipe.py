@@ -86,8 +86,9 @@ class FilterSection(Section):
         )
 
 
-class Foreign(Section):
-    """A step whose settings another module checks; ``workers``: how many of its tasks run at the same time."""
+class AnnotatingSection(Section):
+    """Settings that another package of curation checks (`annotating`). ``workers``: how many of the step's tasks run at the
+    same time."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=False)
 
@@ -98,7 +99,7 @@ class Foreign(Section):
         return dict(self.model_extra or {})
 
 
-class ScoresSection(Foreign):
+class ScoresSection(AnnotatingSection):
     """Scores of documents. ``minimum``: documents with a lower score in one of these dimensions are dropped."""
 
     minimum: dict[str, float] = Field(default_factory=dict)
@@ -233,9 +234,9 @@ class CurateConfig(Section):
     on_bad_line: Literal["error", "skip"] = "error"
     filters: tuple[FilterSection, ...] = ()
     scores: ScoresSection | None = None
-    domains: Foreign | None = None
+    domains: AnnotatingSection | None = None
     deduplication: DeduplicationSection | None = None
-    decontamination: Foreign | None = None
+    decontamination: AnnotatingSection | None = None
     weights: WeightsSection = WeightsSection()
     prepare: PrepareSection
     synthesise: SynthesiseSection | None = None

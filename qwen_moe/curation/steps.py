@@ -13,10 +13,10 @@ import yaml
 from launchers.folder.atomic import write_json, write_text
 from launchers.folder.run_folder import read_json
 from qwen_moe.curation import dedup, synthesise, weights
+from qwen_moe.curation.annotating import Annotating, Decontamination, Domains, Scores
 from qwen_moe.curation.documents import KEPT, Lines, Shard, file_name, read_file, tallied
 from qwen_moe.curation.execute import Stage
 from qwen_moe.curation.filters import build_filters
-from qwen_moe.curation.foreign import Decontamination, Domains, Foreign, Scores
 from qwen_moe.curation.page import PAGE, kept_by_domain
 from qwen_moe.curation.reading import BAD, SHOWN, Inputs, find_places
 from qwen_moe.curation.recipe import STEPS, CurateConfig, InputSection
@@ -249,7 +249,7 @@ def check(at: Context) -> None:
         attempt(dedup.minhash_config, config.deduplication.minhash)
         attempt(word_tokenizer, config.words)
     for step in steps_of(config):
-        if isinstance(step, Foreign):
+        if isinstance(step, Annotating):
             attempt(step.check, at)
     if config.synthesise is not None:
         attempt(synthesise.check, config.synthesise)

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -13,107 +12,33 @@ import yaml
 pytest.importorskip("datatrove")
 pytest.importorskip("pyarrow")
 
-from qwen_moe.config.fields import Section
-from qwen_moe.curation.library import BaseFilter, Document, PipelineStep
 from qwen_moe.curation.recipe import SynthesiseSection
 from qwen_moe.curation.synthesise import check, queries
 from qwen_moe.errors import UserError
 from tests.curation.curations import curate, documents, recipe, write_corpus
 
 
-class ScoreSettings(Section):
-    scorer: str
-
-
-class DomainSettings(Section):
-    word: str
-
-
-class LeakSettings(Section):
-    against: tuple[str, ...]
-
-
-class ScoreStep(PipelineStep):
-    """Scores a document by its length."""
-
-    name = type = "scores"
-
-    def __init__(self, settings: ScoreSettings) -> None:
-        super().__init__()
-        assert settings.scorer == "length"
-
-    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Any:
-        for document in data:
-            document.metadata["scores"] = {"length": len(document.text) / 100}
-            yield document
-
-
-class DomainStep(PipelineStep):
-    """Moves documents with a word to the domain of that name."""
-
-    name = type = "domains"
-
-    def __init__(self, settings: DomainSettings) -> None:
-        super().__init__()
-        self.word = settings.word
-
-    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Any:
-        for document in data:
-            document.metadata["domain"] = self.word if self.word in document.text.lower() else "rest"
-            yield document
-
-
-class LeakFilter(BaseFilter):
-    """Drops documents that contain a text."""
-
-    name = "leaks"
-
-    def __init__(self, settings: LeakSettings, exclusion_writer: Any = None) -> None:
-        super().__init__(exclusion_writer)
-        self.texts = [Path(name).read_text() for name in settings.against]
-
-    def check(self) -> None:
-        if not all(self.texts):
-            raise UserError("a test set is empty")
-
-    def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        if any(text in doc.text for text in self.texts):
-            doc.metadata["leak"] = {"test": 1}
-            return False, "leak"
-        return True
-
-
-@pytest.fixture
-def others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins for the modules of scores, domains and leaks."""
-    for name, classes in (
-        ("scores.step", (ScoreSettings, ScoreStep)),
-        ("scores.domains", (DomainSettings, DomainStep)),
-        ("leaks.filter", (LeakSettings, LeakFilter)),
-    ):
-        module = types.ModuleType(f"qwen_moe.curation.{name}")
-        for cls in classes:
-            setattr(module, cls.__name__, cls)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(sys.modules, "qwen_moe.curation.leaks.record", None)
+def length(text: str, metadata: dict[str, Any]) -> dict[str, float]:
+    """A score for the tests."""
+    return {"length": len(text) / 100}
 
 
 SECTIONS: dict[str, Any] = {
-    "scores": {"scorer": "length", "minimum": {"length": 6.5}, "workers": 1},
-    "domains": {"word": "number7"},
-    "decontamination": {"against": ["test.txt"]},
+    "scores": {"scorer": f"{__name__}:length", "minimum": {"length": 6.5}, "workers": 1},
+    "domains": {"rules": [{"domain": "number7", "text": "(?i)number7"}], "otherwise": "rest"},
+    "decontamination": {"against": ["test.jsonl"]},
     "filters": None,
     "weights": None,
 }
 
 
 def test_scores_domains_and_leaks(
-    others: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path / "corpus")
     read = json.loads((tmp_path / "corpus/prose.jsonl").read_text().splitlines()[0])["text"]
-    Path("test.txt").write_text(read[40:200])
+    Path("test.jsonl").write_text(json.dumps({"text": read[40:240]}) + "\n")
     path = recipe(tmp_path, **SECTIONS)
     assert curate(path) == 0
     run = tmp_path / "run"
@@ -130,22 +55,22 @@ def test_scores_domains_and_leaks(
     why = capsys.readouterr().out
     assert "scores:           kept, scores length" in why
     assert 'decontamination:  dropped by leaks: leak ({"scores"' in why
-    Path("test.txt").write_text("another test")
+    Path("test.jsonl").write_text(json.dumps({"text": "another test " * 10}) + "\n")
     assert curate(path) == 2
-    assert "test.txt has changed" in capsys.readouterr().err
+    assert "test.jsonl has changed" in capsys.readouterr().err
 
 
 def test_settings_of_other_modules_are_checked_first(
-    others: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path / "corpus")
-    Path("test.txt").write_text("")
+    Path("test.jsonl").write_text("")
     path = recipe(tmp_path, **{**SECTIONS, "scores": {"scorr": "length"}})
     assert curate(path) == 2
     message = capsys.readouterr().err
     assert "unknown key 'scores.scorr'; did you mean 'scorer'?" in message and "'scores.scorer' is missing" in message
-    assert "a test set is empty" in message
+    assert "test set test.jsonl is empty" in message
     assert not (tmp_path / "run/1-read").exists()
 
 

@@ -1,7 +1,8 @@
-"""Steps whose settings and work are of other modules of this package: scores, domains, leaks of tests."""
+"""Steps that ask another package of curation about each document: scores, domains, leaks of tests. Their sections of a
+recipe are settings of those packages."""
 
 import hashlib
-import importlib
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,15 @@ from qwen_moe.curation.documents import Lines, Shard
 from qwen_moe.curation.execute import Stage
 from qwen_moe.curation.filters import MinimumScore
 from qwen_moe.curation.step import Context, Step, named
-from qwen_moe.errors import UserError
 
 _SMALL = 1 << 20  # bytes of a file of a folder whose content is hashed
 
 
-class Foreign(Step):
-    """A step of another module of this package: ``module`` has its class of settings, ``classes``: (settings, step)."""
+class Annotating(Step):
+    """A step of a datatrove pipeline, ``classes``: that of its settings and its own."""
 
-    module: str
-    classes: tuple[str, str]
+    @abstractmethod
+    def classes(self) -> tuple[Any, Any]: ...
 
     def section(self, at: Context) -> Any:
         found = getattr(at.config, self.name)
@@ -36,36 +36,21 @@ class Foreign(Step):
         if hasattr(made, "check"):
             made.check()
 
-    def _settings(self, at: Context) -> Any:
+    def given(self, at: Context) -> Any:
+        """The settings of the recipe as the other package's own. Raises UserError."""
         from pydantic import ValidationError
 
         from qwen_moe.config.load import explain
 
-        cls = self._class(0)
+        cls, _ = self.classes()
         try:
             return cls(**self.section(at).settings)
         except ValidationError as error:
             raise explain(error, at.source, (self.name,), whole=cls) from None
 
-    def _class(self, which: int) -> Any:
-        name = self.classes[which]
-        package = self.module.rpartition(".")[0]
-        for module in (self.module, f"{package}.settings"):
-            try:
-                found = getattr(importlib.import_module(f"qwen_moe.curation.{module}"), name, None)
-            except ModuleNotFoundError as error:
-                if not str(error.name).startswith("qwen_moe.curation"):
-                    raise
-                found = None
-            if found is not None:
-                return found
-        raise UserError(
-            f"step {self.name}: this version has no {name} in qwen_moe.curation.{self.module}: leave the step out"
-        )
-
     def made(self, at: Context, *arguments: Any) -> Any:
         """The step of the library's pipeline. Raises UserError."""
-        return self._class(1)(self._settings(at), *arguments)
+        return self.classes()[1](self.given(at), *arguments)
 
     def pipeline(self, at: Context) -> list[Any]:
         return [self.made(at)]
@@ -76,9 +61,14 @@ class Foreign(Step):
         yield Stage(self.name, pipeline, at.config.tasks, folder, self.section(at).workers)
 
 
-class Scores(Foreign):
+class Scores(Annotating):
     name, what = "scores", "score the documents"
-    module, classes = "scores.step", ("ScoreSettings", "ScoreStep")
+
+    def classes(self) -> tuple[Any, Any]:
+        from qwen_moe.curation.scores.settings import ScoreSettings
+        from qwen_moe.curation.scores.step import ScoreStep
+
+        return ScoreSettings, ScoreStep
 
     def pipeline(self, at: Context) -> list[Any]:
         minimum = self.section(at).minimum
@@ -86,14 +76,24 @@ class Scores(Foreign):
         return [self.made(at), *drop]
 
 
-class Domains(Foreign):
+class Domains(Annotating):
     name, what = "domains", "classify the documents by domain"
-    module, classes = "scores.domains", ("DomainSettings", "DomainStep")
+
+    def classes(self) -> tuple[Any, Any]:
+        from qwen_moe.curation.scores.domains import DomainStep
+        from qwen_moe.curation.scores.settings import DomainSettings
+
+        return DomainSettings, DomainStep
 
 
-class Decontamination(Foreign):
+class Decontamination(Annotating):
     name, what = "decontamination", "drop documents that leak tests"
-    module, classes = "leaks.filter", ("LeakSettings", "LeakFilter")
+
+    def classes(self) -> tuple[Any, Any]:
+        from qwen_moe.curation.leaks.filter import LeakFilter
+        from qwen_moe.curation.leaks.settings import LeakSettings
+
+        return LeakSettings, LeakFilter
 
     def pipeline(self, at: Context) -> list[Any]:
         return [self.made(at, Lines(at.folder(self.name), filter="leaks"))]
@@ -101,20 +101,19 @@ class Decontamination(Foreign):
     def record(self, at: Context, folders: Iterable[Path]) -> None:
         """Write beside the documents of ``folders`` which tests they were checked against, as `data decontaminate` does, so
         that token files and an evaluation know it."""
-        try:
-            names = ("record", "sequences", "tokens")
-            record, sequences, tokens = (importlib.import_module(f"qwen_moe.curation.leaks.{name}") for name in names)
-        except ModuleNotFoundError:
-            return
-        settings = self._settings(at)
-        tests = sequences.read_sequences(settings, tokens.tokens_of(settings.tokenizer))
+        from qwen_moe.curation.leaks.record import write_record
+        from qwen_moe.curation.leaks.sequences import read_sequences
+        from qwen_moe.curation.leaks.tokens import tokens_of
+
+        settings = self.given(at)
+        tests = read_sequences(settings, tokens_of(settings.tokenizer))
         for folder in folders:
             files = {}
             for path in sorted(folder.glob("*.jsonl")):
                 with path.open("rb") as file:
                     files[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
             facts = {"counts": {}, "files": files, "bad": [], "tests": {}}
-            record.write_record(folder, settings, tests, request="", facts=facts)
+            write_record(folder, settings, tests, request="", facts=facts)
 
 
 def _contents(values: Iterable[Any]) -> Iterator[tuple[str, str]]:
