@@ -26,6 +26,7 @@ VERBS = (
     "qwen_moe.rollout.command",
     "qwen_moe.curation.leaks.command",
     "qwen_moe.curation.scores.command",
+    "qwen_moe.curation.command",
     "qwen_moe.evaluation.command",
     "qwen_moe.scaling",
     "qwen_moe.workflow.command",

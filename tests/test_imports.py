@@ -87,6 +87,7 @@ FLOORS = {
         ("scaling",),
         ("workflow",),
         ("posttraining",),
+        ("curation",),
         ("cli",),
         ("__main__",),
     ),

@@ -47,13 +47,12 @@ class Session:
             limits=Limits(sequences=args.batch_size),
         )
         self._asked_dtype, self._rank, self._grids = args.dtype, 0, None
-        self._device, self._engine = torch.device("cpu"), None
+        self._device, self._engine, self._longest = torch.device("cpu"), None, 0
         if split:
             self._grids = self._join(args)
 
     _grids: Grids | None
     _engine: Engine | None
-    _longest: int
 
     def _join(self, args: argparse.Namespace) -> Grids:
         config = self.opened.config
@@ -120,15 +119,16 @@ class Session:
 
     def reach(self, longest: int | None = None) -> int:
         """Instead of `check`: texts have at most ``longest`` tokens, by default as many as the model reaches. Returns this
-        number. Raises UserError if the model does not reach so far."""
-        self._longest = longest or self.opened.config.reach
-        config = extended(self.opened.config, self._how.extension, self._longest, self._how.chunk)
-        if self._longest > config.reach:
+        number. What was allowed before stays allowed. Raises UserError if the model does not reach so far."""
+        longest = longest or self.opened.config.reach
+        config = extended(self.opened.config, self._how.extension, longest, self._how.chunk)
+        if longest > config.reach:
             raise UserError(
-                f"texts of {self._longest} tokens are longer than the model's reach of {config.reach} tokens: lower the "
-                "length, or extend the context (--context-extension)"
+                f"texts of {longest:,} tokens are longer than the model's reach of {config.reach:,} tokens: shorten them, "
+                "or extend the context (--context-extension)"
             )
-        return self._longest
+        self._longest = max(self._longest, longest)
+        return longest
 
     def agree(self, todo: Shared) -> Shared:
         """What rank 0 has to do: only its file of answers counts."""

@@ -34,7 +34,7 @@ from qwen_moe.sharding.layout import ContextPlan, RunLayout
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Memory of a rank in bytes. ``sharded_*`` and ``optimizer`` are exact."""
+    """Memory of a rank in bytes. ``sharded_*``, ``optimizer`` and ``reference`` are exact."""
 
     sharded_weights: float
     gathered_weights: float
@@ -45,6 +45,7 @@ class Memory:
     working: float
     buffers: float
     pipeline_rank: int
+    reference: float = 0.0  # sharded weights of the frozen model that a divergence is from
 
     @property
     def weights(self) -> float:
@@ -52,7 +53,8 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.working + self.buffers
+        standing = self.weights + self.gradients + self.optimizer + self.reference
+        return standing + self.activations + self.working + self.buffers
 
     def facts(self) -> dict[str, float]:
         own = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -67,6 +69,8 @@ class MemoryModel:
         self.shares = Shares(config.model)
         self._saved: dict[str, SavedActivations] = {}
         self.master = DTYPE_BYTES[config.precision.master]
+        objective = config.objective
+        self.references = int(objective.reads == "samples" and objective.policy.kl != "none")
         self._stages: dict[tuple[object, ...], tuple[float, float]] = {}
 
     def saved(self, precision: str) -> SavedActivations:
@@ -98,7 +102,8 @@ class MemoryModel:
     def _standing(
         self, choice: Choice, layout: RunLayout, units: tuple[UnitShare, int, int]
     ) -> tuple[float, float, float, float]:
-        """(gathered weights, largest size of gradients, sharded weights and optimizer state, sharded weights alone)."""
+        """(gathered weights, largest size of gradients, sharded weights of all models and optimizer state, sharded weights
+        alone)."""
         total, root, biggest = units
         compute = DTYPES[choice.precision].itemsize
         sharded = total.sharded * self.master
@@ -111,7 +116,7 @@ class MemoryModel:
         else:
             gradients = sharded + biggest * compute
         held = gathered * compute + self._kept_weights(choice, total)
-        return held, gradients, 3 * sharded + 4 * total.tensors, sharded
+        return held, gradients, (3 + self.references) * sharded + 4 * total.tensors, sharded
 
     def of_rank(
         self, choice: Choice, layout: RunLayout, pipeline_rank: int, flight: Flight, place: Place = FIRST
@@ -138,6 +143,7 @@ class MemoryModel:
             )
             + self._receive_buffers(choice, layout, flight),
             pipeline_rank=pipeline_rank,
+            reference=self.references * sharded,
         )
 
     def _stage_units(self, layout: RunLayout, stage: int, place: Place) -> list[UnitShare]:

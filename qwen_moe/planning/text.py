@@ -8,7 +8,9 @@ GIB, MIB = 2**30, 2**20
 
 
 def _memory(memory: Memory) -> str:
-    parts = ("weights", "gradients", "optimizer", "activations", "working", "buffers")
+    parts = ["weights", "gradients", "optimizer", "activations", "working", "buffers"]
+    if memory.reference:
+        parts.append("reference")
     return "  ".join(f"{name} {getattr(memory, name) / GIB:.1f}" for name in parts)
 
 
@@ -96,7 +98,7 @@ def _length(config: RunConfig) -> str:
         return f"{training.epochs} epoch{plural}, whose tokens are known when the data are read"
     text = f"{training.train_tokens / 1e9:,.1f} billion tokens in all"
     if config.objective.reads == "samples":
-        text += " at most; sampling, rewards and old log-probabilities are not in these figures"
+        text += " at most; sampling, rewards and log-probabilities before the update are not in these figures"
     return text
 
 

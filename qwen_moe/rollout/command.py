@@ -87,6 +87,22 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
         "--server-tries", type=whole(1, 1000), default=6, metavar="N", help="of a request; default: %(default)s"
     )
 
+    group.add_argument(
+        "--server-check",
+        type=whole(0, 1000),
+        default=8,
+        metavar="N",
+        help="answers whose log-probabilities are compared with the checkpoint's before sampling, which reads its weights; "
+        "0: none; default: %(default)s",
+    )
+    group.add_argument(
+        "--server-gap",
+        type=number(above=0),
+        default=0.1,
+        metavar="NATS",
+        help="mean difference a token at which they are other weights; default: %(default)s",
+    )
+
 
 def _check_server(args: argparse.Namespace) -> None:
     if (args.server is None) != (args.model is None):

@@ -18,6 +18,7 @@ from qwen_moe.generation.tokenizer import tokenizer_folder
 from qwen_moe.rollout.queries import Query, digest, read_queries
 from qwen_moe.rollout.rewards import Item, Rewarder, RewardFailure, RewardSettings
 from qwen_moe.rollout.server import Sampler, Server, ServerSampler
+from qwen_moe.rollout.server_check import check_weights
 from qwen_moe.rollout.store import TOKENIZER, Row, Store
 from qwen_moe.rollout.summary import figures
 
@@ -53,7 +54,10 @@ def roll_out(
         with _scoring(store, queries, rewarder) as score:
             for index in store.to_score():
                 score(index)
-            for index in _to_sample(session, store, len(queries)):
+            todo = _to_sample(session, store, len(queries))
+            if args.server is not None and args.server_check and todo:
+                check_weights(session, sampler, queries[: args.server_check], sampling, args.server_gap)
+            for index in todo:
                 rows = _sample(session, sampler, [queries[number] for number in store.numbers(index)], sampling)
                 store.add_samples(index, rows)
                 score(index)

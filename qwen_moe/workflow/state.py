@@ -47,11 +47,7 @@ class State:
     def changes(self, step: str, inputs: Mapping[str, Any]) -> list[str] | None:
         """None if ``step`` is not done; otherwise descriptions of the inputs that have changed since. Settings that do not
         distinguish runs are ignored: earlier versions recorded them as inputs."""
-        if step not in self.steps:
-            return None
-        before = self.steps[step]["inputs"]
-        names = [name for name in dict.fromkeys([*before, *inputs]) if name in inputs or not is_free(name)]
-        return [_changed(n, before.get(n), inputs.get(n)) for n in names if before.get(n) != inputs.get(n)]
+        return differences(self.steps[step]["inputs"], inputs) if step in self.steps else None
 
     def finish(
         self, step: str, inputs: Mapping[str, Any], facts: Mapping[str, Any], commands: list[str], seconds: float
@@ -89,6 +85,12 @@ def move_aside(path: Path) -> None:
         number += 1
     os.replace(path, aside)
     print(f"{path} was moved to {aside}", file=sys.stderr)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Descriptions of the inputs that have changed."""
+    names = [name for name in dict.fromkeys([*before, *now]) if name in now or not is_free(name)]
+    return [_changed(name, before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)]
 
 
 def _changed(name: str, before: Any, now: Any) -> str:

@@ -76,8 +76,8 @@ def test_the_index_of_3_grams_finds_every_copy_with_a_fifth_changed(seed: int, l
     tests = [draw(rng, length), *(draw(rng, rng.randint(13, 60)) for _ in range(3))]
     copy = changed(rng, tests[0], 0.2)
     document = draw(rng, rng.randint(0, 250)) + copy + draw(rng, rng.randint(0, 250))
-    assert brute_force(document, tests[0], "windowed") or length < 16  # of 15 words 3 are changed, and 12 are left
-    if brute_force(document, tests[0], "windowed"):
+    # Of 13 to 15 words, a fifth changed leaves fewer than 13: then the rule holds only if a word elsewhere helps.
+    if length >= 16 or brute_force(document, tests[0], "windowed"):
         assert 0 in leaked(finder(tests, seeds="3-grams"), document)
 
 

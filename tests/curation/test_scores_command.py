@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,6 +80,32 @@ def test_what_a_model_scores(here: Path, scorer: Path, capsys: pytest.CaptureFix
     assert not list(here.rglob("*.lock"))
 
 
+@pytest.mark.slow
+def test_ranks_of_a_split_model(here: Path, scorer: Path) -> None:
+    """--tp starts two processes, which score as one does."""
+    arguments = ["--input", "docs", "--scorer", str(scorer), *map(str, MODEL), "--dtype", "fp64", "--output"]
+    assert score(*arguments, "one") == 0
+    command = [sys.executable, "-m", "qwen_moe", "data", "score", *arguments, "two", "--tp", "2"]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}, check=True)
+    for one, two in zip(read(here / "one"), read(here / "two"), strict=True):
+        assert one["id"] == two["id"]
+        assert one["metadata"]["scores"] == pytest.approx(two["metadata"]["scores"], abs=1e-10)
+
+
+def test_domains_and_scores_by_one_model(here: Path, scorer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    domains = {"model": str(scorer), "domains": {"water": "rivers", "paper": "books"}}
+    (here / "domains.yaml").write_text(json.dumps(domains))
+    arguments = ("--input", "docs", "--scorer", scorer, "--dimensions", "quality", *MODEL, "--domains", "domains.yaml")
+    assert score(*arguments, "--output", "out") == 0
+    assert {row["metadata"]["domain"] for row in read(here / "out")} <= {"water", "paper"}
+    assert all(list(row["metadata"]["scores"]) == ["quality"] for row in read(here / "out"))
+    (here / "domains.yaml").write_text(json.dumps(domains | {"model": "missing"}))
+    assert score(*arguments, "--output", "new") == 2
+    assert "and the model missing of --domains differ" in capsys.readouterr().err
+    assert score("--input", "docs", "--domains", "domains.yaml", "--output", "new") == 2
+    assert "the model missing of --domains does not exist" in capsys.readouterr().err
+
+
 def test_another_dimension_is_added(here: Path, scorer: Path) -> None:
     assert score("--input", "docs", "--scorer", function(here, "several"), "--output", "one") == 0
     assert score("--input", "one", "--scorer", function(here, "length"), "--output", "two") == 0
@@ -151,6 +178,13 @@ def test_only_what_is_missing_is_scored(here: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(run, "_annotate", noted)
     assert score(*arguments) == 0
     assert scored[:3] == ["d8", "d9", "d10"] and len(scored) == 17 - 8
+    # Of a block that is not whole, as after a power failure, nothing is kept: blocks begin where they did.
+    whole = (here / "out" / "00000.jsonl").read_bytes()
+    (here / "out" / "00000.jsonl").unlink()
+    (here / "out" / "00000.jsonl.partial").write_bytes(b"".join(whole.splitlines(keepends=True)[:6]) + b'{"te')
+    scored.clear()
+    assert score(*arguments) == 0
+    assert scored == [f"d{n}" for n in range(4, 11)] and (here / "out" / "00000.jsonl").read_bytes() == whole
     # Of an input that has other documents now, nothing is kept.
     partial = here / "out" / "00000.jsonl.partial"
     (here / "out" / "00000.jsonl").rename(partial)
@@ -204,6 +238,29 @@ def test_metadata_of_another_form(here: Path, capsys: pytest.CaptureFixture[str]
     write(here / "docs" / "b.jsonl", [{"text": "alpha", "metadata": 7}])
     assert score("--input", "docs", "--scorer", function(here, "length"), "--output", "out") == 2
     assert "docs/b.jsonl, line 1: metadata is int, expected an object" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ('{"old": NaN}', "the score old is nan, expected a finite number"),
+        ('{"old": "good"}', "the score old is 'good', expected a finite number"),
+        ("[3]", r"scores is \[3\], expected an object"),
+    ],
+)
+def test_scores_that_a_document_has_already(
+    here: Path, given: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(here / "docs" / "b.jsonl", [f'{{"text": "alpha", "metadata": {{"scores": {given}}}}}'])
+    assert score("--input", "docs", "--scorer", function(here, "length"), "--output", "out") == 2
+    assert re.search(f"docs/b.jsonl, line 1: {message}", capsys.readouterr().err)
+
+
+def test_half_a_character_in_metadata(here: Path) -> None:
+    write(here / "docs" / "b.jsonl", [r'{"text": "\u00fc", "metadata": {"odd": "\ud800"}}'])
+    assert score("--input", "docs/b.jsonl", "--scorer", function(here, "length"), "--output", "out") == 0
+    (row,) = read(here / "out")
+    assert row["text"] == "ü" and row["metadata"]["odd"] == "\ud800"
 
 
 def test_lines_of_other_programs(here: Path) -> None:

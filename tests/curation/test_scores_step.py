@@ -17,6 +17,7 @@ from qwen_moe.curation.scores.domains import DomainStep
 from qwen_moe.curation.scores.settings import DomainSettings, ScoreSettings
 from qwen_moe.curation.scores.step import ScoreStep
 from qwen_moe.errors import UserError
+from qwen_moe.generation import session as session_module
 from tests.curation.scoring import document, read, score, write
 
 RULES: dict[str, Any] = {
@@ -48,24 +49,28 @@ def test_a_step_scores_blocks_and_keeps_every_document(scorer: Path, monkeypatch
     settings = ScoreSettings(
         scorer=scorer, dimensions=("quality",), document_tokens=100, batch_documents=4, dtype="fp64"
     )
-    sizes: list[int] = []
-    original = annotate.open_cached
+    opened: list[Path] = []
+    original = session_module.Session
 
-    def counted(*arguments: Any) -> Any:
-        found = original(*arguments)
-        sizes.append(id(found))
-        return found
+    def counted(given: Any, split: bool) -> Any:
+        opened.append(given.checkpoint)
+        return original(given, split)
 
-    monkeypatch.setattr("qwen_moe.curation.scores.step.open_cached", counted)
+    monkeypatch.setattr(session_module, "Session", counted)
+    annotate.open_cached.cache_clear()
+    annotate.open_model.cache_clear()
     step = ScoreStep(settings)
     found = list(step.run(iter(documents(10)), 0, 1))
+    annotate.open_model.cache_clear()
     expected = open_annotator(settings).annotate(documents(10))
     assert [one.id for one in found] == [f"d{n}" for n in range(10)]
     for one, row in zip(found, expected, strict=True):
         assert one.metadata["scores"] == pytest.approx(row["scores"], abs=1e-12)
-    # Three blocks, and the model was opened once; another task of this process shares it.
-    list(ScoreStep(settings).run(iter(documents(1)), 1, 2))
-    assert len(sizes) == 4 and len(set(sizes)) == 1
+    # Another task of this process, and another step with the same model, share it.
+    domains = DomainSettings(model=scorer, domains={"a": "", "b": ""}, document_tokens=50, dtype="fp64")
+    both = DomainStep(domains).run(ScoreStep(settings).run(iter(documents(9)), 1, 2), 1, 2)
+    assert [one.metadata["domain"] in ("a", "b") for one in both] == [True] * 9
+    assert opened == [scorer, scorer]  # the second is what is compared with
     assert step.stats["documents"].total == 10
 
 

@@ -77,6 +77,7 @@ BASE: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     ("data", "pairs"): (("run", "--output", "data/new"), ("run",)),
     ("post-train",): (("large.yaml",), ("large.yaml",)),
+    ("data", "curate"): (("large.yaml",), ("large.yaml",)),
     ("evaluate", "passkey"): (("--checkpoint", "run", "--lengths", "500", "--depths", "1"), ("run",)),
     ("evaluate", "ruler"): (
         ("--checkpoint", "run", "--lengths", "700", "--tasks", "niah_single_1", "--samples", "1"), ("run",),

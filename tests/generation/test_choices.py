@@ -11,8 +11,9 @@ from qwen_moe.checkpoint.tensor_store import ModuleTensors
 from qwen_moe.config import DualChunk, ModelConfig
 from qwen_moe.errors import UserError
 from qwen_moe.generation.choices import log_probs_of_choices
-from qwen_moe.generation.engine import Engine, Limits, LocalRunner
+from qwen_moe.generation.engine import Engine, Limits
 from qwen_moe.generation.ranks import ShardedRunner, gather_shares, load_sharded
+from qwen_moe.generation.runner import LocalRunner
 from tests.distributed import run_distributed
 from tests.models.hf_reference import draw_weights, hf_model, true_float64
 from tests.small import small_model

@@ -253,3 +253,25 @@ def test_the_fullest_rank_is_the_fullest_of_all() -> None:
     ]
     assert most.total == max(totals)
     assert model.of_rank(replace(choice, recompute="full"), layout, 0, per_rank[0]).activations < most.activations
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_the_frozen_reference_is_counted_where_there_is_one(gpus: int) -> None:
+    def planned(**policy: object) -> Memory:
+        recipe = values({"preset": "demo"}, sequence=256, global_batch_size=8, train_tokens=0)
+        recipe["training"].pop("train_tokens")
+        recipe["objective"] = {"kind": "grpo", "policy": policy}
+        recipe["rollout"] = {
+            "queries": ["tasks:sort:100"],
+            "episodes": 2,
+            "queries_per_episode": 8,
+            "rewards": ["exact"],
+        }
+        recipe["data"] = {"tokenizer": "unused", "sequence_length": 256}
+        config = parse_config(recipe, "test")
+        choice, layout = next(iter(legal_choices(config, gpus, (1,))))
+        return MemoryModel(config).fullest(choice, layout)
+
+    without, held = planned(), planned(kl="rho_k3", kl_coefficient=0.1)
+    assert held.reference == held.sharded_weights > 0 == without.reference
+    assert held.total == without.total + held.reference

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qwen_moe.cli import main
 from qwen_moe.errors import UserError
@@ -240,11 +241,56 @@ def test_what_cannot_be_is_known_before_sampling(fake: FakeServer, hf: Path, tmp
     assert not fake.requests
 
 
+def test_a_server_with_other_weights_is_refused(fake: FakeServer, hf: Path, tmp_path: Path, capsys: Any) -> None:
+    """One expert of one layer, as when a hand-over of weights misses some (verl #7978, SkyRL #1737)."""
+    source = write_lines(tmp_path / "q.jsonl", [{"prompt": "k" * n, "answer": "q"} for n in range(1, 5)])
+    command = ["rollout", "--checkpoint", str(hf), "--input", str(source), "--output", str(tmp_path / "out")]
+    command += [
+        "--reward",
+        "contains",
+        "--samples",
+        "2",
+        "--max-new-tokens",
+        "5",
+        "--server",
+        fake.url,
+        "--model",
+        "ours",
+    ]
+    model = fake.engine.runner.model
+    weights = next(p for name, p in model.named_parameters() if name.endswith("experts.down_proj"))
+    kept = weights.detach().clone()
+    with torch.no_grad():
+        weights[:2] *= -3
+    try:
+        assert main(command) == 2
+        message = capsys.readouterr().err
+        assert "4 answers are" in message and "it serves other weights" in message
+        assert not list((tmp_path / "out").glob("rollouts-*"))
+        assert main([*command, "--server-check", "0", "--output", str(tmp_path / "unchecked")]) == 0
+    finally:
+        with torch.no_grad():
+            weights.copy_(kept)
+    assert main(command) == 0
+    assert "answers are " in capsys.readouterr().err
+
+
 def test_the_command_goes_on_after_the_server_was_down(fake: FakeServer, hf: Path, tmp_path: Path, capsys: Any) -> None:
     source = write_lines(tmp_path / "q.jsonl", [{"prompt": "k" * n, "answer": "q"} for n in range(1, 5)])
     command = ["rollout", "--checkpoint", str(hf), "--input", str(source), "--output", str(tmp_path / "out")]
     command += ["--reward", "contains", "--samples", "2", "--max-new-tokens", "5", "--queries-per-file", "2"]
-    command += ["--server", fake.url, "--model", "ours", "--server-tries", "1", "--batch-size", "2"]
+    command += [
+        "--server",
+        fake.url,
+        "--model",
+        "ours",
+        "--server-tries",
+        "1",
+        "--batch-size",
+        "2",
+        "--server-check",
+        "0",
+    ]
     done = 0
 
     def fails_later(answer: Any) -> Any:

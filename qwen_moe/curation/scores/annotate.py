@@ -1,6 +1,8 @@
 """What scores documents or gives them a domain: one interface for models, classifiers, functions and rules."""
 
+import argparse
 import functools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,8 +48,24 @@ def add_metadata(document: Doc, found: Mapping[str, Any]) -> None:
             document.metadata[name] = value
 
 
+def scores_of(document: Doc) -> dict[str, float] | None:
+    """The scores of ``document``, None if it has none. Raises UserError for one that is no finite number."""
+    found = document.metadata.get("scores")
+    if not found:
+        return None
+    where = getattr(document, "where", "") or document.id
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: scores is {found!r:.60}, expected an object with a number for each dimension")
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"{where}: the score {name} is {value!r:.60}, expected a finite number")
+    return found
+
+
 def forget(document: Doc) -> None:
-    """Remove what an earlier command noted of how it scored ``document``; scores and domain stay."""
+    """Remove what an earlier command noted of how it scored ``document``; scores and domain stay. Raises UserError for a
+    score that is no number."""
+    scores_of(document)
     for name in (ERROR, LEFT_OUT):
         document.metadata.pop(name, None)
 
@@ -82,7 +100,7 @@ def open_annotator(settings: ScoreSettings | DomainSettings, session: "Session |
     if settings.kind == "model":
         from qwen_moe.curation.scores.rating import DomainChooser, Rater
 
-        opened = session if session is not None else open_model(settings)
+        opened = session or open_model(model_of(settings), settings.dtype, settings.batch_size)
         return Rater(settings, opened) if isinstance(settings, ScoreSettings) else DomainChooser(settings, opened)
     if isinstance(settings, DomainSettings):
         if settings.kind == "rules":
@@ -102,30 +120,23 @@ def open_annotator(settings: ScoreSettings | DomainSettings, session: "Session |
     return FunctionScorer(settings.scorer)
 
 
-@functools.lru_cache(1)
+@functools.lru_cache(8)
 def open_cached(settings: str, kind: type[ScoreSettings] | type[DomainSettings]) -> Annotator:
-    """`open_annotator`, from JSON: tasks that one process does after another share the model."""
+    """`open_annotator`, from JSON: tasks that one process does after another share it."""
     return open_annotator(kind.model_validate_json(settings))
 
 
-def open_model(settings: ScoreSettings | DomainSettings) -> "Session":
-    import argparse
-
+@functools.lru_cache(1)
+def open_model(directory: Path, dtype: str | None, batch_size: int) -> "Session":
+    """A model on one device, shared by the steps of this process. Raises UserError."""
     from qwen_moe.generation.session import Session
 
-    directory = model_of(settings)
     if not directory.is_dir():
-        what = "scorer" if isinstance(settings, ScoreSettings) else "model"
         raise UserError(
-            f"{what} {directory} does not exist: give a Hugging Face directory, a checkpoint or a run"
-            + (", classifier:DIR, or module:function" if what == "scorer" else "")
+            f"the model {directory} does not exist: give a Hugging Face directory, a checkpoint or a run (a scorer may also "
+            "be classifier:DIR or module:function)"
         )
-    return Session(argparse.Namespace(**reading_options(settings)), split=False)
-
-
-def reading_options(settings: ScoreSettings | DomainSettings) -> dict[str, Any]:
-    """The options of `qwen-moe generate` that a session reads."""
-    return {
-        "checkpoint": model_of(settings), "dtype": settings.dtype, "batch_size": settings.batch_size,
-        "context_extension": "none", "chunk_size": None, "attention": "dense",
-    }  # fmt: skip
+    options: dict[str, Any] = {"checkpoint": directory, "dtype": dtype, "batch_size": batch_size}
+    # Prompts are short: documents are shortened to fit.
+    options |= {"context_extension": "none", "chunk_size": None, "attention": "dense"}
+    return Session(argparse.Namespace(**options), split=False)

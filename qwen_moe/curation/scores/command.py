@@ -96,8 +96,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_files(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reading files, as in `data prepare`")
     group.add_argument("--text-key", default="text", help="the key of the text in JSONL")
-    group.add_argument("--on-bad-utf8", choices=("error", "skip", "replace"), default="error")
-    group.add_argument("--on-bad-line", choices=("error", "skip"), default="error")
+    group.add_argument(
+        "--on-bad-utf8", choices=("error", "skip", "replace"), default="error",
+        help="what to do with text that is not Unicode; default: %(default)s",
+    )  # fmt: skip
+    group.add_argument(
+        "--on-bad-line", choices=("error", "skip"), default="error",
+        help="what to do with a JSONL line that is not an object with text under the key; default: %(default)s",
+    )  # fmt: skip
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -154,6 +160,8 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(
             f"--scorer {models[0]} does not exist: give a Hugging Face directory, a checkpoint or a run; classifier:DIR; or "
             "MODULE:FUNCTION"
+            if scores is not None and needs_model(scores)
+            else f"the model {models[0]} of --domains does not exist: give a Hugging Face directory, a checkpoint or a run"
         )
     args.checkpoint = models[0]
     return in_session(args, lambda session: _score(args, scores, domains, session))
@@ -316,6 +324,6 @@ def _target(key: str | None, domains: "DomainSettings | None") -> Callable[[Any]
         return lambda document: rules.annotate([document])[0].get("domain")
     if key is not None:
         return lambda document: None if document.metadata.get(key) is None else str(document.metadata[key])
-    from qwen_moe.curation.scores.train import scores_of
+    from qwen_moe.curation.scores.annotate import scores_of
 
     return scores_of

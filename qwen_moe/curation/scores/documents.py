@@ -26,7 +26,10 @@ class Document:
     def line(self) -> bytes:
         """A line of JSON, which ends with a line feed."""
         values = {"text": self.text, "id": self.id, "metadata": self.metadata}
-        return json.dumps(values, ensure_ascii=False).encode() + b"\n"
+        try:
+            return json.dumps(values, ensure_ascii=False).encode() + b"\n"
+        except UnicodeEncodeError:  # half of a surrogate pair in the metadata
+            return json.dumps(values).encode() + b"\n"
 
 
 def grouped(sources: Sequence[Source]) -> list[list[Source]]:

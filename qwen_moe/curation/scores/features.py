@@ -31,7 +31,7 @@ class Hasher:
 
     def __init__(self, buckets: int, words: int) -> None:
         self._buckets, self._words = np.uint64(buckets), words
-        self._known: dict[str, int] = {}
+        self._known = _Codes()
 
     def __call__(self, text: str) -> Features:
         hashes = self._hashes(text)
@@ -46,16 +46,16 @@ class Hasher:
         return Features(found.astype(np.int64), weights.astype(np.float32))
 
     def _hashes(self, text: str) -> Any:
-        known, hashes = self._known, []
         # A word has a few letters: what lies far behind the last word that counts is not looked at.
-        for match in _WORD.finditer(text[: 64 * self._words].lower()):
-            word = match[0]
-            code = known.get(word)
-            if code is None:
-                code = zlib.crc32(word.encode("utf-8", "surrogatepass"))
-                if len(known) < _KNOWN:
-                    known[word] = code
-            hashes.append(code)
-            if len(hashes) == self._words:
-                break
-        return np.array(hashes, np.uint64)
+        words = _WORD.findall(text[: 64 * self._words].lower())[: self._words]
+        return np.fromiter(map(self._known.__getitem__, words), np.uint64, len(words))
+
+
+class _Codes(dict[str, int]):
+    """The CRC-32 of words, remembered for the first `_KNOWN` of them."""
+
+    def __missing__(self, word: str) -> int:
+        code = zlib.crc32(word.encode("utf-8", "surrogatepass"))
+        if len(self) < _KNOWN:
+            self[word] = code
+        return code

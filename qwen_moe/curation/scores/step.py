@@ -26,9 +26,10 @@ class AnnotateStep(PipelineStep):
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         documents = iter(data or ())
+        annotator = None
         while block := list(itertools.islice(documents, self.settings.batch_documents)):
             with self.track_time("batch"):
-                annotator = open_cached(self.settings.model_dump_json(), type(self.settings))
+                annotator = annotator or open_cached(self.settings.model_dump_json(), type(self.settings))
                 for document in block:
                     forget(document)
                 for document, found in zip(block, annotator.annotate(block), strict=True):

@@ -97,20 +97,6 @@ def gather(documents: Iterable[Doc], target: Callable[[Doc], Any], kind: str, tr
     return examples
 
 
-def scores_of(document: Doc) -> dict[str, float] | None:
-    """The scores of ``document``, None if it has none. Raises UserError for one that is no finite number."""
-    found = document.metadata.get("scores")
-    if not found:
-        return None
-    where = getattr(document, "where", "") or document.id
-    if not isinstance(found, dict):
-        raise UserError(f"{where}: scores is {found!r:.60}, expected an object with a number for each dimension")
-    for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"{where}: the score {name} is {value!r:.60}, expected a finite number")
-    return found
-
-
 def _names(kind: str, targets: list[Any]) -> tuple[str, ...]:
     """Classes; or the dimensions that most documents have."""
     if kind == "classes":

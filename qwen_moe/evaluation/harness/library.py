@@ -150,7 +150,7 @@ def _unknown(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, [one for one in known if len(one) > 3], n=5, cutoff=0.5)
     local = sorted(path.stem for path in LOCAL.glob("*.yaml"))
     hint = f"did you mean {', '.join(near)}?" if near else f"without downloads there are {', '.join(local)};"
-    return f"--tasks {name:.60}: there is no such task: {hint} Your own file ends in .yaml; its folder goes to --include"
+    return f"--tasks {name:.60}: there is no such task: {hint} A file ends in .yaml, its folder goes to --include"
 
 
 def _first_line(error: BaseException) -> str:

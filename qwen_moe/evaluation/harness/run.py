@@ -62,6 +62,7 @@ def evaluate_tasks(args: argparse.Namespace, session: Session, output: Path) -> 
             f"{session.opened.tokenizer.name_or_path} has no chat template (in tokenizer_config.json or "
             "chat_template.jinja): leave --chat out, or add the template of the model"
         )
+    session.say_if_no_chat(args.chat, [{"prompt": None}])
     checkpoint = identity_of(args, session, longest)
     name = session.opened.weights.directory.resolve().name
     work = Work(session)
