@@ -38,7 +38,7 @@ import psutil
 from qwen_moe.curation.leaks.finder import windows
 from qwen_moe.curation.leaks.lcs import common, masks_of
 from qwen_moe.curation.leaks.settings import least_common
-from qwen_moe.curation.leaks.tokens import words
+from qwen_moe.data.words import words
 
 KINDS = ("verbatim", "5%", "10%", "20%", "case and spaces", "30%")
 EVERY = 50  # documents for each planted leak

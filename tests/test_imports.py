@@ -80,7 +80,6 @@ FLOORS = {
         ("machine", "schedule_picture", "generation"),
         ("scoring",),
         ("rollout",),
-        ("curation",),
         ("info",),
         ("training",),
         ("verify", "launch", "evaluation"),

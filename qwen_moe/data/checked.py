@@ -1,12 +1,14 @@
-"""Which tests prepared data were checked against: the record of `qwen-moe data decontaminate` is carried on."""
+"""Which tests prepared data were checked against: the record of `qwen-moe data decontaminate` is carried on, and asked."""
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen_moe.data.manifest import read_manifest
 from qwen_moe.data.sources import RECORD, Source
+from qwen_moe.data.words import hash_of
 
 _ABOUT = ("rule", "tokens", "index", "least_tokens", "least_share")
 
@@ -60,3 +62,13 @@ def _record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}
     return record if ok else {}
+
+
+def share_checked(prefix: Path, texts: Iterable[str]) -> float:
+    """What share of ``texts`` the data of a prefix were checked against: those that were among the tests, apart from case,
+    punctuation and spaces. 0 if nothing is known of the data, or if there are no texts. Raises UserError if PREFIX.json is
+    damaged."""
+    manifest = read_manifest(prefix)
+    known = set(manifest.decontaminated.get("tests", ())) if manifest is not None else set()
+    hashes = [hash_of(text) for text in texts] if known else []
+    return sum(one in known for one in hashes) / len(hashes) if hashes else 0.0

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from qwen_moe.curation.leaks import tokens
-from qwen_moe.curation.leaks.tokens import words
+from qwen_moe.data import words as tokens
+from qwen_moe.data.words import words
 from tests.curation.leaks_data import decontaminate, read_jsonl, write_jsonl
 
 TEST = " ".join(f"word{n}" for n in range(20))

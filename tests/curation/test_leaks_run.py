@@ -16,7 +16,7 @@ import pytest
 from launchers.folder import atomic
 from qwen_moe.cli import main
 from qwen_moe.curation.leaks import work
-from qwen_moe.curation.leaks.record import share_checked
+from qwen_moe.data.checked import share_checked
 from qwen_moe.data.manifest import read_manifest
 from qwen_moe.data.tokenizer import train_tokenizer
 from tests.curation.leaks_data import changed, decontaminate, draw, read_jsonl, write_jsonl

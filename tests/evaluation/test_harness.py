@@ -177,7 +177,16 @@ def test_a_kill_loses_nothing_that_was_answered(
     assert run(model, names, out)["tasks"] == expected["tasks"] and asked == []
 
 
-@pytest.mark.parametrize("layout", [("--tp", "2"), ("--pp", "2"), ("--dp", "2", "--ep", "2")], ids="".join)
+# Numbers in more layouts: tests/generation/test_likelihood.py.
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(("--tp", "2"), marks=pytest.mark.slow),
+        pytest.param(("--pp", "2"), marks=pytest.mark.slow),
+        ("--dp", "2", "--ep", "2"),
+    ],
+    ids="".join,
+)
 def test_layouts_answer_as_one_process(world: tuple[Path, list[str]], tmp_path: Path, layout: tuple[str, ...]) -> None:
     model, names = world
     one = run(model, names, tmp_path / "one")

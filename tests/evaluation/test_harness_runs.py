@@ -215,8 +215,8 @@ def test_the_data_of_a_run_are_known(world: tuple[Path, Path, list[str]]) -> Non
 
 def test_the_share_of_texts_that_data_were_checked_against(monkeypatch: pytest.MonkeyPatch) -> None:
     """The worst of several data counts."""
-    from qwen_moe.curation.leaks import record
-    from qwen_moe.curation.leaks.sequences import hash_of
+    from qwen_moe.data import checked as record
+    from qwen_moe.data.words import hash_of
 
     texts = ["the first test", "the second test", "a third one", "a fourth one"]
     known = {Path("all"): texts, Path("some"): texts[:3]}

@@ -1,17 +1,15 @@
-"""`decontaminated.json`: what an output was checked against; which share of some tests prepared data were checked against.
+"""`decontaminated.json`: what an output was checked against.
 
 `qwen-moe data prepare` and `data chat` carry the tests' hashes to PREFIX.json (`qwen_moe/data/checked.py`).
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from launchers.folder.atomic import write_json
-from qwen_moe.curation.leaks.sequences import Sequences, hash_of
+from qwen_moe.curation.leaks.sequences import Sequences
 from qwen_moe.curation.leaks.settings import LEAST_SHARE, LEAST_TOKENS, LeakSettings
-from qwen_moe.data.manifest import read_manifest
 from qwen_moe.data.sources import RECORD
 from qwen_moe.data.tokenizer import tokenizer_hash
 from qwen_moe.errors import UserError
@@ -50,13 +48,3 @@ def read_record(output: Path) -> dict[str, Any] | None:
     except (ValueError, TypeError, KeyError, AssertionError, RecursionError):
         raise UserError(f"{path} is damaged: make the output again with --overwrite") from None
     return record
-
-
-def share_checked(prefix: Path, texts: Iterable[str]) -> float:
-    """What share of ``texts`` the data of a prefix were checked against: those that were among the tests, apart from case,
-    punctuation and spaces. 0 if nothing is known of the data, or if there are no texts. Raises UserError if PREFIX.json is
-    damaged."""
-    manifest = read_manifest(prefix)
-    known = set(manifest.decontaminated.get("tests", ())) if manifest is not None else set()
-    hashes = [hash_of(text) for text in texts] if known else []
-    return sum(one in known for one in hashes) / len(hashes) if hashes else 0.0

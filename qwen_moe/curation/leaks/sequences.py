@@ -1,17 +1,15 @@
 """The tests that documents are compared with: sequences of text, read from the files of test sets."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwen_moe.curation.leaks.rows import BadLine, find_rows, read_rows, row_of, text_of
 from qwen_moe.curation.leaks.settings import LEAST_TOKENS, LeakSettings
-from qwen_moe.curation.leaks.tokens import Tokens, normalized
+from qwen_moe.curation.leaks.tokens import Tokens
 from qwen_moe.data.sources import Tally
+from qwen_moe.data.words import hash_of
 from qwen_moe.errors import UserError
-
-_HASH_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -41,11 +39,6 @@ class Sequences:
     @property
     def hashes(self) -> list[str]:
         return [one.hash for one in self.found]
-
-
-def hash_of(text: str) -> str:
-    """A short hash of a test's normalized text: 64 bits, so that two of a million tests are unlikely to share one."""
-    return hashlib.sha256(normalized(text).encode()).hexdigest()[:_HASH_DIGITS]
 
 
 def read_sequences(settings: LeakSettings, tokens: Tokens) -> Sequences:

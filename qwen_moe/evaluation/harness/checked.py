@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qwen_moe.config import load_config
+from qwen_moe.data.checked import share_checked
 from qwen_moe.errors import UserError
 from qwen_moe.runs.records import RESOLVED
 
@@ -25,8 +26,6 @@ def share_of_texts(prefixes: Sequence[Path], texts: Iterable[str]) -> float | No
     no prefixes. Raises UserError for damaged records."""
     if not prefixes:
         return None
-    from qwen_moe.curation.leaks.record import share_checked
-
     texts = list(texts)
     return min(share_checked(prefix, texts) for prefix in prefixes) if texts else None
 
