@@ -50,7 +50,7 @@ def _scores(place: Any, name: str, found: Found) -> None:
             shown[f"{len(rest)} others"] = np.concatenate(rest)
         labels = [f"{language} ({len(part):,})" for language, part in shown.items()]
         place.hist(list(shown.values()), bins=edges, stacked=True, label=labels)
-        place.legend(fontsize=7)
+        place.legend(fontsize=7, loc="upper right")
     else:
         place.hist(values, bins=edges)
     place.axvline(values.mean(), color="black", linewidth=1, linestyle="--")
