@@ -11,20 +11,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_moe.curation.names import STEPS
+
 if TYPE_CHECKING:
     from qwen_moe.curation.step import Context, Step
 
-NAMES = (
-    "synthesise",
-    "read",
-    "filters",
-    "scores",
-    "domains",
-    "deduplication",
-    "decontamination",
-    "weights",
-    "prepare",
-)
 NEEDS = ("datatrove",)
 
 
@@ -36,8 +27,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("recipe", type=Path, help="a section for each step; see recipes/curate_demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--until", choices=NAMES, metavar="STEP", help=f"stop after this step: {', '.join(NAMES)}")
-    parser.add_argument("--redo", choices=NAMES, metavar="STEP", help="do this step and all that follow again")
+    parser.add_argument("--until", choices=STEPS, metavar="STEP", help=f"stop after this step: {', '.join(STEPS)}")
+    parser.add_argument("--redo", choices=STEPS, metavar="STEP", help="do this step and all that follow again")
     parser.add_argument(
         "--why", metavar="ID", help="print what every step decided about the document ID, and do nothing"
     )
@@ -62,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from qwen_moe.errors import UserError
     from qwen_moe.workflow.state import State
 
-    assert STEPS == NAMES
+    assert STEPS == STEPS
     config = load_curation(args.recipe, args.overrides)
     if args.dry_run and config.slurm is None:
         raise UserError("--dry-run writes the script of a Slurm job: give the section slurm in the recipe")

@@ -21,19 +21,9 @@ from qwen_moe.config.fields import (
     Size,
 )
 from qwen_moe.config.load import apply_overrides, explain
+from qwen_moe.curation.names import STEPS
 from qwen_moe.errors import UserError
 
-STEPS = (
-    "synthesise",
-    "read",
-    "filters",
-    "scores",
-    "domains",
-    "deduplication",
-    "decontamination",
-    "weights",
-    "prepare",
-)
 NUMBERS = {name: number for number, name in enumerate(STEPS)}
 _DOMAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 OTHER = "other"  # the domain of documents that no input and no classifier gives one
