@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from launchers.local.lock import RunLock
     from qwen_moe.curation.execute import Executor
     from qwen_moe.curation.page import facts_of, write_page
-    from qwen_moe.curation.recipe import STEPS, load_curation
+    from qwen_moe.curation.recipe import load_curation
     from qwen_moe.curation.step import Context
     from qwen_moe.curation.steps import check, steps_of
     from qwen_moe.curation.why import explain
@@ -143,7 +143,6 @@ def _one(at: "Context", step: "Step", title: str, dry: bool) -> int:
 
 def _redo(at: "Context", first: str) -> None:
     """Forget a step and all that follow, and move what they wrote aside."""
-    from qwen_moe.curation.recipe import STEPS
     from qwen_moe.workflow.state import move_aside
 
     following = STEPS[STEPS.index(first) :]

@@ -17,9 +17,10 @@ from qwen_moe.curation.annotating import Annotating, Decontamination, Domains, S
 from qwen_moe.curation.documents import KEPT, Lines, Shard, file_name, read_file, tallied
 from qwen_moe.curation.execute import Stage
 from qwen_moe.curation.filters import build_filters
+from qwen_moe.curation.names import STEPS
 from qwen_moe.curation.page import PAGE, kept_by_domain
 from qwen_moe.curation.reading import BAD, SHOWN, Inputs, find_places
-from qwen_moe.curation.recipe import STEPS, CurateConfig, InputSection
+from qwen_moe.curation.recipe import CurateConfig, InputSection
 from qwen_moe.curation.step import Context, Step, named
 from qwen_moe.curation.words import word_tokenizer
 from qwen_moe.errors import UserError
