@@ -55,12 +55,14 @@ def _draw(model: ParallelModel, seed: int) -> None:
 
 
 def make_trainer(config: RunConfig, objective: Objective | None = None) -> Trainer:
-    """This rank's trainer, with norms and biases drawn too (`drawn_value`). The process group must be initialized."""
+    """This rank's trainer; of a run in float64, with norms and biases drawn too (`drawn_value`). The process group must be
+    initialized."""
     device = torch.device("cpu")
     layout = run_layout(config, dist.get_world_size())
     grids = make_grids(config, layout, device)
     model = build_model(config, layout, grids, device)
-    _draw(model, config.seed)
+    if config.precision.compute == "fp64":
+        _draw(model, config.seed)
     return Trainer(config, layout, model, build_optimizer(model, config.optimizer), device, objective)
 
 
@@ -79,10 +81,15 @@ def train_rank(config: RunConfig, steps: int = STEPS, probe: bool = False) -> Re
     trainer.on_gradients = lambda: report.gradients.append(_pieces(trainer.model, True))
     for step in range(steps):
         record_step(trainer, report, step)
+    record_end(trainer, report, steps)
+    return report
+
+
+def record_end(trainer: Trainer, report: Report, step: int) -> None:
+    """Add what a run ends with to ``report``, and the loss of the batch that ``step`` would be."""
     report.parameters = _pieces(trainer.model, False)
     report.biases = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
-    report.evaluated = trainer.evaluate(micro_batches(trainer, steps))
-    return report
+    report.evaluated = trainer.evaluate(micro_batches(trainer, step))
 
 
 def record_step(trainer: Trainer, report: Report, step: int) -> None:

@@ -42,8 +42,7 @@ def _one_step(config: RunConfig, root: Path, step: int) -> Report:
         resume(step_directory(root, step), trainer.model, trainer.optimizer, config.model)
     trainer.on_gradients = lambda: report.gradients.append(ranks._pieces(trainer.model, True))
     record_step(trainer, report, step)
-    report.parameters = ranks._pieces(trainer.model, False)
-    report.biases = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
+    ranks.record_end(trainer, report, step + 1)
     state = TrainState(step=step + 1, consumed_samples=0, consumed_tokens=0, data_fingerprint="", settings={})
     writer = CheckpointWriter(root, keep=9, asynchronous=False, config=config.model, compute_dtype="fp64")
     writer.save(trainer.model, trainer.optimizer, state)

@@ -98,12 +98,12 @@ def test_what_is_drawn_does_not_depend_on_being_asked() -> None:
 
 
 def test_nothing_is_collected_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen_moe.generation import engine
+    from qwen_moe.generation import engine, runner
 
     def unexpected(*arguments: Any) -> None:
         raise AssertionError("collected")
 
-    monkeypatch.setattr(engine, "experts_of_pass", unexpected)
+    monkeypatch.setattr(runner, "experts_of_pass", unexpected)
     monkeypatch.setattr(engine, "split_routing", unexpected)
     model = draw_weights(config(), 4).eval()
     generate(model, routing=False)

@@ -194,10 +194,10 @@ def test_a_large_vocabulary_is_sorted_only_as_far_as_needed() -> None:
     flat = torch.zeros(5000).double()
     peaked = torch.linspace(0, -50, 5000).double()
     for logits in (flat, peaked):
-        kept = (probabilities(logits, 20_000, temperature=1.0, top_p=0.5) > 0).sum()
+        kept = (probabilities(logits, 4000, temperature=1.0, top_p=0.5) > 0).sum()
         order = logits.softmax(-1).sort(descending=True).values
         assert kept <= int((order.cumsum(0) - order < 0.5).sum()) + 1
-    assert kept > 30 and (probabilities(flat, 20_000, temperature=1.0, top_p=0.5) > 0).sum() > 2000
+    assert kept > 30 and (probabilities(flat, 4000, temperature=1.0, top_p=0.5) > 0).sum() > 1500
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-30])

@@ -30,6 +30,9 @@ STEPS = [
 ]
 
 
+pytestmark = pytest.mark.slow  # the walk that all tests look at takes a minute
+
+
 def post_train(*options: str) -> int:
     return main(["post-train", "recipe.yaml", *options])
 
@@ -216,7 +219,6 @@ def until(found: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_killed_in_the_middle_of_steps_it_ends_the_same(whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     write_recipe(tmp_path)

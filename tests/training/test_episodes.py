@@ -183,6 +183,7 @@ def whole(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "whole"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_to_the_same_bits(tokenizer: Path, tmp_path: Path, whole: Path) -> None:
     killed = write(tokenizer, tmp_path, "killed")
     for episode in (1, 4):  # in the middle of an episode: its samples are there, its rewards may not be

@@ -90,6 +90,7 @@ def test_epochs_are_whole_and_what_is_learned_is_what_was_prepared(tuned: Path) 
     assert "resumed" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_third_epoch_goes_on_from_the_second(tuned: Path, tmp_path: Path) -> None:
     """With a constant rate the steps that are done are those of the longer run too."""
     data = {"train": [{"prefix": str(tuned / "sft-data")}], "tokenizer": str(tuned / "sft-data-tokenizer")}
@@ -113,6 +114,7 @@ def test_dpo_begins_at_ln_2_and_learns_the_pairs(tuned: Path, pairs: Path) -> No
     assert evaluated and evaluated[-1]["validation_loss"] < math.log(2)
 
 
+@pytest.mark.slow
 def test_a_reference_that_is_gone_is_that_of_the_first_weights_again(tuned: Path, pairs: Path) -> None:
     expected = trained(dpo(tuned, pairs, "whole"))
     path = dpo(tuned, pairs, "stopped")

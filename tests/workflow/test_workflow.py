@@ -155,6 +155,7 @@ class Terminal:
         return self.answer
 
 
+@pytest.mark.slow
 def test_the_answer_decides(recipe: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", Terminal("\n"))
     assert pipeline() == 0 and done(tmp_path) == ["prepare", "ladder"]
@@ -181,6 +182,7 @@ def test_changed_inputs_are_named(finished: None, tmp_path: Path, capsys: pytest
     assert done(tmp_path) == ["prepare", "ladder"]
 
 
+@pytest.mark.slow
 def test_failed_runs_stop_it_and_the_same_command_mends_it(
     recipe: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
