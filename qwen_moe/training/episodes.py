@@ -105,7 +105,7 @@ class Episodes:
         if number != self._number:
             self._open(number, at_begin=update == 0)
         one, self._update = self._updates[update], update
-        self._tokens = sum(len(one.responses[place.response].tokens) for row in one.rows for place in row)
+        self._tokens = max(1, sum(len(one.responses[place.response].tokens) for row in one.rows for place in row))
         return [
             with_judgment(
                 with_values(self._batch(one, rows), rows, one.responses, one.values), rows, one.responses, one.judged
@@ -115,7 +115,8 @@ class Episodes:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the last step's micro-batches on all ranks, without padding."""
+        """Tokens of the last step's micro-batches on all ranks, without padding: 1 where there is nothing to learn from, so
+        that a step has a speed."""
         return self._tokens
 
     def facts(self) -> dict[str, float]:

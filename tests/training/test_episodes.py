@@ -89,6 +89,7 @@ def learn(recipe: dict[str, Any], degrees: dict[str, int], steps: int) -> list[d
                 "tokens": [one.tokens.tolist() for one in responses],
                 "experts": None if experts is None else [taken.tolist() for taken in experts],
                 "weights": weights_hash(trainer),
+                "tokens learned": episodes.tokens,
             }
             | result.metrics
             | episodes.facts()
@@ -139,6 +140,7 @@ def test_rewards_that_are_all_equal_change_nothing_to_the_bit(tokenizer: Path, t
     (found,) = run_distributed(learn, 1, recipe, {}, 2)
     assert [one["count"] for one in found] == [0, 0] and found[0]["flat_groups"] == 1
     assert found[0]["weights"] == found[1]["weights"]
+    assert [one["tokens learned"] for one in found] == [1, 1]  # `report` divides by speeds
 
 
 def test_several_updates_an_episode_leave_the_old_policy_behind(tokenizer: Path, tmp_path: Path) -> None:
