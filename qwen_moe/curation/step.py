@@ -58,8 +58,12 @@ class Step(ABC):
         return {"tally": tallied(at.folder(self.name))}
 
     def clean(self, at: Context) -> None:
-        """Remove what only the stages needed; also called after a stop between the end of the step and this."""
-        shutil.rmtree(at.folder(self.name) / WORK, ignore_errors=True)
+        """Remove what only the stages needed, and what writes that were killed have left; also called after a stop between
+        the end of the step and this."""
+        folder = at.folder(self.name)
+        shutil.rmtree(folder / WORK, ignore_errors=True)
+        for half in folder.rglob(".*.????????"):  # as `launchers.folder.atomic` names them
+            half.unlink(missing_ok=True)
 
 
 def named(step: str, values: dict[str, Any]) -> dict[str, Any]:
