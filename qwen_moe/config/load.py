@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -130,6 +130,21 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if source != path and path.suffix:
         print(f"{path} does not exist: reading {source}, which comes with qwen-moe", file=sys.stderr)
     return yaml_mapping(read_text(source, "recipe", expected), f"recipe {path}")
+
+
+Recipe = TypeVar("Recipe", bound=BaseModel)
+
+
+def load_as(cls: type[Recipe], path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe of another kind than a run's, strictly, as `load_config` does. Raises UserError naming every problem."""
+    values = read_recipe(path)
+    apply_overrides(values, overrides)
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        raise explain(error, str(path), whole=cls) from None
+    except TypeError as error:  # a key that is no text
+        raise UserError(f"{path}: {error}") from None
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

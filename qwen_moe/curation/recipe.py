@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from qwen_moe.config import read_recipe
 from qwen_moe.config.fields import (
     GivenPath,
     NonNegativeFloat,
@@ -20,9 +19,8 @@ from qwen_moe.config.fields import (
     Seed,
     Size,
 )
-from qwen_moe.config.load import apply_overrides, explain
+from qwen_moe.config.load import load_as
 from qwen_moe.curation.names import STEPS
-from qwen_moe.errors import UserError
 
 NUMBERS = {name: number for number, name in enumerate(STEPS)}
 _DOMAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -260,11 +258,4 @@ class CurateConfig(Section):
 
 def load_curation(path: Path, overrides: Sequence[str] = ()) -> CurateConfig:
     """Read a recipe, from a file or from the package, with `section.key=value` overrides. Raises UserError."""
-    values = read_recipe(path)
-    apply_overrides(values, overrides)
-    try:
-        return CurateConfig(**values)
-    except ValidationError as error:
-        raise explain(error, str(path), whole=CurateConfig) from None
-    except TypeError as error:  # a key that is no text
-        raise UserError(f"{path}: {error}") from None
+    return load_as(CurateConfig, path, overrides)

@@ -43,13 +43,14 @@ class Encoded:
 
 class Chat:
     """A tokenizer's chat template. ``learn``: every turn of the assistant, its last turn, or all tokens.
+    ``tokenizer``: that of ``directory``, where it is read already.
 
     Raises UserError if there is no template, or if it does not end what the assistant says with a special token.
     """
 
-    def __init__(self, directory: Path, learn: Learn = "assistant") -> None:
+    def __init__(self, directory: Path, learn: Learn = "assistant", tokenizer: Any = None) -> None:
         self.directory, self.learn = directory, learn
-        self.tokenizer = read_tokenizer(directory)
+        self.tokenizer = read_tokenizer(directory) if tokenizer is None else tokenizer
         if not self.tokenizer.chat_template:
             raise UserError(
                 f"tokenizer {directory} has no chat template (in tokenizer_config.json or chat_template.jinja): add the "

@@ -19,7 +19,7 @@ from qwen_moe.errors import UserError
 
 if TYPE_CHECKING:  # the command prepares inputs before it starts the processes that need torch
     from parallel.sequence import Batch
-    from qwen_moe.data.samples import Samples
+    from qwen_moe.data.samples import Ordered, Samples
 
 TOKENIZER = "tokenizer"
 CACHE = "data_cache"
@@ -131,12 +131,12 @@ def ordered_steps(config: RunConfig, length: int | None = None) -> int:
 
 
 @dataclass
-class RunInputs:
-    """This data-parallel rank's micro-batches, by step. Ranks that share its tokens read the same micro-batches."""
+class OrderedInputs:
+    """What a run reads on this data-parallel rank, and in which order."""
 
     config: RunConfig
     dp: Axis
-    batches: "Samples"
+    batches: "Ordered"
     tokenizer: Path | None
 
     @property
@@ -162,6 +162,13 @@ class RunInputs:
     def ordered_steps(self) -> int:
         """Number of optimizer steps for which the order of samples is drawn."""
         return ordered_steps(self.config)
+
+
+@dataclass
+class RunInputs(OrderedInputs):
+    """This data-parallel rank's micro-batches, by step. Ranks that share its tokens read the same micro-batches."""
+
+    batches: "Samples"
 
     @property
     def has_validation(self) -> bool:

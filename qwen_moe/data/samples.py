@@ -32,18 +32,23 @@ def documents_of(ends: torch.Tensor) -> Batch:
     return {"position_ids": index - starts, "document_starts": starts}
 
 
-class Samples(Protocol):
-    """Training and validation samples of a run, addressed by number: batch k is the same whatever the number of ranks, so
-    that a resumed run needs only its step. ``fingerprint`` decides the content of every training sample."""
+class Ordered(Protocol):
+    """What a run reads, in an order. ``fingerprint`` decides all of it."""
 
     fingerprint: str
-    validation_samples: int
 
     def is_of_this_data(self, fingerprint: str, train_samples: int | None = None) -> bool:
         """Whether ``fingerprint`` is that of these samples, or of these in the order for ``train_samples``."""
 
     def begins_as(self, train_samples: int, samples: int) -> bool:
         """Whether the first ``samples`` are those of the order for ``train_samples``. All ranks call."""
+
+
+class Samples(Ordered, Protocol):
+    """Training and validation samples of a run, addressed by number: batch k is the same whatever the number of ranks, so
+    that a resumed run needs only its step."""
+
+    validation_samples: int
 
     def train_batch(self, first: int, count: int) -> Batch:
         """Training samples ``first`` and following as one micro-batch."""

@@ -61,7 +61,7 @@ class Opened:
     def ends_turns(self) -> bool:
         """Whether the model stops where its chat template ends a turn, so that it was fine-tuned on conversations."""
         try:
-            return Chat(self._folder).end in self.end_tokens
+            return Chat(self._folder, tokenizer=self.tokenizer).end in self.end_tokens
         except UserError:  # a tokenizer without a template, or with one for other uses
             return False
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from qwen_moe.config import RunConfig, read_recipe
+from qwen_moe.config import RunConfig
 from qwen_moe.config.fields import (
     Finite,
     GivenPath,
@@ -18,8 +18,7 @@ from qwen_moe.config.fields import (
     Seed,
     Size,
 )
-from qwen_moe.config.load import apply_overrides, explain
-from qwen_moe.errors import UserError
+from qwen_moe.config.load import load_as
 
 STEPS = ("sft", "rollout", "pairs", "dpo", "reward_model", "grpo")
 TRAINED = ("sft", "dpo", "reward_model", "grpo")
@@ -121,14 +120,7 @@ class WalkConfig(Section):
 
 def load_walk(path: Path, overrides: Sequence[str] = ()) -> WalkConfig:
     """Read a walk's recipe, from a file or from the package, with `section.key=value` overrides. Raises UserError."""
-    values = read_recipe(path)
-    apply_overrides(values, overrides)
-    try:
-        return WalkConfig(**values)
-    except ValidationError as error:
-        raise explain(error, str(path), whole=WalkConfig) from None
-    except TypeError as error:  # a key that is no text
-        raise UserError(f"{path}: {error}") from None
+    return load_as(WalkConfig, path, overrides)
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from parallel.sequence import Batch
 from qwen_moe.checkpoint.directory import list_checkpoints
 from qwen_moe.checkpoint.train_state import read_train_state
 from qwen_moe.config import RunConfig
-from qwen_moe.data.inputs import RunInputs
+from qwen_moe.data.inputs import OrderedInputs
 from qwen_moe.data.ranks import same_on_all_ranks
 from qwen_moe.data.replay import FIELD
 from qwen_moe.data.samples import rank_samples
@@ -67,7 +67,7 @@ class _Update:
 class Episodes:
     """The episodes of one run on this rank. ``step``s count the batches that the run has read."""
 
-    def __init__(self, config: RunConfig, trainer: Trainer, inputs: RunInputs, say: Say) -> None:
+    def __init__(self, config: RunConfig, trainer: Trainer, inputs: OrderedInputs, say: Say) -> None:
         assert config.rollout is not None and isinstance(inputs.batches, QuerySamples) and inputs.tokenizer is not None
         self.config, self.rollout, self.trainer, self._say = config, config.rollout, trainer, say
         self._samples, self._number = inputs.batches, -1

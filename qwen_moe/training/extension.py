@@ -10,7 +10,7 @@ import torch.distributed as dist
 from qwen_moe.checkpoint.directory import step_directory
 from qwen_moe.checkpoint.train_state import TrainState
 from qwen_moe.config import RunConfig
-from qwen_moe.data.inputs import RunInputs, ordered_steps
+from qwen_moe.data.inputs import OrderedInputs, ordered_steps
 from qwen_moe.errors import UserError
 from qwen_moe.runs.finish import HF
 from qwen_moe.runs.identity import Difference, Rule, differences
@@ -48,7 +48,7 @@ def check_length(config: RunConfig, changed: Iterable[Difference], step: int) ->
         )
 
 
-def is_of_another_length(config: RunConfig, state: TrainState, inputs: RunInputs) -> bool:
+def is_of_another_length(config: RunConfig, state: TrainState, inputs: OrderedInputs) -> bool:
     """Whether the checkpoint was trained on this data in the order for another training length that begins with the same
     samples. Raises UserError if that order begins with other samples. All ranks must call it."""
     if inputs.is_of_this_data(state.data_fingerprint):

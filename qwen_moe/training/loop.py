@@ -25,7 +25,7 @@ from qwen_moe.checkpoint.preflight import check_disk_space, kept_steps
 from qwen_moe.checkpoint.train_state import TrainState, read_train_state
 from qwen_moe.checkpoint.valid import newest_valid
 from qwen_moe.config import RunConfig, stage_runs
-from qwen_moe.data.inputs import open_inputs, prepared_on_all_ranks, with_length
+from qwen_moe.data.inputs import OrderedInputs, RunInputs, open_inputs, prepared_on_all_ranks, with_length
 from qwen_moe.errors import UserError
 from qwen_moe.models.flops import flops_per_token
 from qwen_moe.models.ops.compiled import compiling
@@ -140,7 +140,7 @@ class _Stage:
         self.config, self.stages = config, stages
         layout = run_layout(config, grids.layout.world_size)
         samples = config.objective.reads == "samples"
-        self.inputs = open_queries(config, grids.dp) if samples else open_inputs(config, grids.dp)
+        self.inputs: OrderedInputs = open_queries(config, grids.dp) if samples else open_inputs(config, grids.dp)
         if grids.cp.size > 1:
             say(f"context parallelism over {grids.cp.size}: {layout.context.text(grids.cp.size)}")
         if device.type == "cpu" and DTYPES[config.precision.compute] == torch.bfloat16:
@@ -154,7 +154,10 @@ class _Stage:
     def batches(self, done: int, history: History) -> list[Batch]:
         first = self.config.place.first_step
         step = history.data_step(done, self.inputs.ordered_steps, first)
-        return self.inputs.train_micro_batches(step) if self.episodes is None else self.episodes.micro_batches(step)
+        if self.episodes is not None:
+            return self.episodes.micro_batches(step)
+        assert isinstance(self.inputs, RunInputs)
+        return self.inputs.train_micro_batches(step)
 
     def state(self, done: int, history: History) -> TrainState:
         config, place = self.config, self.config.place

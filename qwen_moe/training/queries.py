@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from parallel.mesh import Axis
-from parallel.sequence import Batch
 from qwen_moe.config import RunConfig
 from qwen_moe.data.chat import Chat
-from qwen_moe.data.inputs import TOKENIZER, RunInputs
+from qwen_moe.data.inputs import TOKENIZER, OrderedInputs
 from qwen_moe.data.ranks import same_on_all_ranks
 from qwen_moe.data.tokenizer import copy_tokenizer, end_with_turn, read_tokenizer
 from qwen_moe.errors import UserError
@@ -22,10 +21,7 @@ from qwen_moe.rollout.summary import by_variance
 
 
 class QuerySamples:
-    """What a run that samples has instead of samples (`qwen_moe.data.samples.Samples`): its queries. ``order``: for passes
-    over the queries, their numbers."""
-
-    validation_samples = 0
+    """What a run that samples reads (`qwen_moe.data.samples.Ordered`): its queries, pass after pass."""
 
     def __init__(self, queries: Sequence[Query], held_out: Sequence[Query], seed: int, shuffled: bool) -> None:
         self.queries, self.held_out, self._seed, self._shuffled = list(queries), list(held_out), seed, shuffled
@@ -51,13 +47,8 @@ class QuerySamples:
             return np.arange(count)
         return np.random.RandomState([self._seed, passes]).permutation(count)
 
-    def train_batch(self, first: int, count: int) -> Batch:
-        raise NotImplementedError("a run that samples has no samples before it makes them")
 
-    validation_batch = train_batch
-
-
-def open_queries(config: RunConfig, dp: Axis) -> RunInputs:
+def open_queries(config: RunConfig, dp: Axis) -> OrderedInputs:
     """The queries of a run on every rank, and its tokenizer. All ranks must call it. Raises UserError for queries that
     cannot be read, rewarded or answered within a row, and for too few rows."""
     kept = config.run_dir / TOKENIZER
@@ -65,7 +56,7 @@ def open_queries(config: RunConfig, dp: Axis) -> RunInputs:
     rollout = config.rollout
     assert rollout is not None
     samples = QuerySamples(queries, held_out, config.data.seed, shuffled=rollout.variances is None)
-    return RunInputs(config, dp, samples, kept)
+    return OrderedInputs(config, dp, samples, kept)
 
 
 def _read(config: RunConfig, kept: Path) -> tuple[list[Query], list[Query]]:

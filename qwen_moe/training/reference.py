@@ -23,7 +23,7 @@ from parallel.sequence import Batch
 from qwen_moe.config import RunConfig
 from qwen_moe.data.content import sha256
 from qwen_moe.data.examples import PackedExamples
-from qwen_moe.data.inputs import RunInputs
+from qwen_moe.data.inputs import OrderedInputs
 from qwen_moe.data.manifest import read_manifest
 from qwen_moe.data.ranks import same_on_all_ranks
 from qwen_moe.data.rows import OpenSet, Rows
@@ -40,7 +40,7 @@ COLUMN = "reference_log_probs"
 
 
 def provide_reference(
-    config: RunConfig, trainer: Trainer, inputs: RunInputs, say: Say, load_start: LoadStart | None = None
+    config: RunConfig, trainer: Trainer, inputs: OrderedInputs, say: Say, load_start: LoadStart | None = None
 ) -> None:
     """Let the batches of ``inputs`` have the reference that the objective reads, if it reads one. All ranks must call it.
 
@@ -69,7 +69,7 @@ def provide_reference(
 class Reference:
     """The reference of one run's inputs. ``folder``: where it is kept."""
 
-    def __init__(self, run_dir: Path, inputs: RunInputs) -> None:
+    def __init__(self, run_dir: Path, inputs: OrderedInputs) -> None:
         assert isinstance(inputs.batches, PackedExamples)
         self.folder, self._inputs, self._examples = run_dir / FOLDER, inputs, inputs.batches
         self._sets = list(self._examples.opened.values())

@@ -9,7 +9,7 @@ from qwen_moe.checkpoint.distributed import WITHOUT_WEIGHTS, load_weights, resum
 from qwen_moe.checkpoint.train_state import TrainState, read_train_state
 from qwen_moe.checkpoint.valid import newest_valid, valid_one
 from qwen_moe.config import RunConfig
-from qwen_moe.data.inputs import RunInputs
+from qwen_moe.data.inputs import OrderedInputs
 from qwen_moe.errors import UserError
 from qwen_moe.runs.identity import ON_RESUME, Difference, Rule, differences, rule_of
 from qwen_moe.sharding.model import ParallelModel
@@ -61,7 +61,7 @@ def find_start(config: RunConfig, stages: Sequence[RunConfig], say: Say, at_most
     return Start(path, state, is_branch=True)
 
 
-def restore(config: RunConfig, start: Start, trainer: Trainer, inputs: RunInputs, total: int, say: Say) -> History:
+def restore(config: RunConfig, start: Start, trainer: Trainer, inputs: OrderedInputs, total: int, say: Say) -> History:
     """Load ``start`` into the trainer of the stage ``config``; without one, the weights of `checkpoint.load_from`, or leave
     the initial values. Returns the history. ``total``: steps of the whole run."""
     path, state = start.path, start.state
@@ -126,7 +126,7 @@ def _check_settings(config: RunConfig, state: TrainState) -> list[Difference]:
     return changed
 
 
-def _check_data(state: TrainState, inputs: RunInputs, where: Path) -> None:
+def _check_data(state: TrainState, inputs: OrderedInputs, where: Path) -> None:
     if not inputs.is_of_this_data(state.data_fingerprint):
         raise UserError(
             f"{where} was trained on other data, or in another order (fingerprint {state.data_fingerprint}, now "

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from parallel.mesh import Axis
 from qwen_moe.config import RunConfig
-from qwen_moe.data.inputs import RunInputs, open_inputs, open_validation_sets
+from qwen_moe.data.inputs import OrderedInputs, RunInputs, open_inputs, open_validation_sets
 from qwen_moe.runs.recorder import Recorder
 from qwen_moe.training.step import Trainer
 
@@ -27,11 +27,12 @@ class Validation:
     ``validation_loss/NAME`` there, and, in a run of stages, the loss at each length N so far as ``validation_loss_N``."""
 
     def __init__(
-        self, stages: Sequence[RunConfig], stage: RunConfig, trainer: Trainer, inputs: RunInputs, dp: Axis
+        self, stages: Sequence[RunConfig], stage: RunConfig, trainer: Trainer, inputs: OrderedInputs, dp: Axis
     ) -> None:
         self.stage, self.trainer = stage, trainer
         opened = [open_inputs(run, dp) for run in earlier_lengths(stages, stage)]
-        self._inputs = [found for found in [*opened, inputs] if found.has_validation]
+        own = [inputs] if isinstance(inputs, RunInputs) else []  # a run that samples has no validation data
+        self._inputs = [found for found in [*opened, *own] if found.has_validation]
         self._sets = open_validation_sets(stage, dp)
         self._engines = [trainer.engine_for(found.config.data.sequence_length) for found in self._inputs]
 

@@ -15,12 +15,14 @@ from tests.curation.curations import curate, outputs, recipe, write_corpus
 pytest.importorskip("datatrove")
 pytest.importorskip("pyarrow")
 
+from qwen_moe.curation.dedup import WORK
+
 ROOT = Path(__file__).parents[2]
 # What is there when a step is under way: some of its work, and not all.
 UNDER_WAY = {
     "read": "1-read/kept/00000.jsonl",
     "filters": "2-filters/kept/00000.jsonl",
-    "deduplication": "5-deduplication/work/minhash/signatures",
+    "deduplication": f"5-deduplication/{WORK}/minhash/signatures",
     "weights": "7-weights/tokenizer",
     "prepare": "8-prepare/notes.bin",
 }
@@ -68,7 +70,7 @@ def test_a_killed_curation_ends_with_the_same_files(step: str, undisturbed: Path
     half.touch()
     assert curate(path) == 0
     assert outputs(run) == outputs(undisturbed / "run")
-    assert not list(run.glob("*/work"))
+    assert not list(run.glob(f"*/{WORK}"))
 
 
 @pytest.mark.slow

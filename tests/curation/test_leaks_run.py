@@ -47,6 +47,7 @@ WRITES = (
     ("report", "write_text"),
 )
 KEYS = ("--test-key", "question,answer")
+PREPARE = ("data", "prepare", "--train-tokenizer", "--vocab-size", "300", "--workers", "1")
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -259,17 +260,7 @@ def test_prepared_data_know_what_they_were_checked_against(corpus: Path, capsys:
     assert decontaminate(corpus, *KEYS) == 0
     tests = [f"{row['question']}\n{row['answer']}" for row in read_jsonl(corpus / "tests.jsonl")]
     asked = [tests[0].upper().replace(" ", ",  "), tests[1], "never seen", tests[2]]
-    prepare = [
-        "data",
-        "prepare",
-        "--train-tokenizer",
-        "--vocab-size",
-        "300",
-        "--workers",
-        "1",
-        "--input",
-        str(corpus / "clean"),
-    ]
+    prepare = [*PREPARE, "--input", str(corpus / "clean")]
     assert main([*prepare, "--output", str(corpus / "one")]) == 0
     assert "dropped as leaks of tests" in capsys.readouterr().err
     manifest = read_manifest(corpus / "one")
@@ -292,17 +283,7 @@ def test_data_that_are_checked_again_after_they_were_prepared(corpus: Path) -> N
     rows = read_jsonl(corpus / "tests.jsonl")
     write_jsonl(corpus / "fewer.jsonl", [rows[n] for n in (0, 1, 2, 5)])
     assert decontaminate(corpus, *KEYS, against="fewer.jsonl") == 0
-    prepare = [
-        "data",
-        "prepare",
-        "--train-tokenizer",
-        "--vocab-size",
-        "300",
-        "--workers",
-        "1",
-        "--output",
-        str(corpus / "data"),
-    ]
+    prepare = [*PREPARE, "--output", str(corpus / "data")]
     texts = [f"{row['question']} {row['answer']}" for row in rows]
     assert main([*prepare, "--input", str(corpus / "clean")]) == 0
     assert share_checked(corpus / "data", texts) == 4 / 12
@@ -322,16 +303,6 @@ def test_of_two_inputs_the_tests_count_that_both_were_checked_against(corpus: Pa
     assert decontaminate(corpus, *KEYS) == 0
     (corpus / "clean").rename(corpus / "first")
     assert decontaminate(corpus, *KEYS, against="fewer.jsonl") == 0
-    prepare = [
-        "data",
-        "prepare",
-        "--train-tokenizer",
-        "--vocab-size",
-        "300",
-        "--workers",
-        "1",
-        "--output",
-        str(corpus / "data"),
-    ]
+    prepare = [*PREPARE, "--output", str(corpus / "data")]
     assert main([*prepare, "--input", str(corpus / "first"), str(corpus / "clean")]) == 0
     assert share_checked(corpus / "data", [f"{row['question']} {row['answer']}" for row in rows]) == 5 / 12

@@ -39,7 +39,7 @@ def reference() -> list[Likelihood]:
     return found
 
 
-def equal(found: list[Likelihood], expected: list[Likelihood]) -> None:
+def assert_equal(found: list[Likelihood], expected: list[Likelihood]) -> None:
     assert [one.greedy for one in found] == [one.greedy for one in expected]
     assert [one.log_prob for one in found] == pytest.approx([one.log_prob for one in expected], rel=0, abs=1e-10)
 
@@ -60,7 +60,7 @@ def greedy_text() -> ScoredText:
 
 
 def test_likelihoods_are_those_of_transformers() -> None:
-    equal(local().likelihoods(TEXTS), reference())
+    assert_equal(local().likelihoods(TEXTS), reference())
 
 
 def test_greedy_means_that_greedy_decoding_gives_the_tokens() -> None:
@@ -73,12 +73,12 @@ def test_greedy_means_that_greedy_decoding_gives_the_tokens() -> None:
 def test_nothing_else_in_the_pass_counts(texts: list[ScoredText]) -> None:
     """Also where every token that is read is scored, so that the last layer computes all."""
     engine = local()
-    equal(engine.likelihoods(texts), [engine.likelihoods([text])[0] for text in texts])
+    assert_equal(engine.likelihoods(texts), [engine.likelihoods([text])[0] for text in texts])
 
 
 def test_logits_are_made_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwen_moe.generation.likelihood._ROWS", 3)
-    equal(local().likelihoods(TEXTS), reference())
+    assert_equal(local().likelihoods(TEXTS), reference())
 
 
 def test_passes_hold_all_texts_once() -> None:
@@ -113,4 +113,4 @@ def _in_layout(layout: Layout) -> list[Likelihood]:
 def test_layouts_find_what_one_process_finds(layout: Layout) -> None:
     expected = local().likelihoods(TEXTS)
     for found in run_distributed(_in_layout, layout.world_size, layout):
-        equal(found, expected)
+        assert_equal(found, expected)
