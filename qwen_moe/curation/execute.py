@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import multiprocess  # type: ignore[import-untyped]
-import multiprocess.connection  # type: ignore[import-untyped]
+import multiprocess
+import multiprocess.connection
 
 from launchers.folder.atomic import write_json, write_text
 from launchers.folder.run_folder import read_json

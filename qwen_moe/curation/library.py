@@ -1,23 +1,23 @@
 """What curation takes from datatrove. Import this module only where the package is needed: it is in an extra."""
 
-from datatrove.data import Document  # type: ignore[import-untyped]
-from datatrove.executor.local import LocalPipelineExecutor  # type: ignore[import-untyped]
-from datatrove.executor.slurm import SlurmPipelineExecutor  # type: ignore[import-untyped]
-from datatrove.pipeline.base import PipelineStep  # type: ignore[import-untyped]
-from datatrove.pipeline.dedup.exact_dedup import (  # type: ignore[import-untyped]
+from datatrove.data import Document
+from datatrove.executor.local import LocalPipelineExecutor
+from datatrove.executor.slurm import SlurmPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.dedup.exact_dedup import (
     ExactDedupConfig,
     ExactDedupFilter,
     ExactDedupSignature,
     ExactFindDedups,
 )
-from datatrove.pipeline.dedup.minhash import (  # type: ignore[import-untyped]
+from datatrove.pipeline.dedup.minhash import (
     MinhashConfig,
     MinhashDedupBuckets,
     MinhashDedupCluster,
     MinhashDedupFilter,
     MinhashDedupSignature,
 )
-from datatrove.pipeline.filters import (  # type: ignore[import-untyped]
+from datatrove.pipeline.filters import (
     C4ParagraphFilter,
     C4QualityFilter,
     FineWebQualityFilter,
@@ -25,13 +25,13 @@ from datatrove.pipeline.filters import (  # type: ignore[import-untyped]
     GopherRepetitionFilter,
     RegexFilter,
 )
-from datatrove.pipeline.filters.base_filter import BaseFilter  # type: ignore[import-untyped]
-from datatrove.pipeline.formatters import SymbolLinesFormatter  # type: ignore[import-untyped]
-from datatrove.pipeline.readers.base import BaseReader  # type: ignore[import-untyped]
-from datatrove.pipeline.writers.disk_base import DiskWriter  # type: ignore[import-untyped]
-from datatrove.utils.hashing import HashConfig, create_hash_func  # type: ignore[import-untyped]
-from datatrove.utils.logging import logger  # type: ignore[import-untyped]
-from datatrove.utils.word_tokenizers import WordTokenizer, load_word_tokenizer  # type: ignore[import-untyped]
+from datatrove.pipeline.filters.base_filter import BaseFilter
+from datatrove.pipeline.formatters import SymbolLinesFormatter
+from datatrove.pipeline.readers.base import BaseReader
+from datatrove.pipeline.writers.disk_base import DiskWriter
+from datatrove.utils.hashing import HashConfig, create_hash_func
+from datatrove.utils.logging import logger
+from datatrove.utils.word_tokenizers import WordTokenizer, load_word_tokenizer
 
 __all__ = [
     "BaseFilter",

@@ -5,6 +5,7 @@ import importlib.metadata
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 PYTHON_DOCS, PYTHON_PACKAGES = "python-docs", "python-packages"
@@ -19,12 +20,12 @@ def python_docs() -> Iterator[Item]:
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
-        yield f"topics/{name}", lambda name=name: topics[name]  # type: ignore[misc]
+        yield f"topics/{name}", partial(topics.__getitem__, name)
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if not {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"} & set(relative.parts):
-            yield relative.as_posix(), lambda path=path: docstrings(path)  # type: ignore[misc]
+            yield relative.as_posix(), partial(docstrings, path)
 
 
 def docstrings(path: Path) -> str:
@@ -49,11 +50,11 @@ def python_packages() -> Iterator[Item]:
         if name in met:
             continue
         met.add(name)
-        yield f"{name}/description", lambda one=one: _description(one)  # type: ignore[misc]
+        yield f"{name}/description", partial(_description, one)
         for file in sorted(one.files or (), key=str):
             path = Path(str(one.locate_file(file)))
             if path.name.lower().endswith(_ENDINGS) and ".dist-info/" not in str(file).replace("licenses/", ""):
-                yield f"{name}/{file}", lambda path=path: _text(path)  # type: ignore[misc]
+                yield f"{name}/{file}", partial(_text, path)
 
 
 def _description(one: importlib.metadata.Distribution) -> str:

@@ -114,8 +114,8 @@ def _parquet(path: Path, one: InputSection) -> Place:
     check_installed(f"input {path}", "pyarrow")
     if not path.is_file():
         raise UserError(f"input {path} does not exist: give files, folders, {PYTHON_STDLIB}, {' or '.join(ITEMS)}")
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow
+    import pyarrow.parquet
 
     try:
         schema = pyarrow.parquet.read_schema(path)

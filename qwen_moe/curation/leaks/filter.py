@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from datatrove.data import Document  # type: ignore[import-untyped, unused-ignore]
-from datatrove.pipeline.filters.base_filter import BaseFilter  # type: ignore[import-untyped, unused-ignore]
+from datatrove.data import Document
+from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from qwen_moe.curation.leaks.finder import Finder
 from qwen_moe.curation.leaks.sequences import read_sequences
@@ -12,7 +12,7 @@ from qwen_moe.curation.leaks.tokens import tokens_of
 from qwen_moe.curation.leaks.work import REASON, make_finder
 
 
-class LeakFilter(BaseFilter):  # type: ignore[misc, unused-ignore]
+class LeakFilter(BaseFilter):
     """Drops documents that are leaks of the tests of ``settings`` with the reason `leak`. Their metadata says of which test,
     under `leak`. Each process reads the tests and builds the index when its first document comes; `check` reads the tests
     before that, and raises UserError if they cannot be used."""

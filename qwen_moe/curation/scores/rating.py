@@ -1,7 +1,7 @@
 """Scores and domains by an instruct model: log-probabilities of its possible answers, of which none is sampled."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qwen_moe.checkpoint.fingerprint import fingerprint, tokenizer_fingerprint
@@ -65,10 +65,12 @@ class Rater:
     def __init__(self, settings: ScoreSettings, session: "Session") -> None:
         self._settings, self._wordings = settings, settings.wordings()
         self._asking = _Asking(settings, session)
-        ask: Callable[[str, str], Around] = lambda name, language: self._asking.prompts.around(  # noqa: E731
-            *question(self._wordings[name], language, self._asking.prompts.chat), RATINGS
-        )
-        self._questions = {(name, lang): ask(name, lang) for name, texts in self._wordings.items() for lang in texts}
+        prompts = self._asking.prompts
+        self._questions = {
+            (name, language): prompts.around(*question(texts, language, prompts.chat), RATINGS)
+            for name, texts in self._wordings.items()
+            for language in texts
+        }
         self._asking.allow(self._questions.values())
 
     def annotate(self, documents: Sequence[Doc]) -> list[dict[str, Any]]:

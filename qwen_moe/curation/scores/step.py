@@ -1,5 +1,4 @@
 """Scores as a step of a datatrove pipeline: `ScoreStep`."""
-# mypy: disable-error-code="import-untyped"
 
 import itertools
 from collections.abc import Iterator

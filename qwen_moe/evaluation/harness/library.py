@@ -3,8 +3,6 @@
 Nothing is downloaded unless asked for.
 """
 
-# mypy: disable-error-code="import-untyped"
-
 import difflib
 import logging
 import os

@@ -1,8 +1,6 @@
 """A model of ours as lm-evaluation-harness sees it. Requests become tokens exactly as in the harness's own model of
 transformers (`lm_eval.models.huggingface.HFLM`), so that numbers can be compared."""
 
-# mypy: disable-error-code="import-untyped"
-
 import dataclasses
 import functools
 import json

@@ -1,7 +1,5 @@
 """Evaluates one checkpoint: runs the harness with our model, and writes its results, its samples and the answers."""
 
-# mypy: disable-error-code="import-untyped"
-
 import argparse
 import json
 import random

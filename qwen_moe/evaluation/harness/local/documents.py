@@ -37,7 +37,7 @@ def _sources() -> tuple[str, ...]:
 
 
 def _splits(documents: list[dict[str, Any]], examples: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    from datasets import Dataset  # type: ignore[import-untyped, unused-ignore]
+    from datasets import Dataset
 
     return {"test": Dataset.from_list(documents)} | ({"train": Dataset.from_list(examples)} if examples else {})
 
