@@ -66,7 +66,7 @@ def test_what_a_model_scores(here: Path, scorer: Path, capsys: pytest.CaptureFix
         assert row["metadata"]["scores"] == pytest.approx(one["scores"], abs=1e-12)
     assert rows[0]["metadata"]["language"] == "en" and rows[0]["metadata"]["file_path"] == "docs/a.jsonl"
     said = capsys.readouterr()
-    assert "17 documents in 3 files" in said.out and "17 documents, " in said.err
+    assert "documents: 17, files: 3" in said.out and "17 documents, " in said.err
     summary = json.loads((here / "out" / "summary.json").read_text())
     quality = [row["metadata"]["scores"]["quality"] for row in rows]
     assert summary["scores"]["quality"]["mean"] == pytest.approx(sum(quality) / 17)

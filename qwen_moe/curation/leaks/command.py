@@ -112,7 +112,7 @@ def _run(args: argparse.Namespace) -> int:
     print(f"{'checked' if done else 'already checked'}: {counts['dropped']:,} of {counts['rows']:,} documents dropped")
     for name, one in found["tests"].items():
         print(
-            f"{name}: {one['leaked_sequences']:,} of {one['sequences']:,} tests found, {one['documents']:,} documents"
+            f"{name}: {one['leaked_sequences']:,} of {one['sequences']:,} tests found, documents: {one['documents']:,}"
         )
     if counts["bad"]:
         print(f"left out: {'; '.join(found['bad'])}", file=sys.stderr)

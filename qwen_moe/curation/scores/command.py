@@ -272,7 +272,7 @@ def _report(args: argparse.Namespace, store: "Store") -> None:
     if args.json:
         print(json.dumps({"output": str(store.folder)} | values))
         return
-    print(f"{store.folder}: {values['documents']:,} documents in {store.files:,} files")
+    print(f"{store.folder}: documents: {values['documents']:,}, files: {store.files:,}")
     print(described(values))
     if left_out:
         print("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()))
