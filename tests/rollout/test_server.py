@@ -27,7 +27,10 @@ SAMPLING = Sampling(max_new_tokens=6, temperature=1, top_p=1, samples=3, seed=5)
 
 
 class FakeServer(ThreadingHTTPServer):
-    """Answers both protocols. ``failures``: statuses to answer first. ``change`` edits an answer before it is sent."""
+    """Answers both protocols. ``failures``: statuses to answer first. ``busy`` says which requests get a 503.
+
+    ``change`` edits an answer before it is sent. Requests come side by side: only ``busy`` can single one out.
+    """
 
     def __init__(self, hf: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -39,6 +42,7 @@ class FakeServer(ThreadingHTTPServer):
     def reset(self) -> None:
         self.failures: list[int] = []
         self.requests: list[tuple[str, Any]] = []
+        self.busy: Any = lambda body: False
         self.wait = 0.0
         self.change: Any = lambda answer: answer
 
@@ -73,8 +77,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append((self.path, body))
-        if self.server.failures:
-            status = self.server.failures.pop(0)
+        if self.server.failures or self.server.busy(body):
+            status = self.server.failures.pop(0) if self.server.failures else 503
             if status == 0:
                 self.close_connection = True  # without an answer
                 return
@@ -291,15 +295,8 @@ def test_the_command_goes_on_after_the_server_was_down(fake: FakeServer, hf: Pat
         "--server-check",
         "0",
     ]
-    done = 0
-
-    def fails_later(answer: Any) -> Any:
-        nonlocal done
-        done += 1
-        fake.failures = [503] if done == 3 else []
-        return answer
-
-    fake.change = fails_later
+    longest = len(fake.opened.tokenizer.encode("k" * 4))
+    fake.busy = lambda body: len(body["prompt"]) == longest  # the last query, so one of the second file
     assert main(command) == 2 and "did not answer in 1 tries: status 503" in capsys.readouterr().err
     assert len(list((tmp_path / "out").glob("*-00000.jsonl"))) == 1 and not list(
         (tmp_path / "out").glob("*-00001.jsonl")
