@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen_moe.config.fields import LARGEST, LARGEST_SIZE
 from qwen_moe.evaluation.harness.command import register_tasks
-from qwen_moe.generation.command import add_checkpoint, add_chunk_size
+from qwen_moe.generation.command import add_attention, add_checkpoint, reading_of
 from qwen_moe.options import whole
 
 EXTENSIONS = ("none", "yarn", "dca", "auto", "plain")
@@ -92,8 +92,7 @@ def _add_common(
         help="at lengths that the model does not reach: YaRN, dual chunk attention (auto too), or no change, to see it fail "
         "(plain); default: %(default)s",
     )
-    add_chunk_size(parser)
-    parser.add_argument("--attention", choices=("dense", "sparse"), default="dense", help="default: %(default)s")
+    add_attention(parser)
     parser.add_argument(
         "--shard",
         type=_shard,
@@ -141,6 +140,7 @@ def _completer(args: argparse.Namespace) -> Any:
         context_extension=args.context_extension,
         chunk_size=args.chunk_size,
         attention=args.attention,
+        kept_share=args.kept_share,
     )
     return open_completer(args.checkpoint, options)
 
@@ -164,9 +164,7 @@ def _run(
         "samples": args.samples,
         "seed": args.seed,
         "dtype": args.dtype,
-        "context_extension": args.context_extension,
-        "chunk_size": args.chunk_size,
-        "attention": args.attention,
+        **reading_of(args),
     }
     evaluation = Evaluation(
         kind=kind,

@@ -43,6 +43,7 @@ class CompleterOptions:
     context_extension: "Extension" = "auto"
     chunk_size: int | None = None
     attention: "Attention" = "dense"
+    kept_share: float | None = None
 
 
 def open_completer(checkpoint: Path, options: CompleterOptions) -> Completer:
@@ -61,7 +62,10 @@ class _GeneratingCompleter:
         self._opened = Opened(checkpoint)
         self._options = options
         self._how = HowToRead(
-            extension=options.context_extension, chunk=options.chunk_size, attention=options.attention
+            extension=options.context_extension,
+            chunk=options.chunk_size,
+            attention=options.attention,
+            kept_share=options.kept_share,
         )
         self._read: dict[str, float] = {}
         directory = self._opened.weights.directory

@@ -7,6 +7,8 @@ from qwen_moe.evaluation.plan import Evaluation
 from qwen_moe.evaluation.scoring import percent
 
 RESULTS = "results.json"
+# Figures of prompts that were read sparsely, and how the table names them.
+SPARSE = {"kept": "attention kept", "kept_worst_layer": "in the worst layer", "work": "pairs against dense"}
 
 
 def results_of(evaluation: Evaluation, identity: dict[str, str], records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -39,7 +41,7 @@ def _figures(evaluation: Evaluation, records: list[dict[str, Any]]) -> dict[str,
         "seconds": round(sum(record["seconds"] for record in records), 3),
         **{
             name: round(sum(record[name] for record in records) / len(records), 4)
-            for name in ("kept", "kept_worst_layer", "work")
+            for name in SPARSE
             if all(name in record for record in records)
         },
     }
@@ -63,7 +65,9 @@ def as_text(results: dict[str, Any]) -> str:
     title = "exact matches in percent" if passkey else "scores in percent (RULER's)"
     lines = [f"{results['kind']}: {title}, {samples} {'prompt' if samples == 1 else 'prompts'} for each cell"]
     labels = [name(row) for row in rows]
-    left = max(len(label) for label in [*labels, "tokens", "mean"])
+    by_length = results["by_length"]
+    sparse = {name: label for name, label in SPARSE.items() if any(name in length for length in by_length)}
+    left = max(len(label) for label in [*labels, "tokens", "mean", *sparse.values()])
     widths = [max(len(f"{length:,}"), 6) for length in lengths]
 
     def line(label: str, cells: list[str]) -> str:
@@ -71,5 +75,9 @@ def as_text(results: dict[str, Any]) -> str:
 
     lines.append(line("tokens", [f"{length:,}" for length in lengths]))
     lines += [line(label, [f"{score:.1f}" for score in row]) for label, row in zip(labels, scores, strict=True)]
-    lines.append(line("mean", [f"{length['score']:.1f}" for length in results["by_length"]]))
+    lines.append(line("mean", [f"{length['score']:.1f}" for length in by_length]))
+    lines += [
+        line(label, [f"{length[name]:.1%}" if name in length else "" for length in by_length])
+        for name, label in sparse.items()
+    ]
     return "\n".join(lines)

@@ -65,10 +65,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="for texts longer than the model was trained on: YaRN, dual chunk attention, or the latter where needed (auto)",
     )
-    add_chunk_size(parser)
-    parser.add_argument(
-        "--attention", choices=ATTENTION, default="dense", help="sparse leaves out keys in prompts over 32,768 tokens"
-    )
+    add_attention(parser)
     add_running(parser)
 
 
@@ -94,13 +91,32 @@ def add_checkpoint(parser: argparse.ArgumentParser, required: bool = True) -> No
     )
 
 
-def add_chunk_size(parser: argparse.ArgumentParser) -> None:
+def add_attention(parser: argparse.ArgumentParser) -> None:
+    """Options of which keys of a long prompt are read, and at which distances."""
     parser.add_argument(
         "--chunk-size",
         type=whole(2, LARGEST_SIZE),
         metavar="N",
         help="tokens of a chunk of dual chunk attention; default: the length that the model was trained on",
     )
+    parser.add_argument(
+        "--attention",
+        choices=ATTENTION,
+        default="dense",
+        help="sparse leaves out keys in prompts over 32,768 tokens; default: %(default)s",
+    )
+    parser.add_argument(
+        "--kept-share",
+        type=number(above=0, most=1),
+        metavar="SHARE",
+        help="of the attention of a head's mean query, which sparse attention keeps at least; default: 0.95",
+    )
+
+
+def reading_of(args: argparse.Namespace) -> dict[str, Any]:
+    """How prompts are read, as files of answers record it."""
+    reading = {name: getattr(args, name) for name in ("context_extension", "chunk_size", "attention")}
+    return reading if args.kept_share is None else reading | {"kept_share": args.kept_share}
 
 
 def sampling_of(args: argparse.Namespace) -> "Sampling":
@@ -184,9 +200,7 @@ def _many(args: argparse.Namespace, session: Any, sampling: "Sampling") -> int:
         "prompts": digest(rows),
         "sampling": {**vars(sampling), "stop": list(sampling.stop)},
         "dtype": args.dtype,
-        "context_extension": args.context_extension,
-        "chunk_size": args.chunk_size,
-        "attention": args.attention,
+        **reading_of(args),
     }
     answers = Answers(args.output, settings, writes=session.reports)
     todo = session.agree([index for index in range(len(rows)) if index not in answers.done])

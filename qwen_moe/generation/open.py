@@ -26,12 +26,20 @@ KEPT_SHARE = 0.95  # of attention, by sparse prefill
 @dataclass(frozen=True, kw_only=True)
 class HowToRead:
     """How prompts are read. ``chunk``: of dual chunk attention, by default the trained length. ``attention`` sparse leaves
-    out keys in long prompts (`qwen_moe.models.attention.sparse`)."""
+    out keys in long prompts (`qwen_moe.models.attention.sparse`) and keeps ``kept_share``, by default `KEPT_SHARE`. Raises
+    UserError for a share with dense attention."""
 
     extension: Extension = "none"
     chunk: int | None = None
     attention: Attention = "dense"
+    kept_share: float | None = None
     limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if self.kept_share is not None and self.attention == "dense":
+            raise UserError(
+                f"--kept-share {self.kept_share:g} is for sparse attention: add --attention sparse, or leave it out"
+            )
 
 
 class Opened:
@@ -83,7 +91,8 @@ class Opened:
         if how.attention == "dense":
             return None
         published = read_sparse(self.weights.directory, self.config)
-        return replace(published, kept_share=KEPT_SHARE) if published is not None else SparseSettings()
+        share = how.kept_share or KEPT_SHARE
+        return replace(published or SparseSettings(), kept_share=share)
 
 
 def on_one_device(dtype: str | None = None, device: str | None = None) -> Callable[[Weights], Runner]:

@@ -44,6 +44,7 @@ class Session:
             extension=args.context_extension,
             chunk=args.chunk_size,
             attention=args.attention,
+            kept_share=args.kept_share,
             limits=Limits(sequences=args.batch_size),
         )
         self._asked_dtype, self._rank, self._grids = args.dtype, 0, None

@@ -11,6 +11,7 @@ from qwen_moe.checkpoint.fingerprint import fingerprint, tokenizer_fingerprint
 from qwen_moe.data.output import alone
 from qwen_moe.data.tokenizer import copy_tokenizer
 from qwen_moe.errors import UserError
+from qwen_moe.generation.command import reading_of
 from qwen_moe.generation.sampling import Sampling
 from qwen_moe.generation.session import Session
 from qwen_moe.generation.text import answer_text
@@ -78,7 +79,7 @@ def _numbers(args: argparse.Namespace, queries: list[Query], index: int) -> rang
 def _settings(args: argparse.Namespace, session: Session, sampling: Sampling, queries: list[Query]) -> dict[str, Any]:
     """What decides the samples, to the last bit of a log-probability."""
     directory = session.opened.weights.directory
-    names = ("dtype", "context_extension", "chunk_size", "attention", "batch_size", "tp", "ep", "pp")
+    names = ("dtype", "batch_size", "tp", "ep", "pp")
     return {
         "model": fingerprint(directory),
         "tokenizer": tokenizer_fingerprint(tokenizer_folder(directory)),
@@ -88,6 +89,7 @@ def _settings(args: argparse.Namespace, session: Session, sampling: Sampling, qu
         **vars(sampling),
         "stop": list(sampling.stop),
         **{name: getattr(args, name) for name in names},
+        **reading_of(args),
         "server": None if args.server is None else f"{args.server_kind}: {args.model}",
     }
 

@@ -15,6 +15,7 @@ from qwen_moe.cli import main
 from qwen_moe.evaluation import command as command_module
 from qwen_moe.evaluation.model import CompleterOptions, open_completer
 from qwen_moe.evaluation.picture import draw
+from qwen_moe.generation.open import HowToRead, Opened, on_one_device
 from qwen_moe.generation.sampling import Sampling
 from qwen_moe.generation.text import generate_text
 from tests.evaluation.solver import Solver, misses_depths
@@ -192,6 +193,20 @@ def test_lengths_beyond_the_models_reach(extension: str, hf: Path) -> None:
     completer.complete([[1] * 100, [2] * 4200], 3, answers.__setitem__)
     assert answers.keys() == {0, 1} and all(len(tokens) <= 3 for tokens in answers.values())
     assert completer.reach is None and completer.reading() == {}  # too short to leave keys out
+
+
+def test_the_share_of_attention_to_keep_is_part_of_the_question(
+    hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", "passkey", "--checkpoint", str(hf), "--lengths", "500", "--depths", "1", "--kept-share", "0.5"]
+    command += ["--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "--kept-share 0.5 is for sparse attention: add --attention sparse" in capsys.readouterr().err
+    assert main([*command, "--attention", "sparse"]) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["asked"]["kept_share"] == 0.5
+    how = HowToRead(attention="sparse", kept_share=0.5)
+    engine = Opened(hf).engine(how, 10, on_one_device("fp32", "cpu"))
+    assert engine._sparse is not None and engine._sparse.settings.kept_share == 0.5
 
 
 def test_results_without_a_picture(

@@ -89,6 +89,21 @@ def test_missed_depths_show(tokenizer: Any, tmp_path: Path) -> None:
     ]
 
 
+def test_the_table_says_what_sparse_attention_kept(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solver = Solver(tokenizer)
+    longest = {"kept": 0.25, "kept_worst_layer": 0.125, "work": 0.0625}
+    monkeypatch.setattr(solver, "reading", lambda: longest if solver.batches[-1][0][-1] > 400 else {})
+    results = run_evaluation(passkeys(solver, lengths=(300, 600)), solver, tmp_path)
+    assert results is not None and as_text(results).splitlines()[-4:] == [
+        "mean                  100.0   100.0",
+        "attention kept                25.0%",
+        "in the worst layer            12.5%",
+        "pairs against dense            6.2%",
+    ]
+
+
 def test_all_offline_tasks_of_ruler(tokenizer: Any, tmp_path: Path) -> None:
     solver = Solver(tokenizer, misses=lambda text: "coded text" in text)
     tasks = ruler_tasks(OFFLINE, read_essay(None), {}, 3)

@@ -10,6 +10,7 @@ from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
 from qwen_moe.generation.engine import Engine, Limits
 from qwen_moe.generation.extension import _local, extended
+from qwen_moe.generation.open import KEPT_SHARE, HowToRead
 from qwen_moe.generation.runner import LocalRunner
 from qwen_moe.generation.sampling import Sampling
 from qwen_moe.models.attention.sparse import SparseSettings
@@ -68,6 +69,24 @@ def test_sparse_prefill_that_keeps_everything_is_dense() -> None:
         )
     assert engine.record is not None and engine.record.layers.keys() == {0}  # the last layer reads one query a prompt
     assert sum(layer.sparse_heads + layer.dense_heads for layer in engine.record.layers.values()) > 0
+
+
+def test_the_kept_share_that_was_asked_for() -> None:
+    """A little of it lets budgets stay small; without a number it is that of `SparseSettings`."""
+    assert KEPT_SHARE == SparseSettings().kept_share
+    with pytest.raises(UserError, match=r"--kept-share 0.5 is for sparse attention: add --attention sparse"):
+        HowToRead(kept_share=0.5)
+    model = draw_weights(config(), 4).eval()
+    longer, sampling = extended(config(), "dca", 2100), Sampling(max_new_tokens=1, temperature=0)
+    prompt = [n % 50 for n in range(2048)]
+    work = []
+    for share in (0.01, 0.99):
+        sparse = SparseSettings(kept_share=share, threshold=40, choosing=4, rows=16)
+        engine = Engine(LocalRunner(model), longer, sparse=sparse)
+        engine.generate([prompt], sampling)
+        assert engine.record is not None
+        work.append(engine.record.work)
+    assert work[0] < 0.5 < work[1]
 
 
 def test_auto_extends_only_what_does_not_reach() -> None:

@@ -59,7 +59,7 @@ def register(subparsers: Any) -> None:
     _add_training(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     # Prompts are short: documents are shortened to fit.
-    parser.set_defaults(func=_run, context_extension="none", chunk_size=None, attention="dense")
+    parser.set_defaults(func=_run, context_extension="none", chunk_size=None, attention="dense", kept_share=None)
 
 
 def _shard(text: str) -> tuple[int, int]:

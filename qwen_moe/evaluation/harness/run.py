@@ -25,6 +25,7 @@ from qwen_moe.evaluation.harness.library import Library, configure, texts_of
 from qwen_moe.evaluation.harness.model import HarnessModel
 from qwen_moe.evaluation.harness.results import file_name, results_file, task_record, write_results, write_samples
 from qwen_moe.evaluation.harness.work import Work, serve
+from qwen_moe.generation.command import reading_of
 from qwen_moe.generation.session import Session
 from qwen_moe.generation.tokenizer import tokenizer_folder
 from qwen_moe.runs.records import RESOLVED
@@ -88,9 +89,7 @@ def identity_of(args: argparse.Namespace, session: Session, longest: int) -> dic
         "tokenizer": tokenizer_fingerprint(tokenizer_folder(weights.directory)),
         "dtype": str(dtype).removeprefix("torch."),
         "max_length": longest,
-        "context_extension": args.context_extension,
-        "chunk_size": args.chunk_size,
-        "attention": args.attention,
+        **reading_of(args),
     }
 
 
