@@ -81,11 +81,18 @@ def describe_stages(config: RunConfig) -> list[dict[str, Any]]:
     return found
 
 
+def _amount(value: float, digits: int, large: str, small: str) -> str:
+    """``value`` in billions, or below a tenth of one in millions: `0.536 M` of parameters, not `0.001 B`."""
+    scale, unit = (1e9, large) if value >= 1e8 else (1e6, small)
+    return f"{value / scale:.{digits}f} {unit}"
+
+
 def _text(name: str, facts: dict[str, Any]) -> str:
     model, counts, size = facts["model"], facts["parameters"], facts["training_bytes"]
     lines = [f"{name} ({model['family']})"]
     shape = [f"{model['num_hidden_layers']} layers of {model['hidden_size']}", f"{model['num_attention_heads']} heads"]
-    shape.append(f"{model['num_key_value_heads']} KV heads of {model['head_dim']}")
+    kv_heads = model["num_key_value_heads"]
+    shape.append(f"{kv_heads} KV head{'' if kv_heads == 1 else 's'} of {model['head_dim']}")
     if model["num_experts"]:
         shape.append(
             f"{model['num_experts_per_tok']} of {model['num_experts']} experts of {model['moe_intermediate_size']}"
@@ -95,17 +102,13 @@ def _text(name: str, facts: dict[str, Any]) -> str:
     lines.append("  " + ", ".join(shape) + f", vocabulary {model['vocab_size']:,}")
     if model["criteria"]:
         lines.append(f"  a reward model, which scores by {', '.join(model['criteria'])}")
-    lines.append(
-        f"  parameters        {counts['total'] / 1e9:10.3f} B total, {counts['activated'] / 1e9:.3f} B activated"
-    )
-    lines.append(
-        f"    non-vocabulary  {counts['non_vocabulary_total'] / 1e9:10.3f} B total, "
-        f"{counts['non_vocabulary_activated'] / 1e9:.3f} B activated"
-    )
+    for label, kind in (("parameters", ""), ("  non-vocabulary", "non_vocabulary_")):
+        total, activated = (_amount(counts[kind + name], 3, "B", "M") for name in ("total", "activated"))
+        lines.append(f"  {label:18s}{total:>12s} total, {activated} activated")
     forward = facts["forward_flops_per_token"]
     lines.append(
-        f"  FLOPs per token   {facts['training_flops_per_token'] / 1e9:10.3f} G in training, {forward['total'] / 1e9:.3f} G "
-        f"forward (sequences of {facts['sequence_length']}, causal)"
+        f"  FLOPs per token   {_amount(facts['training_flops_per_token'], 3, 'G', 'M'):>12s} in training, "
+        f"{_amount(forward['total'], 3, 'G', 'M')} forward (sequences of {facts['sequence_length']}, causal)"
     )
     for part, value in forward.items():
         if part != "total" and value:
@@ -114,11 +117,11 @@ def _text(name: str, facts: dict[str, Any]) -> str:
         lines.append(
             f"  stage             {stage['name']}: {stage['steps']:,} steps, {stage['tokens']:,} tokens in sequences of "
             f"{stage['sequence_length']:,}, RoPE base {stage['rope_theta']:g}, "
-            f"{stage['training_flops_per_token'] / 1e9:.3f} G FLOPs per token, {stage['share_of_flops']:.0%} of all"
+            f"{_amount(stage['training_flops_per_token'], 3, 'G', 'M')}FLOPs per token, {stage['share_of_flops']:.0%} of all"
         )
     lines.append(f"  bytes, one process, compute {size['compute']}, master {size['master']}, activations not counted")
     for part in ("weights", "master_weights", "gradients", "optimizer"):
-        lines.append(f"    {part.replace('_', ' '):22s}{size[part] / 1e9:10.2f} GB")
+        lines.append(f"    {part.replace('_', ' '):22s}{_amount(size[part], 2, 'GB', 'MB'):>13s}")
     return "\n".join(lines)
 
 
