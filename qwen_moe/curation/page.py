@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launchers.duration import span
 from launchers.folder.atomic import write_json, write_text
 from qwen_moe.curation.documents import KEPT
 from qwen_moe.packages import missing_text
-from qwen_moe.workflow.cost import span
 
 if TYPE_CHECKING:
     from qwen_moe.curation.step import Context

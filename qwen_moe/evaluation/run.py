@@ -1,10 +1,12 @@
 """Runs an evaluation: completes the prompts that have no answer yet, and makes the results once all have one."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from launchers.duration import span
 from launchers.folder.atomic import write_json
 from qwen_moe.evaluation.answers import AnswerFile, claim_folder, read_all
 from qwen_moe.evaluation.model import Completer
@@ -12,6 +14,8 @@ from qwen_moe.evaluation.plan import Evaluation, Item, check
 from qwen_moe.evaluation.results import RESULTS, results_of
 from qwen_moe.evaluation.scoring import clean
 
+# The user is told how long the prompts of a length may take, if it is longer than this.
+_LONG_SECONDS = 600
 # Prompts are completed together up to this many tokens; longer ones are completed one by one.
 BATCH_TOKENS = 32768
 
@@ -52,13 +56,34 @@ def _complete(
 ) -> None:
     from tqdm import tqdm
 
+    before: tuple[int, float] | None = None  # the length of the batch before, and seconds for each of its prompts
     with tqdm(total=len(items), desc="prompts", unit="prompt", disable=not progress or not items) as bar:
         for batch in _batches(evaluation, items):
-            bar.set_postfix_str(f"{batch[0].task}, {batch[0].length:,} tokens")
+            length, begin = batch[0].length, time.perf_counter()
+            bar.set_postfix_str(f"{batch[0].task}, {length:,} tokens")
+            if before is not None and before[0] < length and evaluation.asked.get("attention") == "dense":
+                left = sum(item.length == length for item in items)
+                note = _note_of_time(before, length, left)
+                if progress and note:
+                    bar.write(note, sys.stderr)
             recorder = _Recorder(evaluation, batch, completer, file, bar.update)
             new_tokens = evaluation.tasks[batch[0].task].new_tokens
             completer.complete([tokens for tokens, _ in recorder.prompts], new_tokens, recorder.done)
             assert recorder.count == len(batch), f"{recorder.count} of {len(batch)} prompts were completed"
+            before = length, (time.perf_counter() - begin) / len(batch)
+
+
+def _note_of_time(before: tuple[int, float], length: int, prompts: int) -> str:
+    """What the user should know before ``prompts`` of ``length`` tokens are read, from the time of shorter ones: attention
+    takes at most the square of the length. Empty if they do not take long."""
+    shorter, seconds = before
+    each = seconds * (length / shorter) ** 2
+    if each * prompts < _LONG_SECONDS:
+        return ""
+    return (
+        f"{prompts} prompts of {length:,} tokens may take {span(each)} each: one of {shorter:,} takes {span(seconds)}, "
+        "and attention grows with the square of the length. Each answer is kept. --attention sparse does less work"
+    )
 
 
 class _Recorder:

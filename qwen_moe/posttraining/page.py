@@ -4,11 +4,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from launchers.duration import span
 from launchers.folder.atomic import write_text
 from qwen_moe.packages import missing_text
 from qwen_moe.posttraining.figures import rewards_by_step
 from qwen_moe.posttraining.steps import MEASURE, Context, steps_of
-from qwen_moe.workflow.cost import span
 
 PAGE, PICTURE = "post-training.md", "post-training.png"
 TITLES = {

@@ -2,19 +2,13 @@
 
 from pathlib import Path
 
+from launchers.duration import span
 from launchers.folder.run_folder import last_metrics
 from qwen_moe.launch.folder import is_complete, open_folder
 from qwen_moe.models.flops import training_flops
 
 START_SECONDS = 10.0  # a process's time before its first step and after its last
 UTILISATION = 0.1  # the share of the matmul speed that small models reach on a CPU
-
-
-def span(seconds: float) -> str:
-    """Human-readable duration."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def ladder_cost(folder: Path, parallel: int, slurm: bool) -> list[str]:

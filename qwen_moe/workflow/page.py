@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from launchers.duration import span
 from launchers.folder.atomic import write_text
-from qwen_moe.workflow.cost import span
 from qwen_moe.workflow.steps import FIT, RECIPE, SCRIPT, STEPS, Context
 
 PAGE = "pipeline.md"

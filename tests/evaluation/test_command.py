@@ -198,7 +198,18 @@ def test_lengths_beyond_the_models_reach(extension: str, hf: Path) -> None:
 def test_the_share_of_attention_to_keep_is_part_of_the_question(
     hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["evaluate", "passkey", "--checkpoint", str(hf), "--lengths", "500", "--depths", "1", "--kept-share", "0.5"]
+    command = [
+        "evaluate",
+        "passkey",
+        "--checkpoint",
+        str(hf),
+        "--lengths",
+        "500",
+        "--depths",
+        "1",
+        "--kept-share",
+        "0.5",
+    ]
     command += ["--output", str(tmp_path / "out")]
     assert main(command) == 2
     assert "--kept-share 0.5 is for sparse attention: add --attention sparse" in capsys.readouterr().err

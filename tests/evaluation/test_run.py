@@ -104,6 +104,18 @@ def test_the_table_says_what_sparse_attention_kept(
     ]
 
 
+def test_it_says_so_before_prompts_that_may_take_long(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 10**6, 30))  # every look at it is 30 seconds after the one before
+    monkeypatch.setattr(run_module.time, "perf_counter", lambda: float(next(clock)))
+    solver = Solver(tokenizer)
+    evaluation = passkeys(solver, lengths=(200, 2000))
+    evaluation.asked["attention"] = "dense"
+    run_evaluation(evaluation, solver, tmp_path, progress=True)
+    assert "5 prompts of 2,000 tokens may take 70 min each: one of 200 takes 42 s, and" in capsys.readouterr().err
+
+
 def test_all_offline_tasks_of_ruler(tokenizer: Any, tmp_path: Path) -> None:
     solver = Solver(tokenizer, misses=lambda text: "coded text" in text)
     tasks = ruler_tasks(OFFLINE, read_essay(None), {}, 3)

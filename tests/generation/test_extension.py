@@ -73,7 +73,7 @@ def test_sparse_prefill_that_keeps_everything_is_dense() -> None:
 
 def test_the_kept_share_that_was_asked_for() -> None:
     """A little of it lets budgets stay small; without a number it is that of `SparseSettings`."""
-    assert KEPT_SHARE == SparseSettings().kept_share
+    assert SparseSettings().kept_share == KEPT_SHARE
     with pytest.raises(UserError, match=r"--kept-share 0.5 is for sparse attention: add --attention sparse"):
         HowToRead(kept_share=0.5)
     model = draw_weights(config(), 4).eval()
