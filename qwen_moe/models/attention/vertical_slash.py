@@ -35,14 +35,23 @@ def row_scores(turned: Sequence[Turned], rows: torch.Tensor, keys: torch.Tensor,
     query. ``turned``: of one head."""
     wide = accumulation_dtype(keys.dtype)
     scores = torch.empty(len(rows), len(keys), dtype=wide, device=keys.device)
+
+    def include(q: torch.Tensor, first: int, begin: int, end: int) -> None:
+        torch.mm(q * scale, keys[begin:end].to(wide).T, out=scores[first : first + len(q), begin:end])
+
+    # The first zones of all parts begin with the first key and hold nearly all keys: one product reads these once. What it
+    # says of keys after a row's first zone is overwritten.
+    firsts, rest = [], []
     for part in turned:
         of_part = torch.nonzero((rows >= part.begin) & (rows < part.end)).flatten()
-        if not len(of_part):
-            continue
-        first, last = int(of_part[0]), int(of_part[-1]) + 1
-        for zone in part.zones:
-            q = zone.q[0, rows[first:last] - part.begin, 0].to(wide) * scale
-            torch.mm(q, keys[zone.begin : zone.end].to(wide).T, out=scores[first:last, zone.begin : zone.end])
+        if len(of_part):
+            first, last = int(of_part[0]), int(of_part[-1]) + 1
+            queries = [zone.q[0, rows[first:last] - part.begin, 0].to(wide) for zone in part.zones]
+            firsts.append((queries[0], part.zones[0].end))
+            rest += [(q, first, zone.begin, zone.end) for q, zone in zip(queries[1:], part.zones[1:], strict=True)]
+    include(torch.cat([q for q, _ in firsts]), 0, 0, max(end for _, end in firsts))
+    for later in rest:
+        include(*later)
     for number, row in enumerate(rows.tolist()):
         scores[number, row + 1 :] = float("-inf")
     return scores
