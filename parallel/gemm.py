@@ -4,6 +4,8 @@ On such a CPU torch multiplies bfloat16 and float16 matrices with plain loops, a
 (pytorch #146508). Here the operands are widened to float32 and the result is rounded to the operands' dtype: the
 operands and the rounding of the result are the same, and sums are in float32. Where the instructions exist, and on every
 other device, `widen` returns its argument and nothing changes.
+
+Half-precision products of few rows without gradients, as generation has them, are turned around (`times`).
 """
 
 import functools
@@ -16,6 +18,8 @@ from torch import nn
 
 # Values of oneDNN's ONEDNN_MAX_CPU_ISA under which it emulates bfloat16 with AVX-512 conversions.
 _EMULATED = ("AVX512_CORE", "AVX512_CORE_VNNI")
+# Rows up to which a half-precision product is faster the other way around: 1.3 to 1.7 times on a CPU with AMX.
+_FEW = 64
 
 
 @functools.cache
@@ -96,17 +100,46 @@ class _Linears(torch.autograd.Function):
         return dx, *parameter_gradients
 
 
+def times(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x [N, A]`` times ``weight [O, A]`` transposed, plus ``bias [O]``: ``[N, O]``. Without gradients, for few rows N on a
+    CPU.
+
+    oneDNN rearranges the second operand before it multiplies. For few rows of half precision that takes longer than the
+    product, so the second operand is then the small one. One row is a matrix-vector product, which rearranges nothing.
+    """
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        return F.linear(x, weight, bias)
+    if len(x) == 1:
+        row = x[0]
+        return (torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)).unsqueeze(0)
+    y = torch.mm(weight, x.T) if bias is None else torch.addmm(bias.unsqueeze(1), weight, x.T)
+    return y.T.contiguous()
+
+
+def _few_rows(x: torch.Tensor) -> bool:
+    """Whether `times` is faster for products of ``x``."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    few = 0 < x.numel() <= _FEW * x.shape[-1]
+    return few and x.device.type == "cpu" and type(x) is torch.Tensor and not widens(x)
+
+
 def linears(x: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """``x [..., A] -> [..., O_i]`` for each pair ``weight [O_i, A]``, ``bias [O_i]`` (or None) of ``parameters``.
 
     Differentiable; saves ``x`` and the weights in their own dtypes.
     """
+    if _few_rows(x):
+        rows, pairs = x.flatten(0, -2), zip(parameters[::2], parameters[1::2], strict=True)
+        return tuple(times(rows, w, bias).view(*x.shape[:-1], len(w)) for w, bias in pairs if w is not None)
     return _Linears.apply(x, *parameters)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`torch.nn.functional.linear`, widened where the CPU has no instructions for the operands' dtype."""
-    return linears(x, weight, bias)[0] if widens(x) else F.linear(x, weight, bias)
+    if widens(x) or _few_rows(x):
+        return linears(x, weight, bias)[0]
+    return F.linear(x, weight, bias)
 
 
 def description(dtype: torch.dtype) -> str:

@@ -75,6 +75,33 @@ def test_widened_linears_are_float64_rounded_with_their_gradients(
 
 
 @pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("rows", [1, 3, 64, 65])
+def test_products_of_few_rows_without_gradients_are_float64_rounded(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int
+) -> None:
+    """Turned around or not: the same products, also of experts."""
+    monkeypatch.setattr(gemm, "has_hardware", lambda dtype: True)
+    turned, original = [], gemm.times
+    monkeypatch.setattr(gemm, "times", lambda x, *rest: turned.append(len(x)) or original(x, *rest))
+    x, layers = draw(1, rows, 48, dtype=dtype), [Linear(48, 200, bias=bias) for bias in (True, False)]
+    for seed, layer in enumerate(layers):
+        layer.weight = torch.nn.Parameter(draw(200, 48, dtype=dtype, seed=seed + 1))
+    layers[0].bias = torch.nn.Parameter(draw(200, dtype=dtype, seed=9))
+    with torch.no_grad():
+        outputs = project(x, *layers)
+        one = layers[0](x)
+        experts = grouped_mm(x[0], draw(2, 200, 48, dtype=dtype, seed=4), torch.tensor([rows - rows // 2, rows // 2]))
+    assert turned == ([rows] * 3 if rows <= 64 else [])
+    assert torch.equal(one, outputs[0]) and one.is_contiguous()
+    exact = [x.double() @ layer.weight.double().T for layer in layers]
+    assert_rounded_once(outputs[0], exact[0] + layers[0].bias.double())
+    assert_rounded_once(outputs[1], exact[1])
+    weight = draw(2, 200, 48, dtype=dtype, seed=4).double()
+    parts = x[0].double().split([rows - rows // 2, rows // 2])
+    assert_rounded_once(experts, torch.cat([part @ w.T for part, w in zip(parts, weight, strict=True)]))
+
+
+@pytest.mark.parametrize("dtype", HALF)
 def test_widened_expert_products_are_float64_rounded_with_their_gradients(
     no_hardware: None, dtype: torch.dtype
 ) -> None:

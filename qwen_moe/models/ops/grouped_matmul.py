@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from parallel.gemm import linear, widen, widens
+from parallel.gemm import linear, times, widen, widens
 
 FEW = 256  # rows in all, when tokens are generated
 GroupedMM = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -46,7 +46,7 @@ def _few_rows_times(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor)
         if wide and rows.stop - rows.start > 1:
             out[rows] = widen(x[rows]) @ widen(weight[expert]).T
         else:  # one row: torch's matrix-vector kernel sums in float32 on every CPU
-            torch.mm(x[rows], weight[expert].T, out=out[rows])
+            out[rows] = times(x[rows], weight[expert])
     return out
 
 
