@@ -13,7 +13,7 @@ from qwen_moe.config.fields import GivenPath, Section, Seed, whole_number
 from qwen_moe.config.model import ModelConfig
 from qwen_moe.config.objective import ObjectiveConfig
 from qwen_moe.config.precision import PrecisionConfig
-from qwen_moe.config.rollout import RolloutConfig
+from qwen_moe.config.rollout import RolloutConfig, check_samples
 from qwen_moe.config.stages import Place, StageConfig, places_of, values_of_stages
 from qwen_moe.config.system import CheckpointConfig, LaunchConfig, LoggingConfig, ParallelConfig
 from qwen_moe.config.training import BalanceConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
@@ -127,7 +127,7 @@ class RunConfig(Section):
         """Raise ValueError unless the data and the length are of the kind that the objective learns from."""
         data, training, kind = self.data, self.training, self.objective.kind
         if self.rollout is not None:
-            self._check_samples()
+            check_samples(self)
         elif not data.train and data.prepare is None:
             raise ValueError(
                 "data: there is nothing to read: give data.train (prefixes of .bin/.idx files) or data.prepare"
@@ -164,33 +164,6 @@ class RunConfig(Section):
             given["checkpoint.branch_from"] = compared and self.checkpoint.branch_from is not None
         if named := [name for name, value in given.items() if value]:
             raise ValueError(f"{named[0]} {why}: leave it out")
-
-    def _check_samples(self) -> None:
-        if self.objective.reads != "samples":
-            raise ValueError(
-                f"the section rollout is for objective.kind grpo, and objective.kind is {self.objective.kind}: leave it out"
-            )
-        given = {
-            "data.train": self.data.train,
-            "data.prepare": self.data.prepare,
-            "data.validation": self.data.validation,
-            "data.validation_sets": self.data.validation_sets,
-            "training.epochs": self.training.epochs,
-        }
-        if named := [name for name, value in given.items() if value]:
-            raise ValueError(f"{named[0]} is not read by objective.kind {self.objective.kind}: leave it out")
-        if self.data.tokenizer is None:
-            raise ValueError("data.tokenizer is missing: sampled answers are read and rewarded as text")
-        if self.precision.compute == "fp8":
-            raise ValueError(
-                "objective.kind grpo samples from the model that it trains, in bf16 or wider: set "
-                "precision.compute to bf16"
-            )
-        if self.parallel.pp > 1 and self.parallel.schedule != "1f1b":
-            raise ValueError(
-                f"parallel.schedule {self.parallel.schedule} gives a process several stages, from which objective.kind grpo "
-                "cannot sample: set it to 1f1b"
-            )
 
     def _check_tokens(self) -> None:
         training = self.training
