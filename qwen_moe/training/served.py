@@ -98,7 +98,7 @@ class ServedSampler:
         if weights == self._weights:
             return
         begin = time.perf_counter()
-        directory = self.folder / f"weights_{weights[:16]}"
+        directory = self.folder / f"weights_{weights}"
         if not same_on_all_ranks(directory.is_dir):
             dtype = DTYPES[self.trainer.config.precision.compute]
             export_sharded(self.trainer.model, directory, dtype, self._tokenizer, self._group)
