@@ -149,19 +149,9 @@ def check_samples(config: "RunConfig") -> None:
         raise ValueError("data.tokenizer is missing: sampled answers are read and rewarded as text")
     if config.rollout.server is not None:
         _check_server(config)
-    else:
-        _check_own_sampling(config)
-
-
-def _check_own_sampling(config: "RunConfig") -> None:
-    if config.precision.compute == "fp8":
+    elif config.precision.compute == "fp8":
         raise ValueError(
             "objective.kind grpo samples from the model that it trains, in bf16 or wider: set precision.compute to bf16"
-        )
-    if config.parallel.pp > 1 and config.parallel.schedule != "1f1b":
-        raise ValueError(
-            f"parallel.schedule {config.parallel.schedule} gives a process several stages, from which objective.kind grpo "
-            "cannot sample: set it to 1f1b"
         )
 
 

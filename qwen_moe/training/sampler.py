@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from parallel.sequence import Batch
+from parallel.stages import ranks_of_stages
 from qwen_moe.config import RunConfig
 from qwen_moe.data.ranks import same_on_all_ranks
 from qwen_moe.data.samples import IGNORE
@@ -38,6 +39,11 @@ class PolicySampler:
         """The numbers of those of ``count`` prompts that this data-parallel group samples for."""
         dp = self.trainer.grids.dp
         return range(dp.index, count, dp.size)
+
+    def _holders(self) -> list[int] | None:
+        pp = self.trainer.grids.pp.size
+        schedule, per_rank = self.trainer.config.parallel.schedule, self.trainer.layout.per_rank
+        return None if pp == 1 else ranks_of_stages(schedule, pp, per_rank)
 
     def sample_episode(
         self, files: EpisodeFiles, queries: Sequence[tuple[int, Query]], sampling: Sampling, weights: str
@@ -77,7 +83,7 @@ class PolicySampler:
             part.eval()
         _gather(trainer.model)
         try:
-            runner = ShardedRunner(trainer.model, trainer.grids, trainer.device)
+            runner = ShardedRunner(trainer.model, trainer.grids, trainer.device, self._holders())
             engine = Engine(runner, trainer.config.model, end_tokens=self._ends, text=self._text, limits=self._limits)
             return engine.generate(prompts, sampling, numbers=numbers, routing=routing, progress=progress)
         finally:
