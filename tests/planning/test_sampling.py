@@ -74,7 +74,7 @@ def test_the_cache_is_what_the_sampler_allocates() -> None:
 
     def count(read: int, drawn: int) -> None:
         # What the batch holds is only reachable by its frame: count all stores that are alive.
-        stores = [one for one in gc.get_objects() if isinstance(one, _Store)]
+        stores = [one for one in gc.get_objects() if type(one) is _Store]
         held.append(sum(x.numel() for store in stores for pair in store.layers.values() for x in pair))
 
     engine = Engine(LocalRunner(model), config.model, limits=Limits(sequences=12))
