@@ -158,9 +158,9 @@ class RunConfig(Section):
             weighted = any(one.weight != 1 for one in data.train)
             given["data.train's passes beside weights"] = weighted and any(one.passes > 1 for one in data.train)
             why = f"is for text, and objective.kind {kind} reads {NAMES[self.objective.reads]}"
-            compared = self.objective.kind in ("dpo", "grpo")  # with the model that the run begins from
+            compared = kind in ("dpo", "grpo")  # with the model that the run begins from
             given["data.validation_sets"] = compared and self.data.validation_sets
-            given["stages"] = compared and self.stages
+            given["stages"] = self.objective.reads == "samples" and self.stages
             given["checkpoint.branch_from"] = compared and self.checkpoint.branch_from is not None
         if named := [name for name, value in given.items() if value]:
             raise ValueError(f"{named[0]} {why}: leave it out")
@@ -335,6 +335,12 @@ def _check_stages(config: RunConfig) -> None:
                 f"schedule.warmup_tokens {warmup}: give it more tokens, or a schedule of its own with a shorter warm-up"
             )
     _check_growth(runs)
+    bases = list(dict.fromkeys(run.model.rope_theta for run in runs))
+    if config.objective.kind == "dpo" and len(bases) > 1:
+        raise ValueError(
+            f"stages have model.rope_theta {bases[0]:g} and {bases[1]:g}, and objective.kind dpo compares with the model "
+            "that the run begins from, which has one: leave it out of the stages"
+        )
 
 
 def _check_growth(runs: Sequence[RunConfig]) -> None:

@@ -261,6 +261,13 @@ def test_damaged_samples_are_made_again_or_refused(tokenizer: Path, tmp_path: Pa
     assert [one["weights"] for one in again] == [one["weights"] for one in expected]
 
 
+def test_stages_of_episodes_are_refused(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"stages is for text, and objective\.kind grpo reads its own samples: leave it out"
+    ):
+        parse_config(values(tokenizer, tmp_path) | {"stages": [{"name": "a", "tokens": 1536}]}, "test")
+
+
 def refusal(recipe: dict[str, Any]) -> str:
     path = Path(recipe["run_dir"]).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from qwen_moe.training.served_answers import ServedAnswers, answered_by
 from tests.distributed import run_distributed
 from tests.models.hf_reference import draw_weights
 from tests.rollout.fake_server import FakeServer, serving
-from tests.small import small_model
+from tests.small import model_values, small_model
 from tests.training.test_episodes import LENGTH, TIMED, command, learn, records, run_to_end, values
 
 
@@ -97,6 +98,33 @@ def test_a_server_gives_what_the_run_would_sample_itself(
     assert len(server.loaded) == 2 and server.loaded[1].name == f"weights_{everywhere[0][0]['weights']}"
     config = json.loads((server.loaded[1] / "generation_config.json").read_text())
     assert config["eos_token_id"][0] == read_tokenizer(tokenizer).convert_tokens_to_ids("<|im_end|>")
+
+
+def test_a_run_that_cannot_sample_itself_learns_from_a_server(
+    server: FakeServer, tokenizer: Path, tmp_path: Path
+) -> None:
+    """In FP8, with two stages of the pipeline on each rank: the server has the weights in bf16."""
+    wide = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    }
+    model = model_values("qwen2_moe", vocab_size=288, max_position_embeddings=LENGTH, num_hidden_layers=4, **wide)
+    recipe = served(
+        server,
+        tokenizer,
+        tmp_path,
+        server={"gap": 0.5},
+        model=model,
+        precision={"compute": "fp8", "master": "fp32"},
+        parallel={"schedule": "interleaved_1f1b"},
+    )
+    for first, second in run_distributed(learn, 2, recipe, {"pp": 2}, 2):
+        assert first["ratio_max"] == second["ratio_max"] == 1.0 and first["count"] > 0
+        assert 0 < first["sampler_gap_max"] < 0.5 and 0 < first["server_gap"] < 0.5
+    header = json.loads((server.loaded[1] / "config.json").read_text())
+    assert len(server.loaded) == 2 and (header.get("dtype") or header["torch_dtype"]) == "bfloat16"
 
 
 def test_the_newest_two_directories_are_kept(server: FakeServer, tokenizer: Path, tmp_path: Path) -> None:
@@ -177,6 +205,7 @@ def test_a_server_that_is_down_in_the_middle_loses_nothing(
     kept = tmp_path / "episodes" / "episode_000000" / "answers.jsonl"
     assert len(kept.read_text().splitlines()) == 6
     kept.write_bytes(kept.read_bytes()[:-9])  # a kill in the middle of a line
+    shutil.rmtree(tmp_path / "served")
     server.reset()
     (found,) = run_distributed(learn, 1, recipe, {}, 2)
     assert [one["tokens"] for one in found] == [one["tokens"] for one in own]
