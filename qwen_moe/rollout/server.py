@@ -3,8 +3,8 @@
 * vLLM: ``POST /v1/completions`` with the prompt as ids, ``logprobs`` and ``return_token_ids``; the fields are those of
   `CompletionRequest` and `CompletionResponseChoice` in vllm/entrypoints/openai/completion/protocol.py, from 0.10.2 on.
   Servers without ``token_ids`` are asked for tokens as ``token_id:N``.
-* SGLang: ``POST /generate`` with ``input_ids`` and ``return_logprob`` (docs.sglang.io, sampling parameters), because its
-  OpenAI-compatible endpoint returns no ids.
+* SGLang: ``POST /generate`` with batches of ``input_ids`` and ``return_logprob`` (docs.sglang.io, sampling parameters),
+  because its OpenAI-compatible endpoint returns no ids.
 
 Both give log-probabilities before the temperature is applied (vLLM's ``--logprobs-mode raw_logprobs``), so the temperature
 must be 1, or 0. Every answer is checked: a server that gives other tokens than it was asked for is an error.
@@ -121,12 +121,12 @@ class ServerSampler:
 
     def _answers(self, prompt: list[int], sampling: Sampling, number: int) -> list[Completion]:
         # The same random numbers for a query in whichever order queries are asked, as far as the server keeps to its seed.
-        seed = uniforms(sampling.seed, number, 0).initial_seed() % (1 << 31)
+        seeds = [uniforms(sampling.seed, number, n).initial_seed() % (1 << 31) for n in range(sampling.samples)]
         if self.server.kind == "vllm":
-            body = _vllm_request(self.server.model, prompt, sampling, seed)
+            body = _vllm_request(self.server.model, prompt, sampling, seeds[0])
             found = _vllm_answers(self.ask("/v1/completions", body), prompt)
         else:
-            answer = self.ask("/generate", _sglang_request(prompt, sampling, seed))
+            answer = self.ask("/generate", _sglang_request(prompt, sampling, seeds))
             found = _sglang_answers(answer)
         self._check_answers(found, sampling, number)
         return found
@@ -245,9 +245,10 @@ def _vllm_tokens(choice: dict[str, Any]) -> list[int]:
     return [int(name.removeprefix("token_id:")) for name in choice["logprobs"]["tokens"]]
 
 
-def _sglang_request(prompt: list[int], sampling: Sampling, seed: int) -> dict[str, Any]:
+def _sglang_request(prompt: list[int], sampling: Sampling, seeds: list[int]) -> dict[str, Any]:
+    """A batch of the prompt once for every answer, each with a seed of its own: a server that keeps to seeds would give n
+    answers of one seed the same tokens."""
     parameters = {
-        "n": sampling.samples,
         "max_new_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -255,9 +256,9 @@ def _sglang_request(prompt: list[int], sampling: Sampling, seed: int) -> dict[st
         "min_p": sampling.min_p,
         "repetition_penalty": sampling.repetition_penalty,
         "stop": list(sampling.stop),
-        "sampling_seed": seed,
     }
-    return {"input_ids": prompt, "sampling_params": parameters, "return_logprob": True}
+    of_answers = [parameters | {"sampling_seed": seed} for seed in seeds]
+    return {"input_ids": [prompt] * len(seeds), "sampling_params": of_answers, "return_logprob": True}
 
 
 def _sglang_answers(answer: Any) -> list[Completion]:

@@ -41,8 +41,8 @@ class ServedSampler:
     """Has the answers to queries sampled by `rollout.server`. ``tokenizer``: the run's; ``ends``: its end tokens.
     ``probing``: queries whose greedy answers are compared. ``log_probs``: the model's own, of each token of the answers.
 
-    The first rank asks the server. All ranks must construct it and call its methods together. Raises UserError if the server
-    is not there.
+    The first rank asks the server. All ranks must construct it and call its methods together, which raise UserError if the
+    server is not there.
     """
 
     def __init__(
@@ -75,7 +75,6 @@ class ServedSampler:
             in_recipe=True,
         )
         self._server = ServerSampler(server, ends, config.model.vocab_size)
-        long_on_first_rank(lambda: self._server.check(Sampling(temperature=1.0)))
 
     def sample_episode(
         self, files: EpisodeFiles, queries: Sequence[tuple[int, Query]], sampling: Sampling, weights: str
@@ -98,6 +97,8 @@ class ServedSampler:
         if weights == self._weights:
             return
         begin = time.perf_counter()
+        if not self._weights:  # not before: a run whose samples are all there needs no server
+            long_on_first_rank(lambda: self._server.check(Sampling(temperature=1.0)))
         directory = self.folder / f"weights_{weights}"
         if not same_on_all_ranks(directory.is_dir):
             dtype = DTYPES[self.trainer.config.precision.compute]

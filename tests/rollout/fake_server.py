@@ -20,14 +20,14 @@ class FakeServer(ThreadingHTTPServer):
     get a 503. ``change`` edits an answer before it is sent. Requests come side by side: only ``busy`` can single one out.
 
     It loads other directories as SGLang does, and keeps their names in ``loaded``. After ``deaf_after`` of them it says that
-    it has loaded one and has not. ``seeds``: the seed and the number of the prompt that stand for a seed of a request, so
-    that it draws what a run would draw by itself.
+    it has loaded one and has not. ``seeds``: the seed, the number of the prompt and that of the answer that a seed of a
+    request stands for, so that it draws what a run would draw by itself.
     """
 
     def __init__(self, hf: Path, dtype: str = "fp32") -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.dtype, self.lock = dtype, threading.Lock()
-        self.seeds: dict[int, tuple[int, int]] = {}
+        self.seeds: dict[int, tuple[int, int, int]] = {}
         self.load(hf)
         self.reset()
 
@@ -50,7 +50,7 @@ class FakeServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def sampled(self, prompt: list[int], sampling: Sampling) -> list[Completion]:
-        seed, number = self.seeds.get(sampling.seed, (sampling.seed, 0))
+        seed, number, _ = self.seeds.get(sampling.seed, (sampling.seed, 0, 0))
         with self.lock:
             return self.engine.generate([prompt], replace(sampling, seed=seed), numbers=[number])[0]
 
@@ -115,18 +115,26 @@ class Handler(BaseHTTPRequestHandler):
         return {"id": "cmpl-1", "object": "text_completion", "choices": choices[::-1]}
 
     def sglang(self, body: dict[str, Any]) -> Any:
-        given = body["sampling_params"]
         assert self.path == "/generate" and body["return_logprob"] is True
+        prompts, parameters = body["input_ids"], body["sampling_params"]
+        seeds = [one["sampling_seed"] for one in parameters]
+        given = parameters[0]
         sampling = Sampling(
             max_new_tokens=given["max_new_tokens"], temperature=given["temperature"], top_p=given["top_p"],
-            top_k=max(given["top_k"], 0), min_p=given["min_p"], samples=given["n"], seed=given["sampling_seed"],
+            top_k=max(given["top_k"], 0), min_p=given["min_p"], seed=seeds[0],
         )  # fmt: skip
+        if seeds[0] in self.server.seeds:  # draw all answers of a prompt as a run does
+            assert [self.server.seeds[seed][2] for seed in seeds] == list(range(len(seeds)))
+            answers = self.server.sampled(prompts[0], replace(sampling, samples=len(seeds)))
+        else:
+            pairs = zip(prompts, seeds, strict=True)
+            answers = [self.server.sampled(prompt, replace(sampling, seed=seed))[0] for prompt, seed in pairs]
         return [
             {"text": "", "output_ids": answer.tokens, "meta_info": {
                 "finish_reason": {"type": answer.finish_reason},
                 "output_token_logprobs": [[p, t, None] for p, t in zip(answer.log_probs, answer.tokens, strict=True)],
             }}
-            for answer in self.server.sampled(body["input_ids"], sampling)
+            for answer in answers
         ]  # fmt: skip
 
 

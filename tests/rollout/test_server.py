@@ -44,12 +44,15 @@ def sampler(fake: FakeServer, **changes: Any) -> ServerSampler:
 def test_answers_are_those_of_the_model_that_is_served(fake: FakeServer, kind: Any) -> None:
     found = sampler(fake, kind=kind).generate(PROMPTS, SAMPLING, numbers=[7, 8, 9])
     assert [len(answers) for answers in found] == [3, 3, 3]
-    sent = {tuple(body.get("prompt") or body["input_ids"]): body for _, body in fake.requests}
+    sent = {tuple(body["prompt"] if kind == "vllm" else body["input_ids"][0]): body for _, body in fake.requests}
     for prompt, answers in zip(PROMPTS, found, strict=True):
-        seed = (
-            sent[tuple(prompt)]["seed"] if kind == "vllm" else sent[tuple(prompt)]["sampling_params"]["sampling_seed"]
-        )
-        assert answers == fake.sampled(prompt, replace(SAMPLING, seed=seed))
+        body = sent[tuple(prompt)]
+        if kind == "vllm":
+            assert answers == fake.sampled(prompt, replace(SAMPLING, seed=body["seed"]))
+        else:
+            seeds = [one["sampling_seed"] for one in body["sampling_params"]]
+            assert len(set(seeds)) == 3 and body["input_ids"] == [prompt] * 3
+            assert answers == [fake.sampled(prompt, replace(SAMPLING, seed=seed, samples=1))[0] for seed in seeds]
     assert len({json.dumps(vars(one)) for answers in found for one in answers}) == 9
     # Queries keep their random numbers in another order.
     again = sampler(fake, kind=kind).generate(PROMPTS[::-1], SAMPLING, numbers=[9, 8, 7])

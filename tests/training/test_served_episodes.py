@@ -52,7 +52,8 @@ def first(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def running(first: Path) -> Iterator[FakeServer]:
     with serving(first, "fp64") as server:
-        server.seeds = {uniforms(1234, n, 0).initial_seed() % (1 << 31): (1234, n) for n in range(100)}
+        numbers = [(n, sample) for n in range(100) for sample in range(4)]
+        server.seeds = {uniforms(1234, *one).initial_seed() % (1 << 31): (1234, *one) for one in numbers}
         yield server
 
 
@@ -192,7 +193,7 @@ def test_a_server_that_is_down_in_the_middle_loses_nothing(
     recipe = served(server, tokenizer, tmp_path, server={"tries": 1, "at_once": 1})
 
     def samples(body: Any) -> bool:
-        return body.get("sampling_params", {}).get("temperature") == 1
+        return "sampling_params" in body and body["sampling_params"][0]["temperature"] == 1
 
     def asked() -> int:
         return sum(path == "/generate" and samples(body) for path, body in server.requests)
