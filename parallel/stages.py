@@ -84,6 +84,12 @@ def split_layers(costs: Sequence[float], num_stages: int, first: float = 0.0, la
     return [list(range(begin, end)) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
+def ranks_of_stages(schedule: str, pp: int, per_rank: int) -> list[int]:
+    """The pipeline rank that holds each stage."""
+    found = {stage: rank for rank in range(pp) for stage in stages_of_rank(schedule, pp, per_rank, rank)}
+    return [found[stage] for stage in range(pp * per_rank)]
+
+
 def stages_of_rank(schedule: str, pp: int, per_rank: int, rank: int) -> list[int]:
     """Stages that pipeline rank ``rank`` holds, in order: looped, or V-shaped (rank 0 holds the first and the last)."""
     if schedule in V_SHAPED:

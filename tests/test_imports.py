@@ -70,7 +70,7 @@ def test_models_know_nothing_of_ranks() -> None:
 FLOORS = {
     "qwen_moe": (
         ("errors", "paths", "progress"),
-        ("documents", "options", "packages"),
+        ("documents", "line_file", "options", "packages"),
         ("config",),
         ("models", "data"),
         ("objectives",),

@@ -186,7 +186,7 @@ class CheckpointWriter:
             )
             entries = {p.name: file_entry(p) for p in sorted(partial.glob(f"__{rank}_*.distcp"))}
         except CheckpointException as error:
-            problem = _first_cause(error, partial)
+            problem = first_cause(error, partial)
         except OSError as error:
             problem = _disk_problem(error, partial)
         gathered: list[Any] = [None] * dist.get_world_size()
@@ -231,7 +231,7 @@ def _disk_problem(error: OSError, where: Path) -> str:
     return f"{error}"
 
 
-def _first_cause(error: CheckpointException, where: Path) -> str:
+def first_cause(error: CheckpointException, where: Path) -> str:
     for rank, failure in error.failures.items():
         cause: BaseException | None = failure[0] if isinstance(failure, tuple) else failure
         if isinstance(cause, OSError):

@@ -15,6 +15,7 @@ from qwen_moe.config.load import (
 from qwen_moe.config.model import ModelConfig
 from qwen_moe.config.objective import ObjectiveConfig
 from qwen_moe.config.precision import Fp8Config, PrecisionConfig
+from qwen_moe.config.rollout import ServerConfig
 from qwen_moe.config.rope import RopeScaling
 from qwen_moe.config.run import RunConfig, StageRun, stage_runs
 from qwen_moe.config.stages import Place, StageConfig
@@ -38,6 +39,7 @@ __all__ = [
     "RopeScaling",
     "RunConfig",
     "ScheduleConfig",
+    "ServerConfig",
     "StageConfig",
     "StageRun",
     "TrainingConfig",

@@ -1,10 +1,70 @@
 """The rollout section: what a run samples from its own model, and how the answers are rewarded."""
 
-from typing import Annotated, Literal, Self
+import shlex
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from qwen_moe.config.fields import Finite, GivenPath, NonNegativeInt, PositiveFloat, PositiveInt, Section, Size
+from qwen_moe.config.fields import (
+    Finite,
+    GivenPath,
+    NonNegativeInt,
+    OptionalSize,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Size,
+)
+
+if TYPE_CHECKING:
+    from qwen_moe.config.run import RunConfig
+
+ServerKind = Literal["vllm", "sglang"]
+PLACE = "{directory}"  # in the command that reloads a server
+
+
+class ServerConfig(Section):
+    """A server that samples the answers of objective grpo: ``url``, the name ``model`` under which it serves the model, and
+    its ``kind``. Every episode's weights are written as a Hugging Face directory, which the server is told to load.
+
+    ``reload``: the command that has it loaded, with ``{directory}`` in the place of its path; without one, SGLang's own
+    request. ``seconds``: to wait for an answer, or for the command. ``tries``: of a request. ``at_once``: requests at a
+    time. ``check``: greedy answers whose log-probabilities are compared with the model's after each hand-over; on average
+    they may be ``gap`` nats a token apart.
+    """
+
+    url: str
+    model: str
+    kind: ServerKind = "vllm"
+    reload: str = ""
+    seconds: PositiveFloat = 600.0
+    tries: Size = 6
+    at_once: Size = 16
+    check: OptionalSize = 8
+    gap: PositiveFloat = 0.1
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url {self.url!r} is no address: give one such as http://127.0.0.1:8000")
+        if not self.model:
+            raise ValueError("model is empty: give the name under which the server serves the model")
+        if self.reload and PLACE not in self.reload:
+            raise ValueError(
+                f"reload {self.reload!r} does not say which directory to load: put {PLACE} where its path belongs"
+            )
+        try:
+            shlex.split(self.reload)
+        except ValueError as error:
+            raise ValueError(
+                f"reload {self.reload!r} cannot be split into words ({error}): correct its quotes"
+            ) from None
+        if self.kind == "vllm" and not self.reload:
+            raise ValueError(
+                "vLLM's server has no standard request that loads other weights: give reload, a command with "
+                f"{PLACE} that has this server load a directory (docs/post-training.md has one), or use kind sglang"
+            )
+        return self
 
 
 class RolloutConfig(Section):
@@ -21,7 +81,8 @@ class RolloutConfig(Section):
     weights, or kept with advantages of 0. ``truncated``: the same for answers that reached ``max_new_tokens``. ``replay``:
     training uses the experts that sampling used. ``old_log_probs``: the ratio compares with what the trainer computes at the
     episode's begin, or with what the sampler computed. ``batch``: answers sampled at a time by a process. ``held_out``:
-    queries that greedy answers are measured on, every ``held_out_interval`` episodes.
+    queries that greedy answers are measured on, every ``held_out_interval`` episodes. ``server``: samples in place of the
+    processes that train, and does not say which experts tokens took.
     """
 
     queries: tuple[str, ...] = Field(min_length=1)
@@ -46,6 +107,7 @@ class RolloutConfig(Section):
     batch: Size = 256
     held_out: tuple[str, ...] = ()
     held_out_interval: NonNegativeInt = 10
+    server: ServerConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -66,3 +128,42 @@ class RolloutConfig(Section):
     @property
     def queries_per_update(self) -> int:
         return self.queries_per_episode // self.updates_per_episode
+
+
+def check_samples(config: "RunConfig") -> None:
+    """Raise ValueError unless a run with the section rollout learns from its own samples, and can sample them."""
+    assert config.rollout is not None
+    kind = config.objective.kind
+    if config.objective.reads != "samples":
+        raise ValueError(f"the section rollout is for objective.kind grpo, and objective.kind is {kind}: leave it out")
+    given = {
+        "data.train": config.data.train,
+        "data.prepare": config.data.prepare,
+        "data.validation": config.data.validation,
+        "data.validation_sets": config.data.validation_sets,
+        "training.epochs": config.training.epochs,
+    }
+    if named := [name for name, value in given.items() if value]:
+        raise ValueError(f"{named[0]} is not read by objective.kind {kind}: leave it out")
+    if config.data.tokenizer is None:
+        raise ValueError("data.tokenizer is missing: sampled answers are read and rewarded as text")
+    if config.rollout.server is not None:
+        _check_server(config)
+    elif config.precision.compute == "fp8":
+        raise ValueError(
+            "objective.kind grpo samples from the model that it trains, in bf16 or wider: set precision.compute to bf16"
+        )
+
+
+def _check_server(config: "RunConfig") -> None:
+    assert config.rollout is not None
+    if config.rollout.replay and config.model.moe_layers:
+        raise ValueError(
+            "rollout.replay is true, but rollout.server does not say which experts its tokens took, so training chooses "
+            "them anew: set rollout.replay to false (sampler_gap_mean in the record says what that changes)"
+        )
+    if config.balance.bias_update_rate:
+        raise ValueError(
+            "balance.bias_update_rate gives experts a selection bias, which the Hugging Face directories that "
+            "rollout.server loads cannot store: leave it out, or leave rollout.server out"
+        )

@@ -13,7 +13,7 @@ from qwen_moe.config.fields import GivenPath, Section, Seed, whole_number
 from qwen_moe.config.model import ModelConfig
 from qwen_moe.config.objective import ObjectiveConfig
 from qwen_moe.config.precision import PrecisionConfig
-from qwen_moe.config.rollout import RolloutConfig
+from qwen_moe.config.rollout import RolloutConfig, check_samples
 from qwen_moe.config.stages import Place, StageConfig, places_of, values_of_stages
 from qwen_moe.config.system import CheckpointConfig, LaunchConfig, LoggingConfig, ParallelConfig
 from qwen_moe.config.training import BalanceConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
@@ -127,7 +127,7 @@ class RunConfig(Section):
         """Raise ValueError unless the data and the length are of the kind that the objective learns from."""
         data, training, kind = self.data, self.training, self.objective.kind
         if self.rollout is not None:
-            self._check_samples()
+            check_samples(self)
         elif not data.train and data.prepare is None:
             raise ValueError(
                 "data: there is nothing to read: give data.train (prefixes of .bin/.idx files) or data.prepare"
@@ -158,39 +158,12 @@ class RunConfig(Section):
             weighted = any(one.weight != 1 for one in data.train)
             given["data.train's passes beside weights"] = weighted and any(one.passes > 1 for one in data.train)
             why = f"is for text, and objective.kind {kind} reads {NAMES[self.objective.reads]}"
-            compared = self.objective.kind in ("dpo", "grpo")  # with the model that the run begins from
+            compared = kind in ("dpo", "grpo")  # with the model that the run begins from
             given["data.validation_sets"] = compared and self.data.validation_sets
-            given["stages"] = compared and self.stages
+            given["stages"] = self.objective.reads == "samples" and self.stages
             given["checkpoint.branch_from"] = compared and self.checkpoint.branch_from is not None
         if named := [name for name, value in given.items() if value]:
             raise ValueError(f"{named[0]} {why}: leave it out")
-
-    def _check_samples(self) -> None:
-        if self.objective.reads != "samples":
-            raise ValueError(
-                f"the section rollout is for objective.kind grpo, and objective.kind is {self.objective.kind}: leave it out"
-            )
-        given = {
-            "data.train": self.data.train,
-            "data.prepare": self.data.prepare,
-            "data.validation": self.data.validation,
-            "data.validation_sets": self.data.validation_sets,
-            "training.epochs": self.training.epochs,
-        }
-        if named := [name for name, value in given.items() if value]:
-            raise ValueError(f"{named[0]} is not read by objective.kind {self.objective.kind}: leave it out")
-        if self.data.tokenizer is None:
-            raise ValueError("data.tokenizer is missing: sampled answers are read and rewarded as text")
-        if self.precision.compute == "fp8":
-            raise ValueError(
-                "objective.kind grpo samples from the model that it trains, in bf16 or wider: set "
-                "precision.compute to bf16"
-            )
-        if self.parallel.pp > 1 and self.parallel.schedule != "1f1b":
-            raise ValueError(
-                f"parallel.schedule {self.parallel.schedule} gives a process several stages, from which objective.kind grpo "
-                "cannot sample: set it to 1f1b"
-            )
 
     def _check_tokens(self) -> None:
         training = self.training
@@ -362,6 +335,12 @@ def _check_stages(config: RunConfig) -> None:
                 f"schedule.warmup_tokens {warmup}: give it more tokens, or a schedule of its own with a shorter warm-up"
             )
     _check_growth(runs)
+    bases = list(dict.fromkeys(run.model.rope_theta for run in runs))
+    if config.objective.kind == "dpo" and len(bases) > 1:
+        raise ValueError(
+            f"stages have model.rope_theta {bases[0]:g} and {bases[1]:g}, and objective.kind dpo compares with the model "
+            "that the run begins from, which has one: leave it out of the stages"
+        )
 
 
 def _check_growth(runs: Sequence[RunConfig]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,7 +29,25 @@ def same_on_all_ranks(fn: Callable[[], T]) -> T:
         return fn()
     found: list[tuple[T | None, str | None]] = [_attempt(fn) if dist.get_rank() == 0 else (None, None)]
     dist.broadcast_object_list(found, src=0)
-    result, problem = found[0]
+    return _result(found[0])
+
+
+def long_on_first_rank(fn: Callable[[], T], poll: float = 2.0) -> T:
+    """`same_on_all_ranks` for work that may take longer than a collective may wait: every ``poll`` seconds they ask
+    whether it is done. ``fn`` runs in a thread of rank 0."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return same_on_all_ranks(fn)
+    with ThreadPoolExecutor(1) as thread:
+        work = thread.submit(_attempt, fn) if dist.get_rank() == 0 else None
+        done = [False]
+        while not done[0]:
+            done = [bool(work and wait([work], poll).done)]
+            dist.broadcast_object_list(done, src=0)
+    return same_on_all_ranks(lambda: _result(work.result() if work else (None, None)))
+
+
+def _result(attempt: tuple[T | None, str | None]) -> T:
+    result, problem = attempt
     if problem is not None:
         raise UserError(problem)
     return result  # type: ignore[return-value]

@@ -7,8 +7,8 @@ from typing import Any
 from launchers.folder.atomic import write_json
 from qwen_moe.documents import json_object, read_text
 from qwen_moe.errors import UserError
-from qwen_moe.evaluation.lines import LineFile
 from qwen_moe.evaluation.plan import Item
+from qwen_moe.line_file import LineFile
 
 SETTINGS = "settings.json"
 PATTERN = "answers-*.jsonl"

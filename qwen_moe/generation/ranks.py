@@ -62,15 +62,20 @@ def load_sharded(
 
 
 class ShardedRunner:
-    """A `Runner` of ``model``, whose ranks are those of ``grids``."""
+    """A `Runner` of ``model``, whose ranks are those of ``grids``. ``holders``: the pipeline rank of each stage; by default
+    one on each rank, in order."""
 
-    def __init__(self, model: ParallelModel, grids: Grids, device: torch.device) -> None:
-        (self._part,) = model.parts
+    def __init__(
+        self, model: ParallelModel, grids: Grids, device: torch.device, holders: Sequence[int] | None = None
+    ) -> None:
+        self._parts, self._config = dict(sorted(zip(model.stages, model.parts, strict=True))), model.config
+        self._holders = list(range(grids.pp.size)) if holders is None else list(holders)
+        assert [stage for stage, rank in enumerate(self._holders) if rank == grids.pp.index] == list(self._parts)
         self._grids, self.device, self._vocabulary = grids, device, model.config.vocab_size
         self.first_head = grids.tp.index * model.config.num_attention_heads // grids.tp.size
         # Experts of one exchange wait for each other: all its ranks run the same number of passes.
         self._in_step = grids.dp.size > 1 and grids.exchange.size > 1
-        self._hidden, self.dtype = model.config.hidden_size, next(self._part.parameters()).dtype
+        self._hidden, self.dtype = model.config.hidden_size, next(model.parameters()).dtype
 
     def share_of(self, items: Sequence[Item]) -> list[Item]:
         """The prompts of this data-parallel group: every dp-th."""
@@ -80,7 +85,7 @@ class ShardedRunner:
     def logits(
         self, ids: torch.Tensor, cache: SequenceCache, wanted: torch.Tensor, experts: list[torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """See `Runner`. Stages before the last return ``[len(wanted), 0]``."""
+        """See `Runner`. Ranks without the last stage return ``[len(wanted), 0]``."""
         if self._in_step:
             self._anyone(True)
         states = self._pass(ids, cache, wanted, experts)
@@ -94,7 +99,7 @@ class ShardedRunner:
         if self._in_step:
             self._anyone(True)
         states = self._pass(ids, cache, wanted)
-        if states.shape[1] == 0:  # the last stage knows
+        if states.shape[1] == 0:  # the rank of the last stage knows
             log_probs, best = labels.new_zeros(len(labels), dtype=torch.float64), torch.zeros_like(labels)
         else:
             log_probs, best = of_labels(states, labels, self._head)
@@ -102,10 +107,11 @@ class ShardedRunner:
         return log_probs, best
 
     def of_all_layers(self, experts: torch.Tensor) -> torch.Tensor:
-        pp, config = self._grids.pp, self._part.config
+        pp, config = self._grids.pp, self._config
         if pp.size == 1:
             return experts
-        here = [layer.self_attn.layer for layer in self._part.model.layers if layer.is_moe]
+        layers = (layer for part in self._parts.values() for layer in part.model.layers)
+        here = [layer.self_attn.layer for layer in layers if layer.is_moe]
         places = [config.moe_layers.index(layer) for layer in here]
         # int32, because neither gloo nor NCCL sums int16. Each layer is another stage's, so a sum with zeros joins them.
         whole = torch.zeros(len(experts), len(config.moe_layers), experts.shape[2], dtype=torch.int32)
@@ -119,7 +125,7 @@ class ShardedRunner:
             return tokens, log_probs
         drawn = torch.stack([tokens.double(), log_probs.double()])
         assert pp.group is not None
-        dist.broadcast(drawn, dist.get_global_rank(pp.group, pp.size - 1), group=pp.group)
+        dist.broadcast(drawn, self._global_rank(self._holders[-1]), group=pp.group)
         return drawn[0].to(tokens.dtype), drawn[1]
 
     def finish(self) -> None:
@@ -143,36 +149,48 @@ class ShardedRunner:
         wanted: torch.Tensor,
         experts: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The last hidden states ``[len(wanted), D]``, and ``[len(wanted), 0]`` on stages before the last."""
-        pp, tp = self._grids.pp, self._grids.tp
+        """The last hidden states ``[len(wanted), D]``, and ``[len(wanted), 0]`` on ranks without the last stage."""
+        tp, last = self._grids.tp, len(self._holders) - 1
         padded = F.pad(ids, (0, -len(ids) % tp.size))
-        x = padded.unsqueeze(0)
-        if pp.index > 0:
-            x = torch.empty(1, len(padded) // tp.size, self._hidden, dtype=self.dtype, device=self.device)
-            dist.recv(x, self._neighbour(pp.index - 1), group=pp.group)
-        chosen: list[torch.Tensor] | None = None if experts is None else []
-        x = self._part.read(x, cache, chosen=chosen)
-        if experts is not None and chosen is not None:
-            of_layers = [self._of_all_tokens(held)[: len(ids)] for held in chosen]
-            experts.append(experts_of_pass(self._part, of_layers, wanted, len(ids)))
-        if pp.index < pp.size - 1:
-            dist.send(x.contiguous(), self._neighbour(pp.index + 1), group=pp.group)
+        x, found = padded.unsqueeze(0), []
+        for stage, part in self._parts.items():
+            if stage > 0:
+                x = self._from_stage_before(stage, x, len(padded) // tp.size)
+            chosen: list[torch.Tensor] | None = None if experts is None else []
+            x = part.read(x, cache, chosen=chosen)
+            if chosen is not None:
+                of_layers = [self._of_all_tokens(held)[: len(ids)] for held in chosen]
+                found.append(experts_of_pass(part, of_layers, wanted, len(ids)))
+            if stage < last and self._holders[stage + 1] != self._grids.pp.index:
+                dist.send(x.contiguous(), self._global_rank(self._holders[stage + 1]), group=self._grids.pp.group)
+        if experts is not None:
+            experts.append(torch.cat(found, 1))
+        if last not in self._parts:
             return x.new_empty(len(wanted), 0)
         states = x if tp.size == 1 else gather_sequence(x, tp)
         return states[0, wanted]
+
+    def _from_stage_before(self, stage: int, x: torch.Tensor, tokens: int) -> torch.Tensor:
+        """What the stage before ``stage`` has computed: ``x``, if it is this rank's too."""
+        pp, holder = self._grids.pp, self._holders[stage - 1]
+        if holder == pp.index:
+            return x
+        received = torch.empty(1, tokens, self._hidden, dtype=self.dtype, device=self.device)
+        dist.recv(received, self._global_rank(holder), group=pp.group)
+        return received
 
     def _of_all_tokens(self, held: torch.Tensor) -> torch.Tensor:
         """``[N / n, K] -> [N, K]``: each tp rank has routed its part of the tokens."""
         tp = self._grids.tp
         return held if tp.size == 1 else gather_sequence(held.unsqueeze(0), tp)[0]
 
-    def _neighbour(self, stage: int) -> int:
+    def _global_rank(self, pipeline_rank: int) -> int:
         assert self._grids.pp.group is not None
-        return dist.get_global_rank(self._grids.pp.group, stage)
+        return dist.get_global_rank(self._grids.pp.group, pipeline_rank)
 
     def _head(self, states: torch.Tensor) -> torch.Tensor:
         """``[N, D] -> [N, V]``: each tp rank computes the logits of its part of the vocabulary."""
-        tp, weight = self._grids.tp, self._part.head_weight
+        tp, weight = self._grids.tp, self._parts[len(self._holders) - 1].head_weight
         logits = linear(states, weight)
         if tp.size == 1:
             return logits

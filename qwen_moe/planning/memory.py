@@ -17,6 +17,9 @@ Context parallelism (docs/long-context.md) cuts activations over cp, and dense p
 for backward and what they need for a moment is counted, as everything else is (`saved`).
 
 A pipeline also allocates receive buffers for every micro-batch and stage, in both directions, and keeps them.
+
+A run that samples its own answers holds their cache beside all its gathered weights, between steps: the larger of both
+counts.
 """
 
 from collections.abc import Sequence
@@ -25,6 +28,7 @@ from dataclasses import dataclass, fields
 from qwen_moe.config import RunConfig
 from qwen_moe.models.flops import DTYPE_BYTES
 from qwen_moe.planning.layouts import Choice
+from qwen_moe.planning.sampling import cache_bytes, samples_itself
 from qwen_moe.planning.saved import SavedActivations, Split
 from qwen_moe.planning.schedules import Flight, flights
 from qwen_moe.planning.shares import FIRST, Place, Shares, UnitShare, add
@@ -46,6 +50,8 @@ class Memory:
     buffers: float
     pipeline_rank: int
     reference: float = 0.0  # sharded weights of the frozen model that a divergence is from
+    cache: float = 0.0  # while the rank samples
+    sampling: float = 0.0  # all that it holds then: weights, optimizer state, reference and cache
 
     @property
     def weights(self) -> float:
@@ -54,7 +60,7 @@ class Memory:
     @property
     def total(self) -> float:
         standing = self.weights + self.gradients + self.optimizer + self.reference
-        return standing + self.activations + self.working + self.buffers
+        return max(standing + self.activations + self.working + self.buffers, self.sampling)
 
     def facts(self) -> dict[str, float]:
         own = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -126,7 +132,8 @@ class MemoryModel:
         reduce = max(4, compute)
         units = self._units(layout, flight, place)
         _, root, biggest = units
-        gathered, gradients, _, sharded = self._standing(choice, layout, units)
+        gathered, gradients, states, sharded = self._standing(choice, layout, units)
+        cache = self._cache(choice, layout, flight)
         held, working = self._activations(choice, layout, flight)
         return Memory(
             sharded_weights=sharded,
@@ -144,7 +151,17 @@ class MemoryModel:
             + self._receive_buffers(choice, layout, flight),
             pipeline_rank=pipeline_rank,
             reference=self.references * sharded,
+            cache=cache,
+            sampling=states + units[0].padded * compute + cache if cache else 0.0,
         )
+
+    def _cache(self, choice: Choice, layout: RunLayout, flight: Flight) -> float:
+        """The cache while the rank samples the answers that it learns from: it then holds no gradients and no activations,
+        and all its weights are gathered."""
+        if not samples_itself(self.config):
+            return 0.0
+        layers = sum(len(layout.layers[stage]) for stage in flight.stages)
+        return cache_bytes(self.config, choice, layout.layout.dp, layers)
 
     def _stage_units(self, layout: RunLayout, stage: int, place: Place) -> list[UnitShare]:
         """FSDP units of one stage: its root, then those of its layers."""

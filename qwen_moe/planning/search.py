@@ -12,6 +12,7 @@ from qwen_moe.planning.context import Traffic
 from qwen_moe.planning.hardware import Cluster
 from qwen_moe.planning.layouts import PRECISIONS, Choice, Kind, kinds, legal_choices
 from qwen_moe.planning.memory import Memory, MemoryModel
+from qwen_moe.planning.sampling import SamplingModel, SamplingTime
 from qwen_moe.planning.software import OURS
 from qwen_moe.planning.step_time import StepTime, StepTimeModel
 from qwen_moe.progress import bar
@@ -21,7 +22,7 @@ from qwen_moe.sharding.layout import ContextPlan, RunLayout
 @dataclass(frozen=True, kw_only=True)
 class Scored:
     """A layout with its predictions. Rates are per GPU; ``mfu`` is relative to the peak of the layout's precision.
-    ``traffic``: of context parallelism, for each layer and micro-batch."""
+    ``traffic``: of context parallelism, for each layer and micro-batch. ``sampling``: of an episode, if the run samples."""
 
     choice: Choice
     layout: RunLayout
@@ -33,6 +34,7 @@ class Scored:
     mfu: float
     gpu_hours: float
     cost: float
+    sampling: SamplingTime | None = None
 
     def facts(self) -> dict[str, Any]:
         grid = self.layout.layout
@@ -44,6 +46,9 @@ class Scored:
             "layers_per_stage": [len(layers) for layers in self.layout.layers],
             "memory_bytes": self.memory.facts(),
             "step_seconds": asdict(self.step) | {"total": self.step.total},
+            "sampling_seconds": None
+            if self.sampling is None
+            else asdict(self.sampling) | {"total": self.sampling.total},
             "cp_bytes_per_layer": {"forward": self.traffic.forward, "backward": self.traffic.backward},
             "tokens_per_second_per_gpu": self.tokens_per_second,
             "tflops_per_gpu": self.tflops,
@@ -126,13 +131,14 @@ class Search:
         self.memory = MemoryModel(config)
         sequence = config.data.sequence_length
         self.time = StepTimeModel(config.model, sequence, cluster, OURS, imbalance)
+        self.sampling = SamplingModel(config, self.time)
         self._picked: dict[tuple[int, int, int], list[Kind]] = {}
 
     def run(self, top: int) -> Plan:
         """Raises UserError when no layout is legal."""
         begin = time.monotonic()
         found = [
-            (self.time.step(choice, layout), choice, layout)
+            (self._step(choice, layout), choice, layout)
             for choice, layout in bar(
                 legal_choices(self.config, self.gpus, wanted=self.precisions, pick=self._kinds),
                 "plan: time of layouts",
@@ -197,7 +203,16 @@ class Search:
             return None
         choice = replace(choice, cp_kind="ring", cp_ulysses=1)
         layout = replace(layout, context=ContextPlan(kind="ring"))
-        return self.time.step(choice, layout), choice, layout
+        return self._step(choice, layout), choice, layout
+
+    def _step(self, choice: Choice, layout: RunLayout) -> StepTime:
+        """The time of a step, with its share of sampling and what comes before it."""
+        step, rollout = self.time.step(choice, layout), self.config.rollout
+        if rollout is None:
+            return step
+        sampling = self.sampling.of_episode(choice, layout)
+        share = 0.0 if sampling is None else sampling.total / rollout.updates_per_episode
+        return replace(step, sampling=share, preparing=self.sampling.preparing(choice, step))
 
     def _compared(self, scored: Scored) -> list[Scored]:
         """``scored`` with every kind of context parallelism, fastest first."""
@@ -205,7 +220,7 @@ class Search:
         for kind in kinds(self.config, scored.layout.layout):
             choice = replace(scored.choice, cp_kind=kind.cp_kind, cp_ulysses=kind.cp_ulysses)
             layout = replace(scored.layout, context=kind.context)
-            found.append(self._whole((self.time.step(choice, layout), choice, layout)))
+            found.append(self._whole((self._step(choice, layout), choice, layout)))
         return sorted(found, key=lambda one: one.step.total)
 
     def _kinds(self, choice: Choice, found: list[Kind]) -> list[Kind]:
@@ -236,6 +251,7 @@ class Search:
             mfu=tflops / self.gpu.peak_tflops[choice.precision],
             gpu_hours=hours,
             cost=hours * self.price,
+            sampling=self.sampling.of_episode(choice, layout),
         )
 
     def _whole(self, timed: Timed) -> Scored:

@@ -55,7 +55,8 @@ class Part:
 class StepTime:
     """Seconds of a step. ``tp``, ``cp``, ``ep``, ``pp`` and ``dp`` are exposed communication; ``cp`` includes its copies.
     ``imbalance`` is the excess of the
-    slowest pipeline rank and of the busiest expert over the average ones."""
+    slowest pipeline rank and of the busiest expert over the average ones. ``sampling``: this step's share of an episode's
+    answers; ``preparing``: log-probabilities before it."""
 
     compute: float
     tp: float
@@ -66,11 +67,13 @@ class StepTime:
     bubble: float
     imbalance: float
     optimizer: float
+    sampling: float = 0.0
+    preparing: float = 0.0
 
     @property
     def total(self) -> float:
         busy = self.compute + self.tp + self.cp + self.ep + self.pp + self.dp
-        return busy + self.bubble + self.imbalance + self.optimizer
+        return busy + self.bubble + self.imbalance + self.optimizer + self.sampling + self.preparing
 
 
 class StepTimeModel:
@@ -104,14 +107,14 @@ class StepTimeModel:
 
     # Communication of layers
 
-    def _tp(self, tp: int, tokens: float, times: float) -> float:
+    def tp_seconds(self, tp: int, tokens: float, times: float) -> float:
         """``times`` all-gathers or reduce-scatters of hidden states over tp."""
         if tp == 1:
             return 0.0
         time = self.rates.ring(tokens * self.model.hidden_size * BF16, tp, 1) * (1 - self.software.tp_overlap)
         return times * (time + self.rates.latency(tp, 1))
 
-    def _all_to_all(self, rows: float, ep: int, etp: int) -> float:
+    def all_to_all(self, rows: float, ep: int, etp: int) -> float:
         """Dispatch or combine of ``rows`` hidden states, counted after they are copied for etp."""
         ranks = ep * etp
         if ranks == 1:
@@ -177,14 +180,14 @@ class StepTimeModel:
         # Two norms and two residual sums on this rank's tokens, then RoPE and copies to the kernel's layout.
         moved = self.rates.moved(tokens / tp * d, 24) + self.rates.moved(tokens * (heads + 2 * kv) * c, 14)
         moved += self.rates.moved(tokens * (heads + kv) * c, 8) if m.qk_norm else 0.0
-        return Part(compute=gemms + scores + moved, tp=self._tp(tp, tokens, 5))
+        return Part(compute=gemms + scores + moved, tp=self.tp_seconds(tp, tokens, 5))
 
     def _feed_forward(self, choice: Choice, hidden: int = 0) -> Part:
         d, f = self.model.hidden_size, (hidden or self.model.intermediate_size) / choice.tp
         tokens = choice.micro_batch * self.sequence / choice.cp
         gemms = self.rates.gemm(tokens, 2 * f, d, choice.precision) + self.rates.gemm(tokens, d, f, choice.precision)
         moved = self.rates.moved(tokens * f, 8) + self.rates.moved(tokens / choice.tp * d, 4)
-        return Part(compute=gemms + moved, tp=self._tp(choice.tp, tokens, 5))
+        return Part(compute=gemms + moved, tp=self.tp_seconds(choice.tp, tokens, 5))
 
     def _moe(self, choice: Choice) -> Part:
         m, tp, ep, etp = self.model, choice.tp, choice.ep, choice.etp
@@ -202,7 +205,7 @@ class StepTimeModel:
         shared = Part()
         if m.shared_expert_intermediate_size:
             shared = self._feed_forward(choice, m.shared_expert_intermediate_size)
-        exchange = 4 * self._all_to_all(rows, ep, etp)
+        exchange = 4 * self.all_to_all(rows, ep, etp)
         hidden = min(exchange * self.software.ep_overlap, experts + moved)
         if self.software.shared_expert_overlap:
             hidden += min(exchange / 2, shared.compute)
@@ -213,11 +216,11 @@ class StepTimeModel:
         tokens = choice.micro_batch * self.sequence / choice.cp
         d, part = self.model.hidden_size, Part()
         if first:
-            part += Part(compute=self.rates.moved(tokens / choice.tp * d, 6), tp=self._tp(choice.tp, tokens, 2))
+            part += Part(compute=self.rates.moved(tokens / choice.tp * d, 6), tp=self.tp_seconds(choice.tp, tokens, 2))
         if last:
             v = (len(self.model.criteria) or self.model.vocab_size) / choice.tp
             head = self.rates.gemm(tokens, v, d, "bf16") + self.rates.moved(tokens * v, 9, 4)
-            part += Part(compute=head, tp=self._tp(choice.tp, tokens, 2))
+            part += Part(compute=head, tp=self.tp_seconds(choice.tp, tokens, 2))
         return part
 
     # The step

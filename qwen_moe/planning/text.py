@@ -2,6 +2,7 @@
 
 from qwen_moe.config import RunConfig
 from qwen_moe.planning.memory import Memory
+from qwen_moe.planning.sampling import SamplingTime, Workload
 from qwen_moe.planning.search import Misfit, Plan, Scored, changes
 
 GIB, MIB = 2**30, 2**20
@@ -26,6 +27,7 @@ def _time(scored: Scored) -> str:
         "bubble",
         "imbalance",
         "optimizer",
+        *(name for name in ("sampling", "preparing") if getattr(step, name)),
     )
     return "  ".join(f"{name} {getattr(step, name) / step.total:.1%}" for name in parts)
 
@@ -46,6 +48,8 @@ def _one(number: int, scored: Scored, plan: Plan) -> list[str]:
     ]
     if scored.choice.cp > 1:
         lines += _context(scored)
+    if scored.sampling is not None:
+        lines += _sampling(scored, scored.sampling, plan.config)
     if number == 1 and plan.kinds:
         lines += _kinds(plan.kinds, usable)
     return lines
@@ -58,6 +62,19 @@ def _context(scored: Scored) -> list[str]:
     return [
         f"   cp       {scored.layout.context.text(choice.cp)}: per layer and micro-batch a rank sends "
         f"{sent.forward / MIB:,.0f} MiB in forward and {sent.backward / MIB:,.0f} in backward{again}"
+    ]
+
+
+def _sampling(scored: Scored, time: SamplingTime, config: RunConfig) -> list[str]:
+    """What sampling an episode takes, and what a rank then holds."""
+    work, memory = Workload.of(config, scored.layout.layout.dp), scored.memory
+    parts = ("prompts", "weights", "cache", "kernels", "exchange")
+    shares = "  ".join(f"{name} {getattr(time, name) / time.total:.1%}" for name in parts)
+    held = memory.sampling - memory.cache
+    return [
+        f"   sampling {time.total:,.1f} s an episode if all answers are {work.new_tokens:,} tokens long: {shares}",
+        f"            a rank holds {memory.sampling / GIB:.1f} GiB then: cache {memory.cache / GIB:.1f} of {work.answers:,} "
+        f"answers with prompts of up to {work.prompt_tokens:,} tokens  all else {held / GIB:.1f}",
     ]
 
 
@@ -98,7 +115,9 @@ def _length(config: RunConfig) -> str:
         return f"{training.epochs} epoch{plural}, whose tokens are known when the data are read"
     text = f"{training.train_tokens / 1e9:,.1f} billion tokens in all"
     if config.objective.reads == "samples":
-        text += " at most; sampling, rewards and log-probabilities before the update are not in these figures"
+        text += " at most; rewards are not in these figures"
+        if config.rollout is not None and config.rollout.server is not None:
+            text += ", nor is the server that samples"
     return text
 
 

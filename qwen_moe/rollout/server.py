@@ -3,8 +3,8 @@
 * vLLM: ``POST /v1/completions`` with the prompt as ids, ``logprobs`` and ``return_token_ids``; the fields are those of
   `CompletionRequest` and `CompletionResponseChoice` in vllm/entrypoints/openai/completion/protocol.py, from 0.10.2 on.
   Servers without ``token_ids`` are asked for tokens as ``token_id:N``.
-* SGLang: ``POST /generate`` with ``input_ids`` and ``return_logprob`` (docs.sglang.io, sampling parameters), because its
-  OpenAI-compatible endpoint returns no ids.
+* SGLang: ``POST /generate`` with batches of ``input_ids`` and ``return_logprob`` (docs.sglang.io, sampling parameters),
+  because its OpenAI-compatible endpoint returns no ids.
 
 Both give log-probabilities before the temperature is applied (vLLM's ``--logprobs-mode raw_logprobs``), so the temperature
 must be 1, or 0. Every answer is checked: a server that gives other tokens than it was asked for is an error.
@@ -16,20 +16,19 @@ import math
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
+from qwen_moe.config.rollout import ServerKind
 from qwen_moe.errors import UserError
 from qwen_moe.generation.engine import Completion
 from qwen_moe.generation.sampling import Sampling, uniforms
 from qwen_moe.progress import bar
 
-Kind = Literal["vllm", "sglang"]
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be gone at the next try
 _LONGEST_WAIT = 30.0  # seconds between two tries
-_GOES_ON = "Samples of earlier files are kept: the same command goes on"
 
 
 class Sampler(Protocol):
@@ -45,18 +44,30 @@ class Sampler(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Server:
     """Where a server is and how to ask it. ``seconds``: to wait for an answer. ``tries``: of each request. ``at_once``:
-    requests at a time."""
+    requests at a time. ``in_recipe``: messages name settings of a recipe instead of options."""
 
     url: str
     model: str
-    kind: Kind = "vllm"
+    kind: ServerKind = "vllm"
     seconds: float = 600.0
     tries: int = 6
     at_once: int = 16
+    in_recipe: bool = False
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise UserError(f"--server {self.url!r} is no address: give one such as http://127.0.0.1:8000")
+
+    def name(self, setting: str = "") -> str:
+        """What the user calls a setting, or the server itself."""
+        if self.in_recipe:
+            return f"rollout.server.{setting}" if setting else f"rollout.server {self.url}"
+        return {"": "--server", "model": "--model"}.get(setting, f"--server-{setting}")
+
+    @property
+    def goes_on(self) -> str:
+        kept = "Answers that have come are kept" if self.in_recipe else "Samples of earlier files are kept"
+        return f"{kept}: the same command goes on"
 
 
 class ServerSampler:
@@ -71,25 +82,38 @@ class ServerSampler:
         not be those that training compares with. Call it before anything is sampled."""
         if sampling.temperature not in (0, 1) or sampling.repetition_penalty != 1:
             raise UserError(
-                f"--server with temperature {sampling.temperature} and repetition penalty {sampling.repetition_penalty}: a "
-                "server's log-probabilities are those at temperature 1 without penalty; use these, or sample here"
+                f"{self.server.name()} with temperature {sampling.temperature} and repetition penalty "
+                f"{sampling.repetition_penalty}: a server's log-probabilities are those at temperature 1 without penalty; "
+                "use these, or sample here"
             )
-        answer = self._ask("/v1/models", None)
+        answer = self.ask("/v1/models", None)
         names = [str(one.get("id")) for one in _list(answer, "data") if isinstance(one, dict)]
         if self.server.model not in names:
-            raise UserError(f"{self._base} has no model {self.server.model!r}, only {', '.join(names)}: give --model")
+            known, setting = ", ".join(names), self.server.name("model")
+            raise UserError(f"{self._base} has no model {self.server.model!r}, only {known}: give {setting}")
 
     def generate(
-        self, prompts: list[list[int]], sampling: Sampling, *, numbers: Sequence[int] | None = None
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        *,
+        numbers: Sequence[int] | None = None,
+        done: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
+        """See `Sampler`. ``done(i, answers)`` is called as soon as prompt i has its answers, from any thread."""
         numbers = list(range(len(prompts))) if numbers is None else numbers
         if not prompts:
             return []
+
+        def answers(index: int) -> list[Completion]:
+            found = self._answers(prompts[index], sampling, numbers[index])
+            if done is not None:
+                done(index, found)
+            return found
+
         with ThreadPoolExecutor(min(self.server.at_once, len(prompts))) as threads:
             try:
-                asked = threads.map(
-                    lambda one: self._answers(one[0], sampling, one[1]), zip(prompts, numbers, strict=True)
-                )
+                asked = threads.map(answers, range(len(prompts)))
                 return list(bar(asked, "answers", " queries", len(prompts)))
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
@@ -97,12 +121,12 @@ class ServerSampler:
 
     def _answers(self, prompt: list[int], sampling: Sampling, number: int) -> list[Completion]:
         # The same random numbers for a query in whichever order queries are asked, as far as the server keeps to its seed.
-        seed = uniforms(sampling.seed, number, 0).initial_seed() % (1 << 31)
+        seeds = [uniforms(sampling.seed, number, n).initial_seed() % (1 << 31) for n in range(sampling.samples)]
         if self.server.kind == "vllm":
-            body = _vllm_request(self.server.model, prompt, sampling, seed)
-            found = _vllm_answers(self._ask("/v1/completions", body), prompt)
+            body = _vllm_request(self.server.model, prompt, sampling, seeds[0])
+            found = _vllm_answers(self.ask("/v1/completions", body), prompt)
         else:
-            answer = self._ask("/generate", _sglang_request(prompt, sampling, seed))
+            answer = self.ask("/generate", _sglang_request(prompt, sampling, seeds))
             found = _sglang_answers(answer)
         self._check_answers(found, sampling, number)
         return found
@@ -110,7 +134,7 @@ class ServerSampler:
     def _check_answers(self, answers: list[Completion], sampling: Sampling, number: int) -> None:
         def refuse(problem: str) -> None:
             raise UserError(
-                f"{self._base} {problem}, for query number {number}. {_GOES_ON} with a server that is right"
+                f"{self._base} {problem}, for query number {number}. {self.server.goes_on} with a server that is right"
             )
 
         if len(answers) != sampling.samples:
@@ -133,9 +157,9 @@ class ServerSampler:
                     "model: training on it would not teach to stop"
                 )
 
-    def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
+    def ask(self, path: str, body: dict[str, Any] | None) -> Any:
         """The JSON that the server answers. Raises UserError, after several tries if it is down or busy."""
-        url = self._base + path
+        url, seconds = self._base + path, self.server.name("seconds")
         data = None if body is None else json.dumps(body).encode()
         problem = ""
         for attempt in range(self.server.tries):
@@ -151,13 +175,15 @@ class ServerSampler:
                 if error.code not in _PASSING:
                     raise UserError(f"{url} refuses the request with {problem}") from None
             except TimeoutError:
-                problem = f"no answer within {self.server.seconds:g} seconds (--server-seconds)"
+                problem = f"no answer within {self.server.seconds:g} seconds ({seconds})"
             except urllib.error.URLError as error:
                 slow = isinstance(error.reason, TimeoutError)
                 problem = f"no answer within {self.server.seconds:g} seconds" if slow else f"{error.reason}"
             except (http.client.HTTPException, ConnectionError) as error:
                 problem = f"the connection was lost ({type(error).__name__})"
-        raise UserError(f"{url} did not answer in {self.server.tries} tries: {problem}. {_GOES_ON} once it does")
+        raise UserError(
+            f"{url} did not answer in {self.server.tries} tries: {problem}. {self.server.goes_on} once it does"
+        )
 
 
 def _json(content: bytes, url: str) -> Any:
@@ -184,6 +210,7 @@ def _vllm_request(model: str, prompt: list[int], sampling: Sampling, seed: int) 
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,  # or else that of the model's generation_config.json
         "stop": list(sampling.stop),
         "seed": seed,
         "logprobs": 0,  # of the sampled token only
@@ -218,18 +245,20 @@ def _vllm_tokens(choice: dict[str, Any]) -> list[int]:
     return [int(name.removeprefix("token_id:")) for name in choice["logprobs"]["tokens"]]
 
 
-def _sglang_request(prompt: list[int], sampling: Sampling, seed: int) -> dict[str, Any]:
+def _sglang_request(prompt: list[int], sampling: Sampling, seeds: list[int]) -> dict[str, Any]:
+    """A batch of the prompt once for every answer, each with a seed of its own: a server that keeps to seeds would give n
+    answers of one seed the same tokens."""
     parameters = {
-        "n": sampling.samples,
         "max_new_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k or -1,
         "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
         "stop": list(sampling.stop),
-        "sampling_seed": seed,
     }
-    return {"input_ids": prompt, "sampling_params": parameters, "return_logprob": True}
+    of_answers = [parameters | {"sampling_seed": seed} for seed in seeds]
+    return {"input_ids": [prompt] * len(seeds), "sampling_params": of_answers, "return_logprob": True}
 
 
 def _sglang_answers(answer: Any) -> list[Completion]:

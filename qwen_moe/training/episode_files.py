@@ -21,6 +21,7 @@ from qwen_moe.data.content import sha256
 from qwen_moe.errors import UserError
 from qwen_moe.generation.engine import Completion
 from qwen_moe.training.responses import Response
+from qwen_moe.training.served_answers import NAME as ANSWERS
 
 FOLDER, SAMPLES, REWARDS, TEXT = "episodes", "samples.json", "rewards.json", "samples.jsonl"
 
@@ -166,7 +167,8 @@ class EpisodeFiles:
 
     def forget_arrays(self) -> None:
         """Delete what only training reads; the text stays."""
-        for path in (*self.folder.glob("*.npy"), *self.folder.glob("*.json")):
+        answers = self.folder / ANSWERS
+        for path in (*self.folder.glob("*.npy"), *self.folder.glob("*.json"), answers):
             path.unlink(missing_ok=True)
 
 

@@ -26,7 +26,6 @@ from qwen_moe.data.samples import rank_samples
 from qwen_moe.data.tokenizer import read_tokenizer
 from qwen_moe.errors import UserError
 from qwen_moe.generation.engine import Completion
-from qwen_moe.generation.ranks import gather_shares
 from qwen_moe.generation.sampling import Sampling
 from qwen_moe.rollout.queries import Query
 from qwen_moe.runs.recorder import Recorder
@@ -48,18 +47,25 @@ from qwen_moe.training.responses import (
 from qwen_moe.training.restore import load_start
 from qwen_moe.training.rewards import Rewards
 from qwen_moe.training.sampler import PolicySampler
+from qwen_moe.training.served import ServedSampler
 from qwen_moe.training.step import Trainer
 
 OLD = "old_log_probs"
 
 
-@dataclass
-class _Update:
-    """What one optimizer step learns from."""
+@dataclass(kw_only=True)
+class _Packed:
+    """Responses, and which of them each row holds."""
 
     responses: list[Response]
-    experts: list[torch.Tensor] | None
+    experts: list[torch.Tensor] | None = None
     rows: list[list[Place]]
+
+
+@dataclass(kw_only=True)
+class _Update(_Packed):
+    """What one optimizer step learns from."""
+
     judged: Judged
     values: dict[str, list[np.ndarray]]
 
@@ -74,7 +80,12 @@ class Episodes:
         self._update = 0
         self._tokenizer = read_tokenizer(inputs.tokenizer)
         self._ends = ends(inputs.tokenizer)
-        self._sampler = PolicySampler(trainer, self._ends, self._tokenizer.decode, self.rollout.batch)
+        self._sampler: PolicySampler | ServedSampler
+        if self.rollout.server is None:
+            self._sampler = PolicySampler(trainer, self._ends, self._tokenizer.decode, self.rollout.batch)
+        else:
+            queries = self._samples.queries
+            self._sampler = ServedSampler(trainer, inputs.tokenizer, self._ends, queries, self._own_log_probs, say)
         self._updates: list[_Update] = []
         self._facts: dict[str, float] = {}
         self._tokens = 0
@@ -123,10 +134,15 @@ class Episodes:
         """Figures of the last step's episode and of its part of it, for the record."""
         one = self._updates[self._update]
         used = one.judged.learned
-        return self._facts | {
-            "used_answers": float(used.mean()),
-            "flat_groups": one.judged.flat / one.judged.groups,
-        }
+        served = {"hand_over_seconds": self._sampler.seconds} if isinstance(self._sampler, ServedSampler) else {}
+        return (
+            self._facts
+            | served
+            | {
+                "used_answers": float(used.mean()),
+                "flat_groups": one.judged.flat / one.judged.groups,
+            }
+        )
 
     def _open(self, number: int, at_begin: bool) -> None:
         """Have the samples of an episode, its rewards and its log-probabilities, from files where they are there."""
@@ -151,6 +167,8 @@ class Episodes:
             "sampling_seconds": sampled - begin,
             "preparing_seconds": time.perf_counter() - sampled,
         } | gap
+        if "server_gap" in files.facts:
+            self._facts["server_gap"] = files.facts["server_gap"]
         self._number = number
         if dist.get_rank() == 0:
             self._forget(number)
@@ -160,10 +178,8 @@ class Episodes:
         return [responses[first : first + size] for first in range(0, len(responses), size)]
 
     def _sample(self, files: EpisodeFiles, number: int, weights: str) -> None:
-        grids, rollout = self.trainer.grids, self.rollout
+        rollout = self.rollout
         queries = self._samples.of_episode(number, rollout.queries_per_episode)
-        same_on_all_ranks(files.begin)
-        own = self._sampler.share(len(queries))
         sampling = Sampling(
             max_new_tokens=rollout.max_new_tokens,
             temperature=1.0,
@@ -171,16 +187,7 @@ class Episodes:
             samples=rollout.samples,
             seed=self.config.seed,
         )
-        found = self._sampler.sample(
-            [queries[place][1].tokens for place in own],
-            sampling,
-            [queries[place][0] for place in own],
-            routing=rollout.replay and bool(self.config.model.moe_layers),
-        )
-        if grids.tp.index == grids.cp.index == grids.pp.index == 0:
-            files.write_part(grids.dp.index, own, [queries[place][1].tokens for place in own], found)
-        dist.barrier()
-        same_on_all_ranks(lambda: files.end_sampling(grids.dp.size, weights, {"queries": [q.id for _, q in queries]}))
+        self._sampler.sample_episode(files, queries, sampling, weights)
 
     def _text(self, tokens: Sequence[int]) -> str:
         """The text of an answer, without its end token."""
@@ -224,7 +231,7 @@ class Episodes:
             judged, multiple = judge(config, own), training.micro_batch_size * grids.dp.size
             rows = rows_of(lengths, judged.learned, config.data.sequence_length, multiple, at_least)
             taken = None if experts is None else experts[first : first + size]
-            found.append(_Update(own, taken, rows, judged, {}))
+            found.append(_Update(responses=own, experts=taken, rows=rows, judged=judged, values={}))
         return found
 
     def _own(self, rows: list[list[Place]]) -> list[list[list[Place]]]:
@@ -234,7 +241,7 @@ class Episodes:
     def _ranges(self, rows: list[list[Place]], rank: int) -> list[tuple[int, int]]:
         return list(rank_samples(0, len(rows), self.config.training.micro_batch_size, rank, self.trainer.grids.dp.size))
 
-    def _batch(self, one: _Update, rows: list[list[Place]]) -> Batch:
+    def _batch(self, one: _Packed, rows: list[list[Place]]) -> Batch:
         batch = batch_of(rows, one.responses, self.config.data.sequence_length, self._ends[0])
         return batch if one.experts is None else with_experts(batch, rows, one.experts)
 
@@ -271,7 +278,15 @@ class Episodes:
         same_on_all_ranks(lambda: files.write_values(name, found))
         return found
 
-    def _log_probs(self, one: _Update, of: Frozen | None) -> list[np.ndarray]:
+    def _own_log_probs(self, responses: Sequence[Response]) -> list[np.ndarray]:
+        """What the present weights give to the tokens of answers."""
+        taken, grids = np.ones(len(responses), bool), self.trainer.grids
+        multiple = self.config.training.micro_batch_size * grids.dp.size
+        lengths = [len(one.tokens) for one in responses]
+        rows = rows_of(lengths, taken, self.config.data.sequence_length, multiple)
+        return self._log_probs(_Packed(responses=list(responses), rows=rows), None)
+
+    def _log_probs(self, one: _Packed, of: Frozen | None) -> list[np.ndarray]:
         batches = [self._batch(one, rows) for rows in self._own(one.rows)]
         if of is not None:
             for batch in batches:
@@ -301,10 +316,8 @@ class Episodes:
         every = self.rollout.held_out_interval * self.rollout.updates_per_episode
         if not held_out or not (done in (0, self.config.end_step) or (every and done % every == 0)):
             return
-        own = self._sampler.share(len(held_out))
-        sampling = Sampling(max_new_tokens=self.rollout.max_new_tokens, temperature=0.0, samples=1)
-        found = self._sampler.sample([held_out[n].tokens for n in own], sampling, list(own))
-        everyone = gather_shares(found, self.trainer.grids, len(held_out))
+        sampling = Sampling(max_new_tokens=self.rollout.max_new_tokens, temperature=0.0, top_p=1.0, samples=1)
+        everyone = self._sampler.answers(held_out, sampling)
         reward = same_on_all_ranks(lambda: self._mean_reward(held_out, everyone))
         record = {"step": done, "held_out_reward": reward, "held_out_queries": len(held_out)}
         text = f"mean reward of greedy answers to {len(held_out):,} held-out queries {reward:.4f}"

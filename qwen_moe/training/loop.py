@@ -40,13 +40,13 @@ from qwen_moe.training.compilation import choose_compilation
 from qwen_moe.training.episodes import Episodes
 from qwen_moe.training.optimizer import build_optimizer
 from qwen_moe.training.queries import open_queries
-from qwen_moe.training.reference import provide_reference
+from qwen_moe.training.reference import COLUMN, provide_reference
 from qwen_moe.training.restore import Say, find_start, history_of, load_start, restore
 from qwen_moe.training.rollback import History
 from qwen_moe.training.slow_step import SlowStepNotice
 from qwen_moe.training.stages import begins_at, check_layouts, records, stage_of
 from qwen_moe.training.step import BadStep, StepResult, Trainer
-from qwen_moe.training.validation import Validation
+from qwen_moe.training.validation import Validation, earlier_lengths
 
 
 class StopRequest:
@@ -196,7 +196,7 @@ class _Run:
         stage = self._open(start.step)
         self.writer = self._make_writer(stage)
         if start.path is not None:
-            provide_reference(stage.config, stage.trainer, stage.inputs, self.say, load_start)
+            self._provide_references(stage)
         self.history = restore(stage.config, start, stage.trainer, stage.inputs, self.total, self.say)
         if start.path is None:
             provide_reference(stage.config, stage.trainer, stage.inputs, self.say)
@@ -229,6 +229,16 @@ class _Run:
             )
         return _Stage(self.stages, config, self.grids, self.device, self.say)
 
+    def _provide_references(self, stage: _Stage) -> None:
+        """What the first weights give to the data of ``stage`` and of those before it that it validates on. Weights that are
+        loaded for this are replaced by the checkpoint's afterwards."""
+        config = stage.config
+        if COLUMN not in stage.trainer.objective.fields:
+            return
+        for run in earlier_lengths(self.stages, config):
+            provide_reference(run, stage.trainer, open_inputs(run, stage.trainer.grids.dp), self.say, load_start)
+        provide_reference(config, stage.trainer, stage.inputs, self.say, load_start)
+
     def _make_writer(self, stage: _Stage) -> CheckpointWriter:
         config = stage.config
         return CheckpointWriter(
@@ -253,6 +263,7 @@ class _Run:
         self.writer.config = stage.config.model
         enters = begins_at(stage.config, start.step)
         trainer = stage.trainer
+        self._provide_references(stage)
         resume(start.path, trainer.model, trainer.optimizer, stage.config.model, WITHOUT_WEIGHTS if enters else ())
         self.history.losses = history_of(stage.config, start.state).losses
         if start.step < self.done:

@@ -1,7 +1,8 @@
 """The log-probabilities of a run's pairs under the weights that it begins with: computed once, kept in the run folder.
 
-`RUN/reference/` holds for each data set a file with a value for each of its tokens (that of the token's label), and
-reference.json, which is written last: hashes of the files, of the data and of the weights.
+`RUN/reference/` (`reference_2/` for the second of a run's stages, and so on) holds for each data set a file with a value for
+each of its tokens (that of the token's label), and reference.json, which is written last: hashes of the files, of the data
+and of the weights.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ from qwen_moe.data.rows import OpenSet, Rows
 from qwen_moe.data.samples import rank_samples
 from qwen_moe.errors import UserError
 from qwen_moe.sharding.model import ParallelModel
-from qwen_moe.training.log_probs import label_log_probs
+from qwen_moe.training.log_probs import Frozen, label_log_probs
 from qwen_moe.training.step import Trainer
 
 Say = Callable[[str], None]
@@ -54,7 +55,7 @@ def provide_reference(
             f"objective.kind {config.objective.kind} compares with the model that it begins from: give "
             "checkpoint.load_from, a checkpoint, a run directory or a Hugging Face directory"
         )
-    reference = Reference(config.run_dir, inputs)
+    reference = Reference(config, inputs)
     if load_start is not None:
         if reference.found():
             return
@@ -66,12 +67,26 @@ def provide_reference(
         reference.compute(trainer, weights)
 
 
-class Reference:
-    """The reference of one run's inputs. ``folder``: where it is kept."""
+def use_reference(config: RunConfig, inputs: OrderedInputs) -> None:
+    """Let the batches of ``inputs`` have the reference that `provide_reference` has provided for the stage ``config``, if
+    its objective reads one. All ranks must call it."""
+    if config.objective.kind != "dpo" or not isinstance(inputs.batches, PackedExamples):
+        return
+    reference = Reference(config, inputs)
+    if not reference.found():
+        raise UserError(
+            f"{reference.folder} is gone or damaged since the run began: start it again, and it is computed again"
+        )
 
-    def __init__(self, run_dir: Path, inputs: OrderedInputs) -> None:
+
+class Reference:
+    """The reference of the inputs of one run or stage, whose settings are ``config``. ``folder``: where it is kept."""
+
+    def __init__(self, config: RunConfig, inputs: OrderedInputs) -> None:
         assert isinstance(inputs.batches, PackedExamples)
-        self.folder, self._inputs, self._examples = run_dir / FOLDER, inputs, inputs.batches
+        number = config.place.index + 1
+        self.folder = config.run_dir / (FOLDER if number == 1 else f"{FOLDER}_{number}")
+        self._inputs, self._examples = inputs, inputs.batches
         self._sets = list(self._examples.opened.values())
 
     def found(self, weights: str | None = None) -> bool:
@@ -84,7 +99,9 @@ class Reference:
 
     def compute(self, trainer: Trainer, weights: str) -> None:
         """Compute it with the weights of ``trainer``, whose hash is ``weights``, and use it. All ranks must call it."""
-        partial = self.folder.with_name(f"{FOLDER}.partial")
+        partial = self.folder.with_name(f"{self.folder.name}.partial")
+        length = self._inputs.config.data.sequence_length
+        engine = trainer.engine_for(length)  # that of the trainer, unless the inputs are those of an earlier stage
         writes = torch.distributed.get_rank() == 0
         arrays: list[np.ndarray] = []
         if writes:
@@ -95,7 +112,7 @@ class Reference:
                 for number, one in enumerate(self._sets)
             ]
         for rows, ranges, batches in self._missing():
-            values = label_log_probs(trainer, batches)
+            values = label_log_probs(trainer, batches, Frozen(trainer.model, engine))
             if writes:
                 self._store(rows, ranges, values, arrays)
         same_on_all_ranks(lambda: self._finish(partial, arrays, weights))

@@ -7,6 +7,7 @@ from parallel.mesh import Axis
 from qwen_moe.config import RunConfig
 from qwen_moe.data.inputs import OrderedInputs, RunInputs, open_inputs, open_validation_sets
 from qwen_moe.runs.recorder import Recorder
+from qwen_moe.training.reference import use_reference
 from qwen_moe.training.step import Trainer
 
 
@@ -30,7 +31,10 @@ class Validation:
         self, stages: Sequence[RunConfig], stage: RunConfig, trainer: Trainer, inputs: OrderedInputs, dp: Axis
     ) -> None:
         self.stage, self.trainer = stage, trainer
-        opened = [open_inputs(run, dp) for run in earlier_lengths(stages, stage)]
+        opened = []
+        for run in earlier_lengths(stages, stage):
+            opened.append(open_inputs(run, dp))
+            use_reference(run, opened[-1])
         own = [inputs] if isinstance(inputs, RunInputs) else []  # a run that samples has no validation data
         self._inputs = [found for found in [*opened, *own] if found.has_validation]
         self._sets = open_validation_sets(stage, dp)

@@ -1,11 +1,8 @@
 """Sampling over HTTP, from a real server that speaks the protocols of vLLM and SGLang and answers with our own model."""
 
 import json
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,119 +11,21 @@ import torch
 
 from qwen_moe.cli import main
 from qwen_moe.errors import UserError
-from qwen_moe.generation.engine import Completion
-from qwen_moe.generation.open import HowToRead, Opened, on_one_device
 from qwen_moe.generation.sampling import Sampling
 from qwen_moe.rollout import server as module
 from qwen_moe.rollout.server import Server, ServerSampler
 from qwen_moe.rollout.store import read_manifest, read_rollouts
 from tests.rollout.conftest import write_lines
+from tests.rollout.fake_server import FakeServer, serving
 
 PROMPTS = [[1, 2, 3], [4], [5, 6]]
 SAMPLING = Sampling(max_new_tokens=6, temperature=1, top_p=1, samples=3, seed=5)
 
 
-class FakeServer(ThreadingHTTPServer):
-    """Answers both protocols. ``failures``: statuses to answer first. ``busy`` says which requests get a 503.
-
-    ``change`` edits an answer before it is sent. Requests come side by side: only ``busy`` can single one out.
-    """
-
-    def __init__(self, hf: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.opened = Opened(hf)
-        self.engine = self.opened.engine(HowToRead(), 64, on_one_device("fp32", "cpu"))
-        self.lock = threading.Lock()
-        self.reset()
-
-    def reset(self) -> None:
-        self.failures: list[int] = []
-        self.requests: list[tuple[str, Any]] = []
-        self.busy: Any = lambda body: False
-        self.wait = 0.0
-        self.change: Any = lambda answer: answer
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def sampled(self, prompt: list[int], sampling: Sampling) -> list[Completion]:
-        with self.lock:
-            return self.engine.generate([prompt], sampling)[0]
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: FakeServer
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-    def send(self, status: int, value: Any) -> None:
-        content = value if isinstance(value, bytes) else json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def do_GET(self) -> None:
-        if self.path == "/v1/models":
-            self.send(200, {"object": "list", "data": [{"id": "ours", "object": "model"}]})
-        else:
-            self.send(404, {"error": "no such path"})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append((self.path, body))
-        if self.server.failures or self.server.busy(body):
-            status = self.server.failures.pop(0) if self.server.failures else 503
-            if status == 0:
-                self.close_connection = True  # without an answer
-                return
-            self.send(status, {"error": {"message": "busy"}})
-            return
-        time.sleep(self.server.wait)
-        answer = self.vllm(body) if self.path == "/v1/completions" else self.sglang(body)
-        self.send(200, self.server.change(answer))
-
-    def vllm(self, body: dict[str, Any]) -> Any:
-        assert body["model"] == "ours" and body["logprobs"] == 0 and body["return_token_ids"] is True
-        sampling = Sampling(
-            max_new_tokens=body["max_tokens"], temperature=body["temperature"], top_p=body["top_p"], top_k=body["top_k"],
-            min_p=body["min_p"], samples=body["n"], stop=tuple(body["stop"]), seed=body["seed"],
-        )  # fmt: skip
-        choices = []
-        for index, answer in enumerate(self.server.sampled(body["prompt"], sampling)):
-            log_probs = {"token_logprobs": answer.log_probs, "tokens": [f"token_id:{token}" for token in answer.tokens]}
-            choices.append(
-                {"index": index, "text": self.server.opened.text(answer.tokens), "finish_reason": answer.finish_reason,
-                 "logprobs": log_probs, "token_ids": answer.tokens, "prompt_token_ids": body["prompt"]}
-            )  # fmt: skip
-        return {"id": "cmpl-1", "object": "text_completion", "choices": choices[::-1]}
-
-    def sglang(self, body: dict[str, Any]) -> Any:
-        given = body["sampling_params"]
-        assert self.path == "/generate" and body["return_logprob"] is True
-        sampling = Sampling(
-            max_new_tokens=given["max_new_tokens"], temperature=given["temperature"], top_p=given["top_p"],
-            top_k=max(given["top_k"], 0), min_p=given["min_p"], samples=given["n"], seed=given["sampling_seed"],
-        )  # fmt: skip
-        return [
-            {"text": "", "output_ids": answer.tokens, "meta_info": {
-                "finish_reason": {"type": answer.finish_reason},
-                "output_token_logprobs": [[p, t, None] for p, t in zip(answer.log_probs, answer.tokens, strict=True)],
-            }}
-            for answer in self.server.sampled(body["input_ids"], sampling)
-        ]  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def running(hf: Path) -> Iterator[FakeServer]:
-    with FakeServer(hf) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
+    with serving(hf) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -145,12 +44,15 @@ def sampler(fake: FakeServer, **changes: Any) -> ServerSampler:
 def test_answers_are_those_of_the_model_that_is_served(fake: FakeServer, kind: Any) -> None:
     found = sampler(fake, kind=kind).generate(PROMPTS, SAMPLING, numbers=[7, 8, 9])
     assert [len(answers) for answers in found] == [3, 3, 3]
-    sent = {tuple(body.get("prompt") or body["input_ids"]): body for _, body in fake.requests}
+    sent = {tuple(body["prompt"] if kind == "vllm" else body["input_ids"][0]): body for _, body in fake.requests}
     for prompt, answers in zip(PROMPTS, found, strict=True):
-        seed = (
-            sent[tuple(prompt)]["seed"] if kind == "vllm" else sent[tuple(prompt)]["sampling_params"]["sampling_seed"]
-        )
-        assert answers == fake.sampled(prompt, replace(SAMPLING, seed=seed))
+        body = sent[tuple(prompt)]
+        if kind == "vllm":
+            assert answers == fake.sampled(prompt, replace(SAMPLING, seed=body["seed"]))
+        else:
+            seeds = [one["sampling_seed"] for one in body["sampling_params"]]
+            assert len(set(seeds)) == 3 and body["input_ids"] == [prompt] * 3
+            assert answers == [fake.sampled(prompt, replace(SAMPLING, seed=seed, samples=1))[0] for seed in seeds]
     assert len({json.dumps(vars(one)) for answers in found for one in answers}) == 9
     # Queries keep their random numbers in another order.
     again = sampler(fake, kind=kind).generate(PROMPTS[::-1], SAMPLING, numbers=[9, 8, 7])

@@ -18,6 +18,7 @@ from qwen_moe.errors import UserError
 from qwen_moe.runs.records import read_lines
 from qwen_moe.training.episode_files import EpisodeFiles
 from tests.distributed import run_distributed
+from tests.schedules import needs
 from tests.small import model_values
 from tests.training.test_run import command, run_to_end
 
@@ -120,6 +121,21 @@ def test_a_layout_samples_and_learns_what_one_process_does(
 ) -> None:
     degrees, processes = LAYOUTS[name]
     for found in run_distributed(learn, processes, values(tokenizer, tmp_path), degrees, 2):
+        for here, there in zip(found, alone, strict=True):
+            assert here["tokens"] == there["tokens"] and here["experts"] == there["experts"]
+            for key in set(there) - {*TIMED, "tokens", "experts"}:
+                assert here[key] == pytest.approx(there[key], rel=1e-10, abs=1e-10), key
+
+
+@pytest.mark.parametrize("schedule", ["interleaved_1f1b", "zbv"])
+def test_stages_of_a_rank_sample_in_their_order(schedule: str, tokenizer: Path, tmp_path: Path) -> None:
+    """A rank holds every other stage, or the first and the last; the head is on another rank each time."""
+    needs(schedule)
+    model = model_values("qwen2_moe", vocab_size=288, max_position_embeddings=LENGTH, num_hidden_layers=4)
+    changes = {"model": model, "training": {"global_batch_size": 32}}
+    (alone,) = run_distributed(learn, 1, values(tokenizer, tmp_path / "alone", **changes), {}, 1)
+    recipe = values(tokenizer, tmp_path / "split", parallel={"schedule": schedule}, **changes)
+    for found in run_distributed(learn, 2, recipe, {"pp": 2}, 1):
         for here, there in zip(found, alone, strict=True):
             assert here["tokens"] == there["tokens"] and here["experts"] == there["experts"]
             for key in set(there) - {*TIMED, "tokens", "experts"}:
@@ -243,6 +259,13 @@ def test_damaged_samples_are_made_again_or_refused(tokenizer: Path, tmp_path: Pa
     (again,) = run_distributed(learn, 1, recipe, {}, 2)
     assert [one["tokens"] for one in again] == [one["tokens"] for one in expected]
     assert [one["weights"] for one in again] == [one["weights"] for one in expected]
+
+
+def test_stages_of_episodes_are_refused(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"stages is for text, and objective\.kind grpo reads its own samples: leave it out"
+    ):
+        parse_config(values(tokenizer, tmp_path) | {"stages": [{"name": "a", "tokens": 1536}]}, "test")
 
 
 def refusal(recipe: dict[str, Any]) -> str:

@@ -182,4 +182,7 @@ def test_data_and_settings_that_do_not_fit_the_objective_are_refused(tuned: Path
     assert "longer than data.sequence_length 16" in refusal(path, "data.sequence_length=16")
     assert "of this data take" in refusal(path, "training.train_tokens=4096")
     assert "training.epochs is for conversations and pairs" in refusal(path, "objective=likelihood")
-    assert "stages is for text" in refusal(path, "stages=[{name: a, tokens: 4096}]")
+    bases = "stages=[{name: a, tokens: 4096}, {name: b, tokens: 4096, model: {rope_theta: 2.0e+6}}]"
+    assert "compares with the model that the run begins from, which has one" in refusal(
+        path, bases, "training.epochs=0"
+    )

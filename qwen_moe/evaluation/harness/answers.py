@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe.errors import UserError
-from qwen_moe.evaluation.lines import LineFile
+from qwen_moe.line_file import LineFile
 
 
 def key_of(*parts: Any) -> str:
