@@ -23,6 +23,7 @@ from tests.mutations.table import Mutation, load
 
 ROOT = Path(__file__).parents[2]
 SEEN, SURVIVED, NO_ANSWER = "seen", "SURVIVED", "NO ANSWER"
+PLUGIN = "tests.mutations.unshrunk"
 _PASSED, _FAILED = 0, 1  # exit codes of pytest; others mean that it could not run the tests
 
 
@@ -44,7 +45,7 @@ def run_tests(tree: Path, tests: Sequence[str], seconds: float) -> tuple[int | N
     # Python takes a compiled file for current if source and compiled file agree in size and second: one that was written
     # before the mistake was planted would hide it.
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-rfE", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-rfE", "-p", "no:cacheprovider", "-p", PLUGIN, *tests]
     process = subprocess.Popen(
         command,
         cwd=tree,
@@ -89,6 +90,8 @@ def run(mutations: Sequence[Mutation], root: Path, seconds: float, jobs: int) ->
         mutation.planted(root)
     begin, survivors = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        if (root.parent / "shared").is_dir():  # public sweeps of runs, which some tests skip without
+            (Path(folder) / "shared").symlink_to(root.parent / "shared")
         trees: SimpleQueue[Path] = SimpleQueue()
         for number in range(min(jobs, len(mutations))):
             trees.put(copy_project(root, Path(folder) / str(number)))

@@ -1,12 +1,13 @@
 """The table of planted mistakes fits the code, and the script tells mistakes that are seen from those that survive."""
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.mutations.run import ROOT, main
+from tests.mutations.run import PLUGIN, ROOT, main
 from tests.mutations.table import Mutation, load
 
 MUTATIONS = load()
@@ -47,6 +48,9 @@ SURVIVES = ROW.format(name="halved", old="/ len(values)", new="/ 2", test="test_
 def project(tmp_path: Path) -> Path:
     for name, text in PROJECT.items():
         (tmp_path / name).write_text(text)
+    plugin = Path(*PLUGIN.split(".")).with_suffix(".py")
+    (tmp_path / plugin).parent.mkdir(parents=True)
+    shutil.copy(ROOT / plugin, tmp_path / plugin)
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     return tmp_path
 
