@@ -30,6 +30,16 @@ def test_every_group_helps_and_more_money_helps_more() -> None:
     assert rich.excess[-1] < poor.excess[-1] and rich.excess[0] == poor.excess[0]
 
 
+def test_a_branch_costs_its_decay_alone() -> None:
+    design = design_ladder((1e10, 1e10, 1e12), SIZES, [20, 40, 80], 1e21, decay_share=0.2)
+    branches = [run for run in design.runs if run.trunk is not None]
+    assert branches and design.flops <= 1e21
+    for run in branches:
+        assert run.flops == pytest.approx(0.2 * 6 * run.n_active * run.tokens)
+        trunk = design.runs[run.trunk]
+        assert trunk.trunk is None and trunk.flops == 6 * trunk.n_active * trunk.tokens > run.flops
+
+
 @pytest.mark.slow
 def test_the_runs_of_a_ladder_give_the_precision_that_it_promises(tmp_path: Path) -> None:
     """Synthetic losses at the ladder's own points, 40 times, where the published law is the truth: the spread of what is
