@@ -68,9 +68,9 @@ def test_spikes_are_no_part_of_the_trend() -> None:
     rng = np.random.default_rng(4)
     seen = (published("tissue", rate) + rng.normal(0, 0.04, STEPS))[: STEPS // 2]
     spiky = seen.copy()
-    spiky[rng.choice(len(seen), 20, replace=False)] += 20.0
+    spiky[rng.choice(len(seen), 100, replace=False)] += 20.0
     calm, disturbed = (predict_final_loss(Curve(name="run", learning_rate=rate, loss=loss)) for loss in (seen, spiky))
-    assert disturbed.final == pytest.approx(calm.final, rel=0.01)
+    assert disturbed.final == pytest.approx(calm.final, rel=0.03)  # spikes as they are make it a quarter higher
 
 
 def test_finished_runs_teach_what_the_fall_brings() -> None:
