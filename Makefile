@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= recipes/demo.yaml
 
-.PHONY: train test test-slow test-gpu lint slurm install clean
+.PHONY: train test test-slow test-gpu mutations lint slurm install clean
 train: install
 	$(BIN)/qwen-moe train $(RECIPE)
 
@@ -15,6 +15,11 @@ test: install lint slurm
 
 test-slow: install slurm
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PARALLEL) $(PYTEST_OPTIONS)
+
+# Plants mistakes one after the other and prints those that no test sees (tests/mutations); minutes long.
+# `make mutations MUTATION_OPTIONS="--only capacity --jobs 2"` tries some of them.
+mutations: install
+	$(BIN)/python -m tests.mutations.run $(MUTATION_OPTIONS)
 
 # On one GPU, unattended, within ten minutes; writes runs/gpu/report.md (docs/gpu.md). Installs nothing: it runs in the
 # environment of PYTHON, so that the torch that was built for the machine's CUDA is the one that is tested.

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from itertools import product
 from typing import Any, get_args
 
@@ -79,12 +80,23 @@ def apply(config: RunConfig, choice: Choice) -> RunConfig:
     changed = config.model_copy(
         update={
             "parallel": ParallelConfig(**vars(config.parallel) | settings["parallel"] | {"pipeline_split": ()}),
-            "training": TrainingConfig(**vars(config.training) | settings["training"]),
-            "precision": PrecisionConfig(**vars(config.precision) | settings["precision"]),
+            "training": _training(config.training, choice.micro_batch, choice.recompute),
+            "precision": _precision(config.precision, choice.precision),
         }
     )
     changed.check()  # the other sections are unchanged and have been checked before
     return changed
+
+
+# Cached, because a search asks for the same few sections ten thousand times.
+@lru_cache(maxsize=64)
+def _training(base: TrainingConfig, micro_batch: int, recompute: str) -> TrainingConfig:
+    return TrainingConfig(**vars(base) | {"micro_batch_size": micro_batch, "recompute": recompute})
+
+
+@lru_cache(maxsize=64)
+def _precision(base: PrecisionConfig, compute: str) -> PrecisionConfig:
+    return PrecisionConfig(**vars(base) | {"compute": compute})
 
 
 def legal(config: RunConfig, choice: Choice, gpus: int) -> RunLayout | str:
@@ -97,11 +109,16 @@ def legal(config: RunConfig, choice: Choice, gpus: int) -> RunLayout | str:
 
 def _shardings(choice: Choice) -> list[Choice]:
     """``choice`` with each sharding that its schedule allows. They have the same layout."""
+    return [replace(choice, sharding=sharding) for sharding in _allowed_shardings(choice.pp, choice.schedule)]
+
+
+@cache
+def _allowed_shardings(pp: int, schedule: str) -> list[str]:
     found = []
     for sharding in get_args(ParallelConfig.model_fields["sharding"].annotation):
         with suppress(ValidationError):
-            ParallelConfig(pp=choice.pp, schedule=choice.schedule, sharding=sharding)
-            found.append(replace(choice, sharding=sharding))
+            ParallelConfig(pp=pp, schedule=schedule, sharding=sharding)
+            found.append(sharding)
     return found
 
 
@@ -143,6 +160,7 @@ def _degrees(config: RunConfig, gpus: int, least_tokens: int) -> Iterator[tuple[
     context parallelism. With cp above 1, a rank has at least ``least_tokens`` of a sequence, or cp is the recipe's."""
     sequence = config.data.sequence_length
     by_split: dict[tuple[int, int], list[Kind]] = {}
+    fits: dict[tuple[int, int, int, int], bool] = {}  # whether the model does, which does not depend on pp and dp
     for pp in divisors(gpus):
         if pp > config.model.num_hidden_layers:
             continue
@@ -152,9 +170,14 @@ def _degrees(config: RunConfig, gpus: int, least_tokens: int) -> Iterator[tuple[
                     continue
                 for ep in divisors(gpus // pp):
                     for etp in divisors(gpus // pp // ep):
+                        if not fits.get((tp, cp, ep, etp), True):
+                            continue
                         try:
                             layout = layout_for(gpus, pp=pp, tp=tp, cp=cp, ep=ep, etp=etp)
-                            check_layout(config.model, layout, sequence)
+                            if (tp, cp, ep, etp) not in fits:
+                                fits[tp, cp, ep, etp] = False
+                                check_layout(config.model, layout, sequence)
+                                fits[tp, cp, ep, etp] = True
                         except LayoutError:
                             continue
                         if (tp, cp) not in by_split:
@@ -203,6 +226,9 @@ def legal_choices(
     for degrees, possible in _degrees(config, gpus, least_tokens):
         for schedule, per_rank in _schedules(degrees.pp, layers):
             for micro_batch in sizes:
+                at_once = micro_batch * (gpus // (degrees.pp * degrees.tp * degrees.cp))
+                if config.training.global_batch_size % at_once:
+                    continue  # as the check would find, after much else
                 base = {**vars(degrees), "schedule": schedule, "per_rank": per_rank, "micro_batch": micro_batch}
                 any_kind = {"cp_kind": possible[0].cp_kind, "cp_ulysses": possible[0].cp_ulysses}
                 first = Choice(**base | any_kind | {"precision": computes[0]})

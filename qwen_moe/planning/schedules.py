@@ -21,13 +21,19 @@ def enough(pp: int, micro_batches: int) -> int:
     return 2 * pp if micro_batches > 2 * pp and micro_batches % pp == 0 else micro_batches
 
 
-@lru_cache(maxsize=4096)
 def flights(schedule: str, pp: int, micro_batches: int, per_rank: int) -> tuple[Flight, ...]:
     """The `Flight` of each pipeline rank. With ``pp`` 1 micro-batches run one after another."""
     if pp == 1:
         return (Flight((0,), ((1,),)),)
+    return _flights(schedule, pp, enough(pp, micro_batches), per_rank)
+
+
+# Cached by the number of micro-batches that is played, which thousands of layouts share: torch makes a schedule's actions
+# in tens of milliseconds.
+@lru_cache(maxsize=4096)
+def _flights(schedule: str, pp: int, played: int, per_rank: int) -> tuple[Flight, ...]:
     found = []
-    for rank, order in enumerate(actions(schedule, pp, enough(pp, micro_batches), per_rank)):
+    for rank, order in enumerate(actions(schedule, pp, played, per_rank)):
         stages = stages_of_rank(schedule, pp, per_rank, rank)
         held = dict.fromkeys(stages, 0.0)
         moments: set[tuple[float, ...]] = set()
@@ -40,10 +46,13 @@ def flights(schedule: str, pp: int, micro_batches: int, per_rank: int) -> tuple[
     return tuple(found)
 
 
-@lru_cache(maxsize=4096)
 def idle_micro_batches(schedule: str, pp: int, micro_batches: int, per_rank: int) -> float:
     """Idle time of a step. The unit is the forward and backward of a micro-batch on a rank; all stages are equally slow."""
     if pp == 1:
         return 0.0
-    run = enough(pp, micro_batches)
-    return play(schedule, pp, run, per_rank).length / 3 - run
+    return _idle(schedule, pp, enough(pp, micro_batches), per_rank)
+
+
+@lru_cache(maxsize=4096)
+def _idle(schedule: str, pp: int, played: int, per_rank: int) -> float:
+    return play(schedule, pp, played, per_rank).length / 3 - played

@@ -41,6 +41,26 @@ def test_a_committed_checkpoint_verifies_and_leaves_nothing_beside_it(tmp_path: 
     assert json.loads((path / MANIFEST).read_text())["step"] == 3
 
 
+def test_all_of_it_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power failure a name that was written earlier than its content holds zeros."""
+    on_disk: set[int] = set()
+    sync, rename = os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        sync(descriptor)
+        on_disk.add(os.fstat(descriptor).st_ino)
+
+    def replace(source: Path, target: Path) -> None:
+        for path in (source, *(path for path in source.rglob("*") if path.is_file())):
+            assert path.stat().st_ino in on_disk, path
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    path = write_checkpoint(tmp_path, 3)
+    assert path.is_dir() and tmp_path.stat().st_ino in on_disk
+
+
 def _truncate(path: Path) -> None:
     (path / "weights").write_bytes(b"short")
 
@@ -180,6 +200,10 @@ def test_the_newest_are_kept_by_step_number(tmp_path: Path) -> None:
     partial_path(step_directory(tmp_path, 7)).mkdir()
     _write(tmp_path, Retention(tmp_path, keep=2), 5, 30, 100_000_000)
     assert _steps(tmp_path) == ["step_00000030", "step_100000000"]
+    write_checkpoint(tmp_path, 200)
+    steps = [30, 200, 100_000_000]  # by their names, 100,000,000 would come before the others
+    assert list(step_directories(tmp_path)) == steps
+    assert list_checkpoints(tmp_path) == [step_directory(tmp_path, step) for step in steps]
 
 
 @pytest.mark.parametrize(("keep", "damaged"), [(1, (3, 4)), (2, (3, 4)), (4, (3, 4)), (1, (1, 2, 3, 4)), (2, (4,))])

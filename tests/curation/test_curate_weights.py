@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from qwen_moe.curation.library import Document
 from qwen_moe.curation.recipe import WeightsSection
-from qwen_moe.curation.weights import Sample, Share, hash_of, plan, wanted_shares
+from qwen_moe.curation.weights import Count, Sample, Share, hash_of, plan, wanted_shares
+from qwen_moe.data.tokenizer import read_tokenizer, train_tokenizer
 from qwen_moe.errors import UserError
 
 
@@ -73,6 +74,23 @@ def test_output_is_the_plan_and_within_a_document_of_the_target(
     wanted = {first: target, **{name: (1 - target) * sum(tokens[name]) / (total - sum(tokens[first]))
                                 for name in tokens if name != first}}  # fmt: skip
     assert {name: share.wanted / total for name, share in shares.items()} == pytest.approx(wanted, abs=1 / total)
+
+
+def test_tokens_are_those_that_training_reads(tmp_path: Path) -> None:
+    """Of each document its tokens and the one that ends it, over more documents than are counted at a time."""
+    texts = [f"number {number} " * (number % 3) for number in range(300)]
+    train_tokenizer(texts, 284, tmp_path / "tokenizer")
+    documents = [
+        Document(text=text, id=str(number), metadata={"domain": "ab"[number % 2]}) for number, text in enumerate(texts)
+    ]
+    passed = list(Count(tmp_path / "tokenizer", tmp_path / "counts", 3).run(iter(documents), rank=2))
+    assert passed == documents
+    tokenizer = read_tokenizer(tmp_path / "tokenizer")
+    for part, domain in enumerate("ab"):
+        rows = np.load(tmp_path / "counts" / domain / "00002.npy")
+        expected = [len(tokenizer(text)["input_ids"]) + 1 for text in texts[part::2]]
+        assert rows["tokens"].tolist() == expected and min(expected) == 1
+        assert rows["hash"].tolist() == [hash_of(3, str(number)) for number in range(part, 300, 2)]
 
 
 def test_without_targets_everything_is_kept_once(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from qwen_moe.config import DataConfig, Dataset
 from qwen_moe.data.batches import TokenBatches
 from qwen_moe.data.content import check_prefix
+from qwen_moe.data.lengths import long_samples
 from qwen_moe.data.megatron import IndexedDatasetBuilder
 from qwen_moe.data.samples import rank_samples
 from qwen_moe.errors import UserError
@@ -303,6 +304,12 @@ def test_the_share_of_sequences_from_long_documents_is_exact(tmp_path: Path, mix
     assert sum(found) == round(200 * share)
     for first in range(0, 200, 20):
         assert abs(sum(found[first : first + 20]) - 20 * share) <= 1
+
+
+@pytest.mark.parametrize(("share", "samples", "expected"), [(0.29, 100, 29), (0.7, 10, 7), (0.3, 9, 2), (1.0, 7, 7)])
+def test_a_share_is_the_decimal_number_that_was_written(share: float, samples: int, expected: int) -> None:
+    """0.29 x 100 is 28.999999999999996 in binary."""
+    assert long_samples(share, samples) == expected
 
 
 def test_a_mix_reads_every_long_token_once_and_leaves_validation_as_it_is(tmp_path: Path, mixed: Path) -> None:

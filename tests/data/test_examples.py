@@ -342,9 +342,11 @@ def test_data_that_do_not_fit_each_other(tmp_path: Path) -> None:
         )
 
 
-def test_the_fingerprint_knows_what_is_learned(tmp_path: Path) -> None:
+def test_the_fingerprint_knows_what_is_learned_and_in_which_order(tmp_path: Path) -> None:
     documents = counting([4] * 9)
     first = opened(tmp_path, documents).fingerprint
+    assert opened(tmp_path, documents, seed=6).fingerprint != first
+    assert opened(tmp_path, documents, longer="leave out").fingerprint != first
     assert opened(tmp_path, [(ids, [0, 1, 1, 1]) for ids, _ in documents]).fingerprint != first
     assert opened(tmp_path, documents, length=32).fingerprint != first
     assert opened(tmp_path, documents, passes=[2]).fingerprint != first

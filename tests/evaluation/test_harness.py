@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from qwen_moe.cli import main
+from qwen_moe.generation.sampling import Sampling
 from tests.evaluation.harness_models import model_folder, write_tasks
 
 pytest.importorskip("lm_eval")
@@ -123,6 +124,19 @@ def test_a_second_time_nothing_is_computed(
     assert run(model, names, tmp_path) == first and whole > 60 and asked == []
     changed = run(model, names[:1], tmp_path, "--dtype", "fp64")
     assert sum(asked) > 40 and set(changed["tasks"]) == {"own_choice"}, "another way of computing is another evaluation"
+
+
+def test_each_sampled_answer_of_a_request_is_kept_and_greedy_ones_are_one() -> None:
+    """Otherwise a score over several draws, as pass@k, would be of one of them. A second start finds the same ones."""
+    from qwen_moe.evaluation.harness.model import HarnessModel
+
+    model = object.__new__(HarnessModel)
+    model._identity = {"weights": "some"}
+    drawn, greedy = Sampling(temperature=0.7), Sampling(temperature=0.0)
+    asked = ([[1, 2]] * 5, [drawn] * 3 + [greedy] * 2)
+    keys = model._generation_keys(*asked)
+    assert len(set(keys)) == 4 and keys[3] == keys[4] not in keys[:3]
+    assert model._generation_keys(*asked) == keys
 
 
 def test_other_tasks_of_the_same_checkpoint_stay(world: tuple[Path, list[str]], tmp_path: Path) -> None:

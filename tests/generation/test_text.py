@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -158,35 +159,57 @@ def test_sampling_follows_the_probabilities() -> None:
         assert all((count == 0) == (want == 0) for count, want in zip(found.tolist(), expected, strict=True))
 
 
-@SETTINGS
-@given(data=st.data())
-def test_tokens_that_may_be_drawn_are_those_of_transformers(data: st.DataObject) -> None:
+CHOICES = {
+    "temperature": (0.5, 1.0, 1.7),
+    "top_p": (0.4, 0.9, 1.0),
+    "top_k": (0, 1, 5),
+    "min_p": (0.0, 0.1),
+    "repetition_penalty": (1.0, 1.4),
+}
+
+
+@pytest.mark.parametrize(
+    "values", [dict(zip(CHOICES, one, strict=True)) for one in product(*CHOICES.values())], ids=str
+)
+def test_tokens_that_may_be_drawn_are_those_of_transformers(values: dict[str, Any]) -> None:
     """Penalty, temperature, top-k, top-p and min-p against transformers' processors in its order."""
     from transformers import generation
 
-    numbers = st.floats(-6, 6, width=32)
-    logits = torch.tensor([data.draw(st.lists(numbers, min_size=30, max_size=30, unique=True))])
-    ids = torch.tensor([data.draw(st.lists(st.integers(0, 29), min_size=1, max_size=6))])
-    temperature, top_p = data.draw(st.sampled_from([0.5, 1.0, 1.7])), data.draw(st.sampled_from([0.4, 0.9, 1.0]))
-    top_k, min_p = data.draw(st.sampled_from([0, 1, 5])), data.draw(st.sampled_from([0.0, 0.1]))
-    penalty = data.draw(st.sampled_from([1.0, 1.4]))
-    scores = generation.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone()) / temperature
-    if top_k:
-        scores = generation.TopKLogitsWarper(top_k)(ids, scores)
-    if top_p < 1:
-        scores = generation.TopPLogitsWarper(top_p)(ids, scores)
-    if min_p:
-        scores = generation.MinPLogitsWarper(min_p)(ids, scores)
+    generator = torch.Generator().manual_seed(5)
+    logits = 2 * torch.randn(1, 30, generator=generator)
+    ids = logits.argsort(descending=True)[:, [0, 2, 5, 20, 27]]  # likely ones, and some with a negative logit
+    assert bool((logits.gather(1, ids) > 0).any()) and bool((logits.gather(1, ids) < 0).any())
+    scores = generation.RepetitionPenaltyLogitsProcessor(values["repetition_penalty"])(ids, logits.clone())
+    scores = scores / values["temperature"]
+    if values["top_k"]:
+        scores = generation.TopKLogitsWarper(values["top_k"])(ids, scores)
+    if values["top_p"] < 1:
+        scores = generation.TopPLogitsWarper(values["top_p"])(ids, scores)
+    if values["min_p"]:
+        scores = generation.MinPLogitsWarper(values["min_p"])(ids, scores)
     expected = scores.softmax(-1)[0].double()
     occurred = torch.zeros(1, 30, dtype=torch.bool).scatter_(1, ids, True)
     draws = 4000
     chance = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=penalty)
-    tokens, log_probs = draw(logits.expand(draws, -1), sampling, chance, occurred.expand(draws, -1))
+    tokens, log_probs = draw(logits.expand(draws, -1), Sampling(**values), chance, occurred.expand(draws, -1))
     found = torch.bincount(tokens, minlength=30).double() / draws
     torch.testing.assert_close(found, expected, rtol=0, atol=1.01 / draws)
-    own = (logits / temperature).log_softmax(-1)[0]
+    own = (logits / values["temperature"]).log_softmax(-1)[0]
     torch.testing.assert_close(log_probs, own[tokens], rtol=1e-5, atol=1e-5)
+
+
+def test_what_occurred_stays_with_its_prompt_when_others_have_ended() -> None:
+    """Two of four prompts end with their first token; the rows of the others move up."""
+    model = draw_weights(small_config(), 6)
+    prompts = [[5, 6], [7, 8], [1, 2], [3, 4]]
+    sampling = Sampling(max_new_tokens=16, temperature=1.0, top_p=1.0, repetition_penalty=6.0, seed=0)
+    ends = [tokens[0] for tokens in generate(model, prompts, sampling)[:2]]
+    engine = Engine(LocalRunner(model), model.config, end_tokens=ends)
+    together = [answer.tokens for (answer,) in engine.generate(prompts, sampling)]
+    assert [len(tokens) for tokens in together[:2]] == [1, 1] and min(map(len, together[2:])) > 8
+    for number, prompt in enumerate(prompts):
+        ((alone,),) = engine.generate([prompt], sampling, numbers=[number])
+        assert alone.tokens == together[number]
 
 
 def test_a_large_vocabulary_is_sorted_only_as_far_as_needed() -> None:
@@ -232,6 +255,12 @@ def test_seed_decides() -> None:
     sampling = Sampling(max_new_tokens=25, temperature=1, top_p=1)
     first, again, other = (generate(model, [[1, 2, 3]], replace(sampling, seed=seed)) for seed in (1, 1, 2))
     assert first == again != other
+    # Answers to one prompt differ, and so do those to two prompts that are the same.
+    (one, two), (three, four) = (
+        [answer.tokens for answer in answers]
+        for answers in Engine(LocalRunner(model), model.config).generate([[1, 2, 3]] * 2, replace(sampling, samples=2))
+    )
+    assert len({tuple(tokens) for tokens in (one, two, three, four)}) == 4
 
 
 def run(*arguments: object) -> int:

@@ -78,6 +78,10 @@ def test_the_table_and_the_json_say_the_same(recipe: Path, capsys: pytest.Captur
     assert f"{first['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU" in text
     assert first["gpu_hours"] == pytest.approx(1e9 / first["tokens_per_second_per_gpu"] / 3600)
     assert first["cost"] == pytest.approx(3 * first["gpu_hours"])
+    peak = facts["gpu"]["peak_tflops"]
+    assert plan(recipe, "--gpus", 8, "--top", 1, "--precision", "fp8", "--json") == 0
+    for scored in (first, *json.loads(capsys.readouterr().out)["best"]):
+        assert scored["mfu"] == pytest.approx(scored["tflops_per_gpu"] / peak[scored["precision"]])
     assert first["step_seconds"]["total"] == pytest.approx(
         sum(seconds for part, seconds in first["step_seconds"].items() if part != "total")
     )

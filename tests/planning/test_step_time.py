@@ -72,6 +72,22 @@ def test_nothing_is_faster_than_the_peak() -> None:
             assert step(choice, gpu=gpu).compute > work / (gpu.peak_tflops["bf16"] * 1e12)
 
 
+def test_nothing_travels_faster_than_the_links() -> None:
+    """Forward and backward both send: every choice of a token goes to its expert and back twice, a hidden state to the next
+    stage and its gradient back."""
+    model = turbo_style().model.model_copy(update={"shared_expert_intermediate_size": 0})  # which hides some of it
+    hidden, tokens = 2 * model.hidden_size, 1024 * 4096 / 64
+    ideal = H100.efficiency.model_copy(update={"nvlink": 1.0, "network": 1.0, "all_to_all": 1.0})
+    gpu = H100.model_copy(update={"efficiency": ideal})
+    times = StepTimeModel(model, 4096, Cluster(gpu, IB400, 8), replace(OURS, pp_overlap=0.0))
+    spread, pipeline = Choice(ep=8), Choice(pp=2)
+    layouts = [legal(turbo_style(), choice, 64) for choice in (spread, pipeline)]
+    assert all(isinstance(layout, RunLayout) for layout in layouts)
+    sent = 4 * len(model.moe_layers) * tokens * model.num_experts_per_tok * hidden * 7 / 8
+    assert times.step(spread, layouts[0]).ep > sent / (H100.nvlink_gb_per_second * 1e9)
+    assert times.step(pipeline, layouts[1]).pp > 2 * 2 * tokens * hidden / (IB400.gb_per_second * 1e9)
+
+
 def test_what_costs_more_takes_longer() -> None:
     base = Choice(ep=8)
     plain = step(base)

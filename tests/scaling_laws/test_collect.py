@@ -87,6 +87,9 @@ def test_what_cannot_be_compared_or_used_is_refused(tmp_path: Path, capsys: pyte
     one = write_recipe(ladder, "one")
     assert "no run of" in refused(capsys, str(ladder), *output) and not (tmp_path / "runs.csv").exists()
     run = write_run(one, FALLING)
+    lines = (run / "metrics.jsonl").read_text().splitlines()  # a validation halfway is not one after the last step
+    lines.insert(STEPS // 2, json.dumps({"step": STEPS // 2, "validation_loss": 3.9}))
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert "no validation loss" in refused(capsys, str(ladder), *output, "--loss", "validation")
     write_run(write_recipe(ladder, "two", model__vocab_size=300), FALLING)
     assert "different vocabularies" in refused(capsys, str(ladder), *output)

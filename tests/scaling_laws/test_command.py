@@ -11,8 +11,9 @@ import pytest
 
 import scaling_laws.recommend as laws
 from qwen_moe.cli import main
-from scaling_laws.fitting import load_fit
+from scaling_laws.fitting import _resamples, load_fit
 from scaling_laws.recommend import Request
+from scaling_laws.runs import read_runs
 from scaling_laws.surface import WINDOW
 from tests.scaling_laws.data import best_loss, optimum, synthetic
 
@@ -52,6 +53,13 @@ def test_known_laws_are_found_beyond_the_runs(fit_dir: Path, capsys: pytest.Capt
     for key, truth in (("learning_rate", rate), ("batch_size_tokens", batch), ("predicted_loss", best_loss(n, d))):
         low, high = found["intervals"][key]
         assert 0.9 * low < truth < 1.1 * high, key
+    optima = [sample.optimum(n, n, d) for sample in load_fit(fit_dir).surface_samples]
+    for key, found_there in (
+        ("learning_rate", [o[0][0] for o in optima]),
+        ("batch_size_tokens", [o[1][0] for o in optima]),
+    ):
+        low, high = found["intervals"][key]
+        assert 0.9 <= sum(low <= value <= high for value in found_there) / len(found_there) < 1, key
 
 
 def test_a_refit_that_ran_away_counts_no_more_than_is_trusted(fit_dir: Path) -> None:
@@ -92,6 +100,18 @@ def test_far_requests_are_refused_unless_accepted(fit_dir: Path, capsys: pytest.
     assert "n_total is 2,500 times outside the runs (limit 30)" in capsys.readouterr().err
     assert main([*far, "--accept-extrapolation"]) == 0
     assert "note: extrapolation" in capsys.readouterr().out
+    tiny = ["scaling", "recommend", str(fit_dir), "--n-total", "5e5", "--tokens", "4e9", "--seq-len", "64"]
+    assert main(tiny) == 2
+    assert "n_total is 100 times outside the runs (limit 30)" in capsys.readouterr().err
+
+
+def test_a_group_that_is_drawn_twice_is_two_groups(tmp_path: Path) -> None:
+    """Each with a level of its own, as in a cluster bootstrap: a resample has as many groups as the table."""
+    frame = read_runs([synthetic(tmp_path / "runs.csv")]).frame
+    (resampled,) = _resamples(frame, range(1), 3)
+    sizes = resampled.groupby("group")["n_total"]
+    assert sizes.ngroups == frame["group"].nunique() and (sizes.nunique() == 1).all()
+    assert len(resampled[["n_total", "tokens"]].drop_duplicates()) < sizes.ngroups
 
 
 def test_the_page_and_its_pictures(fit_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

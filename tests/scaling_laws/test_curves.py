@@ -63,6 +63,16 @@ def test_the_end_lies_in_the_interval_and_the_interval_narrows(law: str, kind: s
     assert widths[2] < 0.4 * widths[0]
 
 
+def test_spikes_are_no_part_of_the_trend() -> None:
+    rate = schedule("cosine")
+    rng = np.random.default_rng(4)
+    seen = (published("tissue", rate) + rng.normal(0, 0.04, STEPS))[: STEPS // 2]
+    spiky = seen.copy()
+    spiky[rng.choice(len(seen), 100, replace=False)] += 20.0
+    calm, disturbed = (predict_final_loss(Curve(name="run", learning_rate=rate, loss=loss)) for loss in (seen, spiky))
+    assert disturbed.final == pytest.approx(calm.final, rel=0.03)  # spikes as they are make it a quarter higher
+
+
 def test_finished_runs_teach_what_the_fall_brings() -> None:
     """A WSD run before its decay: a finished run with the same law, of another schedule and half the length."""
     rate = schedule("wsd")

@@ -71,6 +71,15 @@ def _frame(form: str, seed: int = 0) -> pd.DataFrame:
     return frame.assign(group=np.arange(len(frame)), diverged=False)
 
 
+def test_what_is_held_out_is_not_fitted() -> None:
+    frame = _frame("chinchilla")
+    parts = hold_outs(frame, tuned=False)
+    assert len(parts) > 2
+    for part in parts:
+        assert len(part.outside) and not set(part.inside["group"]) & set(part.outside["group"]), part.name
+        assert len(part.inside) + len(part.outside) == len(frame)
+
+
 @pytest.mark.parametrize("form", ["chinchilla", "effective", "clark", "krajewski", "data_constrained"])
 def test_the_true_form_is_chosen_by_what_was_held_out(form: str) -> None:
     frame = _frame(form)
@@ -100,3 +109,6 @@ def test_compute_optimal_is_the_closed_form() -> None:
     a, b = BASE["a"], BASE["b"]
     expected = (a * BASE["big_a"] / (b * BASE["big_b"]) * (1e22 / 6 / 1e19) ** b) ** (1 / (a + b)) * 1e9
     assert n == pytest.approx(expected, rel=0.02) and 6 * n * tokens == pytest.approx(1e22)
+    # The law is of activated parameters: a quarter of them changes the total, and no more.
+    n_total, tokens_of_quarter, _ = compute_optimal(law, 1e22, ratio=0.25)
+    assert n_total == pytest.approx(4 * n) and tokens_of_quarter == pytest.approx(tokens)

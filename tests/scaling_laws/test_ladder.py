@@ -14,7 +14,7 @@ from qwen_moe.models.flops import count_parameters
 from qwen_moe.training.schedule import learning_rate
 from scaling_laws.ladder import design_ladder
 from scaling_laws.runs import read_runs
-from scaling_laws.surface import fit_surface, step_law_as_published
+from scaling_laws.surface import deepseek_law, fit_surface, step_law_as_published
 from tests.scaling_laws.data import best_loss
 
 DEMO = str(Path(__file__).parents[2] / "recipes" / "demo.yaml")
@@ -28,6 +28,16 @@ def test_every_group_helps_and_more_money_helps_more() -> None:
         assert design.flops <= budget
         assert all(a > b for a, b in zip(design.excess, design.excess[1:]))
     assert rich.excess[-1] < poor.excess[-1] and rich.excess[0] == poor.excess[0]
+
+
+def test_a_branch_costs_its_decay_alone() -> None:
+    design = design_ladder((1e10, 1e10, 1e12), SIZES, [20, 40, 80], 1e21, decay_share=0.2)
+    branches = [run for run in design.runs if run.trunk is not None]
+    assert branches and design.flops <= 1e21
+    for run in branches:
+        assert run.flops == pytest.approx(0.2 * 6 * run.n_active * run.tokens)
+        trunk = design.runs[run.trunk]
+        assert trunk.trunk is None and trunk.flops == 6 * trunk.n_active * trunk.tokens > run.flops
 
 
 @pytest.mark.slow
@@ -120,3 +130,11 @@ def test_the_prior_is_the_published_law() -> None:
     rate, batch = step_law_as_published().optimum(1e9, 1e9, 1e11)
     assert float(rate[0]) == pytest.approx(1.79 * 1e9**-0.713 * 1e11**0.307)
     assert float(batch[0]) == pytest.approx(0.58 * 1e11**0.571)
+
+
+def test_deepseeks_law_is_the_published_one() -> None:
+    """arXiv 2401.02954, equation 1, in compute: 0.3118 C^-0.1250 and 0.2920 C^0.3271, with C = 6 N_active D."""
+    rate, batch = deepseek_law().optimum(8e9, 2e9, 1e11)
+    compute = 6 * 2e9 * 1e11
+    assert float(rate[0]) == pytest.approx(0.3118 * compute**-0.1250)
+    assert float(batch[0]) == pytest.approx(0.2920 * compute**0.3271)

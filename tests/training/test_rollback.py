@@ -94,6 +94,9 @@ def test_which_batches_are_taken() -> None:
     assert [history.data_step(step, 10) for step in range(3, 10)] == [3, 7, 8, 9, 0, 1, 2]
     assert history.skip(5, 5) == 1
     assert [history.data_step(step, 10) for step in (4, 5)] == [7, 9]
+    # A stage that begins at step 5 numbers its own batches: what was skipped in the stage before is not skipped again.
+    assert [history.data_step(step, 10, first=5) for step in (5, 6)] == [1, 2]
+    assert [history.data_step(step, 10, first=6) for step in (6, 7)] == [0, 1]
     assert history.highest_loss(0.5) == float("inf")
     history.losses.extend([2.0] * LEAST)
     assert history.highest_loss(0.5) == 2.5 and history.highest_loss(0.0) == float("inf")

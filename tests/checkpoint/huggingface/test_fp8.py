@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_moe.checkpoint.huggingface.convert import convert_from_hf, convert_to_hf, from_pretrained, save_pretrained
+from qwen_moe.checkpoint.huggingface.fp8 import fp8_pieces
+from qwen_moe.checkpoint.huggingface.names import parameters
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.init import build_model
@@ -150,6 +152,17 @@ def test_what_does_not_belong_together_is_refused(checkpoint: Any, tmp_path: Pat
     for index, (change, part) in enumerate([*cases, (other_method, r"quantized (gptq)")]):
         (tmp_path / str(index)).mkdir()
         assert part in _broken(tmp_path / str(index), path, change)
+
+
+def test_routers_and_gates_stay_even_where_they_are_whole_blocks() -> None:
+    """128 experts, as Qwen3-30B-A3B has, make a router of whole blocks; transformers does not quantize it."""
+    config = ModelConfig(**MODEL | {"num_experts": 128})
+    pieces = [piece for parameter in parameters(config).values() for piece in parameter.pieces]
+    found, settings = fp8_pieces(pieces)
+    gates = [piece for piece in found if piece.hf_name.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))]
+    assert [piece.holds for piece in gates] == ["values"] * 2 and gates[0].shape == (128, 256)
+    named = {f"model.layers.0.mlp.{name}" for name in ("gate", "shared_expert_gate")}
+    assert named <= set(settings["modules_to_not_convert"])
 
 
 def test_a_model_without_whole_blocks_is_refused(tmp_path: Path) -> None:

@@ -46,6 +46,19 @@ def test_what_runs_on_the_nodes_is_what_launch_json_names(tmp_path: Path) -> Non
     assert attempt.read("decision.json")["kind"] == "cancelled"
 
 
+def test_failures_before_the_last_launch_do_not_count(tmp_path: Path) -> None:
+    """Launching again says that the user has repaired what failed."""
+    run = launched(tmp_path, launched=100.0)
+    for started, before, after in ((50.0, 0, 0), (99.0, 0, 5), (100.0, 5, 5), (150.0, 5, 8)):
+        evidence = {"saved_before": before, "saved_after": after}
+        said = {"action": "go on", "kind": "failure", "reason": "", "host": f"at {started:.0f}"}
+        run.new_attempt().write("decision.json", said | {"started": started, "evidence": evidence})
+    one = object.__new__(conductor.Conductor)
+    one.run, one.facts = run, run.facts()
+    found = one._history(run.new_attempt())
+    assert [(past.host, past.progressed) for past in found] == [("at 100", False), ("at 150", True)]
+
+
 @pytest.mark.parametrize("facts", [{}, {"agent": 5}, {"agent": ""}])
 def test_a_launch_file_that_names_nothing_to_start_is_damaged(
     tmp_path: Path, facts: dict[str, Any], capsys: pytest.CaptureFixture[str]
