@@ -51,6 +51,11 @@ class Source:
         """Whether it has a JSON object on each line."""
         return self.kind in ("jsonl", "tasks")
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether each of its documents comes with other values: lines of JSON, and rows of Parquet."""
+        return self.has_lines or self.kind == "parquet"
+
     def open(self) -> BinaryIO:
         made = _MADE.get(self.kind)
         return io.BytesIO(made(str(self.path))) if made is not None else self.path.open("rb")
