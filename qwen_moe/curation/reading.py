@@ -162,9 +162,10 @@ class Inputs(BaseReader):
                 if not text.strip():
                     problems.empty += 1
                     continue
-                metadata |= {"file_path": file, "domain": metadata.get("domain", place.of.domain)}
-                if line:
-                    metadata["line"] = line
+                # Documents of an earlier curation, or of `data score`, keep what is known of them.
+                if "file_path" not in metadata:
+                    metadata |= {"file_path": file} | ({"line": line} if line else {})
+                metadata.setdefault("domain", place.of.domain)
                 yield Document(text=text, id=f"{file}:{line}" if line else file, metadata=metadata)
         write_json(Path(self.folder) / BAD / f"{rank:05d}.json", vars(problems))
 
