@@ -30,7 +30,7 @@ RECIPE = ROOT / "recipes" / "curate_demo.yaml"
 RESULTS = ROOT / "benchmarks" / "curated_data.json"
 HELD_OUT = 20  # one document of so many
 VOCABULARY = 2048
-TOKENS, PER_STEP, EVERY = 307_200, 1024, 50  # tokens of a run and of a step; steps between validations
+TOKENS, PER_STEP, EVERY = 307_200, 1024, 75  # tokens of a run and of a step; steps between validations
 SEEDS = (1234, 4321)
 KINDS = ("raw", "curated")
 
@@ -39,6 +39,7 @@ model:                            # 2.2M parameters, of which a token uses 1.0M
   family: qwen2_moe
   vocab_size: 2048
   hidden_size: 128
+  intermediate_size: 384
   moe_intermediate_size: 96
   num_experts: 12
   num_experts_per_tok: 3
@@ -119,7 +120,7 @@ def train(folder: Path, data: dict[str, Any], kind: str, seed: int) -> dict[str,
     run = folder / f"run-{kind}-{seed}"
     values = yaml.safe_load(TRAINING) | {"run_dir": str(run), "seed": seed}
     values["data"] = {
-        "train": data["train"][kind], "validation": data["validation"]["raw"], "validation_sets": data["validation"],
+        "train": data["train"][kind], "validation_sets": data["validation"], "split": "1,0,0",
         "tokenizer": data["tokenizer"], "sequence_length": 128, "seed": seed,
     }  # fmt: skip
     values["training"] = {
