@@ -1,6 +1,7 @@
 """Planted leaks of tests: how many are found, what else is removed, and how fast, beside tokenizing the same text.
 
     python benchmarks/decontaminate.py [--documents 100000] [--tests 10000] [--workers 2] [--sample 40] [--slow 300]
+    python benchmarks/decontaminate.py --rule close
 
 Text: prose of pydoc's topics and of the docstrings of the standard library and of installed packages, by paragraphs. Tests
 are paragraphs of 16 to 200 words from one half of the packages. Documents are made of 3 to 14 paragraphs of the other half,
@@ -35,9 +36,10 @@ from typing import Any
 
 import psutil
 
+from qwen_moe.curation.leaks.edits import least_edits
 from qwen_moe.curation.leaks.finder import windows
 from qwen_moe.curation.leaks.lcs import common, masks_of
-from qwen_moe.curation.leaks.settings import least_common
+from qwen_moe.curation.leaks.settings import least_common, most_edits
 from qwen_moe.data.words import words
 
 KINDS = ("verbatim", "5%", "10%", "20%", "case and spaces", "30%")
@@ -198,14 +200,16 @@ def tokenize(source: str, tokenizer: str, workers: int) -> None:
     print(f"{tokens:,} tokens")
 
 
-def brute_force(tests: list[list[str]], document: list[str]) -> bool:
-    """The windowed rule over all tests and windows, without an index."""
+def brute_force(tests: list[list[str]], document: list[str], rule: str) -> bool:
+    """The rule over all tests and windows, without an index."""
     for test in tests:
         shorter, longer = sorted((test, document), key=len)
         masks = masks_of(shorter)  # type: ignore[arg-type]
         for start, end in windows(len(longer), len(shorter)):
             rows = [masks[word] for word in longer[start:end] if word in masks]  # type: ignore[index]
-            if len(rows) >= 13 and common(masks, len(shorter), rows) >= least_common(len(shorter)):
+            if len(rows) < 13 or common(masks, len(shorter), rows) < least_common(len(shorter)):
+                continue
+            if rule == "windowed" or least_edits(masks, len(shorter), longer[start:end]) <= most_edits(len(shorter)):  # type: ignore[arg-type]
                 return True
     return False
 
@@ -220,14 +224,15 @@ def dropped_ids(folder: Path) -> set[str]:
     return {json.loads(line)["id"] for path in files for line in path.read_text().splitlines()}
 
 
-def sampled(folder: Path, kinds: dict[str, str], found: set[str], count: int) -> tuple[int, int]:
+def sampled(folder: Path, kinds: dict[str, str], found: set[str], count: int, rule: str) -> tuple[int, int]:
     """(documents, those that brute force judges otherwise), half of them with a planted leak."""
     tests = [words(json.loads(line)["text"]) for line in (folder / "tests.jsonl").read_text().splitlines()]
     lines = (folder / "docs.jsonl").read_text().splitlines()
     rng = random.Random(3)
     chosen = rng.sample(sorted(kinds), min(len(kinds), count // 2))
     chosen += [str(number) for number in rng.sample(range(len(lines)), count - len(chosen))]
-    different = sum(brute_force(tests, words(json.loads(lines[int(n)])["text"])) != (n in found) for n in chosen)
+    texts = {n: words(json.loads(lines[int(n)])["text"]) for n in chosen}
+    different = sum(brute_force(tests, texts[n], rule) != (n in found) for n in chosen)
     return len(chosen), different
 
 
@@ -268,6 +273,7 @@ def main() -> None:
     parser.add_argument(
         "--slow", type=int, default=300, help="documents that the literal rule and --complete judge, too"
     )
+    parser.add_argument("--rule", choices=("windowed", "close"), default="windowed")
     parser.add_argument("--cache", type=Path, help="a file that keeps the paragraphs for the next time")
     parser.add_argument("--tokenize", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -285,17 +291,18 @@ def main() -> None:
         texts = [json.loads(line)["text"] for line in lines[:: max(1, len(lines) // 3000)]]
         train_tokenizer(texts, 16_000, folder / "tokenizer")
         megabytes = sum(len(json.loads(line)["text"].encode()) for line in lines) / 1e6
-        ours = measured(command(folder, "out", "--workers", str(args.workers)))
+        ours = measured(command(folder, "out", "--workers", str(args.workers), "--rule", args.rule))
         given = [str(folder / "docs.jsonl"), str(folder / "tokenizer"), "--workers", str(args.workers)]
         theirs = measured([sys.executable, __file__, "--tokenize", *given])
-        measured(command(folder, "out-sisters", docs="sisters.jsonl"))
+        measured(command(folder, "out-sisters", "--rule", args.rule, docs="sisters.jsonl"))
         sisters = json.loads((folder / "out-sisters" / "leaks.json").read_text())["counts"]
         found = dropped_ids(folder / "out")
         clean = {str(n) for n in range(len(lines))} - kinds.keys()
-        judged, different = sampled(folder, kinds, found, args.sample)
+        judged, different = sampled(folder, kinds, found, args.sample, args.rule)
         result: dict[str, Any] = {
             "machine": platform.processor() or platform.machine(),
             "load": os.getloadavg()[0],
+            "rule": args.rule,
             "documents": args.documents,
             "tests": args.tests,
             "megabytes": megabytes,

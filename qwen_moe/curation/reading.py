@@ -1,5 +1,6 @@
 """Reads the inputs of a recipe, JSON lines, Parquet and text, as documents that are named by file and line."""
 
+import functools
 import hashlib
 import json
 import re
@@ -15,9 +16,9 @@ from qwen_moe.curation.machine_text import ITEMS
 from qwen_moe.curation.recipe import InputSection
 from qwen_moe.data.corpus import ReadCounts, Reading, read_documents, read_lines
 from qwen_moe.data.packed import check_unpackers
+from qwen_moe.data.parquet import NotUtf8, check_column, parquet_rows
 from qwen_moe.data.sources import PYTHON_STDLIB, Source, find_corpus
 from qwen_moe.errors import UserError
-from qwen_moe.packages import check_installed
 
 BAD = "bad"  # the folder with what could not be read
 SHOWN = 5  # of it, in one message
@@ -111,28 +112,9 @@ def _parquet_in(folder: Path) -> list[Path]:
 
 
 def _parquet(path: Path, one: InputSection) -> Place:
-    check_installed(f"input {path}", "pyarrow")
     if not path.is_file():
         raise UserError(f"input {path} does not exist: give files, folders, {PYTHON_STDLIB}, {' or '.join(ITEMS)}")
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        schema = pyarrow.parquet.read_schema(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(
-            f"{path} is not a Parquet file ({str(error)[:120]}): leave it out, or name it differently"
-        ) from None
-    if one.text_key not in schema.names:
-        raise UserError(
-            f"{path} has no column {one.text_key!r} (found: {', '.join(schema.names[:20])}): name the column with the text "
-            "with text_key"
-        )
-    kind = schema.field(one.text_key).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise UserError(
-            f"{path}: column {one.text_key!r} holds {kind}, expected text: name another column with text_key"
-        )
+    check_column(path, one.text_key, "text_key")
     source = Source(path=path, kind="text", bytes=path.stat().st_size)
     return Place(name=str(path), kind="parquet", of=one, source=source, status=source.status())
 
@@ -180,9 +162,10 @@ class Inputs(BaseReader):
                 if not text.strip():
                     problems.empty += 1
                     continue
-                metadata |= {"file_path": file, "domain": metadata.get("domain", place.of.domain)}
-                if line:
-                    metadata["line"] = line
+                # Documents of an earlier curation, or of `data score`, keep what is known of them.
+                if "file_path" not in metadata:
+                    metadata |= {"file_path": file} | ({"line": line} if line else {})
+                metadata.setdefault("domain", place.of.domain)
                 yield Document(text=text, id=f"{file}:{line}" if line else file, metadata=metadata)
         write_json(Path(self.folder) / BAD / f"{rank:05d}.json", vars(problems))
 
@@ -236,28 +219,15 @@ def _line(content: bytes, key: str) -> tuple[str, dict[str, Any]]:
 
 
 def _rows(place: Place) -> Iterator[tuple[str, int, Any]]:
-    import pyarrow
-    import pyarrow.parquet
+    for number, row in parquet_rows(place.path):
+        yield place.name, number, functools.partial(_parquet_row, row, place.of.text_key)
 
-    key, number = place.of.text_key, 0
-    with pyarrow.parquet.ParquetFile(place.path) as file:
-        batches = file.iter_batches(batch_size=1000)
-        while True:
-            try:
-                batch = next(batches, None)
-            except (pyarrow.ArrowException, OSError) as error:
-                raise UserError(
-                    f"{place.path} is damaged after row {number} ({str(error)[:120]}): restore it"
-                ) from None
-            if batch is None:
-                return
-            for row in batch.to_pylist():
-                number += 1
-                yield (
-                    place.name,
-                    number,
-                    lambda row=row: (_checked(row.pop(key)), _metadata(json.loads(json.dumps(row, default=str)))),
-                )
+
+def _parquet_row(row: dict[str, Any], key: str) -> tuple[str, dict[str, Any]]:
+    text = row.pop(key)
+    if isinstance(text, NotUtf8):
+        raise BadInput("the text is not UTF-8")
+    return _checked(text), _metadata(json.loads(json.dumps(row, default=str)))
 
 
 def _checked(text: Any) -> str:

@@ -42,7 +42,7 @@ class Count(PipelineStep):
         batch: list[Document] = []
 
         def count() -> None:
-            encodings = tokenizer.encode_batch([document.text for document in batch], add_special_tokens=False)
+            encodings = tokenizer.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
             for document, encoding in zip(batch, encodings, strict=True):
                 rows = found.setdefault(domain_of(document), [])
                 rows.append((hash_of(self.seed, document.id), len(encoding.ids) + 1))

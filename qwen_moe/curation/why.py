@@ -76,11 +76,17 @@ def _more(name: str, folder: Path, metadata: dict[str, Any], identity: str) -> s
         return f"; of domain {metadata.get('domain')}, {share['repeats']:.1%} is kept" if share else ""
     if name == "scores":
         return f" ({_scores(metadata)})"
+    if name == "decontamination":
+        leak = metadata["leak"]
+        found = f"{leak['common']} of {leak['shorter']} tokens in common"
+        return f"; {found} with {leak['test_file']}, line {leak['test_line']}: {_shortened(leak['matched'])}"
     known = {"filter", "filter_reason", "file_path", "line", "domain", "edited", "given_id"}
     others = {key: value for key, value in metadata.items() if key not in known}
-    text = json.dumps(others, ensure_ascii=False)
-    shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-    return f" ({shown})" if others and name in ("filters", "decontamination") else ""
+    return f" ({_shortened(json.dumps(others, ensure_ascii=False))})" if others and name == "filters" else ""
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _kept(name: str, folder: Path, row: dict[str, Any]) -> str:

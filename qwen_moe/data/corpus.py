@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from qwen_moe.data.packed import HashedFile, open_packed
+from qwen_moe.data.parquet import NotUtf8, parquet_rows, row_count
 from qwen_moe.data.passkey import SEPARATOR
 from qwen_moe.data.sources import Source, Tally
 from qwen_moe.errors import UserError
@@ -28,8 +29,9 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How documents are read from files. ``on_bad_utf8`` says what to do with text that is not Unicode, and ``on_bad_line``
-    what to do with a JSONL line that is not an object with text under ``text_key``."""
+    """How documents are read from files. ``text_key``: the key of JSON lines, or the column of Parquet, that holds the text.
+    ``on_bad_utf8`` says what to do with text that is not Unicode, and ``on_bad_line`` what to do with a JSONL line that is
+    not an object with text under the key, or a row of Parquet without text."""
 
     text_key: str = "text"
     on_bad_utf8: BadUtf8 = "error"
@@ -69,30 +71,47 @@ def read_documents(source: Source, counts: ReadCounts, reading: Reading | None =
 def read_rows(source: Source, counts: ReadCounts, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
     """Like `read_documents`: the place of each, and its line's object or, of other files, an object with its text."""
     start = counts.bytes
-    with source.open() as raw:
-        hashed = HashedFile(raw)
-        file = open_packed(source.path, io.BufferedReader(hashed, 1 << 18))
-        found = _of_lines(file, source.path, reading) if source.has_lines else _of_file(file, source, reading)
-        for where, get in found:
-            try:
-                row = get()
-            except _BadLine:
-                if reading.on_bad_line == "error":
-                    raise
-                counts.left_out.add(BAD_LINE, where)
-                row = None
-            except _NotUnicode:
-                if source.kind != "python" and reading.on_bad_utf8 != "skip":
-                    raise
-                counts.left_out.add(BAD_TEXT, where)
-                row = None
-            counts.bytes = start + hashed.taken
-            if row is not None and row[reading.text_key].strip():
+    if source.kind == "parquet":
+        for share, where, get in _of_parquet(source, reading):
+            row = _row(source, where, get, counts, reading)
+            counts.bytes = start + int(source.bytes * share)
+            if row is not None:
                 yield where, row
-            elif row is not None:
-                counts.left_out.add(EMPTY, where)
-        counts.digests.append(hashed.digest.hexdigest())
+        counts.digests.append(source.sha256())
+    else:
+        with source.open() as raw:
+            hashed = HashedFile(raw)
+            file = open_packed(source.path, io.BufferedReader(hashed, 1 << 18))
+            found = _of_lines(file, source.path, reading) if source.has_lines else _of_file(file, source, reading)
+            for where, get in found:
+                row = _row(source, where, get, counts, reading)
+                counts.bytes = start + hashed.taken
+                if row is not None:
+                    yield where, row
+            counts.digests.append(hashed.digest.hexdigest())
     counts.bytes = start + source.bytes
+
+
+def _row(
+    source: Source, where: str, get: Callable[[], dict[str, Any]], counts: ReadCounts, reading: Reading
+) -> dict[str, Any] | None:
+    """What ``get`` returns; None if it is left out, which is counted."""
+    try:
+        row = get()
+    except _BadLine:
+        if reading.on_bad_line == "error":
+            raise
+        counts.left_out.add(BAD_LINE, where)
+        return None
+    except _NotUnicode:
+        if source.kind != "python" and reading.on_bad_utf8 != "skip":
+            raise
+        counts.left_out.add(BAD_TEXT, where)
+        return None
+    if not row[reading.text_key].strip():
+        counts.left_out.add(EMPTY, where)
+        return None
+    return row
 
 
 class _Text:
@@ -141,6 +160,10 @@ class _Text:
         if not isinstance(value[key], str):
             raise _BadLine(f"{where}: {key!r} is {type(value[key]).__name__}, expected text; {advice}")
         return value | {key: self._unicode(value[key])}
+
+    def row(self, others: dict[str, Any]) -> dict[str, Any]:
+        """A row of Parquet, whose other columns are ``others``."""
+        return others | {self.reading.text_key: self._decode()}
 
     def _decode(self) -> str:
         policy = self.reading.on_bad_utf8
@@ -191,6 +214,27 @@ def _of_file(file: IO[bytes], source: Source, reading: Reading) -> Found:
 def _of_lines(file: IO[bytes], path: Path, reading: Reading) -> Found:
     for where, offset, content in _lines(file, path):
         yield where, _Text(content, where, offset, reading).line
+
+
+def _of_parquet(source: Source, reading: Reading) -> Iterator[tuple[float, str, Callable[[], dict[str, Any]]]]:
+    """(share of the file up to the row, its place, what gives the row) of every row."""
+    rows = row_count(source.path)
+    for number, values in parquet_rows(source.path):
+        where = f"{source.path}, row {number}"
+        yield number / rows, where, functools.partial(_parquet_row, values, where, reading)
+
+
+def _parquet_row(values: dict[str, Any], where: str, reading: Reading) -> dict[str, Any]:
+    key = reading.text_key
+    text = values.pop(key, None)
+    if not isinstance(text, str | NotUtf8):
+        what = "no text" if text is None else f"{type(text).__name__}, expected text"
+        raise _BadLine(
+            f"{where}: column {key!r} has {what}; name the column with --text-key, or use --on-bad-line skip to leave such "
+            "rows out"
+        )
+    content = text if isinstance(text, NotUtf8) else text.encode()
+    return _Text(content, where, 0, reading).row(json.loads(json.dumps(values, default=str)))
 
 
 def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[str, int, bytes]]:

@@ -57,7 +57,8 @@ def _end_with_parent() -> None:
 
 
 def _encode(texts: list[str]) -> list[list[int]]:
-    encodings = _tokenizer.encode_batch(texts, add_special_tokens=False)
+    # Unlike encode_batch it keeps no offsets, which take half of the time.
+    encodings = _tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     found = []
     for encoding in encodings:
         ids = encoding.ids

@@ -12,6 +12,7 @@ from typing import BinaryIO, Literal
 
 from qwen_moe.data.packed import PACKED_ENDINGS
 from qwen_moe.data.passkey import is_passkey, passkey_bytes
+from qwen_moe.data.pydoc_questions import is_pydoc_questions, pydoc_questions_bytes
 from qwen_moe.data.tasks import is_tasks, tasks_bytes
 from qwen_moe.errors import UserError
 
@@ -30,7 +31,7 @@ _NAMED = 3
 Seen = set[tuple[int, int] | str]
 
 
-_MADE = {"passkey": passkey_bytes, "tasks": tasks_bytes}
+_MADE = {"passkey": passkey_bytes, "tasks": tasks_bytes, "pydoc-questions": pydoc_questions_bytes}
 
 
 class MissingInput(UserError):
@@ -39,17 +40,23 @@ class MissingInput(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One file of the corpus. ``kind`` says how it is divided into documents. With ``passkey`` and ``tasks`` (JSON lines)
-    there is no file, and ``path`` is the name of documents that are generated."""
+    """One file of the corpus. ``kind`` says how it is divided into documents. With ``passkey``, ``tasks`` and
+    ``pydoc-questions`` (the latter two are JSON lines) there is no file, and ``path`` is the name of documents that are
+    generated."""
 
     path: Path
-    kind: Literal["text", "jsonl", "python", "passkey", "tasks", "parquet"]
+    kind: Literal["text", "jsonl", "python", "passkey", "tasks", "pydoc-questions", "parquet"]
     bytes: int
 
     @property
     def has_lines(self) -> bool:
         """Whether it has a JSON object on each line."""
-        return self.kind in ("jsonl", "tasks")
+        return self.kind in ("jsonl", "tasks", "pydoc-questions")
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether each of its documents comes with other values: lines of JSON, and rows of Parquet."""
+        return self.has_lines or self.kind == "parquet"
 
     def open(self) -> BinaryIO:
         made = _MADE.get(self.kind)
@@ -107,8 +114,8 @@ class Corpus:
 
 
 def find_corpus(inputs: Sequence[str], *, parquet: bool = False) -> Corpus:
-    """Every file behind ``inputs`` (paths of files and directories, ``python-stdlib``, ``passkey:DOCUMENTS:LONGEST``, or
-    ``tasks:KIND:COUNT``), in a fixed order.
+    """Every file behind ``inputs`` (paths of files and directories, ``python-stdlib``, ``passkey:DOCUMENTS:LONGEST``,
+    ``tasks:KIND:COUNT``, or ``pydoc-questions:COUNT``), in a fixed order.
 
     Links in directories are followed. Files that are hidden, have an unknown suffix or were already found under another
     name are left out and counted. Files of Parquet are found only if ``parquet``. Raises MissingInput if a path does not
@@ -125,10 +132,8 @@ def find_corpus(inputs: Sequence[str], *, parquet: bool = False) -> Corpus:
             raise UserError(f"input {name} is given twice, so each document would be read twice: give it once")
         if name == PYTHON_STDLIB:
             corpus.sources.extend(_standard_library())
-        elif is_passkey(name):
-            corpus.sources.append(Source(path=path, kind="passkey", bytes=len(passkey_bytes(name))))
-        elif is_tasks(name):
-            corpus.sources.append(Source(path=path, kind="tasks", bytes=len(tasks_bytes(name))))
+        elif (kind := _made(name)) is not None:
+            corpus.sources.append(Source(path=path, kind=kind, bytes=len(_MADE[kind](name))))
         elif path.is_dir():
             before = len(corpus.sources)
             _add_directory(corpus, path, seen)
@@ -144,6 +149,15 @@ def find_corpus(inputs: Sequence[str], *, parquet: bool = False) -> Corpus:
     if corpus.bytes == 0:
         raise UserError(f"the corpus is empty: {', '.join(inputs)} contain no text; give other inputs")
     return corpus
+
+
+def _made(name: str) -> Literal["passkey", "tasks", "pydoc-questions"] | None:
+    """The kind of generated documents that an input names."""
+    if is_passkey(name):
+        return "passkey"
+    if is_tasks(name):
+        return "tasks"
+    return "pydoc-questions" if is_pydoc_questions(name) else None
 
 
 def _endings(parquet: bool) -> str:

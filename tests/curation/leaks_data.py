@@ -25,15 +25,27 @@ def table_lcs(first: Sequence[Any], second: Sequence[Any]) -> int:
     return row[-1]
 
 
+def table_edits(pattern: Sequence[Any], text: Sequence[Any]) -> int:
+    """The least number of edits that turn a stretch of ``text`` into ``pattern``, by the textbook's table."""
+    row = [0] * (len(text) + 1)
+    for count, one in enumerate(pattern, 1):
+        above, row = row, [count]
+        for place, other in enumerate(text):
+            row.append(min(above[place] + (one != other), above[place + 1] + 1, row[-1] + 1))
+    return min(row)
+
+
 def brute_force(document: Sequence[str], test: Sequence[str], rule: str) -> bool:
     """The rule as the documentation says it, over everything."""
     shorter, longer = sorted((document, test), key=len)
     spans = [longer]
-    if rule == "windowed" and shorter and len(longer) > 2 * len(shorter):
+    if rule != "report" and shorter and len(longer) > 2 * len(shorter):
         spans = [longer[n : n + 2 * len(shorter)] for n in range(0, len(longer), len(shorter))]
         # What is left at the end, and is in the window before, is no window of its own.
         spans = [span for span in spans if len(span) > len(shorter)]
-    most = max(table_lcs(shorter, span) for span in spans)
+    if rule == "close":
+        spans = [span for span in spans if 5 * table_edits(shorter, span) <= len(shorter)]
+    most = max((table_lcs(shorter, span) for span in spans), default=0)
     return most >= 13 and 10 * most >= 6 * len(shorter)
 
 

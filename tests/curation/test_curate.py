@@ -167,6 +167,18 @@ def test_bad_lines_are_named_and_left_out_only_if_asked(tmp_path: Path, capsys: 
     assert json.loads((tmp_path / "run/curate.json").read_text())["steps"][0]["bad"]["empty"] == 1
 
 
+def test_what_an_earlier_step_knows_of_a_document_is_kept(tmp_path: Path) -> None:
+    """Its file, by which rules of domains go, and its domain; of other documents these are those of the input."""
+    before = {"file_path": "tests/a.py", "domain": "code", "line": 7}
+    rows = [{"text": sentences(1, 20), "metadata": before}, {"text": sentences(2, 20)}]
+    (tmp_path / "kept.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"path": str(tmp_path / "kept.jsonl"), "domain": "all"}
+    path = recipe(tmp_path, input=[given], filters=None, deduplication=None, weights=None)
+    assert curate(path, "--until", "read") == 0
+    found = [row["metadata"] for row in documents(tmp_path / "run/1-read/kept")]
+    assert found == [before, {"file_path": given["path"], "line": 2, "domain": "all"}]
+
+
 def test_rows_of_parquet_without_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import pyarrow
     import pyarrow.parquet

@@ -1,6 +1,7 @@
 """Steps of other modules, by the contract that they have with a recipe; synthetic texts; Slurm's scripts."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 pytest.importorskip("datatrove")
 pytest.importorskip("pyarrow")
 
+from qwen_moe.curation.names import STEPS
 from qwen_moe.curation.recipe import SynthesiseSection
 from qwen_moe.curation.synthesise import check, queries
 from qwen_moe.errors import UserError
@@ -54,7 +56,9 @@ def test_scores_domains_and_leaks(
     assert curate(path, "--why", f"{tmp_path}/corpus/prose.jsonl:1") == 0
     why = capsys.readouterr().out
     assert "scores:           kept, scores length" in why
-    assert 'decontamination:  dropped by leaks: leak ({"scores"' in why
+    assert re.search(
+        r"decontamination:  dropped by leaks: leak; \d+ of \d+ tokens in common with test.jsonl, line 1: ", why
+    )
     Path("test.jsonl").write_text(json.dumps({"text": "another test " * 10}) + "\n")
     assert curate(path) == 2
     assert "test.jsonl has changed" in capsys.readouterr().err
@@ -232,5 +236,5 @@ def test_the_demo_s_recipe_is_valid() -> None:
     from qwen_moe.curation.recipe import load_curation
 
     config = load_curation(Path("curate_demo"))
-    assert config.steps == ("read", "filters", "deduplication", "weights", "prepare")
+    assert config.steps == STEPS[1:], "the demo has every step but synthetic texts, which need a model"
     assert yaml.safe_load((Path(__file__).parents[2] / "recipes/curate_demo.yaml").read_text())

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen_moe.curation.leaks.edits import least_edits
 from qwen_moe.curation.leaks.finder import windows
 from qwen_moe.curation.leaks.index import Seeds
-from qwen_moe.curation.leaks.lcs import alignment, longest_common
-from tests.curation.leaks_data import brute_force, changed, draw, finder, leaked, table_lcs
+from qwen_moe.curation.leaks.lcs import alignment, longest_common, masks_of
+from tests.curation.leaks_data import brute_force, changed, draw, finder, leaked, table_edits, table_lcs
 
 SHORT = st.lists(st.integers(0, 4), max_size=90)  # beyond the 64 bits of a machine's word
 
@@ -19,6 +20,11 @@ SHORT = st.lists(st.integers(0, 4), max_size=90)  # beyond the 64 bits of a mach
 @given(SHORT, SHORT)
 def test_the_bits_equal_the_table(first: list[int], second: list[int]) -> None:
     assert longest_common(first, second) == table_lcs(first, second)
+
+
+@given(SHORT.filter(bool), SHORT)
+def test_the_bits_count_edits_as_the_table_does(pattern: list[int], text: list[int]) -> None:
+    assert least_edits(masks_of(pattern), len(pattern), text) == table_edits(pattern, text)
 
 
 @given(SHORT, SHORT)
@@ -45,7 +51,7 @@ def _case(rng: random.Random) -> tuple[list[list[str]], list[str]]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.integers(0, 2**32), st.sampled_from(("windowed", "report")))
+@given(st.integers(0, 2**32), st.sampled_from(("windowed", "close", "report")))
 def test_the_index_of_words_decides_as_brute_force(seed: int, rule: str) -> None:
     tests, document = _case(random.Random(seed))
     expected = {number for number, test in enumerate(tests) if brute_force(document, test, rule)}
@@ -77,8 +83,9 @@ def test_the_index_of_3_grams_finds_every_copy_with_a_fifth_changed(seed: int, l
     copy = changed(rng, tests[0], 0.2)
     document = draw(rng, rng.randint(0, 250)) + copy + draw(rng, rng.randint(0, 250))
     # Of 13 to 15 words, a fifth changed leaves fewer than 13: then the rule holds only if a word elsewhere helps.
-    if length >= 16 or brute_force(document, tests[0], "windowed"):
-        assert 0 in leaked(finder(tests, seeds="3-grams"), document)
+    for rule in ("windowed", "close"):
+        if length >= 16 or brute_force(document, tests[0], rule):
+            assert 0 in leaked(finder(tests, rule, "3-grams"), document)
 
 
 @pytest.mark.parametrize("length", range(16, 80))
@@ -101,7 +108,8 @@ def test_a_document_that_is_a_part_of_a_long_test_is_found(seed: int, length: in
     test = draw(rng, rng.randint(length + 1, 400))
     start = rng.randrange(len(test) - length + 1)
     document = changed(rng, test[start : start + length], 0.2)
-    assert 0 in leaked(finder([test, draw(rng, 20)], seeds="3-grams"), document)
+    for rule in ("windowed", "close"):
+        assert 0 in leaked(finder([test, draw(rng, 20)], rule, "3-grams"), document)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +146,20 @@ def test_the_literal_rule_matches_where_the_windowed_one_does_not() -> None:
     document = [word for one in test for word in (one, *["other"] * 10)]
     assert leaked(finder([test], "report"), document) == {0}
     assert leaked(finder([test], "windowed"), document) == set()
+
+
+@pytest.mark.parametrize("edit", ["replaced", "put in", "left out"])
+@pytest.mark.parametrize(("length", "edits", "leak"), [(20, 4, True), (20, 5, False), (29, 5, True), (60, 13, False)])
+def test_a_close_copy_has_at_most_a_fifth_of_its_words_changed(edit: str, length: int, edits: int, leak: bool) -> None:
+    test = [f"word{n}" for n in range(length)]
+    copy = list(test)
+    for n in range(edits):
+        place = 1 + n * (length - 2) // edits
+        copy[place] = {"replaced": "other", "put in": f"other {copy[place]}", "left out": ""}[edit]
+    document = ["filler"] * length + " ".join(copy).split() + ["filler"] * (2 * length)
+    assert leaked(finder([test], "windowed", "3-grams"), document) == {0}, "it is a leak by the other condition"
+    assert leaked(finder([test], "close", "3-grams"), document) == ({0} if leak else set())
+    assert brute_force(document, test, "close") is leak
 
 
 @given(st.integers(1, 60), st.integers(1, 60))

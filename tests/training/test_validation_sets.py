@@ -13,7 +13,11 @@ from qwen_moe.errors import UserError
 from qwen_moe.runs.records import read_lines
 from tests.small import exact_run, model_values
 
-LAYOUT = ("parallel.tp=2", "parallel.ep=2", "launch.nproc=2")
+LAYOUTS = {
+    "tensor and expert": ("parallel.tp=2", "parallel.ep=2", "launch.nproc=2"),
+    "pipeline and data": ("parallel.pp=2", "training.micro_batch_size=1", "launch.nproc=4"),
+    "context": ("parallel.cp=2", "parallel.cp_kind=ring", "launch.nproc=2"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +37,19 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         prepare = ["--input", str(folder / f"{name}.jsonl"), "--output", str(folder / name), "--workers", "1"]
         assert main(["data", "prepare", *prepare, "--tokenizer", str(folder / "train-tokenizer")]) == 0
     return {name: folder / name for name in texts}
+
+
+def blends(corpora: dict[str, Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Two sets of one prefix each, and a blend of both."""
+    one = {name: [{"prefix": str(corpora[name])}] for name in ("code", "prose")}
+    return one, [{"prefix": str(corpora[name]), "weight": weight} for name, weight in (("code", 2.0), ("prose", 1.0))]
+
+
+@pytest.fixture(scope="module")
+def in_one_process(corpora: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The records of a run in one process that validates on the blend, too, as a set."""
+    one, both = blends(corpora)
+    return train(tmp_path_factory.mktemp("one"), corpora, {"validation_sets": one | {"mix": both}})
 
 
 def train(folder: Path, corpora: dict[str, Path], data: dict[str, Any], *options: str) -> list[dict[str, Any]]:
@@ -64,8 +81,7 @@ def train(folder: Path, corpora: dict[str, Path], data: dict[str, Any], *options
 
 
 def test_each_set_has_its_own_loss(corpora: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    one = {name: [{"prefix": str(corpora[name])}] for name in ("code", "prose")}
-    both = [{"prefix": str(corpora[name]), "weight": weight} for name, weight in (("code", 2.0), ("prose", 1.0))]
+    one, both = blends(corpora)
     records = train(tmp_path / "sets", corpora, {"validation_sets": one | {"mix": both}})
     said = capfd.readouterr()
     assert [record["step"] for record in records] == [2, 4]
@@ -74,13 +90,21 @@ def test_each_set_has_its_own_loss(corpora: dict[str, Path], tmp_path: Path, cap
     assert f"validation loss {records[-1]['validation_loss/code']:.4f} of code" in said.out + said.err
     alone = [record["validation_loss"] for record in train(tmp_path / "code", corpora, {"validation": one["code"]})]
     assert [record["validation_loss/code"] for record in records] == pytest.approx(alone, rel=1e-12)
-    beside = train(tmp_path / "layout", corpora, {"validation_sets": one, "validation": both}, *LAYOUT)
-    for record, other in zip(records, beside, strict=True):
-        assert other["validation_loss"] == pytest.approx(record["validation_loss/mix"], rel=1e-10)
-        for name in ("validation_loss/code", "validation_loss/prose"):
-            assert other[name] == pytest.approx(record[name], rel=1e-10)
     assert main(["report", str(tmp_path / "sets" / "run")]) == 0
     assert f"validation sets   {records[-1]['validation_loss/code']:.4f} of code" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_losses_of_sets_are_those_of_one_process_in_every_layout(
+    corpora: dict[str, Path], in_one_process: list[dict[str, Any]], tmp_path: Path, layout: tuple[str, ...]
+) -> None:
+    one, both = blends(corpora)
+    records = train(tmp_path, corpora, {"validation_sets": one, "validation": both}, *layout)
+    assert [record["step"] for record in records] == [2, 4]
+    for record, expected in zip(records, in_one_process, strict=True):
+        assert record["validation_loss"] == pytest.approx(expected["validation_loss/mix"], rel=1e-10)
+        for name in ("validation_loss/code", "validation_loss/prose"):
+            assert record[name] == pytest.approx(expected[name], rel=1e-10)
 
 
 @pytest.mark.parametrize(

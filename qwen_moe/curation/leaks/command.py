@@ -35,10 +35,11 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--rule",
-        choices=("windowed", "report"),
+        choices=("windowed", "close", "report"),
         default="windowed",
-        help="compare windows of twice the length of the shorter text, or whole documents as the Qwen2.5 report does, which "
-        "removes many long documents by chance; default: %(default)s",
+        help="compare windows of twice the length of the shorter text; ask in addition that at most a fifth of it is "
+        "changed; or compare whole documents as the Qwen2.5 report does, which removes many long documents by chance; "
+        "default: %(default)s",
     )
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="compare its tokens; default: words")
     parser.add_argument(

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from qwen_moe.curation.leaks.edits import least_edits
 from qwen_moe.curation.leaks.index import Index, Seeds
 from qwen_moe.curation.leaks.lcs import Masks, alignment, common, masks_of
 from qwen_moe.curation.leaks.sequences import Sequences
-from qwen_moe.curation.leaks.settings import LEAST_TOKENS, Rule, least_common
+from qwen_moe.curation.leaks.settings import LEAST_TOKENS, Rule, least_common, most_edits
 from qwen_moe.curation.leaks.tokens import Token, Tokens
 
 _AROUND = 10  # tokens that are shown before and after what is common
@@ -102,10 +103,21 @@ class Finder:
         for begin, stop in spans:
             rows = [masks[token] for token in document[begin:stop] if token in masks]
             if len(rows) > best and (found := common(masks, length, rows)) > best:
+                if self.rule == "close" and not self._is_close(document, at, (begin, stop), of_test):
+                    continue
                 best, where = found, (begin, stop)
         if where is None:
             return None
         return Match(test=self._order[at], common=best, shorter=shorter, document=where, of_test=of_test)
+
+    def _is_close(self, document: list[int], at: int, span: tuple[int, int], of_test: tuple[int, int]) -> bool:
+        """Whether few edits turn a stretch of the longer text's window into the shorter text."""
+        part, test = document[slice(*span)], self._tests[at]
+        if len(test) <= len(document):
+            masks = self._masks[at]
+            assert masks is not None
+            return least_edits(masks, len(test), part) <= most_edits(len(test))
+        return least_edits(masks_of(part), len(part), test[slice(*of_test)].tolist()) <= most_edits(len(part))
 
     def described(self, text: str, tokens: Sequence[Token], matches: Sequence[Match]) -> dict[str, Any]:
         """What is written about a dropped document: the best match, and how many other tests matched."""

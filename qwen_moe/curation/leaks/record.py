@@ -9,7 +9,7 @@ from typing import Any
 
 from launchers.folder.atomic import write_json
 from qwen_moe.curation.leaks.sequences import Sequences
-from qwen_moe.curation.leaks.settings import LEAST_SHARE, LEAST_TOKENS, LeakSettings
+from qwen_moe.curation.leaks.settings import LEAST_SHARE, LEAST_TOKENS, MOST_CHANGED, LeakSettings
 from qwen_moe.data.sources import RECORD
 from qwen_moe.data.tokenizer import tokenizer_hash
 from qwen_moe.errors import UserError
@@ -17,13 +17,14 @@ from qwen_moe.errors import UserError
 
 def how(settings: LeakSettings) -> dict[str, Any]:
     """The rule and what decides its outcome, beside the tests."""
+    close = {"most_changed": 1 / MOST_CHANGED} if settings.rule == "close" else {}
     return {
         "rule": settings.rule,
         "least_tokens": LEAST_TOKENS,
         "least_share": LEAST_SHARE[0] / LEAST_SHARE[1],
         "tokens": "words" if settings.tokenizer is None else f"tokenizer {tokenizer_hash(settings.tokenizer)}",
         "index": settings.seeds,
-    }
+    } | close
 
 
 def write_record(

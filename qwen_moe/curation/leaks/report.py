@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers.folder.atomic import write_json, write_text
+from qwen_moe.curation.leaks.settings import MOST_CHANGED
 from qwen_moe.data.sources import DROPPED
 from qwen_moe.errors import UserError
 
@@ -79,6 +80,11 @@ def _examples(output: Path, record: dict[str, Any]) -> dict[str, list[dict[str, 
     return {name: [leak for _, _, leak in sorted(heap, reverse=True)] for name, heap in kept.items()}
 
 
+def _rule(name: str) -> str:
+    more = f", with at most one word in {MOST_CHANGED} of the shorter one replaced, put in or left out"
+    return f"{name}{more if name == 'close' else ''}"
+
+
 def _page(found: dict[str, Any], examples: dict[str, list[dict[str, Any]]]) -> str:
     counts = found["counts"]
     share = counts["dropped"] / counts["rows"] if counts["rows"] else 0.0
@@ -88,7 +94,8 @@ def _page(found: dict[str, Any], examples: dict[str, list[dict[str, Any]]]) -> s
         "<h1>Leaks of tests</h1>",
         f"<p>{counts['dropped']:,} of {counts['rows']:,} documents ({share:.2%}) were dropped. A document is dropped if its "
         f"longest common subsequence with a test has at least {found['least_tokens']} tokens ({_text(found['tokens'])}) and "
-        f"at least {found['least_share']:g} of the shorter of the two. Rule: {found['rule']}; index: {found['index']}.</p>",
+        f"at least {found['least_share']:g} of the shorter of the two. Rule: {_rule(found['rule'])}; index: "
+        f"{found['index']}.</p>",
     ]
     if said := cost(found):
         lines.append(f"<p><b>{_text(said)}</b></p>")

@@ -4,11 +4,11 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from qwen_moe.data.corpus import LONGEST_DOCUMENT, ReadCounts, Reading, read_documents, read_lines
+from qwen_moe.data.parquet import NotUtf8, parquet_rows
 from qwen_moe.data.sources import Corpus, Source, find_corpus
 from qwen_moe.errors import UserError
 from qwen_moe.packages import check_installed
@@ -68,19 +68,11 @@ def read_rows(source: Source, text_key: str, skip_bad: bool) -> Iterator[Line]:
 
 def _parquet_rows(path: Path) -> Iterator[Line]:
     """The rows of a Parquet file, with all of its columns."""
-    pa, pq = import_module("pyarrow"), import_module("pyarrow.parquet")
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Line(str(path), number, json.dumps(row, ensure_ascii=False, default=str).encode())
-    except pa.ArrowException as error:
-        raise UserError(
-            f"{path} is not a Parquet file that can be read, or is damaged after row {number} ({error}): fetch it again, or "
-            "leave it out"
-        ) from None
+    for number, row in parquet_rows(path):
+        if broken := [name for name, value in row.items() if isinstance(value, NotUtf8)]:
+            yield Line(str(path), number, b"", problem=f"{path}, row {number}: column {broken[0]!r} is not UTF-8")
+        else:
+            yield Line(str(path), number, json.dumps(row, ensure_ascii=False, default=str).encode())
 
 
 def row_of(line: Line) -> dict[str, Any]:

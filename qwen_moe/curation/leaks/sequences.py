@@ -7,7 +7,7 @@ from pathlib import Path
 from qwen_moe.curation.leaks.rows import BadLine, find_rows, read_rows, row_of, text_of
 from qwen_moe.curation.leaks.settings import LEAST_TOKENS, LeakSettings
 from qwen_moe.curation.leaks.tokens import Tokens
-from qwen_moe.data.sources import Tally
+from qwen_moe.data.sources import Source, Tally
 from qwen_moe.data.words import hash_of
 from qwen_moe.errors import UserError
 
@@ -55,7 +55,7 @@ def read_sequences(settings: LeakSettings, tokens: Tokens) -> Sequences:
         sequences.files[name] = 0
         for line in read_rows(source, settings.text_key, settings.on_bad_line == "skip"):
             try:
-                text = text_of(row_of(line), line, settings.text_key, _keys(settings, source.kind))
+                text = text_of(row_of(line), line, settings.text_key, _keys(settings, source))
             except BadLine as error:
                 if settings.on_bad_line == "error":
                     raise UserError(f"test set: {error}") from None
@@ -70,9 +70,9 @@ def read_sequences(settings: LeakSettings, tokens: Tokens) -> Sequences:
     return sequences
 
 
-def _keys(settings: LeakSettings, kind: str) -> Sequence[str]:
+def _keys(settings: LeakSettings, source: Source) -> Sequence[str]:
     """The keys of a test's text; plain text has none."""
-    return settings.test_keys if kind in ("jsonl", "parquet", "tasks") else ()
+    return settings.test_keys if source.has_rows else ()
 
 
 def _check_given(against: Sequence[str]) -> None:

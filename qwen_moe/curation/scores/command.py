@@ -28,7 +28,11 @@ def register(subparsers: Any) -> None:
         "score", help="score documents with a model, a classifier or a function, and give them domains"
     )
     parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="text, JSONL, directories of them, or python-stdlib"
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="text, JSONL, Parquet, directories of them, or python-stdlib",
     )
     parser.add_argument(
         "--output",
@@ -95,14 +99,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reading files, as in `data prepare`")
-    group.add_argument("--text-key", default="text", help="the key of the text in JSONL")
+    group.add_argument("--text-key", default="text", help="the key of the text in JSONL, or its column in Parquet")
     group.add_argument(
         "--on-bad-utf8", choices=("error", "skip", "replace"), default="error",
         help="what to do with text that is not Unicode; default: %(default)s",
     )  # fmt: skip
     group.add_argument(
         "--on-bad-line", choices=("error", "skip"), default="error",
-        help="what to do with a JSONL line that is not an object with text under the key; default: %(default)s",
+        help="what to do with a line or row without text under the key; default: %(default)s",
     )  # fmt: skip
 
 
@@ -292,6 +296,7 @@ def _train(args: argparse.Namespace, domains: "DomainSettings | None") -> int:
     from qwen_moe.curation.scores.documents import read
     from qwen_moe.curation.scores.train import Training, described, gather, train
     from qwen_moe.data.corpus import ReadCounts
+    from qwen_moe.data.parquet import check_columns
     from qwen_moe.data.sources import find_corpus
 
     limit_threads()
@@ -299,7 +304,8 @@ def _train(args: argparse.Namespace, domains: "DomainSettings | None") -> int:
         seed=args.seed, buckets=args.buckets, hidden=args.hidden, epochs=args.epochs, learning_rate=args.learning_rate,
         documents=args.most_documents,
     )  # fmt: skip
-    corpus = find_corpus(args.input)
+    corpus = find_corpus(args.input, parquet=True)
+    check_columns(corpus.sources, args.text_key, "--text-key")
     print(corpus, file=sys.stderr)
     documents = read(corpus.sources, ReadCounts(), _files(args))
     kind = "scores" if args.target is None and domains is None else "classes"

@@ -33,23 +33,24 @@ class Document:
 
 
 def grouped(sources: Sequence[Source]) -> list[list[Source]]:
-    """Each file of JSON lines alone, and neighboring files of one document each together."""
+    """Each file of JSON lines or Parquet alone, and neighboring files of one document each together."""
     groups: list[list[Source]] = []
     joins = False
     for source in sources:
         last = groups[-1] if groups else []
         fits = len(last) < _FILES and sum(one.bytes for one in last) + source.bytes <= _BYTES
-        if joins and not source.has_lines and fits:
+        if joins and not source.has_rows and fits:
             last.append(source)
         else:
             groups.append([source])
-        joins = not source.has_lines
+        joins = not source.has_rows
     return groups
 
 
 def read(sources: Sequence[Source], counts: ReadCounts, reading: Reading) -> Iterator[Document]:
-    """The documents of ``sources``. Without an id of its own, a document has its file and line as one. Keys of a line that
-    are none of datatrove's become metadata, as datatrove does it. Raises UserError for a line that is no document."""
+    """The documents of ``sources``. Without an id of its own, a document has its file and line as one. Keys of a line, and
+    columns of Parquet, that are none of datatrove's become metadata, as datatrove does it. Raises UserError for a line that
+    is no document."""
     for source in sources:
         for where, row in read_rows(source, counts, reading):
             given = row.get("metadata")

@@ -16,6 +16,7 @@ from qwen_moe.curation.scores.settings import OnFailure
 from qwen_moe.curation.scores.store import Growing, Store
 from qwen_moe.data.corpus import ReadCounts, Reading
 from qwen_moe.data.output import alone
+from qwen_moe.data.parquet import check_columns
 from qwen_moe.data.sources import Source, find_corpus
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class Outcome:
 
 def score_corpus(job: Job) -> Outcome | None:
     """Score the files of this shard. The outcome is that of the rank that reports. All ranks call this. Raises UserError."""
-    corpus = find_corpus(job.inputs)
+    corpus = find_corpus(job.inputs, parquet=True)
+    check_columns(corpus.sources, job.reading.text_key, "--text-key")
     groups = grouped(corpus.sources)
     if job.shard[1] > len(groups) and job.reports:
         print(f"{len(groups)} files are for {job.shard[1]} shards: some have nothing to do", file=sys.stderr)

@@ -1,0 +1,94 @@
+"""Rows of Parquet files, and the check that a file has the column with the text."""
+
+from collections.abc import Iterable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from qwen_moe.data.sources import Source
+from qwen_moe.errors import UserError
+from qwen_moe.packages import check_installed
+
+_ROWS = 1024  # that are read together
+_NAMED = 20
+
+
+class NotUtf8(bytes):
+    """The bytes of a text that is not UTF-8."""
+
+
+def check_columns(sources: Iterable[Source], column: str, option: str) -> None:
+    """Raise UserError for a Parquet file without text under ``column``, which the user names with ``option``."""
+    for source in sources:
+        if source.kind == "parquet":
+            check_column(source.path, column, option)
+
+
+def check_column(path: Path, column: str, option: str) -> None:
+    """Like `check_columns`, of one file."""
+    check_installed(f"{path} is Parquet", "pyarrow", otherwise="convert it to JSONL")
+    pa = import_module("pyarrow")
+    with _opened(path) as file:
+        schema = file.schema_arrow
+    if column not in schema.names:
+        raise UserError(
+            f"{path} has no column {column!r} (found: {', '.join(schema.names[:_NAMED])}): name the column with the text "
+            f"with {option}"
+        )
+    kind = schema.field(column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise UserError(f"{path}: column {column!r} holds {kind}, expected text: name another column with {option}")
+
+
+def row_count(path: Path) -> int:
+    """How many rows a file has. Raises UserError."""
+    with _opened(path) as file:
+        return int(file.metadata.num_rows)
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 1, columns) of every row. Text that is not UTF-8 is a `NotUtf8`. Raises UserError for a damaged file."""
+    pa = import_module("pyarrow")
+    number = 0
+    with _opened(path) as file:
+        batches = file.iter_batches(batch_size=_ROWS)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(
+                    f"{path} is damaged after row {number} ({str(error)[:120]}): fetch it again, or leave it out"
+                ) from None
+            if batch is None:
+                return
+            for row in _rows(batch):
+                number += 1
+                yield number, row
+
+
+def _opened(path: Path) -> Any:
+    pa, pq = import_module("pyarrow"), import_module("pyarrow.parquet")
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path} is not a Parquet file that can be read ({str(error)[:120]}): fetch it again, or leave it out"
+        ) from None
+
+
+def _rows(batch: Any) -> list[dict[str, Any]]:
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError:
+        names = batch.schema.names
+        return [
+            {name: _value(batch.column(index)[row]) for index, name in enumerate(names)}
+            for row in range(batch.num_rows)
+        ]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return NotUtf8(error.object)
