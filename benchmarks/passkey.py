@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "passkey.json"
 PICTURE = ROOT / "docs" / "images" / "passkey.png"
 LENGTHS, LONGEST = (512, 2048, 8192, 65536), 1_048_576
-SHORT_CHUNKS = ("--chunk-size", "256")
+SHORT_CHUNKS = ("--chunk-size", "512")
 WAYS: dict[str, tuple[str, ...]] = {
     "no extension": ("--context-extension", "plain"),
     "YaRN": ("--context-extension", "yarn"),
