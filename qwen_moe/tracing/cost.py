@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,19 @@ NO_KERNEL = {
 _PICKS = {"aten::index_select", "aten::embedding", "aten::gather", "aten::index"}
 # These overwrite their first tensor without reading it.
 _OVERWRITES = {"aten::copy_", "aten::zero_", "aten::fill_", "aten::normal_", "aten::uniform_"}
+
+
+@dataclass
+class Work:
+    """Launches of one operation at one place, bytes of its operands and results, and FLOPs. ``chained``: launches inside
+    elementwise chains that `precision.compile` makes one kernel each; ``chains``: how many chains begin with it."""
+
+    launches: int = 0
+    read: int = 0
+    written: int = 0
+    flops: int = 0
+    chained: int = 0
+    chains: int = 0
 
 
 @functools.cache
@@ -58,7 +72,9 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     attention = _attention_flops(func, args)
     if attention is not None:
         return attention
-    formula = flop_registry.get(func._overloadpacket)
+    packet = func._overloadpacket
+    out_of_place = getattr(_aten, packet.__name__.removesuffix("_"), None)  # of addmm_ and the like
+    formula = flop_registry.get(packet) or flop_registry.get(out_of_place)
     return int(formula(*args, **kwargs, out_val=out)) if formula else 0
 
 

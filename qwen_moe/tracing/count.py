@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_map_only
 from parallel.data import local
 from qwen_moe.errors import UserError
 from qwen_moe.models.ops import rms_norm
-from qwen_moe.tracing.cost import NO_KERNEL, bytes_of, flops_of, is_view, tensors_in, traffic
+from qwen_moe.tracing.cost import NO_KERNEL, Work, bytes_of, flops_of, is_view, tensors_in, traffic
 
 DEVICE = torch.device("cpu", 0)
 HOST = torch.device("cpu")
@@ -49,19 +49,6 @@ class Place:
     layer: int
     part: str
     phase: str = ""
-
-
-@dataclass
-class Work:
-    """Launches of one operation at one place, bytes of its operands and results, and FLOPs. ``chained``: launches inside
-    elementwise chains that `precision.compile` makes one kernel each; ``chains``: how many chains begin with it."""
-
-    launches: int = 0
-    read: int = 0
-    written: int = 0
-    flops: int = 0
-    chained: int = 0
-    chains: int = 0
 
 
 @dataclass
@@ -132,7 +119,7 @@ _METHODS: dict[str, str] = {
 
 
 class Counter(TorchDispatchMode):
-    """A context, entered inside a FakeTensorMode, that counts everything that is launched on `DEVICE`.
+    """A context, entered inside a FakeTensorMode, that counts what is launched on `DEVICE`.
 
     ``places``: the place of each module. ``axes``: the axes of each process group, by its name. ``number``: what the host
     reads where it reads a fraction; integers of the device are 1. ``wide``: in parts named ``experts``, an operation on
@@ -322,7 +309,9 @@ class Counter(TorchDispatchMode):
 
         def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> torch.Tensor:
             made = original(data, **kwargs)
-            return made if device is None else made.to(device)
+            if device != DEVICE:
+                return made
+            return torch.zeros(made.shape, dtype=made.dtype).to(device)  # torch would remember a single number's device
 
         return tensor
 
@@ -387,14 +376,13 @@ class Counter(TorchDispatchMode):
 
 def _axis(names: set[str], kind: str, place: Place, fsdp: bool) -> str:
     """The axis that a collective is over. Axes of the same ranks share a process group, so use and place decide."""
+    order: tuple[str, ...] = ("tp", "cp", "cp_outer", "cp_heads", "pp", "stage", "dp")
     if fsdp:
         order = ("edp",) if place.part == "experts" else ("dp", "data")
     elif kind == "all_to_all" and place.part == "experts":
         order = ("ep", "ep x etp")
     elif not place.phase and kind == "all_reduce":
         order = ("world",)
-    else:
-        order = ("tp", "cp", "cp_outer", "cp_heads", "pp", "stage", "dp")
     return next((name for name in order if name in names), min(names))
 
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qwen_moe.tracing.count import Collective, Event, Place, Work
+from qwen_moe.tracing.cost import Work
+from qwen_moe.tracing.count import Collective, Event, Place
 from qwen_moe.tracing.rank import StepTrace
 
 WIDE = "index kernel over tokens x experts"
@@ -16,7 +17,7 @@ _NO_WAIT = (WIDE, "copy from the host without a wait")
 class Table:
     title: str
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
 
 @dataclass(frozen=True)

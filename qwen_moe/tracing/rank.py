@@ -128,7 +128,7 @@ def _axes(grids: Grids) -> dict[str, set[str]]:
     renamed = {"exchange": "ep" if grids.etp.size == 1 else "ep x etp"}
     world = dist.group.WORLD
     assert world is not None
-    found = {world.group_name: {"world"}}
+    found: dict[str, set[str]] = {world.group_name: {"world"}}
     for axis in vars(grids).values():
         if isinstance(axis, Axis) and axis.group is not None:
             found.setdefault(axis.group.group_name, set()).add(renamed.get(axis.name, axis.name))
