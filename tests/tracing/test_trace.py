@@ -148,6 +148,12 @@ def test_etp_copies_without_a_wait() -> None:
     assert waits_in_experts(trace_step(config(parallel={"tp": 2, "ep": 2, "etp": 2}), 4)) == 1
 
 
+def test_capacity_costs_one_read_more_and_sums_over_all_experts() -> None:
+    trace = trace_step(config(parallel={"tp": 2, "ep": 2}, balance={"capacity_factor": 1.5}), 2)
+    assert waits_in_experts(trace) == 2
+    assert wide_kernels(trace) > 0
+
+
 def test_a_planted_read_in_the_expert_path_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = Experts.forward
 
