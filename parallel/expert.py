@@ -41,12 +41,13 @@ class Exchange:
         outgoing = counts.view(-1, 1, local).expand(-1, self.etp, local).reshape(ranks, local)
         incoming = torch.empty_like(outgoing)
         dist.all_to_all_single(incoming, outgoing.contiguous(), group=self.axis.group)
+        sizes = torch.stack([outgoing.sum(1), incoming.sum(1)]).cpu()  # where the host waits for the device
         if isinstance(counts, FakeTensor):  # a shape-only run has no values: assume balanced routing
             send = [rows * self.etp // ranks] * ranks
             send[0] += rows * self.etp - sum(send)
             receive = list(send)
         else:
-            send, receive = torch.stack([outgoing.sum(1), incoming.sum(1)]).tolist()
+            send, receive = sizes.tolist()
         total = sum(receive)
         expert = torch.arange(local, device=counts.device).repeat(ranks)
         of_row = torch.repeat_interleave(expert, incoming.flatten(), output_size=total)

@@ -112,7 +112,8 @@ class SequenceShard:
         ranks = [(cp, tp) for cp in range(self.cp.size) for tp in range(self.tp.size)]
         places = [self._place(*rank, segment) for rank in ranks for segment in range(self.segments)]
         mine = [self._place(self.cp.index, self.tp.index, segment) for segment in range(self.segments)]
-        before = torch.tensor([[place < own for place in places] for own in mine], device=counts.device)
+        order = torch.tensor([[place < own for place in places] for own in mine])
+        before = order.to(counts.device, non_blocking=True)  # torch.tensor(device=) would wait for a GPU
         return (before.view(len(mine), -1, *[1] * (counts.ndim - 1)) * by_segment).sum(1).movedim(0, 1)
 
     def _place(self, cp: int, tp: int, segment: int) -> int:

@@ -34,6 +34,7 @@ VERBS = (
     "qwen_moe.launch.command",
     "qwen_moe.launch.observe",
     "qwen_moe.planning.command",
+    "qwen_moe.tracing.command",
 )
 # Verbs that compute in this process. Commands that start several processes choose their threads (`parallel.threads`): of
 # these verbs, those whose parser's default ``may_split`` says so.

@@ -82,7 +82,7 @@ FLOORS = {
         ("rollout",),
         ("info",),
         ("training",),
-        ("verify", "launch", "evaluation"),
+        ("verify", "launch", "evaluation", "tracing"),
         ("scaling",),
         ("workflow",),
         ("posttraining",),

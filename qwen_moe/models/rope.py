@@ -40,7 +40,7 @@ class Rope:
         longest = 0
         if self.scaling is not None and self.scaling.type == "dynamic":
             longest = int(position_ids.max()) + 1
-        angles = position_ids[..., None] * self.frequencies(longest).to(position_ids.device)
+        angles = position_ids[..., None] * self.frequencies(longest).to(position_ids.device, non_blocking=True)
         scale = self.score_factor / math.sqrt(self.head_dim)
         return RotaryTables(angles.cos().to(dtype), angles.sin().to(dtype), scale)
 

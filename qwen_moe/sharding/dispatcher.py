@@ -1,5 +1,6 @@
 """The token dispatcher across ranks: an all-to-all to the ranks that hold the experts, and one back."""
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -56,11 +57,11 @@ class AllToAllDispatcher:
         position = torch.arange(order.token.numel(), device=device)
         source = torch.cat([part.repeat(etp) for part in position.split(sizes)])
         # The copies of a block are consecutive: copy c of a row comes c block sizes after its first copy.
-        block = torch.repeat_interleave(
-            torch.arange(len(sizes), device=device), torch.tensor(sizes, device=device), output_size=position.numel()
-        )
-        begin = torch.tensor([0, *sizes], device=device).cumsum(0)
-        size = torch.tensor(sizes, device=device)
+        begins = [0, *itertools.accumulate(sizes)][:-1]
+        # Given `device`, torch.tensor would wait for a GPU to have the values.
+        size, begin = torch.tensor([sizes, begins]).to(device, non_blocking=True)
+        blocks = torch.arange(len(sizes), device=device)
+        block = torch.repeat_interleave(blocks, size, output_size=position.numel())
         first = position + begin[block] * (etp - 1)
         copies = first.unsqueeze(1) + torch.arange(etp, device=device) * size[block].unsqueeze(1)
         return Permutation(order.token[source], copies[order.row].flatten(1), order.counts)

@@ -1,5 +1,6 @@
 """One optimizer step over a global batch. Every loss term is a sum, and every reduction is a sum."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -105,8 +106,8 @@ class Trainer:
             self.on_gradients()
         norm = float(global_norm(self._counted, self.grids.world, self.device))
         sums = all_reduce_sum(sums, self.grids.world)
-        loss, balance_loss, z_loss, *named = sums.tolist()
-        if not torch.isfinite(sums).all() or norm != norm or norm == float("inf"):
+        loss, balance_loss, z_loss, *named = figures = sums.tolist()
+        if not all(map(math.isfinite, (norm, *figures))):
             raise BadStep(
                 f"step {step}: loss is {loss}, gradient norm {norm}; the weights were not updated. Lower "
                 "optimizer.learning_rate, lengthen schedule.warmup_tokens or look at the data of this step; the newest "
@@ -190,7 +191,7 @@ class Trainer:
         for batch in micro_batches:
             check_experts(batch, self.config.model)
         counts = [self.objective.count(batch) for batch in micro_batches]
-        return int(all_reduce_sum(torch.stack(counts).sum().to(self.device), self.grids.dp))
+        return int(all_reduce_sum(torch.stack(counts).sum().to(self.device, non_blocking=True), self.grids.dp))
 
     def _tokens_over_ranks(self, micro_batches: Sequence[Batch]) -> int:
         """The tokens of the global batch without its padding."""

@@ -104,6 +104,7 @@ BASE: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("large.yaml", "--gpus", "4", "--gpu", "gpu.yaml", "--network", "network.yaml", "--top", "1"),
         ("large.yaml", "gpu.yaml", "network.yaml"),
     ),
+    ("trace",): (("recipe.yaml", "--gpus", "1"), ("recipe.yaml",)),
 }  # fmt: skip
 WAITS = {"--follow": "it waits for what comes", "--help": "argparse's own"}
 AS_MANY_AS_ASKED = {"--samples", "--fuzz", "--depths"}

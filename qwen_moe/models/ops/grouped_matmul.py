@@ -36,6 +36,11 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> t
         return _WidenedLoop.apply(x, weight, counts)
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and type(x) is torch.Tensor:
         return _RoundedLoop.apply(x, weight, counts)
+    return one_kernel_mm(x, weight, counts)
+
+
+def one_kernel_mm(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """`loop_mm` in one kernel of torch, which a GPU runs."""
     return F.grouped_mm(x, weight.transpose(-2, -1), offs=counts.cumsum(0).to(torch.int32))
 
 
