@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from parallel.elastic import one_machine
 from parallel.gpus import visible_gpus
-from parallel.mesh import LayoutError, smallest_world
+from parallel.mesh import Layout, LayoutError, layout_for, smallest_world
 from parallel.threads import choose_threads, limit_threads
+from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,6 +53,17 @@ def in_session(args: argparse.Namespace, work: Callable[["Session"], int]) -> in
         return USER_ERROR
 
 
+def split_layout(config: ModelConfig, args: argparse.Namespace, ranks: int) -> Layout:
+    """The layout of ``ranks`` processes for --tp, --ep and --pp. Raises LayoutError if the model cannot be split so."""
+    from qwen_moe.sharding.layout import check_layout
+
+    layout = layout_for(ranks, tp=args.tp, ep=args.ep, pp=args.pp)
+    check_layout(config, layout, args.tp)
+    if config.num_hidden_layers < args.pp:
+        raise LayoutError(f"{config.num_hidden_layers} layers cannot fill pp {args.pp} stages: lower --pp")
+    return layout
+
+
 def start_ranks(args: argparse.Namespace) -> int:
     """Run the command that this process was called with (``args.argv``), in as many processes as --tp, --ep, --pp and --dp
     need. Returns its exit code."""
@@ -59,8 +71,11 @@ def start_ranks(args: argparse.Namespace) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
+    from qwen_moe.checkpoint.huggingface.convert import open_weights
+
     try:
         ranks = smallest_world(getattr(args, "dp", 1) * args.tp * args.pp, tp=args.tp, ep=args.ep, pp=args.pp)
+        split_layout(open_weights(args.checkpoint).config, args, ranks)
     except LayoutError as error:
         raise UserError(str(error)) from None
     gpus = visible_gpus()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from parallel.mesh import Grids, LayoutError, layout_for
+from parallel.mesh import Grids, LayoutError
 from parallel.process import ProcessError, process_info, start
 from qwen_moe.checkpoint.huggingface.convert import Weights
 from qwen_moe.checkpoint.huggingface.export import export_dtype
@@ -18,13 +18,13 @@ from qwen_moe.errors import UserError
 from qwen_moe.generation.choices import log_probs_of_choices
 from qwen_moe.generation.engine import Completion, Engine, Limits
 from qwen_moe.generation.extension import extended
+from qwen_moe.generation.launch import split_layout
 from qwen_moe.generation.likelihood import Likelihood, ScoredText, check_text, in_passes
 from qwen_moe.generation.open import HowToRead, Opened, on_one_device
 from qwen_moe.generation.ranks import ShardedRunner, gather_shares, load_sharded
 from qwen_moe.generation.runner import Runner
 from qwen_moe.generation.sampling import Sampling
 from qwen_moe.generation.text import check_lengths
-from qwen_moe.sharding.layout import check_layout
 
 Done = Callable[[int, list[Completion]], None]
 Shared = TypeVar("Shared")
@@ -59,10 +59,7 @@ class Session:
         config = self.opened.config
         try:
             info = process_info()
-            layout = layout_for(info.world_size, tp=args.tp, ep=args.ep, pp=args.pp)
-            check_layout(config, layout, args.tp)
-            if config.num_hidden_layers < args.pp:
-                raise LayoutError(f"{config.num_hidden_layers} layers cannot fill pp {args.pp} stages: lower --pp")
+            layout = split_layout(config, args, info.world_size)
             self._device = start(info)
         except (ProcessError, LayoutError) as error:
             raise UserError(str(error)) from None

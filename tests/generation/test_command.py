@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qwen_moe.cli import main
+from qwen_moe.generation import launch
 from qwen_moe.errors import UserError
 from qwen_moe.generation import prompts as module
 from qwen_moe.generation.prompts import Answers
@@ -195,6 +196,14 @@ def test_bad_options(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.
     ):
         assert generate(folders[0], *arguments) == 2, arguments
         assert message in capsys.readouterr().err, arguments
+
+
+def test_a_split_that_does_not_fit_is_refused_before_any_process_starts(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "one_machine", lambda *_, **__: pytest.fail("processes were about to start"))
+    assert generate(folders[0], "--prompt", "a", "--pp", 9) == 2
+    assert "layers cannot fill pp 9 stages: lower --pp" in capsys.readouterr().err
 
 
 def test_long_prompts_from_a_file(
