@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from qwen_moe.cli import main
-from qwen_moe.generation import launch
 from qwen_moe.errors import UserError
+from qwen_moe.generation import launch
 from qwen_moe.generation import prompts as module
 from qwen_moe.generation.prompts import Answers
 

@@ -53,6 +53,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_in_every_axis_learns(undisturbed: Path) -> None:
     figures = losses(undisturbed)
     assert figures[-1][1] < figures[0][1] - 0.5

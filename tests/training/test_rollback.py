@@ -52,6 +52,7 @@ def limit_below_the_worst(before: list[float]) -> tuple[int, str]:
     return worst, f"training.spike_nats={before[worst] - median(before[:worst]) - 0.2:.3f}"
 
 
+@pytest.mark.slow
 def test_a_spike_is_left_out_and_a_resume_agrees(poisoned: Path, before: list[float], tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     worst, limit = limit_below_the_worst(before)

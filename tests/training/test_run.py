@@ -320,6 +320,7 @@ def test_weights_of_another_run_can_be_the_start(tmp_path: Path, corpus: Path, u
     assert losses(tmp_path)[0][1] == pytest.approx(losses(undisturbed)[-2][1], abs=0.3)
 
 
+@pytest.mark.slow
 def test_torchrun_can_start_the_command_itself(tmp_path: Path, corpus: Path, undisturbed: Path) -> None:
     recipe = write_recipe(tmp_path, corpus)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
