@@ -198,8 +198,8 @@ def summary(trace: StepTrace) -> list[str]:
     unfused = work.launches - work.chained + work.chains
     return [
         f"rank {trace.rank} of {layout.layout.world_size}, {layout.layout}, layers {_ranges(trace.layers)}",
-        f"one step of {layout.micro_batches:,} micro-batches of {config.training.micro_batch_size:,} x "
-        f"{config.data.sequence_length:,} tokens, {config.precision.compute}",
+        f"one step of {layout.micro_batches:,} micro-batch{'es' * (layout.micro_batches > 1)} of "
+        f"{config.training.micro_batch_size:,} x {config.data.sequence_length:,} tokens, {config.precision.compute}",
         f"{work.launches:,} launches ({unfused:,} where elementwise chains are compiled), {_amount(work.flops)}FLOP, "
         f"{_amount(work.read, 'B')} read, {_amount(work.written, 'B')} written",
         f"{len(trace.counter.collectives):,} collectives of {_amount(bytes_sent, 'B')}",
