@@ -77,6 +77,7 @@ def dpo(folder: Path, pairs: Path, name: str, **sections: Any) -> Path:
     return recipe(folder, name, "dpo", **{"data": data, "training": training, "checkpoint": start} | sections)
 
 
+@pytest.mark.slow
 def test_epochs_are_whole_and_what_is_learned_is_what_was_prepared(tuned: Path) -> None:
     order = Order(length=128, seed=1234, epochs=2, rows_per_step=4)
     examples = PackedExamples([ExampleSet(prefix=tuned / "sft-data")], order, vocab_size=288, cache=tuned / "cache")
@@ -129,6 +130,7 @@ def test_a_reference_that_is_gone_is_that_of_the_first_weights_again(tuned: Path
     assert losses == [line["loss"] for line in expected]
 
 
+@pytest.mark.slow
 def test_a_reward_model_begins_from_a_language_model_and_scores_pairs(
     tuned: Path, pairs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
