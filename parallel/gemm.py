@@ -18,6 +18,7 @@ from torch import nn
 
 # Values of oneDNN's ONEDNN_MAX_CPU_ISA under which it emulates bfloat16 with AVX-512 conversions.
 _EMULATED = ("AVX512_CORE", "AVX512_CORE_VNNI")
+HALF = (torch.bfloat16, torch.float16)
 # Rows up to which a half-precision product is faster the other way around: 1.3 to 1.7 times on a CPU with AMX.
 _FEW = 64
 
@@ -29,7 +30,7 @@ def has_hardware(dtype: torch.dtype) -> bool:
     Read once per process from the processor's features and from oneDNN's limit (`ONEDNN_MAX_CPU_ISA`). It is not measured:
     two processes of a run, or a run and its resumption, must not choose differently because one of them was disturbed.
     """
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in HALF:
         return True
     if dtype == torch.float16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
@@ -101,14 +102,12 @@ class _Linears(torch.autograd.Function):
 
 
 def times(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x [N, A]`` times ``weight [O, A]`` transposed, plus ``bias [O]``: ``[N, O]``. Without gradients, for few rows N on a
-    CPU.
+    """``x [N, A]`` times ``weight [O, A]`` transposed, plus ``bias [O]``: ``[N, O]``. Without gradients, for few rows N of
+    half precision on a CPU.
 
-    oneDNN rearranges the second operand before it multiplies. For few rows of half precision that takes longer than the
-    product, so the second operand is then the small one. One row is a matrix-vector product, which rearranges nothing.
+    oneDNN rearranges the second operand before it multiplies. For few rows that takes longer than the product, so the second
+    operand is the small one here. One row is a matrix-vector product, which rearranges nothing.
     """
-    if weight.dtype not in (torch.bfloat16, torch.float16):
-        return F.linear(x, weight, bias)
     if len(x) == 1:
         row = x[0]
         return (torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)).unsqueeze(0)
@@ -118,7 +117,7 @@ def times(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = Non
 
 def _few_rows(x: torch.Tensor) -> bool:
     """Whether `times` is faster for products of ``x``."""
-    if x.dtype not in (torch.bfloat16, torch.float16) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if x.dtype not in HALF or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     few = 0 < x.numel() <= _FEW * x.shape[-1]
     return few and x.device.type == "cpu" and type(x) is torch.Tensor and not widens(x)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from parallel.gemm import linear, times, widen, widens
+from parallel.gemm import HALF, linear, times, widen, widens
 
 FEW = 256  # rows in all, when tokens are generated
 GroupedMM = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -50,8 +50,10 @@ def _few_rows_times(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor)
     for expert, rows in _rows_of_experts(counts.tolist()):
         if wide and rows.stop - rows.start > 1:
             out[rows] = widen(x[rows]) @ widen(weight[expert]).T
-        else:  # one row: torch's matrix-vector kernel sums in float32 on every CPU
+        elif x.dtype in HALF:  # one row: torch's matrix-vector kernel sums in float32 on every CPU
             out[rows] = times(x[rows], weight[expert])
+        else:
+            torch.mm(x[rows], weight[expert].T, out=out[rows])
     return out
 
 
