@@ -82,7 +82,7 @@ def test_ten_kills_in_a_row(undisturbed: Path) -> None:
     for number in range(10):
         process = start(path)
         try:
-            process.wait(2 + 0.7 * number)
+            process.wait(0.5 + 0.9 * number)
         except subprocess.TimeoutExpired:
             process.kill()
             killed += process.wait(60) == -signal.SIGKILL

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +43,26 @@ def written(kind: str, tuned: Path, pairs: Path, name: str) -> Path:
     return recipe(tuned, name, kind, rollout=rollout, model=MODEL, **sampled, **often)
 
 
+def losses(metrics: Path) -> list[float]:
+    """Of each recorded step."""
+    return [line["loss"] for line in read_lines(metrics) if "loss" in line]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", KILLS)
 def test_kills_at_random_moments_change_nothing(kind: str, tuned: Path, pairs: Path) -> None:
     expected = [line["loss"] for line in trained(written(kind, tuned, pairs, f"{kind}-whole"))]
     path, rng = written(kind, tuned, pairs, f"{kind}-killed"), random.Random(kind)
-    kills = 0
-    while kills < KILLS[kind]:
+    metrics = tuned / f"{kind}-killed" / "metrics.jsonl"
+    for kill in range(KILLS[kind]):
         process = subprocess.Popen(command(path), start_new_session=True, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=rng.uniform(4, 14))  # preparing, computing the reference, sampling or training
-        except subprocess.TimeoutExpired:
-            kills += 1
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        else:
-            break  # it ended before it could be killed: the kills so far must do
-    assert kills
+        # Preparing, computing the reference, sampling or training; on a fast machine not after this kill's share of the steps.
+        end, most = time.monotonic() + rng.uniform(2, 14), len(expected) * (kill + 1) // (KILLS[kind] + 1)
+        while process.poll() is None and time.monotonic() < end and len(losses(metrics)) < most:
+            time.sleep(0.02)
+        assert process.poll() is None, "the run ended before it was killed often enough"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     assert run_to_end(path).returncode == 0
-    records = [line["loss"] for line in read_lines(tuned / f"{kind}-killed" / "metrics.jsonl") if "loss" in line]
-    assert records == expected
+    assert losses(metrics) == expected
