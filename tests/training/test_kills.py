@@ -57,7 +57,7 @@ def test_kills_at_random_moments_change_nothing(kind: str, tuned: Path, pairs: P
     metrics = tuned / f"{kind}-killed" / "metrics.jsonl"
     for kill in range(KILLS[kind]):
         process = subprocess.Popen(command(path), start_new_session=True, stderr=subprocess.DEVNULL)
-        # Preparing, computing the reference, sampling or training; on a fast machine not after this kill's share of the steps.
+        # Preparing, computing the reference, sampling or training; however fast, not after this kill's share of the steps.
         end, most = time.monotonic() + rng.uniform(2, 14), len(expected) * (kill + 1) // (KILLS[kind] + 1)
         while process.poll() is None and time.monotonic() < end and len(losses(metrics)) < most:
             time.sleep(0.02)
