@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +25,8 @@ SECONDS = 20.0
 MORE_MEMORY = 4 << 30  # bytes of address space above what the server itself has
 FILE_BYTES = 1 << 28
 HEAVY = (
+    "torch.distributed.launcher.api",
+    "parallel.elastic",
     "qwen_moe.training.worker",
     "qwen_moe.training.loop",
     "qwen_moe.runs.finish",
@@ -47,6 +49,8 @@ class Request:
     folder: str
     environment: dict[str, str] = field(default_factory=dict)
     seconds: float = SECONDS
+    limited: bool = True
+    """Whether memory and the size of files are limited."""
 
 
 @dataclass(frozen=True)
@@ -62,23 +66,32 @@ class Answer:
 
 
 class _Forked:
-    """What `subprocess.Popen` gives the supervisor of `train`, for a worker that is forked from here."""
+    """What `subprocess.Popen` gives the supervisor of `train`, for an agent that is forked from here."""
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None, **_: Any) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        start_new_session: bool,
+        preexec_fn: Callable[[], None],
+        pass_fds: Sequence[int],
+    ) -> None:
         nproc, config, failure = command[-3:]
-        assert nproc == "1", "the fuzz trains in one process"
         self.returncode: int | None = None
-        self.pid = os.fork()
+        self.pid = os.fork()  # with all descriptors, ``pass_fds`` too
         if self.pid:
             return
         code = 1
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)
-            os.environ.update(env or {})
-            from qwen_moe.training.worker import main
+            if start_new_session:
+                os.setsid()
+            preexec_fn()
+            os.environ.update(env)
+            from qwen_moe.training.elastic import main
 
-            code = main(Path(config), Path(failure))
+            code = main(int(nproc), config, failure)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
         except BaseException:
@@ -152,7 +165,8 @@ def _child(request: Request, out: str, err: str) -> None:
         os.chdir(request.folder)
         os.environ.update(request.environment)
         sys.argv = ["qwen-moe", *request.argv]
-        _limits()
+        if request.limited:
+            _limits()
         import launchers.local.supervisor
 
         launchers.local.supervisor.subprocess = _LocalSubprocess()  # type: ignore[assignment]
@@ -238,10 +252,13 @@ class Server:
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n", "the server of the fuzz did not start"
 
-    def run(self, argv: Sequence[str], folder: Path, seconds: float = SECONDS, **environment: str) -> Answer:
+    def run(
+        self, argv: Sequence[str], folder: Path, seconds: float = SECONDS, limited: bool = True, **environment: str
+    ) -> Answer:
         """`qwen-moe ARGV` in ``folder``; ended after ``seconds``."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        request = {"argv": list(argv), "folder": str(folder), "environment": environment, "seconds": seconds}
+        request: dict[str, Any] = {"argv": list(argv), "folder": str(folder), "environment": environment}
+        request |= {"seconds": seconds, "limited": limited}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return Answer(*json.loads(self._process.stdout.readline()))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.test_run import STEPS, corpus, losses, run_to_end, write_recipe
+from tests.training.commands import run_to_end
+from tests.training.test_run import STEPS, corpus, losses, write_recipe
 
 __all__ = ["corpus"]
 TOKENS = 8 * 32

@@ -9,15 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from qwen_moe.runs.records import read_lines
+from tests.training.commands import command, run_to_end
 from tests.training.test_run import (
     STEPS,
     _steps_done,
     _wait_for,
     _workers,
-    command,
     corpus,  # noqa: F401  a fixture
     losses,
-    run_to_end,
     write_recipe,
 )
 

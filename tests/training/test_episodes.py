@@ -20,7 +20,7 @@ from qwen_moe.training.episode_files import EpisodeFiles
 from tests.distributed import run_distributed
 from tests.schedules import needs
 from tests.small import model_values
-from tests.training.test_run import command, run_to_end
+from tests.training.commands import command, run_to_end
 
 LENGTH = 64
 

@@ -15,7 +15,8 @@ from qwen_moe.launch.folder import is_complete, open_folder
 from qwen_moe.runs.identity import ON_RESUME, differences, saved_settings
 from qwen_moe.runs.records import read_lines
 from qwen_moe.training.extension import check_length
-from tests.training.test_run import corpus, run_to_end, write_recipe
+from tests.training.commands import run_to_end
+from tests.training.test_run import corpus, write_recipe
 from tests.training.test_step import SEQ, make_config
 
 __all__ = ["corpus"]

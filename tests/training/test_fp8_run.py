@@ -8,15 +8,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from tests.training.commands import command, run_to_end
 from tests.training.test_run import (
     STEPS,
     _steps_done,
     _wait_for,
     _workers,
-    command,
     corpus,  # noqa: F401 (a fixture)
     losses,
-    run_to_end,
     write_recipe,
 )
 

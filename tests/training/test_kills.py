@@ -12,8 +12,8 @@ import pytest
 
 from qwen_moe.runs.records import read_lines
 from tests.posttraining.walks import MODEL
+from tests.training.commands import command, run_to_end
 from tests.training.test_post_training import dpo, pairs, recipe, trained, tuned
-from tests.training.test_run import command, run_to_end
 
 __all__ = ["pairs", "tuned"]  # fixtures
 

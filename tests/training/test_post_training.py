@@ -16,7 +16,7 @@ from qwen_moe.data.rows import ExampleSet, Order
 from qwen_moe.data.tasks import tasks
 from qwen_moe.runs.records import read_lines
 from tests.posttraining.walks import MODEL
-from tests.training.test_run import run_to_end
+from tests.training.commands import run_to_end
 
 
 def recipe(folder: Path, name: str, kind: str, **sections: Any) -> Path:

@@ -11,7 +11,8 @@ import pytest
 from qwen_moe.cli import main
 from qwen_moe.runs.records import read_lines
 from qwen_moe.training.rollback import LEAST, History
-from tests.training.test_run import run_to_end, write_recipe
+from tests.training.commands import run_to_end
+from tests.training.test_run import write_recipe
 
 STEPS = 40
 

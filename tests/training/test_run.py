@@ -20,6 +20,7 @@ from qwen_moe.cli import main
 from qwen_moe.models.ops.compiled import missing_compiler
 from qwen_moe.runs.records import read_lines
 from tests.distributed import run_distributed
+from tests.training.commands import command, run_to_end
 
 STEPS = 12
 EXPORT = ("checkpoint.export_hf=true", "sample_prompt=router expert")
@@ -82,14 +83,6 @@ def write_recipe(folder: Path, corpus: Path, **changes: Any) -> Path:
     return path
 
 
-def command(recipe: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "qwen_moe", "train", str(recipe), *overrides]
-
-
-def run_to_end(recipe: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(recipe, *overrides), capture_output=True, text=True, timeout=300)
-
-
 def losses(folder: Path) -> list[tuple[int, float]]:
     """Every figure that the run computed, exactly, in order."""
     records = read_lines(folder / "run" / "metrics.jsonl")
@@ -99,7 +92,11 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    outcome = run_to_end(write_recipe(folder, corpus), *EXPORT, "logging.tensorboard=true")
+    """As a user trains; the other runs of these tests are compared with it."""
+    options = (*EXPORT, "logging.tensorboard=true")
+    outcome = subprocess.run(
+        command(write_recipe(folder, corpus), *options), capture_output=True, text=True, timeout=300
+    )
     assert outcome.returncode == 0, outcome.stderr
     return folder
 

@@ -32,7 +32,8 @@ from tests.distributed import run_distributed
 from tests.models.hf_reference import draw_weights
 from tests.rollout.fake_server import FakeServer, serving
 from tests.small import model_values, small_model
-from tests.training.test_episodes import LENGTH, TIMED, command, learn, records, run_to_end, values
+from tests.training.commands import command, run_to_end
+from tests.training.test_episodes import LENGTH, TIMED, learn, records, values
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from qwen_moe.data.tokenizer import train_tokenizer
 from qwen_moe.errors import UserError
 from qwen_moe.runs.records import read_lines
 from tests.small import exact_run, model_values
+from tests.training.commands import run_to_end
 
 LAYOUTS = {
     "tensor and expert": ("parallel.tp=2", "parallel.ep=2", "launch.nproc=2"),
@@ -53,6 +54,7 @@ def in_one_process(corpora: dict[str, Path], tmp_path_factory: pytest.TempPathFa
 
 
 def train(folder: Path, corpora: dict[str, Path], data: dict[str, Any], *options: str) -> list[dict[str, Any]]:
+    """The records of validation. Prints what the command said."""
     recipe = {
         "run_dir": str(folder / "run"),
         "model": model_values(vocab_size=300, max_position_embeddings=64),
@@ -76,7 +78,9 @@ def train(folder: Path, corpora: dict[str, Path], data: dict[str, Any], *options
     }
     folder.mkdir(exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert main(["train", str(folder / "recipe.yaml"), *(options or ("launch.nproc=1",))]) == 0
+    outcome = run_to_end(folder / "recipe.yaml", *(options or ("launch.nproc=1",)))
+    assert outcome.returncode == 0, outcome.stderr
+    print(outcome.stdout, outcome.stderr)
     return [record for record in read_lines(folder / "run" / "metrics.jsonl") if "loss" not in record]
 
 
@@ -120,13 +124,10 @@ def test_sets_that_are_refused(sets: dict[str, Any], message: str) -> None:
         exact_run(model_values(), 32, data__validation_sets=sets)
 
 
-def test_a_set_without_a_sequence_is_refused(
-    corpora: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(AssertionError):
+def test_a_set_without_a_sequence_is_refused(corpora: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"error: data\.validation_sets\.code has less than one sequence"):
         train(
             tmp_path, corpora, {"validation_sets": {"code": [{"prefix": str(corpora["code"])}]}, "sequence_length": 8192},
             "model.max_position_embeddings=8192", "training.train_tokens=32768", "training.global_batch_size=2",
             "launch.nproc=1",
         )  # fmt: skip
-    assert "data.validation_sets.code has less than one sequence" in capfd.readouterr().err
