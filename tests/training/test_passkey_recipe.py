@@ -1,12 +1,11 @@
 """The recipe of the passkey demonstration: its first steps run, on packed documents, and its loss falls."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from qwen_moe.runs.records import read_lines
+from tests.training.commands import run_to_end
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "passkey_demo.yaml"
 SHORT = (
@@ -24,8 +23,7 @@ SHORT = (
 @pytest.mark.timeout(300)
 def test_the_first_steps(tmp_path: Path) -> None:
     folders = (f"run_dir={tmp_path / 'run'}", f"data.prepare.output={tmp_path / 'data'}")
-    command = [sys.executable, "-m", "qwen_moe", "train", str(RECIPE), *SHORT, *folders]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = run_to_end(RECIPE, *SHORT, *folders)
     assert done.returncode == 0, done.stderr
     losses = [record["loss"] for record in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in record]
     assert len(losses) == 10
