@@ -62,7 +62,7 @@ def draw(results: dict[str, dict[str, Any]]) -> None:
         for place in range(len(known), len(lengths)):
             axes.text(place, (len(depths) - 1) / 2, "not run", rotation=90, ha="center", va="center", fontsize=8)
     panels[0].set_ylabel("depth of the key")
-    figure.supxlabel("tokens of prompt and completion; trained on at most 512", fontsize=10)
+    figure.supxlabel("tokens of prompt and completion; trained on at most 1,024", fontsize=10)
     with replaced(PICTURE) as file:
         figure.savefig(file, format="png", dpi=110)
 
