@@ -136,7 +136,8 @@ def main() -> None:
     for row in rows:
         print(
             f"layer {row['layer']} head {row['head']}: sparse {row['sparse_seconds']:.1f} s, "
-            f"dense {row['dense_seconds']:.1f} s, {row['times_faster']:.1f} times; kept {row['kept']:.3f}; {row['times_fewer_pairs']:.1f} times fewer pairs; "
+            f"dense {row['dense_seconds']:.1f} s, {row['times_faster']:.1f} times; "
+            f"kept {row['kept']:.3f}; {row['times_fewer_pairs']:.1f} times fewer pairs; "
             f"{row['chunks_read_densely']:.0%} of the chunks read densely; error {row['error']:.3f}"
         )
 
