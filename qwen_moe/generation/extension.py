@@ -20,8 +20,8 @@ def extended(config: ModelConfig, extension: Extension, length: int, chunk: int 
     """``config`` for texts of ``length`` tokens.
 
     ``yarn``: YaRN with the smallest whole factor that reaches (arXiv 2309.00071). ``dca``: dual chunk attention with chunks
-    of ``chunk`` tokens, by default the trained length (arXiv 2402.17463). ``auto``: nothing where the model reaches, else
-    dual chunk attention. ``plain``: positions go on beyond the trained ones, to see the model fail. Raises UserError if the
+    of ``chunk`` tokens, by default three quarters of the trained length, as in the code of arXiv 2402.17463: distances near
+    the whole length are rare in training. ``auto``: nothing where the model reaches, else dual chunk attention. ``plain``: positions go on beyond the trained ones, to see the model fail. Raises UserError if the
     model reaches without, or has another extension.
     """
     if extension == "none" or (extension == "auto" and length <= config.reach):
@@ -45,7 +45,7 @@ def extended(config: ModelConfig, extension: Extension, length: int, chunk: int 
     elif extension == "plain":
         change = {"max_position_embeddings": length}
     else:
-        size = chunk or trained
+        size = chunk or max(2, trained * 3 // 4)
         if not 2 <= size <= trained:
             raise UserError(f"--chunk-size {size}: give 2 to {trained}, the length that the model was trained on")
         chunks = DualChunk(
