@@ -97,7 +97,7 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
         "--chunk-size",
         type=whole(2, LARGEST_SIZE),
         metavar="N",
-        help="tokens of a chunk of dual chunk attention; default: three quarters of the length that the model was trained on",
+        help="tokens of a chunk of dual chunk attention; default: three quarters of the trained length",
     )
     parser.add_argument(
         "--attention",

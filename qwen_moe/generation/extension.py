@@ -20,9 +20,10 @@ def extended(config: ModelConfig, extension: Extension, length: int, chunk: int 
     """``config`` for texts of ``length`` tokens.
 
     ``yarn``: YaRN with the smallest whole factor that reaches (arXiv 2309.00071). ``dca``: dual chunk attention with chunks
-    of ``chunk`` tokens, by default three quarters of the trained length, as in the code of arXiv 2402.17463: distances near
-    the whole length are rare in training. ``auto``: nothing where the model reaches, else dual chunk attention. ``plain``: positions go on beyond the trained ones, to see the model fail. Raises UserError if the
-    model reaches without, or has another extension.
+    of ``chunk`` tokens, by default three quarters of the trained length as in the code of arXiv 2402.17463, because
+    distances near the whole length are rare in training. ``auto``: nothing where the model reaches, else dual chunk
+    attention. ``plain``: positions go on beyond the trained ones, to see the model fail. Raises UserError if the model
+    reaches without, or has another extension.
     """
     if extension == "none" or (extension == "auto" and length <= config.reach):
         return config
