@@ -23,13 +23,13 @@ class Efficiency(Section):
     """
 
     gemm: Share = 0.74
-    grouped_gemm: Share = 0.65
-    fp8_gemm: Share = 0.62
+    grouped_gemm: Share = 0.64
+    fp8_gemm: Share = 0.63
     gemm_half_size: PositiveFloat = 160.0
-    attention: Share = 0.43
+    attention: Share = 0.46
     memory: Share = 0.76
     nvlink: Share = 0.75
-    network: Share = 0.80
+    network: Share = 0.79
     all_to_all: Share = 0.70  # a further factor on `nvlink` and `network` if a token is sent once per expert
 
 

@@ -168,11 +168,14 @@ class StepTimeModel:
             part += Part(compute=part.compute * self.recomputed / 3)
             cost = self.context.cost(choice, context, self._scores(choice))
             part += Part(cp=cost.total(choice.recompute == "full"))
-            kernels = 1.0 * self.software.moe_kernels if moe else self.software.dense_kernels
+            kernels = 1.0 * self.software.dense_kernels
+            if moe:
+                local = self.model.num_experts / choice.ep
+                kernels = self.software.moe_kernels + self.software.expert_kernels * local
             if choice.precision == "fp8":
                 kernels *= 1.5
             kernels += cost.kernels
-            launch = kernels * self.gpu.kernel_launch_us * 1e-6
+            launch = kernels * max(self.gpu.kernel_launch_us, self.software.host_us) * 1e-6
             # The host cannot run ahead of an MoE layer, which waits for the sizes of what it will receive.
             waits = max(0.0, launch - part.total)
             self._layers[key] = part + Part(compute=waits)
