@@ -58,6 +58,11 @@ class Gpu(Section):
             raise ValueError(f"reserved_gib {self.reserved_gib:g} leaves nothing of memory_gib {self.memory_gib:g}")
         return self
 
+    def leaving(self, margin: float) -> Self:
+        """This GPU with the share ``margin`` of its usable memory reserved, too."""
+        more = margin * (self.memory_gib - self.reserved_gib)
+        return self.model_copy(update={"reserved_gib": self.reserved_gib + more})
+
     @property
     def usable_bytes(self) -> float:
         return (self.memory_gib - self.reserved_gib) * 2**30
