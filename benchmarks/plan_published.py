@@ -30,10 +30,10 @@ PRIORS = (
 
 def predict(values: np.ndarray) -> list[Row]:
     named = {name: float(value) for (name, _, _), value in zip(PRIORS, values, strict=True)}
-    software = {name: named.pop(name) for name in ("fp8_matrix_us", "host_us")}
+    software = replace(MEGATRON, fp8_matrix_us=named.pop("fp8_matrix_us"), host_us=named.pop("host_us"))
     gpu = load_gpu("h100-80gb")
     gpu = gpu.model_copy(update={"efficiency": gpu.efficiency.model_copy(update=named)})
-    return list(rows(gpu, replace(MEGATRON, **software)))
+    return list(rows(gpu, software))
 
 
 def residuals(values: np.ndarray) -> list[float]:

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,20 @@ def _model(name: str, shapes: dict[str, Any]) -> ModelConfig:
     return parse_model(shapes.get(name, {"preset": name}), name)
 
 
+@cache
+def _layers(model: ModelConfig, sequence: int, stages: int) -> tuple[tuple[int, ...], ...]:
+    """Of each stage. Rows share splits, which take seconds for many layers."""
+    costs = layer_costs(model, sequence)
+    return tuple(map(tuple, split_layers(costs.layers, stages, first=costs.embedding, last=costs.head)))
+
+
 def _layout(run: dict[str, Any], model: ModelConfig, choice: Choice, sequence: int) -> RunLayout:
     degrees = {name: getattr(choice, name) for name in ("pp", "cp", "tp", "ep", "etp")}
     grid = layout_for(run["gpus"], **degrees)
-    costs = layer_costs(model, sequence)
-    stages = choice.pp * choice.per_rank
-    layers = split_layers(costs.layers, stages, first=costs.embedding, last=costs.head)
     return RunLayout(
         layout=grid,
         context=ContextPlan(kind=run.get("cp_kind", "ring")),
-        layers=tuple(map(tuple, layers)),
+        layers=_layers(model, sequence, choice.pp * choice.per_rank),
         per_rank=choice.per_rank,
         micro_batches=run["global_batch"] // (grid.dp * choice.micro_batch),
     )

@@ -119,7 +119,9 @@ def test_the_floor_of_memory_is_below_the_memory() -> None:
     memory = counted(1)
     chosen = random.Random(0).sample(list(legal_choices(recipe(1), GPUS, wanted=("bf16",))), 60)
     for choice, layout in chosen:
-        assert memory.floor(choice, layout) <= memory.fullest(choice, layout).total
+        floor = memory.floor(choice, layout)
+        assert floor == MemoryModel(recipe(1)).floor(choice, layout)  # which remembers no other layout
+        assert floor <= memory.fullest(choice, layout).total
 
 
 @pytest.mark.parametrize("seed", range(3))

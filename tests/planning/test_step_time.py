@@ -1,20 +1,29 @@
 """The model of time: published runs, closed forms, and the direction in which things must go."""
 
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 import pytest
+import yaml
 
+import qwen_moe.planning
 from qwen_moe.config import parse_model
 from qwen_moe.models.flops import flops_per_token
 from qwen_moe.planning.hardware import Cluster, Gpu, Network, load_gpu, load_network
 from qwen_moe.planning.layouts import Choice, legal
-from qwen_moe.planning.published import median_error, rows
+from qwen_moe.planning.published import Row, median_error, rows
 from qwen_moe.planning.software import MEGATRON, OURS
 from qwen_moe.planning.step_time import StepTime, StepTimeModel
 from qwen_moe.sharding.layout import RunLayout
 from tests.planning.recipes import turbo_style
 
 H100, IB400 = load_gpu("h100-80gb"), load_network("ib400")
+
+
+@cache
+def published() -> list[Row]:
+    return list(rows())
 
 
 def step(choice: Choice, gpus: int = 64, gpu: Gpu = H100, network: Network = IB400, imbalance: float = 1.0) -> StepTime:
@@ -25,7 +34,7 @@ def step(choice: Choice, gpus: int = 64, gpu: Gpu = H100, network: Network = IB4
 
 
 def test_published_runs_are_predicted() -> None:
-    found = list(rows())
+    found = published()
     held = [row for row in found if not row.fitted]
     assert all(abs(row.error) < 0.1 for row in found if row.fitted)
     assert sum(row.fitted for row in found) < len(found) / 4
@@ -38,7 +47,7 @@ def test_published_runs_are_predicted() -> None:
 @pytest.mark.parametrize(("gpu", "least"), [("h800", 1), ("a100-80gb", 4), ("b200-180gb", 5), ("gb200-186gb", 6)])
 def test_the_hardware_files_predict_published_runs(gpu: str, least: int) -> None:
     """No constant was fitted to a run on these GPUs."""
-    found = [row for row in rows() if row.gpu == gpu]
+    found = [row for row in published() if row.gpu == gpu]
     assert len(found) >= least and not any(row.fitted for row in found)
     assert median_error(found) < 0.15
 
@@ -62,12 +71,10 @@ def test_published_runs_count_flops_as_we_do() -> None:
 
 def test_the_shapes_beside_the_published_runs_are_those_of_the_models() -> None:
     """Published parameter counts, in billions: total and activated."""
-    import yaml
 
     from qwen_moe.models.flops import count_parameters
-    from qwen_moe.planning import published
 
-    data = yaml.safe_load((published.Path(published.__file__).parent / "published.yaml").read_text())
+    data = yaml.safe_load((Path(qwen_moe.planning.__file__).parent / "published.yaml").read_text())
     moe = (("mixtral-8x22b", 141, 39), ("mixtral-8x7b", 46.7, 12.9), ("deepseek-v3", 671, 37))
     llama = ((f"llama{name}b", size, size) for name, size in (("3-8", 8.03), ("3-70", 70.6), ("3-405", 405.9)))
     llama2 = (("llama2-13b", 13.0, 13.0), ("llama2-70b", 69.0, 69.0))
