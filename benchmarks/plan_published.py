@@ -22,17 +22,18 @@ PRIORS = (
     ("attention", 0.48, 0.05),
     ("memory", 0.80, 0.05),
     ("network", 0.85, 0.05),
-    ("ep_overlap", 0.5, 0.15),
+    ("fp8_gemm", 0.60, 0.05),
     ("fp8_matrix_us", 10.0, 5.0),
+    ("host_us", 30.0, 10.0),
 )
 
 
 def predict(values: np.ndarray) -> list[Row]:
     named = {name: float(value) for (name, _, _), value in zip(PRIORS, values, strict=True)}
-    overlap, matrix = named.pop("ep_overlap"), named.pop("fp8_matrix_us")
+    software = replace(MEGATRON, fp8_matrix_us=named.pop("fp8_matrix_us"), host_us=named.pop("host_us"))
     gpu = load_gpu("h100-80gb")
     gpu = gpu.model_copy(update={"efficiency": gpu.efficiency.model_copy(update=named)})
-    return list(rows(gpu, replace(MEGATRON, fp8_matrix_us=matrix), overlap))
+    return list(rows(gpu, software))
 
 
 def residuals(values: np.ndarray) -> list[float]:

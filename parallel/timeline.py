@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-
-from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
+from types import SimpleNamespace
+from typing import Any
 
 from parallel.pipeline import SCHEDULES
 
@@ -59,7 +59,11 @@ def actions(schedule: str, pp: int, micro_batches: int, per_rank: int) -> list[l
     if schedule == "1f1b":
         return [_one_forward_one_backward(pp, rank, micro_batches) for rank in range(pp)]
     by_rank = []
-    for rank in get_schedule_ops(SCHEDULES[schedule], pp, micro_batches, num_stages_per_rank=per_rank):
+    # All that a schedule asks of stages to order its actions. (torch's get_schedule_ops takes mocks, which cost more than
+    # the actions.)
+    stage: Any = SimpleNamespace(group_rank=0, group_size=pp, num_stages=pp * per_rank, submod=None)
+    order_of: Any = SCHEDULES[schedule]([stage] * per_rank, micro_batches)
+    for rank in (order_of.pipeline_order[rank] for rank in range(pp)):
         order: list[tuple[str, int, int]] = []
         for action in rank:
             for part in () if action is None else action.sub_actions or (action,):

@@ -28,6 +28,12 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--imbalance", type=number(least=1), default=1.0, help="tokens of the busiest expert over the average"
     )
     parser.add_argument(
+        "--margin",
+        type=number(least=0, most=0.9),
+        default=0.0,
+        help="share of a GPU's usable memory that must stay free (default: 0)",
+    )
+    parser.add_argument(
         "--stage", default="", metavar="NAME", help="of a run of stages (default: the longest sequences)"
     )
     parser.add_argument("--precision", choices=("bf16", "fp8", "any"), default="any", help="default: any")
@@ -52,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--write changes the recipe, and {args.recipe} is qwen-moe's own: cp {found} my.yaml first")
     from qwen_moe.planning.hardware import Cluster, load_gpu, load_network
 
-    cluster = Cluster(load_gpu(args.gpu), load_network(args.network), args.gpus_per_node)
+    cluster = Cluster(load_gpu(args.gpu).leaving(args.margin), load_network(args.network), args.gpus_per_node)
     overrides = list(args.overrides)
     if args.global_batch is not None:
         overrides.append(f"training.global_batch_size={args.global_batch}")

@@ -23,13 +23,13 @@ class Efficiency(Section):
     """
 
     gemm: Share = 0.74
-    grouped_gemm: Share = 0.65
-    fp8_gemm: Share = 0.62
+    grouped_gemm: Share = 0.64
+    fp8_gemm: Share = 0.63
     gemm_half_size: PositiveFloat = 160.0
-    attention: Share = 0.43
+    attention: Share = 0.46
     memory: Share = 0.76
     nvlink: Share = 0.75
-    network: Share = 0.80
+    network: Share = 0.79
     all_to_all: Share = 0.70  # a further factor on `nvlink` and `network` if a token is sent once per expert
 
 
@@ -57,6 +57,11 @@ class Gpu(Section):
         if self.reserved_gib >= self.memory_gib:
             raise ValueError(f"reserved_gib {self.reserved_gib:g} leaves nothing of memory_gib {self.memory_gib:g}")
         return self
+
+    def leaving(self, margin: float) -> Self:
+        """This GPU with the share ``margin`` of its usable memory reserved, too."""
+        more = margin * (self.memory_gib - self.reserved_gib)
+        return self.model_copy(update={"reserved_gib": self.reserved_gib + more})
 
     @property
     def usable_bytes(self) -> float:

@@ -1,17 +1,25 @@
 """Counts the bytes of the tensors that are alive while code runs. The tensors may be real or fake."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
+
+_ASKED = (torch.ops.prim.device.default,)  # what fake tensors are asked most often, which allocates nothing
 
 
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
     """Storages of the plain tensors in ``tree``. Wrappers such as DTensor have none; their local tensors are seen too."""
-    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
-    return [tensor.untyped_storage() for tensor in tensors if not is_traceable_wrapper_subclass(tensor)]
+    if isinstance(tree, torch.Tensor):
+        if not is_traceable_wrapper_subclass(tree):
+            yield tree.untyped_storage()
+    elif isinstance(tree, (tuple, list)):
+        for part in tree:
+            yield from _storages(part)
+    elif isinstance(tree, dict):
+        yield from _storages(tuple(tree.values()))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -28,6 +36,8 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _ASKED:
+            return func(*args, **(kwargs or {}))
         given = {
             storage._cdata for storage in _storages((args, kwargs))
         }  # views and in-place results share one of these

@@ -25,6 +25,7 @@ counts.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from parallel.stages import V_SHAPED, stages_of_rank
 from qwen_moe.config import RunConfig
 from qwen_moe.models.flops import DTYPE_BYTES
 from qwen_moe.planning.layouts import Choice
@@ -78,6 +79,9 @@ class MemoryModel:
         objective = config.objective
         self.references = int(objective.reads == "samples" and objective.policy.kl != "none")
         self._stages: dict[tuple[object, ...], tuple[float, float]] = {}
+        self._moe_layers = frozenset(config.model.moe_layers)
+        self._units_of: dict[tuple[object, ...], tuple[UnitShare, int, int]] = {}
+        self._floors: dict[tuple[object, ...], float] = {}
 
     def saved(self, precision: str) -> SavedActivations:
         """The activation counts of layers in ``precision``."""
@@ -93,17 +97,25 @@ class MemoryModel:
         )
 
     def floor(self, choice: Choice, layout: RunLayout) -> float:
-        """Bytes of weights, gradients and optimizer state on the worst-case rank. A layout for which these do not fit
-        needs no count of activations, which takes most of the time."""
-        per_rank = flights(choice.schedule, choice.pp, layout.micro_batches, layout.per_rank)
-        return max(sum(self._standing(choice, layout, self._units(layout, flight, FIRST))[:3]) for flight in per_rank)
+        """Bytes of weights, gradients and optimizer state on the worst-case rank, at most those of `fullest`. A layout for
+        which these do not fit needs no count of activations, which takes most of the time."""
+        # All that these bytes depend on. Hundreds of layouts differ in the micro-batch, recomputation or schedule only.
+        several = layout.micro_batches > 1
+        key = (layout.layout, layout.layers, choice.schedule in V_SHAPED, choice.sharding, choice.precision, several)
+        if key not in self._floors:
+            by_rank = (
+                stages_of_rank(choice.schedule, choice.pp, layout.per_rank, rank) if choice.pp > 1 else [0]
+                for rank in range(choice.pp)
+            )
+            self._floors[key] = max(
+                sum(self._standing(choice, layout, self._units(layout, stages, FIRST))[:3]) for stages in by_rank
+            )
+        return self._floors[key]
 
-    def _units(self, layout: RunLayout, flight: Flight, place: Place) -> tuple[UnitShare, int, int]:
+    def _units(self, layout: RunLayout, stages: Sequence[int], place: Place) -> tuple[UnitShare, int, int]:
         """(sum of all units of a rank, elements of its largest root, elements of the largest unit of its layers)."""
-        by_stage = [self._stage_units(layout, stage, place) for stage in flight.stages]
-        total = add(unit for stage in by_stage for unit in stage)
-        root = max(stage[0].padded for stage in by_stage)
-        return total, root, max(unit.padded for stage in by_stage for unit in stage[1:])
+        by_stage = [self._stage_units(layout, stage, place) for stage in stages]
+        return add(total for total, _, _ in by_stage), max(r for _, r, _ in by_stage), max(b for _, _, b in by_stage)
 
     def _standing(
         self, choice: Choice, layout: RunLayout, units: tuple[UnitShare, int, int]
@@ -130,7 +142,7 @@ class MemoryModel:
         """Memory of pipeline rank ``pipeline_rank``, whose stages and micro-batches in flight are ``flight``."""
         compute = DTYPES[choice.precision].itemsize
         reduce = max(4, compute)
-        units = self._units(layout, flight, place)
+        units = self._units(layout, flight.stages, place)
         _, root, biggest = units
         gathered, gradients, states, sharded = self._standing(choice, layout, units)
         cache = self._cache(choice, layout, flight)
@@ -163,16 +175,19 @@ class MemoryModel:
         layers = sum(len(layout.layers[stage]) for stage in flight.stages)
         return cache_bytes(self.config, choice, layout.layout.dp, layers)
 
-    def _stage_units(self, layout: RunLayout, stage: int, place: Place) -> list[UnitShare]:
-        """FSDP units of one stage: its root, then those of its layers."""
-        last = stage == len(layout.layers) - 1
-        found = [self.shares.root(layout.layout, stage == 0, last, place)]
-        layers = layout.layers[stage]
-        moe = sum(self.model.is_moe_layer(layer) for layer in layers)
-        for kind, times in ((True, moe), (False, len(layers) - moe)):
-            if times:
-                found += self.shares.layer(layout.layout, kind, place) * times
-        return found
+    def _stage_units(self, layout: RunLayout, stage: int, place: Place) -> tuple[UnitShare, int, int]:
+        """As `_units`, for one stage: its root and its layers are FSDP units."""
+        first, last, layers = stage == 0, stage == len(layout.layers) - 1, layout.layers[stage]
+        moe = len(self._moe_layers.intersection(layers))
+        key = (layout.layout, place, first, last, moe, len(layers))
+        if key not in self._units_of:
+            root = self.shares.root(layout.layout, first, last, place)
+            units: list[UnitShare] = []
+            for kind, times in ((True, moe), (False, len(layers) - moe)):
+                if times:
+                    units += self.shares.layer(layout.layout, kind, place) * times
+            self._units_of[key] = add([root, *units]), root.padded, max(unit.padded for unit in units)
+        return self._units_of[key]
 
     def _activations(self, choice: Choice, layout: RunLayout, flight: Flight) -> tuple[float, float]:
         """(held, working) bytes when they are largest."""
@@ -183,7 +198,7 @@ class MemoryModel:
     def _stage_activations(self, choice: Choice, layout: RunLayout, stage: int) -> tuple[float, float]:
         """(held by each micro-batch in flight, working) of one stage."""
         layers, last = layout.layers[stage], stage == len(layout.layers) - 1
-        moe = sum(self.model.is_moe_layer(layer) for layer in layers)
+        moe = len(self._moe_layers.intersection(layers))
         kinds = {kind: times for kind, times in ((True, moe), (False, len(layers) - moe)) if times}
         split = split_of(choice, layout)
         key = (split, choice.precision, choice.micro_batch, choice.recompute, *kinds.items(), stage == 0, last)

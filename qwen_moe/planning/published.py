@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,12 @@ from qwen_moe.config import ModelConfig, parse_model
 from qwen_moe.models.flops import layer_costs
 from qwen_moe.planning.hardware import Cluster, Gpu, load_gpu, load_network
 from qwen_moe.planning.layouts import Choice
-from qwen_moe.planning.software import MEGATRON, Software
+from qwen_moe.planning.software import MEGATRON, OURS, Software
 from qwen_moe.planning.step_time import StepTime, StepTimeModel
-from qwen_moe.sharding.layout import RunLayout
+from qwen_moe.sharding.layout import ContextPlan, RunLayout
 
 SEQUENCE = 4096
-# Megatron's two streams hide about this share of the all-to-alls behind other micro-batches.
-EP_OVERLAP = 0.3
+GPU = "h100-80gb"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,9 @@ class Row:
     published: float
     predicted: float
     fitted: bool
-    further: bool  # not among the seven runs that the model was asked to predict
+    round: int  # of adding rows: the later one was chosen before its errors were known
+    gpu: str
+    precision: str
     assumed: str
     source: str
     step: StepTime
@@ -45,43 +47,77 @@ def _model(name: str, shapes: dict[str, Any]) -> ModelConfig:
     return parse_model(shapes.get(name, {"preset": name}), name)
 
 
-def _layout(run: dict[str, Any], model: ModelConfig, choice: Choice) -> RunLayout:
+@cache
+def _layers(model: ModelConfig, sequence: int, stages: int) -> tuple[tuple[int, ...], ...]:
+    """Of each stage. Rows share splits, which take seconds for many layers."""
+    costs = layer_costs(model, sequence)
+    return tuple(map(tuple, split_layers(costs.layers, stages, first=costs.embedding, last=costs.head)))
+
+
+def _layout(run: dict[str, Any], model: ModelConfig, choice: Choice, sequence: int) -> RunLayout:
     degrees = {name: getattr(choice, name) for name in ("pp", "cp", "tp", "ep", "etp")}
     grid = layout_for(run["gpus"], **degrees)
-    costs = layer_costs(model, SEQUENCE)
-    stages = choice.pp * choice.per_rank
-    layers = split_layers(costs.layers, stages, first=costs.embedding, last=costs.head)
     return RunLayout(
         layout=grid,
-        layers=tuple(map(tuple, layers)),
+        context=ContextPlan(kind=run.get("cp_kind", "ring")),
+        layers=_layers(model, sequence, choice.pp * choice.per_rank),
         per_rank=choice.per_rank,
         micro_batches=run["global_batch"] // (grid.dp * choice.micro_batch),
     )
 
 
-def rows(gpu: Gpu | None = None, software: Software = MEGATRON, ep_overlap: float = EP_OVERLAP) -> Iterator[Row]:
+def _gpu(named: str | dict[str, Any], h100: Gpu) -> Gpu:
+    """By name; or an H100 with some changes; ``h100`` is what an H100 is taken to be."""
+    if isinstance(named, dict):
+        return h100.model_copy(update=named)
+    return h100 if named == GPU else load_gpu(named)
+
+
+def _software(run: dict[str, Any], megatron: Software) -> Software:
+    if run.get("software") == "torch":
+        return OURS
+    return replace(
+        megatron,
+        tp_overlap=run.get("tp_overlap", 0.0),
+        ep_overlap=run.get("ep_overlap", 0.0),
+        once_per_node=run.get("once_per_node", True),
+        host_us=0.0 if run.get("host_ahead") else megatron.host_us,
+    )
+
+
+def rows(h100: Gpu | None = None, megatron: Software = MEGATRON) -> Iterator[Row]:
     """Each published run with our prediction."""
     data = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8"))
-    gpu = gpu or load_gpu("h100-80gb")
-    cluster = Cluster(gpu, load_network("ib400"), gpus_per_node=8)
     for run in data["runs"]:
         model, choice = _model(run["model"], data["models"]), Choice(**run["layout"])
-        used = replace(
-            software,
-            ep_overlap=ep_overlap if run.get("ep_overlap") else 0.0,
-            once_per_node=run.get("once_per_node", True),
-        )
+        named, sequence = run.get("gpu", GPU), run.get("sequence", SEQUENCE)
+        gpu = _gpu(named, h100 or load_gpu(GPU))
+        cluster = Cluster(gpu, load_network(run.get("network", "ib400")), run.get("gpus_per_node", 8))
         factor = data["score_factors"].get(run["model"], 1.0)
-        recomputed = run.get("recomputed", 0.0)
-        times = StepTimeModel(model, SEQUENCE, cluster, used, score_factor=factor, recomputed=recomputed)
-        step = times.step(choice, _layout(run, model, choice))
-        flops = times.flops() * run["global_batch"] * SEQUENCE / run["gpus"]
+        times = StepTimeModel(
+            model,
+            sequence,
+            cluster,
+            _software(run, megatron),
+            score_factor=factor,
+            recomputed=run.get("recomputed", 0.0),
+        )
+        step = times.step(choice, _layout(run, model, choice, sequence))
+        flops = times.flops() * run["global_batch"] * sequence / run["gpus"]
+        if "tflops" in run:
+            published = run["tflops"]
+        elif "tokens" in run:
+            published = run["tokens"] * times.flops() / 1e12
+        else:
+            published = run["mfu"] * gpu.peak_tflops["bf16"]
         yield Row(
             name=run["name"],
-            published=run.get("tflops") or run["mfu"] * gpu.peak_tflops["bf16"],
+            published=published,
             predicted=flops / step.total / 1e12,
             fitted=run.get("fit", False),
-            further=run.get("further", False),
+            round=run.get("round", 1),
+            gpu=named if isinstance(named, str) else "h800",
+            precision=choice.precision,
             assumed=run.get("assumed", ""),
             source=run["source"],
             step=step,
@@ -95,14 +131,21 @@ def median_error(found: list[Row]) -> float:
 
 def table(found: list[Row]) -> str:
     """The comparison as a Markdown table."""
-    lines = ["| run (H100) | published | predicted | error | constants |", "|---|---|---|---|---|"]
+    lines = ["| run | GPU | published | predicted | error | constants |", "|---|---|---|---|---|---|"]
     for row in found:
-        kind = ("fitted" if row.fitted else "held out") + ("; further" if row.further else "")
+        kind = ("fitted" if row.fitted else "held out") + ("; new" if row.round > 1 else "")
         kind += f"; assumed: {row.assumed}" if row.assumed else ""
-        lines.append(f"| {row.name} | {row.published:.0f} | {row.predicted:.0f} | {row.error:+.0%} | {kind} |")
-    asked = [row for row in found if not row.further]
-    parts = [("all", found), ("those held out", [r for r in found if not r.fitted]), ("the seven asked for", asked)]
-    parts.append(("those of the seven held out", [r for r in asked if not r.fitted]))
-    medians = "; ".join(f"{median_error(part):.1%} over {name} ({len(part)})" for name, part in parts)
+        gpu = row.gpu.split("-")[0].upper()
+        lines.append(f"| {row.name} | {gpu} | {row.published:.0f} | {row.predicted:.0f} | {row.error:+.0%} | {kind} |")
+    held = [row for row in found if not row.fitted]
+    parts = {
+        "all": found,
+        "those held out": held,
+        "of these, the new ones": [row for row in held if row.round > 1],
+        "held out on an H100 or H800": [row for row in held if row.gpu in (GPU, "h800")],
+        "held out on other GPUs": [row for row in held if row.gpu not in (GPU, "h800")],
+        "held out in FP8": [row for row in held if row.precision == "fp8"],
+    }
+    medians = "; ".join(f"{median_error(part):.1%} over {name} ({len(part)})" for name, part in parts.items())
     lines += ["", f"TFLOP/s per GPU. Median absolute error: {medians}."]
     return "\n".join(lines)

@@ -2,8 +2,8 @@
 
 import heapq
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from operator import attrgetter, ne
 from typing import Any
 
 from qwen_moe.config import RunConfig
@@ -12,6 +12,7 @@ from qwen_moe.planning.context import Traffic
 from qwen_moe.planning.hardware import Cluster
 from qwen_moe.planning.layouts import PRECISIONS, Choice, Kind, kinds, legal_choices
 from qwen_moe.planning.memory import Memory, MemoryModel
+from qwen_moe.planning.neighbors import Neighbors, Timed
 from qwen_moe.planning.sampling import SamplingModel, SamplingTime
 from qwen_moe.planning.software import OURS
 from qwen_moe.planning.step_time import StepTime, StepTimeModel
@@ -83,7 +84,6 @@ class Plan:
     gpus_needed: int = 0
 
 
-Timed = tuple[StepTime, Choice, RunLayout]
 FIELDS = (
     *(
         "recompute",
@@ -154,8 +154,10 @@ class Search:
                 "--global-batch, --precision or training.micro_batch_size (data-parallel ranks x micro-batch must divide "
                 "the global batch)"
             )
-        index = {choice: (step, layout) for step, choice, layout in found}
         best, faster = self._fastest_that_fit(found, top)
+        misfits = self._misfits(faster, bool(best), found)
+        compared = self._compared(best[0]) if best and best[0].choice.cp > 1 else []
+        needed = 0 if best else self._enough_gpus()
         return Plan(
             config=self.config,
             gpus=self.gpus,
@@ -163,12 +165,9 @@ class Search:
             legal=len(found),
             seconds=time.monotonic() - begin,
             best=best,
-            misfits=[
-                Misfit(scored=scored, nearest=self._nearest(scored.choice, index))
-                for scored in bar(self._telling(faster, bool(best)), "plan: what would fit")
-            ],
-            kinds=self._compared(best[0]) if best and best[0].choice.cp > 1 else [],
-            gpus_needed=0 if best else self._enough_gpus(),
+            misfits=misfits,
+            kinds=compared,
+            gpus_needed=needed,
         )
 
     def _fastest_that_fit(self, found: list[Timed], top: int) -> tuple[list[Scored], list[Timed]]:
@@ -268,11 +267,7 @@ class Search:
     def _telling(self, misfits: list[Timed], something_fits: bool) -> list[Scored]:
         """The fastest layouts with three different sets of degrees or, if nothing fits, those that need the least memory."""
         found: dict[tuple[int, ...], Scored] = {}
-        ordered = misfits
-        if not something_fits:
-            needed = {choice: self.memory.fullest(choice, layout).total for _, choice, layout in misfits}
-            ordered = sorted(misfits, key=lambda timed: needed[timed[1]])
-        for timed in ordered:
+        for timed in misfits if something_fits else self._leanest(misfits):
             choice = timed[1]
             degrees = (choice.tp, choice.pp, choice.cp, choice.ep, choice.etp)
             if degrees not in found:
@@ -281,12 +276,35 @@ class Search:
                 break
         return list(found.values())
 
-    def _nearest(self, choice: Choice, index: dict[Choice, tuple[StepTime, RunLayout]]) -> Scored | None:
+    def _leanest(self, misfits: list[Timed]) -> Iterator[Timed]:
+        """``misfits`` by the memory that they need, from the least on. Each waits by a lower bound and has its activations
+        counted only when no other has less."""
+        heap = [
+            (self.memory.floor(choice, layout), number, False) for number, (_, choice, layout) in enumerate(misfits)
+        ]
+        heapq.heapify(heap)
+        while heap:
+            _, number, counted = heapq.heappop(heap)
+            _, choice, layout = misfits[number]
+            if counted:
+                yield misfits[number]
+            else:
+                heapq.heappush(heap, (self.memory.fullest(choice, layout).total, number, True))
+
+    def _misfits(self, faster: list[Timed], something_fits: bool, found: list[Timed]) -> list[Misfit]:
+        if not faster:
+            return []
+        neighbors = Neighbors(found)
+        return [
+            Misfit(scored=scored, nearest=self._nearest(scored.choice, neighbors))
+            for scored in bar(self._telling(faster, something_fits), "plan: what would fit")
+        ]
+
+    def _nearest(self, choice: Choice, neighbors: Neighbors) -> Scored | None:
         """The fastest layout that fits and differs in one field, else in recomputation and one field."""
-        for start in (choice, replace(choice, recompute="full")):
-            near = [other for other in index if _distance(start, other) <= 1]
-            for other in sorted(near, key=lambda c: index[c][0].total):
-                found = self._fitting(index[other][0], other, index[other][1])
+        for start in dict.fromkeys((choice, choice.changed(recompute="full"))):
+            for step, other, layout in neighbors.of(start):
+                found = self._fitting(step, other, layout)
                 if found is not None:
                     return found
         return None
@@ -305,16 +323,3 @@ class Search:
             if any(fits):
                 return gpus
         return 0
-
-
-_degrees_of = attrgetter("recompute", "micro_batch", "sharding", "pp", "tp", "ep", "etp", "cp", "precision")
-
-
-def _distance(one: Choice, other: Choice) -> int:
-    """The number of fields that differ. A schedule and its stages count as one, as do a kind of cp and its exchange."""
-    same_schedule = (one.schedule, one.per_rank) == (other.schedule, other.per_rank)
-    same_kind = (one.cp_kind, one.cp_ulysses) == (other.cp_kind, other.cp_ulysses)
-    # A change from or to pp 1 changes the schedule with it, and a change of cp its kind.
-    free = (one.pp == 1) != (other.pp == 1)
-    differ = sum(map(ne, _degrees_of(one), _degrees_of(other))) + (not same_schedule and not free)
-    return differ + (not same_kind and one.cp == other.cp)

@@ -19,6 +19,10 @@ class Software:
     elementwise: float  # bytes moved by unfused operations, relative to the counts in step_time.py
     dense_kernels: int  # launched by one layer in forward and backward, without the experts' GEMMs
     moe_kernels: int
+    expert_kernels: (
+        int  # of each local expert, in forward and backward: 0 if one kernel computes the GEMMs of all experts
+    )
+    host_us: float  # in which the host prepares and launches a kernel, if more than `Gpu.kernel_launch_us`
     fp8_matrix_us: float  # to launch and run the kernels that find a matrix's largest value and cast it
     pads_shards: bool  # dim 0 is padded to a multiple of the data-parallel ranks (FSDP2)
     gathers_each_micro_batch: bool  # weights are, without a pipeline (FSDP2 reshards after each backward)
@@ -37,7 +41,9 @@ OURS = Software(
     elementwise=1.0,
     dense_kernels=110,
     moe_kernels=240,
-    fp8_matrix_us=20.0,
+    expert_kernels=0,
+    host_us=0.0,
+    fp8_matrix_us=21.0,
     pads_shards=True,
     gathers_each_micro_batch=True,
 )
@@ -55,7 +61,9 @@ MEGATRON = Software(
     elementwise=0.8,
     dense_kernels=80,
     moe_kernels=160,
-    fp8_matrix_us=20.0,
+    expert_kernels=6,  # two GEMMs in forward and four in backward
+    host_us=36.0,
+    fp8_matrix_us=21.0,
     pads_shards=False,
     gathers_each_micro_batch=False,
 )

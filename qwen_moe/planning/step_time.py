@@ -6,8 +6,10 @@ and layout, and `published.py` compares the predictions with published runs.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from parallel.mesh import Layout
 from parallel.stages import V_SHAPED, stages_of_rank
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.flops import flops_per_token
@@ -49,6 +51,23 @@ class Part:
     @property
     def total(self) -> float:
         return self.compute + self.tp + self.cp + self.ep
+
+
+def total(parts: Iterable[Part]) -> Part:
+    """The sum of ``parts``, added in their order."""
+    compute = tp = ep = experts = cp = 0.0
+    for part in parts:
+        compute += part.compute
+        tp += part.tp
+        ep += part.ep
+        experts += part.experts
+        cp += part.cp
+    return Part(compute, tp, ep, experts, cp)
+
+
+Rank = tuple[
+    int, int, bool, bool
+]  # of a pipeline: its MoE layers, dense layers, whether it has the embedding, the head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +121,10 @@ class StepTimeModel:
         self.rates = Rates(cluster, software)
         self.context = ContextTime(model, sequence, self.rates)
         self._layers: dict[tuple[object, ...], Part] = {}
+        self._ends_of: dict[tuple[object, ...], Part] = {}
+        self._ranks: dict[tuple[object, ...], list[Rank]] = {}
         self._means: dict[tuple[object, ...], tuple[Part, float]] = {}
-        self._elements: dict[tuple[object, ...], tuple[float, float, float]] = {}
+        self._collectives: dict[tuple[Layout, str], tuple[float, float, float]] = {}
 
     # Communication of layers
 
@@ -147,11 +168,14 @@ class StepTimeModel:
             part += Part(compute=part.compute * self.recomputed / 3)
             cost = self.context.cost(choice, context, self._scores(choice))
             part += Part(cp=cost.total(choice.recompute == "full"))
-            kernels = 1.0 * self.software.moe_kernels if moe else self.software.dense_kernels
+            kernels = 1.0 * self.software.dense_kernels
+            if moe:
+                local = self.model.num_experts / choice.ep
+                kernels = self.software.moe_kernels + self.software.expert_kernels * local
             if choice.precision == "fp8":
                 kernels *= 1.5
             kernels += cost.kernels
-            launch = kernels * self.gpu.kernel_launch_us * 1e-6
+            launch = kernels * max(self.gpu.kernel_launch_us, self.software.host_us) * 1e-6
             # The host cannot run ahead of an MoE layer, which waits for the sizes of what it will receive.
             waits = max(0.0, launch - part.total)
             self._layers[key] = part + Part(compute=waits)
@@ -213,6 +237,13 @@ class StepTimeModel:
         return Part(experts + moved, 0.0, exposed, experts + exposed) + shared
 
     def _ends(self, choice: Choice, first: bool, last: bool) -> Part:
+        """The embedding (``first``) and the head (``last``)."""
+        key = (choice.tp, choice.cp, choice.micro_batch, first, last)
+        if key not in self._ends_of:
+            self._ends_of[key] = self._make_ends(choice, first, last)
+        return self._ends_of[key]
+
+    def _make_ends(self, choice: Choice, first: bool, last: bool) -> Part:
         tokens = choice.micro_batch * self.sequence / choice.cp
         d, part = self.model.hidden_size, Part()
         if first:
@@ -225,15 +256,18 @@ class StepTimeModel:
 
     # The step
 
-    def _stages(self, choice: Choice, layout: RunLayout) -> list[tuple[int, int, bool, bool]]:
-        """(MoE layers, dense layers, embedding?, head?) of each pipeline rank."""
-        found = []
-        for rank in range(choice.pp):
-            stages = stages_of_rank(choice.schedule, choice.pp, layout.per_rank, rank) if choice.pp > 1 else [0]
-            layers = [layer for stage in stages for layer in layout.layers[stage]]
-            moe = len(self._moe_layers.intersection(layers))
-            found.append((moe, len(layers) - moe, 0 in stages, len(layout.layers) - 1 in stages))
-        return found
+    def _stages(self, choice: Choice, layout: RunLayout) -> list[Rank]:
+        """What each pipeline rank computes."""
+        key = (choice.schedule in V_SHAPED, choice.pp, layout.per_rank, layout.layers)
+        if key not in self._ranks:
+            found = []
+            for rank in range(choice.pp):
+                stages = stages_of_rank(choice.schedule, choice.pp, layout.per_rank, rank) if choice.pp > 1 else [0]
+                layers = [layer for stage in stages for layer in layout.layers[stage]]
+                moe = len(self._moe_layers.intersection(layers))
+                found.append((moe, len(layers) - moe, 0 in stages, len(layout.layers) - 1 in stages))
+            self._ranks[key] = found
+        return self._ranks[key]
 
     def step(self, choice: Choice, layout: RunLayout) -> StepTime:
         """One step of ``layout.micro_batches`` micro-batches on every data-parallel rank."""
@@ -258,7 +292,7 @@ class StepTimeModel:
     def _ranks_of(self, choice: Choice, layout: RunLayout) -> tuple[Part, float]:
         """(time of the average pipeline rank, seconds of the slowest one) for one micro-batch."""
         key = (
-            *_layer_key(choice, layout.context),
+            _layer_key(choice, layout.context),
             choice.pp,
             layout.per_rank,
             choice.schedule in V_SHAPED,
@@ -268,8 +302,9 @@ class StepTimeModel:
             ranks, zero = self._stages(choice, layout), Part()
             moe = self.layer(choice, True, layout.context) if any(r[0] for r in ranks) else zero
             dense = self.layer(choice, False, layout.context) if any(r[1] for r in ranks) else zero
-            parts = [moe * r[0] + dense * r[1] + self._ends(choice, r[2], r[3]) for r in ranks]
-            self._means[key] = sum(parts, zero) * (1 / len(parts)), max(part.total for part in parts)
+            part_of = {r: moe * r[0] + dense * r[1] + self._ends(choice, r[2], r[3]) for r in dict.fromkeys(ranks)}
+            mean = total(part_of[rank] for rank in ranks) * (1 / len(ranks))
+            self._means[key] = mean, max(part.total for part in part_of.values())
         return self._means[key]
 
     def _pipeline_messages(self, choice: Choice, layout: RunLayout) -> float:
@@ -282,16 +317,8 @@ class StepTimeModel:
 
     def _data_parallel(self, choice: Choice, layout: RunLayout, forward: float) -> tuple[float, float]:
         """(exposed communication, optimizer) of the average rank. A micro-batch's ``forward`` can hide an all-gather."""
-        dense, experts, sharded = self._elements_of(choice, layout)
-        grid, software = layout.layout, self.software
-        width = 1 if choice.precision == "fp8" else BF16
-
-        def over(bytes_per_element: int) -> float:
-            return self.rates.ring(dense * bytes_per_element, grid.dp * grid.cp, grid.tp) + self.rates.ring(
-                experts * bytes_per_element, grid.edp, grid.ep * grid.etp
-            )
-
-        gather, reduce, count = over(width), over(4), layout.micro_batches
+        gather, reduce, update = self._collectives_of(choice, layout.layout)
+        software, count = self.software, layout.micro_batches
         hide = software.dp_overlap
         if choice.sharding == "zero3":
             gathers = count * (max(0.0, gather - hide * forward) + max(0.0, gather - hide * 2 * forward))
@@ -303,26 +330,39 @@ class StepTimeModel:
             reduces = reduce
         else:
             reduces = max(reduce * (1 - hide), reduce - hide * 2 * forward)
-        # AdamW reads four and writes three numbers of four bytes. The norm reads the gradient; clipping reads and writes it.
-        return gathers + reduces, sharded * 40 / self.rates.memory
+        return gathers + reduces, update
 
-    def _elements_of(self, choice: Choice, layout: RunLayout) -> tuple[float, float, float]:
+    def _collectives_of(self, choice: Choice, grid: Layout) -> tuple[float, float, float]:
+        """Seconds of (an all-gather of all weights of an average rank, a reduction of all gradients, the optimizer)."""
+        key = (grid, choice.precision)
+        if key not in self._collectives:
+            dense, experts, sharded = self._elements_of(grid)
+
+            def over(bytes_per_element: int) -> float:
+                return self.rates.ring(dense * bytes_per_element, grid.dp * grid.cp, grid.tp) + self.rates.ring(
+                    experts * bytes_per_element, grid.edp, grid.ep * grid.etp
+                )
+
+            # AdamW reads four and writes three numbers of four bytes. The norm reads the gradient; clipping reads and
+            # writes it.
+            update = sharded * 40 / self.rates.memory
+            self._collectives[key] = over(1 if choice.precision == "fp8" else BF16), over(4), update
+        return self._collectives[key]
+
+    def _elements_of(self, grid: Layout) -> tuple[float, float, float]:
         """(dense elements, expert elements) that an average rank gathers, and the elements that its optimizer updates."""
-        key = (layout.layout, choice.pp)
-        if key not in self._elements:
-            moe, layers = len(self._moe_layers), self.model.num_hidden_layers
-            dense = [self.shares.root(layout.layout, True, True)]
-            experts = []
-            for kind, times in ((True, moe), (False, layers - moe)):
-                if times:
-                    units = self.shares.layer(layout.layout, kind)
-                    dense += [units[0]] * times
-                    experts += [*units[1:]] * times
-            total = add(dense), add(experts)
-            moved = [unit.padded if self.software.pads_shards else unit.whole for unit in total]
-            sharded = total[0].sharded + total[1].sharded
-            self._elements[key] = (moved[0] / choice.pp, moved[1] / choice.pp, sharded / choice.pp)
-        return self._elements[key]
+        moe, layers = len(self._moe_layers), self.model.num_hidden_layers
+        dense = [self.shares.root(grid, True, True)]
+        experts = []
+        for kind, times in ((True, moe), (False, layers - moe)):
+            if times:
+                units = self.shares.layer(grid, kind)
+                dense += [units[0]] * times
+                experts += [*units[1:]] * times
+        sums = add(dense), add(experts)
+        moved = [unit.padded if self.software.pads_shards else unit.whole for unit in sums]
+        sharded = sums[0].sharded + sums[1].sharded
+        return moved[0] / grid.pp, moved[1] / grid.pp, sharded / grid.pp
 
     def flops(self) -> float:
         """Training FLOPs per token, counted as in `models/flops.py`, with attention scores scaled by ``score_factor``."""

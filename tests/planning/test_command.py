@@ -265,6 +265,21 @@ def test_nothing_fits(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "nothing was written" in capsys.readouterr().err and recipe.read_text() == before
 
 
+def test_a_margin_of_memory_stays_free(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    usable = load_gpu(str(path)).usable_bytes
+    command = (recipe, "--gpus", 4, "--gpu", path, "--top", 1, "--json")
+    assert plan(*command) == 0
+    first = json.loads(capsys.readouterr().out)["best"][0]
+    needed = first["memory_bytes"]["total"]
+    assert plan(*command, "--margin", 1 - 0.99 * needed / usable) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["usable_bytes"] == pytest.approx(0.99 * needed)
+    assert facts["best"][0]["memory_bytes"]["total"] <= 0.99 * needed
+    assert facts["best"][0]["step_seconds"]["total"] >= first["step_seconds"]["total"]
+
+
 def test_every_data_file_is_installed() -> None:
     """The patterns of pyproject.toml take what the package reads; every file loads."""
     root = Path(qwen_moe.planning.__file__).parents[1]
