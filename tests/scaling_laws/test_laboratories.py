@@ -9,7 +9,7 @@ import pytest
 
 from qwen_moe.cli import main
 from scaling_laws.errors import InputError
-from scaling_laws.fitting import _drawn
+from scaling_laws.fitting import _drawn, load_fit
 from scaling_laws.laboratories import BETWEEN, REPORTS, laboratory_prior
 from scaling_laws.runs import read_runs
 from scaling_laws.surface import Surface, deepseek_law, step_law_as_published
@@ -75,6 +75,21 @@ def test_the_jacobian_is_that_of_the_residuals(tmp_path: Path) -> None:
         assert exact[:, place] == pytest.approx(slope, rel=1e-5, abs=1e-5 * np.abs(exact).max())
 
 
+def test_scattered_runs_tell_the_optimum(tmp_path: Path) -> None:
+    """Two runs of each of the twelve groups, none of which alone tells an optimum; the prior is off by a factor of 4."""
+    frame = read_runs([synthetic(tmp_path / "runs.csv")]).frame
+    truth = np.log(optimum(2e8, 4e9))
+    misses = []
+    for seed in range(8):
+        pairs = frame.groupby("group").sample(2, random_state=seed)
+        found = np.log(np.array(fit_surface(pairs).optimum(2e8, 2e8, 4e9))[:, 0])
+        misses.append(np.abs(found - truth))
+    prior = laboratory_prior()
+    x = np.array([1.0, np.log(2e8 / N), np.log(4e9 / D), 0.0])
+    before = np.abs([x @ prior.learning_rate[0] - truth[0], x @ prior.batch[0] - truth[1]])
+    assert np.mean(misses, axis=0).max() < 0.2 and before.max() > 1.4
+
+
 def test_the_prior_counts_less_with_every_run(tmp_path: Path) -> None:
     frame = read_runs([synthetic(tmp_path / "runs.csv")]).frame
     shares, misses = [], []
@@ -127,6 +142,8 @@ def test_what_is_assumed_is_said_and_not_given_an_interval(tmp_path: Path, capsy
     prior = json.loads(capsys.readouterr().out)["prior"]
     assert prior["assumed"]["learning_rate.n_total"]["spread"] == pytest.approx(0.23, abs=0.01)
     assert "learning_rate.tokens" not in prior["assumed"] and prior["removed"] is False
+    effects = [sample.learning_rate[3] for sample in load_fit(tmp_path / "fit").surface_samples]
+    assert np.std(effects) > 0.2  # refits vary in what is assumed as laboratories do
     assert main([*asked, "--accept-extrapolation"]) == 0
     assert "assumed: learning rate ~ N_total^-0.7" in capsys.readouterr().out
     assert main([*arguments, "--no-prior"]) == 0
