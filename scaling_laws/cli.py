@@ -39,6 +39,16 @@ def register(
         "--samples", type=int, default=200, help="refits to resampled groups, for intervals (default: 200)"
     )
     fit.add_argument("--seed", type=int, default=0)
+    fit.add_argument(
+        "--no-prior", action="store_true", help="use what laboratories publish only for what the table does not tell"
+    )
+    fit.add_argument(
+        "--without-laboratory",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help='leave out a laboratory\'s published law, such as "Step Law"; may be repeated',
+    )
     fit.add_argument("--json", action="store_true")
     fit.set_defaults(func=_fit, needs=("scipy", "pandas"))
     recommend = verbs.add_parser("recommend", help="learning rate, batch size and loss of a run to launch")
@@ -77,6 +87,7 @@ def _progress(steps: Iterable[int]) -> Iterable[int]:
 def _fit(args: argparse.Namespace) -> int:
     from scaling_laws.errors import InputError
     from scaling_laws.fitting import fit_table
+    from scaling_laws.laboratories import laboratory_prior
     from scaling_laws.report import report_text
     from scaling_laws.runs import read_runs
 
@@ -86,8 +97,9 @@ def _fit(args: argparse.Namespace) -> int:
         raise InputError(f"--seed {args.seed}: give 0 or more")
     if args.output.exists() and not args.output.is_dir():
         raise InputError(f"--output {args.output} is a file: give a folder")
+    prior = laboratory_prior(args.without_laboratory, removed=args.no_prior)
     table = read_runs(args.runs)
-    fit = fit_table(table, samples=args.samples, seed=args.seed, progress=_progress)
+    fit = fit_table(table, samples=args.samples, seed=args.seed, progress=_progress, prior=prior)
     fit.save(args.output)
     write_text(args.output / RUNS, table.frame.drop(columns=["group"]).to_csv(index=False))
     if args.json:
@@ -171,6 +183,7 @@ def _text(found: dict[str, Any]) -> str:
             f"half the size costs {row['cost_of_half_size']:.2%}, "
             f"twice {row['cost_of_twice_size']:.2%}"
         )
+    lines += [f"  {line}" for line in found["prior"]["text"]]
     lines += [f"  note: {warning}" for warning in found["warnings"]]
     return "\n".join(lines)
 

@@ -13,9 +13,11 @@ import pandas as pd
 from scaling_laws.atomic import write_text
 from scaling_laws.errors import InputError
 from scaling_laws.forms import FORMS
+from scaling_laws.laboratories import Prior, laboratory_prior
 from scaling_laws.loss_law import LossLaw
 from scaling_laws.runs import RunTable
-from scaling_laws.surface import Surface, fit_step_law, fit_surface
+from scaling_laws.surface import Surface, fit_step_law
+from scaling_laws.surface_fit import fit_surface
 from scaling_laws.validation import (
     choose_form,
     compute_of,
@@ -51,6 +53,8 @@ class Fit:
     validation: list[dict[str, Any]]
     extrapolation: list[dict[str, float]]
     granularity: float  # the runs' median, 1 if the table has none
+    laboratories: list[str]  # the prior's
+    prior_removed: bool  # then it counts only for what the table does not tell
     warnings: list[str] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
@@ -102,14 +106,13 @@ def _at_bounds(law: LossLaw) -> list[str]:
     ]
 
 
-def _held_exponents(surface: Surface) -> list[str]:
-    """A note on the exponents that the table does not determine and that were not fitted, if there are any."""
+def _assumed_exponents(surface: Surface) -> list[str]:
+    """A note on the exponents that the table does not tell, if there are any."""
     if not surface.held:
         return []
-    if set(surface.held) == {"sparsity"}:
-        return ["all runs have the same sparsity: no effect of it on learning rate and batch size is assumed"]
     return [
-        f"the table does not determine the effect of {', '.join(surface.held)}: Step Law's published exponent is used"
+        f"the table hardly tells the effect of {', '.join(surface.held)} on learning rate or batch size: it is assumed "
+        "from what laboratories publish, and is uncertain by how much they differ"
     ]
 
 
@@ -125,14 +128,15 @@ def _resamples(frame: pd.DataFrame, steps: Iterable[int], seed: int) -> Iterator
 
 
 def _refits(
-    resamples: Iterable[pd.DataFrame], surface: Surface | None, law: LossLaw | None, form: str
+    resamples: Iterable[pd.DataFrame], surface: Surface | None, law: LossLaw | None, form: str, priors: Iterator[Prior]
 ) -> tuple[list[Surface], list[LossLaw]]:
-    """Fits surface and loss law again to each resample, starting from the fits to all runs."""
+    """Fits surface and loss law again to each resample, starting from the fits to all runs. Each takes the next of
+    ``priors``."""
     surfaces: list[Surface] = []
     laws: list[LossLaw] = []
     for resampled in resamples:
         try:
-            again = fit_surface(resampled, start=surface) if surface is not None else None
+            again = fit_surface(resampled, surface, next(priors)) if surface is not None else None
             if law is not None:
                 laws.append(law_of(minima(again, resampled[~resampled["diverged"]]), form, start=law))
             if again is not None:
@@ -148,19 +152,29 @@ def _covered(finished: pd.DataFrame, hyperparameters: bool) -> dict[str, list[fl
     values = {column: finished[column] for column in columns}
     values["compute"] = compute_of(finished)
     values["sparsity"] = finished["n_active"] / finished["n_total"]
+    values["tokens_per_parameter"] = finished["tokens"] / finished["n_total"]
     return {name: [float(value.min()), float(value.max())] for name, value in values.items()}
 
 
-def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress) -> Fit:
-    """Fit, choose the form of the loss, hold out and resample. Raises InputError when the runs are too few for any fit."""
+def _drawn(prior: Prior, seed: int) -> Iterator[Prior]:
+    """Draws of the prior without end. An exponent that the runs do not tell then varies as laboratories do."""
+    rng = np.random.default_rng([seed, 1])
+    while True:
+        yield prior.drawn(rng)
+
+
+def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress, prior: Prior | None = None) -> Fit:
+    """Fit, choose the form of the loss, hold out and resample. ``prior``: by default that of all laboratories. Raises
+    InputError when the runs are too few for any fit."""
+    prior = laboratory_prior() if prior is None else prior
     frame, finished, notes = table.frame, table.finished, list(table.warnings)
     surface = step_law = None
     if table.has_hyperparameters:
-        surface = fit_surface(frame)
+        surface = fit_surface(frame, prior=prior)
         step_law = fit_step_law(frame)
-        notes += _held_exponents(surface)
+        notes += _assumed_exponents(surface)
     best = minima(surface, finished)
-    parts = hold_outs(frame if surface is not None else finished, surface is not None)
+    parts = hold_outs(frame if surface is not None else finished, surface is not None, prior)
     form, why = choose_form(best, parts)
     notes += why
     law: LossLaw | None = None
@@ -171,7 +185,7 @@ def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress) -
         if surface is None:
             raise
         notes.append(f"no loss law: {error}")
-    surfaces, laws = _refits(_resamples(frame, progress(range(samples)), seed), surface, law, form)
+    surfaces, laws = _refits(_resamples(frame, progress(range(samples)), seed), surface, law, form, _drawn(prior, seed))
     if samples and max(len(surfaces), len(laws)) < 0.8 * samples:
         notes.append(
             f"only {max(len(surfaces), len(laws))} of {samples} resamples could be fitted: intervals are optimistic"
@@ -189,7 +203,9 @@ def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress) -
         loss_law=law,
         loss_samples=laws,
         validation=summarize(parts, form),
-        extrapolation=over_extrapolation(finished, form, surface is not None),
+        extrapolation=over_extrapolation(finished, form, surface is not None, prior),
         granularity=float(finished["granularity"].median()) if "granularity" in finished else 1.0,
+        laboratories=list(prior.laboratories),
+        prior_removed=prior.removed,
         warnings=notes,
     )

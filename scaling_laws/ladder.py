@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from scaling_laws.errors import InputError
-from scaling_laws.surface import NOISE, PRIOR, Surface, _features, _shape, step_law_as_published
+from scaling_laws.surface import NOISE, Surface, _features, _shape, step_law_as_published
 
 STEP = 0.8  # between neighbours of the grid, in log
 GRID = np.array([-STEP, 0.0, STEP])
@@ -24,7 +24,7 @@ SHARING = 3  # neighbouring durations that can share a grid, because their optim
 SIZES, DURATIONS = 3, 2  # the fewest that determine a law in N and a law in D
 # Standard deviations of the prior: first log lr* or log B* at the reference, the exponents of N and D and the effect of
 # sparsity, then the shape.
-_PRIOR_LAW = (0.7, *PRIOR)
+_PRIOR_LAW = (0.7, 0.15, 0.15, 0.2)
 _PRIOR_SHAPE = (0.5, 0.05, 0.5, 0.005, 0.005, 0.005, 0.005)
 _TYPICAL_SHAPE = (-2.4, -0.04, -2.5, 0.0, 0.0, 0.0, 0.0)  # as fitted to the public sweeps
 

@@ -9,6 +9,7 @@ from scaling_laws.errors import InputError
 from scaling_laws.fitting import Fit
 from scaling_laws.forms import points
 from scaling_laws.loss_law import compute_optimal
+from scaling_laws.prior_text import prior_of
 from scaling_laws.surface import PUBLISHED, WINDOW, Surface
 
 WIDE = 1e-3  # excess loss that a wide batch may cost
@@ -76,7 +77,12 @@ def _beyond(fit: Fit, target: _Target) -> dict[str, float]:
     """How many times each quantity is outside the range of the runs; 1 inside it."""
     sparsity = target.n_active / target.n_total
     found = {}
-    for name, value in {**target._asdict(), "compute": target.compute, "sparsity": sparsity}.items():
+    derived = {
+        "compute": target.compute,
+        "sparsity": sparsity,
+        "tokens_per_parameter": target.tokens / target.n_total,
+    }
+    for name, value in {**target._asdict(), **derived}.items():
         low, high = fit.ranges[name]
         found[name] = max(1.0, value / high, low / value)
     return found
@@ -234,6 +240,7 @@ def recommend(fit: Fit, request: Request) -> dict[str, Any]:
         "predicted_excess_loss": excess,
         "intervals": {name: None if no_intervals else _interval(values) for name, values in resampled.items()},
         "extrapolation": beyond,
+        "prior": prior_of(fit),
         "warnings": warnings,
         **_other_laws(fit, target),
     }

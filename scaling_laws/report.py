@@ -7,8 +7,11 @@ import numpy as np
 from scaling_laws.atomic import write_text
 from scaling_laws.fitting import Fit
 from scaling_laws.forms import FORMS
+from scaling_laws.laboratories import NAMES
+from scaling_laws.prior_text import assumed_spread, prior_of
 from scaling_laws.recommend import LEAST_GROUPS
 from scaling_laws.surface import power_law
+from scaling_laws.surface_fit import ASSUMED
 
 PAGE = "report.md"
 
@@ -18,14 +21,18 @@ def _law(fit: Fit, which: str) -> str:
     law = power_law(fit.surface, which)
     found = [power_law(sample, which) for sample in fit.surface_samples]
 
+    share = dict(zip(NAMES, fit.surface.prior_share[which], strict=True))
+
     def spread(key: str) -> str:
+        if share[key] > ASSUMED:
+            return f" (assumed, +- {assumed_spread(fit, which, key):.2f} between laboratories)"
         if len(found) < 20 or fit.groups < LEAST_GROUPS:
             return ""
         low, high = np.percentile([sample[key] for sample in found], [2.5, 97.5])
         return f" [{low:.2f}, {high:.2f}]"
 
     terms = f"N_total^{law['n_total']:.3f}{spread('n_total')} · D^{law['tokens']:.3f}{spread('tokens')}"
-    if "sparsity" not in fit.surface.held:
+    if share["sparsity"] <= ASSUMED:
         terms += f" · (N_active/N_total)^{law['sparsity']:.3f}{spread('sparsity')}"
     return f"{law['scale']:.4g} · {terms}"
 
@@ -46,9 +53,10 @@ def report_text(fit: Fit, pictures: list[str]) -> str:
             "",
             f"* learning rate = {_law(fit, 'learning_rate')}",
             f"* batch size in tokens = {_law(fit, 'batch')}",
-            f"* intervals: 95% of {len(fit.surface_samples)} refits to resampled groups"
+            f"* intervals: 95% of {len(fit.surface_samples)} refits to resampled groups, each with another draw of the prior"
             if fit.groups >= LEAST_GROUPS
             else f"* no intervals: {fit.groups} groups are too few to resample",
+            *(f"* {line}" for line in prior_of(fit)["text"]),
             "",
         ]
     if fit.loss_law is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from scaling_laws.early import without_early
 from scaling_laws.errors import InputError
 from scaling_laws.table_file import OTHER_NAMES, hint_of_names, read_rows
 
@@ -173,6 +174,9 @@ def _table(frame: pd.DataFrame) -> RunTable:
     if "learning_rate" in frame:
         frame["batch_tokens"] = frame["batch_size"] * frame["seq_len"]
         _check_steps(frame)
+        frame, early = without_early(frame)
+        frame = frame.reset_index(drop=True)
+        warnings += early
     frame["group"] = frame.groupby([column for column in GROUP if column in frame], dropna=False).ngroup()
     return RunTable(frame=frame, convention=given.pop(), warnings=warnings)
 

@@ -6,33 +6,27 @@ For runs of a group g (equal N_total, N_active, D), with u = log lr - log lr* an
     log lr* = a0 + a1 log N_total + a2 log D + a3 log(N_active / N_total),   log B* likewise
 
 C is lower triangular with a positive diagonal, so the quadratic part is positive definite with its minimum at (lr*, B*).
-Levels are free, so the laws are learned from the shape within groups and not from how the loss falls between them.
+How it is fitted: `scaling_laws.surface_fit`.
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import least_squares
-
-from scaling_laws.errors import InputError
 
 # Logarithms are relative to these, so that intercepts are values at a familiar size.
 REFERENCE_N, REFERENCE_D = 1e9, 1e10
-# Step Law (arXiv 2503.04715): lr 1.79 N^-0.713 D^0.307, B 0.58 D^0.571 tokens. A table that does not determine an exponent
-# gets it from here.
+# Step Law (arXiv 2503.04715): lr 1.79 N^-0.713 D^0.307, B 0.58 D^0.571 tokens. The
+# baseline takes an exponent from here that the table does not determine.
 STEP_LAW_LR, STEP_LAW_B = (1.79, -0.713, 0.307), (0.58, 0.0, 0.571)
 # DeepSeek LLM (arXiv 2401.02954, equation 1): lr 0.3118 C^-0.1250, B 0.2920 C^0.3271 tokens. Its C counts attention too;
 # here it is 6 N D.
 DEEPSEEK_LR, DEEPSEEK_B = (0.3118, -0.1250), (0.2920, 0.3271)
 WINDOW = 0.05  # rows within 5% of their group's best: farther out the cubic does not describe the loss
-HUBER = 1e-3  # of log loss, where the soft-L1 cost turns from square to linear
 _SHAPE = 7
-# Step Law's exponents are a prior with these standard deviations for N, D and sparsity (which it gives no effect). NOISE is
-# the standard deviation of log loss between seeds. The prior matters if there are few groups, and not if there are many.
-PRIOR, NOISE = (0.15, 0.15, 0.2), 1.5e-3
+NOISE = 1.5e-3  # standard deviation of log loss between seeds
 
 
 def group_excess(frame: pd.DataFrame) -> pd.Series:
@@ -64,12 +58,15 @@ def _shape(q: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True, kw_only=True)
 class Surface:
     """The laws for log lr* and log B*, as coefficients of (1, log N_total / 1e9, log D / 1e10, log N_active / N_total), and
-    the shape. ``held`` names features that the table does not determine, which keep Step Law's exponents."""
+    the shape. ``held`` names features whose exponents are assumed, because the table does not tell them.
+    ``prior_share`` is the prior's share of what is known about each coefficient: 0 where the runs tell it all, 1 where they
+    tell nothing."""
 
     learning_rate: list[float]
     batch: list[float]
     shape: list[float]
     held: list[str]
+    prior_share: dict[str, list[float]] = field(default_factory=dict)
 
     def optimum(self, n_total: Any, n_active: Any, tokens: Any) -> tuple[np.ndarray, np.ndarray]:
         """(learning rate, batch size in tokens) that minimise the loss."""
@@ -99,67 +96,6 @@ def _free(frame: pd.DataFrame) -> np.ndarray:
         together = np.corrcoef(np.log(groups["n_total"]), np.log(groups["tokens"]))[0, 1]
         free[2] = bool(abs(together) < 0.99)
     return np.array(free)
-
-
-def fit_surface(frame: pd.DataFrame, start: Surface | None = None) -> Surface:
-    """Fit the surface to the finished runs within `WINDOW` of their group's best, with a soft-L1 cost on log loss and levels
-    profiled out. Diverged runs are censored: the surface must be at least `WINDOW` high there. Raises InputError if the
-    runs are too few."""
-    finished = frame[~frame["diverged"]]
-    near = finished[group_excess(finished) <= WINDOW]
-    sizes = near.groupby("group").size()
-    near = near[near["group"].isin(sizes[sizes >= 3].index)]
-    if len(near) < 10:
-        raise InputError(
-            f"{len(near)} runs lie within {WINDOW:.0%} of their group's best in groups of 3 or more (a group: equal "
-            "n_total, n_active, tokens); at least 10 are needed to find a learning rate and batch size: run a grid of "
-            "both per group"
-        )
-    for column, told in (("learning_rate", "learning rates"), ("batch_tokens", "batch sizes (batch_size x seq_len)")):
-        varied = near.groupby("group")[column].nunique() > 1
-        if not varied.any():
-            raise InputError(
-                f"{told} do not vary within any group of runs near its best (a group: equal n_total, n_active, tokens): the "
-                "best one cannot be found; run several of both in some groups"
-            )
-    blown = frame[frame["diverged"] & frame["group"].isin(near["group"])]
-    free = _free(near)
-    x, x_blown = (_features(f["n_total"], f["n_active"], f["tokens"]) for f in (near, blown))
-    prior_rate, prior_batch = _published(STEP_LAW_LR), _published(STEP_LAW_B)
-    fixed_rate, fixed_batch = np.where(free, 0.0, prior_rate), np.where(free, 0.0, prior_batch)
-    k = int(free.sum())
-    rate, batch, loss = (np.log(near[c].to_numpy()) for c in ("learning_rate", "batch_tokens", "loss"))
-    blown_rate, blown_batch = (np.log(blown[c].to_numpy()) for c in ("learning_rate", "batch_tokens"))
-    group = pd.factorize(near["group"])[0]
-    count = np.bincount(group)
-
-    def split(p: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        a, b = fixed_rate.copy(), fixed_batch.copy()
-        a[free], b[free] = p[:k], p[k : 2 * k]
-        return a, b, p[2 * k :]
-
-    def residuals(p: np.ndarray) -> np.ndarray:
-        a, b, q = split(p)
-        r = loss - _shape(q, rate - x @ a, batch - x @ b)
-        r = r - (np.bincount(group, r) / count)[group]
-        height = _shape(q, blown_rate - x_blown @ a, blown_batch - x_blown @ b)
-        believed = NOISE * np.concatenate([(a - prior_rate)[1:] / PRIOR, (b - prior_batch)[1:] / PRIOR])
-        return np.concatenate([r, np.maximum(0.0, WINDOW - height), believed])
-
-    if start is not None:
-        p0 = np.concatenate([np.array(start.learning_rate)[free], np.array(start.batch)[free], start.shape])
-    else:
-        best = near.loc[near.groupby("group")["loss"].idxmin()]
-        xb = _features(best["n_total"], best["n_active"], best["tokens"])
-        a0, b0 = _published(STEP_LAW_LR), _published(STEP_LAW_B)
-        # Start with the published slopes, through the middle of this table's best runs.
-        a0[0] += np.median(np.log(best["learning_rate"]) - xb @ a0)
-        b0[0] += np.median(np.log(best["batch_tokens"]) - xb @ b0)
-        p0 = np.concatenate([a0[free], b0[free], [np.log(0.1), 0.0, np.log(0.1)], np.zeros(_SHAPE - 3)])
-    found = least_squares(residuals, p0, loss="soft_l1", f_scale=HUBER)
-    a, b, q = split(found.x)
-    held = [name for name, told in zip(FEATURES, free, strict=True) if not told]
-    return Surface(learning_rate=a.tolist(), batch=b.tolist(), shape=q.tolist(), held=held)
 
 
 def fit_step_law(frame: pd.DataFrame) -> Surface:

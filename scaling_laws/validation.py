@@ -6,17 +6,21 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import least_squares
 
 from scaling_laws.errors import InputError
 from scaling_laws.forms import FORMS, points_of
+from scaling_laws.laboratories import Prior
 from scaling_laws.loss_law import LossLaw, fit_loss
-from scaling_laws.surface import Surface, fit_step_law, fit_surface, mean, nearest_run_excess, profiled_minima
+from scaling_laws.surface import NOISE, Surface, _shape, fit_step_law, mean, nearest_run_excess, profiled_minima
+from scaling_laws.surface_fit import ROUGH, fit_surface
 
 ALIKE = 1.1  # models of one intended size differ by a few percent (experts, shared experts)
 LEAST_GROUPS = 5  # to fit to when the largest compute is held out
 DEPTHS = (0.5, 0.65, 0.8)  # shares of the groups to fit to: a form must also extrapolate far, not only one step
 # A form with more parameters must lower a simpler one's held-out error to less than this share of it.
 WORTH = 0.95
+NEAR = 0.03  # of log loss: runs that place a group's own optimum
 
 
 def minima(surface: Surface | None, frame: pd.DataFrame) -> pd.DataFrame:
@@ -59,7 +63,45 @@ class HoldOut:
         return float(np.mean(np.abs(law.at(points_of(self.outside)) / self.outside["loss"].to_numpy() - 1)))
 
 
-def hold_out(frame: pd.DataFrame, out: pd.Series, name: str, tuned: bool) -> HoldOut:
+@dataclass(frozen=True, kw_only=True)
+class OwnOptima:
+    """Where the loss of each group is least: group -> (log learning rate, log batch size), on a surface of ``shape``."""
+
+    shape: np.ndarray
+    places: dict[int, np.ndarray]
+
+
+def own_optima(frame: pd.DataFrame) -> OwnOptima:
+    """Fit a surface to the runs of ``frame``, and move it in each group to where its own runs fit best."""
+    shape, places = np.array(fit_surface(frame).shape), {}
+    for group, runs in frame[~frame["diverged"]].groupby("group"):
+        near = runs[runs["loss"] < runs["loss"].min() * np.exp(NEAR)]
+        rate, batch, loss = (np.log(near[c].to_numpy(float)) for c in ("learning_rate", "batch_tokens", "loss"))
+        deviation = NOISE + ROUGH * (loss - loss.min())
+        best = int(loss.argmin())
+
+        def misses(
+            p: np.ndarray, rate: Any = rate, batch: Any = batch, loss: Any = loss, deviation: Any = deviation
+        ) -> np.ndarray:
+            return (loss - p[2] - _shape(shape, rate - p[0], batch - p[1])) / deviation
+
+        places[int(group)] = least_squares(misses, [rate[best], batch[best], loss[best]], loss="soft_l1").x[:2]
+    return OwnOptima(shape=shape, places=places)
+
+
+def own_optimum_excess(surface: Surface, frame: pd.DataFrame, optima: OwnOptima | None = None) -> dict[int, float]:
+    """By group: the excess loss of the recommended point over the group's own optimum (`own_optima`). Unlike
+    `nearest_run_excess` it does not depend on the grid, and hardly on the seeds."""
+    optima, found = own_optima(frame) if optima is None else optima, {}
+    for group, runs in frame.groupby("group"):
+        first = runs.iloc[0]
+        place = np.log(np.array(surface.optimum(first["n_total"], first["n_active"], first["tokens"]))[:, 0])
+        u, v = (place - optima.places[int(group)])[:, None]
+        found[int(group)] = float(_shape(optima.shape, u, v)[0])
+    return found
+
+
+def hold_out(frame: pd.DataFrame, out: pd.Series, name: str, tuned: bool, prior: Prior | None = None) -> HoldOut:
     inside, outside = frame[~out], frame[out]
     facts: dict[str, Any] = {
         "name": name,
@@ -67,7 +109,7 @@ def hold_out(frame: pd.DataFrame, out: pd.Series, name: str, tuned: bool) -> Hol
         "compute_ratio": float(compute_of(outside).max() / compute_of(inside).max()),
     }
     try:
-        surface = fit_surface(inside) if tuned else None
+        surface = fit_surface(inside, prior=prior) if tuned else None
         if surface is not None:
             facts["excess"] = mean(nearest_run_excess(surface, outside).values())
             facts["excess_step_law"] = mean(nearest_run_excess(fit_step_law(inside), outside).values())
@@ -96,9 +138,9 @@ def _parts(frame: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
             yield f"sparsity {value:.2f}", sparsity == value
 
 
-def hold_outs(frame: pd.DataFrame, tuned: bool) -> list[HoldOut]:
+def hold_outs(frame: pd.DataFrame, tuned: bool, prior: Prior | None = None) -> list[HoldOut]:
     """The largest size, the largest compute and each sparsity, held out one after the other."""
-    return [hold_out(frame, out, name, tuned) for name, out in _parts(frame)]
+    return [hold_out(frame, out, name, tuned, prior) for name, out in _parts(frame)]
 
 
 def choose_form(frame: pd.DataFrame, parts: list[HoldOut]) -> tuple[str, list[str]]:
@@ -146,7 +188,9 @@ def summarize(parts: list[HoldOut], form: str) -> list[dict[str, Any]]:
     return rows
 
 
-def over_extrapolation(frame: pd.DataFrame, form: str, tuned: bool) -> list[dict[str, float]]:
+def over_extrapolation(
+    frame: pd.DataFrame, form: str, tuned: bool, prior: Prior | None = None
+) -> list[dict[str, float]]:
     """Fits to the groups below a limit of compute, for a few limits, and tries each larger group. A row has the group's
     compute over the limit's, the error of the predicted loss, and the excess loss of the runs nearest to the
     recommendation and to Step Law's."""
@@ -161,7 +205,7 @@ def over_extrapolation(frame: pd.DataFrame, form: str, tuned: bool) -> list[dict
         if inside.empty:
             continue
         try:
-            surface = fit_surface(inside) if tuned else None
+            surface = fit_surface(inside, prior=prior) if tuned else None
             law = law_of(minima(surface, inside), form)
         except InputError:
             continue

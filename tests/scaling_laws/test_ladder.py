@@ -14,7 +14,8 @@ from qwen_moe.models.flops import count_parameters
 from qwen_moe.training.schedule import learning_rate
 from scaling_laws.ladder import design_ladder
 from scaling_laws.runs import read_runs
-from scaling_laws.surface import deepseek_law, fit_surface, step_law_as_published
+from scaling_laws.surface import deepseek_law, step_law_as_published
+from scaling_laws.surface_fit import fit_surface
 from tests.scaling_laws.data import best_loss
 
 DEMO = str(Path(__file__).parents[2] / "recipes" / "demo.yaml")

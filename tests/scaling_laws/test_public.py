@@ -7,8 +7,11 @@ import pytest
 
 from scaling_laws.fitting import fit_table
 from scaling_laws.forms import points_of
+from scaling_laws.laboratories import laboratory_prior
 from scaling_laws.loss_law import fit_loss
-from scaling_laws.surface import fit_step_law, fit_surface, mean, nearest_run_excess, power_law
+from scaling_laws.surface import fit_step_law, mean, nearest_run_excess, power_law
+from scaling_laws.surface_fit import fit_surface
+from scaling_laws.validation import own_optimum_excess
 from tests.scaling_laws.data import public
 
 
@@ -40,26 +43,50 @@ def test_step_law_baseline() -> None:
         assert found_batch[0] == pytest.approx(0.58 * d**0.571, rel=0.15)
 
 
+OTHERS = laboratory_prior(["Step Law"])  # the sweeps are Step Law's own
+
+
 def test_the_surface_extrapolates_to_larger_models_better_than_step_law() -> None:
     frame = public("dense_lr_batch_sweep").frame
     small, large = frame[frame["n_total"] < 4e8], frame[frame["n_total"] >= 4e8]
-    ours = mean(nearest_run_excess(fit_surface(small), large).values())
-    baseline = mean(nearest_run_excess(fit_step_law(small), large).values())
-    assert ours <= 0.0015 and ours < 0.6 * baseline
+    ours, baseline = fit_surface(small, prior=OTHERS), fit_step_law(small)
+    excess = mean(own_optimum_excess(ours, large).values())
+    assert excess <= 0.001 and excess < 0.6 * mean(own_optimum_excess(baseline, large).values())
+    assert mean(nearest_run_excess(ours, large).values()) < 0.6 * mean(nearest_run_excess(baseline, large).values())
+
+
+def test_a_few_runs_with_the_prior_of_other_laboratories() -> None:
+    """Random runs of the small models, and the nine larger groups of most compute; 100 draws: benchmarks/few_runs.py."""
+    frame = public("dense_lr_batch_sweep").frame
+    small, large = frame[frame["n_total"] < 2.2e8], frame[frame["n_total"] >= 2.2e8]
+    most = (large["n_total"] * large["tokens"]).groupby(large["group"]).first().nlargest(9).index
+    large = large[large["group"].isin(most)]
+    alone = laboratory_prior(["Step Law"], removed=True)
+    found: dict[tuple[int, str], list[float]] = {}
+    for runs in (33, 12):
+        for name, prior in (("with", OTHERS), ("without", alone)):
+            fits = [fit_surface(small.sample(runs, random_state=seed), prior=prior) for seed in range(20)]
+            found[runs, name] = [mean(nearest_run_excess(fit, large).values()) for fit in fits]
+    assert mean(found[33, "with"]) <= 0.0015 and max(found[33, "with"]) <= 0.004
+    assert mean(found[12, "with"]) <= 0.003 < mean(found[12, "without"])
 
 
 def test_a_sparsity_that_was_left_out() -> None:
-    """Against using N_total, and N_active, as the N of a dense law."""
-    frame = public("dense_lr_batch_sweep", "moe_lr_batch_sweep").frame
-    sparsity = (frame["n_active"] / frame["n_total"]).round(2)
-    errors: dict[str, list[float]] = {"both": [], "n_total": [], "n_active": []}
-    for value in sorted(set(sparsity) - {1.0}):
+    """Of the MoE sweep; then of both sweeps together, against using N_active as the N of a dense law."""
+    moe = public("moe_lr_batch_sweep").frame
+    both = public("dense_lr_batch_sweep", "moe_lr_batch_sweep").frame
+    alone: list[float] = []
+    errors: dict[str, list[float]] = {"both": [], "n_active": []}
+    for value in sorted(set((moe["n_active"] / moe["n_total"]).round(2))):
+        out = (moe["n_active"] / moe["n_total"]).round(2) == value
+        alone += nearest_run_excess(fit_surface(moe[~out], prior=OTHERS), moe[out]).values()
+        out = (both["n_active"] / both["n_total"]).round(2) == value
         for how, found in errors.items():
-            seen = frame if how == "both" else frame.assign(n_total=frame[how], n_active=frame[how])
-            surface = fit_surface(seen[sparsity != value])
-            found.append(mean(nearest_run_excess(surface, seen[sparsity == value]).values()))
-    assert mean(errors["both"]) <= 0.0015 and max(errors["both"]) <= 0.0015
-    assert mean(errors["both"]) < mean(errors["n_total"]) < mean(errors["n_active"])
+            seen = both if how == "both" else both.assign(n_total=both[how], n_active=both[how])
+            found += own_optimum_excess(fit_surface(seen[~out], prior=OTHERS), seen[out]).values()
+    assert mean(alone) <= 0.0012 and max(alone) <= 0.003
+    assert mean(errors["both"]) <= 0.0012 and max(errors["both"]) <= 0.003
+    assert mean(errors["both"]) < mean(errors["n_active"])
 
 
 @pytest.mark.slow

@@ -1,0 +1,216 @@
+"""Fits the surface of `scaling_laws.surface` to a table of runs, from a dozen runs to thousands.
+
+Three things are joined, each a Gaussian around something simpler. The loss of run i of group g is
+
+    log L_i = log (E + A / N^a + B / D^b) + offset_g + shape(u_i, v_i) + error_i,  N = N_active^(1-w) N_total^w
+
+Offsets are Gaussian with a deviation that is estimated, so a group with many runs has a level of its own, and a group with
+one run still says where the optimum is. An error's deviation is `NOISE` near the optimum and grows with the height above it
+(`ROUGH`), because the cubic describes runs far from the optimum less well. Large errors count less (`ROBUST`). The laws of
+lr* and B* have the prior of `scaling_laws.laboratories`; shape and loss have wide ones.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import least_squares
+
+from scaling_laws.errors import InputError
+from scaling_laws.laboratories import Prior, laboratory_prior
+from scaling_laws.surface import FEATURES, NOISE, WINDOW, Surface, _features, _free, _shape
+
+ROUGH = 0.2  # deviation of an error per height above the optimum: as in Step Law's sweeps below 2.2e8, dense and MoE
+ROBUST = 2.0  # deviations, beyond which an error counts less
+OFFSET, OFFSET_WEIGHT = (
+    3e-3,
+    5.0,
+)  # deviation of a group's offset that is expected, and the number of groups that it counts as
+LEAST_RUNS = 8
+ASSUMED = 0.5  # an exponent is assumed if the prior gives more than this share of what is known about it
+# A loss that is 1% higher at a factor of e, give or take a factor of e; no correlation; hardly any cubic.
+_SHAPE_MEAN = np.array([np.log(0.1), 0.0, np.log(0.1), 0.0, 0.0, 0.0, 0.0])
+_SHAPE_DEVIATION = np.array([0.5, 0.05, 0.5, 0.005, 0.005, 0.005, 0.005])
+# log E, log A, log B, a, b in units of 1e9 and 1e10, around the fits of arXiv 2203.15556 and 2404.10102; then w.
+_LOSS_MEAN = np.array([np.log(1.75), np.log(0.36), np.log(0.45), 0.34, 0.34, 0.3])
+_LOSS_DEVIATION = np.array([0.3, 0.5, 0.5, 0.06, 0.06, 0.2])
+_LAW, _BOWL, _LOSS = 8, 15, 21  # where the laws, the shape and the loss's parameters end
+_ROUNDS, _CLOSE = 10, 1e-2  # of reweighting; steps smaller than this, in deviations of the prior, end it
+
+
+def _check(finished: pd.DataFrame) -> None:
+    """Raises InputError if the runs cannot tell a learning rate and a batch size."""
+    if len(finished) < LEAST_RUNS:
+        raise InputError(
+            f"{len(finished)} finished runs; at least {LEAST_RUNS} are needed to find a learning rate and batch size: run "
+            "several of both, best as a grid for each size and duration"
+        )
+    sizes = finished.groupby("group")["loss"].transform("size")
+    grids = finished[sizes >= 3]
+    for column, told in (("learning_rate", "learning rates"), ("batch_tokens", "batch sizes (batch_size x seq_len)")):
+        varied = (grids.groupby("group")[column].nunique() > 1).any()
+        if len(grids) < 0.5 * len(finished):  # scattered runs, which are compared across groups
+            varied = finished[column].nunique() > 1
+        if not varied:
+            raise InputError(
+                f"{told} do not vary within any group of runs (a group: equal n_total, n_active, tokens): the best one "
+                "cannot be found; run several of both in some groups"
+            )
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A table as arrays, with its prior: parameters are mean + root @ z, where z has a standard Gaussian prior."""
+
+    x: np.ndarray
+    rate: np.ndarray
+    batch: np.ndarray
+    loss: np.ndarray
+    group: np.ndarray
+    log_n: np.ndarray
+    log_sparsity: np.ndarray
+    log_d: np.ndarray
+    blown: tuple[np.ndarray, np.ndarray, np.ndarray]  # x, log lr, log B of diverged runs
+    mean: np.ndarray
+    root: np.ndarray
+
+    def parameters(self, z: np.ndarray) -> np.ndarray:
+        return self.mean + self.root @ z
+
+    def level(self, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(log of the loss at the optimum, its derivatives by the loss's parameters)."""
+        log_e, log_a, log_b, a, b, share = p[_BOWL:]
+        log_n = self.log_n + share * self.log_sparsity
+        terms = [np.full_like(log_n, np.exp(log_e)), np.exp(log_a - a * log_n), np.exp(log_b - b * self.log_d)]
+        total = sum(terms)
+        e, by_n, by_d = (term / total for term in terms)
+        slopes = [e, by_n, by_d, -by_n * log_n, -by_d * self.log_d, -by_n * a * self.log_sparsity]
+        return np.log(total), np.stack(slopes, axis=1)
+
+    def unexplained(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(height above the optimum, log loss minus height and level) of each run."""
+        p = self.parameters(z)
+        height = _shape(p[_LAW:_BOWL], self.rate - self.x @ p[:4], self.batch - self.x @ p[4:_LAW])
+        return height, self.loss - height - self.level(p)[0]
+
+    def by_group(self, values: np.ndarray) -> np.ndarray:
+        return np.bincount(self.group, values)
+
+    def offsets(self, error: np.ndarray, weight: np.ndarray, spread: float) -> np.ndarray:
+        """Each group's offset, which is shrunk towards 0 the more, the less its runs say."""
+        return self.by_group(weight * error) / (self.by_group(weight) + 1 / spread**2)
+
+    def residuals(self, z: np.ndarray, weight: np.ndarray, spread: float) -> np.ndarray:
+        _, error = self.unexplained(z)
+        offset = self.offsets(error, weight, spread)
+        x, rate, batch = self.blown
+        p = self.parameters(z)
+        low = WINDOW - _shape(p[_LAW:_BOWL], rate - x @ p[:4], batch - x @ p[4:_LAW])
+        return np.concatenate(
+            [np.sqrt(weight) * (error - offset[self.group]), offset / spread, np.maximum(0, low) / NOISE, z]
+        )
+
+    def jacobian(self, z: np.ndarray, weight: np.ndarray, spread: float) -> np.ndarray:
+        p = self.parameters(z)
+        heights = _slopes(p, self.x, self.rate, self.batch)
+        error = -np.concatenate([heights, self.level(p)[1]], axis=1) @ self.root
+        offset = np.stack([self.offsets(column, weight, spread) for column in error.T], axis=1)
+        x, rate, batch = self.blown
+        low = WINDOW - _shape(p[_LAW:_BOWL], rate - x @ p[:4], batch - x @ p[4:_LAW])
+        censored = -np.where(low > 0, 1 / NOISE, 0.0)[:, None] * (_slopes(p, x, rate, batch) @ self.root[:_BOWL])
+        return np.concatenate(
+            [np.sqrt(weight)[:, None] * (error - offset[self.group]), offset / spread, censored, np.eye(len(z))]
+        )
+
+
+def _slopes(p: np.ndarray, x: np.ndarray, rate: np.ndarray, batch: np.ndarray) -> np.ndarray:
+    """Derivatives of runs' heights by the laws of lr* and B* and by the shape."""
+    q, u, v = p[_LAW:_BOWL], rate - x @ p[:4], batch - x @ p[4:_LAW]
+    first, last = np.exp(q[0]), np.exp(q[2])
+    f, g = first * u, q[1] * u + last * v
+    by_u = 2 * f * first + 2 * g * q[1] + 3 * q[3] * u**2 + 2 * q[4] * u * v + q[5] * v**2
+    by_v = 2 * g * last + q[4] * u**2 + 2 * q[5] * u * v + 3 * q[6] * v**2
+    by_q = np.stack([2 * f**2, 2 * g * u, 2 * g * last * v, u**3, u**2 * v, u * v**2, v**3], axis=1)
+    return np.concatenate([-by_u[:, None] * x, -by_v[:, None] * x, by_q], axis=1)
+
+
+def _problem(finished: pd.DataFrame, blown: pd.DataFrame, prior: Prior) -> _Problem:
+    def logs(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rate, batch = (np.log(frame[c].to_numpy(float)) for c in ("learning_rate", "batch_tokens"))
+        return _features(frame["n_total"], frame["n_active"], frame["tokens"]), rate, batch
+
+    root = np.zeros((_LOSS, _LOSS))
+    root[:4, :4], root[4:_LAW, 4:_LAW] = (np.linalg.cholesky(cov) for _, cov in (prior.learning_rate, prior.batch))
+    root[_LAW:, _LAW:] = np.diag(np.concatenate([_SHAPE_DEVIATION, _LOSS_DEVIATION]))
+    x, rate, batch = logs(finished)
+    return _Problem(
+        x=x,
+        rate=rate,
+        batch=batch,
+        loss=np.log(finished["loss"].to_numpy(float)),
+        group=pd.factorize(finished["group"])[0],
+        log_n=np.log(finished["n_active"].to_numpy(float) / 1e9),
+        log_sparsity=np.log((finished["n_total"] / finished["n_active"]).to_numpy(float)),
+        log_d=np.log(finished["tokens"].to_numpy(float) / 1e10),
+        blown=logs(blown),
+        mean=np.concatenate([prior.learning_rate[0], prior.batch[0], _SHAPE_MEAN, _LOSS_MEAN]),
+        root=root,
+    )
+
+
+def _begin(problem: _Problem, start: Surface | None) -> np.ndarray:
+    """z of ``start``, or of the prior's slopes through the middle of the groups' best runs."""
+    p = problem.mean.copy()
+    if start is not None:
+        p[:_BOWL] = [*start.learning_rate, *start.batch, *start.shape]
+    else:
+        order = np.lexsort((problem.loss, problem.group))
+        best = order[np.unique(problem.group[order], return_index=True)[1]]
+        p[0] += np.median(problem.rate[best] - problem.x[best] @ p[:4])
+        p[4] += np.median(problem.batch[best] - problem.x[best] @ p[4:_LAW])
+    return np.linalg.solve(problem.root, p - problem.mean)
+
+
+def _reweighted(problem: _Problem, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(z at the optimum, the Jacobian there). Weights and the offsets' spread are estimated and the fit repeated in turn."""
+    best = np.full(problem.group.max() + 1, np.inf)
+    np.minimum.at(best, problem.group, problem.loss)
+    height = problem.loss - best[problem.group]
+    weight, spread = 1 / (NOISE**2 + (ROUGH * np.maximum(height, 0.01)) ** 2), OFFSET
+    jacobian = np.zeros((0, 0))
+    for _ in range(_ROUNDS):
+        found = least_squares(problem.residuals, z, problem.jacobian, method="lm", args=(weight, spread), max_nfev=30)
+        moved, z, jacobian = np.abs(found.x - z).max(), found.x, found.jac
+        if moved < _CLOSE:
+            break
+        height, error = problem.unexplained(z)
+        offset = problem.offsets(error, weight, spread)
+        left = error - offset[problem.group]
+        variance = NOISE**2 + (ROUGH * np.maximum(0, np.maximum(height, height + left))) ** 2
+        uncertain = 1 / (problem.by_group(weight) + 1 / spread**2)
+        weight = 1 / variance / np.sqrt(1 + left**2 / variance / ROBUST**2)
+        known = float(np.sum(offset**2 + uncertain)) + OFFSET_WEIGHT * OFFSET**2
+        spread = float(np.sqrt(known / (len(offset) + OFFSET_WEIGHT)))
+    return z, jacobian
+
+
+def fit_surface(frame: pd.DataFrame, start: Surface | None = None, prior: Prior | None = None) -> Surface:
+    """Fit the surface to the finished runs. Diverged runs are censored: the surface must be at least `WINDOW` high there.
+    ``prior``: by default that of all laboratories. Raises InputError if the runs are too few."""
+    finished, blown = frame[~frame["diverged"]], frame[frame["diverged"]]
+    _check(finished)
+    prior = (laboratory_prior() if prior is None else prior).widened(_free(finished))
+    problem = _problem(finished, blown, prior)
+    z, jacobian = _reweighted(problem, _begin(problem, start))
+    p = problem.parameters(z)
+    covariance = problem.root @ np.linalg.inv(jacobian.T @ jacobian) @ problem.root.T
+    share = (np.diag(covariance)[:_LAW] / np.diag(problem.root @ problem.root.T)[:_LAW]).clip(0, 1)
+    weights = {"learning_rate": share[:4].tolist(), "batch": share[4:].tolist()}
+    assumed = [name for place, name in enumerate(FEATURES) if place and max(share[place], share[place + 4]) > ASSUMED]
+    return Surface(
+        learning_rate=p[:4].tolist(),
+        batch=p[4:_LAW].tolist(),
+        shape=p[_LAW:_BOWL].tolist(),
+        held=assumed,
+        prior_share=weights,
+    )
