@@ -43,7 +43,7 @@ def test_drops_do_happen_and_are_counted() -> None:
         assert 0 < dropped < torch.tensor(counts).sum()
 
 
-@pytest.mark.parametrize("index", range(14))
+@pytest.mark.parametrize("index", [*range(6), *(pytest.param(i, marks=pytest.mark.slow) for i in range(6, 14))])
 def test_random_layouts(index: int) -> None:
     config, layout, probe = draw(2026, index, 8)
     found = differences(config, layout, probe=probe)

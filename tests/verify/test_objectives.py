@@ -92,7 +92,7 @@ def test_packed_documents_equal_each_by_itself_in_one_process(name: str) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("index", range(2))
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_random_layouts(kind: str, index: int) -> None:
     config, layout, _ = draw(2027, index, 8, kind)
     reports = run_distributed(train_rank, layout.world_size, config, STEPS)
