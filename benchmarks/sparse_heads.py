@@ -35,37 +35,22 @@ class BothSides(SparsePrefill):
         self.seconds: dict[tuple[int, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
         self.squares: dict[tuple[int, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
 
-    def attend(
+    def attend_head(
         self,
         layer: int,
+        head: int,
         turned: Sequence[Turned],
         last: Sequence[Turned],
         keys: torch.Tensor,
         values: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        heads, groups, end = turned[0].zones[0].q.shape[2], keys.shape[2], turned[-1].end
-        outs = []
-        for head in range(heads):
-            group = slice(head * groups // heads, head * groups // heads + 1)
-            parts = _of_head(turned, head), _of_head(last, head)
-            outs.append(self._both((layer, head), parts, keys[:, :end, group], values[:, :end, group], scale))
-        return torch.cat(outs, 2)
-
-    def _both(
-        self,
-        place: tuple[int, int],
-        parts: tuple[list[Turned], list[Turned]],
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        side = self.heads.setdefault(place, SparsePrefill(self.settings))
-        sparse, out = _timed(lambda: side.attend(place[0], *parts, keys, values, scale))
-        dense, expected = _timed(lambda: attend_all(parts[0], keys, values, scale))
+        side = self.heads.setdefault((layer, head), SparsePrefill(self.settings))
+        sparse, out = _timed(lambda: side.attend_head(layer, head, turned, last, keys, values, scale))
+        dense, expected = _timed(lambda: attend_all(turned, keys, values, scale))
         for sums, more in (
-            (self.seconds[place], (sparse, dense)),
-            (self.squares[place], (float((out - expected).square().sum()), float(expected.square().sum()))),
+            (self.seconds[layer, head], (sparse, dense)),
+            (self.squares[layer, head], (float((out - expected).square().sum()), float(expected.square().sum()))),
         ):
             sums[0] += more[0]
             sums[1] += more[1]
@@ -90,13 +75,6 @@ class BothSides(SparsePrefill):
                 }
             )
         return found
-
-
-def _of_head(parts: Sequence[Turned], head: int) -> list[Turned]:
-    return [
-        part._replace(zones=tuple(zone._replace(q=zone.q[:, :, head : head + 1].contiguous()) for zone in part.zones))
-        for part in parts
-    ]
 
 
 def _timed(work: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:

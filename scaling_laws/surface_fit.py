@@ -22,10 +22,7 @@ from scaling_laws.surface import FEATURES, NOISE, WINDOW, Surface, _features, _f
 
 ROUGH = 0.2  # deviation of an error per height above the optimum: as in Step Law's sweeps below 2.2e8, dense and MoE
 ROBUST = 2.0  # deviations, beyond which an error counts less
-OFFSET, OFFSET_WEIGHT = (
-    3e-3,
-    5.0,
-)  # deviation of a group's offset that is expected, and the number of groups that it counts as
+OFFSET, OFFSET_WEIGHT = 3e-3, 5.0  # expected deviation of a group's offset; as how many groups it counts
 LEAST_RUNS = 8
 ASSUMED = 0.5  # an exponent is assumed if the prior gives more than this share of what is known about it
 # A loss that is 1% higher at a factor of e, give or take a factor of e; no correlation; hardly any cubic.

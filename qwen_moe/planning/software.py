@@ -19,9 +19,7 @@ class Software:
     elementwise: float  # bytes moved by unfused operations, relative to the counts in step_time.py
     dense_kernels: int  # launched by one layer in forward and backward, without the experts' GEMMs
     moe_kernels: int
-    expert_kernels: (
-        int  # of each local expert, in forward and backward: 0 if one kernel computes the GEMMs of all experts
-    )
+    expert_kernels: int  # for each local expert, in forward and backward: 0 if one kernel computes all experts' GEMMs
     host_us: float  # in which the host prepares and launches a kernel, if more than `Gpu.kernel_launch_us`
     fp8_matrix_us: float  # to launch and run the kernels that find a matrix's largest value and cast it
     pads_shards: bool  # dim 0 is padded to a multiple of the data-parallel ranks (FSDP2)

@@ -65,9 +65,8 @@ def total(parts: Iterable[Part]) -> Part:
     return Part(compute, tp, ep, experts, cp)
 
 
-Rank = tuple[
-    int, int, bool, bool
-]  # of a pipeline: its MoE layers, dense layers, whether it has the embedding, the head
+# Of a pipeline rank: its MoE layers, its dense layers, whether it has the embedding, whether it has the head.
+Rank = tuple[int, int, bool, bool]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -207,16 +207,28 @@ class SparsePrefill:
         for head in range(heads):
             group = head * keys.shape[2] // heads
             k, v = keys[:, :end, group : group + 1], values[:, :end, group : group + 1]
-            mine = [_of_head(part, head) for part in turned]
-            chosen = self._choose(layer, head, mine, [_of_head(part, head) for part in last], k[0, :, 0], scale)
-            pairs = _pairs(turned[0].begin, end)
-            if chosen.lines is None:
-                outs.append(attend_all(mine, k, v, scale))
-            else:
-                out, pairs = _attend_lines(self._blocks(mine), chosen.lines, k, v, scale)
-                outs.append(out)
-            self._note(layer, turned, chosen, pairs)
+            mine, choosing = ([_of_head(part, head) for part in parts] for parts in (turned, last))
+            outs.append(self.attend_head(layer, head, mine, choosing, k, v, scale))
         return torch.cat(outs, 2)
+
+    def attend_head(
+        self,
+        layer: int,
+        head: int,
+        turned: Sequence[Turned],
+        last: Sequence[Turned],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """`attend` for one head, ``[1, S, 1, C]``."""
+        chosen = self._choose(layer, head, turned, last, keys[0, :, 0], scale)
+        if chosen.lines is None:
+            out, pairs = attend_all(turned, keys, values, scale), _pairs(turned[0].begin, turned[-1].end)
+        else:
+            out, pairs = _attend_lines(self._blocks(turned), chosen.lines, keys, values, scale)
+        self._note(layer, turned, chosen, pairs)
+        return out
 
     def _blocks(self, turned: Sequence[Turned]) -> Iterator[Turned]:
         """Consecutive queries of one part at a time, at most `rows`."""
