@@ -1,5 +1,6 @@
 """`qwen-moe rollout`: what it writes, the same bytes after a stop at any moment, and that nothing sampled is lost."""
 
+import itertools
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,24 +126,22 @@ def test_a_stop_at_any_write_changes_no_byte(
     hf: Path, source: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool
 ) -> None:
     real = {"write_text": store_module.write_text, "write_json": store_module.write_json}
-    writes = 0
 
-    def stopping(name: str, limit: int) -> Any:
+    def stopping(name: str, numbers: Iterator[int], limit: int) -> Any:
         def write(*arguments: Any) -> None:
-            nonlocal writes
-            writes += 1
-            if writes == limit and not after:
+            number = next(numbers)  # two threads write: each keeps the number of its own write
+            if number > limit or (number == limit and not after):
                 raise Killed
             real[name](*arguments)
-            if writes == limit:
+            if number == limit:
                 raise Killed
 
         return write
 
     for limit in range(1, 20):
-        out, writes = tmp_path / f"out{limit}", 0
+        out, numbers = tmp_path / f"out{limit}", itertools.count(1)
         for name in real:
-            monkeypatch.setattr(store_module, name, stopping(name, limit))
+            monkeypatch.setattr(store_module, name, stopping(name, numbers, limit))
         try:
             rollout(hf, source, out)
         except Killed:
