@@ -3,10 +3,10 @@
     python benchmarks/generate.py [--dtype fp32 bf16] [--rounds 5] [--json]
 
 Both sides have the same weights and prompts of 128 tokens, draw 64 tokens greedily and take turns: A B C A B C ... in one
-process, where C is qwen-moe without --compile. Reported are medians of seconds and of the ratios turn by turn, for batches
-of 1 and 16, of all and of the seconds of a new token, without those of the prompt (measured by a second run of 4 tokens); the
-tokens must be the same in fp32 (in bf16 the two round differently, and the share that agrees is shown). Then 32 prompts of 32
-to 128 tokens at once against one after another, both by qwen-moe. The shape is that of `benchmarks/train_step.py`.
+process, where A and B are qwen-moe with and without --compile. Reported are medians of seconds and of the ratios turn by
+turn, for batches of 1 and 16: of whole texts, and of new tokens without the prompt (by a second run of 4 tokens). The tokens
+must be the same in fp32 (in bf16 the two round differently; the share that agrees is shown). Then 32 prompts of 32 to 128
+tokens at once against one after another, both by qwen-moe. The shape is that of `benchmarks/train_step.py`.
 """
 
 import argparse
