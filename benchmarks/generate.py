@@ -2,10 +2,11 @@
 
     python benchmarks/generate.py [--dtype fp32 bf16] [--rounds 5] [--json]
 
-Both sides have the same weights and prompts of 128 tokens, draw 64 tokens greedily and take turns: A B A B ... in one
-process. Reported are medians of seconds and of the ratios pair by pair, for batches of 1 and 16; the tokens must be the same
-in fp32 (in bf16 the two round differently, and the share that agrees is shown). Then 32 prompts of 32 to 128 tokens at once
-against one after another, both by qwen-moe. The shape is that of `benchmarks/train_step.py`.
+Both sides have the same weights and prompts of 128 tokens, draw 64 tokens greedily and take turns: A B C A B C ... in one
+process, where A and B are qwen-moe with and without --compile. Reported are medians of seconds and of the ratios turn by
+turn, for batches of 1 and 16: of whole texts, and of new tokens without the prompt (by a second run of 4 tokens). The tokens
+must be the same in fp32 (in bf16 the two round differently; the share that agrees is shown). Then 32 prompts of 32 to 128
+tokens at once against one after another, both by qwen-moe. The shape is that of `benchmarks/train_step.py`.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.init import build_model
 
 PROMPT, NEW = 128, 64
+FEW = 4  # new tokens of the run that tells the time of the prompt
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -62,14 +64,18 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 def against_transformers(dtype: str, batch: int, rounds: int) -> dict[str, Any]:
     model = build_model(reference_config(), 0, DTYPES[dtype]).eval()
-    engine, sampling = Engine(LocalRunner(model), model.config), Sampling(max_new_tokens=NEW, temperature=0)
+    engines = {
+        "compiled": Engine(LocalRunner(model, compiled=True), model.config),
+        "eager": Engine(LocalRunner(model), model.config),
+    }
     prompts = torch.randint(0, SHAPE["vocab_size"], (batch, PROMPT), generator=torch.Generator().manual_seed(0))
 
-    def our_tokens() -> list[list[int]]:
+    def our_tokens(engine: Engine, new: int) -> list[list[int]]:
+        sampling = Sampling(max_new_tokens=new, temperature=0)
         return [answers[0].tokens for answers in engine.generate(prompts.tolist(), sampling)]
 
-    def tokens_of(peer: Any) -> list[list[int]]:
-        arguments = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    def tokens_of(peer: Any, new: int) -> list[list[int]]:
+        arguments = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
         with torch.no_grad():
             return peer.generate(prompts, attention_mask=torch.ones_like(prompts), **arguments)[:, PROMPT:].tolist()
 
@@ -78,25 +84,40 @@ def against_transformers(dtype: str, batch: int, rounds: int) -> dict[str, Any]:
     for experts in ("grouped_mm", "eager"):
         peer = theirs(model, experts)
         try:
-            tokens_of(peer)
-            trials[experts] = (seconds_of(partial(tokens_of, peer)), peer)
+            tokens_of(peer, NEW)
+            trials[experts] = (seconds_of(partial(tokens_of, peer, NEW)), peer)
         except (RuntimeError, ValueError, ImportError) as error:
             print(f"transformers' {experts} experts do not run here: {error}")
     experts = min(trials, key=lambda name: trials[name][0])
-    peer = trials[experts][1]
-    mine, other = our_tokens(), tokens_of(peer)
-    same = sum(a == b for x, y in zip(mine, other, strict=True) for a, b in zip(x, y, strict=True)) / (batch * NEW)
-    pairs = [(seconds_of(our_tokens), seconds_of(lambda: tokens_of(peer))) for _ in range(rounds)]
+    sides: dict[str, Callable[[int], list[list[int]]]] = {
+        name: partial(our_tokens, engine) for name, engine in engines.items()
+    }
+    sides["transformers"] = partial(tokens_of, trials[experts][1])
+    first = {name: side(NEW) for name, side in sides.items()}
+    turns = [
+        {name: (seconds_of(partial(side, FEW)), seconds_of(partial(side, NEW))) for name, side in sides.items()}
+        for _ in range(rounds)
+    ]
+
+    def same(name: str) -> float:
+        pairs = zip(first[name], first["transformers"], strict=True)
+        return sum(a == b for x, y in pairs for a, b in zip(x, y, strict=True)) / (batch * NEW)
+
+    def ratio(name: str, of: Callable[[tuple[float, float]], float]) -> float:
+        return statistics.median(of(turn["transformers"]) / of(turn[name]) for turn in turns)
+
     return {
         "dtype": dtype,
         "batch": batch,
         "transformers_experts": experts,
-        "same_tokens": same,
-        "seconds": {
-            "ours": statistics.median(a for a, _ in pairs),
-            "transformers": statistics.median(b for _, b in pairs),
+        "same_tokens": {name: same(name) for name in engines},
+        "seconds": {name: statistics.median(turn[name][1] for turn in turns) for name in sides},
+        "ms_per_step": {
+            name: 1000 * statistics.median((turn[name][1] - turn[name][0]) / (NEW - FEW) for turn in turns)
+            for name in sides
         },
-        "speedup": statistics.median(b / a for a, b in pairs),
+        "speedup": {name: ratio(name, lambda pair: pair[1]) for name in engines},
+        "speedup_of_new_tokens": {name: ratio(name, lambda pair: pair[1] - pair[0]) for name in engines},
     }
 
 

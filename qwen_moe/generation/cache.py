@@ -57,11 +57,11 @@ class _Store:
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def of(self, layer: int, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``k [1, N, G, C]``: for sizes and device. Where the CPU lacks instructions for k's dtype, the store is in float32:
+        """``k [..., G, C]``: for sizes and device. Where the CPU lacks instructions for k's dtype, the store is in float32:
         attention would widen all of it for every token."""
         if layer not in self.layers:
             dtype = torch.float32 if widens(k) else k.dtype
-            shape = (self.prompts, k.shape[2], self.room, k.shape[3])
+            shape = (self.prompts, k.shape[-2], self.room, k.shape[-1])
             # Zeros, because what a bias hides must not be NaN.
             keys, values = (torch.zeros(shape, dtype=dtype, device=k.device) for _ in range(2))
             self.layers[layer] = keys, values
@@ -133,12 +133,18 @@ class SequenceCache:
             return self._attend_one_by_one(layer, q, k, v)
         return self._attend_together(layer, q, k, v)
 
-    def _rotary(self, q: torch.Tensor) -> RotaryTables:
-        """Of the tokens ``[1, N]`` of this step, shared by all layers."""
+    @property
+    def steps_together(self) -> bool:
+        """Whether the next pass reads one token of every sequence, which attend together."""
+        return not self._chunks and not self._alone
+
+    def rotary(self, like: torch.Tensor, tokens: int | None = None) -> RotaryTables:
+        """Of the ``tokens`` ``[1, N]`` of this step (by default one of every sequence), shared by all layers; with the dtype
+        and device of ``like``."""
         if self._tables is None:
             positions = torch.tensor(self._lengths).repeat_interleave(self._samples) + self._steps - 1
-            positions = F.pad(positions, (0, q.shape[1] - len(positions))).unsqueeze(0)
-            self._tables = self._rope.tables(positions.to(q.device), q.dtype)
+            positions = F.pad(positions, (0, (tokens or len(positions)) - len(positions))).unsqueeze(0)
+            self._tables = self._rope.tables(positions.to(like.device), like.dtype)
         return self._tables
 
     def _rows_of(self, prompts: torch.Tensor) -> torch.Tensor:
@@ -209,28 +215,30 @@ class SequenceCache:
         return y
 
     def _attend_together(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        rotary = self._rotary(q)
-        scale = rotary.softmax_scale
-        rows, prompts = self.sequences, len(self._lengths)
+        rotary = self.rotary(q, q.shape[1])
+        rows = slice(self.sequences)
         q, k = apply_rope(q, rotary), apply_rope(k, rotary)
+        y = self.attend_rotated(layer, q[0, rows], k[0, rows], v[0, rows])
+        return F.pad(y, (0, 0, 0, 0, 0, q.shape[1] - len(y))).unsqueeze(0)
+
+    def attend_rotated(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """`attend` of one new token of every sequence, in a pass of `steps_together`, after RoPE: ``q [N, H, C]`` and
+        ``k, v [N, G, C]`` -> ``[N, H, C]``."""
+        assert self._tables is not None
+        scale, last, bias = self._tables.softmax_scale, self._steps - 1, self._bias
         keys, values = self._prompts.of(layer, k)
-        last, bias = self._steps - 1, self._bias
         if self._answers is None:
             end = self._prompt_room + self._steps
-            keys[:, :, end - 1], values[:, :, end - 1] = k[0, :rows], v[0, :rows]
+            keys[:, :, end - 1], values[:, :, end - 1] = k, v
             bias = None if bias is None else bias[..., :end]
-            y, _ = decode_attention(q[0, :rows, None], keys[:, :, :end], values[:, :, :end], bias, scale)
-            y = y[:, 0]
-        else:
-            asked = q[0, :rows].unflatten(0, (prompts, self._samples))
-            of_prompt = decode_attention(asked, keys, values, bias, scale)
-            keys, values = self._answers.of(layer, k)
-            keys[:, :, last], values[:, :, last] = k[0, :rows], v[0, :rows]
-            own = decode_attention(
-                q[0, :rows, None], keys[:, :, : self._steps], values[:, :, : self._steps], None, scale
-            )
-            y = merge(tuple(x.flatten(0, 1) for x in of_prompt), tuple(x[:, 0] for x in own))  # type: ignore[arg-type]
-        return F.pad(y, (0, 0, 0, 0, 0, q.shape[1] - rows)).unsqueeze(0)
+            y, _ = decode_attention(q[:, None], keys[:, :, :end], values[:, :, :end], bias, scale)
+            return y[:, 0]
+        asked = q.unflatten(0, (len(self._lengths), self._samples))
+        of_prompt = decode_attention(asked, keys, values, bias, scale)
+        keys, values = self._answers.of(layer, k)
+        keys[:, :, last], values[:, :, last] = k, v
+        own = decode_attention(q[:, None], keys[:, :, : self._steps], values[:, :, : self._steps], None, scale)
+        return merge(tuple(x.flatten(0, 1) for x in of_prompt), tuple(x[:, 0] for x in own))  # type: ignore[arg-type]
 
 
 def read_prompts(

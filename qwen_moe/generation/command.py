@@ -67,6 +67,11 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     )
     add_attention(parser)
     add_running(parser)
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile what a layer does with new tokens: up to twice as fast on a CPU, after some seconds",
+    )
 
 
 def add_running(parser: Any) -> None:
@@ -116,7 +121,11 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
 def reading_of(args: argparse.Namespace) -> dict[str, Any]:
     """How prompts are read, as files of answers record it."""
     reading = {name: getattr(args, name) for name in ("context_extension", "chunk_size", "attention")}
-    return reading if args.kept_share is None else reading | {"kept_share": args.kept_share}
+    if args.kept_share is not None:
+        reading["kept_share"] = args.kept_share
+    if vars(args).get("compile"):  # not every command that reads prompts draws many tokens
+        reading["compile"] = True
+    return reading
 
 
 def sampling_of(args: argparse.Namespace) -> "Sampling":

@@ -16,6 +16,7 @@ from qwen_moe.errors import UserError
 from qwen_moe.generation.engine import Engine, Limits
 from qwen_moe.generation.extension import Extension, extended
 from qwen_moe.generation.runner import LocalRunner, Runner
+from qwen_moe.generation.step import check_compiled_step
 from qwen_moe.generation.tokenizer import end_tokens, tokenizer_folder
 from qwen_moe.models.attention.sparse import SparseSettings
 
@@ -95,10 +96,16 @@ class Opened:
         return replace(published or SparseSettings(), kept_share=share)
 
 
-def on_one_device(dtype: str | None = None, device: str | None = None) -> Callable[[Weights], Runner]:
-    """Loads the whole model on ``device``, by default the GPU if there is one. ``dtype`` None: see `Weights`."""
+def on_one_device(
+    dtype: str | None = None, device: str | None = None, compiled: bool = False
+) -> Callable[[Weights], Runner]:
+    """Loads the whole model on ``device``, by default the GPU if there is one. ``dtype`` None: see `Weights`. ``compiled``:
+    see `LocalRunner`."""
 
     def load(weights: Weights) -> Runner:
-        return LocalRunner(read_model(weights, dtype, device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if compiled:
+            check_compiled_step(torch.device(chosen))
+        return LocalRunner(read_model(weights, dtype, chosen), compiled=compiled)
 
     return load

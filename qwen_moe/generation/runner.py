@@ -11,6 +11,7 @@ from parallel.gemm import linear
 from qwen_moe.generation.cache import SequenceCache
 from qwen_moe.generation.likelihood import of_labels
 from qwen_moe.generation.routing import experts_of_pass
+from qwen_moe.generation.step import CompiledStep
 from qwen_moe.models.attention.cache import Cache
 from qwen_moe.models.decoder import DecoderLM
 
@@ -45,11 +46,12 @@ class Runner(Protocol):
 
 
 class LocalRunner:
-    """The whole model on one device."""
+    """The whole model on one device. ``compiled``: new tokens are read by a `CompiledStep`."""
 
-    def __init__(self, model: DecoderLM) -> None:
+    def __init__(self, model: DecoderLM, *, compiled: bool = False) -> None:
         self.model, self.first_head = model, 0
         self.device, self.dtype = model.head_weight.device, model.head_weight.dtype
+        self._step = CompiledStep(model) if compiled else None
 
     @torch.no_grad()
     def logits(
@@ -57,7 +59,10 @@ class LocalRunner:
     ) -> torch.Tensor:
         some = wanted if len(wanted) < len(ids) else None
         chosen: list[torch.Tensor] | None = None if experts is None else []
-        states = self.model.read(ids.unsqueeze(0), cache, some, chosen)[0]
+        if some is None and self._step is not None and self._step.reads(cache, len(ids)):
+            states = self._step.read(ids, cache, chosen)
+        else:
+            states = self.model.read(ids.unsqueeze(0), cache, some, chosen)[0]
         if experts is not None and chosen is not None:
             experts.append(experts_of_pass(self.model, chosen, wanted, len(ids)))
         return linear(states, self.model.head_weight)

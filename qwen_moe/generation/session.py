@@ -47,6 +47,9 @@ class Session:
             kept_share=args.kept_share,
             limits=Limits(sequences=args.batch_size),
         )
+        self._compile = vars(args).get("compile", False)
+        if self._compile and split:
+            raise UserError("--compile is for one process: leave out --compile, or --tp, --ep, --pp and --dp")
         self._asked_dtype, self._rank, self._grids = args.dtype, 0, None
         self._device, self._engine, self._longest = torch.device("cpu"), None, 0
         if split:
@@ -225,7 +228,7 @@ class Session:
 
     def _load(self, weights: Weights) -> Runner:
         if self._grids is None:
-            return on_one_device(self._asked_dtype)(weights)
+            return on_one_device(self._asked_dtype, compiled=self._compile)(weights)
         dtype = export_dtype(self._asked_dtype) or weights.dtype
         model = load_sharded(weights.config, weights.source, self._grids, dtype, self._device, str(weights.directory))
         return ShardedRunner(model, self._grids, self._device)

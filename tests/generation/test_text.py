@@ -25,7 +25,7 @@ from qwen_moe.generation.sampling import Sampling, draw, uniforms
 from qwen_moe.generation.text import generate_text
 from qwen_moe.generation.tokenizer import end_tokens
 from qwen_moe.models.decoder import DecoderLM
-from qwen_moe.models.ops.grouped_matmul import grouped_mm, loop_mm
+from qwen_moe.models.ops.grouped_matmul import _padded_times, grouped_mm, loop_mm
 from tests.generation.conftest import small_config, tokenizer
 from tests.models.hf_reference import FAMILIES, draw_weights, hf_model, model_configs, true_float64
 
@@ -119,6 +119,15 @@ def test_a_cache_of_a_few_experts_reads_what_the_loop_reads() -> None:
     x, counts = torch.randn(5, 8), torch.tensor([0, 3, 0, 2])
     weight = torch.randn(4, 6, 8)
     with torch.no_grad():
+        torch.testing.assert_close(grouped_mm(x, weight, counts), loop_mm(x, weight, counts))
+
+
+def test_many_experts_of_a_few_rows_each_are_one_product() -> None:
+    """In bfloat16, where most experts have several rows; one of them has none."""
+    counts = torch.tensor([2, 0, 5, 1, 3])
+    x, weight = torch.randn(11, 16).bfloat16(), torch.randn(5, 24, 16).bfloat16()
+    with torch.no_grad():
+        torch.testing.assert_close(_padded_times(x, weight, counts, 5), loop_mm(x, weight, counts))
         torch.testing.assert_close(grouped_mm(x, weight, counts), loop_mm(x, weight, counts))
 
 
