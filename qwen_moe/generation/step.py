@@ -7,12 +7,13 @@ of a library's call. All layers of a kind share the compiled code, because weigh
 Shapes: N sequences, D hidden, H query heads, G key/value heads, C head dim, E experts, K top-k, F expert hidden.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from parallel.gemm import has_hardware
+from parallel.gemm import HALF, has_hardware
 from qwen_moe.errors import UserError
 from qwen_moe.generation.cache import SequenceCache
 from qwen_moe.models.attention.gqa import Attention
@@ -22,6 +23,7 @@ from qwen_moe.models.moe.block import MoE
 from qwen_moe.models.ops.compiled import missing_compiler
 from qwen_moe.models.ops.dtypes import accumulation_dtype
 
+_TILE = 32  # columns of a product
 Weights = tuple[Any, ...]  # tensors, None where a model has none
 
 
@@ -30,6 +32,7 @@ class _Sizes(NamedTuple):
 
     eps: float
     head_dim: int
+    kv_heads: int
     top_k: int
     renormalized: bool  # weights of the chosen experts sum to 1
 
@@ -60,26 +63,24 @@ def _heads(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weights: Weights, sizes: _Sizes
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rotated queries ``[N, H, C]`` and keys ``[N, G, C]``, and values, of a layer's input ``x [N, D]``."""
-    norm, q, q_bias, k, k_bias, v, v_bias, q_norm, k_norm = weights
-    normed = _norm(x, norm, sizes.eps)
-    queries, keys, values = (
-        _times(normed, weight, bias).unflatten(-1, (-1, sizes.head_dim))
-        for weight, bias in ((q, q_bias), (k, k_bias), (v, v_bias))
-    )
+    norm, joined, bias, q_norm, k_norm = weights
+    heads = _times(_norm(x, norm, sizes.eps), joined, bias).unflatten(-1, (-1, sizes.head_dim))
+    queries, keys, values = heads.split((heads.shape[1] - 2 * sizes.kv_heads, sizes.kv_heads, sizes.kv_heads), 1)
     if q_norm is not None:
         queries, keys = _norm(queries, q_norm, sizes.eps), _norm(keys, k_norm, sizes.eps)
     return _rotate(queries, cos, sin), _rotate(keys, cos, sin), values.contiguous()
 
 
-def _swiglu(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return F.silu(_times(x, gate)) * _times(x, up)
+def _feed_forward(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    gate, up = _times(x, gate_up).chunk(2, -1)
+    return _times(F.silu(gate) * up, down)
 
 
 def _dense(x: torch.Tensor, y: torch.Tensor, weights: Weights, sizes: _Sizes) -> torch.Tensor:
     """A layer without experts after its attention ``y [N, H C]``: ``[N, D]``."""
-    out, out_bias, norm, gate, up, down = weights
+    out, out_bias, norm, gate_up, down = weights
     x = x + _times(y, out, out_bias)
-    return x + _times(_swiglu(_norm(x, norm, sizes.eps), gate, up), down)
+    return x + _feed_forward(_norm(x, norm, sizes.eps), gate_up, down)
 
 
 def _route(
@@ -87,7 +88,7 @@ def _route(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """A layer with experts after its attention ``y``, up to them: the new ``x``, what experts are given ``[N, D]``, their
     weights and indices ``[N, K]``, and the shared expert's output, if there is one. See `Router`."""
-    out, out_bias, norm, router, expert_bias, gate, up, down, shared_gate = weights
+    out, out_bias, norm, router, expert_bias, gate_up, down, shared_gate = weights
     x = x + _times(y, out, out_bias)
     normed = _norm(x, norm, sizes.eps)
     wide = accumulation_dtype(x.dtype)
@@ -99,7 +100,7 @@ def _route(
     shared = None
     if shared_gate is not None:
         opened = (shared_gate.to(wide) * normed.to(wide)).sum(-1, keepdim=True).to(x.dtype).sigmoid()
-        shared = opened * _times(_swiglu(normed, gate, up), down)
+        shared = opened * _feed_forward(normed, gate_up, down)
     return x, normed, chosen.to(x.dtype), indices, shared
 
 
@@ -118,10 +119,27 @@ def _one_routed(
     return x + (routed if shared is None else routed + shared), indices
 
 
+def _all_routed(
+    x: torch.Tensor, y: torch.Tensor, weights: Weights, experts: Weights, sizes: _Sizes
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer with experts after the attention of several tokens ``[N, H C]``: ``[N, D]``, and their experts ``[N, K]``. All
+    experts multiply all tokens, in two products; what was not chosen is left out of the sum. Where most experts are chosen
+    by some token, their weights are read anyway, and the hardware multiplies 16 columns in the time of one."""
+    gate_up, down = experts
+    x, normed, chosen, indices, shared = _route(x, y, weights, sizes)
+    wide, (count, _, hidden_size, _) = accumulation_dtype(x.dtype), gate_up.shape
+    given = (gate_up.flatten(0, 2) @ normed.T).view(count, 2, hidden_size, -1)  # [E, 2, F, N]
+    outputs = torch.bmm(down, F.silu(given[:, 0]) * given[:, 1])  # [E, D, N]
+    shares = normed.new_zeros(count, len(x)).scatter(0, indices.T, chosen.T).unsqueeze(1)  # [E, 1, N]
+    routed = torch.where(shares != 0, outputs.to(wide) * shares, 0).sum(0).T.to(x.dtype)
+    return x + (routed if shared is None else routed + shared), indices
+
+
 class CompiledStep:
     """Reads one new token of every sequence of a `SequenceCache` with ``model``, which is on one CPU.
 
-    The first call compiles, which takes a minute where nothing is cached. Results differ from `DecoderLM.read` in the order
+    The first call compiles, which takes up to a minute where nothing is cached. Weights of ``model`` may be changed in place
+    afterwards, but not replaced. Results differ from `DecoderLM.read` in the order
     of sums alone.
     """
 
@@ -130,6 +148,7 @@ class CompiledStep:
         self._norm = torch.compile(_norm)
         self._heads, self._dense = torch.compile(_heads), torch.compile(_dense)
         self._route, self._one_routed = torch.compile(_route), torch.compile(_one_routed)
+        self._all_routed = torch.compile(_all_routed)
         self._layers = [_Layer(layer) for layer in model.model.layers]
 
     def reads(self, cache: SequenceCache, tokens: int) -> bool:
@@ -155,8 +174,9 @@ class CompiledStep:
         moe = layer.moe
         if moe is None:
             return self._dense(x, y, layer.rest, layer.sizes)
-        if len(x) == 1:
-            x, indices = self._one_routed(x, y, layer.rest, layer.experts, layer.sizes)
+        if len(x) == 1 or _most_are_chosen(len(x), moe, x.dtype):
+            rest = self._one_routed if len(x) == 1 else self._all_routed
+            x, indices = rest(x, y, layer.rest, layer.experts, layer.sizes)
         else:
             x, normed, weights, indices, shared = self._route(x, y, layer.rest, layer.sizes)
             routed, _ = moe.dispatcher(normed, weights, indices, moe.experts, lambda: None, False)
@@ -166,13 +186,21 @@ class CompiledStep:
         return x
 
 
+def _most_are_chosen(tokens: int, moe: MoE, dtype: torch.dtype) -> bool:
+    """Whether `_all_routed` is the fastest: in half precision, for tokens that fit the hardware's tiles and are expected to
+    choose at least half of the experts."""
+    untouched = (1 - moe.top_k / moe.num_experts) ** tokens
+    return dtype in HALF and tokens <= _TILE and untouched <= 0.5
+
+
 class _Layer:
-    """The weights of a layer as the compiled functions take them."""
+    """The weights of a layer as the compiled functions take them. Projections of one input are joined to one product; the
+    parameters of ``layer`` become parts of it, so that nothing is held twice."""
 
     def __init__(self, layer: DecoderLayer) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.index = attention.layer
-        self.heads = (layer.input_layernorm.weight, *_of_heads(attention))
+        self.heads: Weights = (layer.input_layernorm.weight, *_of_heads(attention))
         self.moe = mlp if isinstance(mlp, MoE) else None
         self.experts: Weights = ()
         rest = (attention.o_proj.weight, attention.o_proj.bias, layer.post_attention_layernorm.weight)
@@ -180,25 +208,35 @@ class _Layer:
         if isinstance(mlp, MoE):
             self.experts = (mlp.experts.gate_up_proj, mlp.experts.down_proj)
             top_k, renormalized = mlp.top_k, mlp.gate.norm_topk_prob
-            shared: Weights = (None,) * 4
+            shared: Weights = (None,) * 3
             if mlp.has_shared_expert:
                 shared = (*_of_feed_forward(mlp.shared_expert), mlp.shared_expert_gate.weight)
             self.rest: Weights = (*rest, mlp.gate.weight, mlp.gate.expert_bias, *shared)
         else:
             self.rest = (*rest, *_of_feed_forward(mlp))
-        self.sizes = _Sizes(layer.input_layernorm.eps, attention.head_dim, top_k, renormalized)
+        kv_heads = attention.k_proj.out_features // attention.head_dim
+        self.sizes = _Sizes(layer.input_layernorm.eps, attention.head_dim, kv_heads, top_k, renormalized)
 
 
 def _of_heads(attention: Attention) -> Weights:
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    biases = [one.bias for one in projections if one.bias is not None]
     norms: Weights = (None, None)
     if attention.qk_norm:
         norms = (attention.q_norm.weight, attention.k_norm.weight)
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    return (*(tensor for one in projections for tensor in (one.weight, one.bias)), *norms)
+    return (_joined([one.weight for one in projections]), _joined(biases) if biases else None, *norms)
 
 
 def _of_feed_forward(mlp: FeedForward) -> Weights:
-    return mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+    return _joined([mlp.gate_proj.weight, mlp.up_proj.weight]), mlp.down_proj.weight
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``parts`` one after another along their first dim. They become parts of the result."""
+    joined = torch.cat([part.detach() for part in parts])
+    for part, rows in zip(parts, joined.split([len(part) for part in parts]), strict=True):
+        part.data = rows
+    return joined
 
 
 def _any_rows(x: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,9 @@ from qwen_moe.generation.engine import Completion, Engine
 from qwen_moe.generation.extension import extended
 from qwen_moe.generation.runner import LocalRunner
 from qwen_moe.generation.sampling import Sampling
-from qwen_moe.generation.step import CompiledStep, check_compiled_step
+from qwen_moe.generation.step import CompiledStep, _most_are_chosen, check_compiled_step
 from qwen_moe.models.decoder import DecoderLM
+from qwen_moe.models.moe.block import MoE
 from tests.models.hf_reference import draw_weights
 from tests.small import small_model
 
@@ -68,6 +69,9 @@ def both(
 ) -> list[list[list[Completion]]]:
     """Answers by the decoder, and by compiled steps."""
     model = draw_weights(shape, 4, dtype).eval()
+    for name, bias in model.named_buffers():
+        if name.endswith("expert_bias"):
+            bias.copy_(torch.linspace(0.2, -0.2, len(bias)))
     return [
         Engine(LocalRunner(model, compiled=compiled), shape, end_tokens=ends).generate(
             prompts, sampling, routing=bool(shape.moe_layers)
@@ -94,8 +98,40 @@ def test_equals_the_decoder(as_written: None, name: str, prompts: list[list[int]
     assert Counted.steps == 8
 
 
+@pytest.fixture(params=[False, True], ids=["chosen experts", "all experts"])
+def all_experts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether all experts multiply all tokens, as in half precision."""
+    monkeypatch.setattr("qwen_moe.generation.step._most_are_chosen", lambda tokens, moe, dtype: request.param)
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if not name.startswith("dense,")])
+def test_all_experts_or_the_chosen_ones(as_written: None, all_experts: None, name: str) -> None:
+    check(*both(config(**SHAPES[name]), PROMPTS, SAMPLING, ends=(2, 11)))
+
+
+def test_when_all_experts_multiply_all_tokens() -> None:
+    moe = draw_weights(config(num_experts=16, num_experts_per_tok=2), 4).model.layers[0].mlp
+    assert isinstance(moe, MoE)
+    half, single = torch.bfloat16, torch.float32
+    asked = [(5, half), (6, half), (32, half), (33, half), (6, single)]  # (7 / 8)^5 = 0.51 of the experts have no token
+    assert [_most_are_chosen(tokens, moe, dtype) for tokens, dtype in asked] == [False, True, True, False, False]
+
+
+def test_the_model_keeps_its_weights_and_holds_nothing_twice() -> None:
+    model = draw_weights(config(), 4).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    LocalRunner(model, compiled=True)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    attention = model.model.layers[0].self_attn
+    storages = {
+        one.weight.untyped_storage().data_ptr() for one in (attention.q_proj, attention.k_proj, attention.v_proj)
+    }
+    assert len(storages) == 1
+
+
 @pytest.mark.parametrize("name", list(SHAPES)[:2])
-def test_compiled(name: str) -> None:
+def test_compiled(all_experts: None, name: str) -> None:
     """One sequence and several have code of their own. Rows leave the batch, and need no other code."""
     check(*both(config(**SHAPES[name]), PROMPTS * 2, SAMPLING, ends=(2, 11)))
     check(*both(config(**SHAPES[name]), PROMPTS[:1], SAMPLING))
