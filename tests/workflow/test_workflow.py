@@ -255,7 +255,8 @@ def test_mistakes_are_refused(recipe: None, tmp_path: Path, capsys: pytest.Captu
     assert "multiple of --gpus-per-node 8" in refused("--gpus", "12")
     assert "--submit needs --gpus" in refused("--submit")
     assert "give --flops-budget" in refused()
-    assert "nothing.bin does not exist" in refused("data.prepare=null", "data.train=[{prefix: nothing}]")
+    nothing = ("data.prepare=null", "data.train=[{prefix: nothing}]", "--flops-budget", BUDGET)
+    assert "nothing.bin does not exist" in refused(*nothing)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     assert main(["pipeline", "recipe.yaml", "--output", "full"]) == 2
