@@ -6,15 +6,20 @@ tested in `tests/launchers/job`.
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from launchers.folder.atomic import write_json
+from launchers.folder.atomic import write_json, write_text
 from launchers.folder.run_folder import RunFolder, read_json
 from launchers.slurm import commands
 from qwen_moe.cli import main
+from qwen_moe.config import dump_config, load_config
 from qwen_moe.launch import array
 from qwen_moe.launch.folder import Entry, open_folder
+from qwen_moe.launch.prepare import absolute
+from qwen_moe.workflow import steps
 from tests.workflow import fake_train
 from tests.workflow.test_workflow import BUDGET, write_recipe
 
@@ -101,3 +106,23 @@ def test_the_same_command_submits_waits_and_goes_on(
     assert pipeline("--until", "collect") == 0
     assert list(read_json(tmp_path / "out" / "state.json")["steps"]) == ["prepare", "ladder", "run", "collect"]
     assert len(slurm.arrays) == 2
+
+
+def test_the_job_that_a_killed_call_submitted_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in the queue, and not yet recorded: the same command neither asks nor submits again."""
+    queue: list[commands.Job] = []
+    monkeypatch.setattr(commands, "queue", lambda: queue)
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path)  # under the name of the final recipe
+    at: Any = SimpleNamespace(folder=tmp_path, args=SimpleNamespace(gpus=2, submit=True))
+    config = absolute(load_config(tmp_path / steps.RECIPE))
+    run = RunFolder(config.run_dir)
+    assert steps._job_in_queue(at) == ""
+    write_json(run.facts_file, {"job": "5"})
+    write_text(run.launch / "recipe.yaml", dump_config(config))
+    assert steps._job_in_queue(at) == "", "it has left the queue"
+    queue.append(job_of("5"))
+    assert steps._job_in_queue(at) == "5" and steps._launch_cost(at) == []
+    assert steps._launch(at) == {"text": "job 5 was in the queue already", "submitted": True}
+    write_text(run.launch / "recipe.yaml", dump_config(config.model_copy(update={"seed": 77})))
+    assert steps._job_in_queue(at) == "", "another recipe is in the queue"
