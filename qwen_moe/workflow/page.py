@@ -6,6 +6,7 @@ from typing import Any
 
 from launchers.duration import span
 from launchers.folder.atomic import write_text
+from qwen_moe.scaling.ladder import far_text
 from qwen_moe.workflow.steps import FIT, RECIPE, SCRIPT, STEPS, Context
 
 PAGE = "pipeline.md"
@@ -55,6 +56,8 @@ def _ladder(at: Context, facts: dict[str, Any]) -> list[str]:
         f"{2.71828 ** deviation['learning_rate']:.2f}, batch size to {2.71828 ** deviation['batch_size']:.2f}). This holds "
         "if the small runs surround their own best values; what they really tell is under Recommend.",
     ]
+    if far := far_text(facts.get("too_far", ())):
+        lines += ["", f"Note: {far}."]
     if facts["branches"]:
         lines += [
             "",

@@ -79,6 +79,7 @@ def test_a_large_run_that_is_too_far_from_the_small_ones_is_told_before_they_are
         said = capsys.readouterr().err
         assert "tokens is " in said and "times outside the runs (limit 30)" in said
         assert "will need --accept-extrapolation" in said
+        assert "tokens is " in (tmp_path / "out" / "pipeline.md").read_text()
         assert pipeline(far, "--flops-budget", BUDGET, "--accept-extrapolation") == 2
         assert "times outside" not in capsys.readouterr().err
         shutil.rmtree("out")
