@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -32,6 +32,26 @@ SCHEDULES: dict[str, Any] = {
     "zbv": ScheduleZBVZeroBubble,  # arXiv 2401.10241
     "dualpipev": ScheduleDualPipeV,  # arXiv 2412.19437
 }
+
+
+class _Stage(PipelineStage):
+    """A stage that reduces gradients in one dtype.
+
+    FSDP converts the gradients that it keeps to the dtype of the reduction after a backward, by a hook. Where a schedule
+    splits backward in two (zbv), gradients of weights come after the hook. With one micro-batch, no later hook converts
+    them, and FSDP refuses to reduce them together with those that were converted.
+    """
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        for module in self.submod.modules():
+            if not isinstance(module, FSDPModule):
+                continue
+            for group in fully_shard.state(module)._fsdp_param_groups:  # type: ignore[attr-defined]
+                for parameter in group.fsdp_params:
+                    if hasattr(parameter, "_unsharded_param"):
+                        parameter.accumulate_unsharded_grad_if_needed()
+                        parameter.to_accumulated_grad_if_needed()
+        super().perform_reduce_grad(grad_scale_factor)
 
 
 class Sequential:
@@ -100,7 +120,7 @@ class Pipeline:
         assert axis.group is not None
         travelling, output = shapes.hidden.clone().requires_grad_(), shapes.output.clone().requires_grad_()
         built = [
-            PipelineStage(
+            _Stage(
                 part,
                 stage,
                 num_stages,

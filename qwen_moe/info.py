@@ -15,6 +15,8 @@ from qwen_moe.errors import UserError
 from qwen_moe.models.flops import count_parameters, flops_per_token, training_bytes, training_flops
 from qwen_moe.options import whole
 
+SEQUENCE_LENGTH, COMPUTE, MASTER = 4096, "bf16", "fp32"  # of a model that no recipe trains
+
 
 def resolve_model(name: str) -> ModelConfig:
     """The ModelConfig behind ``name``: a preset, a recipe (.yaml), a Hugging Face directory or a checkpoint."""
@@ -131,10 +133,16 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "name", nargs="?", help=f"a preset ({', '.join(PRESETS)}), recipe.yaml, HF directory or checkpoint"
     )
     parser.add_argument(
-        "--seq-len", type=whole(1, LARGEST_SIZE), default=4096, help="sequence length for attention's FLOPs"
+        "--seq-len",
+        type=whole(1, LARGEST_SIZE),
+        help=f"sequence length for attention's FLOPs (default: the recipe's, otherwise {SEQUENCE_LENGTH})",
     )
-    parser.add_argument("--compute", choices=("bf16", "fp32", "fp64"), default="bf16")
-    parser.add_argument("--master", choices=("bf16", "fp32", "fp64"), default="fp32")
+    for name, otherwise in (("compute", COMPUTE), ("master", MASTER)):
+        parser.add_argument(
+            f"--{name}",
+            choices=("bf16", "fp32", "fp64"),
+            help=f"{name} dtype (default: the recipe's, otherwise {otherwise})",
+        )
     parser.add_argument("--json", action="store_true")
     parser.add_argument(
         "--machine", action="store_true", help="this machine: cores, memory, how it multiplies matrices and how fast"
@@ -171,11 +179,22 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "give a preset, recipe.yaml, HF directory or checkpoint, or --schedule NAME --pp N --micro-batches M"
         )
-    facts = describe(resolve_model(args.name), args.seq_len, args.compute, args.master)
-    if Path(args.name).suffix in (".yaml", ".yml") and (recipe := load_config(Path(args.name))).stages:
+    recipe = load_config(Path(args.name)) if Path(args.name).suffix in (".yaml", ".yml") else None
+    facts = describe(resolve_model(args.name) if recipe is None else recipe.model, *_used(recipe, args))
+    if recipe is not None and recipe.stages:
         facts["stages"] = describe_stages(recipe)
     sys.stdout.write((json.dumps(facts, indent=1) if args.json else _text(args.name, facts)) + "\n")
     return 0
+
+
+def _used(recipe: RunConfig | None, args: argparse.Namespace) -> tuple[int, str, str]:
+    """(sequence length, compute dtype, master dtype): as given, or else the recipe's, or else the defaults."""
+    length, compute, master = SEQUENCE_LENGTH, COMPUTE, MASTER
+    if recipe is not None:
+        length, master = recipe.data.sequence_length, recipe.precision.master
+        # The operands of FP8 matmuls are made from weights in bf16.
+        compute = "bf16" if recipe.precision.compute == "fp8" else recipe.precision.compute
+    return args.seq_len or length, args.compute or compute, args.master or master
 
 
 def _schedule(args: argparse.Namespace) -> int:

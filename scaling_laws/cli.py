@@ -157,7 +157,7 @@ def _text(found: dict[str, Any]) -> str:
         f"{interval('batch_size_tokens', ',.0f')}",
         f"  expected excess    {found['predicted_excess_loss']:.3%} of loss, because the optimum is not known exactly"
         f"{interval('predicted_excess_loss', '.3%')}",
-        f"  widest batch       {found['widest_batch_tokens']:,.0f} tokens cost less than 0.1% (at its best learning rate)",
+        f"  widest batch       {found['widest_batch_tokens']:,.0f} tokens cost less than 0.1% more, at their best rate",
     ]
     if found["predicted_loss"] is not None:
         lines.append(f"  predicted loss     {found['predicted_loss']:.4f}{interval('predicted_loss', '.4f')}")

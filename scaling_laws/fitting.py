@@ -131,19 +131,30 @@ def _refits(
     resamples: Iterable[pd.DataFrame], surface: Surface | None, law: LossLaw | None, form: str, priors: Iterator[Prior]
 ) -> tuple[list[Surface], list[LossLaw]]:
     """Fits surface and loss law again to each resample, starting from the fits to all runs. Each takes the next of
-    ``priors``."""
+    ``priors``. A resample that has too few sizes for the loss law still gives a surface."""
     surfaces: list[Surface] = []
     laws: list[LossLaw] = []
     for resampled in resamples:
         try:
             again = fit_surface(resampled, surface, next(priors)) if surface is not None else None
-            if law is not None:
-                laws.append(law_of(minima(again, resampled[~resampled["diverged"]]), form, start=law))
             if again is not None:
                 surfaces.append(again)
+            if law is not None:
+                laws.append(law_of(minima(again, resampled[~resampled["diverged"]]), form, start=law))
         except InputError:
-            continue  # this sample has too few sizes; `fit_table` reports how many were fitted
+            continue  # `_not_fitted` reports how many were fitted
     return surfaces, laws
+
+
+def _not_fitted(samples: int, surfaces: int | None, laws: int | None) -> list[str]:
+    """A note if many of the ``samples`` could not be fitted. The counts are None without a surface or a loss law."""
+    if surfaces is not None and surfaces < 0.8 * samples:
+        return [f"only {surfaces} of {samples} resamples could be fitted: intervals are optimistic"]
+    if laws is not None and laws < 0.8 * samples:
+        return [
+            f"the loss law could be fitted to only {laws} of {samples} resamples: the interval of a loss is optimistic"
+        ]
+    return []
 
 
 def _covered(finished: pd.DataFrame, hyperparameters: bool) -> dict[str, list[float]]:
@@ -186,10 +197,9 @@ def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress, p
             raise
         notes.append(f"no loss law: {error}")
     surfaces, laws = _refits(_resamples(frame, progress(range(samples)), seed), surface, law, form, _drawn(prior, seed))
-    if samples and max(len(surfaces), len(laws)) < 0.8 * samples:
-        notes.append(
-            f"only {max(len(surfaces), len(laws))} of {samples} resamples could be fitted: intervals are optimistic"
-        )
+    notes += _not_fitted(
+        samples, len(surfaces) if surface is not None else None, len(laws) if law is not None else None
+    )
     return Fit(
         convention=table.convention,
         runs=len(frame),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaling_laws.errors import InputError
+from scaling_laws.surface import Surface, without_shape
 
 # Standard deviations between laboratories: of the value (in log) and of the exponents of N, D and sparsity. Published
 # exponents of N in the learning rate lie from -0.40 to -0.81, and values at the reference within a factor of 5.
@@ -143,3 +144,9 @@ def laboratory_prior(without: Iterable[str] = (), *, removed: bool = False) -> P
     return Prior(
         learning_rate=rate, batch=batch, laboratories=tuple(report.laboratory for report in kept), removed=removed
     )
+
+
+def laboratories_law() -> Surface:
+    """The laws that are expected before any run: the mean of all laboratories. The surface has no shape."""
+    prior = laboratory_prior()
+    return without_shape(prior.learning_rate[0], prior.batch[0])

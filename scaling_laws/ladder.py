@@ -6,8 +6,9 @@ longest duration, and the shorter runs branch off and decay, which costs little 
 
 The surface of `scaling_laws.surface` is linearised at each grid, and each group has its own level. The runs of a group then
 add Fisher information about the laws, which gives the covariance of (log lr*, log B*) at the target and the expected excess
-loss tr(C^T C Cov). Groups are added greedily while the budget lasts (Bayesian c-optimal design with Step Law as the prior).
-The expectation holds if the prior's optimum is about right: grids that miss the true optimum tell less.
+loss tr(C^T C Cov). Groups are added greedily while the budget lasts (Bayesian c-optimal design). The prior's
+optimum is the mean of what laboratories publish. The expectation holds if it is about right: grids that miss the true
+optimum tell less.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from scaling_laws.errors import InputError
-from scaling_laws.surface import NOISE, Surface, _features, _shape, step_law_as_published
+from scaling_laws.laboratories import laboratories_law
+from scaling_laws.surface import NOISE, Surface, _features, _shape
 
 STEP = 0.8  # between neighbours of the grid, in log
 GRID = np.array([-STEP, 0.0, STEP])
@@ -220,7 +222,7 @@ def design_ladder(
     run's tokens with WSD, where runs can branch off longer ones, else None. Raises InputError when the budget does not pay
     for three sizes at two durations.
     """
-    known = prior if prior is not None else step_law_as_published()
+    known = prior if prior is not None else laboratories_law()
     if not any(known.shape):
         known = replace(known, shape=list(_TYPICAL_SHAPE))
     candidates = _candidates(sizes, tokens_per_parameter, decay_share)

@@ -67,11 +67,16 @@ def _search_space(
     return forth, back, forth(low), forth(high)
 
 
+def distinct_points(where: Points) -> int:
+    """The number of different points: a form with more parameters is not determined by them."""
+    return len({*zip(*(getattr(where, name) for name in Points.__dataclass_fields__), strict=True)})
+
+
 def fit_loss(where: Points, loss: np.ndarray, form: str = "chinchilla", start: LossLaw | None = None) -> LossLaw:
     """Fit ``form`` to losses (nats per token). With ``start`` the search starts only there, for resampling. Raises
     InputError if the points do not determine the form."""
     law = FORMS[form]
-    distinct = len({*zip(*(getattr(where, name) for name in Points.__dataclass_fields__), strict=True)})
+    distinct = distinct_points(where)
     if distinct < len(law.names):
         raise InputError(
             f"{distinct} different (N, D) do not determine the {len(law.names)} parameters of the loss law {form}: add "
@@ -115,7 +120,7 @@ def fit_loss(where: Points, loss: np.ndarray, form: str = "chinchilla", start: L
 
 def compute_optimal(law: LossLaw, flops: float, ratio: float = 1.0) -> tuple[float, float, float]:
     """(N_total, tokens, loss) with the least loss for ``flops`` = 6 N_active D and N_active = ratio * N_total."""
-    n_active = np.geomspace(1e6, 1e14, 4001)
+    n_active = np.geomspace(1e2, 1e14, 6001)
     tokens = flops / (6 * n_active)
     loss = law.predict(n_active / ratio, n_active, tokens)
     best = int(np.argmin(loss))

@@ -1,5 +1,6 @@
 """Recommends learning rate and batch size for a run to launch, predicts its loss, and says how far to trust them."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from scaling_laws.loss_law import compute_optimal
 from scaling_laws.prior_text import prior_of
 from scaling_laws.surface import PUBLISHED, WINDOW, Surface
 
-WIDE = 1e-3  # excess loss that a wide batch may cost
+WIDE = 1e-3  # excess loss that a wide batch may cost over the best batch
 LEAST_GROUPS = 5  # with fewer groups, resamples are too much alike to give an interval
 LEAST_SAMPLES = 20  # with fewer resamples, no interval is given
 MOST_COMPUTE, MOST_OTHER = 1000.0, 30.0  # times outside the runs; beyond, --accept-extrapolation is needed
@@ -73,19 +74,31 @@ def _target(fit: Fit, request: Request) -> _Target:
     return _Target(n_total, n_active, tokens)
 
 
-def _beyond(fit: Fit, target: _Target) -> dict[str, float]:
-    """How many times each quantity is outside the range of the runs; 1 inside it."""
-    sparsity = target.n_active / target.n_total
-    found = {}
-    derived = {
-        "compute": target.compute,
-        "sparsity": sparsity,
-        "tokens_per_parameter": target.tokens / target.n_total,
+def quantities(n_total: float, n_active: float, tokens: float) -> dict[str, float]:
+    """The quantities of a run whose distance from the small runs is limited."""
+    return {
+        "n_total": n_total,
+        "n_active": n_active,
+        "tokens": tokens,
+        "compute": 6 * n_active * tokens,
+        "sparsity": n_active / n_total,
+        "tokens_per_parameter": tokens / n_total,
     }
-    for name, value in {**target._asdict(), **derived}.items():
-        low, high = fit.ranges[name]
-        found[name] = max(1.0, value / high, low / value)
-    return found
+
+
+def times_outside(ranges: Mapping[str, Sequence[float]], target: Mapping[str, float]) -> dict[str, float]:
+    """How many times each of the `quantities` of a target is outside ``ranges`` (least, most); 1 inside it."""
+    return {name: max(1.0, value / ranges[name][1], ranges[name][0] / value) for name, value in target.items()}
+
+
+def too_far(outside: Mapping[str, float]) -> list[str]:
+    """A description of each quantity that is so far outside the runs that --accept-extrapolation is needed."""
+    limits = {name: MOST_COMPUTE if name == "compute" else MOST_OTHER for name in outside}
+    return [
+        f"{name} is {ratio:,.0f} times outside the runs (limit {limits[name]:,.0f})"
+        for name, ratio in outside.items()
+        if ratio > limits[name]
+    ]
 
 
 def _refuse(fit: Fit, beyond: dict[str, float], accepted: bool) -> list[str]:
@@ -95,10 +108,7 @@ def _refuse(fit: Fit, beyond: dict[str, float], accepted: bool) -> list[str]:
         reasons.append(f"the runs have {fit.sizes} sizes, fewer than 3")
     if fit.durations < 2:
         reasons.append("all runs have the same tokens per parameter")
-    for name, ratio in beyond.items():
-        limit = MOST_COMPUTE if name == "compute" else MOST_OTHER
-        if ratio > limit:
-            reasons.append(f"{name} is {ratio:,.0f} times outside the runs (limit {limit:,.0f})")
+    reasons += too_far(beyond)
     if reasons and not accepted:
         raise InputError(
             f"not recommended: {'; '.join(reasons)}. Add runs closer to the request (several sizes and durations), or give "
@@ -144,13 +154,16 @@ def _excesses(samples: list[Surface], target: _Target, rate: Any, batch: Any) ->
 
 
 def _widest(samples: list[Surface], surface: Surface, target: _Target) -> float:
-    """The largest batch, in tokens, whose mean excess over resamples at its own best learning rate is under `WIDE`."""
+    """The largest batch, in tokens, whose mean excess over resamples, at its own best learning rate, is at most `WIDE` above
+    that of the best batch."""
     best_rate, best_batch = _optimum(surface, target)
-    widest = best_batch
+    widest, least = best_batch, np.inf
     for factor in np.geomspace(1, 30, 60):
         rates = best_rate * np.geomspace(0.3, 6, 40)
         batch = np.full_like(rates, best_batch * factor)
-        if float(np.min(np.mean(_excesses(samples, target, rates, batch), axis=0))) > WIDE:
+        excess = float(np.min(np.mean(_excesses(samples, target, rates, batch), axis=0)))
+        least = min(least, excess)
+        if excess > least + WIDE:
             break
         widest = best_batch * factor
     return widest
@@ -202,7 +215,7 @@ def recommend(fit: Fit, request: Request) -> dict[str, Any]:
     if fit.surface is None:
         raise InputError("the runs of this fit have no learning_rate and batch_size: only a loss law was fitted")
     target = _target(fit, request)
-    beyond = _beyond(fit, target)
+    beyond = times_outside(fit.ranges, quantities(*target))
     warnings = list(fit.warnings) + _refuse(fit, beyond, request.accept_extrapolation)
     no_intervals = _why_no_intervals(fit)
     warnings += no_intervals

@@ -33,6 +33,7 @@ GROUP = ("n_total", "n_active", "tokens", "num_experts", "top_k", "granularity",
 TRUE, FALSE = ("1", "true", "yes", "1.0"), ("", "0", "false", "no", "0.0", "none", "nan")
 SHOWN = 20  # problems in one message
 LEAST_RATIO, MOST_RATIO = 0.01, 1e5  # tokens per activated parameter of the median run; outside, units are mixed up
+SURE_RATIO = 1e3  # up to this, parameters and tokens are in the same unit
 LEAST_STEPS = 20  # of the median run; with fewer, batch_size is not in sequences
 
 
@@ -182,16 +183,21 @@ def _table(frame: pd.DataFrame) -> RunTable:
 
 
 def _check_units(frame: pd.DataFrame) -> list[str]:
-    """Warnings about medians that are suspiciously small. Raises InputError for medians that no run can have."""
+    """Warnings about medians that are suspiciously small. Raises InputError for medians that no run can have.
+
+    A table with batch sizes has its tokens checked by `_check_steps`: if they were in millions, a step would be longer than
+    its run. Then a small n_total is suspicious only if there are many tokens per parameter."""
     warnings = []
+    ratio = (frame["tokens"] / frame["n_active"]).median()
+    sure = {"n_total", "tokens"} if ratio <= SURE_RATIO else {"tokens"}
+    sure = sure if "batch_size" in frame else set()
     for column, never, seldom, unit in (("n_total", 1e3, 1e5, "parameters"), ("tokens", 1e4, 1e6, "tokens")):
         median = frame[column].median()
         told = f"the median of {column} is {median:g}: is it in millions or billions? It counts {unit}"
         if median < never:
             raise InputError(f"{told}: multiply the column by 1e6 or 1e9")
-        if median < seldom:
+        if median < seldom and column not in sure:
             warnings.append(told)
-    ratio = (frame["tokens"] / frame["n_active"]).median()
     if not LEAST_RATIO <= ratio <= MOST_RATIO:
         raise InputError(
             f"the median run has {ratio:.3g} tokens per activated parameter, which is impossible: is one of n_total, "

@@ -119,7 +119,7 @@ def fit_step_law(frame: pd.DataFrame) -> Surface:
 
 def step_law_as_published() -> Surface:
     """Step Law with its published coefficients."""
-    return _without_shape(_published(STEP_LAW_LR), _published(STEP_LAW_B))
+    return without_shape(_published(STEP_LAW_LR), _published(STEP_LAW_B))
 
 
 def deepseek_law() -> Surface:
@@ -129,10 +129,11 @@ def deepseek_law() -> Surface:
         law = _published((scale * 6**by_c, by_c, by_c))
         law[3] = by_c
         laws.append(law)
-    return _without_shape(*laws)
+    return without_shape(*laws)
 
 
-def _without_shape(rate: np.ndarray, batch: np.ndarray) -> Surface:
+def without_shape(rate: np.ndarray, batch: np.ndarray) -> Surface:
+    """The surface of two laws, given by their coefficients, whose shape is not known."""
     return Surface(learning_rate=rate.tolist(), batch=batch.tolist(), shape=[0.0] * _SHAPE, held=["published"])
 
 

@@ -11,7 +11,7 @@ from scipy.optimize import least_squares
 from scaling_laws.errors import InputError
 from scaling_laws.forms import FORMS, points_of
 from scaling_laws.laboratories import Prior
-from scaling_laws.loss_law import LossLaw, fit_loss
+from scaling_laws.loss_law import LossLaw, distinct_points, fit_loss
 from scaling_laws.surface import NOISE, Surface, _shape, fit_step_law, mean, nearest_run_excess, profiled_minima
 from scaling_laws.surface_fit import ROUGH, fit_surface
 
@@ -160,8 +160,9 @@ def choose_form(frame: pd.DataFrame, parts: list[HoldOut]) -> tuple[str, list[st
         if found and len(found) >= 0.5 * sum(not part.not_possible for part in parts):
             errors[form] = mean(found)
     if not errors:
-        simple = "effective" if "effective" in forms else "chinchilla"
-        return simple, []
+        simple = [name for name in ("effective", "chinchilla") if name in forms]
+        told = [name for name in simple if len(FORMS[name].names) <= distinct_points(table)]
+        return (told or simple)[0], []
     best = next(iter(errors))
     for form in sorted(errors, key=lambda name: len(FORMS[name].names)):
         if errors[form] < WORTH * errors[best]:

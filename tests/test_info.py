@@ -27,6 +27,22 @@ def test_a_recipe_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert "4 of 16 experts" in text and "FLOPs per token" in text
 
 
+def test_a_recipe_is_described_as_it_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """With its own sequence length and dtypes, unless others are given."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(DEMO.read_text().replace("compute: bf16", "compute: fp32"))
+
+    def facts(*options: str) -> tuple[int, str, float]:
+        assert main(["info", str(recipe), "--json", *options]) == 0
+        found = json.loads(capsys.readouterr().out)
+        return found["sequence_length"], found["training_bytes"]["compute"], found["training_flops_per_token"]
+
+    length, compute, own = facts()
+    assert (length, compute) == (256, "fp32")
+    length, compute, other = facts("--seq-len", "4096", "--compute", "bf16")
+    assert (length, compute) == (4096, "bf16") and other > own
+
+
 def test_an_unknown_name_suggests_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "qwen2.5-7"]) == 2
     assert "did you mean 'qwen2.5-7b'" in capsys.readouterr().err

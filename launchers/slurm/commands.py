@@ -153,7 +153,8 @@ def run(
     if process.returncode:
         if _AWAY.search(said):
             raise NoAnswer(f"{command[0]}: {said.strip().splitlines()[-1].rpartition('error: ')[2]}")
-        raise SlurmError(f"{command[0]}: {said.strip() or f'exit code {process.returncode}'}")
+        said = said.strip() or f"exit code {process.returncode}"
+        raise SlurmError(said if said.startswith(f"{command[0]}: ") else f"{command[0]}: {said}")
     return out
 
 

@@ -4,11 +4,12 @@ import argparse
 import dataclasses
 import shlex
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from launchers.errors import LaunchError
 from launchers.folder.atomic import write_json, write_text
-from launchers.folder.run_folder import read_object
+from launchers.folder.run_folder import RunFolder, read_object
 from launchers.job.status import row
 from launchers.slurm import commands as slurm
 from launchers.slurm.request import split_names
@@ -62,17 +63,23 @@ def launch_array(args: argparse.Namespace, site: Site) -> int:
     return 0
 
 
+def queued_runs(runs: Iterable[RunFolder], jobs: Mapping[str, slurm.Job]) -> dict[Path, str]:
+    """Job id by resolved run folder, of those ``runs`` whose job is in the queue or running."""
+    found: dict[Path, str] = {}
+    for run in runs:
+        job = str((read_object(run.facts_file) or {}).get("job") or "")
+        if job in jobs and jobs[job].state in slurm.ACTIVE:
+            found[run.run_dir.resolve()] = job
+    return found
+
+
 def _waves(
     chosen: list[Plan], plans: list[Plan], jobs: dict[str, slurm.Job]
 ) -> tuple[list[Plan], list[Plan], list[str]]:
     """(runs that need no other run of the folder; runs that branch off an incomplete trunk; jobs of such trunks that are
     already in the queue)."""
     waiting = {plan.run.run_dir.resolve() for plan in chosen}
-    queued: dict[Path, str] = {}
-    for plan in plans:
-        job = str((read_object(plan.run.facts_file) or {}).get("job") or "")
-        if job in jobs and jobs[job].state in slurm.ACTIVE:
-            queued[plan.run.run_dir.resolve()] = job
+    queued = queued_runs([plan.run for plan in plans], jobs)
     first = [plan for plan in chosen if trunk_of(plan.config) not in waiting | queued.keys()]
     second = [plan for plan in chosen if trunk_of(plan.config) in waiting | queued.keys()]
     needed = {queued[trunk] for plan in second if (trunk := trunk_of(plan.config)) in queued}

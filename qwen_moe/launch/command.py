@@ -18,6 +18,7 @@ from launchers.slurm.site import Site, load_site
 from qwen_moe.config import load_config
 from qwen_moe.options import whole
 
+NOTHING_DONE = "nothing was written or submitted"
 NO_CLUSTER = "note: no Slurm answers here; nothing was checked against a cluster"
 
 
@@ -136,7 +137,7 @@ def _launch_slurm(args: argparse.Namespace, site: Site) -> int:
     prepare.check_not_running(plan.run, plan.spec.name, jobs)
     if args.dry_run:
         print(script, end="")
-        _say(f"run folder        {plan.run.run_dir}", *plan.estimate.lines(), "nothing was written or submitted")
+        _say(f"run folder        {plan.run.run_dir}", *plan.estimate.lines(), NOTHING_DONE)
         return 0
     prepare.check_room(plan)
     facts = prepare.write_run(plan, site, local=False)

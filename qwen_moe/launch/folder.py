@@ -98,11 +98,21 @@ def has_diverged(entry: Entry) -> str:
     return found.why if found.state == "diverged" and not difference(entry.config, entry.config.run_dir) else ""
 
 
+def first_step(config: RunConfig) -> int:
+    """The number of steps that a run does not take itself: those of the trunk that it branches from. 0 if the name of the
+    trunk's checkpoint does not tell."""
+    start = config.checkpoint.branch_from
+    number = start.name.removeprefix("step_") if start is not None else ""
+    return int(number) if number.isascii() and number.isdecimal() else 0
+
+
 def _progress(config: RunConfig) -> tuple[float, str]:
     record, _ = last_metrics(config.run_dir)
     if not record:
         return 0.0, ""
-    return min(1.0, record["step"] / config.train_steps), f"loss {record['loss']:.3f}"
+    first = first_step(config)
+    share = (record["step"] - first) / max(1, config.train_steps - first)
+    return min(1.0, max(0.0, share)), f"loss {record['loss']:.3f}"
 
 
 def _task(entry: Entry, folder: Path, threads: int, overrides: list[str]) -> Task:
@@ -117,7 +127,7 @@ def _task(entry: Entry, folder: Path, threads: int, overrides: list[str]) -> Tas
         busy=lambda: locked(config.run_dir),
         progress=lambda: _progress(config),
         after=entry.after,
-        work=training_flops(config),
+        work=training_flops(config, first_step(config)),
     )
 
 

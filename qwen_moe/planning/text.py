@@ -113,7 +113,9 @@ def _length(config: RunConfig) -> str:
     if not training.train_tokens:
         plural = "s" if training.epochs > 1 else ""
         return f"{training.epochs} epoch{plural}, whose tokens are known when the data are read"
-    text = f"{training.train_tokens / 1e9:,.1f} billion tokens in all"
+    billions = training.train_tokens / 1e9
+    amount = f"{billions:,.1f} billion" if billions >= 0.1 else f"{training.train_tokens:,}"
+    text = f"{amount} tokens in all"
     if config.objective.reads == "samples":
         text += " at most; rewards are not in these figures"
         if config.rollout is not None and config.rollout.server is not None:

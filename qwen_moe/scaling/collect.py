@@ -19,6 +19,7 @@ from qwen_moe.config import RunConfig, load_config
 from qwen_moe.errors import UserError
 
 WINDOW_SHARE, LEAST_STEPS = 0.02, 10
+NOISY = 5e-3  # of a loss; the fit expects that equal runs differ by 0.15%
 Loss = Literal["train", "validation"]
 
 
@@ -125,7 +126,19 @@ def collect(paths: Sequence[Path], loss: Loss) -> Collected:
         notes.append(
             f"{len(repeated)} runs read data more than once ({repeated[0]}, ...): see the column unique_tokens"
         )
-    return Collected(rows=rows, left_out=left_out, notes=notes)
+    return Collected(rows=rows, left_out=left_out, notes=notes + _noise(rows))
+
+
+def _noise(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A note if the final training losses are too uncertain for a fit to compare them."""
+    errors = sorted(row["loss_stderr"] / row["loss"] for row in rows if row.get("loss_stderr") and row.get("loss"))
+    middle = errors[len(errors) // 2] if errors else 0.0
+    if middle <= NOISY:
+        return []
+    return [
+        f"the final training losses have a standard error of {middle:.1%} in the median, because batches are small: "
+        "--loss validation compares all runs on the same sequences"
+    ]
 
 
 def final_loss(records: Sequence[dict[str, Any]], config: RunConfig, loss: Loss) -> tuple[float, float | None] | None:

@@ -4,6 +4,7 @@ import argparse
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     )
     ladder.add_argument("--output", type=Path, required=True, metavar="LADDER_DIR")
     ladder.add_argument(
-        "--fit", type=Path, metavar="FIT_DIR", help="a fit of earlier runs to start from (else Step Law)"
+        "--fit", type=Path, metavar="FIT_DIR", help="a fit of earlier runs to start from (default: published laws)"
     )
     ladder.add_argument("--json", action="store_true")
     ladder.set_defaults(func=run, needs=("scipy", "pandas"))
@@ -180,10 +181,30 @@ def run(args: argparse.Namespace) -> int:
         "expected_excess_before": design.excess[0],
         "expected_excess_after": design.excess[-1],
         "log_deviation": {"learning_rate": design.deviation[0], "batch_size": design.deviation[1]},
+        "too_far": _too_far(design.runs, target),
         "output": str(args.output),
     }
     print(json.dumps(facts) if args.json else _text(facts, rows, target))
     return 0
+
+
+def _too_far(runs: Sequence[Any], target: tuple[float, float, float]) -> list[str]:
+    """In which quantities the large run is so far from the small ones that `scaling recommend` will refuse it."""
+    from scaling_laws.recommend import quantities, times_outside, too_far
+
+    covered = [quantities(run.n_total, run.n_active, run.tokens) for run in runs]
+    ranges = {name: (min(one[name] for one in covered), max(one[name] for one in covered)) for name in covered[0]}
+    return too_far(times_outside(ranges, quantities(*target)))
+
+
+def far_text(too_far: Sequence[str]) -> str:
+    """What follows from `_too_far`; "" if nothing does."""
+    if not too_far:
+        return ""
+    return (
+        f"the large run is far from these: {'; '.join(too_far)}. `scaling recommend` will need --accept-extrapolation; a "
+        "larger --flops-budget pays for larger and longer runs"
+    )
 
 
 def write_ladder(output: Path, recipes: dict[str, str], rows: list[dict[str, Any]]) -> None:
@@ -217,6 +238,7 @@ def _text(facts: dict[str, Any], rows: list[dict[str, Any]], target: tuple[float
         f"alone, {facts['expected_excess_after']:.3%} with these runs",
         f"(learning rate known to a factor of {2.718281828 ** deviation['learning_rate']:.2f}, batch size to "
         f"{2.718281828 ** deviation['batch_size']:.2f}, one standard deviation)",
+        *filter(None, [far_text(facts["too_far"])]),
         f"recipes and {TABLE} in {facts['output']}. Next: `qwen-moe launch {facts['output']} --local` (or --array), "
         f"`qwen-moe scaling collect {facts['output']} --output runs.csv`, `qwen-moe scaling fit runs.csv --output fit`",
     ]

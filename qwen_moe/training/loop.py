@@ -53,15 +53,20 @@ class StopRequest:
     """SIGTERM, SIGINT or a signal of ``more`` requests a graceful stop. All ranks agree on the step at which they stop."""
 
     def __init__(self, device: torch.device, more: Sequence[int] = ()) -> None:
+        self._noted = False
         self._asked = torch.zeros((), dtype=torch.int32, device=device)
         for number in (signal.SIGTERM, signal.SIGINT, *more):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._asked.fill_(1)
+        self._noted = (
+            True  # no tensor: the signal may come while a model is built of fake tensors, which mix with no others
+        )
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop, equal on all ranks. All ranks must call it at the same step."""
+        if self._noted:
+            self._asked.fill_(1)
         anyone = self._asked.clone()
         dist.all_reduce(anyone, op=dist.ReduceOp.MAX)
         return bool(anyone)

@@ -38,7 +38,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--loss", choices=("train", "validation"), default="train", help="the loss of small runs that the fit uses"
     )
-    parser.add_argument("--parallel", type=whole(1), help="small runs at a time on this machine (default: 1)")
+    parser.add_argument("--parallel", type=whole(1), help="small runs at a time (default: 1; with --slurm: all)")
     parser.add_argument("--threads", type=whole(1), help="threads of each process of a small run")
     parser.add_argument("--slurm", action="store_true", help="run the small runs as a Slurm job array")
     parser.add_argument("--skip-failed", action="store_true", help="fit without the small runs that failed")
@@ -54,23 +54,17 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.set_defaults(func=run, needs=("scipy", "pandas", "matplotlib"))
 
 
-def _check(args: argparse.Namespace) -> None:
-    if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
-        raise UserError(f"--gpus {args.gpus}: give a multiple of --gpus-per-node {args.gpus_per_node} (whole nodes)")
-    if args.submit and not args.gpus:
-        raise UserError("--submit needs --gpus: give the number of GPUs to request")
-
-
 def run(args: argparse.Namespace) -> int:
     """Run the steps. ``args.build_parser`` makes the parser of all verbs, which steps are called with."""
     from qwen_moe.config import load_config, refuse_stages
+    from qwen_moe.workflow.checks import check_options, check_steps
     from qwen_moe.workflow.page import write_page
     from qwen_moe.workflow.state import State, Stopped
     from qwen_moe.workflow.steps import NAMES as STEPS_IN_ORDER
     from qwen_moe.workflow.steps import STEPS, Context
 
     assert STEPS_IN_ORDER == NAMES
-    _check(args)
+    check_options(args)
     config = load_config(args.recipe, args.overrides)
     refuse_stages(config, "qwen-moe pipeline")
     folder = args.output or Path("runs") / f"{args.recipe.stem}-pipeline"
@@ -78,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
     lock = RunLock(folder)
     try:
         at = Context(args=args, config=config, state=state, parser=args.build_parser())
+        last = NAMES.index(args.until) if args.until else len(NAMES)
+        check_steps(args, config, state, NAMES[: last + 1])
         if args.redo:
             _redo(at, args.redo)
         for number, step in enumerate(STEPS, start=1):
@@ -147,7 +143,7 @@ def _confirmed(at: "Context", step: "Step") -> bool:
     lines = step.cost(at)
     for line in lines:
         print(f"  {line}", file=sys.stderr)
-    if at.args.yes:
+    if at.args.yes or not lines:
         return True
     if not sys.stdin.isatty():
         raise UserError(

@@ -6,6 +6,7 @@ from typing import Any
 
 from launchers.duration import span
 from launchers.folder.atomic import write_text
+from qwen_moe.scaling.ladder import far_text
 from qwen_moe.workflow.steps import FIT, RECIPE, SCRIPT, STEPS, Context
 
 PAGE = "pipeline.md"
@@ -25,7 +26,7 @@ def write_page(at: Context) -> None:
         f"{size.non_vocabulary_total:.4g}, {size.non_vocabulary_activated:.4g} activated), D = {tokens:.4g} tokens, "
         f"{flops:.3g} FLOPs (6 N_active D).",
         "",
-        "| step | what | done | took |",
+        "| step | what | done | its last call took |",
         "|---|---|---|---|",
     ]
     for step in STEPS:
@@ -52,14 +53,24 @@ def _ladder(at: Context, facts: dict[str, Any]) -> list[str]:
         "lose something because its best learning rate and batch size are not known exactly. Groups were chosen to reduce "
         f"this loss most per FLOP: from {facts['expected_excess_before']:.3%} of its loss with published laws alone to "
         f"{facts['expected_excess_after']:.3%} after these runs (learning rate known to a factor of "
-        f"{2.71828 ** deviation['learning_rate']:.2f}, batch size to {2.71828 ** deviation['batch_size']:.2f}).",
+        f"{2.71828 ** deviation['learning_rate']:.2f}, batch size to {2.71828 ** deviation['batch_size']:.2f}). This holds "
+        "if the small runs surround their own best values; what they really tell is under Recommend.",
+    ]
+    if far := far_text(facts.get("too_far", ())):
+        lines += ["", f"Note: {far}."]
+    if facts["branches"]:
+        lines += [
+            "",
+            f"{facts['branches']} of the runs branch off longer ones where their decay begins, and cost their decay alone.",
+        ]
+    lines += [
         "",
         "| N | activated | tokens | runs | FLOPs |",
         "|---|---|---|---|---|",
     ]
     return lines + [
         f"| {row['n_total']:.3g} | {row['n_active']:.3g} | {row['tokens']:.3g} | {row['runs']} | {row['flops']:.2g} |"
-        for row in facts["table"]
+        for row in sorted(facts["table"], key=lambda row: (row["n_total"], row["tokens"]))
     ]
 
 
@@ -91,9 +102,9 @@ def _fit(at: Context, facts: dict[str, Any]) -> list[str]:
 def _recommend(at: Context, facts: dict[str, Any]) -> list[str]:
     written, before, batch = facts["written"], facts["before"], facts["batch_size_tokens"]
 
-    def interval(key: str, form: str) -> str:
+    def interval(key: str, form: str, unit: float = 1) -> str:
         found = facts["intervals"][key]
-        return f"{found[0]:{form}} to {found[1]:{form}}" if found else "too few groups to tell"
+        return f"{found[0] / unit:{form}} to {found[1] / unit:{form}}" if found else "too few groups to tell"
 
     loss = facts["predicted_loss"]
     lines = [
@@ -102,12 +113,12 @@ def _recommend(at: Context, facts: dict[str, Any]) -> list[str]:
         f"| learning rate | {before['learning_rate']:.3g} | {written['learning_rate']:.3g} | "
         f"{interval('learning_rate', '.2e')} |",
         f"| batch, sequences | {before['global_batch_size']:,} | {written['global_batch_size']:,} | "
-        f"{interval('batch_size_tokens', ',.0f')} tokens |",
+        f"{interval('batch_size_tokens', ',.3g', batch / facts['batch_size_sequences'])} |",
         "",
         f"The laws' minimum at this size and duration is a batch of {batch:,} tokens ({facts['batch_size_sequences']:,} "
         f"sequences; written: {written['global_batch_size']:,}, so that many layouts divide it). Expected cost of not "
-        f"knowing the minimum exactly: {facts['predicted_excess_loss']:.3%} of the loss. Batches up to "
-        f"{facts['widest_batch_tokens']:,.0f} tokens cost less than 0.1%.",
+        f"knowing the minimum exactly: {facts['predicted_excess_loss']:.3%} of the loss. Larger batches, up to "
+        f"{facts['widest_batch_tokens']:,.0f} tokens, cost less than 0.1% more.",
     ]
     if loss is not None:
         lines += ["", f"Predicted loss {loss:.4f} (95%: {interval('predicted_loss', '.4f')})."]
@@ -118,7 +129,8 @@ def _recommend(at: Context, facts: dict[str, Any]) -> list[str]:
     outside = {name: times for name, times in facts["extrapolation"].items() if times > 1.001}
     told = ", ".join(f"{name} {times:.3g} times" for name, times in outside.items())
     lines += ["", "What published laws say:", "", *published, "", f"Beyond the small runs: {told or 'nothing'}."]
-    return lines + [f"* {warning}" for warning in facts["warnings"]]
+    known = at.state.facts("fit").get("warnings", ())
+    return lines + [f"* {warning}" for warning in facts["warnings"] if warning not in known]
 
 
 def _text(at: Context, facts: dict[str, Any]) -> list[str]:

@@ -44,6 +44,10 @@ class State:
         """The results of ``step``; empty if it is not done."""
         return dict(self.steps.get(step, {}).get("facts", {}))
 
+    def inputs(self, step: str) -> dict[str, Any]:
+        """The inputs that ``step`` was done with; empty if it is not done."""
+        return dict(self.steps.get(step, {}).get("inputs", {}))
+
     def changes(self, step: str, inputs: Mapping[str, Any]) -> list[str] | None:
         """None if ``step`` is not done; otherwise descriptions of the inputs that have changed since. Settings that do not
         distinguish runs are ignored: earlier versions recorded them as inputs."""

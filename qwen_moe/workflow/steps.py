@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from launchers.folder.atomic import write_text
 from launchers.local.supervisor import INTERRUPTED
 from qwen_moe.config import RunConfig, dump_config
 from qwen_moe.errors import UserError
+from qwen_moe.launch.command import NOTHING_DONE
 from qwen_moe.runs import identity
 from qwen_moe.workflow.state import State, Stopped, content, flat
 
@@ -62,8 +64,8 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """``cost``: lines about an expensive step, which asks before it begins. ``keeps``: expensive output, never made again
-    without --redo."""
+    """``cost``: lines about an expensive step, which asks before it begins; no lines if it costs nothing now. ``keeps``:
+    expensive output, never made again without --redo."""
 
     name: str
     what: str
@@ -101,11 +103,6 @@ def _ladder_inputs(at: Context) -> dict[str, Any]:
 
 
 def _ladder(at: Context) -> dict[str, Any]:
-    if at.args.flops_budget is None:
-        raise UserError(
-            "give --flops-budget: the FLOPs of all small runs together (6 N_active D); 1% of the large run's FLOPs is "
-            f"{_large_flops(at.config) / 100:.1g}"
-        )
     budget = f"{at.args.flops_budget:g}"
     # Write the resolved recipe, which includes the overrides, so that the command by hand needs only this file.
     recipe = at.folder / "target.yaml"
@@ -130,20 +127,17 @@ def _ladder(at: Context) -> dict[str, Any]:
     return facts
 
 
-def _large_flops(config: RunConfig) -> float:
-    from qwen_moe.models.flops import count_parameters
-
-    return 6.0 * count_parameters(config.model).non_vocabulary_activated * config.training.train_tokens
-
-
 def _run_inputs(at: Context) -> dict[str, Any]:
     return {f"{at.path(LADDER)} (content)": content(at.folder / LADDER)}
 
 
 def _run_cost(at: Context) -> list[str]:
+    from qwen_moe.scaling.ladder import far_text
     from qwen_moe.workflow.cost import ladder_cost
 
-    return ladder_cost(at.folder / LADDER, at.args.parallel or 1, at.args.slurm)
+    lines = ladder_cost(at.folder / LADDER, at.args.parallel or 1, at.args.slurm)
+    far = far_text(at.state.facts("ladder").get("too_far", ()))
+    return [*lines, far] if lines and far and not at.args.accept_extrapolation else lines
 
 
 def _run(at: Context) -> dict[str, Any]:
@@ -152,14 +146,7 @@ def _run(at: Context) -> dict[str, Any]:
 
     folder = at.path(LADDER)
     if at.args.slurm:
-        left = _not_done(at)
-        if left:
-            time = ["--time", at.args.time] if at.args.time else []
-            at.call("launch", folder, "--array", *time, *_site(at), captured=False)
-            raise UserError(
-                f"the ladder is in the queue ({left} runs): `qwen-moe status {folder}/runs` shows its progress; run the "
-                "same command again when it is done"
-            )
+        _run_on_slurm(at)
     else:
         numbers = {"--parallel": at.args.parallel, "--threads": at.args.threads}
         options = [text for name, value in numbers.items() if value for text in (name, str(value))]
@@ -178,13 +165,30 @@ def _run(at: Context) -> dict[str, Any]:
     return {"runs": len(found.rows), "left_out": len(found.left_out)}
 
 
-def _not_done(at: Context) -> int:
-    """Runs that are neither complete nor diverged."""
+def _run_on_slurm(at: Context) -> None:
+    """Submit the runs that have not ended and are not in the queue. Raises Stopped while any run is in the queue."""
     from qwen_moe.launch.folder import open_folder
     from qwen_moe.runs.outcome import read_outcome
+    from qwen_moe.workflow.cost import in_queue
 
-    outcomes = [read_outcome(entry.config, entry.config.run_dir) for entry in open_folder(at.folder / LADDER, [])]
-    return sum(outcome.state in ("missing", "unfinished") for outcome in outcomes)
+    entries = open_folder(at.folder / LADDER, [])
+    queued = in_queue(entries)  # before the outcomes, so that a run that ends in between is not submitted again
+    left = {
+        entry.name
+        for entry in entries
+        if read_outcome(entry.config, entry.config.run_dir).state in ("missing", "unfinished")
+    }
+    if left - queued:
+        options = {"--time": at.args.time, "--max-parallel": at.args.parallel}
+        given = [text for name, value in options.items() if value for text in (name, str(value))]
+        at.call("launch", at.path(LADDER), "--array", *given, *_site(at), captured=False)
+    if left:
+        print(
+            f"{len(left)} of {len(entries)} small runs are in the queue: `qwen-moe status {at.path(LADDER)}/runs` shows "
+            "them; give the same command again when they have ended",
+            file=sys.stderr,
+        )
+        raise Stopped(0)
 
 
 def _collect_inputs(at: Context) -> dict[str, Any]:
@@ -276,7 +280,10 @@ def _plan(at: Context) -> dict[str, Any]:
     write_text(at.folder / RECIPE, (at.folder / RECOMMENDED).read_text(encoding="utf-8"))
     if not at.args.gpus:
         return {"skipped": "--gpus was not given, so the recipe keeps its own layout"}
+    # The small runs say nothing about training in FP8: it is planned only if the recipe asks for it.
+    precision = "fp8" if at.config.precision.compute == "fp8" else "bf16"
     options = ["--gpus", str(at.args.gpus), "--gpu", at.args.gpu, "--gpus-per-node", str(at.args.gpus_per_node)]
+    options += ["--precision", precision]
     return {"text": at.call("plan", at.path(RECIPE), *options, "--write")}
 
 
@@ -308,16 +315,33 @@ def dry_run(at: Context) -> tuple[str, list[str]]:
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         script = at.call(*launch_arguments(at), "--dry-run")
-    return script, said.getvalue().splitlines()
+    return script, [line for line in said.getvalue().splitlines() if line != NOTHING_DONE]
+
+
+def _job_in_queue(at: Context) -> str:
+    """The job of the final recipe, if it is in the queue or running already: an earlier call was stopped after it had
+    submitted it. "" if there is none, or if it was submitted with another recipe."""
+    from launchers.folder.run_folder import RunFolder
+    from launchers.slurm import commands
+    from qwen_moe.config import load_config
+    from qwen_moe.launch.array import queued_runs
+    from qwen_moe.launch.prepare import absolute
+
+    config = absolute(load_config(at.folder / RECIPE))
+    run = RunFolder(config.run_dir)
+    job = queued_runs([run], {job.job_id: job for job in commands.queue()}).get(run.run_dir.resolve(), "")
+    return job if job and load_config(run.launch / "recipe.yaml") == config else ""
 
 
 def _launch_cost(at: Context) -> list[str]:
-    return dry_run(at)[1]
+    return [] if _job_in_queue(at) else dry_run(at)[1]
 
 
 def _launch(at: Context) -> dict[str, Any]:
     if not at.args.gpus:
         return {"skipped": f"--gpus was not given; train on this machine with: qwen-moe train {at.path(RECIPE)}"}
+    if at.args.submit and (job := _job_in_queue(at)):
+        return {"text": f"job {job} was in the queue already", "submitted": True}
     if at.args.submit:
         return {"text": at.call(*launch_arguments(at)), "submitted": True}
     script, said = dry_run(at)

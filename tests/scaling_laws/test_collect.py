@@ -81,6 +81,15 @@ def test_short_runs_average_ten_steps(tmp_path: Path, capsys: pytest.CaptureFixt
     assert float(row["loss"]) == 3.0
 
 
+def test_losses_of_small_batches_are_called_uncertain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    for name, spread in (("noisy", 0.2), ("quiet", 0.01)):
+        write_run(write_recipe(tmp_path / name, name), FALLING + rng.normal(0, spread, STEPS))
+        facts, _ = collect(capsys, tmp_path / "runs.csv", str(tmp_path / name))
+        told = [note for note in facts["notes"] if "--loss validation" in note]
+        assert len(told) == (name == "noisy"), facts["notes"]
+
+
 def test_what_cannot_be_compared_or_used_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ladder, output = tmp_path / "ladder", ["--output", str(tmp_path / "runs.csv")]
     assert "is not a folder" in refused(capsys, str(ladder), *output)

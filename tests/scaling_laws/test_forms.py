@@ -87,6 +87,14 @@ def test_the_true_form_is_chosen_by_what_was_held_out(form: str) -> None:
     assert chosen == form, notes
 
 
+def test_few_groups_get_the_form_that_they_determine() -> None:
+    """Five groups of two sparsities leave nothing to hold out: six parameters are too many for them."""
+    frame = _frame("effective").iloc[[0, 1, 7, 8, 14]]
+    chosen, _ = choose_form(frame, [])
+    assert chosen == "chinchilla"
+    assert choose_form(_frame("effective").iloc[[0, 1, 7, 8, 14, 15]], [])[0] == "effective"
+
+
 def test_what_a_table_cannot_tell_is_refused() -> None:
     where = plan("chinchilla")
     for form, why in (
@@ -109,6 +117,10 @@ def test_compute_optimal_is_the_closed_form() -> None:
     a, b = BASE["a"], BASE["b"]
     expected = (a * BASE["big_a"] / (b * BASE["big_b"]) * (1e22 / 6 / 1e19) ** b) ** (1 / (a + b)) * 1e9
     assert n == pytest.approx(expected, rel=0.02) and 6 * n * tokens == pytest.approx(1e22)
+    # Also far below a million parameters.
+    n, tokens, _ = compute_optimal(law, 1e10)
+    assert n == pytest.approx(expected * (1e10 / 1e22) ** (b / (a + b)), rel=0.02) and n < 1e5
+    n, tokens, _ = compute_optimal(law, 1e22)
     # The law is of activated parameters: a quarter of them changes the total, and no more.
     n_total, tokens_of_quarter, _ = compute_optimal(law, 1e22, ratio=0.25)
     assert n_total == pytest.approx(4 * n) and tokens_of_quarter == pytest.approx(tokens)

@@ -12,6 +12,7 @@ from qwen_moe.cli import main
 from qwen_moe.config import load_config
 from qwen_moe.models.flops import count_parameters
 from qwen_moe.training.schedule import learning_rate
+from scaling_laws.laboratories import laboratories_law, laboratory_prior
 from scaling_laws.ladder import design_ladder
 from scaling_laws.runs import read_runs
 from scaling_laws.surface import deepseek_law, step_law_as_published
@@ -47,7 +48,7 @@ def test_the_runs_of_a_ladder_give_the_precision_that_it_promises(tmp_path: Path
     found at the target is the promised one."""
     target = (4e9, 4e9, 8e10)
     design = design_ladder(target, SIZES, [20, 80, 160], 3e20)
-    law = step_law_as_published()
+    law = laboratories_law()
     truth = np.log(np.array([float(x[0]) for x in law.optimum(*target)]))
     misses = []
     for seed in range(40):
@@ -127,7 +128,20 @@ def test_a_budget_too_small_says_what_is_needed(tmp_path: Path, capsys: pytest.C
     assert "at least 3 and 2 are needed" in error and not (tmp_path / "x").exists()
 
 
-def test_the_prior_is_the_published_law() -> None:
+def test_a_grid_is_around_the_mean_of_the_laboratories() -> None:
+    """Also far below the sizes of Step Law's sweep, whose exponent of N alone gives learning rates ten times too high there
+    (benchmarks/ladder found 2e-3 to 7e-3 best for 6e4 parameters)."""
+    small = (6e4, 6e4)
+    design = design_ladder((4e6, 4e6, 4e8), [small, (3e5, 3e5), (1e6, 1e6)], [20, 80], 1e16)
+    runs = [run for run in design.runs if run.n_total == small[0] and run.tokens == 20 * small[1]]
+    assert len(runs) == 9
+    rate = np.exp(np.mean(np.log([run.learning_rate for run in runs])))
+    expected = laboratory_prior().learning_rate[0] @ [1.0, np.log(small[0] / 1e9), np.log(20 * small[1] / 1e10), 0.0]
+    assert rate == pytest.approx(np.exp(expected))
+    assert 4e-3 < rate < 0.02 < float(step_law_as_published().optimum(*small, 20 * small[1])[0][0])
+
+
+def test_the_published_law_is_step_laws() -> None:
     rate, batch = step_law_as_published().optimum(1e9, 1e9, 1e11)
     assert float(rate[0]) == pytest.approx(1.79 * 1e9**-0.713 * 1e11**0.307)
     assert float(batch[0]) == pytest.approx(0.58 * 1e11**0.571)

@@ -131,6 +131,14 @@ def test_from_recipe_to_recommended_recipe(
     assert read_json(tmp_path / "out" / "state.json") == before
 
 
+def test_the_plan_keeps_the_precision_of_the_small_runs(finished: None, tmp_path: Path) -> None:
+    """The fastest layout on these GPUs is in FP8, which the small runs did not use."""
+    assert pipeline("--yes", "--gpus", "8", "--until", "plan") == 0
+    (command,) = read_json(tmp_path / "out" / "state.json")["steps"]["plan"]["commands"]
+    assert command.endswith("--precision bf16 --write")
+    assert load_config(tmp_path / "out" / "recipe.yaml").precision.compute == "bf16"
+
+
 def test_nobody_to_ask_is_an_error_and_not_a_hang(
     recipe: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,7 +263,8 @@ def test_mistakes_are_refused(recipe: None, tmp_path: Path, capsys: pytest.Captu
     assert "multiple of --gpus-per-node 8" in refused("--gpus", "12")
     assert "--submit needs --gpus" in refused("--submit")
     assert "give --flops-budget" in refused()
-    assert "nothing.bin does not exist" in refused("data.prepare=null", "data.train=[{prefix: nothing}]")
+    nothing = ("data.prepare=null", "data.train=[{prefix: nothing}]", "--flops-budget", BUDGET)
+    assert "nothing.bin does not exist" in refused(*nothing)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     assert main(["pipeline", "recipe.yaml", "--output", "full"]) == 2

@@ -79,4 +79,4 @@ def test_a_cancel_that_did_not_reach_slurm_leaves_no_mark(script: str, run: Path
 
 def test_other_errors_of_slurm_are_its_own_words(run: Path, tmp_path: Path) -> None:
     stand_in(tmp_path, "squeue", "echo 'squeue: error: Invalid user: me' >&2; exit 1")
-    assert status.ask_queue() == (None, "squeue: squeue: error: Invalid user: me")
+    assert status.ask_queue() == (None, "squeue: error: Invalid user: me")
