@@ -174,7 +174,7 @@ class SequenceCache:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wanted_only: bool
     ) -> torch.Tensor:
         keys, values = self._prompts.of(layer, k)
-        q, k, v = (x.to(keys.dtype) for x in (q, k, v))
+        asked, (q, k, v) = q.dtype, (x.to(keys.dtype) for x in (q, k, v))
         y = torch.zeros_like(q)
         read = answered = 0
         for chunk in self._chunks:
@@ -191,7 +191,7 @@ class SequenceCache:
                 own, first = slice(answered, answered + 1), chunk.end - 1
                 answered += 1
             y[:, own] = self._reader.attend(layer, q[:, own], *self._seen(keys, values, chunk.prompt, chunk.end), first)
-        return y.to(v.dtype)
+        return y.to(asked)
 
     def _seen(
         self, keys: torch.Tensor, values: torch.Tensor, row: int, length: int
@@ -203,7 +203,7 @@ class SequenceCache:
 
     def _attend_one_by_one(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys, values = self._prompts.of(layer, k)
-        q, k, v = (x.to(keys.dtype) for x in (q, k, v))
+        asked, (q, k, v) = q.dtype, (x.to(keys.dtype) for x in (q, k, v))
         y = torch.zeros_like(q)
         at = self._prompt_room + self._steps - 1
         for row in range(self.sequences):
@@ -212,7 +212,7 @@ class SequenceCache:
             keys[row, :, at] = self._reader.keys(k[:, own], begin)[0, 0]
             values[row, :, at] = v[0, row]
             y[:, own] = self._reader.attend(layer, q[:, own], *self._seen(keys, values, row, begin + 1), begin)
-        return y
+        return y.to(asked)
 
     def _attend_together(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         rotary = self.rotary(q, q.shape[1])

@@ -16,10 +16,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from parallel.gemm import HALF
 from qwen_moe.checkpoint.huggingface.convert import save_pretrained
 from qwen_moe.errors import UserError
 from qwen_moe.generation.command import register
 from qwen_moe.generation.engine import Engine, Limits
+from qwen_moe.generation.extension import extended
 from qwen_moe.generation.runner import LocalRunner
 from qwen_moe.generation.sampling import Sampling, draw, uniforms
 from qwen_moe.generation.text import generate_text
@@ -120,6 +122,22 @@ def test_a_cache_of_a_few_experts_reads_what_the_loop_reads() -> None:
     weight = torch.randn(4, 6, 8)
     with torch.no_grad():
         torch.testing.assert_close(grouped_mm(x, weight, counts), loop_mm(x, weight, counts))
+
+
+@pytest.mark.parametrize("chunk", [None, 16], ids=["together", "one sequence after another"])
+def test_bfloat16_without_its_instructions(chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values are kept in float32 there, and attention's output is the model's bfloat16 again."""
+    monkeypatch.setattr("parallel.gemm.has_hardware", lambda dtype: dtype not in HALF)
+    shape = small_config()
+    prompts = [[1 + i % 20 for i in range(50)], [4, 5]]
+    model = draw_weights(shape, 4, torch.bfloat16).eval()
+    exact = DecoderLM(shape).to(torch.float64).eval()
+    exact.load_state_dict(model.state_dict())
+    config = shape if chunk is None else extended(shape, "dca", 200, chunk)
+    found, expected = (Engine(LocalRunner(one), config).generate(prompts, greedy(3)) for one in (model, exact))
+    for (ours,), (theirs,) in zip(found, expected, strict=True):
+        assert ours.log_probs[0] == pytest.approx(theirs.log_probs[0], abs=0.05)
+        assert len(ours.tokens) == 3
 
 
 def test_many_experts_of_a_few_rows_each_are_one_product() -> None:
