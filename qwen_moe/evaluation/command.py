@@ -101,7 +101,7 @@ def _add_common(
         help="complete every Nth prompt only, so that N processes share --output",
     )
     parser.add_argument("--json", action="store_true", help="print the results as one JSON document")
-    parser.set_defaults(func=run)
+    parser.set_defaults(func=run, compile=False)
 
 
 def _run_passkey(args: argparse.Namespace) -> int:

@@ -123,7 +123,7 @@ def reading_of(args: argparse.Namespace) -> dict[str, Any]:
     reading = {name: getattr(args, name) for name in ("context_extension", "chunk_size", "attention")}
     if args.kept_share is not None:
         reading["kept_share"] = args.kept_share
-    if vars(args).get("compile"):  # not every command that reads prompts draws many tokens
+    if args.compile:
         reading["compile"] = True
     return reading
 

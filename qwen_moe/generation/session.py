@@ -47,7 +47,7 @@ class Session:
             kept_share=args.kept_share,
             limits=Limits(sequences=args.batch_size),
         )
-        self._compile = vars(args).get("compile", False)
+        self._compile = args.compile
         if self._compile and split:
             raise UserError("--compile is for one process: leave out --compile, or --tp, --ep, --pp and --dp")
         self._asked_dtype, self._rank, self._grids = args.dtype, 0, None

@@ -20,8 +20,11 @@ from qwen_moe.models.attention.gqa import Attention
 from qwen_moe.models.decoder import DecoderLayer, DecoderLM
 from qwen_moe.models.feed_forward import FeedForward
 from qwen_moe.models.moe.block import MoE
-from qwen_moe.models.ops.compiled import missing_compiler
+from qwen_moe.models.moe.router import choose
+from qwen_moe.models.ops.compiled import compiled, missing_compiler
 from qwen_moe.models.ops.dtypes import accumulation_dtype
+from qwen_moe.models.ops.rms_norm import rms_norm
+from qwen_moe.models.ops.rotate import rotate
 
 _TILE = 32  # columns of a product
 Weights = tuple[Any, ...]  # tensors, None where a model has none
@@ -34,7 +37,7 @@ class _Sizes(NamedTuple):
     head_dim: int
     kv_heads: int
     top_k: int
-    renormalized: bool  # weights of the chosen experts sum to 1
+    normalized: bool  # weights of the chosen experts sum to 1
 
 
 def _times(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -48,27 +51,16 @@ def _times(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return y if bias is None else y + bias
 
 
-def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    wide = x.to(accumulation_dtype(x.dtype))
-    normed = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-
-
 def _heads(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weights: Weights, sizes: _Sizes
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rotated queries ``[N, H, C]`` and keys ``[N, G, C]``, and values, of a layer's input ``x [N, D]``."""
     norm, joined, bias, q_norm, k_norm = weights
-    heads = _times(_norm(x, norm, sizes.eps), joined, bias).unflatten(-1, (-1, sizes.head_dim))
+    heads = _times(rms_norm(x, norm, sizes.eps), joined, bias).unflatten(-1, (-1, sizes.head_dim))
     queries, keys, values = heads.split((heads.shape[1] - 2 * sizes.kv_heads, sizes.kv_heads, sizes.kv_heads), 1)
     if q_norm is not None:
-        queries, keys = _norm(queries, q_norm, sizes.eps), _norm(keys, k_norm, sizes.eps)
-    return _rotate(queries, cos, sin), _rotate(keys, cos, sin), values.contiguous()
+        queries, keys = rms_norm(queries, q_norm, sizes.eps), rms_norm(keys, k_norm, sizes.eps)
+    return rotate(queries, cos, sin), rotate(keys, cos, sin), values.contiguous()
 
 
 def _feed_forward(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
@@ -80,7 +72,7 @@ def _dense(x: torch.Tensor, y: torch.Tensor, weights: Weights, sizes: _Sizes) ->
     """A layer without experts after its attention ``y [N, H C]``: ``[N, D]``."""
     out, out_bias, norm, gate_up, down = weights
     x = x + _times(y, out, out_bias)
-    return x + _feed_forward(_norm(x, norm, sizes.eps), gate_up, down)
+    return x + _feed_forward(rms_norm(x, norm, sizes.eps), gate_up, down)
 
 
 def _route(
@@ -90,13 +82,10 @@ def _route(
     weights and indices ``[N, K]``, and the shared expert's output, if there is one. See `Router`."""
     out, out_bias, norm, router, expert_bias, gate_up, down, shared_gate = weights
     x = x + _times(y, out, out_bias)
-    normed = _norm(x, norm, sizes.eps)
+    normed = rms_norm(x, norm, sizes.eps)
     wide = accumulation_dtype(x.dtype)
     probs = (router.to(wide) * normed.to(wide).unsqueeze(1)).sum(-1).softmax(-1)
-    indices = torch.topk(probs + expert_bias, sizes.top_k, dim=-1, sorted=True).indices
-    chosen = probs.gather(-1, indices)
-    if sizes.renormalized:
-        chosen = chosen / chosen.sum(-1, keepdim=True)
+    chosen, indices = choose(probs, expert_bias, sizes.top_k, sizes.normalized)
     shared = None
     if shared_gate is not None:
         opened = (shared_gate.to(wide) * normed.to(wide)).sum(-1, keepdim=True).to(x.dtype).sigmoid()
@@ -139,23 +128,21 @@ class CompiledStep:
     """Reads one new token of every sequence of a `SequenceCache` with ``model``, which is on one CPU.
 
     The first call compiles, which takes up to a minute where nothing is cached. Weights of ``model`` may be changed in place
-    afterwards, but not replaced. Results differ from `DecoderLM.read` in the order
-    of sums alone.
+    afterwards, but not replaced. Results differ from `DecoderLM.read` in the order of sums alone.
     """
 
     def __init__(self, model: DecoderLM) -> None:
         self._model = model
-        self._norm = torch.compile(_norm)
-        self._heads, self._dense = torch.compile(_heads), torch.compile(_dense)
-        self._route, self._one_routed = torch.compile(_route), torch.compile(_one_routed)
-        self._all_routed = torch.compile(_all_routed)
+        self._norm = compiled(rms_norm)
+        self._heads, self._dense = compiled(_heads), compiled(_dense)
+        self._route, self._one_routed, self._all_routed = compiled(_route), compiled(_one_routed), compiled(_all_routed)
         self._layers = [_Layer(layer) for layer in model.model.layers]
 
     def reads(self, cache: SequenceCache, tokens: int) -> bool:
         """Whether the next pass over ``tokens`` tokens is such a step. Where products of several rows need wider operands
         than the CPU multiplies, it is not."""
-        wide = self._model.head_weight.dtype
-        return cache.steps_together and tokens == cache.sequences and (tokens == 1 or has_hardware(wide))
+        multiplies = tokens == 1 or has_hardware(self._model.head_weight.dtype)
+        return cache.steps_together and tokens == cache.sequences and multiplies
 
     def read(self, ids: torch.Tensor, cache: SequenceCache, chosen: list[torch.Tensor] | None = None) -> torch.Tensor:
         """``DecoderLM.read`` of ``ids [N]``: ``[N, D]``."""
@@ -204,10 +191,10 @@ class _Layer:
         self.moe = mlp if isinstance(mlp, MoE) else None
         self.experts: Weights = ()
         rest = (attention.o_proj.weight, attention.o_proj.bias, layer.post_attention_layernorm.weight)
-        top_k, renormalized = 0, False
+        top_k, normalized = 0, False
         if isinstance(mlp, MoE):
             self.experts = (mlp.experts.gate_up_proj, mlp.experts.down_proj)
-            top_k, renormalized = mlp.top_k, mlp.gate.norm_topk_prob
+            top_k, normalized = mlp.top_k, mlp.gate.norm_topk_prob
             shared: Weights = (None,) * 3
             if mlp.has_shared_expert:
                 shared = (*_of_feed_forward(mlp.shared_expert), mlp.shared_expert_gate.weight)
@@ -215,7 +202,7 @@ class _Layer:
         else:
             self.rest = (*rest, *_of_feed_forward(mlp))
         kv_heads = attention.k_proj.out_features // attention.head_dim
-        self.sizes = _Sizes(layer.input_layernorm.eps, attention.head_dim, kv_heads, top_k, renormalized)
+        self.sizes = _Sizes(layer.input_layernorm.eps, attention.head_dim, kv_heads, top_k, normalized)
 
 
 def _of_heads(attention: Attention) -> Weights:

@@ -59,9 +59,8 @@ class StopRequest:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted = (
-            True  # no tensor: the signal may come while a model is built of fake tensors, which mix with no others
-        )
+        # No tensor: the signal may come while a model is built of fake tensors, which mix with no others.
+        self._noted = True
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop, equal on all ranks. All ranks must call it at the same step."""

@@ -1,6 +1,10 @@
 """What makes a CPU fast: compiled chains, attention in blocks, products of few sizes. Judged by float64, not by itself."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,3 +224,22 @@ def test_other_kinds_of_tensors_compile_nothing(compiled: None) -> None:
 def test_nothing_is_compiled_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
     assert joined_swiglu(rand(3, 8)).shape == (3, 4)
+
+
+NORM = """
+import sys, torch
+from qwen_moe.models.ops.compiled import compile_kernels
+from qwen_moe.models.ops.rms_norm import rms_norm
+x, weight = torch.arange(96, dtype=torch.float64).view(2, 48).cos(), torch.ones(48, dtype=torch.float64)
+plain = rms_norm(x, weight, 1e-6)
+compile_kernels(True)
+sys.exit(int((rms_norm(x, weight, 1e-6) - plain).abs().max() > 1e-12))
+"""
+
+
+@needs_compiler
+def test_compiled_code_of_other_instructions_is_not_taken_from_the_cache(tmp_path: Path) -> None:
+    """Code for the widest vectors here, and then for AVX2, by processes that share torch's cache."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for more in ({}, {"ATEN_CPU_CAPABILITY": "avx2"}):
+        subprocess.run([sys.executable, "-c", NORM], env=environment | more, check=True, timeout=300)

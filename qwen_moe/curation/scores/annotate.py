@@ -139,4 +139,5 @@ def open_model(directory: Path, dtype: str | None, batch_size: int) -> "Session"
     options: dict[str, Any] = {"checkpoint": directory, "dtype": dtype, "batch_size": batch_size}
     # Prompts are short: documents are shortened to fit.
     options |= {"context_extension": "none", "chunk_size": None, "attention": "dense", "kept_share": None}
+    options["compile"] = False
     return Session(argparse.Namespace(**options), split=False)

@@ -63,7 +63,8 @@ def register(subparsers: Any) -> None:
     _add_training(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     # Prompts are short: documents are shortened to fit.
-    parser.set_defaults(func=_run, context_extension="none", chunk_size=None, attention="dense", kept_share=None)
+    parser.set_defaults(context_extension="none", chunk_size=None, attention="dense", kept_share=None, compile=False)
+    parser.set_defaults(func=_run)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -82,9 +82,17 @@ class Router(nn.Module):
         return logits, logits.softmax(-1)
 
     def _choose(self, probs: torch.Tensor, experts: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        indices = torch.topk(probs.detach() + self.expert_bias, self.top_k, dim=-1, sorted=True).indices
-        if experts is not None:
-            given = experts.flatten(0, -2).to(indices.dtype)
-            indices = torch.where(given >= 0, given, indices)
-        weights = probs.gather(-1, indices)
-        return (weights / weights.sum(-1, keepdim=True) if self.norm_topk_prob else weights), indices
+        return choose(probs, self.expert_bias, self.top_k, self.norm_topk_prob, experts)
+
+
+def choose(
+    probs: torch.Tensor, bias: torch.Tensor, top_k: int, normalized: bool, experts: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and experts ``[T, K]`` of tokens with ``probs [T, E]``. ``bias [E]`` is added for the choice only; the weights
+    sum to 1 if ``normalized``. ``experts``: chosen before, see `Router`."""
+    indices = torch.topk(probs.detach() + bias, top_k, dim=-1, sorted=True).indices
+    if experts is not None:
+        given = experts.flatten(0, -2).to(indices.dtype)
+        indices = torch.where(given >= 0, given, indices)
+    weights = probs.gather(-1, indices)
+    return (weights / weights.sum(-1, keepdim=True) if normalized else weights), indices

@@ -43,10 +43,27 @@ def try_compiler(device: torch.device) -> str | None:
     """Compile and run a small kernel on ``device``. Returns None if it works, else one line that says why not."""
     x = torch.ones(2, 8, device=device)
     try:
-        torch.compile(lambda x: x.sigmoid() + x, dynamic=True)(x)
+        compiled(lambda x: x.sigmoid() + x, dynamic=True)(x)
     except Exception as error:  # a compiler, its cache folder or a driver may raise anything
         return f"torch.compile failed here ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
     return None
+
+
+def compiled(function: Callable[P, R], *, dynamic: bool | None = None) -> Callable[P, R]:
+    """`torch.compile`, whose cache on the disk tells instruction sets apart.
+
+    torch's key of compiled code has the settings of its compiler, but not the CPU's instructions, which decide how long a
+    vector is. Code for another length leaves elements out, without an error. So the length is set here, as torch would
+    choose it. A machine with a GPU compiles nothing for its CPU.
+    """
+    if not torch.cuda.is_available():
+        # Imported here, because it takes seconds that a process without compiled code need not spend.
+        from torch._inductor import config
+        from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+        if isa := pick_vec_isa():
+            config.cpp.simdlen = isa.bit_width()
+    return torch.compile(function, dynamic=dynamic)
 
 
 def fused(function: Callable[P, R]) -> Callable[P, R]:
@@ -56,18 +73,18 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
     Inside an autograd function, tensors are detached first: torch.compile would otherwise trace the function again for
     views and for tensors that require a gradient.
     """
-    compiled: Callable[P, R] | None = None
+    made: Callable[P, R] | None = None
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        nonlocal compiled
+        nonlocal made
         if not _compiling:
             return function(*args, **kwargs)
-        if compiled is None:
-            compiled = torch.compile(function, dynamic=True)
+        if made is None:
+            made = compiled(function, dynamic=True)
         if not torch.is_grad_enabled():
             plain: list[Any] = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
-            return compiled(*plain, **kwargs)
-        return compiled(*args, **kwargs)
+            return made(*plain, **kwargs)
+        return made(*args, **kwargs)
 
     return call
