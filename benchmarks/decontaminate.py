@@ -255,10 +255,11 @@ def slow_ways(folder: Path, kinds: dict[str, str], count: int, workers: int) -> 
         found[name] = dropped_ids(small / name)
     clean = {str(n) for n in range(count)} - kinds.keys()
     result["literal"] |= {"clean": len(clean), "clean_removed": len(found["literal"] & clean)}
+    lost = found["complete"] - found["3-grams"]
     result["3-grams"] |= {
         "documents": len(rows),
         "found": len(found["3-grams"]),
-        "lost": len(found["complete"] - found["3-grams"]),
+        "lost": Counter(kinds.get(n, "same package" if n.startswith("sister") else "clean") for n in sorted(lost)),
     }
     assert found["3-grams"] <= found["complete"]
     return result

@@ -8,8 +8,9 @@ Megatron's tools/preprocess_data.py is no part of the package megatron-core, so 
 --append-eod, and `finalize`. Both are whole commands, from the start of Python to the end. `start` is what each takes for
 the first megabyte's 20 lines, and is left out of the second pair of rates.
 
-The .bin must be the same to the byte, and the arrays of the .idx must be equal. Seconds are of processors, all processes
-together, because other work may share the machine; wall time is reported too.
+The .bin must be the same to the byte, and the arrays of the .idx must be equal. Documents that spell out a control token
+are left out and counted, because Megatron makes a control id of it, and ours keeps it as text. Seconds are of processors,
+all processes together, because other work may share the machine; wall time is reported too.
 """
 
 import argparse
@@ -69,17 +70,23 @@ def megatron(source: str, prefix: str, folder: str, workers: int) -> None:
         builder.finalize(f"{prefix}.idx")
 
 
-def cut(source: Path, target: Path, megabytes: float) -> int:
-    """Write the first lines of ``source`` with that much text, each with its text alone. Returns how many."""
-    left, count = megabytes * 1e6, 0
+def cut(source: Path, target: Path, megabytes: float) -> tuple[int, int]:
+    """Write the first lines of ``source`` with that much text, each with its text alone. Returns how many were written,
+    and how many were left out because they spell out a control token."""
+    from qwen_moe.data.tokenizer import CONTROL_TOKENS
+
+    left, count, without = megabytes * 1e6, 0, 0
     with source.open(encoding="utf-8") as file, target.open("w", encoding="utf-8") as out:
         for line in file:
             text = json.loads(line)["text"]
+            if any(token in text for token in CONTROL_TOKENS):
+                without += 1
+                continue
             out.write(json.dumps({"text": text}) + "\n")
             left, count = left - len(text.encode()), count + 1
             if left <= 0:
                 break
-    return count
+    return count, without
 
 
 def measured(command: list[str]) -> dict[str, float]:
@@ -121,7 +128,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from qwen_moe.data.tokenizer import train_tokenizer
 
     text, small, tokenizer = folder / "text.jsonl", folder / "small.jsonl", folder / "tokenizer"
-    documents = cut(args.input, text, args.megabytes)
+    documents, without = cut(args.input, text, args.megabytes)
     with text.open(encoding="utf-8") as file, small.open("w", encoding="utf-8") as out:
         out.writelines(itertools.islice(file, SMALL))
     with text.open(encoding="utf-8") as file:
@@ -139,7 +146,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     tokens = check_same(folder)
     result: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(), "load": os.getloadavg()[0], "documents": documents,
-        "tokens": tokens, "megabytes": args.megabytes, "workers": args.workers, "rounds": args.rounds,
+        "left_out": without, "tokens": tokens, "megabytes": args.megabytes, "workers": args.workers, "rounds": args.rounds,
     }  # fmt: skip
     for unit in ("cpu", "wall"):
         spent = {name: median(one[unit] for one in times[name]) for name in times}

@@ -11,6 +11,7 @@ lr* and B* have the prior of `scaling_laws.laboratories`; shape and loss have wi
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,8 @@ from scaling_laws.surface import FEATURES, NOISE, WINDOW, Surface, _features, _f
 ROUGH = 0.2  # deviation of an error per height above the optimum: as in Step Law's sweeps below 2.2e8, dense and MoE
 ROBUST = 2.0  # deviations, beyond which an error counts less
 OFFSET, OFFSET_WEIGHT = 3e-3, 5.0  # expected deviation of a group's offset; as how many groups it counts
+# Deviations of log lr* and log B* of a size from the laws: as of Step Law's eight sizes, dense and MoE.
+MISFIT = (0.12, 0.08)
 LEAST_RUNS = 8
 ASSUMED = 0.5  # an exponent is assumed if the prior gives more than this share of what is known about it
 # A loss that is 1% higher at a factor of e, give or take a factor of e; no correlation; hardly any cubic.
@@ -76,13 +79,7 @@ class _Problem:
 
     def level(self, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(log of the loss at the optimum, its derivatives by the loss's parameters)."""
-        log_e, log_a, log_b, a, b, share = p[_BOWL:]
-        log_n = self.log_n + share * self.log_sparsity
-        terms = [np.full_like(log_n, np.exp(log_e)), np.exp(log_a - a * log_n), np.exp(log_b - b * self.log_d)]
-        total = sum(terms)
-        e, by_n, by_d = (term / total for term in terms)
-        slopes = [e, by_n, by_d, -by_n * log_n, -by_d * self.log_d, -by_n * a * self.log_sparsity]
-        return np.log(total), np.stack(slopes, axis=1)
+        return _level(p, self.log_n, self.log_sparsity, self.log_d)
 
     def unexplained(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(height above the optimum, log loss minus height and level) of each run."""
@@ -120,6 +117,25 @@ class _Problem:
         )
 
 
+def _sizes(n_total: Any, n_active: Any, tokens: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(log of N_active, of N_total / N_active, and of D), in the loss's units."""
+    n_total, n_active, tokens = (np.atleast_1d(np.asarray(value, dtype=float)) for value in (n_total, n_active, tokens))
+    return np.log(n_active / 1e9), np.log(n_total / n_active), np.log(tokens / 1e10)
+
+
+def _level(
+    p: np.ndarray, log_active: np.ndarray, log_sparsity: np.ndarray, log_d: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(log of the loss at the optimum, its derivatives by the loss's parameters)."""
+    log_e, log_a, log_b, a, b, share = p[_BOWL:]
+    log_n = log_active + share * log_sparsity
+    terms = [np.full_like(log_n, np.exp(log_e)), np.exp(log_a - a * log_n), np.exp(log_b - b * log_d)]
+    total = sum(terms)
+    e, by_n, by_d = (term / total for term in terms)
+    slopes = [e, by_n, by_d, -by_n * log_n, -by_d * log_d, -by_n * a * log_sparsity]
+    return np.log(total), np.stack(slopes, axis=1)
+
+
 def _slopes(p: np.ndarray, x: np.ndarray, rate: np.ndarray, batch: np.ndarray) -> np.ndarray:
     """Derivatives of runs' heights by the laws of lr* and B* and by the shape."""
     q, u, v = p[_LAW:_BOWL], rate - x @ p[:4], batch - x @ p[4:_LAW]
@@ -140,15 +156,16 @@ def _problem(finished: pd.DataFrame, blown: pd.DataFrame, prior: Prior) -> _Prob
     root[:4, :4], root[4:_LAW, 4:_LAW] = (np.linalg.cholesky(cov) for _, cov in (prior.learning_rate, prior.batch))
     root[_LAW:, _LAW:] = np.diag(np.concatenate([_SHAPE_DEVIATION, _LOSS_DEVIATION]))
     x, rate, batch = logs(finished)
+    log_n, log_sparsity, log_d = _sizes(finished["n_total"], finished["n_active"], finished["tokens"])
     return _Problem(
         x=x,
         rate=rate,
         batch=batch,
         loss=np.log(finished["loss"].to_numpy(float)),
         group=pd.factorize(finished["group"])[0],
-        log_n=np.log(finished["n_active"].to_numpy(float) / 1e9),
-        log_sparsity=np.log((finished["n_total"] / finished["n_active"]).to_numpy(float)),
-        log_d=np.log(finished["tokens"].to_numpy(float) / 1e10),
+        log_n=log_n,
+        log_sparsity=log_sparsity,
+        log_d=log_d,
         blown=logs(blown),
         mean=np.concatenate([prior.learning_rate[0], prior.batch[0], _SHAPE_MEAN, _LOSS_MEAN]),
         root=root,
@@ -168,14 +185,25 @@ def _begin(problem: _Problem, start: Surface | None) -> np.ndarray:
     return np.linalg.solve(problem.root, p - problem.mean)
 
 
-def _reweighted(problem: _Problem, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(z at the optimum, the Jacobian there). Weights and the offsets' spread are estimated and the fit repeated in turn."""
+@dataclass(frozen=True)
+class _Solution:
+    """z at the optimum, the Jacobian there, each run's weight and the deviation of the groups' offsets."""
+
+    z: np.ndarray
+    jacobian: np.ndarray
+    weight: np.ndarray
+    spread: float
+
+
+def _reweighted(problem: _Problem, z: np.ndarray) -> _Solution:
+    """Weights and the offsets' spread are estimated and the fit repeated in turn."""
     best = np.full(problem.group.max() + 1, np.inf)
     np.minimum.at(best, problem.group, problem.loss)
     height = problem.loss - best[problem.group]
     weight, spread = 1 / (NOISE**2 + (ROUGH * np.maximum(height, 0.01)) ** 2), OFFSET
-    jacobian = np.zeros((0, 0))
+    jacobian, last = np.zeros((0, 0)), (weight, spread)
     for _ in range(_ROUNDS):
+        last = (weight, spread)
         found = least_squares(problem.residuals, z, problem.jacobian, method="lm", args=(weight, spread), max_nfev=30)
         moved, z, jacobian = np.abs(found.x - z).max(), found.x, found.jac
         if moved < _CLOSE:
@@ -188,18 +216,25 @@ def _reweighted(problem: _Problem, z: np.ndarray) -> tuple[np.ndarray, np.ndarra
         weight = 1 / variance / np.sqrt(1 + left**2 / variance / ROBUST**2)
         known = float(np.sum(offset**2 + uncertain)) + OFFSET_WEIGHT * OFFSET**2
         spread = float(np.sqrt(known / (len(offset) + OFFSET_WEIGHT)))
-    return z, jacobian
+    return _Solution(z, jacobian, *last)
+
+
+def _solved(frame: pd.DataFrame, start: Surface | None, prior: Prior | None) -> tuple[_Problem, _Solution]:
+    finished, blown = frame[~frame["diverged"]], frame[frame["diverged"]]
+    _check(finished)
+    prior = (laboratory_prior() if prior is None else prior).widened(_free(finished))
+    problem = _problem(finished, blown, prior)
+    return problem, _reweighted(problem, _begin(problem, start))
 
 
 def fit_surface(frame: pd.DataFrame, start: Surface | None = None, prior: Prior | None = None) -> Surface:
     """Fit the surface to the finished runs. Diverged runs are censored: the surface must be at least `WINDOW` high there.
     ``prior``: by default that of all laboratories. Raises InputError if the runs are too few."""
-    finished, blown = frame[~frame["diverged"]], frame[frame["diverged"]]
-    _check(finished)
-    prior = (laboratory_prior() if prior is None else prior).widened(_free(finished))
-    problem = _problem(finished, blown, prior)
-    z, jacobian = _reweighted(problem, _begin(problem, start))
-    p = problem.parameters(z)
+    return _surface(*_solved(frame, start, prior))
+
+
+def _surface(problem: _Problem, solution: _Solution) -> Surface:
+    p, jacobian = problem.parameters(solution.z), solution.jacobian
     covariance = problem.root @ np.linalg.inv(jacobian.T @ jacobian) @ problem.root.T
     share = (np.diag(covariance)[:_LAW] / np.diag(problem.root @ problem.root.T)[:_LAW]).clip(0, 1)
     weights = {"learning_rate": share[:4].tolist(), "batch": share[4:].tolist()}
@@ -210,4 +245,72 @@ def fit_surface(frame: pd.DataFrame, start: Surface | None = None, prior: Prior 
         shape=p[_LAW:_BOWL].tolist(),
         held=assumed,
         prior_share=weights,
+    )
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What a table tells, as a Gaussian around the fit: P parameters (the laws of lr* and B*, the shape, the loss), and two
+    kinds of deviations from them: of each group's log loss (G groups), and of log lr* and log B* of each size (S sizes).
+
+    ``covariance [P + G + 2 S, P + G + 2 S]``. ``groups`` and ``sizes``: the places of their deviations, by (n_total,
+    n_active, tokens) and by (n_total, n_active). ``spread``: the standard deviation of a new group's.
+    """
+
+    surface: Surface
+    parameters: np.ndarray
+    covariance: np.ndarray
+    groups: dict[tuple[float, float, float], int]
+    sizes: dict[tuple[float, float], int]
+    spread: float
+
+    def slopes(self, n_total: float, n_active: float, tokens: float, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """Derivatives ``[runs, P]`` of the log loss of one group's runs, whose log learning rate and log batch are ``u`` and
+        ``v`` above the optimum."""
+        p, x = self.parameters, _features(n_total, n_active, tokens)
+        rate, batch = x @ p[:4] + u, x @ p[4:_LAW] + v
+        level = _level(p, *_sizes(n_total, n_active, tokens))[1]
+        heights = _slopes(p, np.repeat(x, len(u), axis=0), rate, batch)
+        return np.concatenate([heights, np.repeat(level, len(u), axis=0)], axis=1)
+
+    def token_exponent(self, n_total: float, n_active: float, tokens: float) -> float:
+        """By what share the loss falls per share of more tokens, - d log L / d log D, at a model's own optimum."""
+        by_d = _level(self.parameters, *_sizes(n_total, n_active, tokens))[1][0, 2]  # the share of the term B / D^b
+        return float(by_d * self.parameters[_BOWL + 4])
+
+
+def posterior(frame: pd.DataFrame, prior: Prior | None = None, misfit: tuple[float, float] = MISFIT) -> Posterior:
+    """`fit_surface` with the uncertainty of what it found. ``misfit``: standard deviations of log lr* and log B* of a size
+    from the laws; with zeros, the covariance is the fit's own. Raises InputError."""
+    problem, solution = _solved(frame, None, prior)
+    p = problem.parameters(solution.z)
+    finished = frame[~frame["diverged"]]
+    sizes = finished.groupby(["n_total", "n_active"], sort=False).ngroup().to_numpy()
+    groups, count = int(problem.group.max()) + 1, int(sizes.max()) + 1
+    heights = _slopes(p, problem.x, problem.rate, problem.batch)
+    by_size = np.zeros((len(sizes), count, 2))
+    by_size[np.arange(len(sizes)), sizes] = heights[:, [0, 4]] * np.array(misfit)  # in units of the misfit
+    rows = [
+        heights,
+        problem.level(p)[1],
+        np.eye(groups)[problem.group] * solution.spread,
+        by_size.reshape(len(sizes), -1),
+    ]
+    design = np.concatenate(rows, axis=1)
+    information = np.eye(design.shape[1])
+    information[:_LOSS, :_LOSS] = np.linalg.inv(problem.root @ problem.root.T)
+    information += design.T @ (solution.weight[:, None] * design)
+    x, rate, batch = problem.blown
+    low = WINDOW - _shape(p[_LAW:_BOWL], rate - x @ p[:4], batch - x @ p[4:_LAW])
+    censored = _slopes(p, x, rate, batch)[low > 0] / NOISE
+    information[:_BOWL, :_BOWL] += censored.T @ censored
+    unit = np.concatenate([np.ones(_LOSS), np.full(groups, solution.spread), np.tile(misfit, count)])
+    keys = finished[["n_total", "n_active", "tokens"]].to_numpy(float)
+    return Posterior(
+        surface=_surface(problem, solution),
+        parameters=p,
+        covariance=unit[:, None] * np.linalg.inv(information) * unit,
+        groups={(n, active, d): _LOSS + int(g) for (n, active, d), g in zip(keys, problem.group, strict=True)},
+        sizes={(n, active): _LOSS + groups + 2 * int(s) for (n, active, _), s in zip(keys, sizes, strict=True)},
+        spread=solution.spread,
     )

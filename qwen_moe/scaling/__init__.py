@@ -2,7 +2,7 @@
 
 import argparse
 
-from qwen_moe.scaling import collect, ladder, predict
+from qwen_moe.scaling import collect, ladder, next_runs, predict
 from scaling_laws.cli import register as register_scaling_laws
 
 
@@ -10,5 +10,6 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Add `scaling` and all its verbs."""
     verbs = register_scaling_laws(subparsers)
     ladder.register(verbs)
+    next_runs.register(verbs)
     collect.register(verbs)
     predict.register(verbs)

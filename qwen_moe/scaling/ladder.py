@@ -151,23 +151,14 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.recipe, args.overrides)
     refuse_stages(config, "qwen-moe scaling ladder")
-    if args.output.exists() and not args.output.is_dir():
-        raise UserError(f"--output {args.output} is a file: give a new or empty folder")
-    if args.output.exists() and any(args.output.iterdir()):
-        raise UserError(f"--output {args.output} is not empty: give another folder, so that recipes are not mixed up")
+    check_new(args.output)
     models = smaller_models(config.model)
     if len(models) < 3:
         raise UserError(
             f"{args.recipe}: its model has only {len(models)} smaller sizes in steps of 1.5 times, and a ladder needs 3: "
             "give the recipe of a larger model (more layers and KV heads)"
         )
-    sizes = [(float(c.non_vocabulary_total), float(c.non_vocabulary_activated)) for c in map(count_parameters, models)]
-    large = count_parameters(config.model)
-    target = (
-        float(large.non_vocabulary_total),
-        float(large.non_vocabulary_activated),
-        float(config.training.train_tokens),
-    )
+    sizes, target = [size_of(model) for model in models], target_of(config)
     prior = load_fit(args.fit).surface if args.fit is not None else None
     design = design_ladder(target, sizes, DURATIONS, args.flops_budget, prior, _decay_share(config))
     chosen = [models[sizes.index((small.n_total, small.n_active))] for small in design.runs]
@@ -186,6 +177,25 @@ def run(args: argparse.Namespace) -> int:
     }
     print(json.dumps(facts) if args.json else _text(facts, rows, target))
     return 0
+
+
+def check_new(output: Path) -> None:
+    """Raises UserError if recipes cannot be written to ``output`` without mixing them up with others."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file: give a new or empty folder")
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"--output {output} is not empty: give another folder, so that recipes are not mixed up")
+
+
+def size_of(model: ModelConfig) -> tuple[float, float]:
+    """(n_total, n_active), as tables of runs count them: without embedding and head."""
+    counts = count_parameters(model)
+    return float(counts.non_vocabulary_total), float(counts.non_vocabulary_activated)
+
+
+def target_of(config: RunConfig) -> tuple[float, float, float]:
+    """(n_total, n_active, tokens) of the run to recommend for."""
+    return (*size_of(config.model), float(config.training.train_tokens))
 
 
 def _too_far(runs: Sequence[Any], target: tuple[float, float, float]) -> list[str]:

@@ -89,6 +89,7 @@ BASE: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = {
     ("scaling", "recommend"): (("fit", "--n-total", "1e9", "--tokens", "2e10", "--seq-len", "1024"), ("fit",)),
     ("scaling", "report"): (("fit",), ("fit",)),
     ("scaling", "ladder"): (("large.yaml", "--flops-budget", "1e15", "--output", "new"), ("large.yaml", "fit")),
+    ("scaling", "next"): (("large.yaml", "--runs", "runs.csv", "--output", "new"), ("large.yaml", "runs.csv")),
     ("scaling", "collect"): (("ladder", "--output", "new.csv"), ("ladder",)),
     ("scaling", "predict"): (("ladder/runs/run_000", "--like", "ladder/runs/run_001"), ("ladder",)),
     ("pipeline",): (
