@@ -7,6 +7,7 @@ and ``type=Path`` refuses an empty path. `whole` and `number` are types with a r
 import argparse
 import math
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -93,6 +94,16 @@ class Parser(argparse.ArgumentParser):
         self.register("type", int, whole(-LARGEST - 1))
         self.register("type", float, number())
         self.register("type", Path, given_path)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse reports a verb's unknown option as one of the whole command; here the verb does, and names similar ones."""
+        found, rest = super().parse_known_args(args, namespace)
+        unknown = [item for item in rest if item.startswith("-")]
+        if unknown and not any(isinstance(action, argparse._SubParsersAction) for action in self._actions):
+            similar = get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            hint = f"; did you mean {similar[0]}?" if similar else ""
+            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")

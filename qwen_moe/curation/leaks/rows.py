@@ -123,7 +123,12 @@ def text_of(row: dict[str, Any], line: Line, text_key: str = "text", keys: Seque
         chat = [key for key in _CHAT if key in row]
         if not chat:
             raise BadLine(
-                _no_text(row, line, f"neither {text_key!r} nor messages or a prompt; name the key of the text")
+                _no_text(
+                    row,
+                    line,
+                    f"neither {text_key!r} nor messages or a prompt; name the key of the text"
+                    " with --text-key, of a test with --test-key",
+                )
             )
         parts = [part for key in chat for part in _parts(row[key])]
     text = "\n".join(parts)
