@@ -96,7 +96,7 @@ class Parser(argparse.ArgumentParser):
         self.register("type", Path, given_path)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """argparse reports a verb's unknown option as one of the whole command; here the verb does, and names similar ones."""
+        """argparse reports a verb's unknown option as the whole command's. Here the verb does, and names a similar one."""
         found, rest = super().parse_known_args(args, namespace)
         unknown = [item for item in rest if item.startswith("-")]
         if unknown and not any(isinstance(action, argparse._SubParsersAction) for action in self._actions):

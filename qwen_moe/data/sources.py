@@ -217,6 +217,8 @@ def _add_directory(corpus: Corpus, root: Path, seen: Seen) -> None:
             path = folder / entry.name
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 corpus.left_out.add(HIDDEN, f"{path}/" if path.is_dir() else str(path))
+            elif entry.name == RECORD:
+                continue  # says what the texts beside it were checked against
             elif entry.name == DROPPED and path.is_dir() and (folder / RECORD).is_file():
                 corpus.left_out.add(LEAKS, f"{path}/")
             elif path.is_dir():

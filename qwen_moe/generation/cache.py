@@ -7,12 +7,13 @@ T tokens, C head dim.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 import torch
 import torch.nn.functional as F
 
 from parallel.gemm import widens
+from qwen_moe.generation.whole import attend_whole
 from qwen_moe.models.attention.reader import Reader
 from qwen_moe.models.ops.decode_attention import decode_attention, merge
 from qwen_moe.models.rope import Rope, RotaryTables, apply_rope
@@ -176,8 +177,9 @@ class SequenceCache:
         keys, values = self._prompts.of(layer, k)
         asked, (q, k, v) = q.dtype, (x.to(keys.dtype) for x in (q, k, v))
         y = torch.zeros_like(q)
-        read = answered = 0
-        for chunk in self._chunks:
+        whole = 0 if wanted_only else self._attend_whole(layer, q, k, v, y)
+        read, answered = sum(map(len, self._chunks[:whole])), 0
+        for chunk in self._chunks[whole:]:
             size, start = chunk.end - chunk.begin, self._prompt_room - self._lengths[chunk.prompt]
             own = slice(read, read + size)
             read += size
@@ -192,6 +194,22 @@ class SequenceCache:
                 answered += 1
             y[:, own] = self._reader.attend(layer, q[:, own], *self._seen(keys, values, chunk.prompt, chunk.end), first)
         return y.to(asked)
+
+    def _attend_whole(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor) -> int:
+        """The attention of the first chunks of this pass that are whole prompts, into ``y``. Returns how many they are."""
+        chunks = list(takewhile(lambda chunk: chunk.begin == 0 and chunk.last, self._chunks))
+        if not chunks:
+            return 0
+        lengths = [len(chunk) for chunk in chunks]
+        end = sum(lengths)
+        y[0, :end], rotated = attend_whole(self._reader, layer, q[0, :end], k[0, :end], v[0, :end], lengths)
+        keys, values = self._prompts.of(layer, k)
+        for chunk, of_key, of_value in zip(chunks, rotated.split(lengths), v[0, :end].split(lengths), strict=True):
+            start = self._prompt_room - len(chunk)
+            written = slice(start, start + len(chunk))
+            keys[chunk.prompt, :, written] = of_key.transpose(0, 1)
+            values[chunk.prompt, :, written] = of_value.transpose(0, 1)
+        return len(chunks)
 
     def _seen(
         self, keys: torch.Tensor, values: torch.Tensor, row: int, length: int

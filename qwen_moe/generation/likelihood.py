@@ -6,12 +6,13 @@ V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 
 import torch
 
 from parallel.gemm import widens
 from qwen_moe.errors import UserError
+from qwen_moe.generation.whole import attend_whole
 from qwen_moe.models.attention.reader import Reader
 
 _ROWS = 256  # of logits, which are in memory at a time
@@ -82,13 +83,17 @@ class TextsOfPass:
         if widens(k):
             q, k, v = q.float(), k.float(), v.float()
         y = torch.zeros_like(q)  # what follows the texts is padding
+        if not wanted_only:
+            for reader, group in groupby(zip(self._readers, pairwise(self._ends), strict=True), lambda pair: pair[0]):
+                ends = [end for _, end in group]
+                own, lengths = slice(ends[0][0], ends[-1][1]), [end - begin for begin, end in ends]
+                y[0, own], _ = attend_whole(reader, layer, q[0, own], k[0, own], v[0, own], lengths)
+            return y.to(dtype)
         asked = 0
         for text, reader, (begin, end) in zip(self._texts, self._readers, pairwise(self._ends), strict=True):
-            own, first = slice(begin, end), 0
-            queries = own
-            if wanted_only:
-                queries, first = slice(asked, asked + text.scored), end - begin - text.scored
-                asked += text.scored
+            own, first = slice(begin, end), end - begin - text.scored
+            queries = slice(asked, asked + text.scored)
+            asked += text.scored
             y[:, queries] = reader.attend(layer, q[:, queries], reader.keys(k[:, own], 0), v[:, own], first)
         return y.to(dtype)
 

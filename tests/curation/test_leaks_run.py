@@ -297,6 +297,16 @@ def test_data_that_are_checked_again_after_they_were_prepared(corpus: Path) -> N
     assert share_checked(corpus / "data", texts) == 0.0
 
 
+def test_the_record_beside_clean_texts_is_no_text_that_is_left_out(
+    corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert decontaminate(corpus, *KEYS) == 0
+    capsys.readouterr()
+    assert main([*PREPARE, "--output", str(corpus / "data"), "--input", str(corpus / "clean")]) == 0
+    told = "".join(capsys.readouterr())
+    assert "reading 1 file, " in told and ".json (" not in told
+
+
 def test_of_two_inputs_the_tests_count_that_both_were_checked_against(corpus: Path) -> None:
     rows = read_jsonl(corpus / "tests.jsonl")
     write_jsonl(corpus / "fewer.jsonl", rows[:5])

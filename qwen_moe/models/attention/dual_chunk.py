@@ -41,6 +41,10 @@ class DualChunkReader:
         self._stride = config.stride
         self._largest = config.chunk_size - (config.clamp == "trained")
 
+    @property
+    def takes_several(self) -> bool:
+        return False
+
     def keys(self, k: torch.Tensor, begin: int) -> torch.Tensor:
         first, count = begin % self._stride, k.shape[1]
         return self._rotated(k, ("keys", first, count), lambda: torch.arange(first, first + count) % self._stride)

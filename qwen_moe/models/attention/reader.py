@@ -1,7 +1,7 @@
 """How one sequence reads its cached keys: at which angles keys are cached, and how new queries attend to them.
 
-Shapes: S new tokens, T cached tokens, H query heads, G key/value heads, C head dim. The batch dim is 1: sequences of
-different lengths are read one after the other. Readers are for inference and define no gradients.
+Shapes: B sequences, S new tokens, T cached tokens, H query heads, G key/value heads, C head dim. B is 1, except for whole
+sequences of one length where the reader takes several. Readers are for inference and define no gradients.
 """
 
 from collections.abc import Callable, Hashable
@@ -22,13 +22,18 @@ class Reader(Protocol):
     """One way of reading, for all layers. An instance may serve many sequences."""
 
     def keys(self, k: torch.Tensor, begin: int) -> torch.Tensor:
-        """Keys as they are cached: ``k [1, S, G, C]`` without rotation, the first at position ``begin``."""
+        """Keys as they are cached: ``k [B, S, G, C]`` without rotation, the first at position ``begin``."""
         ...
 
     def attend(self, layer: int, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, begin: int) -> torch.Tensor:
-        """Attention of ``q [1, S, H, C]`` without rotation, at positions begin..begin+S-1, to ``keys, values
-        [1, T >= begin + S, G, C]`` cached from position 0 on: ``[1, S, H, C]``. A query sees the keys up to its own
+        """Attention of ``q [B, S, H, C]`` without rotation, at positions begin..begin+S-1, to ``keys, values
+        [B, T >= begin + S, G, C]`` cached from position 0 on: ``[B, S, H, C]``. A query sees the keys up to its own
         position. S > 1 is a chunk of a prompt, S = 1 a new token."""
+        ...
+
+    @property
+    def takes_several(self) -> bool:
+        """Whether `keys` and `attend` take several sequences as a batch, all of their tokens from position 0 on."""
         ...
 
 
@@ -54,7 +59,7 @@ class Angles:
         return self._kept[key]
 
     def rotated(self, x: torch.Tensor, begin: int) -> torch.Tensor:
-        """``x [1, S, ., C]`` at positions from ``begin`` on."""
+        """``x [B, S, ., C]`` at positions from ``begin`` on."""
         end = begin + x.shape[1]
         return apply_rope(x, self.tables((begin, end), lambda: torch.arange(begin, end), x))
 
@@ -73,6 +78,10 @@ class PlainReader:
 
     def keys(self, k: torch.Tensor, begin: int) -> torch.Tensor:
         return self._angles.rotated(k, begin)
+
+    @property
+    def takes_several(self) -> bool:
+        return self.sparse is None  # which chooses, and counts, for one sequence
 
     def attend(self, layer: int, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, begin: int) -> torch.Tensor:
         queries, scale = q.shape[1], self._angles.scale
