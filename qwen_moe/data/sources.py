@@ -26,6 +26,7 @@ BROKEN_LINK = "link to nothing"
 SPECIAL = "no regular file"
 # `qwen-moe data decontaminate` writes this file, and beside it a folder of what it dropped.
 RECORD, DROPPED = "decontaminated.json", "dropped"
+CHECKED = (RECORD, "leaks.json", "leaks.html")  # what a check for leaks writes beside texts, and is no text
 LEAKS = "dropped as leaks of tests"
 _NAMED = 3
 Seen = set[tuple[int, int] | str]
@@ -217,8 +218,8 @@ def _add_directory(corpus: Corpus, root: Path, seen: Seen) -> None:
             path = folder / entry.name
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 corpus.left_out.add(HIDDEN, f"{path}/" if path.is_dir() else str(path))
-            elif entry.name == RECORD:
-                continue  # says what the texts beside it were checked against
+            elif entry.name in CHECKED and (folder / RECORD).is_file():
+                continue
             elif entry.name == DROPPED and path.is_dir() and (folder / RECORD).is_file():
                 corpus.left_out.add(LEAKS, f"{path}/")
             elif path.is_dir():

@@ -14,6 +14,7 @@ from qwen_moe.generation.routing import experts_of_pass
 from qwen_moe.generation.step import CompiledStep
 from qwen_moe.models.attention.cache import Cache
 from qwen_moe.models.decoder import DecoderLM
+from qwen_moe.models.ops.compiled import with_compiled_kernels
 
 
 class Runner(Protocol):
@@ -46,7 +47,8 @@ class Runner(Protocol):
 
 
 class LocalRunner:
-    """The whole model on one device. ``compiled``: new tokens are read by a `CompiledStep`."""
+    """The whole model on one device. ``compiled``: new tokens are read by a `CompiledStep`, other passes with compiled
+    elementwise chains."""
 
     def __init__(self, model: DecoderLM, *, compiled: bool = False) -> None:
         self.model, self.first_head = model, 0
@@ -62,7 +64,7 @@ class LocalRunner:
         if some is None and self._step is not None and self._step.reads(cache, len(ids)):
             states = self._step.read(ids, cache, chosen)
         else:
-            states = self.model.read(ids.unsqueeze(0), cache, some, chosen)[0]
+            states = self._read(ids, cache, some, chosen)
         if experts is not None and chosen is not None:
             experts.append(experts_of_pass(self.model, chosen, wanted, len(ids)))
         return linear(states, self.model.head_weight)
@@ -71,8 +73,14 @@ class LocalRunner:
     def log_probs(
         self, ids: torch.Tensor, cache: Cache, wanted: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        states = self.model.read(ids.unsqueeze(0), cache, wanted if len(wanted) < len(ids) else None)[0]
+        states = self._read(ids, cache, wanted if len(wanted) < len(ids) else None, None)
         return of_labels(states, labels, lambda rows: linear(rows, self.model.head_weight))
+
+    def _read(
+        self, ids: torch.Tensor, cache: Cache, wanted: torch.Tensor | None, chosen: list[torch.Tensor] | None
+    ) -> torch.Tensor:
+        with with_compiled_kernels(self._step is not None):
+            return self.model.read(ids.unsqueeze(0), cache, wanted, chosen)[0]
 
     def of_all_layers(self, experts: torch.Tensor) -> torch.Tensor:
         return experts

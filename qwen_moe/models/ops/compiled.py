@@ -5,11 +5,12 @@ the process, like `torch.set_num_threads`: `compile_kernels` sets it before a mo
 `precision.compile`; verification in float64 and short runs do not compile.
 """
 
+import contextlib
 import functools
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -24,6 +25,18 @@ def compile_kernels(on: bool) -> None:
     """Set whether this process compiles functions marked `fused` from now on."""
     global _compiling
     _compiling = on
+
+
+@contextlib.contextmanager
+def with_compiled_kernels(on: bool) -> Iterator[None]:
+    """If ``on``, functions marked `fused` are compiled meanwhile."""
+    global _compiling
+    before = _compiling
+    _compiling = on or before
+    try:
+        yield
+    finally:
+        _compiling = before
 
 
 def compiling() -> bool:
