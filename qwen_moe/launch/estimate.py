@@ -96,7 +96,9 @@ def estimate(config: RunConfig, spec: JobSpec, hardware: Hardware, run_dir: Path
         seconds = work / (gpus * hardware.peak_tflops * 1e12 * hardware.expected_utilisation)
         source = f"{hardware.expected_utilisation:.0%} of {hardware.peak_tflops:g} TFLOP/s per GPU, from the site file"
     else:
-        source = "no step has been measured yet, and the site file has no hardware.peak_tflops"
+        source = (
+            "no step has been measured yet, and the site file has no hardware.peak_tflops; `qwen-moe plan` estimates a step"
+        )
     minutes = parse_minutes(spec.time) if spec.time else None
     measured = measured_checkpoint_seconds(run)
     written = checkpoint_bytes(config) / (hardware.checkpoint_gb_per_second * 1e9 or 1e9)
