@@ -97,7 +97,8 @@ def estimate(config: RunConfig, spec: JobSpec, hardware: Hardware, run_dir: Path
         source = f"{hardware.expected_utilisation:.0%} of {hardware.peak_tflops:g} TFLOP/s per GPU, from the site file"
     else:
         source = (
-            "no step has been measured yet, and the site file has no hardware.peak_tflops; `qwen-moe plan` estimates a step"
+            "no step has been measured yet, and the site file has no hardware.peak_tflops; `qwen-moe plan` tells what to "
+            "expect"
         )
     minutes = parse_minutes(spec.time) if spec.time else None
     measured = measured_checkpoint_seconds(run)

@@ -7,7 +7,7 @@ from typing import Any
 from launchers.duration import span
 from launchers.folder.atomic import write_text
 from qwen_moe.scaling.ladder import far_text
-from qwen_moe.workflow.steps import FIT, RECIPE, SCRIPT, STEPS, Context
+from qwen_moe.workflow.steps import FIT, RECIPE, RUNS, SCRIPT, STEPS, TARGET, Context
 
 PAGE = "pipeline.md"
 
@@ -129,6 +129,8 @@ def _recommend(at: Context, facts: dict[str, Any]) -> list[str]:
     outside = {name: times for name, times in facts["extrapolation"].items() if times > 1.001}
     told = ", ".join(f"{name} {times:.3g} times" for name, times in outside.items())
     lines += ["", "What published laws say:", "", *published, "", f"Beyond the small runs: {told or 'nothing'}."]
+    more = f"qwen-moe scaling next {at.path(TARGET)} --runs {at.path(RUNS)}"
+    lines += ["", f"Whether further small runs would be worth their cost, and which: `{more}`.", ""]
     known = at.state.facts("fit").get("warnings", ())
     return lines + [f"* {warning}" for warning in facts["warnings"] if warning not in known]
 

@@ -32,6 +32,7 @@ RUNS, FIT, LADDER, RECOMMENDED, RECIPE, SCRIPT = (
     "recipe.yaml",
     "job.sbatch",
 )
+TARGET = "target.yaml"
 MOST_DIVISOR = 8
 
 
@@ -107,7 +108,7 @@ def _ladder_inputs(at: Context) -> dict[str, Any]:
 def _ladder(at: Context) -> dict[str, Any]:
     budget = f"{at.args.flops_budget:g}"
     # Write the resolved recipe, which includes the overrides, so that the command by hand needs only this file.
-    recipe = at.folder / "target.yaml"
+    recipe = at.folder / TARGET
     write_text(recipe, dump_config(at.config))
     output = at.call("scaling", "ladder", str(recipe), "--flops-budget", budget, "--output", at.path(LADDER), "--json")
     facts = json.loads(output)

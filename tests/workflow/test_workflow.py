@@ -124,6 +124,9 @@ def test_from_recipe_to_recommended_recipe(
     capsys.readouterr()
     assert main(commands[3].split()[1:]) == 0
     assert json.loads(capsys.readouterr().out)["left_out"] == []
+    advice = page.split("`qwen-moe scaling next ")[1].split("`")[0]
+    assert main(["scaling", "next", *advice.split(), "--count", "1"]) == 0
+    assert "runs so far" in capsys.readouterr().out
     # Again: nothing is done twice.
     before = read_json(tmp_path / "out" / "state.json")
     assert pipeline() == 0
