@@ -35,7 +35,10 @@ class Exchange:
         self.local_experts = num_experts * etp // axis.size
 
     def plan(self, counts: torch.Tensor, rows: int) -> ExchangePlan:
-        """Exchange row counts. ``counts [E]``: this rank's rows per expert; ``rows``: their sum, before copies for etp."""
+        """Exchange row counts. ``counts [E]``: this rank's rows per expert; ``rows``: their sum, before copies for etp.
+
+        The host waits for them. Where another message is in flight, they queue behind it, as the rows do that follow.
+        """
         ranks, local = self.axis.size, self.local_experts
         # Every rank that holds a slice of an expert (etp) needs all of the expert's rows.
         outgoing = counts.view(-1, 1, local).expand(-1, self.etp, local).reshape(ranks, local)
@@ -56,17 +59,15 @@ class Exchange:
         arrival[by_expert] = torch.arange(total, device=counts.device)
         return ExchangePlan(send, receive, incoming.sum(0), by_expert, arrival)
 
-    def start(self, rows: torch.Tensor, plan: ExchangePlan) -> torch.Tensor:
-        """Begin to send ``rows [N, D]``, sorted by destination. Returns a token for `finish`; do other work between."""
-        return _Start.apply(rows, plan, self.axis, False)
+    def start(self, rows: torch.Tensor, plan: ExchangePlan, back: bool = False) -> torch.Tensor:
+        """Begin to send ``rows [N, D]``, sorted by destination, or with ``back`` to return ``rows [M, D]``, in order of
+        arrival, to their senders. Returns a token for `finish`, of the shape of ``rows`` but without memory. Do other work
+        between; another message of the same plan may not begin before."""
+        return _Start.apply(rows, plan, self.axis, back)
 
-    def finish(self, token: torch.Tensor, plan: ExchangePlan) -> torch.Tensor:
-        """The rows received ``[M, D]``, in order of arrival."""
-        return _Finish.apply(token, plan, self.axis, False)
-
-    def send_back(self, rows: torch.Tensor, plan: ExchangePlan) -> torch.Tensor:
-        """Return rows ``[M, D]`` (in order of arrival) to their senders, who get ``[N, D]``."""
-        return _Finish.apply(_Start.apply(rows, plan, self.axis, True), plan, self.axis, True)
+    def finish(self, token: torch.Tensor, plan: ExchangePlan, back: bool = False) -> torch.Tensor:
+        """The rows received: ``[M, D]`` in order of arrival, or with ``back`` ``[N, D]`` in the order sent."""
+        return _Finish.apply(token, plan, self.axis, back)
 
 
 def _launch(rows: torch.Tensor, plan: ExchangePlan, axis: Axis, back: bool) -> Pending:
@@ -78,14 +79,20 @@ def _launch(rows: torch.Tensor, plan: ExchangePlan, axis: Axis, back: bool) -> P
 
 
 class _Start(torch.autograd.Function):
-    """forward: launch the all-to-all. The output is a token (a view of the input); the rows arrive in ``plan.out``.
-    backward: wait for the reverse all-to-all that `_Finish.backward` launched. Work between the two overlaps."""
+    """forward: launch the all-to-all. The output is a token; the rows arrive in ``plan.out``.
+    backward: wait for the reverse all-to-all that `_Finish.backward` launched. Work between the two overlaps.
+
+    Autograd runs nodes in the reverse order of their creation. So where forward computes something between a start and a
+    finish, backward computes the gradient of it between the launch and the wait."""
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor, plan: ExchangePlan, axis: Axis, back: bool) -> torch.Tensor:
         ctx.plan = plan
+        assert plan.out is None
         plan.out = _launch(rows, plan, axis, back)
-        return rows.view_as(rows)
+        # One element, whatever the shape: the rows themselves can be freed when they are sent. Not a view, of which FSDP
+        # warns.
+        return torch.empty_strided(rows.shape, (0,) * rows.ndim, dtype=rows.dtype, device=rows.device)
 
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:

@@ -27,6 +27,7 @@ class ParallelConfig(Section):
 
     ``cp_kind``: how attention reaches the keys of other cp ranks (docs/long-context.md); ``auto`` takes the kind that
     communicates least. ``cp_ulysses``: with ring or all_gather, this many neighbouring cp ranks exchange tokens for heads.
+    ``ep_overlap``: the halves of a micro-batch take turns, one computes while the tokens of the other travel to experts.
     """
 
     tp: Degree = 1
@@ -36,6 +37,7 @@ class ParallelConfig(Section):
     cp_ulysses: Degree = 1
     ep: Degree = 1
     etp: Degree = 1
+    ep_overlap: bool = False
     schedule: Literal["1f1b", "interleaved_1f1b", "zbv", "dualpipev"] = "1f1b"
     stages_per_rank: OptionalLayers = 0
     pipeline_split: tuple[Layers, ...] = ()

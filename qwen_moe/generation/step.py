@@ -19,7 +19,7 @@ from qwen_moe.generation.cache import SequenceCache
 from qwen_moe.models.attention.gqa import Attention
 from qwen_moe.models.decoder import DecoderLayer, DecoderLM
 from qwen_moe.models.feed_forward import FeedForward
-from qwen_moe.models.moe.block import MoE
+from qwen_moe.models.moe.block import MoE, Sent
 from qwen_moe.models.moe.router import choose
 from qwen_moe.models.ops.compiled import compiled, missing_compiler
 from qwen_moe.models.ops.dtypes import accumulation_dtype
@@ -166,8 +166,9 @@ class CompiledStep:
             x, indices = rest(x, y, layer.rest, layer.experts, layer.sizes)
         else:
             x, normed, weights, indices, shared = self._route(x, y, layer.rest, layer.sizes)
-            routed, _ = moe.dispatcher(normed, weights, indices, moe.experts, lambda: None, False)
-            x = x + (routed if shared is None else routed + shared)
+            rows, route = moe.dispatcher.send(normed, indices, False)
+            (back,) = moe.through_experts([Sent(rows, route, weights, shared)])
+            x = x + back.received(x)
         if chosen is not None:
             chosen.append(indices)
         return x

@@ -24,6 +24,7 @@ from qwen_moe.models.linear import Linear
 from qwen_moe.models.moe.block import MoE
 from qwen_moe.models.moe.router import RouterStatistics
 from qwen_moe.models.norm import RMSNorm
+from qwen_moe.models.parts import Given, Moving, Part, join, join_statistics, landed, split
 from qwen_moe.models.rope import RotaryTables, make_rope
 from qwen_moe.models.sequence import SequencePart, WholeSequence
 
@@ -41,10 +42,11 @@ class LossSums(NamedTuple):
 
 
 class DecoderLayer(nn.Module):
-    """x = x + attention(norm(x)), then x + feed-forward or MoE of norm(x). Returns x, and router statistics or None.
+    """x = x + attention(norm(x)), then x + feed-forward or MoE of norm(x).
 
-    With ``recompute``, backward computes everything again except attention itself, whose cost grows with the square of the
-    sequence: its inputs and output are kept.
+    The parts of a micro-batch go through it in turn: while the rows of one travel, the next computes. All go through one
+    call, so that FSDP gathers weights and reduces gradients once. With ``recompute``, backward computes everything again
+    except attention itself, whose cost grows with the square of the sequence: its inputs and output are kept.
     """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
@@ -56,19 +58,17 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        rotary: RotaryTables,
-        visible: Visibility,
-        recompute: bool = False,
-        counted: torch.Tensor | None = None,
-        experts: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, RouterStatistics | None]:
-        if recompute:
-            q, k, v = checkpoint(self._heads, x, rotary, use_reentrant=False)
-            y = self.self_attn.attend(q, k, v, visible, rotary.softmax_scale)
-            return checkpoint(self._after_attention, x, y, counted, experts, use_reentrant=False)
-        return self._feed_forward(x + self.self_attn(self.input_layernorm(x), rotary, visible), counted, experts)
+        self, parts: Sequence[Part], given: Sequence[Given], recompute: bool = False, land: bool = True
+    ) -> tuple[list[Part], list[RouterStatistics]]:
+        """The parts after the layer, and the router's statistics of each, if there is one. Without ``land``, rows of two
+        parts or more may still be on their way back, for the next layer to wait for."""
+        if not recompute:
+            return self._feed_forward(map(self._attended, parts, given), given, land)
+        xs, ys = [landed(part) for part in parts], []
+        for x, one in zip(xs, given, strict=True):
+            q, k, v = checkpoint(self._heads, x, one.rotary, use_reentrant=False)
+            ys.append(self.self_attn.attend(q, k, v, one.visible, one.rotary.softmax_scale))
+        return checkpoint(self._after_attention, xs, ys, given, land, use_reentrant=False)
 
     def read(
         self,
@@ -92,19 +92,35 @@ class DecoderLayer(nn.Module):
     def _heads(self, x: torch.Tensor, rotary: RotaryTables) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.self_attn.heads(self.input_layernorm(x), rotary)
 
+    def _attended(self, part: Part, given: Given) -> torch.Tensor:
+        x = landed(part)
+        return x + self.self_attn(self.input_layernorm(x), given.rotary, given.visible)
+
     def _after_attention(
-        self, x: torch.Tensor, y: torch.Tensor, counted: torch.Tensor | None, experts: torch.Tensor | None
-    ) -> tuple[torch.Tensor, RouterStatistics | None]:
-        return self._feed_forward(x + self.self_attn.output(y), counted, experts)
+        self, xs: Sequence[torch.Tensor], ys: Sequence[torch.Tensor], given: Sequence[Given], land: bool
+    ) -> tuple[list[Part], list[RouterStatistics]]:
+        attended = (x + self.self_attn.output(y) for x, y in zip(xs, ys, strict=True))
+        return self._feed_forward(attended, given, land)
 
     def _feed_forward(
-        self, x: torch.Tensor, counted: torch.Tensor | None, experts: torch.Tensor | None
-    ) -> tuple[torch.Tensor, RouterStatistics | None]:
-        normed = self.post_attention_layernorm(x)
-        if self.is_moe:
-            y, statistics = self.mlp(normed, counted, experts)
-            return x + y, statistics
-        return x + self.mlp(normed), None
+        self, xs: Iterable[torch.Tensor], given: Sequence[Given], land: bool
+    ) -> tuple[list[Part], list[RouterStatistics]]:
+        """``xs`` are taken one by one: each is computed while the rows of the one before travel."""
+        if not isinstance(self.mlp, MoE):
+            return [x + self.mlp(self.post_attention_layernorm(x)) for x in xs], []
+        index = self.self_attn.layer
+        if len(given) == 1:
+            (x,), (one,) = xs, given
+            y, of_part = self.mlp(self.post_attention_layernorm(x), one.counted, one.experts.get(index))
+            return [x + y], [of_part]
+        kept, sent, statistics = [], [], []
+        for x, one in zip(xs, given, strict=True):
+            rows, of_part = self.mlp.send(self.post_attention_layernorm(x), one.counted, one.experts.get(index))
+            kept.append(x)
+            sent.append(rows)
+            statistics.append(of_part)
+        moving = [Moving(x, back) for x, back in zip(kept, self.mlp.through_experts(sent), strict=True)]
+        return [landed(part) for part in moving] if land else list(moving), statistics
 
 
 class Layers(nn.Module):
@@ -142,15 +158,16 @@ class DecoderLM(nn.Module):
     model, which returns scores ``[B, S, C]`` instead.
 
     ``recompute``: each layer's activations are dropped in forward and computed again in backward; ``selective`` keeps those
-    of attention itself. ``layers`` (default all)
-    selects consecutive layers for a pipeline stage: without layer 0 the module takes hidden states instead of token ids,
+    of attention itself. ``ep_overlap``: in training, the two halves of a micro-batch take turns in each layer, so that one
+    computes while the rows of the other travel to experts and back. ``layers`` (default all) selects consecutive layers for
+    a pipeline stage: without layer 0 the module takes hidden states instead of token ids,
     and without the last layer it returns hidden states before the final norm.
     """
 
     def __init__(self, config: ModelConfig, recompute: Recompute = "none", layers: Sequence[int] | None = None) -> None:
         super().__init__()
         layers = range(config.num_hidden_layers) if layers is None else layers
-        self.config, self.recompute = config, recompute
+        self.config, self.recompute, self.ep_overlap = config, recompute, False
         self.rope = make_rope(config)
         self.first, self.last = layers[0] == 0, layers[-1] == config.num_hidden_layers - 1
         embedding = self.first or (self.last and config.tied_head)
@@ -195,17 +212,21 @@ class DecoderLM(nn.Module):
         x = self.model.embed_tokens(input_ids) if self.first else input_ids
         rotary = self.rope.tables(position_ids, x.dtype)
         visible = Visibility(starts=document_starts)
-        replayed = {} if experts is None else self._by_layer(experts)
+        of_layers = {} if experts is None else self._by_layer(experts)
+        halved = self.ep_overlap and self.training and x.shape[0] % 2 == 0
+        parts, given = split(x, Given(rotary, visible, counted, of_layers), 2 if halved else 1)
         collected = []
         for layer in self.model.layers:
-            of_layer = (counted, replayed.get(layer.self_attn.layer))
             if self.recompute == "full" and self.training:
-                x, statistics = checkpoint(layer, x, rotary, visible, False, *of_layer, use_reentrant=False)
+                parts, statistics = checkpoint(layer, parts, given, use_reentrant=False)
             else:
-                x, statistics = layer(x, rotary, visible, self.recompute == "selective" and self.training, *of_layer)
-            if statistics is not None:
-                collected.append(statistics)
-        router = RouterStatistics(*(torch.stack(parts) for parts in zip(*collected))) if collected else None
+                again = self.recompute == "selective" and self.training
+                # What is recomputed ends with rows that are back: those on their way would have to be kept.
+                parts, statistics = layer(parts, given, recompute=again, land=again)
+            if statistics:
+                collected.append(join_statistics(statistics))
+        x = join(parts)
+        router = RouterStatistics(*(torch.stack(fields) for fields in zip(*collected))) if collected else None
         return (self.model.norm(x) if self.last else x), router
 
     def _by_layer(self, experts: torch.Tensor) -> dict[int, torch.Tensor]:

@@ -31,7 +31,8 @@ class Kind:
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """The settings that the search chooses. ``per_rank`` is the number of pipeline stages on each rank, never 0 here.
-    ``cp_kind`` and ``cp_ulysses`` are those of the recipe, and matter only with cp above 1."""
+    ``cp_kind`` and ``cp_ulysses`` are those of the recipe, and matter only with cp above 1; ``ep_overlap`` too, where
+    `overlaps`."""
 
     tp: int = 1
     pp: int = 1
@@ -40,6 +41,7 @@ class Choice:
     cp_ulysses: int = 1
     ep: int = 1
     etp: int = 1
+    ep_overlap: bool = False
     schedule: str = "1f1b"
     per_rank: int = 1
     micro_batch: int = 1
@@ -57,9 +59,15 @@ class Choice:
             )
         if self.pp > 1:
             degrees.append(self.schedule + (f"x{self.per_rank}" if self.schedule == "interleaved_1f1b" else ""))
+        degrees += ["ep_overlap"] if self.overlaps else []
         degrees += [f"mb={self.micro_batch}", self.sharding]
         degrees += ["recompute"] if self.recompute == "full" else []
         return " ".join([*degrees, self.precision])
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the halves of a micro-batch take turns: ``ep_overlap``, where tokens travel and there are two halves."""
+        return self.ep_overlap and self.ep * self.etp > 1 and self.micro_batch % 2 == 0
 
     def changed(self, **fields: Any) -> "Choice":
         """As `dataclasses.replace`, in a tenth of its time, which counts: a search makes a choice for every layout."""
@@ -73,6 +81,7 @@ class Choice:
         names = ("tp", "pp", "cp", "cp_kind", "cp_ulysses", "ep", "etp")
         degrees = {name: getattr(self, name) for name in names}
         parallel = degrees | {"schedule": self.schedule, "stages_per_rank": per_rank, "sharding": self.sharding}
+        parallel |= {"ep_overlap": self.overlaps} if self.ep_overlap else {}
         return {
             "parallel": parallel,
             "training": {"micro_batch_size": self.micro_batch, "recompute": self.recompute},
@@ -184,7 +193,9 @@ def _degrees(config: RunConfig, gpus: int, least_tokens: int) -> Iterator[tuple[
                             continue
                         if (tp, cp) not in by_split:
                             by_split[tp, cp] = kinds(config, layout)
-                        yield Choice(tp=tp, pp=pp, cp=cp, ep=ep, etp=etp), layout, by_split[tp, cp]
+                        overlap = config.parallel.ep_overlap
+                        degrees = Choice(tp=tp, pp=pp, cp=cp, ep=ep, etp=etp, ep_overlap=overlap)
+                        yield degrees, layout, by_split[tp, cp]
 
 
 def _schedules(pp: int, layers: int) -> Iterator[tuple[str, int]]:

@@ -18,6 +18,9 @@ for backward and what they need for a moment is counted, as everything else is (
 
 A pipeline also allocates receive buffers for every micro-batch and stage, in both directions, and keeps them.
 
+With ``ep_overlap`` the halves of a micro-batch hold together what it holds undivided. Autograd adds up a weight's gradients
+from both before it passes them on: those of one unit more are alive.
+
 A run that samples its own answers holds their cache beside all its gathered weights, between steps: the larger of both
 counts.
 """
@@ -147,6 +150,8 @@ class MemoryModel:
         gathered, gradients, states, sharded = self._standing(choice, layout, units)
         cache = self._cache(choice, layout, flight)
         held, working = self._activations(choice, layout, flight)
+        if choice.overlaps:  # the gradients of a unit's weights from one half wait for those from the other
+            working += biggest * compute
         return Memory(
             sharded_weights=sharded,
             gathered_weights=gathered,

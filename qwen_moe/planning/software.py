@@ -10,6 +10,7 @@ class Software:
     name: str
     tp_overlap: float
     ep_overlap: float  # all-to-alls behind other micro-batches
+    halves_overlap: float  # all-to-alls behind the other half of the micro-batch, with `Choice.overlaps`
     shared_expert_overlap: bool  # the shared expert hides dispatch in forward and combine in backward
     once_per_node: bool  # a token travels once to each node that has experts for it (DeepEP), not once per expert
     cp_overlap: float  # messages of a ring behind attention
@@ -30,6 +31,7 @@ OURS = Software(
     name="qwen-moe",
     tp_overlap=0.0,
     ep_overlap=0.0,
+    halves_overlap=0.8,
     shared_expert_overlap=True,
     once_per_node=False,
     cp_overlap=0.8,
@@ -50,6 +52,7 @@ MEGATRON = Software(
     name="Megatron-Core",
     tp_overlap=0.0,
     ep_overlap=0.0,
+    halves_overlap=0.8,
     shared_expert_overlap=False,
     once_per_node=True,
     cp_overlap=0.8,

@@ -161,24 +161,36 @@ class StepTimeModel:
         """Forward and backward of one micro-batch through a layer, with the second forward if it is recomputed."""
         key = (*_layer_key(choice, context), moe)
         if key not in self._layers:
-            part = self._attention(choice) + (self._moe(choice) if moe else self._feed_forward(choice))
+            # Halves that take turns are two micro-batches of half the size.
+            count = 2 if choice.overlaps else 1
+            one = choice.changed(micro_batch=choice.micro_batch / count)
+            part = self._attention(one) + (self._moe(one) if moe else self._feed_forward(one))
             if choice.recompute == "full":
                 part = part * (4 / 3)
             part += Part(compute=part.compute * self.recomputed / 3)
-            cost = self.context.cost(choice, context, self._scores(choice))
-            part += Part(cp=cost.total(choice.recompute == "full"))
+            cost = self.context.cost(one, context, self._scores(one))
+            part = (part + Part(cp=cost.total(choice.recompute == "full"))) * count
+            if choice.overlaps:
+                part = self._behind_the_other_half(part, choice.recompute == "full")
             kernels = 1.0 * self.software.dense_kernels
             if moe:
                 local = self.model.num_experts / choice.ep
                 kernels = self.software.moe_kernels + self.software.expert_kernels * local
             if choice.precision == "fp8":
                 kernels *= 1.5
-            kernels += cost.kernels
+            kernels = count * (kernels + cost.kernels)
             launch = kernels * max(self.gpu.kernel_launch_us, self.software.host_us) * 1e-6
             # The host cannot run ahead of an MoE layer, which waits for the sizes of what it will receive.
             waits = max(0.0, launch - part.total)
             self._layers[key] = part + Part(compute=waits)
         return self._layers[key]
+
+    def _behind_the_other_half(self, part: Part, recompute: bool) -> Part:
+        """``part`` of two halves without the all-to-alls that the other half's work hides. A layer that is recomputed ends
+        with all rows back: the last of its four messages has nothing to hide behind, in either direction."""
+        share = self.software.halves_overlap * (0.75 if recompute else 1.0)
+        hidden = min(share * part.ep, part.compute)
+        return part + Part(ep=-hidden, experts=-hidden)
 
     def context_seconds(self, choice: Choice, context: ContextPlan) -> float:
         """What ``context`` adds to a layer of ``choice``, without recomputation."""
@@ -372,4 +384,5 @@ class StepTimeModel:
 def _layer_key(choice: Choice, context: ContextPlan) -> tuple[object, ...]:
     """What a layer's time depends on."""
     degrees = (choice.tp, choice.cp, choice.ep, choice.etp)
-    return (*degrees, context.kind, context.heads, choice.micro_batch, choice.recompute, choice.precision)
+    numerics = (choice.recompute, choice.precision)
+    return (*degrees, context.kind, context.heads, choice.micro_batch, *numerics, choice.overlaps)

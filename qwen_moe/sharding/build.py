@@ -54,6 +54,7 @@ def shard_model(config: RunConfig, layout: RunLayout, grids: Grids) -> ParallelM
         raise UserError(str(error)) from None
     for part in model.parts:
         part.chunk_tokens = config.training.loss_chunk_tokens
+        part.ep_overlap = pipeline.ep_overlap
         for module in part.modules():
             if isinstance(module, MoE):
                 module.capacity_factor = config.balance.capacity_factor

@@ -1,19 +1,41 @@
 """The token dispatcher across ranks: an all-to-all to the ranks that hold the experts, and one back."""
 
 import itertools
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from parallel.expert import Exchange, reorder
+from parallel.expert import Exchange, ExchangePlan, reorder
 from parallel.mesh import Grids
-from qwen_moe.models.moe.experts import Experts
+from qwen_moe.models.moe.dispatch import Route
 from qwen_moe.models.ops.permute import Permutation, combine, permute, sort_by_expert
 
 
+class _Route:
+    """Rows that travel among ranks: each step after `AllToAllDispatcher.send` waits for them or sends them on."""
+
+    def __init__(self, exchange: Exchange, plan: ExchangePlan, order: Permutation, etp: int) -> None:
+        self.exchange, self.plan, self.order, self.etp = exchange, plan, order, etp
+
+    def receive(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        arrived = self.exchange.finish(rows, self.plan)
+        return reorder(arrived, self.plan.by_expert, self.plan.arrival), self.plan.counts
+
+    def send_back(self, outputs: torch.Tensor) -> torch.Tensor:
+        return self.exchange.start(reorder(outputs, self.plan.arrival, self.plan.by_expert), self.plan, back=True)
+
+    def combine(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        rows = self.exchange.finish(rows, self.plan, back=True)
+        if lost := self.order.token.numel() - rows.shape[0]:  # dropped choices stay zero
+            rows = nn.functional.pad(rows, (0, 0, 0, lost))
+        if self.etp > 1:
+            weights = weights.repeat_interleave(self.etp, dim=1)
+        return combine(rows, weights, self.order)
+
+
 class AllToAllDispatcher:
-    """Sends each choice to the ranks that hold its expert and brings the results back; ``overlap`` runs meanwhile.
+    """Sends each choice to the ranks that hold its expert and brings the results back. Others compute between `send` and
+    the steps of its route.
 
     Rows sorted by expert are also sorted by destination. With etp, each row goes to every rank that holds a slice of its
     expert, and `combine` sums the partial results (a token then has K * etp rows).
@@ -23,32 +45,15 @@ class AllToAllDispatcher:
         self.num_experts, self.etp = num_experts, grids.etp.size
         self.exchange = Exchange(grids.exchange, grids.etp.size, num_experts)
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        weights: torch.Tensor,
-        indices: torch.Tensor,
-        experts: Experts,
-        overlap: Callable[[], torch.Tensor | None],
-        drops: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def send(self, x: torch.Tensor, indices: torch.Tensor, drops: bool) -> tuple[torch.Tensor, Route]:
         order = sort_by_expert(indices, self.num_experts + drops)
         counts = order.counts[: self.num_experts]
         kept = indices.numel() - int(order.counts[-1]) if drops else indices.numel()
         plan = self.exchange.plan(counts, kept)
-        total = order.token.numel() * self.etp
         if self.etp > 1:
             order = self._copies(order, plan.send)
-            weights = weights.repeat_interleave(self.etp, dim=1)
-        sent = sum(plan.send)
-        token = self.exchange.start(permute(x, order)[:sent], plan)
-        overlapped = overlap()
-        arrived = self.exchange.finish(token, plan)
-        outputs = experts(reorder(arrived, plan.by_expert, plan.arrival), plan.counts)
-        rows = self.exchange.send_back(reorder(outputs, plan.arrival, plan.by_expert), plan)
-        if sent < total:  # dropped choices stay zero
-            rows = nn.functional.pad(rows, (0, 0, 0, total - sent))
-        return combine(rows, weights, order), overlapped
+        rows = permute(x, order)[: sum(plan.send)]
+        return self.exchange.start(rows, plan), _Route(self.exchange, plan, order, self.etp)
 
     def _copies(self, order: Permutation, send: list[int]) -> Permutation:
         """``order`` with the rows of each ep destination repeated for its etp ranks; dropped rows stay last."""

@@ -51,6 +51,11 @@ def _transformer_engine(config: RunConfig, grids: Grids, recipe: Recipe | None) 
         raise KernelsUnavailable(
             f"Transformer Engine computes in bf16 or FP8, but precision.compute is {config.precision.compute}"
         )
+    if recipe is not None and recipe.name == "delayed" and config.parallel.ep_overlap:
+        raise KernelsUnavailable(
+            "Transformer Engine's delayed scaling was not tested with parallel.ep_overlap, which uses each layer twice in a "
+            "forward: use precision.fp8.recipe current or blockwise, or leave ep_overlap out"
+        )
     kernels = TransformerEngineKernels(
         grids.tp,
         grids.stage,

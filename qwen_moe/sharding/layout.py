@@ -156,6 +156,24 @@ def check_layout(config: ModelConfig, layout: Layout, sequence_length: int) -> N
         raise LayoutError("; ".join(problems))
 
 
+def check_overlap(config: RunConfig, layout: Layout) -> None:
+    """Raise LayoutError if ``parallel.ep_overlap`` is set where it can hide nothing."""
+    if not config.parallel.ep_overlap:
+        return
+    rows = config.training.micro_batch_size
+    if not config.model.is_moe_family:
+        raise LayoutError("ep_overlap hides the way to experts, but the model is dense: leave it out")
+    if layout.ep * layout.etp == 1:
+        raise LayoutError(
+            "ep_overlap hides the way to experts on other ranks, but ep and etp are 1: leave it out, or raise ep"
+        )
+    if rows % 2:
+        raise LayoutError(
+            f"ep_overlap splits a micro-batch into two halves, but training.micro_batch_size is {rows}: use an even "
+            f"number such as {rows + 1}, or leave it out"
+        )
+
+
 def run_layout(config: RunConfig, world_size: int) -> RunLayout:
     """The layout of ``config`` on ``world_size`` processes. Raises UserError naming every factor that does not fit."""
     parallel, training, model = config.parallel, config.training, config.model
@@ -163,6 +181,7 @@ def run_layout(config: RunConfig, world_size: int) -> RunLayout:
         layout = layout_for(world_size, **_degrees(config))
         check_layout(model, layout, config.data.sequence_length)
         context = context_plan(config, layout)
+        check_overlap(config, layout)
     except LayoutError as error:
         raise UserError(f"parallel: {error}") from None
     samples_at_once = training.micro_batch_size * layout.dp

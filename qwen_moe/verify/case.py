@@ -47,6 +47,18 @@ def dropped_split(config: RunConfig, layout: Layout) -> str:
     )
 
 
+def splits_experts(layout: Layout) -> bool:
+    """Whether tokens travel to experts, so that ``parallel.ep_overlap`` may be set."""
+    return layout.ep * layout.etp > 1
+
+
+def dropped_overlap(config: RunConfig, layout: Layout) -> str:
+    """Why the recipe's ``parallel.ep_overlap`` is not verified with ``layout``; empty if it is, or if it is off."""
+    if not config.parallel.ep_overlap or splits_experts(layout):
+        return ""
+    return "parallel.ep_overlap is not verified, because no tokens travel to experts on other ranks"
+
+
 def _stages(config: RunConfig, layout: Layout) -> int:
     parallel = config.parallel
     return layout.pp * stages_per_rank(parallel.schedule, parallel.stages_per_rank) if layout.pp > 1 else 1
@@ -165,6 +177,7 @@ def shrink(config: RunConfig, layout: Layout) -> RunConfig:
         **context,
         "sharding": parallel.sharding,
         "pipeline_split": list(split),
+        "ep_overlap": parallel.ep_overlap and splits_experts(layout),
     }
     return parse_config(values, "the shrunk recipe")
 
@@ -209,6 +222,8 @@ def draw(seed: int, index: int, max_ranks: int, objective: str = "likelihood") -
     if stages > 1 and rng.random() < 0.3:
         cuts = sorted(rng.sample(range(1, layers), stages - 1))
         values["parallel"]["pipeline_split"] = [b - a for a, b in zip([0, *cuts], [*cuts, layers], strict=True)]
+    if splits_experts(layout) and rows % 2 == 0:
+        values["parallel"]["ep_overlap"] = random.Random(f"{seed}/{index}/ep_overlap").random() < 0.5
     probe = rng.random() < 0.3 and objective == "likelihood"
     return Case(parse_config(values, f"case {index} of seed {seed}"), layout, probe)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qwen_moe.verify.case import Case
 
 AXES = ("tp", "pp", "dp", "cp", "ep", "etp")
-OPTIONS = ("schedule", "stages_per_rank", "sharding", "cp_kind", "cp_ulysses")
+OPTIONS = ("schedule", "stages_per_rank", "sharding", "cp_kind", "cp_ulysses", "ep_overlap")
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -94,7 +94,7 @@ def parse_layout(text: str, config: RunConfig) -> tuple["Layout", RunConfig]:
 def _cases(args: argparse.Namespace, config: RunConfig) -> list[tuple[str, "Case"]]:
     from parallel.mesh import LayoutError
     from qwen_moe.sharding.layout import check_layout, context_plan, run_layout
-    from qwen_moe.verify.case import Case, draw, dropped_split, shrink
+    from qwen_moe.verify.case import Case, draw, dropped_overlap, dropped_split, shrink
 
     cases = []
     for text in args.layout:
@@ -111,10 +111,10 @@ def _cases(args: argparse.Namespace, config: RunConfig) -> list[tuple[str, "Case
             context_plan(recipe, layout)
         except LayoutError as error:
             print(f"note: the recipe itself cannot run with {text}: {error}", file=sys.stderr)
-        if note := dropped_split(recipe, layout):
+        for note in filter(None, (dropped_split(recipe, layout), dropped_overlap(recipe, layout))):
             print(f"note: {text}: {note}", file=sys.stderr)
         case = Case(small, layout)
-        cases.append((text if "cp_kind" in text else text + _marks(case), case))
+        cases.append((text if "cp_kind" in text or "ep_overlap" in text else text + _marks(case), case))
     for index in range(args.fuzz):
         case = draw(args.seed, index, args.max_ranks, config.objective.kind)
         cases.append((f"#{index} {case.layout}{_marks(case)}", case))
@@ -127,6 +127,7 @@ def _marks(case: "Case") -> str:
     from qwen_moe.verify.examples import replays
 
     kind = f" {context_plan(case.config, case.layout).text(case.layout.cp)}" if case.layout.cp > 1 else ""
+    kind += " ep_overlap" if case.config.parallel.ep_overlap else ""
     objective = case.config.objective.kind
     replay = ", routing replayed" if replays(case.config) else ""
     return kind + (" log-probs" if case.probe else "" if objective == "likelihood" else f" {objective}{replay}")

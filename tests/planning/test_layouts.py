@@ -69,6 +69,18 @@ def test_layouts_are_those_that_the_run_has() -> None:
         assert layout == run_layout(apply(config, choice), GPUS)
 
 
+def test_halves_take_turns_where_a_run_accepts_it() -> None:
+    recipe = values(random_model(random.Random(3)), 512, global_batch_size=64, micro_batch_size=1)
+    recipe["parallel"] = {"ep_overlap": True}
+    config = parse_config(recipe, "test")
+    found = [choice for choice, _ in legal_choices(config, GPUS, least_tokens=1)][::53]
+    for choice in found:
+        assert choice.overlaps == (choice.ep * choice.etp > 1 and choice.micro_batch > 1)
+        assert accepted(recipe, choice) and apply(config, choice).parallel.ep_overlap == choice.overlaps
+    assert {choice.overlaps for choice in found} == {True, False}
+    assert "ep_overlap" not in Choice(ep=2, micro_batch=2).settings()["parallel"]  # a recipe that does not ask for it
+
+
 def test_what_is_refused_says_why() -> None:
     config: RunConfig = parse_config(values({"preset": "turbo_style"}, 4160), "test")
     assert "is not a multiple of 2 x cp 16 x tp 4 = 128" in str(legal(config, Choice(tp=4, cp=16), 64))

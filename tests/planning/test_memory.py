@@ -204,6 +204,33 @@ def test_a_whole_step_peaks_where_predicted() -> None:
     assert memory.total - memory.sharded_weights - memory.optimizer == pytest.approx(peak, rel=0.10)
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_halves_need_the_gradients_of_one_more_unit(recompute: str) -> None:
+    """Real tensors in one process, so few tokens that weights need most: what a micro-batch holds for backward stays the
+    same when its halves take turns."""
+    config = small()
+    model = DecoderLM(config.model, recompute=recompute).to(torch.bfloat16)
+    ids = torch.randint(0, config.model.vocab_size, (2, 16))
+    model.loss_sums(ids, ids).cross_entropy.backward()
+    held, peaks = [], []
+    for model.ep_overlap in (False, True):
+        with LiveBytes() as live:
+            x, _ = model.hidden_states(ids)
+            held.append(live.live)
+            x.sum().backward()
+        peaks.append(live.peak)
+    assert held[1] == pytest.approx(held[0], rel=0.05)
+    choice, layout = Choice(ep=2, micro_batch=2, recompute=recompute), run_layout(small(ep=2), 2)
+    plain, halves = (
+        MemoryModel(config).of_rank(replace(choice, ep_overlap=on), layout, 0, Flight((0,), ((1.0,),)))
+        for on in (False, True)
+    )
+    more = halves.working - plain.working
+    experts = next(layer.mlp.experts for layer in model.model.layers if layer.is_moe)
+    assert more == sum(p.numel() * 2 for p in experts.parameters()) / 2  # this rank has half of the experts
+    assert more < peaks[1] - peaks[0] < 2 * more * 1.1
+
+
 def test_other_expert_parallel_degrees_hold_the_same() -> None:
     """What is taken for one number of ranks that share experts is what counting another gives."""
     config = small()

@@ -117,6 +117,21 @@ def test_nothing_travels_faster_than_the_links() -> None:
     assert times.step(pipeline, layouts[1]).pp > 2 * 2 * tokens * hidden / (IB400.gb_per_second * 1e9)
 
 
+def test_halves_hide_the_way_to_experts_and_cost_smaller_products() -> None:
+    plain = Choice(ep=8, micro_batch=4)
+    for recompute, exposed in (("none", 0.2), ("full", 0.4)):
+        off = step(replace(plain, recompute=recompute))
+        on = step(replace(plain, recompute=recompute, ep_overlap=True))
+        assert on.ep == pytest.approx(exposed * off.ep, rel=0.05) and on.compute > off.compute
+    # Between nodes messages take longer than computation, which hides no more than its own time.
+    plain = Choice(ep=32, micro_batch=4)
+    off, on = step(plain), step(replace(plain, ep_overlap=True))
+    assert off.ep > off.compute and on.total < off.total
+    assert on.ep > off.ep - on.compute
+    for nothing in (replace(plain, micro_batch=1), replace(plain, ep=1)):
+        assert step(replace(nothing, ep_overlap=True)) == step(nothing)
+
+
 def test_what_costs_more_takes_longer() -> None:
     base = Choice(ep=8)
     plain = step(base)

@@ -155,13 +155,13 @@ def test_capacity_costs_one_read_more_and_sums_over_all_experts() -> None:
 
 
 def test_a_planted_read_in_the_expert_path_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = Experts.forward
+    compute = Experts.compute
 
     def reads(self: Experts, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         assert counts.max().item() >= 0
-        return forward(self, x, counts)
+        return compute(self, x, counts)
 
-    monkeypatch.setattr(Experts, "forward", reads)
+    monkeypatch.setattr(Experts, "compute", reads)
     trace = trace_step(config(), 1)
     assert waits_in_experts(trace) == 1
     (event,) = {event for event in trace.counter.events if event.place.part == "experts" and event.place.layer == 0}

@@ -66,6 +66,22 @@ def test_pipeline_stages_note_what_one_process_does(schedule: str) -> None:
             assert torch.equal(value, expected[name]), name
 
 
+def test_halves_note_what_whole_micro_batches_do() -> None:
+    """The largest values of both halves together, as delayed scaling defines them; the loss of the first step, whose scales
+    are all 1, is that of whole micro-batches."""
+    layout = Layout(dp=2, ep=2)
+    whole = run_distributed(_first_step, 2, fp8(layout, "delayed"))
+    halves = run_distributed(_first_step, 2, fp8(layout, "delayed", parallel__ep_overlap=True))
+    for (loss, expected), (found, state) in zip(whole, halves, strict=True):
+        assert found == pytest.approx(loss, rel=1e-6)
+        assert set(state) == set(expected)
+        for name, value in state.items():
+            if "grad_output" in name:
+                torch.testing.assert_close(value, expected[name], rtol=0.05, atol=0)
+            else:
+                assert torch.equal(value, expected[name]), name
+
+
 @pytest.mark.parametrize(("kind", "to_the_bit"), [("ulysses", True), ("ring", False)])
 def test_context_parallelism_notes_what_one_process_does(kind: str, to_the_bit: bool) -> None:
     """Largest values are those of all cp ranks. With whole sequences of some heads, attention is what it is in one process;

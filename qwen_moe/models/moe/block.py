@@ -4,6 +4,8 @@ Shapes: B batch, S sequence, T = B * S tokens, D hidden, E experts, K top-k.
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from torch import nn
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.feed_forward import FeedForward
 from qwen_moe.models.linear import Linear
-from qwen_moe.models.moe.dispatch import Dispatcher, LocalDispatcher
+from qwen_moe.models.moe.dispatch import Dispatcher, LocalDispatcher, Route
 from qwen_moe.models.moe.experts import Experts
 from qwen_moe.models.moe.router import Router, RouterStatistics
 from qwen_moe.models.sequence import SequencePart, WholeSequence
@@ -42,12 +44,29 @@ def within_capacity(
     return kept if counted is None else kept & counted.unsqueeze(2)
 
 
+class Sent(NamedTuple):
+    """Tokens whose rows are on their way to experts, or back, and what they get besides."""
+
+    rows: torch.Tensor  # what `route` knows of them
+    route: Route
+    weights: torch.Tensor  # [T, K]
+    shared: torch.Tensor | None  # [B, S, D], the shared expert's output
+
+    def received(self, like: torch.Tensor) -> torch.Tensor:
+        """Wait for the rows that the experts send back: the block's output, in the shape of ``like [B, S, D]``."""
+        y = self.route.combine(self.rows, self.weights).view_as(like)
+        return y if self.shared is None else y + self.shared
+
+
 class MoE(nn.Module):
     """``forward(x [B, S, D]) -> (y [B, S, D], RouterStatistics)``: routed experts plus the sigmoid-gated shared one.
 
     ``capacity_factor`` > 0 lets an expert serve at most ``ceil(capacity_factor * S * K / E)`` choices of a sequence in
     training; the rest are dropped and counted. Capacity is per sequence, so that the layout does not change what is dropped.
     Padding is no part of S: it takes no expert's capacity, is not served, and does not count as dropped.
+
+    `forward` is `send`, `through_experts` and `Sent.received`. Between them rows may travel, and a caller with several parts
+    of a micro-batch computes another part meanwhile.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -74,6 +93,14 @@ class MoE(nn.Module):
     ) -> tuple[torch.Tensor, RouterStatistics]:
         """``counted``: of whole sequences, on every device, the tokens that are not padding (by default all). ``experts
         [B, S, K]``: those of each token of ``x`` in routing replay, see `Router`. Capacity holds for them too."""
+        sent, statistics = self.send(x, counted, experts)
+        (back,) = self.through_experts([sent])
+        return back.received(x), statistics
+
+    def send(
+        self, x: torch.Tensor, counted: torch.Tensor | None = None, experts: torch.Tensor | None = None
+    ) -> tuple[Sent, RouterStatistics]:
+        """Choose experts, begin to send the rows to them, and compute the shared expert meanwhile."""
         held = None if counted is None else self.sequence.held_of(counted)
         weights, indices, statistics = self.gate(x, held, experts)
         drops = self.capacity_factor > 0 and self.training
@@ -85,11 +112,16 @@ class MoE(nn.Module):
             statistics = statistics._replace(dropped=lost.flatten(1).sum(1))
             kept = kept.view_as(indices)
             weights, indices = weights * kept, indices.masked_fill(~kept, self.num_experts)
-        routed, shared = self.dispatcher(
-            x.flatten(0, -2), weights, indices, self.experts, lambda: self._shared(x), drops
-        )
-        y = routed.view_as(x)
-        return (y if shared is None else y + shared), statistics
+        return self._send(x, weights, indices, drops), statistics
+
+    def _send(self, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, drops: bool) -> Sent:
+        rows, route = self.dispatcher.send(x.flatten(0, -2), indices, drops)
+        return Sent(rows, route, weights, self._shared(x))
+
+    def through_experts(self, parts: Sequence[Sent]) -> list[Sent]:
+        """Wait for the rows of each part in turn, run the experts and begin to send the results back."""
+        rows = self.experts([part.rows for part in parts], [part.route for part in parts])
+        return [part._replace(rows=one) for part, one in zip(parts, rows, strict=True)]
 
     def _capacity(self, held: int, counted: torch.Tensor | None) -> int | torch.Tensor:
         """How many choices an expert serves of a sequence; of each, ``[B, 1]``, where they differ in length."""
@@ -105,8 +137,5 @@ class MoE(nn.Module):
         weights, indices = self.gate.choose(x)
         if chosen is not None:
             chosen.append(indices)
-        routed, shared = self.dispatcher(
-            x.flatten(0, -2), weights, indices, self.experts, lambda: self._shared(x), False
-        )
-        y = routed.view_as(x)
-        return y if shared is None else y + shared
+        (back,) = self.through_experts([self._send(x, weights, indices, drops=False)])
+        return back.received(x)
