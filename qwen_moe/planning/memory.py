@@ -2,13 +2,14 @@
 
 Parameters, gradients and optimizer state follow from shapes and are exact. Besides its shards, FSDP2 holds:
 
-* Gathered weights in the compute dtype, with dim 0 (for experts: the number of local experts) padded to a multiple of the
+* Gathered weights in the compute dtype, with the dim that is cut (`parallel.data.cut_dim`) padded to a multiple of the
   data-parallel ranks. With zero2 every unit is held from the first forward to the end of the micro-batch's backward, or of
   the step under a pipeline. With zero3 the root and two units are held at a time; under a pipeline all are, because
   torch.distributed.pipelining keeps what a backward has gathered until the last backward.
 * Unsharded gradients of every unit, in the dtype of their reduction, from the first micro-batch's backward to the last's if
   there are several micro-batches, because they are reduced once per step.
-* The buffers of one all-gather and one reduction of a unit.
+* The buffers of one all-gather and one reduction of a unit. What is cut along another dim than 0 is gathered into a
+  buffer of its own before it is put in order.
 
 Schedules that split backward into two halves (zbv, dualpipev) keep gradients between them, which are estimated as half of
 the micro-batch's activations.
@@ -68,6 +69,14 @@ class Memory:
         return own | {"weights": self.weights, "total": self.total}
 
 
+# (the sum of all units, elements of the largest root, the largest unit of layers)
+Units = tuple[UnitShare, int, UnitShare]
+
+
+def _padded(unit: UnitShare) -> int:
+    return unit.padded
+
+
 class MemoryModel:
     """Predicts the memory of one recipe for any choice and layout. Terms that layouts share are computed once."""
 
@@ -80,7 +89,7 @@ class MemoryModel:
         self.references = int(objective.reads == "samples" and objective.policy.kl != "none")
         self._stages: dict[tuple[object, ...], tuple[float, float]] = {}
         self._moe_layers = frozenset(config.model.moe_layers)
-        self._units_of: dict[tuple[object, ...], tuple[UnitShare, int, int]] = {}
+        self._units_of: dict[tuple[object, ...], Units] = {}
         self._floors: dict[tuple[object, ...], float] = {}
 
     def saved(self, precision: str) -> SavedActivations:
@@ -112,14 +121,16 @@ class MemoryModel:
             )
         return self._floors[key]
 
-    def _units(self, layout: RunLayout, stages: Sequence[int], place: Place) -> tuple[UnitShare, int, int]:
-        """(sum of all units of a rank, elements of its largest root, elements of the largest unit of its layers)."""
+    def _units(self, layout: RunLayout, stages: Sequence[int], place: Place) -> Units:
+        """The units of a rank's stages."""
         by_stage = [self._stage_units(layout, stage, place) for stage in stages]
-        return add(total for total, _, _ in by_stage), max(r for _, r, _ in by_stage), max(b for _, _, b in by_stage)
+        return (
+            add(total for total, _, _ in by_stage),
+            max(root for _, root, _ in by_stage),
+            max((biggest for _, _, biggest in by_stage), key=_padded),
+        )
 
-    def _standing(
-        self, choice: Choice, layout: RunLayout, units: tuple[UnitShare, int, int]
-    ) -> tuple[float, float, float, float]:
+    def _standing(self, choice: Choice, layout: RunLayout, units: Units) -> tuple[float, float, float, float]:
         """(gathered weights, largest size of gradients, sharded weights of all models and optimizer state, sharded weights
         alone)."""
         total, root, biggest = units
@@ -128,11 +139,11 @@ class MemoryModel:
         if choice.sharding == "zero2" or choice.pp > 1:
             gathered = total.padded
         else:
-            gathered = min(total.padded, root + 2 * biggest)
+            gathered = min(total.padded, root + 2 * biggest.padded)
         if layout.micro_batches > 1:
             gradients = max(sharded, total.whole * max(4, compute))
         else:
-            gradients = sharded + biggest * compute
+            gradients = sharded + biggest.padded * compute
         held = gathered * compute + self._kept_weights(choice, total)
         return held, gradients, (3 + self.references) * sharded + 4 * total.tensors, sharded
 
@@ -156,7 +167,8 @@ class MemoryModel:
             activations=held,
             working=working,
             buffers=max(
-                self._unit_buffers(layout, biggest, compute + reduce),
+                self._unit_buffers(layout, biggest.padded, compute + reduce)
+                + self._unit_buffers(layout, biggest.copied, compute),
                 # The root is reduced last, when there are no activations left.
                 self._unit_buffers(layout, root, reduce) - held - working,
             )
@@ -175,7 +187,7 @@ class MemoryModel:
         layers = sum(len(layout.layers[stage]) for stage in flight.stages)
         return cache_bytes(self.config, choice, layout.layout.dp, layers)
 
-    def _stage_units(self, layout: RunLayout, stage: int, place: Place) -> tuple[UnitShare, int, int]:
+    def _stage_units(self, layout: RunLayout, stage: int, place: Place) -> Units:
         """As `_units`, for one stage: its root and its layers are FSDP units."""
         first, last, layers = stage == 0, stage == len(layout.layers) - 1, layout.layers[stage]
         moe = len(self._moe_layers.intersection(layers))
@@ -186,7 +198,7 @@ class MemoryModel:
             for kind, times in ((True, moe), (False, len(layers) - moe)):
                 if times:
                     units += self.shares.layer(layout.layout, kind, place) * times
-            self._units_of[key] = add([root, *units]), root.padded, max(unit.padded for unit in units)
+            self._units_of[key] = add([root, *units]), root.padded, max(units, key=_padded)
         return self._units_of[key]
 
     def _activations(self, choice: Choice, layout: RunLayout, flight: Flight) -> tuple[float, float]:

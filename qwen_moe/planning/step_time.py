@@ -94,6 +94,18 @@ class StepTime:
         return busy + self.bubble + self.imbalance + self.optimizer + self.sampling + self.preparing
 
 
+@dataclass(frozen=True, kw_only=True)
+class Collectives:
+    """Seconds of an average rank: ``gather`` of all its weights, ``reduce`` of all its gradients, both with their copies
+    (``gather_copies``, ``reduce_copies``), which nothing hides, and ``update`` of the optimizer."""
+
+    gather: float
+    reduce: float
+    gather_copies: float
+    reduce_copies: float
+    update: float
+
+
 class StepTimeModel:
     """Predicts step times of ``model`` on a cluster.
 
@@ -123,7 +135,7 @@ class StepTimeModel:
         self._ends_of: dict[tuple[object, ...], Part] = {}
         self._ranks: dict[tuple[object, ...], list[Rank]] = {}
         self._means: dict[tuple[object, ...], tuple[Part, float]] = {}
-        self._collectives: dict[tuple[Layout, str], tuple[float, float, float]] = {}
+        self._collectives: dict[tuple[Layout, str], Collectives] = {}
 
     # Communication of layers
 
@@ -316,26 +328,25 @@ class StepTimeModel:
 
     def _data_parallel(self, choice: Choice, layout: RunLayout, forward: float) -> tuple[float, float]:
         """(exposed communication, optimizer) of the average rank. A micro-batch's ``forward`` can hide an all-gather."""
-        gather, reduce, update = self._collectives_of(choice, layout.layout)
+        of, hide = self._collectives_of(choice, layout.layout), self.software.dp_overlap
         software, count = self.software, layout.micro_batches
-        hide = software.dp_overlap
+        in_forward = max(0.0, of.gather - hide * forward) + of.gather_copies
         if choice.sharding == "zero3":
-            gathers = count * (max(0.0, gather - hide * forward) + max(0.0, gather - hide * 2 * forward))
+            gathers = count * (in_forward + max(0.0, of.gather - hide * 2 * forward) + of.gather_copies)
         elif choice.pp == 1 and software.gathers_each_micro_batch:
-            gathers = count * max(0.0, gather - hide * forward)
+            gathers = count * in_forward
         else:
-            gathers = max(0.0, gather - hide * forward)
+            gathers = in_forward
         if choice.pp > 1 and software.pipeline_reduces_at_end:
-            reduces = reduce
+            reduces = of.reduce
         else:
-            reduces = max(reduce * (1 - hide), reduce - hide * 2 * forward)
-        return gathers + reduces, update
+            reduces = max(of.reduce * (1 - hide), of.reduce - hide * 2 * forward)
+        return gathers + reduces + of.reduce_copies, of.update
 
-    def _collectives_of(self, choice: Choice, grid: Layout) -> tuple[float, float, float]:
-        """Seconds of (an all-gather of all weights of an average rank, a reduction of all gradients, the optimizer)."""
+    def _collectives_of(self, choice: Choice, grid: Layout) -> Collectives:
         key = (grid, choice.precision)
         if key not in self._collectives:
-            dense, experts, sharded = self._elements_of(grid)
+            dense, experts, sharded, copied = self._elements_of(grid)
 
             def over(bytes_per_element: int) -> float:
                 return self.rates.ring(dense * bytes_per_element, grid.dp * grid.cp, grid.tp) + self.rates.ring(
@@ -345,11 +356,19 @@ class StepTimeModel:
             # AdamW reads four and writes three numbers of four bytes. The norm reads the gradient; clipping reads and
             # writes it.
             update = sharded * 40 / self.rates.memory
-            self._collectives[key] = over(1 if choice.precision == "fp8" else BF16), over(4), update
+            weight = 1 if choice.precision == "fp8" else BF16
+            self._collectives[key] = Collectives(
+                gather=over(weight),
+                reduce=over(4),
+                gather_copies=2 * copied * weight / self.rates.memory,
+                reduce_copies=2 * copied * 4 / self.rates.memory,
+                update=update,
+            )
         return self._collectives[key]
 
-    def _elements_of(self, grid: Layout) -> tuple[float, float, float]:
-        """(dense elements, expert elements) that an average rank gathers, and the elements that its optimizer updates."""
+    def _elements_of(self, grid: Layout) -> tuple[float, float, float, float]:
+        """(dense elements, expert elements) that an average rank gathers, the elements that its optimizer updates, and those
+        gathered that are copied besides, because they are not cut along dim 0."""
         moe, layers = len(self._moe_layers), self.model.num_hidden_layers
         dense = [self.shares.root(grid, True, True)]
         experts = []
@@ -361,7 +380,8 @@ class StepTimeModel:
         sums = add(dense), add(experts)
         moved = [unit.padded if self.software.pads_shards else unit.whole for unit in sums]
         sharded = sums[0].sharded + sums[1].sharded
-        return moved[0] / grid.pp, moved[1] / grid.pp, sharded / grid.pp
+        copied = sums[1].copied if self.software.pads_shards else 0
+        return moved[0] / grid.pp, moved[1] / grid.pp, sharded / grid.pp, copied / grid.pp
 
     def flops(self) -> float:
         """Training FLOPs per token, counted as in `models/flops.py`, with attention scores scaled by ``score_factor``."""

@@ -59,6 +59,18 @@ CASES: dict[str, tuple[Layout, dict[str, Any]]] = {
         Layout(dp=4, ep=2),
         {"parallel__sharding": "zero3", "training__recompute": "full", "balance__scope": "sequence"},
     ),
+    "two experts on four ranks of edp, zero3": (
+        Layout(dp=4),
+        {"model__num_experts": 2, "model__num_experts_per_tok": 2, "parallel__sharding": "zero3"},
+    ),
+    "three experts on two ranks of edp, etp and zbv": (
+        Layout(pp=2, dp=4, etp=2),
+        {"model__num_experts": 3, "model__num_experts_per_tok": 2, "parallel__schedule": "zbv"},
+    ),
+    "six experts a rank on four of edp, recompute": (
+        Layout(dp=8, ep=2),
+        {"model__num_experts": 12, "training__recompute": "full"},
+    ),
     "capacity with drops": (Layout(tp=2, dp=2, ep=2), {"balance__capacity_factor": 0.75}),
     "capacity with drops, etp": (Layout(tp=4, ep=2, etp=2), {"balance__capacity_factor": 0.5}),
     "documents": (Layout(tp=2, pp=2), {"data__respect_document_boundaries": True}),
