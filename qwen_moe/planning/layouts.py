@@ -45,6 +45,7 @@ class Choice:
     micro_batch: int = 1
     recompute: str = "none"
     sharding: str = "zero2"
+    gradient_reduction: str = "last"
     precision: str = "bf16"
 
     def __str__(self) -> str:
@@ -58,6 +59,7 @@ class Choice:
         if self.pp > 1:
             degrees.append(self.schedule + (f"x{self.per_rank}" if self.schedule == "interleaved_1f1b" else ""))
         degrees += [f"mb={self.micro_batch}", self.sharding]
+        degrees += ["gradient_reduction=every"] if self.gradient_reduction == "every" else []
         degrees += ["recompute"] if self.recompute == "full" else []
         return " ".join([*degrees, self.precision])
 
@@ -73,6 +75,7 @@ class Choice:
         names = ("tp", "pp", "cp", "cp_kind", "cp_ulysses", "ep", "etp")
         degrees = {name: getattr(self, name) for name in names}
         parallel = degrees | {"schedule": self.schedule, "stages_per_rank": per_rank, "sharding": self.sharding}
+        parallel["gradient_reduction"] = self.gradient_reduction
         return {
             "parallel": parallel,
             "training": {"micro_batch_size": self.micro_batch, "recompute": self.recompute},

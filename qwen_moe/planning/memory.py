@@ -7,7 +7,8 @@ Parameters, gradients and optimizer state follow from shapes and are exact. Besi
   the step under a pipeline. With zero3 the root and two units are held at a time; under a pipeline all are, because
   torch.distributed.pipelining keeps what a backward has gathered until the last backward.
 * Unsharded gradients of every unit, in the dtype of their reduction, from the first micro-batch's backward to the last's if
-  there are several micro-batches, because they are reduced once per step.
+  there are several micro-batches or a pipeline, because they are reduced once per step. Reduced after every micro-batch,
+  they are those of one unit at a time, in the compute dtype; of a stage, where a schedule splits backward.
 * The buffers of one all-gather and one reduction of a unit. What is cut along another dim than 0 is gathered into a
   buffer of its own before it is put in order.
 
@@ -25,6 +26,7 @@ counts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from parallel.stages import V_SHAPED, stages_of_rank
 from qwen_moe.config import RunConfig
@@ -69,8 +71,14 @@ class Memory:
         return own | {"weights": self.weights, "total": self.total}
 
 
-# (the sum of all units, elements of the largest root, the largest unit of layers)
-Units = tuple[UnitShare, int, UnitShare]
+class Units(NamedTuple):
+    """FSDP units of a rank: the sum of all, elements of the largest root, the largest unit of layers, and elements of the
+    largest stage."""
+
+    total: UnitShare
+    root: int
+    biggest: UnitShare
+    stage: int
 
 
 def _padded(unit: UnitShare) -> int:
@@ -109,8 +117,9 @@ class MemoryModel:
         """Bytes of weights, gradients and optimizer state on the worst-case rank, at most those of `fullest`. A layout for
         which these do not fit needs no count of activations, which takes most of the time."""
         # All that these bytes depend on. Hundreds of layouts differ in the micro-batch, recomputation or schedule only.
-        several = layout.micro_batches > 1
-        key = (layout.layout, layout.layers, choice.schedule in V_SHAPED, choice.sharding, choice.precision, several)
+        several, v_shaped = layout.micro_batches > 1, choice.schedule in V_SHAPED
+        held = (choice.sharding, choice.gradient_reduction, choice.precision)
+        key = (layout.layout, layout.layers, v_shaped, *held, several)
         if key not in self._floors:
             by_rank = (
                 stages_of_rank(choice.schedule, choice.pp, layout.per_rank, rank) if choice.pp > 1 else [0]
@@ -124,24 +133,28 @@ class MemoryModel:
     def _units(self, layout: RunLayout, stages: Sequence[int], place: Place) -> Units:
         """The units of a rank's stages."""
         by_stage = [self._stage_units(layout, stage, place) for stage in stages]
-        return (
-            add(total for total, _, _ in by_stage),
-            max(root for _, root, _ in by_stage),
-            max((biggest for _, _, biggest in by_stage), key=_padded),
+        return Units(
+            add(one.total for one in by_stage),
+            max(one.root for one in by_stage),
+            max((one.biggest for one in by_stage), key=_padded),
+            max(one.stage for one in by_stage),
         )
 
     def _standing(self, choice: Choice, layout: RunLayout, units: Units) -> tuple[float, float, float, float]:
         """(gathered weights, largest size of gradients, sharded weights of all models and optimizer state, sharded weights
         alone)."""
-        total, root, biggest = units
+        total, root, biggest, stage = units
         compute = DTYPES[choice.precision].itemsize
         sharded = total.sharded * self.master
         if choice.sharding == "zero2" or choice.pp > 1:
             gathered = total.padded
         else:
             gathered = min(total.padded, root + 2 * biggest.padded)
-        if layout.micro_batches > 1:
+        several = layout.micro_batches > 1
+        if choice.gradient_reduction == "last" and (several or choice.pp > 1):
             gradients = max(sharded, total.whole * max(4, compute))
+        elif choice.pp > 1 and choice.schedule in V_SHAPED:
+            gradients = sharded + stage * compute
         else:
             gradients = sharded + biggest.padded * compute
         held = gathered * compute + self._kept_weights(choice, total)
@@ -154,7 +167,7 @@ class MemoryModel:
         compute = DTYPES[choice.precision].itemsize
         reduce = max(4, compute)
         units = self._units(layout, flight.stages, place)
-        _, root, biggest = units
+        _, root, biggest, _ = units
         gathered, gradients, states, sharded = self._standing(choice, layout, units)
         cache = self._cache(choice, layout, flight)
         held, working = self._activations(choice, layout, flight)
@@ -198,7 +211,8 @@ class MemoryModel:
             for kind, times in ((True, moe), (False, len(layers) - moe)):
                 if times:
                     units += self.shares.layer(layout.layout, kind, place) * times
-            self._units_of[key] = add([root, *units]), root.padded, max(units, key=_padded)
+            total = add([root, *units])
+            self._units_of[key] = Units(total, root.padded, max(units, key=_padded), total.whole)
         return self._units_of[key]
 
     def _activations(self, choice: Choice, layout: RunLayout, flight: Flight) -> tuple[float, float]:

@@ -121,9 +121,7 @@ class Shares:
                     padded += chunk * ranks * row
                     sharded += min(chunk, max(0, sizes[dim] - mine * chunk)) * row
                     copied += elements if dim else 0
-                found.append(
-                    UnitShare(whole=whole, padded=padded, sharded=sharded, tensors=len(names), copied=copied)
-                )
+                found.append(UnitShare(whole=whole, padded=padded, sharded=sharded, tensors=len(names), copied=copied))
             self._units[key] = tuple(found)
         return self._units[key]
 

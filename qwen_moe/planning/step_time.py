@@ -337,11 +337,13 @@ class StepTimeModel:
             gathers = count * in_forward
         else:
             gathers = in_forward
-        if choice.pp > 1 and software.pipeline_reduces_at_end:
-            reduces = of.reduce
-        else:
-            reduces = max(of.reduce * (1 - hide), of.reduce - hide * 2 * forward)
-        return gathers + reduces + of.reduce_copies, of.update
+        in_backward = max(of.reduce * (1 - hide), of.reduce - hide * 2 * forward)
+        if choice.gradient_reduction == "every":
+            # Where a schedule splits backward, a stage reduces after it and waits.
+            each = of.reduce if choice.pp > 1 and choice.schedule in V_SHAPED else in_backward
+            return gathers + count * (each + of.reduce_copies), of.update
+        at_end = choice.pp > 1 and software.pipeline_reduces_at_end
+        return gathers + (of.reduce if at_end else in_backward) + of.reduce_copies, of.update
 
     def _collectives_of(self, choice: Choice, grid: Layout) -> Collectives:
         key = (grid, choice.precision)
