@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.mesh import Layout
 from qwen_moe.config import RunConfig
+from qwen_moe.errors import UserError
 from qwen_moe.planning.layouts import Choice
 from qwen_moe.planning.live_bytes import LiveBytes
 from qwen_moe.planning.memory import MemoryModel
@@ -121,3 +122,13 @@ def test_runs_in_bf16_learn_the_same(schedule: str) -> None:
     for last, every in zip(*found, strict=True):
         assert every["loss"] == pytest.approx(last["loss"], rel=1e-3)
         assert every["gradient norm"] == pytest.approx(last["gradient norm"], rel=0.01)
+
+
+def test_gradients_are_not_added_up_in_bf16() -> None:
+    with pytest.raises(UserError, match=r"precision.master.*gradient_reduction last"):
+        case(
+            Layout(dp=2),
+            parallel__gradient_reduction="every",
+            precision__compute="bf16",
+            precision__master="bf16",
+        )
