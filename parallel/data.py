@@ -10,10 +10,22 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from parallel.collectives import all_reduce_sum
 from parallel.mesh import Axis
+
+
+def cut_dim(shape: Sequence[int], ranks: int) -> int:
+    """The dim along which ``ranks`` cut a parameter of ``shape``.
+
+    FSDP2 pads dim 0 to a multiple of the ranks, and leaves the last ranks nothing if there are more ranks than rows. For a
+    matrix that is little. A stack of few large matrices, such as a rank's experts, is instead cut along the first dim that
+    ``ranks`` divides, or along dim 0 if there is none.
+    """
+    if len(shape) < 3:
+        return 0
+    return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
 
 
 def shard(
@@ -29,15 +41,17 @@ def shard(
 
     forward: all-gather of each unit in ``compute_dtype``. backward: reduce-scatter (sum) of its gradients in
     ``reduce_dtype``. With ``reshard_after_forward`` parameters are gathered again in backward (ZeRO-3); otherwise they
-    stay gathered.
+    stay gathered. `cut_dim` says along which dim each parameter is cut.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     sizes = {}
-    for unit, unit_mesh in units:
-        fully_shard(unit, mesh=unit_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-        sizes[unit] = unit_mesh.size()
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    sizes[model] = mesh.size()
+    for unit, own, reshard in [*((unit, own, reshard_after_forward) for unit, own in units), (model, mesh, False)]:
+        size = sizes[unit] = own.size()
+
+        def along(parameter: nn.Parameter, ranks: int = size) -> Shard:
+            return Shard(cut_dim(parameter.shape, ranks))
+
+        fully_shard(unit, mesh=own, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=along)
     for module, size in sizes.items():
         # A single rank needs no sum, and FSDP2 would still run a division over every gradient if given a factor.
         if size > 1 and isinstance(module, FSDPModule):

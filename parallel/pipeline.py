@@ -4,7 +4,7 @@ A stage module is called as ``part(x, **batch)``. The first stage takes FIRST_IN
 hidden states of the stage before it, and the last stage's output goes to the loss. Losses are sums: nothing is divided here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -19,6 +20,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleZBVZeroBubble,
 )
+from torch.distributed.pipelining._backward import stage_backward
 
 from parallel.mesh import Axis
 from parallel.sequence import FIRST_INPUT, Batch
@@ -34,23 +36,59 @@ SCHEDULES: dict[str, Any] = {
 }
 
 
-class _Stage(PipelineStage):
-    """A stage that reduces gradients in one dtype.
+def _to_one_dtype(group: FSDPParamGroup) -> None:
+    """Convert the unsharded gradients of ``group`` to the dtype of their reduction, if some of them have it.
 
-    FSDP converts the gradients that it keeps to the dtype of the reduction after a backward, by a hook. Where a schedule
-    splits backward in two (zbv), gradients of weights come after the hook. With one micro-batch, no later hook converts
-    them, and FSDP refuses to reduce them together with those that were converted.
+    FSDP does so after a backward that it does not reduce, by a hook. Where a schedule splits backward in two (zbv),
+    gradients of weights come after the hook, and FSDP refuses to reduce them together with those that were converted.
     """
+    parameters = [parameter for parameter in group.fsdp_params if hasattr(parameter, "_unsharded_param")]
+    if any(parameter.unsharded_accumulated_grad is not None for parameter in parameters):
+        for parameter in parameters:
+            parameter.accumulate_unsharded_grad_if_needed()
+            parameter.to_accumulated_grad_if_needed()
+
+
+class _Stage(PipelineStage):
+    """A stage that reduces gradients in one dtype: after its last micro-batch or, with ``reduce_every``, after each."""
+
+    reduce_every = False
+
+    def _groups(self) -> Iterator[FSDPParamGroup]:
+        for state in fully_shard.state(self.submod)._state_ctx.all_states:  # type: ignore[attr-defined]
+            if hasattr(state, "_fsdp_param_groups"):
+                yield from state._fsdp_param_groups
+            elif state._fsdp_param_group is not None:  # torch 2.11 has one
+                yield state._fsdp_param_group
+
+    def backward_maybe_with_nosync(
+        self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
+    ) -> tuple[tuple[torch.Tensor | None, ...], list[dict[str, Any]] | None]:
+        """Torch's method never reduces here, only in `perform_reduce_grad`."""
+        part = self.submod
+        if not (self.reduce_every and isinstance(part, FSDPModule)) or backward_type == "input":
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        if backward_type == "full":
+            # FSDP's hooks reduce each unit as soon as its gradients are there.
+            part.set_is_last_backward(True)  # else a buffer of the reduction is kept for every stage of the rank
+            part.set_reshard_after_backward(False)
+            part.set_requires_gradient_sync(True)
+            values = (bwd_kwargs[name] for name in ("stage_output", "output_grads", "input_values"))
+            return stage_backward(*values), None
+        # Gradients of weights that come apart from a backward: no hook reduces these.
+        found = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        part.set_is_last_backward(True)
+        part.set_requires_gradient_sync(True)
+        for group in self._groups():
+            _to_one_dtype(group)
+            group.post_backward()
+        fully_shard.state(part)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+        return found
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
-        for module in self.submod.modules():
-            if not isinstance(module, FSDPModule):
-                continue
-            for group in fully_shard.state(module)._fsdp_param_groups:  # type: ignore[attr-defined]
-                for parameter in group.fsdp_params:
-                    if hasattr(parameter, "_unsharded_param"):
-                        parameter.accumulate_unsharded_grad_if_needed()
-                        parameter.to_accumulated_grad_if_needed()
+        if isinstance(self.submod, FSDPModule):
+            for group in self._groups():
+                _to_one_dtype(group)
         super().perform_reduce_grad(grad_scale_factor)
 
 
@@ -59,18 +97,21 @@ class Sequential:
 
     ``keep_gathered``: parameters that FSDP gathers stay gathered from one micro-batch of a step to the next. This does not
     raise peak memory unless they are also dropped after forward (ZeRO-3), because every backward begins with all of them.
+    ``reduce_every``: gradients are reduced after each micro-batch, not only after the last.
     """
+
+    reduce_every = False
 
     def __init__(self, part: nn.Module, loss: Loss, keep_gathered: bool = False) -> None:
         self.part, self.loss, self.keep_gathered = part, loss, keep_gathered
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
-        """Run and backpropagate all ``micro_batches``; gradients are reduced with the last. Returns the detached losses."""
+        """Run and backpropagate all ``micro_batches``. Returns the detached losses."""
         losses = []
         for index, batch in enumerate(micro_batches):
             if isinstance(self.part, FSDPModule):
                 last = index == len(micro_batches) - 1
-                self.part.set_requires_gradient_sync(last)
+                self.part.set_requires_gradient_sync(last or self.reduce_every)
                 self.part.set_reshard_after_backward(last or not self.keep_gathered)
             loss = self.loss(self._run(batch), batch)
             loss.backward()
@@ -119,7 +160,7 @@ class Pipeline:
         self._running: Sequence[Batch] = ()
         assert axis.group is not None
         travelling, output = shapes.hidden.clone().requires_grad_(), shapes.output.clone().requires_grad_()
-        built = [
+        self._stages = built = [
             _Stage(
                 part,
                 stage,
@@ -141,6 +182,16 @@ class Pipeline:
     def _loss_of(self, output: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         """Schedules split one target tensor over micro-batches; ours holds the micro-batch's number."""
         return self.loss(output, self._running[int(number)])
+
+    @property
+    def reduce_every(self) -> bool:
+        """Whether gradients are reduced after each micro-batch, not only after the last."""
+        return self._stages[0].reduce_every
+
+    @reduce_every.setter
+    def reduce_every(self, value: bool) -> None:
+        for stage in self._stages:
+            stage.reduce_every = value
 
     @property
     def has_last(self) -> bool:

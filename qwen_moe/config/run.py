@@ -100,6 +100,11 @@ class RunConfig(Section):
             _check_stages(self)
         if self.training.train_tokens:
             self._check_keep_steps()
+        if self.parallel.gradient_reduction == "every" and self.precision.master == "bf16":
+            raise ValueError(
+                "parallel.gradient_reduction every adds up the gradients of micro-batches in the dtype of precision.master, "
+                "and bf16 loses what is small: use precision.master fp32, or parallel.gradient_reduction last"
+            )
         if self.schedule.min_learning_rate > self.optimizer.learning_rate:
             raise ValueError(
                 f"schedule.min_learning_rate {self.schedule.min_learning_rate} is above optimizer.learning_rate "

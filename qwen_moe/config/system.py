@@ -22,8 +22,10 @@ class ParallelConfig(Section):
 
     ``schedule`` and ``stages_per_rank`` (0: the schedule's default) matter only with pp > 1. ``pipeline_split``: the number
     of layers of each stage; if empty, layers are split by cost. ``sharding``: data-parallel ranks shard optimizer state and
-    gradients (zero2), and with zero3 also parameters between uses, as in ZeRO (arXiv 1910.02054). ``check_collectives``
-    compares every rank's collectives with its group's after each step.
+    gradients (zero2), and with zero3 also parameters between uses, as in ZeRO (arXiv 1910.02054).
+    ``gradient_reduction``: after the ``last`` micro-batch of a step, until which each rank holds its gradients whole, or
+    after ``every`` one, which holds only this rank's shards and sends more. ``check_collectives`` compares every rank's
+    collectives with its group's after each step.
 
     ``cp_kind``: how attention reaches the keys of other cp ranks (docs/long-context.md); ``auto`` takes the kind that
     communicates least. ``cp_ulysses``: with ring or all_gather, this many neighbouring cp ranks exchange tokens for heads.
@@ -42,6 +44,7 @@ class ParallelConfig(Section):
     stages_per_rank: OptionalLayers = 0
     pipeline_split: tuple[Layers, ...] = ()
     sharding: Literal["zero2", "zero3"] = "zero2"
+    gradient_reduction: Literal["last", "every"] = "last"
     collective_timeout_minutes: Annotated[PositiveFloat, Field(le=60 * 24 * 30)] = 30.0
     check_collectives: bool = False
 

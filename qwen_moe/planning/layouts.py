@@ -47,6 +47,7 @@ class Choice:
     micro_batch: int = 1
     recompute: str = "none"
     sharding: str = "zero2"
+    gradient_reduction: str = "last"
     precision: str = "bf16"
 
     def __str__(self) -> str:
@@ -61,6 +62,7 @@ class Choice:
             degrees.append(self.schedule + (f"x{self.per_rank}" if self.schedule == "interleaved_1f1b" else ""))
         degrees += ["ep_overlap"] if self.overlaps else []
         degrees += [f"mb={self.micro_batch}", self.sharding]
+        degrees += ["gradient_reduction=every"] if self.gradient_reduction == "every" else []
         degrees += ["recompute"] if self.recompute == "full" else []
         return " ".join([*degrees, self.precision])
 
@@ -82,6 +84,7 @@ class Choice:
         degrees = {name: getattr(self, name) for name in names}
         parallel = degrees | {"schedule": self.schedule, "stages_per_rank": per_rank, "sharding": self.sharding}
         parallel |= {"ep_overlap": self.overlaps} if self.ep_overlap else {}
+        parallel["gradient_reduction"] = self.gradient_reduction
         return {
             "parallel": parallel,
             "training": {"micro_batch_size": self.micro_batch, "recompute": self.recompute},

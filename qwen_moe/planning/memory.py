@@ -2,13 +2,15 @@
 
 Parameters, gradients and optimizer state follow from shapes and are exact. Besides its shards, FSDP2 holds:
 
-* Gathered weights in the compute dtype, with dim 0 (for experts: the number of local experts) padded to a multiple of the
+* Gathered weights in the compute dtype, with the dim that is cut (`parallel.data.cut_dim`) padded to a multiple of the
   data-parallel ranks. With zero2 every unit is held from the first forward to the end of the micro-batch's backward, or of
   the step under a pipeline. With zero3 the root and two units are held at a time; under a pipeline all are, because
   torch.distributed.pipelining keeps what a backward has gathered until the last backward.
 * Unsharded gradients of every unit, in the dtype of their reduction, from the first micro-batch's backward to the last's if
-  there are several micro-batches, because they are reduced once per step.
-* The buffers of one all-gather and one reduction of a unit.
+  there are several micro-batches or a pipeline, because they are reduced once per step. Reduced after every micro-batch,
+  they are those of one unit at a time, in the compute dtype; of a stage, where a schedule splits backward.
+* The buffers of one all-gather and one reduction of a unit. What is cut along another dim than 0 is gathered into a
+  buffer of its own before it is put in order.
 
 Schedules that split backward into two halves (zbv, dualpipev) keep gradients between them, which are estimated as half of
 the micro-batch's activations.
@@ -27,6 +29,7 @@ counts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from parallel.stages import V_SHAPED, stages_of_rank
 from qwen_moe.config import RunConfig
@@ -71,6 +74,20 @@ class Memory:
         return own | {"weights": self.weights, "total": self.total}
 
 
+class Units(NamedTuple):
+    """FSDP units of a rank: the sum of all, elements of the largest root, the largest unit of layers, and elements of the
+    largest stage."""
+
+    total: UnitShare
+    root: int
+    biggest: UnitShare
+    stage: int
+
+
+def _padded(unit: UnitShare) -> int:
+    return unit.padded
+
+
 class MemoryModel:
     """Predicts the memory of one recipe for any choice and layout. Terms that layouts share are computed once."""
 
@@ -83,7 +100,7 @@ class MemoryModel:
         self.references = int(objective.reads == "samples" and objective.policy.kl != "none")
         self._stages: dict[tuple[object, ...], tuple[float, float]] = {}
         self._moe_layers = frozenset(config.model.moe_layers)
-        self._units_of: dict[tuple[object, ...], tuple[UnitShare, int, int]] = {}
+        self._units_of: dict[tuple[object, ...], Units] = {}
         self._floors: dict[tuple[object, ...], float] = {}
 
     def saved(self, precision: str) -> SavedActivations:
@@ -103,8 +120,9 @@ class MemoryModel:
         """Bytes of weights, gradients and optimizer state on the worst-case rank, at most those of `fullest`. A layout for
         which these do not fit needs no count of activations, which takes most of the time."""
         # All that these bytes depend on. Hundreds of layouts differ in the micro-batch, recomputation or schedule only.
-        several = layout.micro_batches > 1
-        key = (layout.layout, layout.layers, choice.schedule in V_SHAPED, choice.sharding, choice.precision, several)
+        several, v_shaped = layout.micro_batches > 1, choice.schedule in V_SHAPED
+        held = (choice.sharding, choice.gradient_reduction, choice.precision)
+        key = (layout.layout, layout.layers, v_shaped, *held, several)
         if key not in self._floors:
             by_rank = (
                 stages_of_rank(choice.schedule, choice.pp, layout.per_rank, rank) if choice.pp > 1 else [0]
@@ -115,27 +133,33 @@ class MemoryModel:
             )
         return self._floors[key]
 
-    def _units(self, layout: RunLayout, stages: Sequence[int], place: Place) -> tuple[UnitShare, int, int]:
-        """(sum of all units of a rank, elements of its largest root, elements of the largest unit of its layers)."""
+    def _units(self, layout: RunLayout, stages: Sequence[int], place: Place) -> Units:
+        """The units of a rank's stages."""
         by_stage = [self._stage_units(layout, stage, place) for stage in stages]
-        return add(total for total, _, _ in by_stage), max(r for _, r, _ in by_stage), max(b for _, _, b in by_stage)
+        return Units(
+            add(one.total for one in by_stage),
+            max(one.root for one in by_stage),
+            max((one.biggest for one in by_stage), key=_padded),
+            max(one.stage for one in by_stage),
+        )
 
-    def _standing(
-        self, choice: Choice, layout: RunLayout, units: tuple[UnitShare, int, int]
-    ) -> tuple[float, float, float, float]:
+    def _standing(self, choice: Choice, layout: RunLayout, units: Units) -> tuple[float, float, float, float]:
         """(gathered weights, largest size of gradients, sharded weights of all models and optimizer state, sharded weights
         alone)."""
-        total, root, biggest = units
+        total, root, biggest, stage = units
         compute = DTYPES[choice.precision].itemsize
         sharded = total.sharded * self.master
         if choice.sharding == "zero2" or choice.pp > 1:
             gathered = total.padded
         else:
-            gathered = min(total.padded, root + 2 * biggest)
-        if layout.micro_batches > 1:
+            gathered = min(total.padded, root + 2 * biggest.padded)
+        several = layout.micro_batches > 1
+        if choice.gradient_reduction == "last" and (several or choice.pp > 1):
             gradients = max(sharded, total.whole * max(4, compute))
+        elif choice.pp > 1 and choice.schedule in V_SHAPED:
+            gradients = sharded + stage * compute
         else:
-            gradients = sharded + biggest * compute
+            gradients = sharded + biggest.padded * compute
         held = gathered * compute + self._kept_weights(choice, total)
         return held, gradients, (3 + self.references) * sharded + 4 * total.tensors, sharded
 
@@ -146,12 +170,12 @@ class MemoryModel:
         compute = DTYPES[choice.precision].itemsize
         reduce = max(4, compute)
         units = self._units(layout, flight.stages, place)
-        _, root, biggest = units
+        _, root, biggest, _ = units
         gathered, gradients, states, sharded = self._standing(choice, layout, units)
         cache = self._cache(choice, layout, flight)
         held, working = self._activations(choice, layout, flight)
         if choice.overlaps:  # the gradients of a unit's weights from one half wait for those from the other
-            working += biggest * compute
+            working += biggest.padded * compute
         return Memory(
             sharded_weights=sharded,
             gathered_weights=gathered,
@@ -161,7 +185,8 @@ class MemoryModel:
             activations=held,
             working=working,
             buffers=max(
-                self._unit_buffers(layout, biggest, compute + reduce),
+                self._unit_buffers(layout, biggest.padded, compute + reduce)
+                + self._unit_buffers(layout, biggest.copied, compute),
                 # The root is reduced last, when there are no activations left.
                 self._unit_buffers(layout, root, reduce) - held - working,
             )
@@ -180,7 +205,7 @@ class MemoryModel:
         layers = sum(len(layout.layers[stage]) for stage in flight.stages)
         return cache_bytes(self.config, choice, layout.layout.dp, layers)
 
-    def _stage_units(self, layout: RunLayout, stage: int, place: Place) -> tuple[UnitShare, int, int]:
+    def _stage_units(self, layout: RunLayout, stage: int, place: Place) -> Units:
         """As `_units`, for one stage: its root and its layers are FSDP units."""
         first, last, layers = stage == 0, stage == len(layout.layers) - 1, layout.layers[stage]
         moe = len(self._moe_layers.intersection(layers))
@@ -191,7 +216,8 @@ class MemoryModel:
             for kind, times in ((True, moe), (False, len(layers) - moe)):
                 if times:
                     units += self.shares.layer(layout.layout, kind, place) * times
-            self._units_of[key] = add([root, *units]), root.padded, max(unit.padded for unit in units)
+            total = add([root, *units])
+            self._units_of[key] = Units(total, root.padded, max(units, key=_padded), total.whole)
         return self._units_of[key]
 
     def _activations(self, choice: Choice, layout: RunLayout, flight: Flight) -> tuple[float, float]:

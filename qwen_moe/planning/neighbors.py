@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from qwen_moe.planning.layouts import Choice
-from qwen_moe.planning.step_time import StepTime
+from qwen_moe.planning.times import StepTime
 from qwen_moe.sharding.layout import RunLayout
 
 Timed = tuple[StepTime, Choice, RunLayout]

@@ -16,7 +16,8 @@ from qwen_moe.models.flops import layer_costs
 from qwen_moe.planning.hardware import Cluster, Gpu, load_gpu, load_network
 from qwen_moe.planning.layouts import Choice
 from qwen_moe.planning.software import MEGATRON, OURS, Software
-from qwen_moe.planning.step_time import StepTime, StepTimeModel
+from qwen_moe.planning.step_time import StepTimeModel
+from qwen_moe.planning.times import StepTime
 from qwen_moe.sharding.layout import ContextPlan, RunLayout
 
 SEQUENCE = 4096

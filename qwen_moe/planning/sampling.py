@@ -15,7 +15,8 @@ from qwen_moe.config import RunConfig
 from qwen_moe.models.flops import flops_per_token
 from qwen_moe.planning.layouts import Choice
 from qwen_moe.planning.rates import BF16
-from qwen_moe.planning.step_time import StepTime, StepTimeModel
+from qwen_moe.planning.step_time import StepTimeModel
+from qwen_moe.planning.times import StepTime
 from qwen_moe.sharding.build import DTYPES
 from qwen_moe.sharding.layout import RunLayout
 

@@ -15,7 +15,8 @@ from qwen_moe.planning.memory import Memory, MemoryModel
 from qwen_moe.planning.neighbors import Neighbors, Timed
 from qwen_moe.planning.sampling import SamplingModel, SamplingTime
 from qwen_moe.planning.software import OURS
-from qwen_moe.planning.step_time import StepTime, StepTimeModel
+from qwen_moe.planning.step_time import StepTimeModel
+from qwen_moe.planning.times import StepTime
 from qwen_moe.progress import bar
 from qwen_moe.sharding.layout import ContextPlan, RunLayout
 
@@ -89,6 +90,7 @@ FIELDS = (
         "recompute",
         "micro_batch",
         "sharding",
+        "gradient_reduction",
         "schedule",
         "per_rank",
         "pp",
@@ -191,10 +193,20 @@ class Search:
                 continue
             if not best:
                 faster.append((step, choice, layout))
-            leaner = self._as_ring(choice, layout)
-            if leaner is not None:
-                heapq.heappush(heap, (leaner[0].total, number, leaner))
-        return best, faster
+            for leaner in (self._as_ring(choice, layout), self._as_every(choice, layout)):
+                if leaner is not None:
+                    heapq.heappush(heap, (leaner[0].total, number, leaner))
+        # What is pushed late may be faster than what was found before.
+        return sorted(best, key=lambda scored: scored.step.total), faster
+
+    def _as_every(self, choice: Choice, layout: RunLayout) -> Timed | None:
+        """The layout with gradients reduced after every micro-batch, if this makes a difference and is allowed."""
+        grid = layout.layout
+        alone = layout.micro_batches == 1 or max(grid.dp * grid.cp, grid.edp) == 1
+        if alone or choice.gradient_reduction == "every" or self.config.precision.master == "bf16":
+            return None
+        choice = choice.changed(gradient_reduction="every")
+        return self._step(choice, layout), choice, layout
 
     def _as_ring(self, choice: Choice, layout: RunLayout) -> Timed | None:
         """The layout with another kind of context parallelism, the one that needs the least memory."""
@@ -303,11 +315,20 @@ class Search:
     def _nearest(self, choice: Choice, neighbors: Neighbors) -> Scored | None:
         """The fastest layout that fits and differs in one field, else in recomputation and one field."""
         for start in dict.fromkeys((choice, choice.changed(recompute="full"))):
-            for step, other, layout in neighbors.of(start):
+            for step, other, layout in self._around(start, neighbors):
                 found = self._fitting(step, other, layout)
                 if found is not None:
                     return found
         return None
+
+    def _around(self, choice: Choice, neighbors: Neighbors) -> list[Timed]:
+        """``choice`` and what differs from it in one field, fastest first. ``neighbors`` all reduce gradients at the end."""
+        same = choice.changed(gradient_reduction="last")
+        plain = neighbors.of(same)
+        own = [timed for timed in plain if timed[1] == same]
+        every = [self._as_every(*timed[1:]) for timed in (own if choice == same else plain)]
+        near = [*(plain if choice == same else own), *(timed for timed in every if timed is not None)]
+        return sorted(near, key=lambda timed: timed[0].total)
 
     def _enough_gpus(self) -> int:
         """The smallest of 2, 4, ... 32 times the GPUs on which a layout fits, or 0."""
@@ -317,8 +338,9 @@ class Search:
                 choice.recompute == "full"
                 and self.memory.floor(choice, layout) <= self.gpu.usable_bytes
                 and self.memory.fullest(choice, layout).total <= self.gpu.usable_bytes
-                for choice, layout in legal_choices(self.config, gpus, (1,), self.precisions, pick=self._kinds)
-                if self._countable(choice)
+                for least, layout in legal_choices(self.config, gpus, (1,), self.precisions, pick=self._kinds)
+                if self._countable(least)
+                for choice in (least, *(timed[1] for timed in (self._as_every(least, layout),) if timed is not None))
             )
             if any(fits):
                 return gpus

@@ -1,5 +1,6 @@
-"""The share of the parameters that one rank holds, by the sharding table and FSDP2's rule of splitting dim 0."""
+"""The share of the parameters that one rank holds, by the sharding table and `parallel.data.cut_dim`."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 
+from parallel.data import cut_dim
 from parallel.mesh import Axis, Layout
 from qwen_moe.config import ModelConfig
 from qwen_moe.models.decoder import DecoderLM
@@ -44,12 +46,14 @@ def place_of(layout: Layout, rank: int) -> Place:
 @dataclass(frozen=True, kw_only=True)
 class UnitShare:
     """Elements of one FSDP unit on a rank: ``whole`` before FSDP shards it, ``sharded`` after, and ``padded`` when it is
-    gathered, with dim 0 padded to a multiple of the ranks. ``tensors`` is its number of parameters."""
+    gathered, with the dim that is cut padded to a multiple of the ranks. ``copied`` of these belong to parameters that are
+    not cut along dim 0, which FSDP2 copies once more around each collective. ``tensors`` is its number of parameters."""
 
     whole: int
     padded: int
     sharded: int
     tensors: int
+    copied: int = 0
 
 
 def _axes(layout: Layout, place: Place, kv_heads: int) -> Any:
@@ -106,19 +110,18 @@ class Shares:
             shapes, axes = _shapes(self.model, index), _axes(layout, place, self.model.num_key_value_heads)
             found = []
             for names in units:
-                whole = padded = sharded = 0
+                whole = padded = sharded = copied = 0
                 for name in names:
                     sizes = placement(name, shapes[name], axes).sizes
                     data = (layout.dp * layout.cp, place.data)
                     ranks, mine = (layout.edp, place.edp) if is_expert(name) else data
-                    row = 1
-                    for size in sizes[1:]:
-                        row *= size
-                    chunk = -(-sizes[0] // ranks)
-                    whole += sizes[0] * row
+                    dim, elements = cut_dim(sizes, ranks), math.prod(sizes)
+                    row, chunk = elements // sizes[dim], -(-sizes[dim] // ranks)
+                    whole += elements
                     padded += chunk * ranks * row
-                    sharded += min(chunk, max(0, sizes[0] - mine * chunk)) * row
-                found.append(UnitShare(whole=whole, padded=padded, sharded=sharded, tensors=len(names)))
+                    sharded += min(chunk, max(0, sizes[dim] - mine * chunk)) * row
+                    copied += elements if dim else 0
+                found.append(UnitShare(whole=whole, padded=padded, sharded=sharded, tensors=len(names), copied=copied))
             self._units[key] = tuple(found)
         return self._units[key]
 
@@ -131,4 +134,5 @@ def add(units: Iterable[UnitShare]) -> UnitShare:
         padded=sum(u.padded for u in units),
         sharded=sum(u.sharded for u in units),
         tensors=sum(u.tensors for u in units),
+        copied=sum(u.copied for u in units),
     )

@@ -23,7 +23,7 @@ class Software:
     expert_kernels: int  # for each local expert, in forward and backward: 0 if one kernel computes all experts' GEMMs
     host_us: float  # in which the host prepares and launches a kernel, if more than `Gpu.kernel_launch_us`
     fp8_matrix_us: float  # to launch and run the kernels that find a matrix's largest value and cast it
-    pads_shards: bool  # dim 0 is padded to a multiple of the data-parallel ranks (FSDP2)
+    pads_shards: bool  # to a multiple of the data-parallel ranks, and copies what is not cut along dim 0 (FSDP2)
     gathers_each_micro_batch: bool  # weights are, without a pipeline (FSDP2 reshards after each backward)
 
 

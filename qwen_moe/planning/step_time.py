@@ -6,7 +6,6 @@ and layout, and `published.py` compares the predictions with published runs.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from parallel.mesh import Layout
@@ -20,49 +19,10 @@ from qwen_moe.planning.rates import BF16, Rates
 from qwen_moe.planning.schedules import idle_micro_batches
 from qwen_moe.planning.shares import Shares, add
 from qwen_moe.planning.software import Software
+from qwen_moe.planning.times import Part, StepTime, total
 from qwen_moe.sharding.layout import ContextPlan, RunLayout
 
 NO_CONTEXT = ContextPlan()
-
-
-@dataclass(frozen=True)
-class Part:
-    """Seconds that some layers take for the forward and backward of one micro-batch. ``experts`` is the time that grows
-    with the imbalance between experts."""
-
-    compute: float = 0.0
-    tp: float = 0.0
-    ep: float = 0.0
-    experts: float = 0.0  # already included in compute and ep
-    cp: float = 0.0  # exposed communication and the copies that come with it
-
-    def __add__(self, other: "Part") -> "Part":
-        return Part(
-            self.compute + other.compute,
-            self.tp + other.tp,
-            self.ep + other.ep,
-            self.experts + other.experts,
-            self.cp + other.cp,
-        )
-
-    def __mul__(self, times: float) -> "Part":
-        return Part(self.compute * times, self.tp * times, self.ep * times, self.experts * times, self.cp * times)
-
-    @property
-    def total(self) -> float:
-        return self.compute + self.tp + self.cp + self.ep
-
-
-def total(parts: Iterable[Part]) -> Part:
-    """The sum of ``parts``, added in their order."""
-    compute = tp = ep = experts = cp = 0.0
-    for part in parts:
-        compute += part.compute
-        tp += part.tp
-        ep += part.ep
-        experts += part.experts
-        cp += part.cp
-    return Part(compute, tp, ep, experts, cp)
 
 
 # Of a pipeline rank: its MoE layers, its dense layers, whether it has the embedding, whether it has the head.
@@ -70,28 +30,15 @@ Rank = tuple[int, int, bool, bool]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepTime:
-    """Seconds of a step. ``tp``, ``cp``, ``ep``, ``pp`` and ``dp`` are exposed communication; ``cp`` includes its copies.
-    ``imbalance`` is the excess of the
-    slowest pipeline rank and of the busiest expert over the average ones. ``sampling``: this step's share of an episode's
-    answers; ``preparing``: log-probabilities before it."""
+class Collectives:
+    """Seconds of an average rank: ``gather`` of all its weights, ``reduce`` of all its gradients, both with their copies
+    (``gather_copies``, ``reduce_copies``), which nothing hides, and ``update`` of the optimizer."""
 
-    compute: float
-    tp: float
-    cp: float
-    ep: float
-    pp: float
-    dp: float
-    bubble: float
-    imbalance: float
-    optimizer: float
-    sampling: float = 0.0
-    preparing: float = 0.0
-
-    @property
-    def total(self) -> float:
-        busy = self.compute + self.tp + self.cp + self.ep + self.pp + self.dp
-        return busy + self.bubble + self.imbalance + self.optimizer + self.sampling + self.preparing
+    gather: float
+    reduce: float
+    gather_copies: float
+    reduce_copies: float
+    update: float
 
 
 class StepTimeModel:
@@ -123,7 +70,7 @@ class StepTimeModel:
         self._ends_of: dict[tuple[object, ...], Part] = {}
         self._ranks: dict[tuple[object, ...], list[Rank]] = {}
         self._means: dict[tuple[object, ...], tuple[Part, float]] = {}
-        self._collectives: dict[tuple[Layout, str], tuple[float, float, float]] = {}
+        self._collectives: dict[tuple[Layout, str], Collectives] = {}
 
     # Communication of layers
 
@@ -328,26 +275,27 @@ class StepTimeModel:
 
     def _data_parallel(self, choice: Choice, layout: RunLayout, forward: float) -> tuple[float, float]:
         """(exposed communication, optimizer) of the average rank. A micro-batch's ``forward`` can hide an all-gather."""
-        gather, reduce, update = self._collectives_of(choice, layout.layout)
+        of, hide = self._collectives_of(choice, layout.layout), self.software.dp_overlap
         software, count = self.software, layout.micro_batches
-        hide = software.dp_overlap
+        in_forward = max(0.0, of.gather - hide * forward) + of.gather_copies
         if choice.sharding == "zero3":
-            gathers = count * (max(0.0, gather - hide * forward) + max(0.0, gather - hide * 2 * forward))
+            gathers = count * (in_forward + max(0.0, of.gather - hide * 2 * forward) + of.gather_copies)
         elif choice.pp == 1 and software.gathers_each_micro_batch:
-            gathers = count * max(0.0, gather - hide * forward)
+            gathers = count * in_forward
         else:
-            gathers = max(0.0, gather - hide * forward)
-        if choice.pp > 1 and software.pipeline_reduces_at_end:
-            reduces = reduce
-        else:
-            reduces = max(reduce * (1 - hide), reduce - hide * 2 * forward)
-        return gathers + reduces, update
+            gathers = in_forward
+        in_backward = max(of.reduce * (1 - hide), of.reduce - hide * 2 * forward)
+        if choice.gradient_reduction == "every":
+            # Where a schedule splits backward, a stage reduces after it and waits.
+            each = of.reduce if choice.pp > 1 and choice.schedule in V_SHAPED else in_backward
+            return gathers + count * (each + of.reduce_copies), of.update
+        at_end = choice.pp > 1 and software.pipeline_reduces_at_end
+        return gathers + (of.reduce if at_end else in_backward) + of.reduce_copies, of.update
 
-    def _collectives_of(self, choice: Choice, grid: Layout) -> tuple[float, float, float]:
-        """Seconds of (an all-gather of all weights of an average rank, a reduction of all gradients, the optimizer)."""
+    def _collectives_of(self, choice: Choice, grid: Layout) -> Collectives:
         key = (grid, choice.precision)
         if key not in self._collectives:
-            dense, experts, sharded = self._elements_of(grid)
+            dense, experts, sharded, copied = self._elements_of(grid)
 
             def over(bytes_per_element: int) -> float:
                 return self.rates.ring(dense * bytes_per_element, grid.dp * grid.cp, grid.tp) + self.rates.ring(
@@ -357,11 +305,19 @@ class StepTimeModel:
             # AdamW reads four and writes three numbers of four bytes. The norm reads the gradient; clipping reads and
             # writes it.
             update = sharded * 40 / self.rates.memory
-            self._collectives[key] = over(1 if choice.precision == "fp8" else BF16), over(4), update
+            weight = 1 if choice.precision == "fp8" else BF16
+            self._collectives[key] = Collectives(
+                gather=over(weight),
+                reduce=over(4),
+                gather_copies=2 * copied * weight / self.rates.memory,
+                reduce_copies=2 * copied * 4 / self.rates.memory,
+                update=update,
+            )
         return self._collectives[key]
 
-    def _elements_of(self, grid: Layout) -> tuple[float, float, float]:
-        """(dense elements, expert elements) that an average rank gathers, and the elements that its optimizer updates."""
+    def _elements_of(self, grid: Layout) -> tuple[float, float, float, float]:
+        """(dense elements, expert elements) that an average rank gathers, the elements that its optimizer updates, and those
+        gathered that are copied besides, because they are not cut along dim 0."""
         moe, layers = len(self._moe_layers), self.model.num_hidden_layers
         dense = [self.shares.root(grid, True, True)]
         experts = []
@@ -373,7 +329,8 @@ class StepTimeModel:
         sums = add(dense), add(experts)
         moved = [unit.padded if self.software.pads_shards else unit.whole for unit in sums]
         sharded = sums[0].sharded + sums[1].sharded
-        return moved[0] / grid.pp, moved[1] / grid.pp, sharded / grid.pp
+        copied = sums[1].copied if self.software.pads_shards else 0
+        return moved[0] / grid.pp, moved[1] / grid.pp, sharded / grid.pp, copied / grid.pp
 
     def flops(self) -> float:
         """Training FLOPs per token, counted as in `models/flops.py`, with attention scores scaled by ``score_factor``."""

@@ -90,6 +90,7 @@ TABLE: dict[Rule, tuple[str, ...]] = {
         *("parallel.tp", "parallel.pp", "parallel.cp", "parallel.ep", "parallel.etp", "parallel.schedule"),
         *("parallel.cp_kind", "parallel.cp_ulysses", "parallel.ep_overlap"),
         *("parallel.stages_per_rank", "parallel.pipeline_split", "parallel.sharding"),
+        "parallel.gradient_reduction",
         *("parallel.collective_timeout_minutes", "parallel.check_collectives"),
         *("checkpoint.interval", "checkpoint.keep", "checkpoint.keep_steps", "checkpoint.asynchronous"),
         "checkpoint.export_hf",

@@ -91,6 +91,14 @@ def build_engine(
     config: RunConfig, layout: RunLayout, model: ParallelModel, loss: Loss, device: torch.device
 ) -> Sequential | Pipeline:
     """The engine that runs micro-batches forward and backward through ``model``. ``loss`` takes the last stage's output."""
+    engine = _engine(config, layout, model, loss, device)
+    engine.reduce_every = config.parallel.gradient_reduction == "every"
+    return engine
+
+
+def _engine(
+    config: RunConfig, layout: RunLayout, model: ParallelModel, loss: Loss, device: torch.device
+) -> Sequential | Pipeline:
     if model.grids.pp.size == 1:
         return Sequential(model.parts[0], loss, keep_gathered=config.parallel.sharding != "zero3")
     schedule = config.parallel.schedule

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from parallel.kernels.interface import Kernels
 from parallel.mesh import Grids
@@ -120,16 +120,17 @@ class ParallelModel:
         return all(axis.index == 0 for axis in self.placements[name].replicas)
 
     def range_of(self, name: str, parameter: torch.Tensor) -> tuple[list[int], list[int]]:
-        """(offsets, sizes) of this rank's shard within the whole parameter, after FSDP has cut dim 0."""
+        """(offsets, sizes) of this rank's shard within the whole parameter, after FSDP has cut it."""
         place = self.placements[name]
         offsets, sizes = list(place.offsets), list(place.sizes)
         # Between a forward and its backward, FSDP exposes the gathered parameter, which is not the optimizer's.
         assert isinstance(parameter, DTensor), f"{name} is gathered: call `reshard` first"
-        mesh = parameter.device_mesh
-        chunk = -(-sizes[0] // mesh.size())
-        first = min(sizes[0], mesh.get_local_rank() * chunk)
-        offsets[0], sizes[0] = offsets[0] + first, min(sizes[0] - first, chunk)
-        assert parameter.to_local().shape[0] == sizes[0], name
+        mesh, (cut,) = parameter.device_mesh, parameter.placements
+        assert isinstance(cut, Shard), (name, cut)
+        chunk = -(-sizes[cut.dim] // mesh.size())
+        first = min(sizes[cut.dim], mesh.get_local_rank() * chunk)
+        offsets[cut.dim], sizes[cut.dim] = offsets[cut.dim] + first, min(sizes[cut.dim] - first, chunk)
+        assert parameter.to_local().shape[cut.dim] == sizes[cut.dim], name
         return offsets, sizes
 
     def reshard(self) -> None:

@@ -32,7 +32,7 @@ class Placement:
     split, so that its gradients are partial and are summed once per step."""
 
     shape: tuple[int, ...]  # of the whole parameter
-    offsets: tuple[int, ...]  # of this rank's part, before FSDP cuts dim 0
+    offsets: tuple[int, ...]  # of this rank's part, before FSDP cuts it
     sizes: tuple[int, ...]
     replicas: tuple[Axis, ...]
     is_expert: bool

@@ -176,6 +176,7 @@ def shrink(config: RunConfig, layout: Layout) -> RunConfig:
     values["parallel"] = layout_overrides(layout, parallel.schedule, parallel.stages_per_rank) | {
         **context,
         "sharding": parallel.sharding,
+        "gradient_reduction": parallel.gradient_reduction,
         "pipeline_split": list(split),
         "ep_overlap": parallel.ep_overlap and splits_experts(layout),
     }
@@ -219,6 +220,7 @@ def draw(seed: int, index: int, max_ranks: int, objective: str = "likelihood") -
     values["parallel"] |= {"cp_kind": kind, "cp_ulysses": ulysses}
     shardings = ["zero2"] if schedule in V_SHAPED else ["zero2", "zero3"]  # see ParallelConfig
     values["parallel"]["sharding"] = rng.choice(shardings)
+    values["parallel"]["gradient_reduction"] = random.Random(f"{seed}/{index}/reduction").choice(["last", "every"])
     if stages > 1 and rng.random() < 0.3:
         cuts = sorted(rng.sample(range(1, layers), stages - 1))
         values["parallel"]["pipeline_split"] = [b - a for a, b in zip([0, *cuts], [*cuts, layers], strict=True)]

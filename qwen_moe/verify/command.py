@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qwen_moe.verify.case import Case
 
 AXES = ("tp", "pp", "dp", "cp", "ep", "etp")
-OPTIONS = ("schedule", "stages_per_rank", "sharding", "cp_kind", "cp_ulysses", "ep_overlap")
+OPTIONS = ("schedule", "stages_per_rank", "sharding", "gradient_reduction", "cp_kind", "cp_ulysses", "ep_overlap")
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -16,11 +16,14 @@ from qwen_moe.planning.memory import MemoryModel
 from qwen_moe.planning.neighbors import Neighbors
 from qwen_moe.planning.search import Plan, Scored, Search
 from qwen_moe.planning.software import OURS
-from qwen_moe.planning.step_time import StepTime, StepTimeModel
+from qwen_moe.planning.step_time import StepTimeModel
+from qwen_moe.planning.text import plan_text
+from qwen_moe.planning.times import StepTime
 from qwen_moe.sharding.layout import RunLayout
 from tests.planning.recipes import random_model, values
 
 GPUS, IB400 = 4, load_network("ib400")
+EVERY = {"gradient_reduction": "every"}
 PLAIN = tuple[StepTime, Choice, RunLayout, float]
 
 
@@ -39,18 +42,31 @@ def counted(seed: int) -> MemoryModel:
 
 @cache
 def exhaustive(seed: int) -> list[PLAIN]:
-    """Every layout by itself: its own check, and models of time and memory that remember no other. In the search's order."""
+    """Every layout by itself: its own check, and models of time and memory that remember no other. In the search's order,
+    each followed by itself with gradients reduced after every micro-batch, where this is another thing."""
     found, config = [], recipe(seed)
     time = StepTimeModel(config.model, config.data.sequence_length, Cluster(gpu_of(80.0), IB400, 8), OURS)
     memory = counted(seed)
     for choice, _ in legal_choices(config, GPUS, wanted=("bf16",)):
         layout = legal(config, choice, GPUS)
         assert isinstance(layout, RunLayout)
-        for remembered in (time._layers, time._ends_of, time._ranks, time._means, time._collectives):
-            remembered.clear()
-        memory._units_of.clear()
-        found.append((time.step(choice, layout), choice, layout, memory.fullest(choice, layout).total))
+        both = layout.micro_batches > 1 and layout.layout.dp * layout.layout.cp * layout.layout.edp > 1
+        for one in (choice, *([choice.changed(**EVERY)] if both else [])):
+            for remembered in (time._layers, time._ends_of, time._ranks, time._means, time._collectives):
+                remembered.clear()
+            memory._units_of.clear()
+            found.append((time.step(one, layout), one, layout, memory.fullest(one, layout).total))
     return found
+
+
+def tried(found: list[PLAIN], usable: float) -> list[PLAIN]:
+    """What a search looks at: gradients are reduced after every micro-batch only where the layout does not fit otherwise."""
+    large = {one[1] for one in found if one[1].gradient_reduction == "last" and one[3] > usable}
+    return [
+        one
+        for one in found
+        if one[1].gradient_reduction == "last" or one[1].changed(gradient_reduction="last") in large
+    ]
 
 
 def degrees(choice: Choice) -> tuple[int, ...]:
@@ -65,7 +81,7 @@ def first_of_each(found: list[PLAIN], count: int) -> list[PLAIN]:
 
 def differ(one: Choice, other: Choice) -> int:
     """The number of settings that differ, where a schedule and its stages are one setting."""
-    names = ("recompute", "micro_batch", "sharding", "pp", "tp", "ep", "etp", "precision")
+    names = ("recompute", "micro_batch", "sharding", "gradient_reduction", "pp", "tp", "ep", "etp", "precision")
     count = sum(getattr(one, name) != getattr(other, name) for name in names)
     if (one.pp == 1) == (other.pp == 1):  # else the schedule comes or goes with the pipeline
         count += (one.schedule, one.per_rank) != (other.schedule, other.per_rank)
@@ -91,15 +107,15 @@ def test_the_search_finds_what_an_exhaustive_one_finds(seed: int, share: float) 
     """To the last bit: the fastest that fit, what would be faster, and what is nearest to that; where nothing fits, the
     leanest. ``share``: of the layouts, those that fit."""
     found = exhaustive(seed)
-    needed = sorted(one[3] for one in found)
+    needed = sorted(one[3] for one in found if one[1].gradient_reduction == "last")
     room = needed[int(share * len(needed))] if share < 1 else 2 * needed[-1]
     gpu = gpu_of(room * (1 if share else 0.9) / 2**30)
     search = Search(recipe(seed), GPUS, Cluster(gpu, IB400, 8), precisions=("bf16",))
     search.memory._saved = counted(seed)._saved  # counting takes seconds
     plan: Plan = search.run(3)
-    by_time = sorted(found, key=lambda one: one[0].total)
     usable = gpu.usable_bytes
-    assert plan.legal == len(found)
+    by_time = sorted(tried(found, usable), key=lambda one: one[0].total)
+    assert plan.legal == len(needed)
     expected = first_of_each([one for one in by_time if one[3] <= usable], 3)
     assert len(plan.best) == len(expected)
     assert all(same(scored, plain) for scored, plain in zip(plan.best, expected, strict=True))
@@ -113,6 +129,22 @@ def test_the_search_finds_what_an_exhaustive_one_finds(seed: int, share: float) 
         assert same(misfit.scored, plain)
         assert same(misfit.nearest, nearest(plain[1], found, usable))
     assert bool(plan.best) == (share > 0) and bool(plan.misfits) == (share < 1)
+
+
+def test_gradients_reduced_after_every_micro_batch_make_a_faster_layout_fit() -> None:
+    """Just enough room for one that is faster than all that fit with gradients reduced at the end."""
+    found = exhaustive(1)
+    last, every = ([one for one in found if one[1].gradient_reduction == name] for name in ("last", "every"))
+    wanted = next(
+        one
+        for one in sorted(every, key=lambda one: one[0].total)
+        if all(other[0].total > one[0].total for other in last if other[3] <= one[3])
+    )
+    search = Search(recipe(1), GPUS, Cluster(gpu_of(wanted[3] / 2**30), IB400, 8), precisions=("bf16",))
+    search.memory._saved = counted(1)._saved
+    plan = search.run(1)
+    assert same(plan.best[0], wanted)
+    assert "gradient_reduction=every" in plan_text(plan, "recipe")
 
 
 def test_the_floor_of_memory_is_below_the_memory() -> None:

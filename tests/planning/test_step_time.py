@@ -14,7 +14,8 @@ from qwen_moe.planning.hardware import Cluster, Gpu, Network, load_gpu, load_net
 from qwen_moe.planning.layouts import Choice, legal
 from qwen_moe.planning.published import Row, median_error, rows
 from qwen_moe.planning.software import MEGATRON, OURS
-from qwen_moe.planning.step_time import StepTime, StepTimeModel
+from qwen_moe.planning.step_time import StepTimeModel
+from qwen_moe.planning.times import StepTime
 from qwen_moe.sharding.layout import RunLayout
 from tests.planning.recipes import turbo_style
 
@@ -143,6 +144,29 @@ def test_what_costs_more_takes_longer() -> None:
     assert step(base, network=slow).ep == plain.ep  # within a node
     assert step(Choice(tp=8)).tp > step(Choice(tp=2)).tp > plain.tp == 0
     assert step(Choice(sharding="zero3"), network=load_network("ethernet100")).dp > step(Choice(sharding="zero3")).dp
+
+
+def test_experts_that_are_not_cut_along_their_own_dim_cost_copies() -> None:
+    """8 experts a rank on 32 ranks are not padded, but read and written once more at each gather and before a reduction."""
+    config, choice = turbo_style(), Choice(ep=8)
+    layout = legal(config, choice, 256)
+    assert isinstance(layout, RunLayout) and layout.layout.edp == 32
+    m = config.model
+    times = StepTimeModel(m, 4096, Cluster(H100, IB400, 8), OURS)
+    copying = times.step(choice, layout).dp
+    for key, of in times._collectives.items():
+        times._collectives[key] = replace(of, gather_copies=0.0, reduce_copies=0.0)
+    plain = times.step(choice, layout).dp
+    experts = len(m.moe_layers) * (m.num_experts // 8) * 3 * m.hidden_size * m.moe_intermediate_size
+    moved = experts * (2 * 2 * layout.micro_batches + 2 * 4)
+    assert copying - plain == pytest.approx(moved / (H100.memory_gb_per_second * 1e9 * H100.efficiency.memory))
+
+
+def test_a_reduction_for_every_micro_batch_costs_time() -> None:
+    choice = Choice(ep=8, sharding="zero3")
+    last, every = step(choice, 256), step(replace(choice, gradient_reduction="every"), 256)  # 4 micro-batches
+    assert last.dp < every.dp < 4 * last.dp
+    assert replace(every, dp=last.dp) == last
 
 
 def test_a_double_peak_halves_the_time_of_products_only() -> None:

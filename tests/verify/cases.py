@@ -33,6 +33,7 @@ def case(layout: Layout, **changes: Any) -> RunConfig:
     return exact_run(model, sequence, **own | changes)
 
 
+EVERY = {"parallel__gradient_reduction": "every"}
 QWEN3 = {"model__family": "qwen3_moe", "model__shared_expert_intermediate_size": 0}
 
 # What is in each is in its name: what a user may combine and public trainers have got wrong.
@@ -58,6 +59,29 @@ CASES: dict[str, tuple[Layout, dict[str, Any]]] = {
     "zero3 with ep and recompute": (
         Layout(dp=4, ep=2),
         {"parallel__sharding": "zero3", "training__recompute": "full", "balance__scope": "sequence"},
+    ),
+    "two experts on four ranks of edp, zero3": (
+        Layout(dp=4),
+        {"model__num_experts": 2, "model__num_experts_per_tok": 2, "parallel__sharding": "zero3"},
+    ),
+    "three experts on two ranks of edp, etp and zbv": (
+        Layout(pp=2, dp=4, etp=2),
+        {"model__num_experts": 3, "model__num_experts_per_tok": 2, "parallel__schedule": "zbv"},
+    ),
+    "six experts a rank on four of edp, recompute": (
+        Layout(dp=8, ep=2),
+        {"model__num_experts": 12, "training__recompute": "full"},
+    ),
+    "gradients reduced after every micro-batch": (Layout(dp=4, ep=2), EVERY | {"parallel__sharding": "zero3"}),
+    "1f1b, gradients reduced after every micro-batch": (Layout(pp=2, tp=2, dp=2, ep=2), EVERY),
+    "interleaved, gradients reduced after every micro-batch": (
+        Layout(pp=2, dp=2),
+        EVERY | {"parallel__schedule": "interleaved_1f1b", "parallel__sharding": "zero3"},
+    ),
+    "zbv, gradients reduced after every micro-batch": (Layout(pp=2, dp=2), EVERY | {"parallel__schedule": "zbv"}),
+    "dualpipev, gradients reduced after every micro-batch": (
+        Layout(pp=2, dp=2, ep=2),
+        EVERY | {"parallel__schedule": "dualpipev", "training__recompute": "full"},
     ),
     "capacity with drops": (Layout(tp=2, dp=2, ep=2), {"balance__capacity_factor": 0.75}),
     "capacity with drops, etp": (Layout(tp=4, ep=2, etp=2), {"balance__capacity_factor": 0.5}),
