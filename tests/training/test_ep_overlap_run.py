@@ -25,6 +25,7 @@ def trained(folder: Path, corpus: Path, *attempts: tuple[str, ...]) -> list[floa
     return [record["loss"] for record in records]
 
 
+@pytest.mark.slow
 def test_a_run_with_halves_and_compiled_goes_on_without(tmp_path: Path, corpus: Path) -> None:  # noqa: F811
     """In bf16. Where and how a run computes may change when it is resumed."""
     half = (f"training.train_tokens={STEPS // 2 * 8 * 32}", "parallel.ep_overlap=true", "precision.compile=always")

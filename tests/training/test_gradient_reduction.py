@@ -77,7 +77,7 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("schedule", ["", "1f1b", "zbv"])
+@pytest.mark.parametrize("schedule", ["", *(pytest.param(one, marks=pytest.mark.slow) for one in ("1f1b", "zbv"))])
 def test_a_rank_holds_less_by_what_is_planned(schedule: str) -> None:
     """Real tensors on real ranks; the weights of the model are large beside its activations. A pipeline that reduces at the
     end has the buffers of the reduction when it has no activations any more; this is a part of what it holds less then."""
