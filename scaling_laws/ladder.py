@@ -18,7 +18,7 @@ import numpy as np
 
 from scaling_laws.errors import InputError
 from scaling_laws.laboratories import laboratories_law
-from scaling_laws.surface import NOISE, Surface, _features, _shape
+from scaling_laws.surface import NOISE, Surface, _features, _shape, shape_root
 
 STEP = 0.8  # between neighbours of the grid, in log
 GRID = np.array([-STEP, 0.0, STEP])
@@ -113,8 +113,7 @@ def _expected(information: np.ndarray, prior: Surface, target: np.ndarray) -> tu
     pick = np.zeros((2, information.shape[0]))
     pick[0, :4], pick[1, 4:8] = target, target
     covariance = pick @ np.linalg.solve(information, pick.T)
-    q = prior.shape
-    root = np.array([[np.exp(q[0]), 0.0], [q[1], np.exp(q[2])]])
+    root = shape_root(prior.shape)
     return float(np.trace(root.T @ root @ covariance)), covariance
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from scaling_laws.ladder import STEP, Run
-from scaling_laws.surface import NOISE, WINDOW, _features, _shape
+from scaling_laws.surface import NOISE, WINDOW, _features, _shape, shape_root
 from scaling_laws.surface_fit import MISFIT, ROUGH, Posterior
 
 Size = tuple[float, float]  # n_total, n_active
@@ -118,12 +118,11 @@ class _Design:
     def __init__(self, posterior: Posterior, target: tuple[float, float, float]) -> None:
         self.posterior = posterior
         self.shape = np.array(posterior.surface.shape)
-        root = np.array([[np.exp(self.shape[0]), 0.0], [self.shape[1], np.exp(self.shape[2])]])
         x = _features(*target)[0]
         # By the parameters: log lr* and log B* at the target, and the root of the excess loss that they cause.
         self.pick = np.zeros((2, len(posterior.parameters)))
         self.pick[0, :4], self.pick[1, 4:8] = x, x
-        self.root = root @ self.pick
+        self.root = shape_root(self.shape) @ self.pick
 
     def excess(self, known: _Known) -> float:
         size = len(self.posterior.parameters)

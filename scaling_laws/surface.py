@@ -55,6 +55,11 @@ def _shape(q: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return first**2 + second**2 + q[3] * u**3 + q[4] * u**2 * v + q[5] * u * v**2 + q[6] * v**3
 
 
+def shape_root(q: Any) -> np.ndarray:
+    """C of the module's formula ``[2, 2]``: near the optimum, the height is |C (u, v)|^2."""
+    return np.array([[np.exp(q[0]), 0.0], [q[1], np.exp(q[2])]])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Surface:
     """The laws for log lr* and log B*, as coefficients of (1, log N_total / 1e9, log D / 1e10, log N_active / N_total), and

@@ -180,12 +180,10 @@ class SequenceCache:
         whole = 0 if wanted_only else self._attend_whole(layer, q, k, v, y)
         read, answered = sum(map(len, self._chunks[:whole])), 0
         for chunk in self._chunks[whole:]:
-            size, start = chunk.end - chunk.begin, self._prompt_room - self._lengths[chunk.prompt]
+            size = len(chunk)
             own = slice(read, read + size)
             read += size
-            written = slice(start + chunk.begin, start + chunk.end)
-            keys[chunk.prompt, :, written] = self._reader.keys(k[:, own], chunk.begin)[0].transpose(0, 1)
-            values[chunk.prompt, :, written] = v[0, own].transpose(0, 1)
+            self._write(layer, chunk, self._reader.keys(k[:, own], chunk.begin)[0], v[0, own])
             first = chunk.begin
             if wanted_only:
                 if not chunk.last:
@@ -203,13 +201,16 @@ class SequenceCache:
         lengths = [len(chunk) for chunk in chunks]
         end = sum(lengths)
         y[0, :end], rotated = attend_whole(self._reader, layer, q[0, :end], k[0, :end], v[0, :end], lengths)
-        keys, values = self._prompts.of(layer, k)
-        for chunk, of_key, of_value in zip(chunks, rotated.split(lengths), v[0, :end].split(lengths), strict=True):
-            start = self._prompt_room - len(chunk)
-            written = slice(start, start + len(chunk))
-            keys[chunk.prompt, :, written] = of_key.transpose(0, 1)
-            values[chunk.prompt, :, written] = of_value.transpose(0, 1)
+        for chunk, keys, values in zip(chunks, rotated.split(lengths), v[0, :end].split(lengths), strict=True):
+            self._write(layer, chunk, keys, values)
         return len(chunks)
+
+    def _write(self, layer: int, chunk: Chunk, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store a chunk's keys, as they are cached, and values: ``[S, G, C]`` each."""
+        keys, values = self._prompts.of(layer, k)
+        start = self._prompt_room - self._lengths[chunk.prompt]
+        written = slice(start + chunk.begin, start + chunk.end)
+        keys[chunk.prompt, :, written], values[chunk.prompt, :, written] = k.transpose(0, 1), v.transpose(0, 1)
 
     def _seen(
         self, keys: torch.Tensor, values: torch.Tensor, row: int, length: int
