@@ -65,6 +65,16 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
+def zeros_like_shard(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """``torch.zeros_like``; for a DTensor without its dispatch, which takes milliseconds for each new shape."""
+    zeros = torch.zeros_like(local(tensor), dtype=dtype)
+    if not isinstance(tensor, DTensor):
+        return zeros
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return DTensor.from_local(zeros, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
+@torch.no_grad()
 def sum_replicas(parameters: Iterable[tuple[nn.Parameter, Sequence[Axis]]]) -> None:
     """Sum the gradients of parameters that are replicated over an axis on which their inputs were split.
 
@@ -75,7 +85,7 @@ def sum_replicas(parameters: Iterable[tuple[nn.Parameter, Sequence[Axis]]]) -> N
     for parameter, axes in parameters:
         for axis in axes:
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = zeros_like_shard(parameter)
             gradient = local(parameter.grad)
             groups.setdefault((axis.name, gradient.dtype), (axis, []))[1].append(gradient)
     for axis, gradients in groups.values():

@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from parallel.data import zeros_like_shard
+
 
 class Named(Protocol):
     """Anything with named parameters. A name may occur twice: two pipeline stages may hold copies of one parameter."""
@@ -27,7 +29,7 @@ def optimizer_state(model: Named, optimizer: torch.optim.Optimizer) -> dict[str,
         own = optimizer.state[parameter]
         for moment in MOMENTS:
             if moment not in own:
-                own[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                own[moment] = zeros_like_shard(parameter)
             state[moment].setdefault(name, own[moment])
     return state
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from parallel.data import local
+from parallel.data import local, zeros_like_shard
 from qwen_moe.config import OptimizerConfig
 from qwen_moe.errors import UserError
 
@@ -60,7 +60,7 @@ def provided_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) ->
 
 def _zeros(parameter: torch.Tensor, on_host: bool) -> torch.Tensor:
     """float32 zeros like ``parameter`` (a DTensor if it is one), in host memory with ``on_host``."""
-    zeros = torch.zeros_like(parameter, dtype=torch.float32)
+    zeros = zeros_like_shard(parameter, torch.float32)
     if not on_host or zeros.device.type == "cpu":
         return zeros
     if not isinstance(zeros, DTensor):
