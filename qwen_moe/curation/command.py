@@ -53,7 +53,6 @@ def run(args: argparse.Namespace) -> int:
     from qwen_moe.errors import UserError
     from qwen_moe.workflow.state import State
 
-    assert STEPS == STEPS
     config = load_curation(args.recipe, args.overrides)
     if args.dry_run and config.slurm is None:
         raise UserError("--dry-run writes the script of a Slurm job: give the section slurm in the recipe")
