@@ -48,8 +48,23 @@ def _place(item: pytest.Item) -> int:
     return _LONG.index(path) if path in _LONG else len(_LONG)
 
 
+def _mark_slow(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what slow_tests.txt names. A name without a test is an error where its whole file was collected."""
+    root = config.rootpath / "tests"
+    named = (root / "slow_tests.txt").read_text("utf-8").split("\n")
+    ids = {name for name in named if name and not name.startswith("#")}
+    found = {item.nodeid.removeprefix("tests/"): item for item in items}
+    for name in ids & found.keys():
+        found[name].add_marker(pytest.mark.slow)
+    chosen = any("::" in argument for argument in config.args)
+    files = {name.split("::")[0] for name in found}
+    if lost := sorted(name for name in ids - found.keys() if not chosen and name.split("::")[0] in files):
+        raise pytest.UsageError(f"tests/slow_tests.txt names tests that do not exist: {lost}")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For pytest-xdist's ``--dist loadfile``: the longest first."""
+    """Mark slow tests; for pytest-xdist's ``--dist loadfile``, the longest files first."""
+    _mark_slow(config, items)
     if hasattr(config, "workerinput"):
         items.sort(key=_place)

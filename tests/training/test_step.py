@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from qwen_moe.config import RunConfig
-from qwen_moe.verify.case import STEPS, global_batch
+from qwen_moe.verify.case import global_batch
 from qwen_moe.verify.compare import compare
 from qwen_moe.verify.ranks import make_trainer, train_rank
 from qwen_moe.verify.reference import Trajectory, reference_model, train_reference
 from tests.distributed import run_distributed
 from tests.small import exact_run, model_values
+from tests.verify.cases import STEPS
 
 ROWS, SEQ = 8, 12
 
@@ -31,14 +32,14 @@ def whole_batches(scope: str) -> Trajectory:
     Global-batch balance over one buffer needs the counts of all micro-batches that came before, in the order in which
     the ranks do them; with one micro-batch per rank that is all of them, and so the reference sees the batch whole.
     """
-    return train_reference(make_config(balance__scope=scope, training__micro_batch_size=ROWS), 1)
+    return train_reference(make_config(balance__scope=scope, training__micro_batch_size=ROWS), 1, STEPS)
 
 
 @pytest.mark.parametrize("scope", ["global_batch", "sequence"])
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 8), (2, 4), (4, 2)])
 def test_ranks_equal_plain_autograd(scope: str, world_size: int, micro_batch_size: int) -> None:
     config = make_config(balance__scope=scope, training__micro_batch_size=micro_batch_size)
-    found = compare(run_distributed(train_rank, world_size, config), whole_batches(scope))
+    found = compare(run_distributed(train_rank, world_size, config, STEPS), whole_batches(scope))
     assert found.equal, found
 
 
@@ -52,7 +53,7 @@ def test_micro_batches_and_sharding_do_not_change_the_step(sharding: str, recomp
         training__recompute=recompute,
         parallel__sharding=sharding,
     )
-    found = compare(run_distributed(train_rank, 2, config), whole_batches("sequence"))
+    found = compare(run_distributed(train_rank, 2, config, STEPS), whole_batches("sequence"))
     assert found.equal, found
 
 

@@ -10,11 +10,11 @@ from parallel.sequence import Batch
 from qwen_moe.config import RunConfig
 from qwen_moe.data.samples import IGNORE, documents_of
 from qwen_moe.verify import ranks, reference
-from qwen_moe.verify.case import STEPS, global_batch
+from qwen_moe.verify.case import global_batch
 from qwen_moe.verify.compare import Differences, compare
 from qwen_moe.verify.ranks import Report, train_rank
 from tests.distributed import run_distributed
-from tests.verify.cases import QWEN3, case
+from tests.verify.cases import QWEN3, STEPS, case
 
 SEQUENCE = 24  # twice the product of cp and tp divides it in most cases
 

@@ -21,7 +21,7 @@ from qwen_moe.verify.ranks import Report, make_trainer, micro_batches, train_ran
 from qwen_moe.verify.reference import train_reference
 from tests.distributed import run_distributed
 from tests.schedules import needs
-from tests.verify.cases import QWEN3, case
+from tests.verify.cases import QWEN3, STEPS, case
 from tests.verify.test_layouts import differences
 from tests.verify.test_replay import replay_case
 
@@ -73,7 +73,7 @@ def test_halves_equal_one_process(name: str) -> None:
 
 def test_replayed_routing_and_padding_are_those_of_each_half() -> None:
     config = replay_case(Layout(cp=2, dp=2, ep=2), **ON)
-    found = compare(run_distributed(train_rank, 4, config), train_reference(config, 2))
+    found = compare(run_distributed(train_rank, 4, config, STEPS), train_reference(config, 2, STEPS))
     assert found.equal, found
 
 
@@ -232,7 +232,7 @@ MISTAKES: dict[str, tuple[Callable[[Any], None], dict[str, Any]]] = {
 
 def _broken(config: RunConfig, mistake: str) -> Report:
     MISTAKES[mistake][0](setattr)
-    return train_rank(config)
+    return train_rank(config, STEPS)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

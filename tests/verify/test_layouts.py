@@ -9,13 +9,13 @@ import torch
 from parallel.mesh import Layout
 from qwen_moe.cli import main
 from qwen_moe.config import RunConfig
-from qwen_moe.verify.case import STEPS, draw
+from qwen_moe.verify.case import draw
 from qwen_moe.verify.compare import Differences, compare
 from qwen_moe.verify.ranks import Report, train_rank
 from qwen_moe.verify.reference import train_reference
 from tests.distributed import run_distributed
 from tests.schedules import needs
-from tests.verify.cases import CASES, QWEN3, case
+from tests.verify.cases import CASES, QWEN3, STEPS, case
 
 
 def differences(
@@ -39,7 +39,7 @@ def test_layout_equals_one_process(name: str) -> None:
 
 def test_drops_do_happen_and_are_counted() -> None:
     layout, changes = CASES["capacity with drops"]
-    for counts, dropped in train_reference(case(layout, **changes), layout.dp).counts:
+    for counts, dropped in train_reference(case(layout, **changes), layout.dp, STEPS).counts:
         assert 0 < dropped < torch.tensor(counts).sum()
 
 
@@ -359,7 +359,7 @@ MISTAKES: dict[str, tuple[Callable[[Any], None], Layout, dict[str, Any]]] = {
 
 def _broken(config: RunConfig, mistake: str) -> Report:
     MISTAKES[mistake][0](setattr)
-    return train_rank(config)
+    return train_rank(config, STEPS)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -15,14 +15,14 @@ from parallel.mesh import Layout
 from parallel.sequence import SequenceShard
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
-from qwen_moe.verify.case import STEPS, draw
+from qwen_moe.verify.case import draw
 from qwen_moe.verify.compare import Differences, compare
 from qwen_moe.verify.probe import Probe
 from qwen_moe.verify.ranks import Report, make_trainer, micro_batches, train_rank
 from qwen_moe.verify.reference import train_reference
 from tests.distributed import run_distributed
 from tests.schedules import needs
-from tests.verify.cases import QWEN3, case
+from tests.verify.cases import QWEN3, STEPS, case
 
 CASES: dict[str, tuple[Layout, dict[str, Any]]] = {
     "one process": (Layout(), {}),

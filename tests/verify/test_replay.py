@@ -10,14 +10,14 @@ import torch
 from parallel.mesh import Layout
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
-from qwen_moe.verify.case import STEPS, draw, global_batch
+from qwen_moe.verify.case import draw, global_batch
 from qwen_moe.verify.compare import compare
 from qwen_moe.verify.examples import replays
 from qwen_moe.verify.ranks import Report, make_trainer, micro_batches, train_rank
 from qwen_moe.verify.reference import Trajectory, train_reference
 from tests.distributed import run_distributed
 from tests.schedules import needs
-from tests.verify.cases import QWEN3
+from tests.verify.cases import QWEN3, STEPS
 from tests.verify.test_objectives import post_training
 
 CASES: dict[str, tuple[Layout, dict[str, Any]]] = {
@@ -45,7 +45,9 @@ def test_replay_equals_one_process(name: str) -> None:
     layout, changes = CASES[name]
     config = replay_case(layout, **changes)
     needs(config.parallel.schedule)
-    found = compare(run_distributed(train_rank, layout.world_size, config), train_reference(config, layout.dp))
+    found = compare(
+        run_distributed(train_rank, layout.world_size, config, STEPS), train_reference(config, layout.dp, STEPS)
+    )
     assert found.equal, found
 
 
@@ -168,7 +170,7 @@ def _broken(config: RunConfig, mistake: str) -> Report:
 
 @functools.cache
 def reference_for(layout: Layout) -> Trajectory:
-    return train_reference(replay_case(layout), layout.dp)
+    return train_reference(replay_case(layout), layout.dp, STEPS)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
