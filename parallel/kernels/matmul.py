@@ -4,8 +4,6 @@ A product of two FP8 values is exact in float32. Every path accumulates in float
 Shapes: ``a [M, K]`` and ``b [N, K]`` are contracted over K; rows of E experts follow each other.
 """
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
@@ -14,36 +12,21 @@ from parallel.gemm import widens
 from parallel.kernels.formats import E4M3, E5M2, Quantized, widen
 
 
+MULTIPLE = 16  # the kernel wants K and N to be multiples of this; M is free (observed on an H100)
+
+
 def _has_kernel(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether `torch._scaled_mm` can multiply these with one scale per tensor. On GPUs one operand must be E4M3."""
-    if a.device.type == "cpu":
-        return not widens(a, torch.bfloat16) and _runs_on_cpu()
+    """Whether to multiply these, with one scale per tensor, by `torch._scaled_mm`, of which one operand must be E4M3. Not on
+    CPUs: where oneDNN has no FP8 code for a processor, it multiplies element by element, a thousand times slower."""
     if a.device.type != "cuda" or torch.cuda.get_device_capability(a.device) < (8, 9):
         return False
     return not a.dtype == b.dtype == E5M2
 
 
-@cache
-def _runs_on_cpu() -> bool:
-    """Tries one: oneDNN mostly has FP8 matmuls where it has bfloat16 matmuls, but not on every processor."""
-    a, scale = torch.ones(16, 16).to(E4M3), torch.tensor(1.0)
-    try:
-        torch._scaled_mm(a, a.T, scale, scale, out_dtype=torch.bfloat16)
-    except RuntimeError:
-        return False
-    return True
-
-
-def _multiple(device: torch.device) -> int:
-    """K and N must be multiples of this; M is free (observed on an H100)."""
-    return 16 if device.type == "cuda" else 1
-
-
 def _padded(x: torch.Tensor, rows: bool) -> torch.Tensor:
     """Pad the columns of ``x [R, C]`` (and with ``rows`` its rows) with zeros to a multiple. Zeros do not change a matmul.
     The result is contiguous, because GPU kernels exist for that stride order only."""
-    multiple = _multiple(x.device)
-    below, right = -x.shape[0] % multiple if rows else 0, -x.shape[1] % multiple
+    below, right = -x.shape[0] % MULTIPLE if rows else 0, -x.shape[1] % MULTIPLE
     if below or right:
         x = F.pad(x.view(torch.uint8), (0, right, 0, below)).view(x.dtype)
     return x.contiguous()
