@@ -6,7 +6,9 @@ from typing import Any
 
 from parallel.local_group import RankFailed, preload, run_local
 
-preload(["parallel.pipeline", "qwen_moe.verify.ranks", "hypothesis", "pytest"])
+# What modules of tests import, so that no rank does: transformers alone takes a second.
+TRANSFORMERS = "transformers.models.qwen2_moe.modeling_qwen2_moe"
+preload(["parallel.pipeline", "qwen_moe.verify.ranks", "hypothesis", "pytest", TRANSFORMERS])
 
 # torch 2.13's gloo corrupts the heap about once in thousands of short runs (seen with torch's collectives alone, several
 # groups and asynchronous ones, and in its thread `pt_gloo_runloop`). Nothing that a test asserts ends in this way. Not

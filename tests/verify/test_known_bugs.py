@@ -29,6 +29,12 @@ GROUPS: dict[str, tuple[dict[str, Break], Layout, str, str, dict[str, Any]]] = {
 }  # fmt: skip
 BUGS = {bug: group for group, (table, *_) in GROUPS.items() for bug in table}
 UNBROKEN = "unbroken"
+LONG = ("ring", "all_gather")  # many bugs, all of them in the first test of the group
+
+
+def _marked(groups: dict[str, str]) -> list[Any]:
+    """Names, of which those with a long group are slow tests. ``groups`` maps names to groups."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (group in LONG)) for name, group in groups.items()]
 
 
 def _each(config: RunConfig, batches: str, group: str) -> dict[str, Any]:
@@ -66,13 +72,13 @@ def _found(group: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", _marked({group: group for group in GROUPS}))
 def test_without_a_bug_all_are_equal(group: str) -> None:
     found = _found(group)[UNBROKEN]
     assert not isinstance(found, str) and found.equal, found
 
 
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("bug", _marked(BUGS))
 def test_a_known_bug_is_seen(bug: str) -> None:
     found = _found(BUGS[bug])[bug]
     if not isinstance(found, str):
