@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
 from parallel.gemm import widens
-from parallel.kernels.formats import E4M3, E5M2, Quantized, widen
-
+from parallel.kernels.formats import E5M2, Quantized, widen
 
 MULTIPLE = 16  # the kernel wants K and N to be multiples of this; M is free (observed on an H100)
 
