@@ -25,6 +25,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ep=2": {"ep": 2},
     "etp=2": {"etp": 2},
     "tp=2": {"tp": 2},
+    "tp=2, 2 rows": {"tp": 2, "rows": 2},  # as many activations on a rank as with dp=2
     "tp=2 ep=2": {"tp": 2, "ep": 2},
     "pp=2 1f1b": {"pp": 2},
     "pp=2 interleaved_1f1b": {"pp": 2, "schedule": "interleaved_1f1b"},
@@ -33,8 +34,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_for(parallel: dict[str, Any], precision: str) -> RunConfig:
-    """8 sequences of 512 tokens a step, one at a time; 60 M parameters, 20 M of them activated."""
+def config_for(layout: dict[str, Any], precision: str) -> RunConfig:
+    """8 sequences of 512 tokens a step, ``rows`` of ``layout`` at a time; 60 M parameters, 20 M of them activated."""
+    parallel = {name: value for name, value in layout.items() if name != "rows"}
     return parse_config(
         {
             "run_dir": "unused",
@@ -53,7 +55,7 @@ def config_for(parallel: dict[str, Any], precision: str) -> RunConfig:
                 "norm_topk_prob": True,
             },
             "data": {"train": [{"prefix": "unused"}], "sequence_length": 512},
-            "training": {"train_tokens": 10**6, "micro_batch_size": 1, "global_batch_size": 8},
+            "training": {"train_tokens": 10**6, "micro_batch_size": layout.get("rows", 1), "global_batch_size": 8},
             "optimizer": {"learning_rate": 1e-4},
             "precision": {"compute": precision, "master": "fp32"},
             "parallel": parallel,

@@ -31,6 +31,7 @@ from qwen_moe.models.norm import RMSNorm
 from qwen_moe.models.ops.compiled import compile_kernels
 from qwen_moe.runs.recorder import measure_matmul_peak
 
+MANY = "8 active of "
 PARTS = {Attention: "attention", Experts: "experts", Router: "router", FeedForward: "shared expert", RMSNorm: "norms"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -122,17 +123,19 @@ def parts(precision: str, steps: int) -> None:
 
 
 def scaling(steps: int) -> None:
-    """2,048 tokens a step (8,192 where a sequence is that long); the model is half as wide as the reference."""
+    """2,048 tokens a step (8,192 where a sequence is that long, or with 8 active experts); the model is half as wide as the
+    reference."""
     base = SHAPE | {"hidden_size": 256, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 256}
     base |= {"num_hidden_layers": 4, "max_position_embeddings": 8192}
     cases: list[tuple[str, dict[str, Any], int]] = [(f"sequence {s}", {}, s) for s in (512, 1024, 2048, 4096, 8192)]
     cases += [(f"experts {e}", {"num_experts": e}, 512) for e in (8, 16, 32, 64, 128)]
     cases += [(f"layers {n}", {"num_hidden_layers": n}, 512) for n in (2, 4, 8, 16)]
+    cases += [(f"{MANY}{e}", {"num_experts": e, "num_experts_per_tok": 8}, 512) for e in (16, 128, 256)]
     peak = measure_matmul_peak(torch.bfloat16, torch.device("cpu"))
     print(f"{'case':16s}{'tokens/s':>10s}{'MFLOP/token':>13s}{'of peak':>9s}")
     for name, change, sequence in cases:
         config = parse_model(base | change, name)
-        batch = max(1, 2048 // sequence)
+        batch = max(1, (8192 if name.startswith(MANY) else 2048) // sequence)
         step = measure(config, torch.bfloat16, batch, sequence, steps)["step"]
         flops = flops_per_token(config, sequence).training
         speed = batch * sequence / step
