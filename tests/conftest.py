@@ -40,6 +40,9 @@ _LONG = (
     "test_first_run.py",
     "launchers/local/test_folder_of_recipes.py",
     "training/test_rollback.py",
+    "verify/test_layouts.py",
+    "verify/test_objectives.py",
+    "verify/test_ep_overlap.py",
 )
 
 
