@@ -76,6 +76,7 @@ def test_bytes_are_those_of_whole_layers(seed: int) -> None:
     assert found.total == pytest.approx(expected.total, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_pairs_differ() -> None:
     cases = [case(seed) for seed in range(PAIRS)]
     choices = [choice for _, choice, _ in cases]
