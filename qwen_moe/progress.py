@@ -21,5 +21,6 @@ def bar(items: Iterable[Item], what: str, unit: str = "", total: int | None = No
         leave=False,
         delay=1.0,
         mininterval=often,
+        miniters=1,  # else slow items after many fast ones would not show
         unit_scale=True,
     )

@@ -107,6 +107,7 @@ def _facts(plan: Any) -> dict[str, Any]:
             {"layout": m.scored.facts(), "nearest_that_fits": m.nearest.facts() if m.nearest is not None else None}
             for m in plan.misfits
         ],
+        "ep_overlap": plan.overlapped.facts() if plan.overlapped is not None else None,
         "gpus_needed": plan.gpus_needed,
     }
 

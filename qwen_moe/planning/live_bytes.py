@@ -7,19 +7,19 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-_ASKED = (torch.ops.prim.device.default,)  # what fake tensors are asked most often, which allocates nothing
+ASKED = (torch.ops.prim.device.default,)  # what fake tensors are asked most often, which allocates nothing
 
 
-def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+def storages(tree: Any) -> Iterator[torch.UntypedStorage]:
     """Storages of the plain tensors in ``tree``. Wrappers such as DTensor have none; their local tensors are seen too."""
     if isinstance(tree, torch.Tensor):
         if not is_traceable_wrapper_subclass(tree):
             yield tree.untyped_storage()
     elif isinstance(tree, (tuple, list)):
         for part in tree:
-            yield from _storages(part)
+            yield from storages(part)
     elif isinstance(tree, dict):
-        yield from _storages(tuple(tree.values()))
+        yield from storages(tuple(tree.values()))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -36,13 +36,13 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _ASKED:
+        if func in ASKED:
             return func(*args, **(kwargs or {}))
         given = {
-            storage._cdata for storage in _storages((args, kwargs))
+            storage._cdata for storage in storages((args, kwargs))
         }  # views and in-place results share one of these
         out = func(*args, **(kwargs or {}))
-        made = [storage for storage in _storages(out) if storage._cdata not in given]
+        made = [storage for storage in storages(out) if storage._cdata not in given]
         self._made |= {storage._cdata: StorageWeakRef(storage) for storage in made}
         if made and self._peaks:
             self.peak = max(self.peak, self.live)

@@ -29,7 +29,7 @@ counts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from parallel.stages import V_SHAPED, stages_of_rank
 from qwen_moe.config import RunConfig
@@ -95,6 +95,7 @@ class MemoryModel:
         self.config, self.model = config, config.model
         self.shares = Shares(config.model)
         self._saved: dict[str, SavedActivations] = {}
+        self._recorded: dict[tuple[object, ...], Any] = {}
         self.master = DTYPE_BYTES[config.precision.master]
         objective = config.objective
         self.references = int(objective.reads == "samples" and objective.policy.kl != "none")
@@ -106,7 +107,7 @@ class MemoryModel:
     def saved(self, precision: str) -> SavedActivations:
         """The activation counts of layers in ``precision``."""
         if precision not in self._saved:
-            self._saved[precision] = SavedActivations(self.config, precision)
+            self._saved[precision] = SavedActivations(self.config, precision, self._recorded)
         return self._saved[precision]
 
     def fullest(self, choice: Choice, layout: RunLayout) -> Memory:

@@ -1,102 +1,25 @@
-"""Counts activations: runs layers on shapes alone and adds up the tensors that stay alive for backward.
+"""Activations of layers for any split, micro-batch and length, from few recorded runs (`counting`).
 
-There is thus no formula of what a module saves that could become outdated. The stage modules that are run hold one layer,
-two layers, the first or the last layer, for each (tp, etp, experts split or not), with micro-batches of one and two
-sequences. Context parallelism changes only attention: layers are run for each of its kinds, all else without it, on as many
-tokens as a rank is given. `tests/planning/test_memory.py` and `tests/planning/test_context.py` compare the counts with whole
-models under FSDP2 and with real tensors.
+A layer is recorded without its attention core, once for each (tp, etp, experts split or not), and the core alone, once for
+each number of heads and kind of context parallelism, which changes nothing else. Both are recorded for sizes from which
+those of any micro-batch and length follow (`tape`). The embedding and the head are counted for two numbers of tokens, beyond
+which bytes grow with the tokens. `tests/planning/test_saved.py` compares this with whole layers counted at their own sizes,
+`test_memory.py` and `test_context.py` with whole models under FSDP2 and with real tensors.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
-
-from parallel.kernels.interface import Kernels
-from parallel.mesh import Grids, Layout
+from parallel.kernels.quantizer import BLOCK
 from qwen_moe.config import RunConfig
-from qwen_moe.errors import UserError
-from qwen_moe.models.attention.gqa import Attention
-from qwen_moe.models.init import keep_statistics_dtypes
-from qwen_moe.models.moe.block import MoE
-from qwen_moe.objectives.build import build_objective
-from qwen_moe.planning.live_bytes import LiveBytes
+from qwen_moe.planning.counting import Body, Core, Run, Saved, Split, count, record_body, record_core
+from qwen_moe.planning.tape import FINEST, NOTHING, Bytes, NotProportional, Padded, Scale, plus, prime_without
 from qwen_moe.sharding.build import DTYPES
-from qwen_moe.sharding.context import ContextAttention
-from qwen_moe.sharding.kernels import choose_kernels
-from qwen_moe.sharding.layout import ContextPlan
-from qwen_moe.sharding.model import TrainingPart, build_parts
 
-_TURNS = 3  # of a ring: more turns hold no more
-_LONG = 16384  # tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class Saved:
-    """Bytes of one micro-batch: ``held`` from forward to backward, and up to ``working`` more within either of them."""
-
-    held: float
-    working: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """How ranks share a layer. ``context`` matters only with cp above 1."""
-
-    tp: int = 1
-    cp: int = 1
-    context: ContextPlan = field(default_factory=ContextPlan)
-    ep: int = 1
-    etp: int = 1
-
-    def attention(self) -> "Split":
-        """A split with the same memory for attention, of as few ranks as possible."""
-        if self.cp == 1:
-            return Split(tp=self.tp)
-        outer, heads = self.cp // self.context.heads, self.context.heads
-        if self.context.kind == "ring" and outer > _TURNS:
-            outer = _TURNS
-        return Split(tp=self.tp, cp=outer * heads, context=self.context)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run to count: a stage module with ``layers``, whose ranks are given ``given`` tokens of each sequence (S / cp). With
-    ``middle`` only the kinds of the layers matter, and there is neither embedding nor head. With ``forward_only``,
-    ``working`` is not measured."""
-
-    split: Split = field(default_factory=Split)
-    given: int
-    layers: tuple[int, ...]
-    micro_batch: int = 1
-    middle: bool = False
-    recompute: bool = False
-    precision: str = "bf16"
-    forward_only: bool = False
-
-
-@contextmanager
-def fake_grids(layout: Layout, kv_heads: int, rank: int = 0, cp_heads: int = 1) -> Iterator[Grids]:
-    """The grids of a layout of any size, in this process alone: every collective returns at once. The process must not
-    have a process group."""
-    dist.init_process_group("fake", rank=rank, world_size=layout.world_size, store=FakeStore())
-    try:
-        yield Grids(layout, "cpu", kv_heads=kv_heads, cp_heads=cp_heads)
-    finally:
-        dist.destroy_process_group()
-
-
-def _beyond(first: Saved, second: Saved, steps: float) -> Saved:
-    """What follows ``first`` after ``steps`` steps like that to ``second``."""
-    return Saved(
-        held=first.held + steps * (second.held - first.held),
-        working=first.working + steps * (second.working - first.working),
-    )
+_BATCH = 101  # sequences of a recorded run, or somewhat more
+_CHUNKS = 2  # of tokens, in the head: more of them hold no more
 
 
 def _smallest_factor(number: int) -> int:
@@ -105,17 +28,22 @@ def _smallest_factor(number: int) -> int:
 
 
 class SavedActivations:
-    """Activations of ``config``'s layers in ``precision``, counted when they are first needed.
+    """Activations of ``config``'s layers in ``precision``, recorded when they are first needed. ``known``: recordings to
+    share with those in another precision; attention's cores and the ends of the model are the same in FP8 as in bf16."""
 
-    Bytes are ``constant + slope * micro_batch``, found from micro-batches of one and of two sequences. The constant comes
-    from RoPE's tables and from the head's gradient, which is formed in forward. In the same way bytes grow with the length:
-    for more than `_LONG` tokens they are found from as many and from half as many.
-    """
-
-    def __init__(self, config: RunConfig, precision: str = "bf16") -> None:
+    def __init__(
+        self, config: RunConfig, precision: str = "bf16", known: dict[tuple[object, ...], Any] | None = None
+    ) -> None:
         self.config, self.model, self.precision = config, config.model, precision
+        self._plain = "bf16" if precision == "fp8" else precision
+        self._known: dict[tuple[object, ...], Any] = {} if known is None else known
         self.sequence = config.data.sequence_length
-        self._counted: dict[Run, Saved] = {}
+        self.block = (
+            BLOCK.get(config.precision.fp8.recipe, 1) if precision == "fp8" else 1
+        )  # tokens that share a factor
+        self._sizes = tuple(value for value in vars(config.model).values() if isinstance(value, int))
+        self._found: dict[Run, Saved] = {}
+        self._shared: dict[Run, int] = {}
         # A layer of each kind (MoE or not), to count in the middle of a model.
         self._middle = {self.model.is_moe_layer(i): i for i in range(self.model.num_hidden_layers)}
 
@@ -126,34 +54,22 @@ class SavedActivations:
     def _given(self, split: Split) -> int:
         return self.sequence // split.cp
 
-    def _count(self, run: Run) -> Saved:
-        if run not in self._counted:
-            self._counted[run] = count(self.config, replace(run, precision=self.precision))
-        return self._counted[run]
+    def _run(self, split: Split, *layers: int, micro_batch: int = 1) -> Run:
+        given = self._given(split)
+        return Run(split=split, given=given, layers=layers, micro_batch=micro_batch, precision=self.precision)
 
-    def _at(self, run: Run, micro_batch: int) -> Saved:
-        """``run`` with a micro-batch of any size."""
-        one = self._of_length(run)
-        if micro_batch == 1:
-            return one
-        return _beyond(one, self._of_length(replace(run, micro_batch=2)), micro_batch - 1)
-
-    def _of_length(self, run: Run) -> Saved:
-        if run.given <= _LONG:
-            return self._count(run)
-        half = self._count(replace(run, given=_LONG // 2))
-        return _beyond(half, self._count(replace(run, given=_LONG)), run.given / (_LONG // 2) - 1)
-
-    def _plain(self, split: Split, *layers: int, middle: bool = True) -> Run:
-        """A run without context and expert parallelism on as many tokens as ``split`` gives a rank."""
-        return Run(split=Split(tp=split.tp), given=self._given(split), layers=layers, middle=middle)
+    # What callers ask for
 
     def shared(self, split: Split, micro_batch: int = 1) -> float:
-        """Bytes that a stage module holds once for all its layers."""
+        """Bytes that a stage module holds once for all its layers, which do not depend on the precision."""
         layer = next(iter(self._middle.values()))
-        one = self._at(self._plain(split, layer), micro_batch)
-        two = self._at(replace(self._plain(split, layer, layer), forward_only=True), micro_batch)
-        return 2 * one.held - two.held
+        run = self._run(Split(tp=split.tp), layer, micro_batch=micro_batch)
+        run = replace(run, given=self._given(split), middle=True, forward_only=True, precision=self._plain)
+        if run not in self._shared:
+            one, two = self._body(run), self._body(replace(run, layers=(layer, layer)))
+            held = (body.scale.at(body.held, micro_batch, run.given) for body in (one, two))
+            self._shared[run] = 2 * next(held) - next(held)
+        return self._shared[run]
 
     def layer(self, split: Split, moe: bool, micro_batch: int = 1, recompute: bool = False) -> Saved:
         """Bytes of one layer, including its output, which is the next layer's input."""
@@ -162,8 +78,9 @@ class SavedActivations:
             ranks = replace(ranks, ep=split.ep, etp=split.etp)
         elif moe and split.ep > 1:  # the number of ranks changes only the length of lists of counts
             ranks = replace(ranks, ep=_smallest_factor(self.model.num_experts))
-        run = replace(self._plain(split, self._middle[moe]), split=ranks)
-        found = self._at(replace(run, recompute=recompute, forward_only=recompute), micro_batch)
+        run = self._run(ranks, self._middle[moe], micro_batch=micro_batch)
+        run = replace(run, given=self._given(split), middle=True, recompute=recompute, forward_only=recompute)
+        found = self._layer(run)
         return Saved(held=found.held - self.shared(split, micro_batch), working=found.working)
 
     def first(self, split: Split, micro_batch: int = 1) -> float:
@@ -174,70 +91,119 @@ class SavedActivations:
         """Bytes that the final norm, the head and the loss add; in a model of one layer, the embedding's too."""
         return self._end(split, self.model.num_hidden_layers - 1, micro_batch)
 
+    # How it is found
+
     def _end(self, split: Split, layer: int, micro_batch: int) -> Saved:
-        part = self._at(self._plain(split, layer, middle=False), micro_batch)
-        inner = self._at(self._plain(split, self._middle[self.model.is_moe_layer(layer)]), micro_batch)
-        return Saved(held=part.held - inner.held, working=part.working)
+        run = self._run(Split(tp=split.tp), layer)
+        run = replace(run, without_layers=True, precision=self._plain)
+        tokens, unit = self._given(split) * micro_batch, _CHUNKS * self.config.training.loss_chunk_tokens * split.tp
+        if tokens <= 2 * unit:
+            return self._count(replace(run, given=self._given(split), micro_batch=micro_batch))
+        one, two = (self._count(replace(run, given=given)) for given in (unit, 2 * unit))
+        steps = tokens / unit - 1
+        return Saved(
+            held=one.held + steps * (two.held - one.held), working=one.working + steps * (two.working - one.working)
+        )
+
+    def _count(self, run: Run) -> Saved:
+        if ("end", run) not in self._known:
+            self._known["end", run] = count(self.config, run)
+        return self._known["end", run]
+
+    def _layer(self, run: Run) -> Saved:
+        """One layer with its core."""
+        if run not in self._found:
+            body, batch, given = self._body(run), run.micro_batch, run.given
+            held = body.scale.at(body.held, batch, given)
+            if run.forward_only:  # which keeps nothing of the core
+                return Saved(held=held, working=0)
+            core = self._core(run)
+            own = core.scale.at(core.held, batch, given)
+            held += own + body.scale.at(_kept(body, core, body.dead), batch, given)
+            self._found[run] = Saved(held=held, working=max(0, max(_moments(body, core, run)) - held))
+        return self._found[run]
+
+    def _body(self, run: Run) -> Body:
+        split = replace(run.split, cp=1, context=Split().context)
+        run = replace(run, split=split)
+        return self._recorded("body", run, lambda one, scale: record_body(self.config, one, scale))
+
+    def _core(self, run: Run) -> Core:
+        split = Split(tp=run.split.tp, cp=run.split.cp, context=run.split.context)
+        run = Run(split=split, given=run.given, layers=(), micro_batch=run.micro_batch, precision=self._plain)
+        return self._recorded("core", run, lambda one, scale: record_core(self.model, one, scale))
+
+    def _recorded(self, what: str, run: Run, record: Callable[[Run, Scale], Any]) -> Any:
+        """What ``record`` finds for the sizes of `_scale`, or for those of ``run`` where bytes are not proportional."""
+        alike, exact = replace(run, given=0, micro_batch=0), Scale(run.micro_batch, run.given, exact=True)
+        scale = exact if (what, alike, exact) in self._known else self._scale(run)
+        if (what, alike, scale) not in self._known:
+            try:
+                found = record(replace(run, micro_batch=scale.batch, given=scale.tokens), scale)
+            except NotProportional:
+                scale, found = exact, record(run, exact)
+            self._known[what, alike, scale] = found
+        return self._known[what, alike, scale]
+
+    def _scale(self, run: Run) -> Scale:
+        """Sizes to record, from which those of ``run`` follow. FP8 pads the rows of each expert to whole blocks: if it does
+        for ``run``, it has to do so for these."""
+        split, model = run.split, self.model
+        exact = Scale(run.micro_batch, run.given, exact=True)
+        block = self.block if run.precision == "fp8" else 1
+        if run.given % block or run.given % 2:
+            return exact
+        unit, padded = math.lcm(2, block) * split.tp, None
+        if block > 1 and run.layers and model.is_moe_layer(run.layers[0]):
+            experts, per_token = model.num_experts // split.ep, model.num_experts_per_tok * split.etp
+            padded = Padded(per_token / split.tp, experts, block)
+            if not padded.needed(run.micro_batch * run.given):
+                unit, padded = unit * (experts // math.gcd(experts, per_token)), None
+        batch = prime_without(self._sizes, _BATCH)
+        # So many tokens that a tensor that grows with them is larger than all that do not.
+        prime = prime_without((*self._sizes, batch), max(_BATCH, FINEST * self._largest // (batch * unit)))
+        tokens = prime * unit
+        if padded is not None and not padded.needed(batch * tokens):
+            return exact
+        return Scale(batch, tokens, (batch, prime), padded)
+
+    @property
+    def _largest(self) -> int:
+        """Bytes of the largest weight in float32."""
+        m = self.model
+        rows = (
+            2 * m.num_experts * m.moe_intermediate_size,
+            2 * m.intermediate_size,
+            m.num_attention_heads * m.head_dim,
+        )
+        return 4 * m.hidden_size * max(rows)
 
 
-def count(config: RunConfig, run: Run) -> Saved:
-    """Run a stage module forward and backward on fake tensors. Parameters, their gradients and the input are not counted;
-    the output is. Raises UserError for sizes whose experts run one by one, which fake tensors cannot do."""
-    split, dtype = run.split, DTYPES[run.precision]
-    ranks = split.tp * split.cp
-    dp = math.lcm(ranks, split.ep * split.etp) // ranks
-    layout = Layout(dp=dp, cp=split.cp, tp=split.tp, ep=split.ep, etp=split.etp)
-    with fake_grids(layout, config.model.num_key_value_heads, cp_heads=split.context.heads) as grids:
-        part, kernels = _build(config, run, grids)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            part.to_empty(device="cpu")
-            keep_statistics_dtypes(part)
-            kernels.materialize(torch.device("cpu"))
-            for parameter in part.parameters():
-                parameter.grad = torch.zeros_like(parameter)
-            ids = torch.zeros(run.micro_batch, run.given, dtype=torch.int64)
-            shape = (run.micro_batch, run.given // split.tp, config.model.hidden_size)
-            hidden = torch.zeros(shape, dtype=dtype, requires_grad=True)
-            with LiveBytes(peaks=not run.forward_only) as live:
-                try:
-                    out = part(ids if part.first else hidden, ids)
-                    held = live.live
-                    if not run.forward_only:
-                        torch.autograd.backward(out, torch.ones_like(out))
-                except DataDependentOutputException:
-                    raise UserError(
-                        f"model.hidden_size {config.model.hidden_size} or moe_intermediate_size "
-                        f"{config.model.moe_intermediate_size} / etp {split.etp} is not a multiple of "
-                        f"{16 // dtype.itemsize}, which grouped GEMMs need: such models cannot be planned for"
-                    ) from None
-                return Saved(held=held, working=max(0, live.peak - held))
+def _kept(body: Body, core: Core, dead: tuple[bool, ...]) -> Bytes:
+    """What of q, k, v and the output only the core keeps alive."""
+    found = NOTHING
+    for size, kept, gone in zip(body.qkvy, core.kept, dead, strict=True):
+        found = plus(found, size) if kept and gone else found
+    return found
 
 
-def _build(config: RunConfig, run: Run, grids: Grids) -> tuple[TrainingPart, Kernels]:
-    """The stage module of ``run`` on the meta device, and its kernels."""
-    model, layers = config.model, run.layers
-    precision = config.precision.model_copy(update={"compute": run.precision, "kernels": "auto"})
-    if run.middle:
-        # Put layers of these kinds into the middle of a model that is two layers longer.
-        kinds = [model.is_moe_layer(layer) for layer in layers]
-        dense = tuple(index + 1 for index, moe in enumerate(kinds) if not moe)
-        changes = {"num_hidden_layers": len(layers) + 2, "decoder_sparse_step": 1, "mlp_only_layers": dense}
-        model, layers = model.model_copy(update=changes), tuple(range(1, len(layers) + 1))
-    built = build_parts(
-        model,
-        grids,
-        [layers],
-        [0],
-        recompute="full" if run.recompute else "none",
-        dtype=DTYPES[run.precision],
-        kernels=choose_kernels(config.model_copy(update={"precision": precision}), grids),
+def _moments(body: Body, core: Core, run: Run) -> Iterator[int]:
+    """Bytes alive at all moments of forward and backward that may be the peak."""
+
+    def outside(found: Bytes) -> int:
+        return body.scale.at(found, run.micro_batch, run.given)
+
+    def inside(found: Bytes) -> int:
+        return core.scale.at(found, run.micro_batch, run.given)
+
+    before, between, after = body.fronts
+    held = inside(core.held)
+    yield from (outside(one) for front in (*before.values(), *after.values()) for one in front.all)
+    yield from (
+        outside(plus(one, _kept(body, core, dead))) + held for dead, front in between.items() for one in front.all
     )
-    built.use_head(build_objective(config.objective).head)
-    (part,) = built.parts
-    part.chunk_tokens = config.training.loss_chunk_tokens
-    for module in part.modules():
-        if isinstance(module, MoE):
-            module.capacity_factor = config.balance.capacity_factor
-        elif isinstance(module, Attention) and grids.cp.size > 1:
-            module.attend = ContextAttention(run.split.context.kind, grids.cp_outer, grids.cp_heads)
-    return part, built.kernels
+    at_forward = outside(body.forward) - inside(core.forward_begin)
+    yield from (at_forward + inside(one) for one in core.forward.all)
+    at_backward = outside(plus(body.backward, _kept(body, core, body.dead_in_backward)))
+    at_backward += held - inside(core.backward_begin)
+    yield from (at_backward + inside(one) for one in core.backward.all)

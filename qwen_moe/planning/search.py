@@ -20,6 +20,8 @@ from qwen_moe.planning.times import StepTime
 from qwen_moe.progress import bar
 from qwen_moe.sharding.layout import ContextPlan, RunLayout
 
+_CLEARLY = 0.98  # of a step's time, from which on a gain that rests on an assumption is worth a line
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
@@ -71,7 +73,8 @@ class Misfit:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The result of a search. ``best``: the fastest layouts that fit, no two with the same degrees. ``kinds``: the first of
-    them with every kind of context parallelism, fastest first, if it has any. ``gpus_needed``: if nothing fits, a number of
+    them with every kind of context parallelism, fastest first, if it has any. ``overlapped``: the first with
+    ``parallel.ep_overlap``, if this is allowed and would be `_CLEARLY` faster. ``gpus_needed``: if nothing fits, a number of
     GPUs on which something does (0: none was found)."""
 
     config: RunConfig
@@ -82,6 +85,7 @@ class Plan:
     best: list[Scored]
     misfits: list[Misfit]
     kinds: list[Scored]
+    overlapped: Scored | None = None
     gpus_needed: int = 0
 
 
@@ -169,6 +173,7 @@ class Search:
             best=best,
             misfits=misfits,
             kinds=compared,
+            overlapped=self._overlapped(best[0]) if best else None,
             gpus_needed=needed,
         )
 
@@ -233,6 +238,16 @@ class Search:
             layout = replace(scored.layout, context=kind.context)
             found.append(self._whole((self._step(choice, layout), choice, layout)))
         return sorted(found, key=lambda one: one.step.total)
+
+    def _overlapped(self, scored: Scored) -> Scored | None:
+        """``scored`` with ``ep_overlap``, if its halves can take turns and this would be clearly faster. The search does not
+        order layouts by it: how much hides was measured nowhere."""
+        choice = scored.choice.changed(ep_overlap=True)
+        recipe = self.config.precision.fp8.recipe if choice.precision == "fp8" else ""
+        if scored.choice.ep_overlap or not choice.overlaps or recipe == "delayed":
+            return None
+        step = self._step(choice, scored.layout)
+        return self._whole((step, choice, scored.layout)) if step.total < _CLEARLY * scored.step.total else None
 
     def _kinds(self, choice: Choice, found: list[Kind]) -> list[Kind]:
         """The fastest kind of context parallelism for the degrees and the micro-batch of ``choice``."""
@@ -309,13 +324,13 @@ class Search:
         neighbors = Neighbors(found)
         return [
             Misfit(scored=scored, nearest=self._nearest(scored.choice, neighbors))
-            for scored in bar(self._telling(faster, something_fits), "plan: what would fit")
+            for scored in self._telling(faster, something_fits)
         ]
 
     def _nearest(self, choice: Choice, neighbors: Neighbors) -> Scored | None:
         """The fastest layout that fits and differs in one field, else in recomputation and one field."""
         for start in dict.fromkeys((choice, choice.changed(recompute="full"))):
-            for step, other, layout in self._around(start, neighbors):
+            for step, other, layout in bar(self._around(start, neighbors), "plan: what would fit", " layouts"):
                 found = self._fitting(step, other, layout)
                 if found is not None:
                     return found
@@ -338,7 +353,11 @@ class Search:
                 choice.recompute == "full"
                 and self.memory.floor(choice, layout) <= self.gpu.usable_bytes
                 and self.memory.fullest(choice, layout).total <= self.gpu.usable_bytes
-                for least, layout in legal_choices(self.config, gpus, (1,), self.precisions, pick=self._kinds)
+                for least, layout in bar(
+                    legal_choices(self.config, gpus, (1,), self.precisions, pick=self._kinds),
+                    f"plan: what fits on {gpus} GPUs",
+                    " layouts",
+                )
                 if self._countable(least)
                 for choice in (least, *(timed[1] for timed in (self._as_every(least, layout),) if timed is not None))
             )

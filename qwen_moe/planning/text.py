@@ -4,6 +4,7 @@ from qwen_moe.config import RunConfig
 from qwen_moe.planning.memory import Memory
 from qwen_moe.planning.sampling import SamplingTime, Workload
 from qwen_moe.planning.search import Misfit, Plan, Scored, changes
+from qwen_moe.planning.software import OURS
 
 GIB, MIB = 2**30, 2**20
 
@@ -50,6 +51,8 @@ def _one(number: int, scored: Scored, plan: Plan) -> list[str]:
         lines += _context(scored)
     if scored.sampling is not None:
         lines += _sampling(scored, scored.sampling, plan.config)
+    if number == 1 and plan.overlapped is not None:
+        lines.append(_overlapped(plan.overlapped, scored, usable))
     if number == 1 and plan.kinds:
         lines += _kinds(plan.kinds, usable)
     return lines
@@ -63,6 +66,16 @@ def _context(scored: Scored) -> list[str]:
         f"   cp       {scored.layout.context.text(choice.cp)}: per layer and micro-batch a rank sends "
         f"{sent.forward / MIB:,.0f} MiB in forward and {sent.backward / MIB:,.0f} in backward{again}"
     ]
+
+
+def _overlapped(scored: Scored, plain: Scored, usable: float) -> str:
+    """What ``parallel.ep_overlap`` would change."""
+    size = scored.memory.total / GIB
+    fits = "" if size <= usable else ", too large"
+    return (
+        f"   overlap  {scored.step.total / plain.step.total:.3f} times the step, {size:.1f} GiB{fits}: "
+        f"parallel.ep_overlap=true, if {OURS.halves_overlap:.0%} of its messages hide (assumed, not measured)"
+    )
 
 
 def _sampling(scored: Scored, time: SamplingTime, config: RunConfig) -> list[str]:

@@ -6,8 +6,8 @@ the host, so that copies between the two are seen, and a mix of both in one oper
 
 import bisect
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,8 +152,7 @@ class Counter(TorchDispatchMode):
             if hasattr(dist.ProcessGroup, method):
                 original = getattr(dist.ProcessGroup, method)
                 enter(mock.patch.object(dist.ProcessGroup, method, self._watched(method, original)))
-        works = [torch._C._distributed_c10d.FakeWork, dist.Work]
-        for work in works:
+        for work in (torch._C._distributed_c10d.FakeWork, dist.Work):
             enter(mock.patch.object(work, "wait", self._watched_wait(work.wait)))
         enter(mock.patch.object(FakeTensor, "tolist", lambda tensor: self._tolist(tensor)))
         enter(mock.patch.object(torch, "tensor", self._tensor(torch.tensor)))
@@ -177,6 +176,15 @@ class Counter(TorchDispatchMode):
         self._mark()
 
     def _leave_module(self, module: nn.Module, args: Any, out: Any) -> None:
+        self._stack.pop()
+        self._mark()
+
+    @contextmanager
+    def within(self, place: Place) -> Iterator[None]:
+        """Book what follows under ``place``: for parts of a module that are called by themselves."""
+        self._stack.append(place)
+        self._mark()
+        yield
         self._stack.pop()
         self._mark()
 

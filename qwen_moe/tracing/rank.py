@@ -1,9 +1,10 @@
 """Builds one rank of a layout on fake tensors and runs one training step of it, counted."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -17,7 +18,10 @@ from parallel.sequence import SequenceShard
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.init import keep_statistics_dtypes
+from qwen_moe.models.moe.block import MoE, Sent
+from qwen_moe.models.moe.dispatch import Route
 from qwen_moe.models.moe.experts import Experts
+from qwen_moe.models.moe.router import RouterStatistics
 from qwen_moe.models.ops.grouped_matmul import grouped_mm, one_kernel_mm
 from qwen_moe.objectives.build import build_objective
 from qwen_moe.sharding.build import make_grids, shard_model
@@ -82,15 +86,16 @@ def _step(config: RunConfig, layout: RunLayout, rank: int, model: ParallelModel)
         optimizer = build_optimizer(model, config.optimizer)
         trainer = Trainer(config, layout, model, optimizer, DEVICE)
         ids = torch.zeros(training.micro_batch_size, sequence, dtype=torch.int64, device=HOST)
+        places = _places(config, model)
         counter = Counter(
-            _places(config, model),
+            places,
             _axes(model.grids),
             number=max(1.0, config.optimizer.clip_grad_norm) + 1,
             wide=held * max(1, config.model.num_experts),
         )
         optimizer.register_step_pre_hook(lambda *_: setattr(counter, "outside", "optimizer"))
         optimizer.register_step_post_hook(lambda *_: setattr(counter, "outside", "rest of the step"))
-        with counter:
+        with counter, _booked(counter, places):
             for _ in range(2):  # the first step also sets up messages between stages and the optimizer's state
                 counter.reset()
                 trainer.step(0, [{"input_ids": ids, "labels": ids} for _ in range(layout.micro_batches)])
@@ -121,6 +126,43 @@ def _places(config: RunConfig, model: ParallelModel) -> dict[nn.Module, Place]:
             kind = {"self_attn": "attention", "mlp": moe}.get(match[2] or "", "norms, sums, FSDP2")
             found[module] = Place(layer, kind)
     return found
+
+
+@contextmanager
+def _booked(counter: Counter, places: dict[nn.Module, Place]) -> Iterator[None]:
+    """Book the steps of a MoE block under it. With ``parallel.ep_overlap`` a layer calls them one by one, and the last after
+    the next layer has begun."""
+    of_route: dict[int, tuple[Route, Place]] = {}  # a route is kept, so that no other gets its number
+    received = Sent.received
+
+    def send(moe: MoE, place: Place) -> Callable[..., tuple[Sent, RouterStatistics]]:
+        def call(*args: Any) -> tuple[Sent, RouterStatistics]:
+            with counter.within(place):
+                sent, statistics = MoE.send(moe, *args)
+            of_route[id(sent.route)] = sent.route, place
+            return sent, statistics
+
+        return call
+
+    def through_experts(moe: MoE, place: Place) -> Callable[[Sequence[Sent]], list[Sent]]:
+        def call(parts: Sequence[Sent]) -> list[Sent]:
+            with counter.within(place):
+                return MoE.through_experts(moe, parts)
+
+        return call
+
+    def receive(sent: Sent, like: torch.Tensor) -> torch.Tensor:
+        _, place = of_route.pop(id(sent.route))
+        with counter.within(place):
+            return received(sent, like)
+
+    blocks = [(module, place) for module, place in places.items() if isinstance(module, MoE)]
+    with ExitStack() as patches:
+        for moe, place in blocks:
+            patches.enter_context(mock.patch.object(moe, "send", send(moe, place)))
+            patches.enter_context(mock.patch.object(moe, "through_experts", through_experts(moe, place)))
+        patches.enter_context(mock.patch.object(Sent, "received", receive))
+        yield
 
 
 def _axes(grids: Grids) -> dict[str, set[str]]:

@@ -23,11 +23,12 @@ from qwen_moe.config import RunConfig, load_config, parse_config
 from qwen_moe.models.attention.mask import Visibility
 from qwen_moe.models.flops import flops_per_token
 from qwen_moe.planning.context import ContextTime, traffic
+from qwen_moe.planning.counting import Run, Split, count, fake_grids
 from qwen_moe.planning.hardware import Cluster, load_gpu, load_network
 from qwen_moe.planning.layouts import Choice, apply, kinds, legal_choices
 from qwen_moe.planning.memory import MemoryModel
 from qwen_moe.planning.rates import Rates
-from qwen_moe.planning.saved import Run, SavedActivations, Split, count, fake_grids
+from qwen_moe.planning.saved import SavedActivations
 from qwen_moe.planning.schedules import Flight
 from qwen_moe.planning.search import Search
 from qwen_moe.planning.software import OURS
@@ -196,15 +197,19 @@ def test_gathered_keys_count_as_working_memory() -> None:
     assert ring.working < gathered.working / 2
 
 
-def test_long_sequences_are_counted_from_shorter_ones() -> None:
+def test_long_sequences_are_counted_from_others() -> None:
+    """A layer to the byte, and the head's stage to its router's statistics, which it has while the head runs."""
     config = parse_config(values(model(max_position_embeddings=65536), 65536), "test")
-    saved = SavedActivations(config)
+    saved, split = SavedActivations(config), Split()
     for recompute in (False, True):
         run = Run(given=65536, layers=(2,), recompute=recompute)
-        whole, last, inner = count(config, run), saved._at(run, 1), saved._at(replace(run, middle=True), 1)
-        assert last.held == pytest.approx(whole.held, rel=0.001)
-        # The head's or the layer's, whichever is larger. Too much is found where the two lengths are on either side of that.
-        assert 0.99 * whole.working < max(last.working, inner.working) < 1.25 * whole.working
+        whole, layer = count(config, replace(run, middle=True)), saved.layer(split, True, recompute=recompute)
+        assert layer.held + saved.shared(split) == whole.held
+        if not recompute:
+            assert layer.working == whole.working
+            last, head = count(config, run), saved.last(split)
+            assert layer.held + saved.shared(split) + head.held == last.held
+            assert max(layer.working, head.working) == pytest.approx(last.working, rel=0.01)
 
 
 def times(gpus_per_node: int = 8, sequence: int = 65536, **shapes: Any) -> StepTimeModel:

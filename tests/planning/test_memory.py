@@ -17,11 +17,12 @@ from parallel.stages import stages_of_rank
 from parallel.timeline import play
 from qwen_moe.config import RunConfig, parse_config
 from qwen_moe.models.decoder import DecoderLM
-from qwen_moe.planning import saved
+from qwen_moe.planning import counting
+from qwen_moe.planning.counting import Run, Split, count, fake_grids
 from qwen_moe.planning.layouts import Choice, apply, legal_choices
 from qwen_moe.planning.live_bytes import LiveBytes
 from qwen_moe.planning.memory import Memory, MemoryModel
-from qwen_moe.planning.saved import Run, SavedActivations, Split, count, fake_grids
+from qwen_moe.planning.saved import SavedActivations
 from qwen_moe.planning.schedules import Flight, flights, idle_micro_batches
 from qwen_moe.planning.shares import place_of
 from qwen_moe.sharding.build import build_model, shard_model
@@ -170,7 +171,7 @@ def test_the_log_probability_head_is_counted(monkeypatch: pytest.MonkeyPatch) ->
     del out
     choice, layout, flight = Choice(micro_batch=2), run_layout(config, 1), Flight((0,), ((1.0,),))
     cross_entropy = MemoryModel(config).of_rank(choice, layout, 0, flight).activations
-    monkeypatch.setattr(saved, "build_objective", lambda objective: SimpleNamespace(head="log_probs"))
+    monkeypatch.setattr(counting, "build_objective", lambda objective: SimpleNamespace(head="log_probs"))
     predicted = MemoryModel(config).of_rank(choice, layout, 0, flight).activations
     assert predicted == pytest.approx(held, rel=0.02)
     assert abs(predicted - cross_entropy) > 0.05 * held  # whose gradient is formed in forward

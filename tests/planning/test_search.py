@@ -20,7 +20,7 @@ from qwen_moe.planning.step_time import StepTimeModel
 from qwen_moe.planning.text import plan_text
 from qwen_moe.planning.times import StepTime
 from qwen_moe.sharding.layout import RunLayout
-from tests.planning.recipes import random_model, values
+from tests.planning.recipes import random_model, turbo_style, values
 
 GPUS, IB400 = 4, load_network("ib400")
 EVERY = {"gradient_reduction": "every"}
@@ -145,6 +145,23 @@ def test_gradients_reduced_after_every_micro_batch_make_a_faster_layout_fit() ->
     plan = search.run(1)
     assert same(plan.best[0], wanted)
     assert "gradient_reduction=every" in plan_text(plan, "recipe")
+
+
+def test_a_gain_that_rests_on_an_assumption_is_told_apart() -> None:
+    config = turbo_style()
+    search = Search(config, 16, Cluster(load_gpu("h100-80gb"), IB400, 8), precisions=("bf16",))
+
+    def scored(choice: Choice) -> Scored:
+        layout = legal(config, choice, 16)
+        assert isinstance(layout, RunLayout)
+        return search._whole((search._step(choice, layout), choice, layout))
+
+    plain = scored(Choice(ep=16, micro_batch=2))
+    found = search._overlapped(plain)
+    assert found == scored(Choice(ep=16, micro_batch=2, ep_overlap=True))
+    assert found.step.total < 0.98 * plain.step.total and found.memory.total > plain.memory.total
+    for other in (Choice(micro_batch=2), Choice(ep=16), found.choice):  # no messages, no halves, chosen already
+        assert search._overlapped(scored(other)) is None
 
 
 def test_the_floor_of_memory_is_below_the_memory() -> None:

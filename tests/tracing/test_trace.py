@@ -127,6 +127,32 @@ def test_two_ranks_of_ep_exchange_rows_and_wait_once() -> None:
     assert [size for _, size, phase, _ in found if phase == "backward"] == [rows] * 2 * micro_batches
 
 
+def by_operation(trace: StepTrace, layer: int, part: str, phase: str) -> dict[str, tuple[int, int]]:
+    """(launches, FLOPs) of each operation of a part."""
+    return {
+        op: (w.launches, w.flops)
+        for (place, op), w in trace.counter.work.items()
+        if (place.layer, place.part, place.phase) == (layer, part, phase)
+    }
+
+
+def test_halves_that_take_turns_are_booked_under_experts() -> None:
+    """A micro-batch in two halves launches in its experts what two micro-batches of half the size do."""
+    training = recipe()["training"] | {"micro_batch_size": 2}
+    halves = trace_step(config(training=training, parallel={"ep": 2, "ep_overlap": True}), 2)
+    whole = trace_step(config(parallel={"ep": 2}), 2)
+    for layer in (0, 1):
+        forward = by_operation(halves, layer, "experts", "forward")
+        assert forward == by_operation(whole, layer, "experts", "forward") and len(forward) > 10
+    for trace in (halves, whole):
+        backward = by_operation(trace, 0, "experts", "backward")
+        # Of two halves, two GEMMs for each of up (twice as wide) and down.
+        assert backward["_grouped_mm"] == (2 * 4, 2 * (2 * 2 + 2) * 2 * T * K * D * F)
+        found = [call[1:3] for call in collectives(trace, "ep", "all_to_all") if call[0] == 0]
+        assert len(found) == 2 * 5  # of each half: counts, out and back, and the gradients of the last two
+    assert waits_in_experts(halves) == 2  # once for each half
+
+
 def test_the_shared_expert_runs_beside_the_exchange() -> None:
     model = recipe()["model"] | {"family": "qwen2_moe", "shared_expert_intermediate_size": 24}
     trace = trace_step(config(model=model, parallel={"ep": 2}), 2)
