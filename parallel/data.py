@@ -3,13 +3,16 @@
 Gradients are summed over ranks, never averaged: the caller divides the loss by a global count.
 """
 
+import weakref
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor, Shard
 
 from parallel.collectives import all_reduce_sum
@@ -26,6 +29,30 @@ def cut_dim(shape: Sequence[int], ranks: int) -> int:
     if len(shape) < 3:
         return 0
     return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
+
+
+class _OneRank(ReduceScatter):
+    """The reduce-scatter of a single rank, whose result is its input.
+
+    FSDP2 asks for two buffers, first for the gradients in ``reduce_dtype`` and then for their sum, and copies the first to
+    the second. Here both are one tensor, and copying a tensor to itself does nothing.
+    """
+
+    def __init__(self) -> None:
+        # A weak reference: if the copy of the gradients fails, the buffer goes with the call that asked for it.
+        self._gradients: Any = None
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        gradients = self._gradients and self._gradients()
+        if gradients is None:
+            gradients = torch.empty(*size, dtype=dtype, device=device)
+            self._gradients = weakref.ref(gradients)
+        else:
+            self._gradients = None
+        return gradients
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("FSDP2 calls no reduce-scatter for one rank")
 
 
 def shard(
@@ -53,10 +80,16 @@ def shard(
 
         fully_shard(unit, mesh=own, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=along)
     for module, size in sizes.items():
+        if not isinstance(module, FSDPModule):
+            continue
         # A single rank needs no sum, and FSDP2 would still run a division over every gradient if given a factor.
-        if size > 1 and isinstance(module, FSDPModule):
+        if size > 1:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+        elif mesh.device_type == "cpu":
+            # On a GPU, gradients that are added to earlier ones on FSDP2's stream must not share the buffer, which the
+            # main stream may use again before that.
+            module.set_custom_reduce_scatter(_OneRank())
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -109,8 +109,9 @@ def test_rounded_products_equal_the_loop(counts: list[int]) -> None:
     results = []
     for function, dtype in ((_RoundedLoop.apply, torch.float32), (loop_mm, torch.float64)):
         a, w = x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
-        y = function(a, w, sizes)
-        results.append((y, *torch.autograd.grad(y, (a, w), dy.to(dtype))))
+        y, upstream = function(a, w, sizes), dy.to(dtype)
+        results.append((y, *torch.autograd.grad(y, (a, w), upstream)))
+        assert torch.equal(upstream, dy.to(dtype)), "another reader of this gradient would see zeros"
     for expert, part in enumerate(results[0][2]):
         assert torch.allclose(
             part.double(), results[1][2][expert], rtol=1e-4, atol=1e-4 * float(x.detach().abs().max())

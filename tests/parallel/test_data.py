@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.data import clip_by_norm, global_norm
+from parallel.data import _OneRank, clip_by_norm, global_norm
 from parallel.mesh import Axis
 from tests.distributed import run_distributed
 
@@ -78,3 +78,66 @@ def test_a_rank_without_any_element_has_a_norm_of_zero() -> None:
     for parameters in ([], [empty]):
         assert float(global_norm(parameters, alone, torch.device("cpu"))) == 0
         clip_by_norm(parameters, 2.0, 1.0)
+
+
+class _Product(torch.nn.Module):
+    """Two parameters whose gradients are the inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.zeros(5, 3))
+        self.b = torch.nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.a.flatten() * x[:15]).sum() + (self.b * x[15:]).sum()
+
+
+def _one_ranks_gradients() -> dict[str, Any]:
+    """The gradients of one micro-batch and of two."""
+    from parallel.data import local, shard
+    from parallel.mesh import Grids, Layout
+
+    model = _Product()
+    shard(
+        model,
+        [],
+        Grids(Layout(), "cpu").dense_shard,
+        compute_dtype=torch.bfloat16,
+        reduce_dtype=torch.float32,
+        reshard_after_forward=False,
+    )
+    x = torch.arange(1.0, 20, dtype=torch.bfloat16)
+
+    def gradients() -> list[float]:
+        found = torch.cat([local(p.grad).flatten() for p in model.parameters()])
+        assert found.dtype == torch.float32
+        return found.tolist()
+
+    results: dict[str, Any] = {}
+    model(x).backward()
+    results["one"] = gradients()
+    model(300 * x).backward()
+    results["two"] = gradients()
+    return results
+
+
+def test_one_ranks_gradients_are_widened_and_added_in_float32() -> None:
+    (found,) = run_distributed(_one_ranks_gradients, 1)
+    values = torch.arange(1.0, 20)
+    assert found["one"] == values.tolist()
+    assert found["two"] == (values + (300 * values.bfloat16()).float()).tolist()
+
+
+def test_one_ranks_buffer_is_the_sums_and_an_abandoned_one_is_forgotten() -> None:
+    buffers = _OneRank()
+
+    def ask() -> torch.Tensor:
+        return buffers.allocate((4,), dtype=torch.float32, device=torch.device("cpu"))
+
+    gradients = ask()
+    assert ask() is gradients
+    later = ask()
+    assert later is not gradients
+    del later  # the copy of the gradients to it failed
+    gradients = ask()
+    assert ask() is gradients

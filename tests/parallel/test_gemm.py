@@ -44,6 +44,27 @@ def assert_rounded_once(got: torch.Tensor, exact: torch.Tensor) -> None:
     assert torch.all((got.double() - exact).abs() <= unit * exact.abs() + unit * unit)
 
 
+def test_products_of_widened_operands_are_as_accurate_as_float32() -> None:
+    """Sums in the hundreds of thousands, where bfloat16 would be off by a thousand."""
+    a, b = 300 * draw(4, 32, 64, dtype=torch.bfloat16), 300 * draw(4, 64, 48, dtype=torch.bfloat16, seed=1)
+    exact = a.double() @ b.double()
+    found = gemm.exact_bmm(a.float(), b.float(), a.dtype)
+    assert found.dtype == torch.float32
+    assert (found.double() - exact).abs().max() < 2e-6 * exact.abs().max()
+
+
+def test_other_products_of_float32_keep_all_their_digits() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(RuntimeError):
+        gemm.exact_bmm(torch.ones(2, 3, 4), torch.ones(2, 5, 6), torch.bfloat16)
+    a, b = draw(4, 32, 64, dtype=torch.float32), draw(4, 64, 48, dtype=torch.float32, seed=1)
+    gemm.exact_bmm(a, b, torch.bfloat16)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    exact = a.double() @ b.double()
+    for found in (a @ b, gemm.exact_bmm(a, b, torch.float32)):
+        assert (found.double() - exact).abs().max() < 2e-6 * exact.abs().max()
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_widened_linears_are_float64_rounded_with_their_gradients(

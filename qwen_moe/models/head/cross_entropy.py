@@ -38,6 +38,13 @@ def _losses_and_gradients(
     return loss, dz, (((of_label - lse).exp() - 1) * valid).to(logits.dtype)
 
 
+def set_at_labels(dz: torch.Tensor, labels: torch.Tensor, of_label: torch.Tensor) -> None:
+    """Write ``of_label [T, 1]`` to ``dz [T, V]`` in the columns ``labels [T]`` (column 0 where a label is negative)."""
+    # Not scatter_, which copies the whole of dz on a CPU.
+    rows = torch.arange(dz.shape[0], device=dz.device)
+    dz[rows, labels.clamp_min(0)] = of_label.squeeze(1)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """sum over valid t of logsumexp(z_t) - z_t[label_t], z = x W^T.
 
@@ -62,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             losses, dz, of_label = _losses_and_gradients(logits, labels_c)
             total += losses
-            dz.scatter_(1, labels_c.unsqueeze(1).clamp_min(0), of_label)
+            set_at_labels(dz, labels_c, of_label)
             dz = widen(dz)
             if dx is not None:
                 mm_into(dx[rows], dz, operand)

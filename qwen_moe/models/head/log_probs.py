@@ -7,6 +7,7 @@ chunk's logits in backward instead. Shapes: T tokens, D hidden, V vocabulary.
 import torch
 
 from parallel.gemm import mm_into, widen
+from qwen_moe.models.head.cross_entropy import set_at_labels
 from qwen_moe.models.ops.compiled import fused
 from qwen_moe.models.ops.dtypes import accumulation_dtype
 
@@ -63,7 +64,7 @@ class _LinearLogProbs(torch.autograd.Function):
             x_c, labels_c = widen(x[rows]), labels[rows]
             logits = (x_c @ operand.T).to(x.dtype)
             dz, of_label = _logit_gradients(logits, labels_c, lse[rows], grad_outputs[0][rows])
-            dz.scatter_(1, labels_c.unsqueeze(1).clamp_min(0), of_label)
+            set_at_labels(dz, labels_c, of_label)
             dz = widen(dz)
             if dx is not None:
                 mm_into(dx[rows], dz, operand)

@@ -10,7 +10,7 @@ key/value head are rows of one GEMM: row s * R + r is query s of head g * R + r.
 
 import torch
 
-from parallel.gemm import widens
+from parallel.gemm import exact_bmm, widens
 from qwen_moe.models.ops.compiled import compiling, fused
 
 QUERIES = 64  # per block
@@ -19,18 +19,23 @@ LONGEST = 1024  # for longer sequences torch's kernel, which keeps scores in its
 
 
 @fused
-def _exponentials(scores: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """exp(s - max) in ``like``'s dtype, the row maxima and the row sums."""
+def _exponentials(
+    products: torch.Tensor, scale: float, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """exp(s - max) in ``like``'s dtype, the row maxima and the row sums, of scores s = scale * ``products``."""
+    scores = products * scale
     top = scores.amax(-1, keepdim=True)
     p = (scores - top).exp()
     return p.to(like.dtype), top, p.sum(-1, keepdim=True)
 
 
 @fused
-def _score_gradients(scores: torch.Tensor, lse: torch.Tensor, dp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """p = exp(s - lse) and ds = p * (dp - sum over keys of p * dp), in dp's dtype. The sum uses the rounded dp, not the sum
-    of dy * y over C, so that a row of ds sums to zero."""
-    p = (scores - lse).exp()
+def _score_gradients(
+    products: torch.Tensor, scale: float, lse: torch.Tensor, dp: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """p = exp(s - lse) and ds = p * (dp - sum over keys of p * dp), in dp's dtype, of scores s = scale * ``products``. The
+    sum uses the rounded dp, not the sum of dy * y over C, so that a row of ds sums to zero."""
+    p = (products * scale - lse).exp()
     wide = dp.to(p.dtype)
     return p.to(dp.dtype), (p * (wide - (p * wide).sum(-1, keepdim=True))).to(dp.dtype)
 
@@ -56,12 +61,12 @@ class _BlockAttention(torch.autograd.Function):
         y = torch.empty_like(rows_q)
         top = torch.empty(n, seq * repeats, 1, dtype=torch.float32)
         total = torch.empty_like(top)
-        wide_q, wide_k = rows_q.float() * scale, rows_k.float().transpose(1, 2)
+        wide_q, wide_k = rows_q.float(), rows_k.float().transpose(1, 2)
         mask = _mask(min(QUERIES, seq), repeats)
         for heads, begin, end, rows in _blocks(n, seq, repeats):
-            scores = torch.bmm(wide_q[heads, rows], wide_k[heads, :, :end])
-            scores[:, :, begin:].add_(mask[: (end - begin) * repeats, : end - begin])
-            p, top[heads, rows], total[heads, rows] = _exponentials(scores, q)
+            products = exact_bmm(wide_q[heads, rows], wide_k[heads, :, :end], q.dtype)
+            products[:, :, begin:].add_(mask[: (end - begin) * repeats, : end - begin])
+            p, top[heads, rows], total[heads, rows] = _exponentials(products, scale, q)
             y[heads, rows] = torch.bmm(p, rows_v[heads, :end])
         shape = (batch, groups, seq, repeats, 1)
         ctx.save_for_backward(q, k, v, top.add_(total.log()))
@@ -78,13 +83,13 @@ class _BlockAttention(torch.autograd.Function):
         dq = torch.empty_like(rows_q)
         dk = torch.zeros(rows_k.shape, dtype=torch.float32)
         dv = torch.zeros_like(dk)
-        wide_q, wide_k = rows_q.float() * scale, rows_k.float().transpose(1, 2)
+        wide_q, wide_k = rows_q.float(), rows_k.float().transpose(1, 2)
         mask = _mask(min(QUERIES, seq), repeats)
         for heads, begin, end, rows in _blocks(n, seq, repeats):
-            scores = torch.bmm(wide_q[heads, rows], wide_k[heads, :, :end])
-            scores[:, :, begin:].add_(mask[: (end - begin) * repeats, : end - begin])
+            products = exact_bmm(wide_q[heads, rows], wide_k[heads, :, :end], q.dtype)
+            products[:, :, begin:].add_(mask[: (end - begin) * repeats, : end - begin])
             dp = torch.bmm(dy[heads, rows], rows_v[heads, :end].transpose(1, 2))
-            p, ds = _score_gradients(scores, lse[heads, rows], dp)
+            p, ds = _score_gradients(products, scale, lse[heads, rows], dp)
             dq[heads, rows] = torch.bmm(ds, rows_k[heads, :end])
             dv[heads, :end] += torch.bmm(p.transpose(1, 2), dy[heads, rows])
             dk[heads, :end] += torch.bmm(ds.transpose(1, 2), rows_q[heads, rows])

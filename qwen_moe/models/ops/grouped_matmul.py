@@ -77,7 +77,7 @@ class _RoundedLoop(torch.autograd.Function):
 
     On a CPU, oneDNN compiles a half-precision GEMM for each size and caches it. Routing makes new sizes at every step, and
     compiling costs as much as multiplying. So the rows of each expert are rounded up by including the rows that follow
-    them. In y and dx the next expert's GEMM overwrites the surplus; in dW the surplus rows are zero.
+    them. In y and dx the next expert's GEMM overwrites the surplus; for dW the surplus rows of dy are zero meanwhile.
     """
 
     @staticmethod
@@ -89,7 +89,7 @@ class _RoundedLoop(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        dy = grad_outputs[0]
+        dy = grad_outputs[0].contiguous()  # not an expanded scalar, whose rows share their memory
         dx = _rows_times(dy, weight, ctx.counts) if ctx.needs_input_grad[0] else None
         dweight = None
         if ctx.needs_input_grad[1]:
@@ -98,10 +98,12 @@ class _RoundedLoop(torch.autograd.Function):
                 if not count:
                     dweight[expert].zero_()
                     continue
-                rows = dy[begin : begin + count]
-                if rounded > count:
-                    rows = F.pad(rows, (0, 0, 0, rounded - count))
+                surplus = dy[begin + count : begin + rounded]
+                kept = surplus.clone()
+                surplus.zero_()
+                rows = _some_rows(dy, begin, rounded)
                 torch.mm(rows.T, _some_rows(x, begin, rounded), out=dweight[expert])
+                surplus.copy_(kept)
         return dx, dweight, None
 
 
