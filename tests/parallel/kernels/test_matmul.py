@@ -1,9 +1,13 @@
 """Forward and backward of FP8 layers against float64: equal to matmuls of operands rounded by the book, and within the
 bound that the formats' rounding gives against matmuls that are not rounded."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.kernels import matmul
 from parallel.kernels.formats import E4M3, Quantized
@@ -186,3 +190,19 @@ def test_sizes_that_a_gpu_has_no_kernel_for_are_padded_with_zeros(monkeypatch: p
         with monkeypatch.context() as patch:
             patch.setattr(matmul, "_has_kernel", lambda a, b: True)
             torch.testing.assert_close(matmul.mm(a, b, torch.float32), expected)
+
+
+def test_a_run_on_shapes_alone_has_the_kernel_of_gpus() -> None:
+    """The planner's memory is that of GPUs: it must not count the float32 copies that a CPU makes."""
+    called: list[str] = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode():
+        a, b = (Quantized(torch.empty(rows, 40).to(E4M3), torch.tensor(0.5)) for rows in (7, 24))
+        with Calls():
+            assert matmul.mm(a, b, torch.bfloat16).shape == (7, 24)
+    assert "_scaled_mm" in called and "mm" not in called
