@@ -11,6 +11,7 @@ import pytest
 from qwen_moe.cli import main
 from qwen_moe.config import load_config
 from qwen_moe.models.flops import count_parameters
+from qwen_moe.scaling.ladder import MOVED, _batch
 from qwen_moe.training.schedule import learning_rate
 from scaling_laws.laboratories import laboratories_law, laboratory_prior
 from scaling_laws.ladder import design_ladder
@@ -120,6 +121,52 @@ def test_runs_that_share_a_trunk_cost_less_and_name_it(tmp_path: Path, capsys: p
         assert learning_rate(config, config.train_steps - 1) < 0.3 * config.optimizer.learning_rate
         assert float(row["flops"]) < 0.35 * 6 * float(row["n_active"]) * float(row["tokens"])
         assert rows[row["after"]]["after"] == "" and float(rows[row["after"]]["tokens"]) > float(row["tokens"])
+
+
+def test_a_cross_has_five_runs_a_group_and_the_given_durations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Five runs differ from the middle one in one setting each, by the same factor up and down."""
+    output = tmp_path / "ladder"
+    arguments = [
+        "scaling",
+        "ladder",
+        DEMO,
+        "training.train_tokens=1e10",
+        "--flops-budget",
+        "2e16",
+        "--output",
+        str(output),
+    ]
+    assert main([*arguments, "--pattern", "cross", "--tokens-per-parameter", "20", "60", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["expected_excess_after"] < 0.5 * facts["expected_excess_before"]
+    rows = pd.read_csv(output / "ladder.csv")
+    assert {round(ratio) for ratio in rows["tokens"] / rows["n_active"]} == {20, 60}
+    for _, group in rows.groupby("group"):
+        middle, *others = group[["learning_rate", "batch_size"]].to_numpy()
+        assert len(others) == 4
+        changed = [(rate != middle[0], batch != middle[1]) for rate, batch in others]
+        assert sorted(changed) == [(False, True)] * 2 + [(True, False)] * 2
+        low, high = sorted(rate for rate, batch in others if batch == middle[1])
+        assert low * high == pytest.approx(middle[0] ** 2)
+
+
+def test_one_duration_is_too_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["scaling", "ladder", DEMO, "--flops-budget", "2e16", "--output", str(tmp_path / "x")]
+    assert main([*arguments, "--tokens-per-parameter", "20", "20"]) == 2
+    assert "--tokens-per-parameter 20: a ladder needs two durations" in capsys.readouterr().err
+
+
+def test_a_batch_of_the_ladder_has_few_micro_batches() -> None:
+    """Each micro-batch is one pass of the model: a prime number of sequences must not become that many passes of one."""
+    assert _batch(19.3, 16) == (20, 10) and _batch(37.0, 16) == (36, 12) and _batch(4.9, 16) == (5, 5)
+    assert _batch(0.2, 16) == (1, 1) and _batch(3.0, 2) == (3, 1)  # two passes of two would be a third more
+    for wanted in np.geomspace(1, 3000, 400):
+        batch, micro = _batch(wanted, 16)
+        assert batch % micro == 0 and 1 <= micro <= 16
+        assert abs(batch - wanted) <= max(0.5, MOVED * wanted)
+        assert wanted < 16 or batch / micro <= np.ceil(round(wanted) / 16) + 1
 
 
 def test_a_budget_too_small_says_what_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -194,6 +194,9 @@ def test_the_command_writes_recipes_that_load(
     assert main(arguments) == 0
     said = capsys.readouterr().out
     assert "these runs are next" in said and "more tokens to make up for it" in said
+    assert main([*arguments, "--tokens-per-parameter", "30", "--json"]) == 0
+    durations = {run["tokens"] / run["n_active"] for run in json.loads(capsys.readouterr().out)["runs"]}
+    assert durations and all(ratio == pytest.approx(30) for ratio in durations)
     prices = ["--price", "2", "--run-speed", "1", "--target-speed", "1e15"]
     assert main([*arguments, *prices, "--output", str(tmp_path / "none")]) == 0
     said = capsys.readouterr().out
