@@ -107,11 +107,24 @@ def run(args: argparse.Namespace) -> int:
     sizes, target = [size_of(model) for model in models], target_of(config)
     ratios = sorted(set(args.tokens_per_parameter))
     budget = float("inf") if args.flops_budget is None else args.flops_budget
+    sequence = config.data.sequence_length
     advice = next_runs(
-        posterior(table.frame, prior), target, sizes, ratios, count=args.count, flops=budget, prices=unit.prices
+        posterior(table.frame, prior),
+        target,
+        sizes,
+        ratios,
+        count=args.count,
+        flops=budget,
+        prices=unit.prices,
+        sequence=sequence,
     )
     if not advice.runs:
         cheapest = 6 * sizes[-1][1] ** 2 * ratios[0]
+        if budget >= cheapest:
+            raise UserError(
+                f"no run can be given: at every size and duration that is paid for, runs around the best batch would need "
+                f"less than one sequence of {sequence} tokens: give larger --tokens-per-parameter, or shorter sequences"
+            )
         raise UserError(
             f"--flops-budget {args.flops_budget:.3g} pays for no run: the cheapest takes {cheapest:.3g} FLOPs (6 N_active D)"
         )
