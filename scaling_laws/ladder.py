@@ -7,9 +7,9 @@ than the trunks (arXiv 2404.06395).
 
 The surface of `scaling_laws.surface` is linearised at each grid, and each group has its own level. The runs of a group then
 add Fisher information about the laws, which gives the covariance of (log lr*, log B*) at the target and the expected excess
-loss tr(C^T C Cov). Groups are added greedily while the budget lasts (Bayesian c-optimal design). The prior's
-optimum is the mean of what laboratories publish. The expectation holds if it is about right: grids that miss the true
-optimum tell less.
+loss tr(C^T C Cov). Groups are added greedily while the budget lasts (Bayesian c-optimal design). Sizes deviate from the laws
+(`MISFIT`), so more runs of one small size do not tell where the optimum of a much larger one is. The prior's optimum is the
+mean of what laboratories publish. The expectation holds if it is about right: grids that miss the true optimum tell less.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ import numpy as np
 from scaling_laws.errors import InputError
 from scaling_laws.laboratories import laboratories_law
 from scaling_laws.surface import NOISE, Surface, _features, _shape, shape_root
+from scaling_laws.surface_fit import MISFIT
 
 STEP = 0.8  # between neighbours of the grid, in log
 Pattern = tuple[tuple[int, int], ...]  # runs of a group, in steps of `STEP` of (log lr, log B) around its optimum
@@ -116,6 +117,20 @@ def _information_of_one(
     return rows.T @ rows / NOISE**2
 
 
+def _joint(before: np.ndarray, told: "Information", chosen: Sequence[_Candidate]) -> np.ndarray:
+    """The information of the prior and of ``chosen`` about the laws and the shape. Each size has its own deviation from the
+    laws, which all of its runs share."""
+    by_size: dict[tuple[float, float], np.ndarray] = {}
+    for candidate in chosen:
+        by_size[candidate.size] = by_size.get(candidate.size, np.zeros_like(before)) + told[candidate]
+    total = before.copy()
+    for one in by_size.values():
+        shared = one[[0, 4]]  # with log lr* and log B*
+        own = shared[:, [0, 4]] + np.diag(1 / np.square(MISFIT))
+        total += one - shared.T @ np.linalg.solve(own, shared)
+    return total
+
+
 def _expected(information: np.ndarray, prior: Surface, target: np.ndarray) -> tuple[float, np.ndarray]:
     """(expected excess loss, covariance of log lr* and log B*) at a target given by its features."""
     pick = np.zeros((2, information.shape[0]))
@@ -125,12 +140,16 @@ def _expected(information: np.ndarray, prior: Surface, target: np.ndarray) -> tu
     return float(np.trace(root.T @ root @ covariance)), covariance
 
 
+Information = dict[_Candidate, np.ndarray]  # what each candidate's runs tell, if its size follows the laws
+
+
 @dataclass(frozen=True)
 class _Selection:
-    """The chosen candidates, the FLOPs that they leave, and the information of the prior and their runs together."""
+    """The chosen candidates, the FLOPs that they leave, and the information of the prior, ``before`` them and with them."""
 
     chosen: tuple[_Candidate, ...]
     left: float
+    before: np.ndarray
     information: np.ndarray
 
     @property
@@ -186,14 +205,13 @@ def _candidates(
     return found
 
 
-def _extended(
-    selection: _Selection, candidates: Sequence[_Candidate], prior: Surface, target: np.ndarray
-) -> _Selection | None:
-    """Adds the candidate that lowers the expected excess loss most per FLOP. Returns None if no candidate is worth it."""
+def _extended(selection: _Selection, told: Information, prior: Surface, target: np.ndarray) -> _Selection | None:
+    """Adds the candidate of ``told`` that lowers the expected excess most per FLOP. Returns None if none is worth it."""
     excess, _ = _expected(selection.information, prior, target)
     # A group must remove at least a thousandth of the excess loss that remains.
     least = 1e-3 * excess if selection.complete else 0.0
     scored: list[tuple[float, _Selection]] = []
+    candidates = list(told)
     for candidate in candidates:
         replaced = selection.overlapping(candidate)
         # Each duration of a size is run once, but a candidate may be replaced by one with more durations.
@@ -206,11 +224,10 @@ def _extended(
         # The first groups must leave enough of the budget to complete the selection.
         if cost + _completion(candidates, chosen) > selection.left:
             continue
-        information = selection.information + _information(prior, candidate)
-        information = information - sum((_information(prior, other) for other in replaced), np.zeros_like(information))
+        information = _joint(selection.before, told, chosen)
         gain = excess - _expected(information, prior, target)[0]
         if gain > least:
-            scored.append((gain / cost, _Selection(chosen, selection.left - cost, information)))
+            scored.append((gain / cost, _Selection(chosen, selection.left - cost, selection.before, information)))
     return max(scored, key=lambda one: one[0])[1] if scored else None
 
 
@@ -236,9 +253,10 @@ def design_ladder(
     candidates = _candidates(sizes, tokens_per_parameter, decay_share, pattern)
     at_target = _features(*target)[0]
     before = np.diag(1 / np.array([*_PRIOR_LAW, *_PRIOR_LAW, *_PRIOR_SHAPE]) ** 2)
-    selection = _Selection((), flops_budget, before)
+    told = {candidate: _information(known, candidate) for candidate in candidates}
+    selection = _Selection((), flops_budget, before, before)
     history = [_expected(before, known, at_target)[0]]
-    while (extended := _extended(selection, candidates, known, at_target)) is not None:
+    while (extended := _extended(selection, told, known, at_target)) is not None:
         selection = extended
         history.append(_expected(selection.information, known, at_target)[0])
     if not selection.complete:

@@ -17,7 +17,7 @@ from scaling_laws.laboratories import laboratories_law, laboratory_prior
 from scaling_laws.ladder import design_ladder
 from scaling_laws.runs import read_runs
 from scaling_laws.surface import deepseek_law, step_law_as_published
-from scaling_laws.surface_fit import fit_surface
+from scaling_laws.surface_fit import MISFIT, fit_surface
 from tests.scaling_laws.data import best_loss
 
 DEMO = str(Path(__file__).parents[2] / "recipes" / "demo.yaml")
@@ -33,6 +33,16 @@ def test_every_group_helps_and_more_money_helps_more() -> None:
     assert rich.excess[-1] < poor.excess[-1] and rich.excess[0] == poor.excess[0]
 
 
+def test_sizes_that_deviate_from_the_laws_leave_the_target_unsure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of three sizes, however many, do not tell how these sizes deviate. If they did not deviate, the same runs would
+    tell the optimum of a hundred times larger target much better."""
+    target, budget = (1e10, 1e10, 1e12), 1e24
+    few, many = (design_ladder(target, SIZES[:3], ratios, budget) for ratios in ([20, 40], [20, 40, 80, 160]))
+    assert len(many.runs) > 1.5 * len(few.runs) and 0.8 * few.excess[-1] < many.excess[-1] < few.excess[-1]
+    monkeypatch.setattr("scaling_laws.ladder.MISFIT", (1e-6, 1e-6))
+    assert design_ladder(target, SIZES[:3], [20, 40], budget).excess[-1] < 0.5 * few.excess[-1]
+
+
 def test_a_branch_costs_its_decay_alone() -> None:
     design = design_ladder((1e10, 1e10, 1e12), SIZES, [20, 40, 80], 1e21, decay_share=0.2)
     branches = [run for run in design.runs if run.trunk is not None]
@@ -45,8 +55,8 @@ def test_a_branch_costs_its_decay_alone() -> None:
 
 @pytest.mark.slow
 def test_the_runs_of_a_ladder_give_the_precision_that_it_promises(tmp_path: Path) -> None:
-    """Synthetic losses at the ladder's own points, 40 times, where the published law is the truth: the spread of what is
-    found at the target is the promised one."""
+    """Synthetic losses at the ladder's own points, 40 times, where sizes deviate from the published law as much as is
+    expected: the spread of what is found at the target is the promised one."""
     target = (4e9, 4e9, 8e10)
     design = design_ladder(target, SIZES, [20, 80, 160], 3e20)
     law = laboratories_law()
@@ -55,9 +65,10 @@ def test_the_runs_of_a_ladder_give_the_precision_that_it_promises(tmp_path: Path
     for seed in range(40):
         rng = np.random.default_rng(seed)
         rows = []
+        own = {size: rng.normal(0, MISFIT) for size in sorted({run.n_total for run in design.runs})}
         for run in design.runs:
             rate, batch = (float(x[0]) for x in law.optimum(run.n_total, run.n_active, run.tokens))
-            u, v = np.log(run.learning_rate / rate), np.log(run.batch_tokens / batch)
+            u, v = np.log([run.learning_rate / rate, run.batch_tokens / batch]) - own[run.n_total]
             height = 0.0082 * u**2 + (-0.04 * u + 0.082 * v) ** 2
             loss = best_loss(run.n_total, run.tokens) * np.exp(height + rng.normal(0, 1.5e-3))
             rows.append((run.n_total, run.tokens, 1, run.learning_rate, run.batch_tokens, loss))
