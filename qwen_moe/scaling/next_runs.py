@@ -120,14 +120,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if not advice.runs:
         cheapest = 6 * sizes[-1][1] ** 2 * ratios[0]
-        if budget >= cheapest:
-            raise UserError(
-                f"no run can be given: at every size and duration that is paid for, runs around the best batch would need "
-                f"less than one sequence of {sequence} tokens: give larger --tokens-per-parameter, or shorter sequences"
-            )
-        raise UserError(
-            f"--flops-budget {args.flops_budget:.3g} pays for no run: the cheapest takes {cheapest:.3g} FLOPs (6 N_active D)"
-        )
+        raise UserError(_why_none(budget, cheapest, sequence))
     rows: list[dict[str, Any]] = []
     if args.output is not None and not advice.stop:
         chosen = [models[sizes.index((one.n_total, one.n_active))] for one in advice.runs]
@@ -141,6 +134,16 @@ def run(args: argparse.Namespace) -> int:
     if rows:
         print(_afterwards(args.output, args.runs))
     return 0
+
+
+def _why_none(budget: float, cheapest: float, sequence: int) -> str:
+    """Why no run can be advised. ``cheapest``: FLOPs of the cheapest run."""
+    if budget < cheapest:
+        return f"--flops-budget {budget:.3g} pays for no run: the cheapest takes {cheapest:.3g} FLOPs (6 N_active D)"
+    return (
+        "no run can be given: at every size and duration that is paid for, runs around the best batch would need less than "
+        f"one sequence of {sequence} tokens: give larger --tokens-per-parameter, or shorter sequences"
+    )
 
 
 def _text(advice: "Advice", unit: _Unit, target: tuple[float, float, float], so_far: int) -> list[str]:

@@ -221,7 +221,7 @@ def test_the_command_writes_recipes_that_load(
         (["--price", "2"], "give --run-speed and --target-speed"),
         (["--run-speed", "1e12"], "give both --run-speed and --target-speed"),
         (["--flops-budget", "10"], "pays for no run: the cheapest takes"),
-        (["--tokens-per-parameter", "1e-3"], "less than one sequence of 256 tokens"),
+        (["--tokens-per-parameter", "1e-5"], "less than one sequence of 256 tokens"),
         (["--count", "0"], "expected a whole number, 1 or more"),
         (["--without-laboratory", "Nobody"], "expected one of Step Law"),
         (["--output", "FULL"], "is not empty"),
