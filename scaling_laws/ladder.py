@@ -1,14 +1,15 @@
 """Chooses the small runs to launch: the groups of runs that most reduce the target's expected excess loss per FLOP.
 
-A group is a size and a duration with a 3 x 3 grid of learning rate and batch size around its expected optimum. With a WSD
-schedule (a constant learning rate, then a decay) up to three neighbouring durations share one grid: nine trunks run to the
-longest duration, and the shorter runs branch off and decay, which costs little more than the trunks (arXiv 2404.06395).
+A group is a size and a duration with a pattern of runs around its expected optimum: a 3 x 3 grid of learning rate and batch
+size, or a cross of five. With a WSD schedule (a constant learning rate, then a decay) up to three neighbouring durations
+share one pattern: trunks run to the longest duration, and the shorter runs branch off and decay, which costs little more
+than the trunks (arXiv 2404.06395).
 
 The surface of `scaling_laws.surface` is linearised at each grid, and each group has its own level. The runs of a group then
 add Fisher information about the laws, which gives the covariance of (log lr*, log B*) at the target and the expected excess
-loss tr(C^T C Cov). Groups are added greedily while the budget lasts (Bayesian c-optimal design). The prior's
-optimum is the mean of what laboratories publish. The expectation holds if it is about right: grids that miss the true
-optimum tell less.
+loss tr(C^T C Cov). Groups are added greedily while the budget lasts (Bayesian c-optimal design). Sizes deviate from the laws
+(`MISFIT`), so more runs of one small size do not tell where the optimum of a much larger one is. The prior's optimum is the
+mean of what laboratories publish. The expectation holds if it is about right: grids that miss the true optimum tell less.
 """
 
 from collections.abc import Sequence
@@ -19,10 +20,15 @@ import numpy as np
 from scaling_laws.errors import InputError
 from scaling_laws.laboratories import laboratories_law
 from scaling_laws.surface import NOISE, Surface, _features, _shape, shape_root
+from scaling_laws.surface_fit import MISFIT
 
 STEP = 0.8  # between neighbours of the grid, in log
-GRID = np.array([-STEP, 0.0, STEP])
-SHARING = 3  # neighbouring durations that can share a grid, because their optima differ by less than its step
+Pattern = tuple[tuple[int, int], ...]  # runs of a group, in steps of `STEP` of (log lr, log B) around its optimum
+PATTERNS: dict[str, Pattern] = {
+    "grid": tuple((u, v) for u in (-1, 0, 1) for v in (-1, 0, 1)),
+    "cross": ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)),
+}
+SHARING = 3  # neighbouring durations that can share a pattern, because their optima differ by less than its step
 SIZES, DURATIONS = 3, 2  # the fewest that determine a law in N and a law in D
 # Standard deviations of the prior: first log lr* or log B* at the reference, the exponents of N and D and the effect of
 # sparsity, then the shape.
@@ -62,10 +68,11 @@ class Design:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A size with a grid for ``durations`` (tokens). Trunks run to the longest."""
+    """A size with a pattern of runs for ``durations`` (tokens). Trunks run to the longest."""
 
     size: tuple[float, float]
     durations: tuple[float, ...]
+    pattern: Pattern
     cost: float
 
     @property
@@ -74,27 +81,29 @@ class _Candidate:
 
     @property
     def middle(self) -> float:
-        """The duration that the grid is centred on."""
+        """The duration whose optimum the pattern is centred on."""
         return float(np.exp(np.mean(np.log(self.durations))))
 
 
 def _information(prior: Surface, candidate: _Candidate) -> np.ndarray:
-    """Fisher information in a grid's runs about (law of lr, law of B, shape), with each duration's level profiled out."""
+    """Fisher information in its runs about (law of lr, law of B, shape), with each duration's level profiled out."""
     size = candidate.size
     centre = [float(value[0]) for value in prior.optimum(size[0], size[1], candidate.middle)]
     total = np.zeros((0,))
     for tokens in candidate.durations:
         here = [float(value[0]) for value in prior.optimum(size[0], size[1], tokens)]
         offset = np.log(np.array(centre) / np.array(here))
-        one = _information_of_one(prior, size, tokens, offset)
+        one = _information_of_one(prior, (*size, tokens), candidate.pattern, offset)
         total = one if not total.size else total + one
     return total
 
 
-def _information_of_one(prior: Surface, size: tuple[float, float], tokens: float, offset: np.ndarray) -> np.ndarray:
-    x = _features(size[0], size[1], tokens)[0]
+def _information_of_one(
+    prior: Surface, group: tuple[float, float, float], pattern: Pattern, offset: np.ndarray
+) -> np.ndarray:
+    x = _features(*group)[0]
     q = np.array(prior.shape)
-    u, v = (grid.ravel() + shift for grid, shift in zip(np.meshgrid(*[GRID] * 2), offset, strict=True))
+    u, v = STEP * np.array(pattern, float).T + offset[:, None]
     small = 1e-5
     by_u = (_shape(q, u + small, v) - _shape(q, u - small, v)) / (2 * small)
     by_v = (_shape(q, u, v + small) - _shape(q, u, v - small)) / (2 * small)
@@ -108,6 +117,20 @@ def _information_of_one(prior: Surface, size: tuple[float, float], tokens: float
     return rows.T @ rows / NOISE**2
 
 
+def _joint(before: np.ndarray, told: "Information", chosen: Sequence[_Candidate]) -> np.ndarray:
+    """The information of the prior and of ``chosen`` about the laws and the shape. Each size has its own deviation from the
+    laws, which all of its runs share."""
+    by_size: dict[tuple[float, float], np.ndarray] = {}
+    for candidate in chosen:
+        by_size[candidate.size] = by_size.get(candidate.size, np.zeros_like(before)) + told[candidate]
+    total = before.copy()
+    for one in by_size.values():
+        shared = one[[0, 4]]  # with log lr* and log B*
+        own = shared[:, [0, 4]] + np.diag(1 / np.square(MISFIT))
+        total += one - shared.T @ np.linalg.solve(own, shared)
+    return total
+
+
 def _expected(information: np.ndarray, prior: Surface, target: np.ndarray) -> tuple[float, np.ndarray]:
     """(expected excess loss, covariance of log lr* and log B*) at a target given by its features."""
     pick = np.zeros((2, information.shape[0]))
@@ -117,12 +140,16 @@ def _expected(information: np.ndarray, prior: Surface, target: np.ndarray) -> tu
     return float(np.trace(root.T @ root @ covariance)), covariance
 
 
+Information = dict[_Candidate, np.ndarray]  # what each candidate's runs tell, if its size follows the laws
+
+
 @dataclass(frozen=True)
 class _Selection:
-    """The chosen candidates, the FLOPs that they leave, and the information of the prior and their runs together."""
+    """The chosen candidates, the FLOPs that they leave, and the information of the prior, ``before`` them and with them."""
 
     chosen: tuple[_Candidate, ...]
     left: float
+    before: np.ndarray
     information: np.ndarray
 
     @property
@@ -164,7 +191,7 @@ def _completion(candidates: Sequence[_Candidate], chosen: Sequence[_Candidate]) 
 
 
 def _candidates(
-    sizes: Sequence[tuple[float, float]], ratios: Sequence[float], decay_share: float | None
+    sizes: Sequence[tuple[float, float]], ratios: Sequence[float], decay_share: float | None, pattern: Pattern
 ) -> list[_Candidate]:
     """Every size with every duration, and with WSD also with up to `SHARING` neighbouring durations."""
     ordered = sorted(ratios)
@@ -174,21 +201,20 @@ def _candidates(
             for length in range(1, 1 + (1 if decay_share is None else min(SHARING, len(ordered) - first))):
                 durations = tuple(ratio * size[1] for ratio in ordered[first : first + length])
                 tokens = durations[-1] + sum((decay_share or 0.0) * shorter for shorter in durations[:-1])
-                found.append(_Candidate(size, durations, len(GRID) ** 2 * 6 * size[1] * tokens))
+                found.append(_Candidate(size, durations, pattern, len(pattern) * 6 * size[1] * tokens))
     return found
 
 
-def _extended(
-    selection: _Selection, candidates: Sequence[_Candidate], prior: Surface, target: np.ndarray
-) -> _Selection | None:
-    """Adds the candidate that lowers the expected excess loss most per FLOP. Returns None if no candidate is worth it."""
+def _extended(selection: _Selection, told: Information, prior: Surface, target: np.ndarray) -> _Selection | None:
+    """Adds the candidate of ``told`` that lowers the expected excess most per FLOP. Returns None if none is worth it."""
     excess, _ = _expected(selection.information, prior, target)
     # A group must remove at least a thousandth of the excess loss that remains.
     least = 1e-3 * excess if selection.complete else 0.0
     scored: list[tuple[float, _Selection]] = []
+    candidates = list(told)
     for candidate in candidates:
         replaced = selection.overlapping(candidate)
-        # Each duration of a size is run once, but a grid may be replaced by one with more durations.
+        # Each duration of a size is run once, but a candidate may be replaced by one with more durations.
         if len(replaced) > 1 or any(not other.ratios < candidate.ratios for other in replaced):
             continue
         if not selection.needs(candidate):
@@ -198,11 +224,10 @@ def _extended(
         # The first groups must leave enough of the budget to complete the selection.
         if cost + _completion(candidates, chosen) > selection.left:
             continue
-        information = selection.information + _information(prior, candidate)
-        information = information - sum((_information(prior, other) for other in replaced), np.zeros_like(information))
+        information = _joint(selection.before, told, chosen)
         gain = excess - _expected(information, prior, target)[0]
         if gain > least:
-            scored.append((gain / cost, _Selection(chosen, selection.left - cost, information)))
+            scored.append((gain / cost, _Selection(chosen, selection.left - cost, selection.before, information)))
     return max(scored, key=lambda one: one[0])[1] if scored else None
 
 
@@ -213,23 +238,25 @@ def design_ladder(
     flops_budget: float,
     prior: Surface | None = None,
     decay_share: float | None = None,
+    pattern: Pattern = PATTERNS["grid"],
 ) -> Design:
     """Chooses runs that a recommendation for ``target`` = (n_total, n_active, tokens) is best made from.
 
     The sum of their 6 N_active D stays within ``flops_budget``. ``sizes``: (n_total, n_active) of the models that can be
     built; ``tokens_per_parameter``: durations, in tokens per activated parameter; ``decay_share``: the decay's share of a
-    run's tokens with WSD, where runs can branch off longer ones, else None. Raises InputError when the budget does not pay
-    for three sizes at two durations.
+    run's tokens with WSD, where runs can branch off longer ones, else None; ``pattern``: the runs of each group. Raises
+    InputError when the budget does not pay for three sizes at two durations.
     """
     known = prior if prior is not None else laboratories_law()
     if not any(known.shape):
         known = replace(known, shape=list(_TYPICAL_SHAPE))
-    candidates = _candidates(sizes, tokens_per_parameter, decay_share)
+    candidates = _candidates(sizes, tokens_per_parameter, decay_share, pattern)
     at_target = _features(*target)[0]
     before = np.diag(1 / np.array([*_PRIOR_LAW, *_PRIOR_LAW, *_PRIOR_SHAPE]) ** 2)
-    selection = _Selection((), flops_budget, before)
+    told = {candidate: _information(known, candidate) for candidate in candidates}
+    selection = _Selection((), flops_budget, before, before)
     history = [_expected(before, known, at_target)[0]]
-    while (extended := _extended(selection, candidates, known, at_target)) is not None:
+    while (extended := _extended(selection, told, known, at_target)) is not None:
         selection = extended
         history.append(_expected(selection.information, known, at_target)[0])
     if not selection.complete:
@@ -251,13 +278,13 @@ def design_ladder(
 
 
 def _runs_of(candidate: _Candidate, law: Surface, group: int, place: int, decay_share: float) -> list[Run]:
-    """The runs of a grid: first the trunks, at the longest duration, then the branches of each shorter one."""
+    """The runs of a candidate: first the trunks, at the longest duration, then the branches of each shorter one."""
     n_total, n_active = candidate.size
     rate, batch = (float(value[0]) for value in law.optimum(n_total, n_active, candidate.middle))
     found = []
     for turn, tokens in enumerate(reversed(candidate.durations)):
         trained = tokens if turn == 0 else decay_share * tokens
-        for number, (u, v) in enumerate((u, v) for u in GRID for v in GRID):
+        for number, (u, v) in enumerate(candidate.pattern):
             found.append(
                 Run(
                     group=group + turn,
@@ -265,8 +292,8 @@ def _runs_of(candidate: _Candidate, law: Surface, group: int, place: int, decay_
                     n_total=n_total,
                     n_active=n_active,
                     tokens=tokens,
-                    learning_rate=rate * float(np.exp(u)),
-                    batch_tokens=batch * float(np.exp(v)),
+                    learning_rate=rate * float(np.exp(STEP * u)),
+                    batch_tokens=batch * float(np.exp(STEP * v)),
                     flops=6 * n_active * trained,
                 )
             )

@@ -13,7 +13,8 @@ tell where the optimum of a much larger one is. A single run of a new group says
 known. So several are weighed together too: a line of three learning rates or batches, a cross of five, and a grid of nine.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +26,7 @@ from scaling_laws.surface_fit import MISFIT, ROUGH, Posterior
 Size = tuple[float, float]  # n_total, n_active
 _LINE = (-1, 0, 1)
 FARTHEST = 2  # steps from the optimum
+LEAST_BATCH = 0.9  # of a sequence: it is trained with one
 # Patterns of runs, in steps of `STEP` of (log lr, log B) around the expected optimum.
 PATTERNS: tuple[tuple[tuple[int, int], ...], ...] = (
     *(((u, v),) for u in range(-FARTHEST, FARTHEST + 1) for v in range(-FARTHEST, FARTHEST + 1)),
@@ -152,13 +154,18 @@ class _Design:
         return replace(known, covariance=left)
 
 
-def _packages(sizes: Sequence[Size], ratios: Sequence[float], design: _Design, most: int) -> Iterator[_Package]:
-    """Every pattern of at most ``most`` runs at every size and duration, if the surface can be trusted there."""
-    patterns = [p for p in PATTERNS if len(p) <= most and bool(np.all(design.height(p) <= WINDOW))]
-    for size in sizes:
-        for ratio in ratios:
-            for steps in patterns:
-                yield _Package(size, ratio * size[1], steps)
+def _packages(sizes: Sequence[Size], ratios: Sequence[float], design: _Design, sequence: float) -> list[_Package]:
+    """Every pattern of runs at every size and duration, if the surface can be trusted there and no batch is smaller than a
+    sequence."""
+    patterns = [steps for steps in PATTERNS if bool(np.all(design.height(steps) <= WINDOW))]
+    found = []
+    for size, ratio in itertools.product(sizes, ratios):
+        tokens = ratio * size[1]
+        batch = float(design.posterior.surface.optimum(*size, tokens)[1][0])
+        for steps in patterns:
+            if batch * np.exp(STEP * min(v for _, v in steps)) >= LEAST_BATCH * sequence:
+                found.append(_Package(size, tokens, steps))
+    return found
 
 
 def _runs(package: _Package, posterior: Posterior, group: int) -> list[Run]:
@@ -202,9 +209,11 @@ def next_runs(
     count: int = 9,
     flops: float = np.inf,
     prices: Prices = Prices(),
+    sequence: float = 0.0,
 ) -> Advice:
     """The next runs, at most ``count`` with at most ``flops``, for a recommendation at ``target`` (n_total, n_active,
-    tokens). They have one of ``sizes`` (n_total, n_active) and of ``tokens_per_parameter`` (activated)."""
+    tokens). They have one of ``sizes`` (n_total, n_active) and of ``tokens_per_parameter`` (activated), and batches of at
+    least a ``sequence`` (in tokens)."""
     design = _Design(posterior, target)
     known = _Known(posterior.covariance, posterior.groups, posterior.sizes)
     before, deviation = design.excess(known), design.deviation(known)
@@ -215,10 +224,13 @@ def next_runs(
     packages: list[_Package] = []
     groups: dict[tuple[float, float, float], int] = {}
     spent = 0.0
+    possible = _packages(sizes, tokens_per_parameter, design, sequence)
     while len(chosen) < count:
         best: tuple[float, _Package, _Known, float] | None = None
-        for package in _packages(sizes, tokens_per_parameter, design, count - len(chosen)):
-            if spent + package.flops > flops or any(taken.repeats(package) for taken in packages):
+        for package in possible:
+            if len(package.steps) > count - len(chosen) or spent + package.flops > flops:
+                continue
+            if any(taken.repeats(package) for taken in packages):
                 continue
             then = design.learn(known, package)
             left = design.excess(then)

@@ -17,6 +17,7 @@ WIDE = 1e-3  # excess loss that a wide batch may cost over the best batch
 LEAST_GROUPS = 5  # with fewer groups, resamples are too much alike to give an interval
 LEAST_SAMPLES = 20  # with fewer resamples, no interval is given
 MOST_COMPUTE, MOST_OTHER = 1000.0, 30.0  # times outside the runs; beyond, --accept-extrapolation is needed
+SURE_LOSS = 0.02  # error of held-out losses, above which a predicted loss is doubted
 LEAST_STEPS = 50  # a batch size that leaves a run fewer steps is not recommended
 
 
@@ -199,6 +200,19 @@ def _losses(fit: Fit, request: Request, target: _Target) -> tuple[float | None, 
     return float(fit.loss_law.at(where)[0]), [float(law.at(where)[0]) for law in fit.loss_samples]
 
 
+def _loss_doubts(fit: Fit) -> list[str]:
+    """A warning if the loss law misses runs of more compute than it was fitted to. The interval of the predicted loss comes
+    from refits of the same form, so it does not show that the form is wrong."""
+    rows = [row for row in fit.validation if row["compute_ratio"] > 1 and row.get("loss_error", 0.0) > SURE_LOSS]
+    if fit.loss_law is None or not rows:
+        return []
+    worst = max(rows, key=lambda row: float(row["loss_error"]))
+    return [
+        f"fitted without {worst['held_out']}, {worst['compute_ratio']:.2g} times the compute of the other runs, the loss "
+        f"law is off by {worst['loss_error']:.1%} there: the predicted loss may be, too, and its interval does not show it"
+    ]
+
+
 def _other_laws(fit: Fit, target: _Target) -> dict[str, Any]:
     """The recommendations of the Step Law fitted to these runs, if any, and of the published laws."""
 
@@ -235,6 +249,7 @@ def recommend(fit: Fit, request: Request) -> dict[str, Any]:
     warnings += _batch_warnings(batch_tokens, widest, excesses)
     excess = float(np.mean(excesses))
     loss, losses = _losses(fit, request, target)
+    warnings += _loss_doubts(fit)
     resampled = {
         "learning_rate": [optimum[0] for optimum in optima],
         "batch_size_tokens": [optimum[1] for optimum in optima],

@@ -35,6 +35,10 @@ SHOWN = 20  # problems in one message
 LEAST_RATIO, MOST_RATIO = 0.01, 1e5  # tokens per activated parameter of the median run; outside, units are mixed up
 SURE_RATIO = 1e3  # up to this, parameters and tokens are in the same unit
 LEAST_STEPS = 20  # of the median run; with fewer, batch_size is not in sequences
+LEAST_GROUPS, MOST_AT_EDGE = (
+    3,
+    0.5,
+)  # groups whose best run has an extreme setting: as many, and a greater share, are told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +183,8 @@ def _table(frame: pd.DataFrame) -> RunTable:
         frame = frame.reset_index(drop=True)
         warnings += early
     frame["group"] = frame.groupby([column for column in GROUP if column in frame], dropna=False).ngroup()
+    if "learning_rate" in frame:
+        warnings += _at_edges(frame)
     return RunTable(frame=frame, convention=given.pop(), warnings=warnings)
 
 
@@ -204,6 +210,30 @@ def _check_units(frame: pd.DataFrame) -> list[str]:
             "n_active and tokens in millions or billions? They count parameters and tokens"
         )
     return warnings
+
+
+def _at_edges(frame: pd.DataFrame) -> list[str]:
+    """Notes if the best runs of most groups have the smallest or the largest value that was tried: then the optimum lies
+    beyond the runs, and what is fitted there is extrapolated."""
+    notes = []
+    finished = frame[~frame["diverged"]]
+    for column, told in (("learning_rate", "learning rate"), ("batch_tokens", "batch size")):
+        groups = finished.groupby("group")
+        groups = finished[groups[column].transform("nunique") >= 3].groupby("group")
+        if groups.ngroups < LEAST_GROUPS:
+            continue
+        best = finished.loc[groups["loss"].idxmin()].set_index("group")[column]
+        for edge, limit, side in (
+            ("smallest", groups[column].min(), "smaller"),
+            ("largest", groups[column].max(), "larger"),
+        ):
+            count = int((best == limit).sum())
+            if count > MOST_AT_EDGE * groups.ngroups:
+                notes.append(
+                    f"in {count} of {groups.ngroups} groups the best run has the {edge} {told} that was tried: the optimum "
+                    f"is extrapolated there, and is less certain than is said; add runs with {side} ones"
+                )
+    return notes
 
 
 def _check_steps(frame: pd.DataFrame) -> None:

@@ -1,10 +1,10 @@
 """The held-out run at the recommended learning rate and batch, and four neighbours of it, as recipes:
 
-python benchmarks/ladder/neighbours.py FIT_DIR OUTPUT_DIR [section.key=value ...]
+python benchmarks/ladder/neighbours.py FIT_DIR OUTPUT_DIR [--recipe RECIPE.yaml] [section.key=value ...]
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from launchers.folder.atomic import write_json, write_text
@@ -30,8 +30,8 @@ def at_point(config: RunConfig, name: str, rate: float, batch: int, output: Path
     return config.model_copy(update={"training": training, "optimizer": optimizer, "run_dir": output / "runs" / name})
 
 
-def main(fit: Path, output: Path, overrides: list[str]) -> None:
-    config = load_config(Path(__file__).with_name("held_out.yaml"), overrides)
+def main(fit: Path, output: Path, recipe: Path, overrides: list[str]) -> None:
+    config = load_config(recipe, overrides)
     size = count_parameters(config.model)
     found = recommend(
         load_fit(fit),
@@ -46,11 +46,17 @@ def main(fit: Path, output: Path, overrides: list[str]) -> None:
     # At least two, so that it can be halved.
     batch = max(2, 2 * round(found["batch_size_tokens"] / config.data.sequence_length / 2))
     for name, by_rate, by_batch in POINTS:
-        recipe = at_point(config, name, rate * by_rate, round(batch * by_batch), output)
-        write_text(output / f"{name}.yaml", dump_config(recipe))
+        point = at_point(config, name, rate * by_rate, round(batch * by_batch), output)
+        write_text(output / f"{name}.yaml", dump_config(point))
     write_json(output / "prediction.json", found)
     print(json.dumps({"learning_rate": rate, "batch_size": batch, "predicted_loss": found["predicted_loss"]}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("fit", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--recipe", type=Path, default=Path(__file__).with_name("held_out.yaml"))
+    args = parser.parse_args()
+    main(args.fit, args.output, args.recipe, args.overrides)

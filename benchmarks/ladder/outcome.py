@@ -51,10 +51,10 @@ def draw(fit_dir: Path, prediction: dict[str, Any], rows: dict[str, dict[str, An
     with (fit_dir / "runs.csv").open(encoding="utf-8") as file:
         small = [row for row in csv.DictReader(file) if row["loss"]]
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for experts, colour in (("8", "tab:blue"), ("32", "tab:orange")):
-        mine = [row for row in small if float(row["num_experts"]) == float(experts)]
+    for experts in sorted({float(row["num_experts"]) for row in small}):
+        mine = [row for row in small if float(row["num_experts"]) == experts]
         compute = [6 * float(row["n_active"]) * float(row["tokens"]) for row in mine]
-        axes.plot(compute, [float(r["loss"]) for r in mine], ".", color=colour, label=f"ladder, {experts} experts")
+        axes.plot(compute, [float(r["loss"]) for r in mine], ".", label=f"ladder, {experts:g} experts")
     for name, row in rows.items():
         middle = name == "recommended"
         compute_here = 6 * row["n_active"] * row["tokens"]

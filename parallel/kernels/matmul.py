@@ -17,8 +17,8 @@ MULTIPLE = 16  # the kernel wants K and N to be multiples of this; M is free (ob
 def _has_kernel(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether to multiply these, with one scale per tensor, by `torch._scaled_mm`, of which one operand must be E4M3.
 
-    Not on CPUs: where oneDNN has no FP8 code for a processor, it multiplies element by element, a thousand times slower. A run
-    on shapes alone stands for a GPU.
+    Not on CPUs: where oneDNN has no FP8 code for a processor, it multiplies element by element, a thousand times slower. A
+    run on shapes alone stands for a GPU.
     """
     if isinstance(a, FakeTensor):
         return not a.dtype == b.dtype == E5M2

@@ -4,6 +4,7 @@ import argparse
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from qwen_moe.models.flops import count_parameters
 from qwen_moe.options import number
 
 TABLE = "ladder.csv"
+MOVED = 0.06  # share by which a batch may be moved to suit micro-batches: an eighth of a step between neighbours
 DURATIONS = (10.0, 20.0, 40.0, 80.0, 160.0)  # tokens per activated parameter
 
 
@@ -35,8 +37,26 @@ def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     ladder.add_argument(
         "--fit", type=Path, metavar="FIT_DIR", help="a fit of earlier runs to start from (default: published laws)"
     )
+    ladder.add_argument(
+        "--pattern",
+        choices=("grid", "cross"),
+        default="grid",
+        help="runs of each size and duration: 3 x 3 learning rates and batch sizes, or a cross of five (default: grid)",
+    )
+    add_durations(ladder)
     ladder.add_argument("--json", action="store_true")
     ladder.set_defaults(func=run, needs=("scipy", "pandas"))
+
+
+def add_durations(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokens-per-parameter",
+        nargs="+",
+        type=number(above=0),
+        default=list(DURATIONS),
+        metavar="RATIO",
+        help=f"durations of the small runs, per activated parameter (default: {' '.join(f'{d:g}' for d in DURATIONS)})",
+    )
 
 
 def smaller_models(model: ModelConfig) -> list[ModelConfig]:
@@ -73,13 +93,25 @@ def _decay_share(config: RunConfig) -> float | None:
     return config.schedule.decay_tokens / config.training.train_tokens if config.schedule.kind == "wsd" else None
 
 
+def _batch(wanted: float, most: int) -> tuple[int, int]:
+    """(sequences of a step, of a micro-batch) near ``wanted`` sequences with micro-batches of at most ``most``.
+
+    The step moves by up to `MOVED` to be whole micro-batches of nearly that size. 19 sequences in micro-batches of up to 16
+    become 20 = 2 x 10, because 19 is prime and would be 19 micro-batches of one."""
+    batch = max(1, round(wanted))
+    count = math.ceil(batch / most)
+    near = max(1, round(wanted / count)) * count
+    if abs(near - wanted) <= MOVED * wanted:
+        return near, near // count
+    return batch, max(m for m in range(1, most + 1) if batch % m == 0)
+
+
 def _recipe(config: RunConfig, model: ModelConfig, run: Any, shortest: float) -> dict[str, Any]:
     """The recipe of one small run: the large run's, with this run's model, duration, learning rate and batch size. The
     warm-up must fit into the shortest run that shares its trunk, which has ``shortest`` tokens."""
     values = config.model_dump(mode="json", exclude_none=True)
     sequence, micro = config.data.sequence_length, config.training.micro_batch_size
-    batch = max(1, round(run.batch_tokens / sequence))
-    micro = max(m for m in range(1, micro + 1) if batch % m == 0)
+    batch, micro = _batch(run.batch_tokens / sequence, micro)
     tokens = max(round(run.tokens), batch * sequence)
     schedule, whole = config.schedule, config.training.train_tokens
     values |= {"model": model.model_dump(mode="json"), "sample_prompt": ""}
@@ -147,7 +179,7 @@ def write_recipes(
 
 def run(args: argparse.Namespace) -> int:
     from scaling_laws.fitting import load_fit
-    from scaling_laws.ladder import design_ladder
+    from scaling_laws.ladder import PATTERNS, design_ladder
 
     config = load_config(args.recipe, args.overrides)
     refuse_stages(config, "qwen-moe scaling ladder")
@@ -160,7 +192,11 @@ def run(args: argparse.Namespace) -> int:
         )
     sizes, target = [size_of(model) for model in models], target_of(config)
     prior = load_fit(args.fit).surface if args.fit is not None else None
-    design = design_ladder(target, sizes, DURATIONS, args.flops_budget, prior, _decay_share(config))
+    ratios = sorted(set(args.tokens_per_parameter))
+    if len(ratios) < 2:
+        raise UserError(f"--tokens-per-parameter {ratios[0]:g}: a ladder needs two durations or more, such as 20 40")
+    pattern = PATTERNS[args.pattern]
+    design = design_ladder(target, sizes, ratios, args.flops_budget, prior, _decay_share(config), pattern)
     chosen = [models[sizes.index((small.n_total, small.n_active))] for small in design.runs]
     recipes, rows = write_recipes(config, chosen, design.runs, args.output)
     write_ladder(args.output, recipes, rows)

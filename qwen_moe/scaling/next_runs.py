@@ -10,8 +10,8 @@ from qwen_moe.config import load_config, refuse_stages
 from qwen_moe.errors import UserError
 from qwen_moe.options import number, whole
 from qwen_moe.scaling.ladder import (
-    DURATIONS,
     TABLE,
+    add_durations,
     check_new,
     size_of,
     smaller_models,
@@ -33,6 +33,7 @@ def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     parser.add_argument("--runs", nargs="+", type=Path, required=True, metavar="RUNS.csv", help="the runs so far")
     parser.add_argument("--count", type=whole(1, MOST_RUNS), default=9, help="the most runs (default: 9)")
     parser.add_argument("--flops-budget", type=number(above=0), help="the most that they may take, 6 N_active D")
+    add_durations(parser)
     parser.add_argument("--price", type=number(above=0), help="of a GPU-hour, in any currency")
     parser.add_argument(
         "--run-speed", type=number(above=0), metavar="FLOPS_PER_SECOND", help="of a GPU in the small runs, 6 N_active D"
@@ -104,15 +105,22 @@ def run(args: argparse.Namespace) -> int:
             "teach: add these columns"
         )
     sizes, target = [size_of(model) for model in models], target_of(config)
+    ratios = sorted(set(args.tokens_per_parameter))
     budget = float("inf") if args.flops_budget is None else args.flops_budget
+    sequence = config.data.sequence_length
     advice = next_runs(
-        posterior(table.frame, prior), target, sizes, DURATIONS, count=args.count, flops=budget, prices=unit.prices
+        posterior(table.frame, prior),
+        target,
+        sizes,
+        ratios,
+        count=args.count,
+        flops=budget,
+        prices=unit.prices,
+        sequence=sequence,
     )
     if not advice.runs:
-        cheapest = 6 * sizes[-1][1] ** 2 * DURATIONS[0]
-        raise UserError(
-            f"--flops-budget {args.flops_budget:.3g} pays for no run: the cheapest takes {cheapest:.3g} FLOPs (6 N_active D)"
-        )
+        cheapest = 6 * sizes[-1][1] ** 2 * ratios[0]
+        raise UserError(_why_none(budget, cheapest, sequence))
     rows: list[dict[str, Any]] = []
     if args.output is not None and not advice.stop:
         chosen = [models[sizes.index((one.n_total, one.n_active))] for one in advice.runs]
@@ -126,6 +134,16 @@ def run(args: argparse.Namespace) -> int:
     if rows:
         print(_afterwards(args.output, args.runs))
     return 0
+
+
+def _why_none(budget: float, cheapest: float, sequence: int) -> str:
+    """Why no run can be advised. ``cheapest``: FLOPs of the cheapest run."""
+    if budget < cheapest:
+        return f"--flops-budget {budget:.3g} pays for no run: the cheapest takes {cheapest:.3g} FLOPs (6 N_active D)"
+    return (
+        "no run can be given: at every size and duration that is paid for, runs around the best batch would need less than "
+        f"one sequence of {sequence} tokens: give larger --tokens-per-parameter, or shorter sequences"
+    )
 
 
 def _text(advice: "Advice", unit: _Unit, target: tuple[float, float, float], so_far: int) -> list[str]:

@@ -11,12 +11,13 @@ import pytest
 from qwen_moe.cli import main
 from qwen_moe.config import load_config
 from qwen_moe.models.flops import count_parameters
+from qwen_moe.scaling.ladder import MOVED, _batch
 from qwen_moe.training.schedule import learning_rate
 from scaling_laws.laboratories import laboratories_law, laboratory_prior
 from scaling_laws.ladder import design_ladder
 from scaling_laws.runs import read_runs
 from scaling_laws.surface import deepseek_law, step_law_as_published
-from scaling_laws.surface_fit import fit_surface
+from scaling_laws.surface_fit import MISFIT, fit_surface
 from tests.scaling_laws.data import best_loss
 
 DEMO = str(Path(__file__).parents[2] / "recipes" / "demo.yaml")
@@ -32,6 +33,16 @@ def test_every_group_helps_and_more_money_helps_more() -> None:
     assert rich.excess[-1] < poor.excess[-1] and rich.excess[0] == poor.excess[0]
 
 
+def test_sizes_that_deviate_from_the_laws_leave_the_target_unsure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of three sizes, however many, do not tell how these sizes deviate. If they did not deviate, the same runs would
+    tell the optimum of a hundred times larger target much better."""
+    target, budget = (1e10, 1e10, 1e12), 1e24
+    few, many = (design_ladder(target, SIZES[:3], ratios, budget) for ratios in ([20, 40], [20, 40, 80, 160]))
+    assert len(many.runs) > 1.5 * len(few.runs) and 0.8 * few.excess[-1] < many.excess[-1] < few.excess[-1]
+    monkeypatch.setattr("scaling_laws.ladder.MISFIT", (1e-6, 1e-6))
+    assert design_ladder(target, SIZES[:3], [20, 40], budget).excess[-1] < 0.5 * few.excess[-1]
+
+
 def test_a_branch_costs_its_decay_alone() -> None:
     design = design_ladder((1e10, 1e10, 1e12), SIZES, [20, 40, 80], 1e21, decay_share=0.2)
     branches = [run for run in design.runs if run.trunk is not None]
@@ -44,8 +55,8 @@ def test_a_branch_costs_its_decay_alone() -> None:
 
 @pytest.mark.slow
 def test_the_runs_of_a_ladder_give_the_precision_that_it_promises(tmp_path: Path) -> None:
-    """Synthetic losses at the ladder's own points, 40 times, where the published law is the truth: the spread of what is
-    found at the target is the promised one."""
+    """Synthetic losses at the ladder's own points, 40 times, where sizes deviate from the published law as much as is
+    expected: the spread of what is found at the target is the promised one."""
     target = (4e9, 4e9, 8e10)
     design = design_ladder(target, SIZES, [20, 80, 160], 3e20)
     law = laboratories_law()
@@ -54,9 +65,10 @@ def test_the_runs_of_a_ladder_give_the_precision_that_it_promises(tmp_path: Path
     for seed in range(40):
         rng = np.random.default_rng(seed)
         rows = []
+        own = {size: rng.normal(0, MISFIT) for size in sorted({run.n_total for run in design.runs})}
         for run in design.runs:
             rate, batch = (float(x[0]) for x in law.optimum(run.n_total, run.n_active, run.tokens))
-            u, v = np.log(run.learning_rate / rate), np.log(run.batch_tokens / batch)
+            u, v = np.log([run.learning_rate / rate, run.batch_tokens / batch]) - own[run.n_total]
             height = 0.0082 * u**2 + (-0.04 * u + 0.082 * v) ** 2
             loss = best_loss(run.n_total, run.tokens) * np.exp(height + rng.normal(0, 1.5e-3))
             rows.append((run.n_total, run.tokens, 1, run.learning_rate, run.batch_tokens, loss))
@@ -120,6 +132,52 @@ def test_runs_that_share_a_trunk_cost_less_and_name_it(tmp_path: Path, capsys: p
         assert learning_rate(config, config.train_steps - 1) < 0.3 * config.optimizer.learning_rate
         assert float(row["flops"]) < 0.35 * 6 * float(row["n_active"]) * float(row["tokens"])
         assert rows[row["after"]]["after"] == "" and float(rows[row["after"]]["tokens"]) > float(row["tokens"])
+
+
+def test_a_cross_has_five_runs_a_group_and_the_given_durations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Five runs differ from the middle one in one setting each, by the same factor up and down."""
+    output = tmp_path / "ladder"
+    arguments = [
+        "scaling",
+        "ladder",
+        DEMO,
+        "training.train_tokens=1e10",
+        "--flops-budget",
+        "2e16",
+        "--output",
+        str(output),
+    ]
+    assert main([*arguments, "--pattern", "cross", "--tokens-per-parameter", "20", "60", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["expected_excess_after"] < 0.5 * facts["expected_excess_before"]
+    rows = pd.read_csv(output / "ladder.csv")
+    assert {round(ratio) for ratio in rows["tokens"] / rows["n_active"]} == {20, 60}
+    for _, group in rows.groupby("group"):
+        middle, *others = group[["learning_rate", "batch_size"]].to_numpy()
+        assert len(others) == 4
+        changed = [(rate != middle[0], batch != middle[1]) for rate, batch in others]
+        assert sorted(changed) == [(False, True)] * 2 + [(True, False)] * 2
+        low, high = sorted(rate for rate, batch in others if batch == middle[1])
+        assert low * high == pytest.approx(middle[0] ** 2)
+
+
+def test_one_duration_is_too_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["scaling", "ladder", DEMO, "--flops-budget", "2e16", "--output", str(tmp_path / "x")]
+    assert main([*arguments, "--tokens-per-parameter", "20", "20"]) == 2
+    assert "--tokens-per-parameter 20: a ladder needs two durations" in capsys.readouterr().err
+
+
+def test_a_batch_of_the_ladder_has_few_micro_batches() -> None:
+    """Each micro-batch is one pass of the model: a prime number of sequences must not become that many passes of one."""
+    assert _batch(19.3, 16) == (20, 10) and _batch(37.0, 16) == (36, 12) and _batch(4.9, 16) == (5, 5)
+    assert _batch(0.2, 16) == (1, 1) and _batch(3.0, 2) == (3, 1)  # two passes of two would be a third more
+    for wanted in np.geomspace(1, 3000, 400):
+        batch, micro = _batch(wanted, 16)
+        assert batch % micro == 0 and 1 <= micro <= 16
+        assert abs(batch - wanted) <= max(0.5, MOVED * wanted)
+        assert wanted < 16 or batch / micro <= np.ceil(round(wanted) / 16) + 1
 
 
 def test_a_budget_too_small_says_what_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,6 +161,17 @@ def test_no_run_is_advised_twice(few: Posterior) -> None:
     assert len(points) == len(runs) > 5
 
 
+def test_no_batch_is_smaller_than_a_sequence(few: Posterior) -> None:
+    """The smallest advised batch without a limit, made a sequence's length: those below it are not advised any more."""
+    free = next_runs(few, TARGET, SIZES, RATIOS, count=20)
+    batches = sorted(run.batch_tokens for run in free.runs)
+    sequence = batches[len(batches) // 2]
+    assert batches[0] < 0.8 * sequence
+    limited = next_runs(few, TARGET, SIZES, RATIOS, count=20, sequence=sequence)
+    assert len(limited.runs) == 20 and min(run.batch_tokens for run in limited.runs) >= 0.9 * sequence
+    assert not next_runs(few, TARGET, SIZES, RATIOS, sequence=1e12).runs
+
+
 def test_cheap_runs_of_one_small_size_do_not_tell_the_target(tmp_path: Path) -> None:
     """A thousand runs of the smallest size leave the uncertainty of how sizes deviate from the laws."""
     rng = np.random.default_rng(0)
@@ -194,6 +205,9 @@ def test_the_command_writes_recipes_that_load(
     assert main(arguments) == 0
     said = capsys.readouterr().out
     assert "these runs are next" in said and "more tokens to make up for it" in said
+    assert main([*arguments, "--tokens-per-parameter", "30", "--json"]) == 0
+    durations = {run["tokens"] / run["n_active"] for run in json.loads(capsys.readouterr().out)["runs"]}
+    assert durations and all(ratio == pytest.approx(30) for ratio in durations)
     prices = ["--price", "2", "--run-speed", "1", "--target-speed", "1e15"]
     assert main([*arguments, *prices, "--output", str(tmp_path / "none")]) == 0
     said = capsys.readouterr().out
@@ -207,6 +221,7 @@ def test_the_command_writes_recipes_that_load(
         (["--price", "2"], "give --run-speed and --target-speed"),
         (["--run-speed", "1e12"], "give both --run-speed and --target-speed"),
         (["--flops-budget", "10"], "pays for no run: the cheapest takes"),
+        (["--tokens-per-parameter", "1e-5"], "less than one sequence of 256 tokens"),
         (["--count", "0"], "expected a whole number, 1 or more"),
         (["--without-laboratory", "Nobody"], "expected one of Step Law"),
         (["--output", "FULL"], "is not empty"),
