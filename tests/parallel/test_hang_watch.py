@@ -90,11 +90,11 @@ def never_comes():
 
 info = process_info()
 start(info, Threads(count=1, why="test"))
-watch = HangWatch(Path(sys.argv[1]), info.rank, info.world_size, limit=8.0, poll=0.2)
+watch = HangWatch(Path(sys.argv[1]), info.rank, info.world_size, limit=5.0, poll=0.2)
 watch.start()
 try:
     dist.all_reduce(torch.zeros(3))
-    time.sleep(9)  # computing for longer than the limit is no hang
+    time.sleep(6)  # computing for longer than the limit is no hang
     if info.rank == 2:
         never_comes()
     dist.all_reduce(torch.zeros(5))
