@@ -35,10 +35,8 @@ SHOWN = 20  # problems in one message
 LEAST_RATIO, MOST_RATIO = 0.01, 1e5  # tokens per activated parameter of the median run; outside, units are mixed up
 SURE_RATIO = 1e3  # up to this, parameters and tokens are in the same unit
 LEAST_STEPS = 20  # of the median run; with fewer, batch_size is not in sequences
-LEAST_GROUPS, MOST_AT_EDGE = (
-    3,
-    0.5,
-)  # groups whose best run has an extreme setting: as many, and a greater share, are told
+LEAST_GROUPS = 3  # in a table, for a note about how many of their best runs have an extreme setting
+MOST_AT_EDGE = 0.5  # share of the groups; more of them are told
 
 
 @dataclass(frozen=True, kw_only=True)
