@@ -38,9 +38,8 @@ class SavedActivations:
         self._plain = "bf16" if precision == "fp8" else precision
         self._known: dict[tuple[object, ...], Any] = {} if known is None else known
         self.sequence = config.data.sequence_length
-        self.block = (
-            BLOCK.get(config.precision.fp8.recipe, 1) if precision == "fp8" else 1
-        )  # tokens that share a factor
+        # Tokens that share a factor.
+        self.block = BLOCK.get(config.precision.fp8.recipe, 1) if precision == "fp8" else 1
         self._sizes = tuple(value for value in vars(config.model).values() if isinstance(value, int))
         self._found: dict[Run, Saved] = {}
         self._shared: dict[Run, int] = {}

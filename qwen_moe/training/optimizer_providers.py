@@ -54,8 +54,8 @@ def provided_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) ->
             "precision.master=fp32"
         )
     if config.provider == "apex":
-        return ShardAdamW(groups, config, _apex(), {"adam_w_mode": True}, on_host=False)
-    return ShardAdamW(groups, config, _deepspeed(), {"adamw_mode": True}, on_host=True)
+        return ProvidedAdamW(groups, config, _apex(), {"adam_w_mode": True}, on_host=False)
+    return ProvidedAdamW(groups, config, _deepspeed(), {"adamw_mode": True}, on_host=True)
 
 
 def _zeros(parameter: torch.Tensor, on_host: bool) -> torch.Tensor:
@@ -69,7 +69,7 @@ def _zeros(parameter: torch.Tensor, on_host: bool) -> torch.Tensor:
     return DTensor(zeros.to_local().cpu(), zeros._spec, requires_grad=False)
 
 
-class ShardAdamW(torch.optim.Optimizer):
+class ProvidedAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) on shards, computed by ``library``.
 
     ``state[parameter]`` holds ``exp_avg``, ``exp_avg_sq`` (float32) and ``step``, as in torch's AdamW. With ``on_host`` the

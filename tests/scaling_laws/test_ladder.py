@@ -82,18 +82,13 @@ def test_the_runs_of_a_ladder_give_the_precision_that_it_promises(tmp_path: Path
     assert abs(np.array(misses).mean(0)).max() < 2 * max(design.deviation)
 
 
+def ladder_of_demo(output: Path) -> list[str]:
+    return ["scaling", "ladder", DEMO, "training.train_tokens=1e10", "--flops-budget", "2e16", "--output", str(output)]
+
+
 def test_recipes_are_written_and_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "ladder"
-    arguments = [
-        "scaling",
-        "ladder",
-        DEMO,
-        "training.train_tokens=1e10",
-        "--flops-budget",
-        "2e16",
-        "--output",
-        str(output),
-    ]
+    arguments = ladder_of_demo(output)
     assert main([*arguments, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     rows = list(csv.DictReader((output / "ladder.csv").open()))
@@ -139,16 +134,7 @@ def test_a_cross_has_five_runs_a_group_and_the_given_durations(
 ) -> None:
     """Five runs differ from the middle one in one setting each, by the same factor up and down."""
     output = tmp_path / "ladder"
-    arguments = [
-        "scaling",
-        "ladder",
-        DEMO,
-        "training.train_tokens=1e10",
-        "--flops-budget",
-        "2e16",
-        "--output",
-        str(output),
-    ]
+    arguments = ladder_of_demo(output)
     assert main([*arguments, "--pattern", "cross", "--tokens-per-parameter", "20", "60", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["expected_excess_after"] < 0.5 * facts["expected_excess_before"]
