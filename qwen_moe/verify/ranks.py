@@ -15,7 +15,7 @@ from qwen_moe.sharding.layout import run_layout
 from qwen_moe.sharding.model import ParallelModel
 from qwen_moe.training.optimizer import build_optimizer
 from qwen_moe.training.step import Trainer
-from qwen_moe.verify.case import STEPS, drawn_value, global_batch
+from qwen_moe.verify.case import drawn_value, global_batch
 from qwen_moe.verify.probe import Probe
 
 
@@ -74,11 +74,12 @@ def micro_batches(trainer: Trainer, step: int) -> list[dict[str, torch.Tensor]]:
     return [{name: tensor[first : first + count] for name, tensor in batch.items()} for first, count in ranges]
 
 
-def train_rank(config: RunConfig, steps: int = STEPS, probe: bool = False) -> Report:
-    """Train ``steps`` steps of the case ``config`` in its layout. Every rank of an initialized process group must call it.
-    ``probe``: minimize the probe instead of the recipe's objective."""
+def train_rank(config: RunConfig, steps: int | None = None, probe: bool = False) -> Report:
+    """Train ``steps`` steps (None: all) of the case ``config`` in its layout. Every rank of an initialized process group
+    must call it. ``probe``: minimize the probe instead of the recipe's objective."""
     trainer, report = make_trainer(config, Probe() if probe else None), Report()
     trainer.on_gradients = lambda: report.gradients.append(_pieces(trainer.model, True))
+    steps = config.train_steps if steps is None else steps
     for step in range(steps):
         record_step(trainer, report, step)
     record_end(trainer, report, steps)
@@ -93,7 +94,9 @@ def record_end(trainer: Trainer, report: Report, step: int) -> None:
 
 
 def record_step(trainer: Trainer, report: Report, step: int) -> None:
-    """Run one step and append its figures to ``report``."""
+    """Run one step and append its figures to ``report``. ``step`` must be one of the run's: after its end the learning rate
+    is zero, and the updates could not be wrong."""
+    assert step < trainer.config.train_steps, f"step {step} of a run of {trainer.config.train_steps}"
     result = trainer.step(step, micro_batches(trainer, step))
     report.figures.append(
         {

@@ -19,7 +19,7 @@ from qwen_moe.models.init import build_model
 from qwen_moe.models.moe.block import MoE
 from qwen_moe.models.moe.router import RouterStatistics
 from qwen_moe.training.schedule import learning_rate
-from qwen_moe.verify.case import STEPS, drawn_value, global_batch
+from qwen_moe.verify.case import drawn_value, global_batch
 from qwen_moe.verify.plain import Answer, plain_loss
 from qwen_moe.verify.plain_moe import use_plain_moe
 from qwen_moe.verify.probe import probe_loss
@@ -163,11 +163,13 @@ def _adamw(config: RunConfig, named: dict[str, torch.nn.Parameter]) -> torch.opt
 
 
 def train_reference(
-    config: RunConfig, ranks: int, steps: int = STEPS, probe: bool = False, nudged: bool = False
+    config: RunConfig, ranks: int, steps: int | None = None, probe: bool = False, nudged: bool = False
 ) -> Trajectory:
-    """Train ``steps`` steps. ``ranks``: data-parallel size of the layout to compare with. It decides which micro-batches run
-    at the same time, which matters because global-batch balancing counts all micro-batches so far. ``nudged``: from weights
-    that differ in their last digit, which shows how much of a difference rounding alone can make."""
+    """Train ``steps`` steps (None: all). ``ranks``: data-parallel size of the layout to compare with. It decides which
+    micro-batches run at the same time, which matters because global-batch balancing counts all micro-batches so far.
+    ``nudged``: from weights that differ in their last digit, which shows how large a difference rounding alone makes."""
+    steps = config.train_steps if steps is None else steps
+    assert steps <= config.train_steps, f"{steps} steps of a run of {config.train_steps}"
     model = reference_model(config)
     if nudged:
         _nudge(model)

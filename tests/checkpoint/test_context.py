@@ -28,7 +28,7 @@ MODEL: dict[str, Any] = {
 
 
 def _config(layout: Layout, kind: str, **changes: Any) -> RunConfig:
-    return context_case(layout, kind, **MODEL, **changes)
+    return context_case(layout, kind, STEPS, **MODEL, **changes)
 
 
 def _one_step(config: RunConfig, root: Path, step: int) -> Report:

@@ -33,7 +33,7 @@ MODEL: dict[str, Any] = {
 
 def config_for(layout: Layout, schedule: str = "1f1b", sharding: str = "zero2") -> RunConfig:
     parallel = layout_overrides(layout, schedule) | {"sharding": sharding}
-    return case(layout, **MODEL, **{f"parallel__{key}": value for key, value in parallel.items()})
+    return case(layout, STEPS, **MODEL, **{f"parallel__{key}": value for key, value in parallel.items()})
 
 
 def random_layout(rng: random.Random) -> tuple[Layout, RunConfig]:

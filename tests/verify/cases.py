@@ -10,8 +10,8 @@ from tests.small import exact_run, model_values
 STEPS = 2  # the second uses what the first has left: weights, moments, biases, buffers (`qwen-moe verify` does three)
 
 
-def case(layout: Layout, **changes: Any) -> RunConfig:
-    """A small qwen2_moe run in float64 for ``layout``; ``changes`` are ``section__key=value``."""
+def case(layout: Layout, steps: int = STEPS, **changes: Any) -> RunConfig:
+    """A small qwen2_moe run in float64 of ``steps`` steps for ``layout``; ``changes`` are ``section__key=value``."""
     sequence = 12
     batch = changes.get("training__global_batch_size", 2 * layout.dp * max(2, 2 * layout.pp))
     model = model_values(
@@ -28,7 +28,7 @@ def case(layout: Layout, **changes: Any) -> RunConfig:
         "seed": 7,
         "training__loss_chunk_tokens": 7,
         "training__global_batch_size": batch,
-        "training__train_tokens": STEPS * batch * sequence,
+        "training__train_tokens": steps * batch * sequence,
         "balance__bias_update_rate": 0.05,
         "parallel": layout_overrides(layout),
     }

@@ -19,14 +19,14 @@ from tests.verify.cases import QWEN3, STEPS, case
 SEQUENCE = 24  # twice the product of cp and tp divides it in most cases
 
 
-def context_case(layout: Layout, kind: str, **changes: Any) -> RunConfig:
+def context_case(layout: Layout, kind: str, steps: int = STEPS, **changes: Any) -> RunConfig:
     """`case` with ``parallel.cp_kind``; ``ring+2`` and ``all_gather+2`` exchange heads among 2 neighbours."""
     name, _, heads = kind.partition("+")
     sequence = changes.pop("data__sequence_length", SEQUENCE)
     rows = changes.get("training__global_batch_size", 2 * layout.dp * max(2, 2 * layout.pp))
     own = {
         "data__sequence_length": sequence,
-        "training__train_tokens": STEPS * rows * sequence,
+        "training__train_tokens": steps * rows * sequence,
         "parallel__cp_kind": name,
         "parallel__cp_ulysses": int(heads or 1),
     }
