@@ -37,7 +37,7 @@ from qwen_moe.models.flops import DTYPE_BYTES
 from qwen_moe.planning.layouts import Choice
 from qwen_moe.planning.sampling import cache_bytes, samples_itself
 from qwen_moe.planning.saved import SavedActivations, Split
-from qwen_moe.planning.schedules import Flight, flights
+from qwen_moe.planning.schedules import Flight, enough, flights
 from qwen_moe.planning.shares import FIRST, Place, Shares, UnitShare, add
 from qwen_moe.sharding.build import DTYPES
 from qwen_moe.sharding.layout import ContextPlan, RunLayout
@@ -102,7 +102,9 @@ class MemoryModel:
         self._stages: dict[tuple[object, ...], tuple[float, float]] = {}
         self._moe_layers = frozenset(config.model.moe_layers)
         self._units_of: dict[tuple[object, ...], Units] = {}
-        self._floors: dict[tuple[object, ...], float] = {}
+        self._least_standing: dict[tuple[object, ...], list[float]] = {}
+        self._least_layers: dict[tuple[object, ...], tuple[float, float, float]] = {}
+        self._in_flight: dict[tuple[object, ...], list[set[tuple[float, float]]]] = {}
 
     def saved(self, precision: str) -> SavedActivations:
         """The activation counts of layers in ``precision``."""
@@ -118,21 +120,56 @@ class MemoryModel:
         )
 
     def floor(self, choice: Choice, layout: RunLayout) -> float:
-        """Bytes of weights, gradients and optimizer state on the worst-case rank, at most those of `fullest`. A layout for
-        which these do not fit needs no count of activations, which takes most of the time."""
-        # All that these bytes depend on. Hundreds of layouts differ in the micro-batch, recomputation or schedule only.
+        """A lower bound of the total of `fullest`: weights, gradients, optimizer state and what layers hold at least. A
+        layout for which these do not fit needs no recordings of its own layers, which take most of the time."""
+        moe, dense, once = self._least_layer(choice)
+        by_rank = zip(self._standing_by_rank(choice, layout), self._layers_in_flight(choice, layout), strict=True)
+        return once + max(standing + max(a * moe + b * dense for a, b in moments) for standing, moments in by_rank)
+
+    def _least_layer(self, choice: Choice) -> tuple[float, float, float]:
+        """What a rank holds at least: of each MoE layer, of each other one, and of the one that it recomputes. The ranks
+        that share sequences together hold no less than one rank would: no tensor is cut into more pieces than there are
+        ranks."""
+        key = (choice.precision, choice.micro_batch, choice.recompute, choice.tp * choice.cp)
+        if key not in self._least_layers:
+            saved, ranks, recompute = self.saved(choice.precision), key[-1], choice.recompute == "full"
+            kinds = {self.model.is_moe_layer(layer) for layer in range(self.model.num_hidden_layers)}
+            whole = {kind: saved.layer(Split(), kind, choice.micro_batch).held / ranks for kind in kinds}
+            held, once = whole, 0.0
+            if recompute:
+                held = {kind: saved.layer(Split(), kind, choice.micro_batch, True).held / ranks for kind in kinds}
+                once = min(whole.values())
+            self._least_layers[key] = held.get(True, 0.0), held.get(False, 0.0), once
+        return self._least_layers[key]
+
+    def _standing_by_rank(self, choice: Choice, layout: RunLayout) -> list[float]:
+        """Bytes of weights, gradients and optimizer state of each pipeline rank."""
+        # All that they depend on. Hundreds of layouts differ in the micro-batch, recomputation or schedule only.
         several, v_shaped = layout.micro_batches > 1, choice.schedule in V_SHAPED
         held = (choice.sharding, choice.gradient_reduction, choice.precision)
         key = (layout.layout, layout.layers, v_shaped, *held, several)
-        if key not in self._floors:
+        if key not in self._least_standing:
             by_rank = (
                 stages_of_rank(choice.schedule, choice.pp, layout.per_rank, rank) if choice.pp > 1 else [0]
                 for rank in range(choice.pp)
             )
-            self._floors[key] = max(
+            self._least_standing[key] = [
                 sum(self._standing(choice, layout, self._units(layout, stages, FIRST))[:3]) for stages in by_rank
-            )
-        return self._floors[key]
+            ]
+        return self._least_standing[key]
+
+    def _layers_in_flight(self, choice: Choice, layout: RunLayout) -> list[set[tuple[float, float]]]:
+        """For each pipeline rank, at the moments that may be fullest: MoE layers and others, each counted once for every
+        micro-batch in flight."""
+        key = (choice.schedule, choice.pp, layout.layers, enough(choice.pp, layout.micro_batches))
+        if key not in self._in_flight:
+            moe = [len(self._moe_layers.intersection(layers)) for layers in layout.layers]
+            dense = [len(layers) - count for layers, count in zip(layout.layers, moe, strict=True)]
+            self._in_flight[key] = [
+                {(_weighed(moment, flight, moe), _weighed(moment, flight, dense)) for moment in flight.moments}
+                for flight in flights(choice.schedule, choice.pp, layout.micro_batches, layout.per_rank)
+            ]
+        return self._in_flight[key]
 
     def _units(self, layout: RunLayout, stages: Sequence[int], place: Place) -> Units:
         """The units of a rank's stages."""
@@ -273,6 +310,11 @@ class MemoryModel:
         neighbours: Sequence[int] = [(stage > 0) + (stage < last) for stage in flight.stages]
         hidden = self.saved(choice.precision).hidden(split_of(choice, layout))
         return sum(neighbours) * layout.micro_batches * choice.micro_batch * hidden
+
+
+def _weighed(moment: Sequence[float], flight: Flight, layers: Sequence[int]) -> float:
+    """The sum of ``layers``, by stage, over the micro-batches in flight at ``moment``."""
+    return sum(n * layers[stage] for n, stage in zip(moment, flight.stages, strict=True))
 
 
 def split_of(choice: Choice, layout: RunLayout) -> Split:

@@ -164,13 +164,33 @@ def test_a_gain_that_rests_on_an_assumption_is_told_apart() -> None:
         assert search._overlapped(scored(other)) is None
 
 
-def test_the_floor_of_memory_is_below_the_memory() -> None:
-    memory = counted(1)
-    chosen = random.Random(0).sample(list(legal_choices(recipe(1), GPUS, wanted=("bf16",))), 60)
-    for choice, layout in chosen:
+def _floors(config: RunConfig, memory: MemoryModel, count: int) -> list[float]:
+    """The floor divided by the memory, of ``count`` layouts in any precision of ``memory``."""
+    wanted = ("bf16", "fp8") if config.precision.compute == "fp8" else ("bf16",)
+    found = []
+    for number, (choice, layout) in enumerate(
+        random.Random(0).sample(list(legal_choices(config, GPUS, wanted=wanted)), count)
+    ):
         floor = memory.floor(choice, layout)
-        assert floor == MemoryModel(recipe(1)).floor(choice, layout)  # which remembers no other layout
-        assert floor <= memory.fullest(choice, layout).total
+        if number % 20 == 0:
+            assert floor == MemoryModel(config).floor(choice, layout)  # which remembers no other layout
+        found.append(floor / memory.fullest(choice, layout).total)
+    return sorted(found)
+
+
+def test_the_floor_of_memory_is_below_the_memory() -> None:
+    assert _floors(recipe(1), counted(1), 60)[-1] <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fp8", ["delayed", "current", "blockwise", "mxfp8"])
+def test_the_floor_of_long_sequences_is_below_the_memory_and_near_it(fp8: str) -> None:
+    """Here activations are nearly all of the memory, and they decide whether a layout has its own layers recorded."""
+    model = random_model(random.Random(4)) | {"max_position_embeddings": 32768}
+    settings = values(model, 32768, global_batch_size=8) | {"precision": {"compute": "fp8", "fp8": {"recipe": fp8}}}
+    config = parse_config(settings, "test")
+    found = _floors(config, MemoryModel(config), 40)
+    assert found[-1] <= 1 and found[len(found) // 2] > 0.5
 
 
 @pytest.mark.parametrize("seed", range(3))
