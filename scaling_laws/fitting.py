@@ -16,7 +16,7 @@ from scaling_laws.forms import FORMS
 from scaling_laws.laboratories import Prior, laboratory_prior
 from scaling_laws.loss_law import LossLaw
 from scaling_laws.runs import RunTable
-from scaling_laws.surface import Surface, fit_step_law
+from scaling_laws.surface import NOISE, Surface, fit_step_law
 from scaling_laws.surface_fit import fit_surface
 from scaling_laws.validation import (
     choose_form,
@@ -116,6 +116,16 @@ def _assumed_exponents(surface: Surface) -> list[str]:
     ]
 
 
+def _noisy(surface: Surface) -> list[str]:
+    """A note if the runs' losses scatter much more than those of other laboratories."""
+    if surface.noise < 2 * NOISE:
+        return []
+    return [
+        f"losses scatter by {surface.noise:.2%} around the fit, where {NOISE:.2%} is usual: each run tells less; longer "
+        "runs, or losses on more validation data, may scatter less"
+    ]
+
+
 def _resamples(frame: pd.DataFrame, steps: Iterable[int], seed: int) -> Iterator[pd.DataFrame]:
     """Cluster bootstrap: for each of ``steps``, as many groups as ``frame`` has, drawn with replacement."""
     groups = list(frame.groupby("group").indices.values())
@@ -183,7 +193,7 @@ def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress, p
     if table.has_hyperparameters:
         surface = fit_surface(frame, prior=prior)
         step_law = fit_step_law(frame)
-        notes += _assumed_exponents(surface)
+        notes += _assumed_exponents(surface) + _noisy(surface)
     best = minima(surface, finished)
     parts = hold_outs(frame if surface is not None else finished, surface is not None, prior)
     form, why = choose_form(best, parts)

@@ -19,7 +19,7 @@ import numpy as np
 
 from scaling_laws.errors import InputError
 from scaling_laws.laboratories import laboratories_law
-from scaling_laws.surface import NOISE, Surface, _features, _shape, shape_root
+from scaling_laws.surface import Surface, _features, _shape, shape_root
 from scaling_laws.surface_fit import MISFIT
 
 STEP = 0.8  # between neighbours of the grid, in log
@@ -114,7 +114,7 @@ def _information_of_one(
         by_q.append((_shape(q + step, u, v) - _shape(q - step, u, v)) / (2 * small))
     rows = np.concatenate([-np.outer(by_u, x), -np.outer(by_v, x), np.stack(by_q, axis=1)], axis=1)
     rows -= rows.mean(0)
-    return rows.T @ rows / NOISE**2
+    return rows.T @ rows / prior.noise**2
 
 
 def _joint(before: np.ndarray, told: "Information", chosen: Sequence[_Candidate]) -> np.ndarray:

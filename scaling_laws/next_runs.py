@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from scaling_laws.ladder import STEP, Run
-from scaling_laws.surface import NOISE, WINDOW, _features, _shape, shape_root
+from scaling_laws.surface import WINDOW, _features, _shape, shape_root
 from scaling_laws.surface_fit import MISFIT, ROUGH, Posterior
 
 Size = tuple[float, float]  # n_total, n_active
@@ -148,7 +148,7 @@ class _Design:
         rows[:, known.groups[package.group]] = 1
         place = known.sizes[package.size]
         rows[:, place : place + 2] = rows[:, [0, 4]]  # the slopes by log lr* and log B*
-        noise = np.diag(NOISE**2 + (ROUGH * np.maximum(0, self.height(package.steps))) ** 2)
+        noise = np.diag(self.posterior.surface.noise**2 + (ROUGH * np.maximum(0, self.height(package.steps))) ** 2)
         told = rows @ known.covariance
         left = known.covariance - told.T @ np.linalg.solve(noise + told @ rows.T, told)
         return replace(known, covariance=left)

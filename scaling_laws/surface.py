@@ -26,7 +26,7 @@ STEP_LAW_LR, STEP_LAW_B = (1.79, -0.713, 0.307), (0.58, 0.0, 0.571)
 DEEPSEEK_LR, DEEPSEEK_B = (0.3118, -0.1250), (0.2920, 0.3271)
 WINDOW = 0.05  # rows within 5% of their group's best: farther out the cubic does not describe the loss
 _SHAPE = 7
-NOISE = 1.5e-3  # standard deviation of log loss between seeds
+NOISE = 1.5e-3  # standard deviation of log loss between seeds, where nothing is known of them
 
 
 def group_excess(frame: pd.DataFrame) -> pd.Series:
@@ -65,13 +65,14 @@ class Surface:
     """The laws for log lr* and log B*, as coefficients of (1, log N_total / 1e9, log D / 1e10, log N_active / N_total), and
     the shape. ``held`` names features whose exponents are assumed, because the table does not tell them.
     ``prior_share`` is the prior's share of what is known about each coefficient: 0 where the runs tell it all, 1 where they
-    tell nothing."""
+    tell nothing. ``noise`` is the standard deviation of log loss near the optimum around the surface."""
 
     learning_rate: list[float]
     batch: list[float]
     shape: list[float]
     held: list[str]
     prior_share: dict[str, list[float]] = field(default_factory=dict)
+    noise: float = NOISE
 
     def optimum(self, n_total: Any, n_active: Any, tokens: Any) -> tuple[np.ndarray, np.ndarray]:
         """(learning rate, batch size in tokens) that minimise the loss."""

@@ -5,9 +5,9 @@ Three things are joined, each a Gaussian around something simpler. The loss of r
     log L_i = log (E + A / N^a + B / D^b) + offset_g + shape(u_i, v_i) + error_i,  N = N_active^(1-w) N_total^w
 
 Offsets are Gaussian with a deviation that is estimated, so a group with many runs has a level of its own, and a group with
-one run still says where the optimum is. An error's deviation is `NOISE` near the optimum and grows with the height above it
-(`ROUGH`), because the cubic describes runs far from the optimum less well. Large errors count less (`ROBUST`). The laws of
-lr* and B* have the prior of `scaling_laws.laboratories`; shape and loss have wide ones.
+one run still says where the optimum is. An error's deviation near the optimum, the noise, is estimated and at least `NOISE`.
+It grows with the height above the optimum (`ROUGH`), because the cubic describes runs far from it less well. Large errors
+count less (`ROBUST`). The laws of lr* and B* have the prior of `scaling_laws.laboratories`; shape and loss have wide ones.
 """
 
 from dataclasses import dataclass
@@ -24,6 +24,8 @@ from scaling_laws.surface import FEATURES, NOISE, WINDOW, Surface, _features, _f
 ROUGH = 0.2  # deviation of an error per height above the optimum: as in Step Law's sweeps below 2.2e8, dense and MoE
 ROBUST = 2.0  # deviations, beyond which an error counts less
 OFFSET, OFFSET_WEIGHT = 3e-3, 5.0  # expected deviation of a group's offset; as how many groups it counts
+NOISE_WEIGHT = 5.0  # as how many runs the expected noise counts
+_CLIPPED = 0.92  # the mean of min(z^2, ROBUST^2) for a standard Gaussian z
 # Deviations of log lr* and log B* of a size from the laws: as of Step Law's eight sizes, dense and MoE.
 MISFIT = (0.12, 0.08)
 LEAST_RUNS = 8
@@ -187,12 +189,29 @@ def _begin(problem: _Problem, start: Surface | None) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Solution:
-    """z at the optimum, the Jacobian there, each run's weight and the deviation of the groups' offsets."""
+    """z at the optimum, the Jacobian there, each run's weight, the deviation of the groups' offsets and the noise."""
 
     z: np.ndarray
     jacobian: np.ndarray
     weight: np.ndarray
     spread: float
+    noise: float
+
+
+def _noise(left: np.ndarray, rough: np.ndarray, freedom: np.ndarray, noise: float) -> float:
+    """A better estimate of the noise than ``noise``, from what is left of each run's log loss. ``rough``: the deviations
+    that grow with the height. ``freedom``: 1 minus each run's leverage, the share of its error that the fit leaves."""
+    variance = noise**2 + rough**2
+    near = (noise**2 / variance) ** 2  # runs far from the optimum say little about the noise
+    found = np.minimum(left**2 / freedom, ROBUST**2 * variance) / _CLIPPED - rough**2
+    known = float(np.sum(near * found)) + NOISE_WEIGHT * NOISE**2
+    return float(np.sqrt(max(NOISE**2, known / (np.sum(near) + NOISE_WEIGHT))))
+
+
+def _leverage(jacobian: np.ndarray, runs: int) -> np.ndarray:
+    """By how much each run's own loss moves the fit at the run."""
+    rows = jacobian[:runs]
+    return np.einsum("ij,ji->i", rows, np.linalg.solve(jacobian.T @ jacobian, rows.T))
 
 
 def _reweighted(problem: _Problem, z: np.ndarray) -> _Solution:
@@ -200,19 +219,22 @@ def _reweighted(problem: _Problem, z: np.ndarray) -> _Solution:
     best = np.full(problem.group.max() + 1, np.inf)
     np.minimum.at(best, problem.group, problem.loss)
     height = problem.loss - best[problem.group]
-    weight, spread = 1 / (NOISE**2 + (ROUGH * np.maximum(height, 0.01)) ** 2), OFFSET
-    jacobian, last = np.zeros((0, 0)), (weight, spread)
+    weight, spread, noise = 1 / (NOISE**2 + (ROUGH * np.maximum(height, 0.01)) ** 2), OFFSET, NOISE
+    jacobian, last, settled = np.zeros((0, 0)), (weight, spread, noise), False
     for _ in range(_ROUNDS):
-        last = (weight, spread)
+        last = (weight, spread, noise)
         found = least_squares(problem.residuals, z, problem.jacobian, method="lm", args=(weight, spread), max_nfev=30)
         moved, z, jacobian = np.abs(found.x - z).max(), found.x, found.jac
-        if moved < _CLOSE:
+        if moved < _CLOSE and settled:
             break
         height, error = problem.unexplained(z)
         offset = problem.offsets(error, weight, spread)
         left = error - offset[problem.group]
-        variance = NOISE**2 + (ROUGH * np.maximum(0, np.maximum(height, height + left))) ** 2
         uncertain = 1 / (problem.by_group(weight) + 1 / spread**2)
+        leverage = weight * uncertain[problem.group] + _leverage(jacobian, len(left))
+        noise = _noise(left, ROUGH * np.maximum(0, height), (1 - leverage).clip(0.1), noise)
+        settled = abs(noise / last[2] - 1) < 0.05
+        variance = noise**2 + (ROUGH * np.maximum(0, np.maximum(height, height + left))) ** 2
         weight = 1 / variance / np.sqrt(1 + left**2 / variance / ROBUST**2)
         known = float(np.sum(offset**2 + uncertain)) + OFFSET_WEIGHT * OFFSET**2
         spread = float(np.sqrt(known / (len(offset) + OFFSET_WEIGHT)))
@@ -245,6 +267,7 @@ def _surface(problem: _Problem, solution: _Solution) -> Surface:
         shape=p[_LAW:_BOWL].tolist(),
         held=assumed,
         prior_share=weights,
+        noise=solution.noise,
     )
 
 
