@@ -1,6 +1,6 @@
 """Training step (forward, backward, AdamW) of qwen-moe against transformers' Qwen2MoeForCausalLM on one machine.
 
-    python benchmarks/train_step.py [--precision bf16 mixed fp32] [--rounds 5] [--no-compile] [--json]
+    python benchmarks/train_step.py [--precision bf16 mixed fp32] [--rounds 5] [--sequences 4] [--no-compile] [--json]
 
 Both sides have the same weights and the same batch, and take turns: A B A B ... in one process, so that a machine whose
 speed drifts slows both. Reported are medians, and the median of the ratios pair by pair. Peak memory is measured in a
@@ -35,7 +35,7 @@ from qwen_moe.models.init import build_model
 from qwen_moe.models.ops.compiled import compile_kernels, compiling
 from qwen_moe.runs.recorder import measure_matmul_peak
 
-BATCH, SEQUENCE = 4, 512
+SEQUENCE = 512
 SHAPE: dict[str, Any] = {
     "family": "qwen2_moe",
     "vocab_size": 8192,
@@ -56,9 +56,9 @@ def reference_config() -> ModelConfig:
     return parse_model(SHAPE, "benchmark")
 
 
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids ``[4, 512]`` and the tokens that follow them."""
-    tokens = torch.randint(0, SHAPE["vocab_size"], (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(0))
+def batch(rows: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids ``[rows, 512]`` and the tokens that follow them."""
+    tokens = torch.randint(0, SHAPE["vocab_size"], (rows, SEQUENCE + 1), generator=torch.Generator().manual_seed(0))
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
@@ -66,7 +66,7 @@ def adamw(parameters: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
-def ours(precision: str) -> tuple[Step, DecoderLM]:
+def ours(precision: str, rows: int = 4) -> tuple[Step, DecoderLM]:
     """One training step of ours; calling it returns the loss before the update."""
     config = reference_config()
     if precision == "mixed":
@@ -75,7 +75,7 @@ def ours(precision: str) -> tuple[Step, DecoderLM]:
         model = build_model(config, 0, torch.bfloat16 if precision == "bf16" else torch.float32)
     model.train()
     optimizer = adamw(model.parameters())
-    inputs, labels = batch()
+    inputs, labels = batch(rows)
 
     def step() -> float:
         sums = model.loss_sums(inputs, labels)
@@ -117,7 +117,7 @@ def _sharded(config: ModelConfig) -> DecoderLM:
     return model
 
 
-def theirs(precision: str, experts: str) -> tuple[Step, Any]:
+def theirs(precision: str, experts: str, rows: int = 4) -> tuple[Step, Any]:
     """The same step of transformers with the given experts implementation and SDPA attention."""
     import transformers
 
@@ -143,7 +143,7 @@ def theirs(precision: str, experts: str) -> tuple[Step, Any]:
     model.load_state_dict(state)
     model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32).train()
     optimizer = adamw(model.parameters())
-    inputs, labels = batch()
+    inputs, labels = batch(rows)
 
     def step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "mixed"):
@@ -157,13 +157,13 @@ def theirs(precision: str, experts: str) -> tuple[Step, Any]:
     return step, model
 
 
-def fastest_experts(precision: str) -> str:
+def fastest_experts(precision: str, rows: int) -> str:
     """The quickest experts implementation that transformers offers here, each tried on two steps after a warm-up."""
     seconds = {}
     # Not "batched_mm": it copies expert weights per token, 50 GB at this shape.
     for name in ("grouped_mm", "eager"):
         try:
-            step, _ = theirs(precision, name)
+            step, _ = theirs(precision, name, rows)
             step()
             start = time.perf_counter()
             step()
@@ -173,11 +173,11 @@ def fastest_experts(precision: str) -> str:
     return min(seconds, key=lambda name: seconds[name])
 
 
-def compare(precision: str, rounds: int) -> dict[str, Any]:
+def compare(precision: str, rounds: int, rows: int) -> dict[str, Any]:
     """Interleaved timings of both sides, and their agreement on the first loss."""
-    experts = fastest_experts(precision)
-    our_step, _ = ours(precision)
-    their_step, _ = theirs(precision, experts)
+    experts = fastest_experts(precision, rows)
+    our_step, _ = ours(precision, rows)
+    their_step, _ = theirs(precision, experts, rows)
     begin = time.perf_counter()
     our_loss = our_step()
     first = time.perf_counter() - begin
@@ -190,7 +190,7 @@ def compare(precision: str, rounds: int) -> dict[str, Any]:
             start = time.perf_counter()
             step()
             seconds.append(time.perf_counter() - start)
-    tokens = BATCH * SEQUENCE
+    tokens = rows * SEQUENCE
     return {
         "precision": precision,
         "transformers_experts": experts,
@@ -203,21 +203,21 @@ def compare(precision: str, rounds: int) -> dict[str, Any]:
         },
         "speed_ratio": statistics.median(b / a for a, b in zip(our_seconds, their_seconds)),
         "peak_memory_gb": {
-            "ours": _peak_memory("ours", precision, experts),
-            "transformers": _peak_memory("theirs", precision, experts),
+            "ours": _peak_memory("ours", precision, experts, rows),
+            "transformers": _peak_memory("theirs", precision, experts, rows),
         },
     }
 
 
-def _peak_memory(side: str, precision: str, experts: str) -> float:
+def _peak_memory(side: str, precision: str, experts: str, rows: int) -> float:
     """Peak resident memory, GB, of a process that does three steps of one side."""
-    command = [sys.executable, __file__, "--memory-of", side, precision, experts]
+    command = [sys.executable, __file__, "--memory-of", side, precision, experts, "--sequences", str(rows)]
     command += [] if compiling() else ["--no-compile"]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def _report_memory(side: str, precision: str, experts: str) -> None:
-    step, _ = ours(precision) if side == "ours" else theirs(precision, experts)
+def _report_memory(side: str, precision: str, experts: str, rows: int) -> None:
+    step, _ = ours(precision, rows) if side == "ours" else theirs(precision, experts, rows)
     for _ in range(3):
         step()
     # VmHWM, not ru_maxrss: the latter begins at the memory of the process that forked this one.
@@ -231,6 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--precision", nargs="+", choices=("bf16", "mixed", "fp32"), default=["bf16", "mixed", "fp32"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sequences", type=int, default=4, help="of a batch (where a step takes minutes)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--no-compile", action="store_true", help="ours as a short run has it: without torch.compile")
     parser.add_argument("--json", action="store_true")
@@ -239,12 +240,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     compile_kernels(not args.no_compile)
     if args.memory_of:
-        _report_memory(*args.memory_of)
+        side, precision, experts = args.memory_of
+        _report_memory(side, precision, experts, args.sequences)
     flops = flops_per_token(reference_config(), SEQUENCE).training
     results = []
     for precision in args.precision:
         peak = measure_matmul_peak(torch.float32 if precision == "fp32" else torch.bfloat16, torch.device("cpu"))
-        result = compare(precision, args.rounds)
+        result = compare(precision, args.rounds, args.sequences)
         result["matmul_peak_gflops"] = peak / 1e9
         result["share_of_peak"] = {k: v * flops / peak for k, v in result["tokens_per_second"].items()}
         results.append(result)
