@@ -96,6 +96,8 @@ class Trainer:
         """Run forward, backward and update of optimizer step ``step`` (from 0) on this data-parallel rank's micro-batches.
         Raises BadStep on every rank if the loss is not finite or is above ``highest_loss``."""
         config = self.config
+        # After its end the learning rate is zero, and a comparison of updates would compare nothing.
+        assert step < config.end_step, f"step {step} of a run of {config.end_step}"
         count = self._count_over_ranks(micro_batches)
         if count == 0 and self.objective.may_be_empty:
             return self._without_update(step)

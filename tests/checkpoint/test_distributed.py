@@ -1,6 +1,7 @@
 """Saving and resuming a sharded run: bit-identical on the same layout, equal on another, safe against damage."""
 
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,15 @@ def _biases(trainer: Any) -> list[torch.Tensor]:
 
 
 def _train_and_save(config: RunConfig, root: Path, asynchronous: bool) -> dict[str, Any]:
-    """Two steps, a checkpoint, two more steps; with ``asynchronous``, training goes on while it is written."""
+    """Two steps, a checkpoint, two more steps; with ``asynchronous``, these are done before anything is written."""
     trainer, writer = _setup(config, root, asynchronous)
     _train(trainer, range(2))
+    write, trained = writer._write_and_keep_error, threading.Event()
+    writer._write_and_keep_error = lambda *state: trained.wait(60) and write(*state)
     writer.save(trainer.model, trainer.optimizer, _state(2))
     torch.rand(3)
     figures = _train(trainer, range(2, 4))
+    trained.set()
     writer.finish()
     return {
         "figures": figures,

@@ -16,13 +16,14 @@ from tests.small import exact_run, model_values
 from tests.verify.cases import STEPS
 
 ROWS, SEQ = 8, 12
+MOST_STEPS = 4  # that tests with `make_config` take
 
 
 def make_config(**changes: Any) -> RunConfig:
     model = model_values(
         num_hidden_layers=3, norm_topk_prob=True, mlp_only_layers=[1], tie_word_embeddings=True, initializer_range=0.2
     )
-    return exact_run(model, SEQ, **{"training__train_tokens": STEPS * ROWS * SEQ} | changes)
+    return exact_run(model, SEQ, **{"training__train_tokens": MOST_STEPS * ROWS * SEQ} | changes)
 
 
 @functools.cache
@@ -102,7 +103,7 @@ def _nan_step(config: RunConfig) -> tuple[str, bool]:
         model.parts[0].model.norm.weight.to_local().fill_(float("nan"))
     before = {name: p.to_local().clone() for name, p in model.named_parameters()}
     try:
-        trainer.step(7, [global_batch(config, 0)])
+        trainer.step(3, [global_batch(config, 0)])
     except BadStep as error:
         same = all(
             torch.equal(before[n], p.to_local()) for n, p in model.named_parameters() if n != "model.norm.weight"
@@ -113,5 +114,27 @@ def _nan_step(config: RunConfig) -> tuple[str, bool]:
 
 def test_a_nan_loss_stops_before_the_update() -> None:
     for message, unchanged in run_distributed(_nan_step, 2, make_config()):
-        assert "step 7" in message and "nan" in message and "learning_rate" in message
+        assert "step 3" in message and "nan" in message and "learning_rate" in message
         assert unchanged
+
+
+def _after_an_abandoned_step(config: RunConfig) -> tuple[Any, Any]:
+    """(what a step reports and the weights after it, the same after a step before it was abandoned)"""
+    found = []
+    for abandoned in (False, True):
+        trainer = make_trainer(config)
+        if abandoned:
+            batch = global_batch(config, 1)
+            trainer.forward_backward([batch], batch["labels"].numel())
+            trainer.abandon_step()
+        result = trainer.step(0, [global_batch(config, 0)])
+        counts = None if result.expert_counts is None else result.expert_counts.tolist()
+        weights = {name: p.to_local().clone() for name, p in trainer.model.named_parameters()}
+        found.append(((result.loss, result.grad_norm, counts), weights))
+    return found[0], found[1]
+
+
+def test_an_abandoned_step_leaves_nothing_behind() -> None:
+    for (figures, weights), (others, other_weights) in run_distributed(_after_an_abandoned_step, 2, make_config()):
+        assert figures[2] is not None and others == figures
+        assert all(torch.equal(other_weights[name], weight) for name, weight in weights.items())
