@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scaling_laws.fitting import fit_table
+from scaling_laws.fitting import _noisy
 from scaling_laws.ladder import _information_of_one
 from scaling_laws.runs import read_runs
 from scaling_laws.surface import NOISE
@@ -54,14 +54,8 @@ def test_the_promised_uncertainty_of_noisy_runs_is_about_right(tmp_path: Path) -
 
 
 def test_the_report_says_that_runs_are_noisy_and_a_ladder_expects_it(tmp_path: Path) -> None:
-    def fit(noise: float) -> tuple[list[str], float]:
-        crosses(tmp_path, noise, 0)
-        found = fit_table(read_runs([tmp_path / "0.csv"]), samples=0, seed=0, progress=lambda steps: steps)
-        assert found.surface is not None
-        told = _information_of_one(found.surface, (1e8, 1e8, 1e9), CROSS, np.zeros(2))
-        return [note for note in found.warnings if "scatter" in note], float(told[0, 0])
-
-    (noisy,), little = fit(2e-2)
-    usual, much = fit(1e-4)
-    assert "where 0.15% is usual" in noisy and usual == []
+    noisy, usual = (fit_surface(crosses(tmp_path, noise, 0)) for noise in (2e-2, 1e-4))
+    (note,) = _noisy(noisy)
+    assert "where 0.15% is usual" in note and _noisy(usual) == []
+    little, much = (_information_of_one(one, (1e8, 1e8, 1e9), CROSS, np.zeros(2))[0, 0] for one in (noisy, usual))
     assert little < 0.05 * much
