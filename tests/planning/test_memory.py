@@ -208,9 +208,9 @@ def test_a_whole_step_peaks_where_predicted() -> None:
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_halves_need_the_gradients_of_one_more_unit(recompute: str) -> None:
     """Real tensors in one process, so few tokens that weights need most: what a micro-batch holds for backward stays the
-    same when its halves take turns."""
+    same when its halves take turns. In float32: a CPU without bf16 instructions needs more for bf16."""
     config = small()
-    model = DecoderLM(config.model, recompute=recompute).to(torch.bfloat16)
+    model = DecoderLM(config.model, recompute=recompute)
     ids = torch.randint(0, config.model.vocab_size, (2, 16))
     model.loss_sums(ids, ids).cross_entropy.backward()
     held, peaks = [], []
@@ -229,7 +229,7 @@ def test_halves_need_the_gradients_of_one_more_unit(recompute: str) -> None:
     more = halves.working - plain.working
     experts = next(layer.mlp.experts for layer in model.model.layers if layer.is_moe)
     assert more == sum(p.numel() * 2 for p in experts.parameters()) / 2  # this rank has half of the experts
-    assert more < peaks[1] - peaks[0] < 2 * more * 1.1
+    assert 2 * more < peaks[1] - peaks[0] < 2 * 2 * more * 1.1  # float32 of bf16, all of half of the experts
 
 
 def test_other_expert_parallel_degrees_hold_the_same() -> None:
