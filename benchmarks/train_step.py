@@ -35,7 +35,7 @@ from qwen_moe.models.init import build_model
 from qwen_moe.models.ops.compiled import compile_kernels, compiling
 from qwen_moe.runs.recorder import measure_matmul_peak
 
-SEQUENCE = 512
+ROWS, SEQUENCE = 4, 512
 SHAPE: dict[str, Any] = {
     "family": "qwen2_moe",
     "vocab_size": 8192,
@@ -56,7 +56,7 @@ def reference_config() -> ModelConfig:
     return parse_model(SHAPE, "benchmark")
 
 
-def batch(rows: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(rows: int = ROWS) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids ``[rows, 512]`` and the tokens that follow them."""
     tokens = torch.randint(0, SHAPE["vocab_size"], (rows, SEQUENCE + 1), generator=torch.Generator().manual_seed(0))
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -66,7 +66,7 @@ def adamw(parameters: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
-def ours(precision: str, rows: int = 4) -> tuple[Step, DecoderLM]:
+def ours(precision: str, rows: int = ROWS) -> tuple[Step, DecoderLM]:
     """One training step of ours; calling it returns the loss before the update."""
     config = reference_config()
     if precision == "mixed":
@@ -117,7 +117,7 @@ def _sharded(config: ModelConfig) -> DecoderLM:
     return model
 
 
-def theirs(precision: str, experts: str, rows: int = 4) -> tuple[Step, Any]:
+def theirs(precision: str, experts: str, rows: int = ROWS) -> tuple[Step, Any]:
     """The same step of transformers with the given experts implementation and SDPA attention."""
     import transformers
 
@@ -231,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--precision", nargs="+", choices=("bf16", "mixed", "fp32"), default=["bf16", "mixed", "fp32"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sequences", type=int, default=4, help="of a batch (where a step takes minutes)")
+    parser.add_argument("--sequences", type=int, default=ROWS, help="of a batch (where a step takes minutes)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--no-compile", action="store_true", help="ours as a short run has it: without torch.compile")
     parser.add_argument("--json", action="store_true")

@@ -130,9 +130,10 @@ class MemoryModel:
         """What a rank holds at least: of each MoE layer, of each other one, and of the one that it recomputes. The ranks
         that share sequences together hold no less than one rank would: no tensor is cut into more pieces than there are
         ranks."""
-        key = (choice.precision, choice.micro_batch, choice.recompute, choice.tp * choice.cp)
+        ranks, recompute = choice.tp * choice.cp, choice.recompute == "full"
+        key = (choice.precision, choice.micro_batch, recompute, ranks)
         if key not in self._least_layers:
-            saved, ranks, recompute = self.saved(choice.precision), key[-1], choice.recompute == "full"
+            saved = self.saved(choice.precision)
             kinds = {self.model.is_moe_layer(layer) for layer in range(self.model.num_hidden_layers)}
             whole = {kind: saved.layer(Split(), kind, choice.micro_batch).held / ranks for kind in kinds}
             held, once = whole, 0.0

@@ -11,7 +11,7 @@ from scaling_laws.ladder import _information_of_one
 from scaling_laws.runs import read_runs
 from scaling_laws.surface import NOISE
 from scaling_laws.surface_fit import fit_surface, posterior
-from tests.scaling_laws.data import optimum, synthetic
+from tests.scaling_laws.data import best_loss, optimum, synthetic
 
 CROSS = ((0.0, 0.0), (0.7, 0.0), (-0.7, 0.0), (0.0, 0.7), (0.0, -0.7))
 
@@ -23,7 +23,7 @@ def crosses(folder: Path, noise: float, seed: int) -> pd.DataFrame:
         for d in (1e9, 4e9, 1.6e10):
             rate, batch = optimum(n, d)
             for u, v in CROSS:
-                loss = (1.7 + 0.4 / (n / 1e9) ** 0.3 + 0.3 / (d / 1e10) ** 0.35) * np.exp(0.02 * u**2 + 0.02 * v**2)
+                loss = best_loss(n, d) * np.exp(0.02 * u**2 + 0.02 * v**2)
                 row = {"n_total": n, "tokens": d, "seq_len": 1, "learning_rate": rate * np.exp(u)}
                 rows.append(row | {"batch_size": batch * np.exp(v), "loss": loss * np.exp(rng.normal(0, noise))})
     path = folder / f"{seed}.csv"
