@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from train_step import SHAPE, adamw  # type: ignore[import-not-found]  # the script beside this one
 
+from parallel.heap import keep_freed_memory
 from qwen_moe.config import ModelConfig, parse_model
 from qwen_moe.models.attention.gqa import Attention
 from qwen_moe.models.decoder import DecoderLM
@@ -157,7 +158,7 @@ def parts(precision: str, steps: int) -> None:
         print(f"{name:16s}{value * 1e3:8.0f}{value / whole:9.1%}{rate}")
 
 
-def scaling(steps: int) -> None:
+def scaling(precision: str, steps: int) -> None:
     """2,048 tokens a step (8,192 where a sequence is that long, or with 8 active experts); the model is half as wide as the
     reference."""
     base = SHAPE | {"hidden_size": 256, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 256}
@@ -166,12 +167,13 @@ def scaling(steps: int) -> None:
     cases += [(f"experts {e}", {"num_experts": e}, 512) for e in (8, 16, 32, 64, 128)]
     cases += [(f"layers {n}", {"num_hidden_layers": n}, 512) for n in (2, 4, 8, 16)]
     cases += [(f"{MANY}{e}", {"num_experts": e, "num_experts_per_tok": 8}, 512) for e in (16, 128, 256)]
-    peak = measure_matmul_peak(torch.bfloat16, torch.device("cpu"))
+    dtype = DTYPES[precision]
+    peak = measure_matmul_peak(dtype, torch.device("cpu"))
     print(f"{'case':16s}{'tokens/s':>10s}{'MFLOP/token':>13s}{'of peak':>9s}")
     for name, change, sequence in cases:
         config = parse_model(base | change, name)
         batch = max(1, (8192 if name.startswith(MANY) else 2048) // sequence)
-        step = measure(config, torch.bfloat16, batch, sequence, steps)["step"]
+        step = measure(config, dtype, batch, sequence, steps)["step"]
         flops = flops_per_token(config, sequence).training
         speed = batch * sequence / step
         print(f"{name:16s}{speed:10,.0f}{flops / 1e6:13.1f}{speed * flops / peak:9.0%}", flush=True)
@@ -186,9 +188,10 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     compile_kernels(not args.no_compile)
     if args.scaling:
-        scaling(args.steps)
+        scaling(args.precision[0], args.steps)
         return
     for precision in args.precision:
         parts(precision, args.steps)

@@ -2,17 +2,21 @@
 
     python benchmarks/train_step.py [--precision bf16 mixed fp32] [--rounds 5] [--sequences 4] [--no-compile] [--json]
 
-Both sides have the same weights and the same batch, and take turns: A B A B ... in one process, so that a machine whose
-speed drifts slows both. Reported are medians, and the median of the ratios pair by pair. Peak memory is measured in a
-process of its own for each side. Reference shape: vocabulary 8192, hidden 512, 8 layers, 8 heads, 4 KV heads, 16 experts
+All sides have the same weights and the same batch. Each has a process of its own, as a user would run it, and they take
+turns: A B C A B C ..., so that a machine whose speed drifts slows all. Reported are medians, and the median of the ratios of
+the steps of one round. Reference shape: vocabulary 8192, hidden 512, 8 layers, 8 heads, 4 KV heads, 16 experts
 of 256, 4 active, shared expert of 512, batch 4 x 512.
 
 ``bf16``: weights, gradients and optimizer states in bf16 on both sides. ``mixed``: ours with fp32 master weights and bf16
 compute (FSDP2's mixed precision on one rank, as `qwen-moe train` runs it) against the fp32 model under bf16 autocast.
 ``fp32``: fp32 throughout on both sides.
+
+Our process keeps the memory that it frees, as every process of `qwen-moe train` on a CPU does (`parallel.heap`).
+transformers runs twice: as it is, and with this setting.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -28,14 +32,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel.heap import keep_freed_memory
 from qwen_moe.config import ModelConfig, parse_model
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.flops import flops_per_token
 from qwen_moe.models.init import build_model
-from qwen_moe.models.ops.compiled import compile_kernels, compiling
+from qwen_moe.models.ops.compiled import compile_kernels
 from qwen_moe.runs.recorder import measure_matmul_peak
 
 ROWS, SEQUENCE = 4, 512
+WARM_UP = 2  # steps
+OURS, THEIRS, THEIRS_KEPT = "ours", "transformers", "transformers-kept"  # the last keeps freed memory as ours does
 SHAPE: dict[str, Any] = {
     "family": "qwen2_moe",
     "vocab_size": 8192,
@@ -157,74 +164,99 @@ def theirs(precision: str, experts: str, rows: int = ROWS) -> tuple[Step, Any]:
     return step, model
 
 
-def fastest_experts(precision: str, rows: int) -> str:
-    """The quickest experts implementation that transformers offers here, each tried on two steps after a warm-up."""
+class Side:
+    """One side in a process of its own, which takes a step whenever it is asked to."""
+
+    def __init__(self, name: str, arguments: list[str]) -> None:
+        self.name = name
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.peak_memory_gb = 0.0
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--side", name, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def step(self) -> float:
+        """Take a step and return its seconds. Raises RuntimeError when the process has ended."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            print("step", file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the process of {self.name} ended")
+        seconds, loss, self.peak_memory_gb = json.loads(answer)
+        self.seconds.append(seconds)
+        self.losses.append(loss)
+        return float(seconds)
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def serve(side: str, precision: str, rows: int) -> None:
+    """What a process of `Side` does: a line ``[seconds, loss, peak memory in GB]`` for each line that it reads."""
+    name, _, experts = side.partition(" ")
+    if name != THEIRS:
+        keep_freed_memory()
+    step, _ = ours(precision, rows) if name == OURS else theirs(precision, experts, rows)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        loss = step()
+        seconds = time.perf_counter() - start
+        # VmHWM, not ru_maxrss: the latter begins at the memory of the process that forked this one.
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        print(json.dumps([seconds, loss, int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9]), flush=True)
+
+
+def fastest_experts(arguments: list[str]) -> str:
+    """The quickest experts implementation that transformers offers here, each tried on one step after a warm-up."""
     seconds = {}
     # Not "batched_mm": it copies expert weights per token, 50 GB at this shape.
     for name in ("grouped_mm", "eager"):
+        side = Side(f"{THEIRS} {name}", arguments)
         try:
-            step, _ = theirs(precision, name, rows)
-            step()
-            start = time.perf_counter()
-            step()
-            seconds[name] = time.perf_counter() - start
-        except (RuntimeError, ValueError, ImportError) as error:
+            side.step()
+            seconds[name] = side.step()
+        except RuntimeError as error:
             print(f"transformers' {name} experts do not run here: {error}", file=sys.stderr)
+        side.end()
     return min(seconds, key=lambda name: seconds[name])
 
 
-def compare(precision: str, rounds: int, rows: int) -> dict[str, Any]:
-    """Interleaved timings of both sides, and their agreement on the first loss."""
-    experts = fastest_experts(precision, rows)
-    our_step, _ = ours(precision, rows)
-    their_step, _ = theirs(precision, experts, rows)
-    begin = time.perf_counter()
-    our_loss = our_step()
-    first = time.perf_counter() - begin
-    their_loss = their_step()
-    our_step(), their_step()
-    our_seconds: list[float] = []
-    their_seconds: list[float] = []
-    for _ in range(rounds):
-        for step, seconds in ((our_step, our_seconds), (their_step, their_seconds)):
-            start = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - start)
-    tokens = rows * SEQUENCE
-    return {
+def compare(precision: str, rounds: int, arguments: list[str]) -> dict[str, Any]:
+    """Timings of all sides in turns, and their agreement on the first loss."""
+    arguments = ["--precision", precision, *arguments]
+    experts = fastest_experts(arguments)
+    sides = {name: Side(f"{name} {experts}", arguments) for name in (OURS, THEIRS, THEIRS_KEPT)}
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    peaks = []
+    for turn in range(WARM_UP + rounds):
+        if turn >= WARM_UP:
+            peaks.append(measure_matmul_peak(dtype, torch.device("cpu")))
+        for side in sides.values():
+            side.step()
+    found: dict[str, Any] = {
         "precision": precision,
         "transformers_experts": experts,
-        "seconds_of_our_first_step": first,
-        "first_loss": {"ours": our_loss, "transformers": their_loss},
-        "seconds": {"ours": statistics.median(our_seconds), "transformers": statistics.median(their_seconds)},
-        "tokens_per_second": {
-            "ours": tokens / statistics.median(our_seconds),
-            "transformers": tokens / statistics.median(their_seconds),
-        },
-        "speed_ratio": statistics.median(b / a for a, b in zip(our_seconds, their_seconds)),
-        "peak_memory_gb": {
-            "ours": _peak_memory("ours", precision, experts, rows),
-            "transformers": _peak_memory("theirs", precision, experts, rows),
-        },
+        "matmul_peak": statistics.median(peaks),
     }
-
-
-def _peak_memory(side: str, precision: str, experts: str, rows: int) -> float:
-    """Peak resident memory, GB, of a process that does three steps of one side."""
-    command = [sys.executable, __file__, "--memory-of", side, precision, experts, "--sequences", str(rows)]
-    command += [] if compiling() else ["--no-compile"]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def _report_memory(side: str, precision: str, experts: str, rows: int) -> None:
-    step, _ = ours(precision, rows) if side == "ours" else theirs(precision, experts, rows)
-    for _ in range(3):
-        step()
-    # VmHWM, not ru_maxrss: the latter begins at the memory of the process that forked this one.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    print(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9)
-    sys.stdout.flush()
-    os._exit(0)
+    for name, side in sides.items():
+        timed = side.seconds[WARM_UP:]
+        found[name] = {
+            "seconds_of_first_step": side.seconds[0],
+            "first_loss": side.losses[0],
+            "seconds": statistics.median(timed),
+            "seconds_of_ours": statistics.median(
+                b / a for a, b in zip(sides[OURS].seconds[WARM_UP:], timed, strict=True)
+            ),
+            "peak_memory_gb": side.peak_memory_gb,
+        }
+        side.end()
+    return found
 
 
 def main() -> None:
@@ -235,36 +267,36 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--no-compile", action="store_true", help="ours as a short run has it: without torch.compile")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     compile_kernels(not args.no_compile)
-    if args.memory_of:
-        side, precision, experts = args.memory_of
-        _report_memory(side, precision, experts, args.sequences)
+    if args.side:
+        serve(args.side, args.precision[0], args.sequences)
+        return
+    arguments = ["--sequences", str(args.sequences), "--threads", str(args.threads)]
+    arguments += ["--no-compile"] if args.no_compile else []
+    results = [compare(precision, args.rounds, arguments) for precision in args.precision]
     flops = flops_per_token(reference_config(), SEQUENCE).training
-    results = []
-    for precision in args.precision:
-        peak = measure_matmul_peak(torch.float32 if precision == "fp32" else torch.bfloat16, torch.device("cpu"))
-        result = compare(precision, args.rounds, args.sequences)
-        result["matmul_peak_gflops"] = peak / 1e9
-        result["share_of_peak"] = {k: v * flops / peak for k, v in result["tokens_per_second"].items()}
-        results.append(result)
     if args.json:
         facts = {"torch": torch.__version__, "processor": platform.processor(), "threads": args.threads}
         print(json.dumps(facts | {"mflop_per_token": flops / 1e6, "results": results}, indent=1))
         return
     print(f"torch {torch.__version__}, {args.threads} threads, {flops / 1e6:.0f} MFLOP per token, {args.rounds} rounds")
-    print(f"{'':10s}{'ours':>12s}{'transformers':>14s}{'ratio':>8s}{'of peak':>9s}{'GB ours':>9s}{'GB theirs':>11s}")
+    tokens = args.sequences * SEQUENCE
     for r in results:
-        speed = r["tokens_per_second"]
         print(
-            f"{r['precision']:10s}{speed['ours']:>8,.0f} t/s{speed['transformers']:>10,.0f} t/s"
-            f"{r['speed_ratio']:>8.2f}{r['share_of_peak']['ours']:>9.0%}{r['peak_memory_gb']['ours']:>9.2f}"
-            f"{r['peak_memory_gb']['transformers']:>11.2f}   first loss {r['first_loss']['ours']:.4f} and "
-            f"{r['first_loss']['transformers']:.4f}, their experts {r['transformers_experts']}, our first step (compiles) "
-            f"{r['seconds_of_our_first_step']:.0f} s"
+            f"{r['precision']}: matmul peak {r['matmul_peak'] / 1e9:,.0f} GFLOP/s, transformers' fastest experts "
+            f"{r['transformers_experts']}, our first step {r[OURS]['seconds_of_first_step']:.0f} s"
         )
+        print(f"  {'':20s}{'tokens/s':>10s}{'ours faster':>13s}{'of peak':>9s}{'peak GB':>9s}{'first loss':>12s}")
+        for name in (OURS, THEIRS, THEIRS_KEPT):
+            side = r[name]
+            speed = tokens / side["seconds"]
+            print(
+                f"  {name:20s}{speed:10,.0f}{side['seconds_of_ours']:13.2f}{speed * flops / r['matmul_peak']:9.0%}"
+                f"{side['peak_memory_gb']:9.2f}{side['first_loss']:12.4f}"
+            )
 
 
 if __name__ == "__main__":

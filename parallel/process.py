@@ -94,7 +94,8 @@ def start(
     timeout_minutes: float = 30,
     admit: Callable[[], None] | None = None,
 ) -> "torch.device":
-    """Join the process group (with GPUs: NCCL, and gloo for CPU tensors; else gloo) and return this process's device.
+    """Join the process group (with GPUs: NCCL, and gloo for CPU tensors; else gloo) and return this process's device. On a
+    CPU, memory that is freed stays with the process from now on (`keep_freed_memory`).
 
     ``threads``: CPU threads of this process (`own_threads` by default). ``admit``: rank 0 calls it when all ranks have
     arrived; an exception in it ends every rank. Raises PeerError naming the ranks that do not arrive.
@@ -103,6 +104,7 @@ def start(
     import torch
     import torch.distributed as dist
 
+    from parallel.heap import keep_freed_memory
     from parallel.rendezvous import PATIENCE_SECONDS, MeetingError, meet
     from parallel.trace import enable_recorder
 
@@ -113,6 +115,7 @@ def start(
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:
+        keep_freed_memory()
         device, backend = torch.device("cpu"), "gloo"
     timeout = timedelta(minutes=timeout_minutes)
     try:
