@@ -83,20 +83,19 @@ def test_attention_in_blocks_keeps_large_scores() -> None:
     assert relative(found, exact_attention(q.double(), k.double(), v.double())) < 0.01
 
 
-def test_long_sequences_and_other_dtypes_take_torchs_attention() -> None:
-    compile_kernels(True)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(gemm, "has_hardware", lambda dtype: True)
-            assert blocks.blocks_pay(torch.zeros(1, 64, 2, 8, dtype=torch.bfloat16))
-        assert not blocks.blocks_pay(torch.zeros(1, blocks.LONGEST + 1, 2, 8, dtype=torch.bfloat16))
-        assert not blocks.blocks_pay(torch.zeros(1, 64, 2, 8))
-        with pytest.MonkeyPatch.context() as patch:  # a CPU without bf16 instructions: torch's attention in float32
-            patch.setattr(gemm, "has_hardware", lambda dtype: dtype != torch.bfloat16)
-            assert not blocks.blocks_pay(torch.zeros(1, 64, 2, 8, dtype=torch.bfloat16))
-    finally:
-        compile_kernels(False)
-    assert not blocks.blocks_pay(torch.zeros(1, 64, 2, 8, dtype=torch.bfloat16))
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_blocks_are_for_short_sequences(compiled: None, monkeypatch: pytest.MonkeyPatch, has_bf16: bool) -> None:
+    monkeypatch.setattr(gemm, "has_hardware", lambda dtype: has_bf16 or dtype != torch.bfloat16)
+
+    def pay(tokens: int, dtype: torch.dtype) -> bool:
+        return blocks.blocks_pay(torch.zeros(1, tokens, 2, 8, dtype=dtype))
+
+    assert pay(512, torch.float32) and not pay(513, torch.float32)
+    # Without instructions for bfloat16 its products are those of float32.
+    assert pay(512, torch.bfloat16) and pay(513, torch.bfloat16) == has_bf16
+    assert not pay(1025, torch.bfloat16) and not pay(1, torch.bfloat16) and not pay(64, torch.float64)
+    compile_kernels(False)
+    assert not pay(64, torch.float32) and not pay(64, torch.bfloat16)
 
 
 @settings(max_examples=40)

@@ -10,12 +10,13 @@ key/value head are rows of one GEMM: row s * R + r is query s of head g * R + r.
 
 import torch
 
-from parallel.gemm import exact_bmm, widens
+from parallel.gemm import exact_bmm, widen, widens
 from qwen_moe.models.ops.compiled import compiling, fused
 
 QUERIES = 64  # per block
 SCORE_BYTES = 16 << 20  # limit for one block's scores over all heads computed together
-LONGEST = 1024  # for longer sequences torch's kernel, which keeps scores in its caches, is as fast
+# Torch's kernel, which keeps scores in its caches, is as fast for sequences of more tokens.
+LONGEST = {torch.bfloat16: 1024, torch.float32: 512}
 
 
 @fused
@@ -122,13 +123,13 @@ def _mask(size: int, repeats: int) -> torch.Tensor:
 
 def blocks_pay(q: torch.Tensor) -> bool:
     """Whether `block_attention` is faster than torch's kernel for ``q [B, S, H, C]`` (measured: `benchmarks/README.md`)."""
-    fast_bf16 = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not widens(q)
-    return fast_bf16 and compiling() and 1 < q.shape[1] <= LONGEST
+    dtype = torch.float32 if widens(q) else q.dtype
+    return q.device.type == "cpu" and compiling() and 1 < q.shape[1] <= LONGEST.get(dtype, 0)
 
 
 def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """Causal attention of ``q [B, S, H, C]`` to ``k, v [B, S, G, C]``: ``[B, S, H, C]``. Query head h uses key/value head
     h // (H / G), and scores are multiplied by ``scale``."""
-    grouped = q.unflatten(2, (k.shape[2], -1)).transpose(1, 2).contiguous()
-    keys, values = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
-    return _BlockAttention.apply(grouped, keys, values, scale).flatten(2, 3)
+    grouped = widen(q).unflatten(2, (k.shape[2], -1)).transpose(1, 2).contiguous()
+    keys, values = widen(k).transpose(1, 2).contiguous(), widen(v).transpose(1, 2).contiguous()
+    return _BlockAttention.apply(grouped, keys, values, scale).flatten(2, 3).to(q.dtype)
