@@ -1,6 +1,6 @@
 """What parallelism costs: the step of ep=2, tp=2 and pp=2 against dp=2, on two local processes at one global batch.
 
-    python benchmarks/parallel_overhead.py [--rounds 7] [--json]
+    python benchmarks/parallel_overhead.py [--rounds 7] [--layouts "tp=2, 2 rows"] [--json]
 
 All layouts live in the same two processes and take turns, so that a drifting machine slows them alike. For pipelines,
 the share of a step in which a rank waits for a neighbour is measured too, beside the ideal bubble of its schedule.
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel.heap import keep_freed_memory
 from parallel.local_group import preload, run_local
 from qwen_moe.config import RunConfig, parse_config
+from qwen_moe.models.ops.compiled import compile_kernels
 from qwen_moe.verify.ranks import make_trainer, micro_batches
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -64,10 +66,12 @@ def config_for(layout: dict[str, Any], precision: str) -> RunConfig:
     )
 
 
-def measure(rounds: int, precision: str) -> dict[str, dict[str, list[float]]]:
+def measure(names: list[str], rounds: int, precision: str) -> dict[str, dict[str, list[float]]]:
     """Seconds of each round's step, and of waiting for neighbours in it, by layout. Runs in both ranks."""
     from torch.distributed.pipelining import schedules
 
+    keep_freed_memory()
+    compile_kernels(True)
     waited = [0.0]
     wait = schedules._wait_batch_p2p
 
@@ -77,9 +81,9 @@ def measure(rounds: int, precision: str) -> dict[str, dict[str, list[float]]]:
         waited[0] += time.perf_counter() - begin
 
     schedules._wait_batch_p2p = timed
-    trainers = {name: make_trainer(config_for(parallel, precision)) for name, parallel in LAYOUTS.items()}
+    trainers = {name: make_trainer(config_for(LAYOUTS[name], precision)) for name in names}
     batches = {name: micro_batches(trainer, 0) for name, trainer in trainers.items()}
-    found: dict[str, dict[str, list[float]]] = {name: {"step": [], "wait": []} for name in LAYOUTS}
+    found: dict[str, dict[str, list[float]]] = {name: {"step": [], "wait": []} for name in names}
     for turn in range(rounds + 1):
         for name, trainer in trainers.items():
             dist.barrier()
@@ -97,14 +101,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS), metavar="LAYOUT")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    names = ["dp=2", *(name for name in args.layouts if name != "dp=2")]
     from parallel.timeline import play
 
     preload(["qwen_moe.verify.ranks"])
-    ranks = run_local(measure, 2, args.rounds, args.precision, timeout=3600)
+    ranks = run_local(measure, 2, names, args.rounds, args.precision, timeout=3600)
     rows: list[dict[str, Any]] = []
-    for name, parallel in LAYOUTS.items():
+    for name in names:
+        parallel = LAYOUTS[name]
         # Against the dp=2 step of the same round.
         ratios = [a / b for a, b in zip(ranks[0][name]["step"], ranks[0]["dp=2"]["step"], strict=True)]
         row: dict[str, Any] = {

@@ -11,6 +11,7 @@ Half-precision products of few rows without gradients, as generation has them, a
 import functools
 import os
 import platform
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,14 @@ def mm_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         out.copy_(widen(a) @ widen(b))
 
 
+def summed_products(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of ``a_i [M, K_i] @ b_i [K_i, N]``, added up inside the GEMMs. ``a`` is widened already, ``b`` is not."""
+    total = a[0] @ widen(b[0])
+    for left, right in zip(a[1:], b[1:], strict=True):
+        total.addmm_(left, widen(right))
+    return total
+
+
 def exact_bmm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``a [N, M, K] @ b [N, K, L]`` in float32, of float32 tensors whose values are all values of ``dtype``.
 
@@ -104,10 +113,7 @@ class _Linears(torch.autograd.Function):
         rows = [widen(dy.flatten(0, -2)) for dy in grad_outputs]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = rows[0] @ widen(weights[0])
-            for dy, weight in zip(rows[1:], weights[1:], strict=True):
-                dx.addmm_(dy, widen(weight))
-            dx = dx.view_as(x).to(x.dtype)
+            dx = summed_products(rows, weights).view_as(x).to(x.dtype)
         operand = widen(x.flatten(0, -2)) if any(ctx.needs_input_grad[1::2]) else None
         parameter_gradients: list[torch.Tensor | None] = []
         for dy, need_weight, need_bias in zip(

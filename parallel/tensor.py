@@ -17,7 +17,7 @@ from parallel.collectives import (
     start_gather_sequence,
     start_reduce_scatter_sequence,
 )
-from parallel.gemm import affine, linear, widen
+from parallel.gemm import affine, linear, summed_products, widen
 from parallel.mesh import Axis
 
 
@@ -50,18 +50,14 @@ class _ColumnParallel(torch.autograd.Function):
         need_weights, need_biases = need[2::2], need[3::2]
         gather = start_gather_sequence(x, ctx.axis) if any(need_weights) else None
         scatter = None
-        grad_wide = [widen(dy) for dy in grad_outputs]
+        grad_rows = [widen(dy.flatten(0, 1)) for dy in grad_outputs]
         if need[0]:
-            dx = grad_wide[0] @ widen(weights[0])
-            for dy, weight in zip(grad_wide[1:], weights[1:], strict=True):
-                dx += dy @ widen(weight)
-            dx = dx.to(x.dtype)
+            dx = summed_products(grad_rows, weights).to(x.dtype).unflatten(0, grad_outputs[0].shape[:2])
         full = widen(join_sequence(gather.wait()).flatten(0, 1)) if gather is not None else None
         if need[0]:
             scatter = start_reduce_scatter_sequence(dx, ctx.axis)
         parameter_gradients: list[torch.Tensor | None] = []
-        for dy, need_weight, need_bias in zip(grad_wide, need_weights, need_biases, strict=True):
-            rows = dy.flatten(0, 1)
+        for rows, need_weight, need_bias in zip(grad_rows, need_weights, need_biases, strict=True):
             parameter_gradients.append((rows.T @ full).to(x.dtype) if need_weight and full is not None else None)
             parameter_gradients.append(rows.sum(0).to(x.dtype) if need_bias else None)
         return (scatter.wait() if scatter is not None else None, None, *parameter_gradients)

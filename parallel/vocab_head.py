@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from parallel.collectives import all_gather_single, reduce_scatter_single
+from parallel.collectives import all_gather_single, reduce_scatter
 from parallel.gemm import widen
 from parallel.mesh import Axis
 
@@ -82,9 +82,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             dz.scatter_add_(1, c.target, -c.mine.to(wide).unsqueeze(1))
             dz = widen(dz.mul_(c.valid.unsqueeze(1)).to(x.dtype))
             if dx is not None:
-                part = torch.empty_like(dx[rows])
-                reduce_scatter_single(part, (dz @ operand).to(x.dtype), group=axis.group)
-                dx[rows] = part
+                dx[rows] = reduce_scatter((dz @ operand).to(x.dtype), axis)
             if dweight is not None:
                 dweight += dz.T @ c.full
         ctx.save_for_backward(dx, dweight)
@@ -152,9 +150,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             dz.scatter_add_(1, c.target, (g * c.mine).unsqueeze(1))
             dz = widen(dz.to(x.dtype))
             if dx is not None:
-                part = torch.empty_like(dx[rows])
-                reduce_scatter_single(part, (dz @ operand).to(x.dtype), group=axis.group)
-                dx[rows] = part
+                dx[rows] = reduce_scatter((dz @ operand).to(x.dtype), axis)
             if dweight is not None:
                 dweight += dz.T @ c.full
         return dx, None if dweight is None else dweight.to(weight.dtype), None, None, None, None

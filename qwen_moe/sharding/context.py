@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from parallel.collectives import all_gather_single, reduce_scatter_single
+from parallel.collectives import all_gather_single, reduce_scatter
 from parallel.context import (
     chunks_of,
     gather_tokens_split_heads,
@@ -64,8 +64,7 @@ class _GatherAttention(torch.autograd.Function):
         keys, values = _gathered(k, v, ctx.axis)
         found = Gradients(q, keys).add(grad_outputs[0], (q, keys, values, y, lse), ctx.pieces, ctx.scale)
         both = torch.stack([split_chunks(x, ctx.axis.size) for x in (found.dk, found.dv)], dim=1)
-        mine = both.new_empty(both.shape[1:])
-        reduce_scatter_single(mine, both.flatten(0, 1), group=ctx.axis.group)
+        mine = reduce_scatter(both.flatten(0, 1), ctx.axis)
         return found.dq.to(q.dtype), mine[0].to(k.dtype), mine[1].to(v.dtype), None, None, None
 
 

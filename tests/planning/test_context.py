@@ -17,7 +17,7 @@ import yaml
 import parallel.context
 import qwen_moe.sharding.context
 from parallel import gemm
-from parallel.mesh import Layout
+from parallel.mesh import Axis, Layout
 from qwen_moe.cli import main
 from qwen_moe.config import RunConfig, load_config, parse_config
 from qwen_moe.models.attention.mask import Visibility
@@ -64,12 +64,14 @@ def test_bytes_sent_are_those_of_the_collectives(monkeypatch: pytest.MonkeyPatch
     def gather(out: torch.Tensor, x: torch.Tensor, group: Any = None) -> None:
         sent[now] += (group.size() - 1) * x.numel() * x.element_size()
 
-    def scatter(out: torch.Tensor, x: torch.Tensor, group: Any = None) -> None:
-        sent[now] += (group.size() - 1) * out.numel() * out.element_size()
+    def scatter(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+        mine = x.chunk(axis.size)[axis.index]
+        sent[now] += (axis.size - 1) * mine.numel() * mine.element_size()
+        return mine
 
     monkeypatch.setattr(parallel.context.dist, "all_to_all_single", all_to_all)
     monkeypatch.setattr(qwen_moe.sharding.context, "all_gather_single", gather)
-    monkeypatch.setattr(qwen_moe.sharding.context, "reduce_scatter_single", scatter)
+    monkeypatch.setattr(qwen_moe.sharding.context, "reduce_scatter", scatter)
     config = parse_config(values(model(num_attention_heads=8, num_key_value_heads=2), 256), "test").model
     tokens, tp = 64, 2
     with fake_grids(Layout(cp=4, tp=tp), config.num_key_value_heads, 5, heads) as grids:
