@@ -64,13 +64,18 @@ def join_sequence(gathered: torch.Tensor) -> torch.Tensor:
     return gathered.transpose(0, 1).flatten(1, 2)
 
 
+def _adds_own_part(x: torch.Tensor) -> bool:
+    """Whether ranks exchange the parts of ``x`` and each adds up its own."""
+    return x.device.type == "cpu" and type(x) is torch.Tensor  # a FakeTensor stands for any device
+
+
 def start_reduce_scatter(x: torch.Tensor, axis: Axis) -> Pending:
     """Begin to sum ``[n R, ...]`` over ranks; rank i keeps the i-th ``[R, ...]``.
 
     gloo's reduce-scatter sums everything on every rank. So on a CPU ranks exchange their parts, and each adds up its own:
     in a third to two thirds of the time (`benchmarks/README.md`).
     """
-    if x.device.type == "cpu" and type(x) is torch.Tensor:  # a FakeTensor stands for any device
+    if _adds_own_part(x):
         parts = torch.empty_like(x)
         return Pending(dist.all_to_all_single(parts, x, group=axis.group, async_op=True), parts, x, parts=axis.size)
     buffer = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
