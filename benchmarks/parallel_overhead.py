@@ -4,6 +4,7 @@
 
 All layouts live in the same two processes and take turns, so that a drifting machine slows them alike. For pipelines,
 the share of a step in which a rank waits for a neighbour is measured too, beside the ideal bubble of its schedule.
+``--layouts``: only these, and dp=2.
 """
 
 import argparse
