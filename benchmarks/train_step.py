@@ -11,8 +11,8 @@ of 256, 4 active, shared expert of 512, batch 4 x 512.
 compute (FSDP2's mixed precision on one rank, as `qwen-moe train` runs it) against the fp32 model under bf16 autocast.
 ``fp32``: fp32 throughout on both sides.
 
-Our process keeps the memory that it frees, as every process of `qwen-moe train` on a CPU does (`parallel.heap`).
-transformers runs twice: as it is, and with this setting.
+Our process keeps the memory that it frees, in whole pieces, as every process of `qwen-moe train` on a CPU does
+(`parallel.heap`). transformers runs twice: as it is, and with these settings.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.heap import keep_freed_memory
+from parallel.heap import heap_environment, keep_freed_memory
 from qwen_moe.config import ModelConfig, parse_model
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.flops import flops_per_token
@@ -174,6 +174,7 @@ class Side:
         self.peak_memory_gb = 0.0
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--side", name, *arguments],
+            env=os.environ | (heap_environment() if name.partition(" ")[0] != THEIRS else {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from parallel.elastic import one_machine
 from parallel.gpus import visible_gpus
+from parallel.heap import heap_environment
 from parallel.mesh import Layout, LayoutError, layout_for, smallest_world
 from parallel.threads import choose_threads, limit_threads
 from qwen_moe.config import ModelConfig
@@ -84,7 +85,7 @@ def start_ranks(args: argparse.Namespace) -> int:
             f"--tp {args.tp} --ep {args.ep} --pp {args.pp} need {ranks} processes, each with its own GPU, and this machine "
             f"has {gpus}: lower them, or start the command with torchrun or srun on more machines"
         )
-    os.environ |= choose_threads(ranks, 0).environment()
+    os.environ |= choose_threads(ranks, 0).environment() | heap_environment()
     logging.disable(logging.CRITICAL)  # the ranks report their failures themselves
     launch = one_machine(ranks, shutdown_timeout=30)
     with tempfile.TemporaryDirectory(prefix="qwen-moe-") as folder:

@@ -20,6 +20,7 @@ from launchers.job.cluster import own_node_name
 from launchers.job.node_watch import NodeWatch
 from launchers.local.orphans import AGENT_PID
 from launchers.local.signals import signal_number
+from parallel.heap import heap_environment
 from parallel.threads import Threads, choose_threads
 from qwen_moe.runs.records import earlier_threads
 
@@ -100,7 +101,7 @@ def main(folder: str, stage: str) -> int:
     _listen(watch, plan)
     try:
         if stage == "train":
-            os.environ |= _threads(attempt, plan).environment()
+            os.environ |= _threads(attempt, plan).environment() | heap_environment()
             watch.start()
         failures = _launch(plan, plan["nodes"].index(host), _MODULES[stage], [folder, str(local)])
         if failures and stage == "train":

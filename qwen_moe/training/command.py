@@ -118,8 +118,10 @@ def _note_failure(path: Path, kind: str, message: str) -> None:
 
 
 def _environment(config: RunConfig, nproc: int) -> dict[str, str]:
+    from parallel.heap import heap_environment
     from parallel.threads import choose_threads
     from qwen_moe.runs.records import earlier_threads
 
     before = earlier_threads(config.run_dir, nproc)
-    return os.environ | choose_threads(nproc, config.launch.threads, before=before).environment()
+    threads = choose_threads(nproc, config.launch.threads, before=before)
+    return os.environ | threads.environment() | heap_environment()
