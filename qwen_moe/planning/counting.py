@@ -172,8 +172,9 @@ def _build(config: RunConfig, run: Run, grids: Grids) -> tuple[TrainingPart, Ker
 @dataclass(frozen=True, kw_only=True)
 class Body:
     """What a stage module holds besides what its attention cores do. ``fronts``: of the stretches before the core's forward,
-    between it and the core's backward, and after that; by which of q, k, v and the output are dead. ``forward`` and
-    ``backward``: what is alive, and what of these is dead, when the core begins either."""
+    between it and the core's backward, and after that; by which of q, k, v and the output are dead, and after that by which
+    gradients of q, k and v are. ``forward`` and ``backward``: what is alive, and what of these is dead, when the core begins
+    either."""
 
     scale: Scale
     held: Bytes
@@ -188,10 +189,12 @@ class Body:
 @dataclass(frozen=True, kw_only=True)
 class Core:
     """What an attention core holds from forward to backward: ``kept`` of q, k, v and its output, and ``held`` besides.
-    ``forward``, ``backward``: the fronts of both, of which `begin` was alive before."""
+    ``joined``: for the gradients of q, k and v, a number that those in one storage share. ``forward``, ``backward``: the
+    fronts of both, of which `begin` was alive before."""
 
     scale: Scale
     kept: tuple[bool, ...]
+    joined: tuple[int, ...]
     held: Bytes
     forward: Front
     forward_begin: Bytes
@@ -213,8 +216,11 @@ class _Hole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
+        ctx.tape.mark("core's backward")
+        gradients = [grad_outputs[0].new_empty(shape) for shape in ctx.shapes]
+        ctx.tape.watch(*gradients)
         ctx.tape.mark("after")
-        return *(grad_outputs[0].new_empty(shape) for shape in ctx.shapes), None
+        return *gradients, None
 
 
 class _Source(torch.autograd.Function):
@@ -228,6 +234,7 @@ class _Source(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         ctx.tape.mark("end")
+        ctx.tape.watch(*grad_outputs)
         return grad_outputs[0].new_zeros(()), None, None
 
 
@@ -251,17 +258,17 @@ def record_body(config: RunConfig, run: Run, scale: Scale) -> Body:
     tape = Tape(scale, peaks=not run.forward_only)
     with _stage(config, run, lambda q, k, v, visible, scale: _Hole.apply(q, k, v, tape)) as (part, x, ids), tape:
         out = part(x, ids)
-        held, dead = tape.now, tape.dead()
+        held, dead, qkvy = tape.now, tape.dead(), tuple(size for _, size in tape.watched)
         if not run.forward_only:
             torch.autograd.backward(out, torch.ones_like(out))
     nothing = ("", held, dead)
     marks = {mark[0]: mark for mark in tape.marks}
-    _, backward, dead_in_backward = marks.get("after", nothing)
+    _, backward, dead_in_backward = marks.get("core's backward", nothing)
     return Body(
         scale=scale,
         held=held,
         dead=dead,
-        qkvy=tuple(size for _, size in tape.watched),
+        qkvy=qkvy,
         forward=marks["core"][1],
         backward=backward,
         dead_in_backward=dead_in_backward,
@@ -293,11 +300,13 @@ def record_core(model: ModelConfig, run: Run, scale: Scale) -> Core:
                 for (_, size), alive in zip(tape.watched, kept, strict=True):
                     held = plus(held, size, -1) if alive else held
                 out.backward()
+                storages = [ref.cdata for ref, _ in tape.watched]
     marks = {name: alive for name, alive, _ in tape.marks}
     forward, backward = (_joined(tape.stretches.get(name, {}).values()) for name in ("forward", "backward"))
     return Core(
         scale=scale,
         kept=kept,
+        joined=tuple(storages.index(one) for one in storages),
         held=held,
         forward=forward,
         forward_begin=marks["forward"],

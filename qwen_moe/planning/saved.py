@@ -186,6 +186,15 @@ def _kept(body: Body, core: Core, dead: tuple[bool, ...]) -> Bytes:
     return found
 
 
+def _joined(body: Body, core: Core, dead: tuple[bool, ...]) -> Bytes:
+    """What of the gradients of q, k and v is alive only because another one, in the same storage, is."""
+    needed = {group for group, gone in zip(core.joined, dead, strict=True) if not gone}
+    found = NOTHING
+    for size, group, gone in zip(body.qkvy[:3], core.joined, dead, strict=True):
+        found = plus(found, size) if gone and group in needed else found
+    return found
+
+
 def _moments(body: Body, core: Core, run: Run) -> Iterator[int]:
     """Bytes alive at all moments of forward and backward that may be the peak."""
 
@@ -197,7 +206,8 @@ def _moments(body: Body, core: Core, run: Run) -> Iterator[int]:
 
     before, between, after = body.fronts
     held = inside(core.held)
-    yield from (outside(one) for front in (*before.values(), *after.values()) for one in front.all)
+    yield from (outside(one) for front in before.values() for one in front.all)
+    yield from (outside(plus(one, _joined(body, core, dead))) for dead, front in after.items() for one in front.all)
     yield from (
         outside(plus(one, _kept(body, core, dead))) + held for dead, front in between.items() for one in front.all
     )
