@@ -23,8 +23,8 @@ class ExchangePlan:
     counts: torch.Tensor  # [L] rows of each local expert
     by_expert: torch.Tensor  # [M] index: rows in order of arrival -> sorted by expert
     arrival: torch.Tensor  # [M] the inverse
-    out: Pending | None = field(default=None, repr=False)
-    back: Pending | None = field(default=None, repr=False)
+    out: list[Pending] = field(default_factory=list, repr=False)  # on their way in forward
+    back: list[Pending] = field(default_factory=list, repr=False)  # and in backward
 
 
 class Exchange:
@@ -59,15 +59,15 @@ class Exchange:
         arrival[by_expert] = torch.arange(total, device=counts.device)
         return ExchangePlan(send, receive, incoming.sum(0), by_expert, arrival)
 
-    def start(self, rows: torch.Tensor, plan: ExchangePlan, back: bool = False) -> torch.Tensor:
-        """Begin to send ``rows [N, D]``, sorted by destination, or with ``back`` to return ``rows [M, D]``, in order of
-        arrival, to their senders. Returns a token for `finish`, of the shape of ``rows`` but without memory. Do other work
-        between; another message of the same plan may not begin before."""
-        return _Start.apply(rows, plan, self.axis, back)
+    def start(self, plan: ExchangePlan, *rows: torch.Tensor, back: bool = False) -> tuple[torch.Tensor, ...]:
+        """Begin to send each of ``rows [N, ...]``, sorted by destination, or with ``back`` to return ``rows [M, ...]``, in
+        order of arrival, to their senders. Returns a token of each for `finish`, of its shape but without memory. Do other
+        work between; other messages of the same plan may not begin before."""
+        return _Start.apply(plan, self.axis, back, *rows)
 
-    def finish(self, token: torch.Tensor, plan: ExchangePlan, back: bool = False) -> torch.Tensor:
-        """The rows received: ``[M, D]`` in order of arrival, or with ``back`` ``[N, D]`` in the order sent."""
-        return _Finish.apply(token, plan, self.axis, back)
+    def finish(self, plan: ExchangePlan, *tokens: torch.Tensor, back: bool = False) -> tuple[torch.Tensor, ...]:
+        """The rows received: ``[M, ...]`` in order of arrival, or with ``back`` ``[N, ...]`` in the order sent."""
+        return _Finish.apply(plan, self.axis, back, *tokens)
 
 
 def _launch(rows: torch.Tensor, plan: ExchangePlan, axis: Axis, back: bool) -> Pending:
@@ -79,44 +79,45 @@ def _launch(rows: torch.Tensor, plan: ExchangePlan, axis: Axis, back: bool) -> P
 
 
 class _Start(torch.autograd.Function):
-    """forward: launch the all-to-all. The output is a token; the rows arrive in ``plan.out``.
-    backward: wait for the reverse all-to-all that `_Finish.backward` launched. Work between the two overlaps.
+    """forward: launch the all-to-alls. The outputs are tokens; the rows arrive in ``plan.out``.
+    backward: wait for the reverse all-to-alls that `_Finish.backward` launched. Work between the two overlaps.
 
     Autograd runs nodes in the reverse order of their creation. So where forward computes something between a start and a
     finish, backward computes the gradient of it between the launch and the wait."""
 
     @staticmethod
-    def forward(ctx, rows: torch.Tensor, plan: ExchangePlan, axis: Axis, back: bool) -> torch.Tensor:
+    def forward(ctx, plan: ExchangePlan, axis: Axis, back: bool, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.plan = plan
-        assert plan.out is None
-        plan.out = _launch(rows, plan, axis, back)
+        assert not plan.out
+        plan.out = [_launch(x, plan, axis, back) for x in rows]
         # One element, whatever the shape: the rows themselves can be freed when they are sent. Not a view, of which FSDP
         # warns.
-        return torch.empty_strided(rows.shape, (0,) * rows.ndim, dtype=rows.dtype, device=rows.device)
+        return tuple(torch.empty_strided(x.shape, (0,) * x.ndim, dtype=x.dtype, device=x.device) for x in rows)
 
     @staticmethod
-    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        assert ctx.plan.back is not None
-        pending, ctx.plan.back = ctx.plan.back, None
-        pending.wait()
-        return grad_outputs[0], None, None, None
+    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        assert len(ctx.plan.back) == len(grad_outputs)
+        pending, ctx.plan.back = ctx.plan.back, []
+        for one in pending:
+            one.wait()
+        return None, None, None, *grad_outputs
 
 
 class _Finish(torch.autograd.Function):
-    """forward: wait for the rows. backward: launch the reverse all-to-all of their gradient and return its buffer. The
-    buffer has the token's shape and is filled once `_Start.backward` has waited."""
+    """forward: wait for the rows. backward: launch the reverse all-to-alls of their gradients and return the buffers. A
+    buffer has its token's shape and is filled once `_Start.backward` has waited."""
 
     @staticmethod
-    def forward(ctx, token: torch.Tensor, plan: ExchangePlan, axis: Axis, back: bool) -> torch.Tensor:
+    def forward(ctx, plan: ExchangePlan, axis: Axis, back: bool, *tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.plan, ctx.axis, ctx.back = plan, axis, back
-        assert plan.out is not None
-        pending, plan.out = plan.out, None
-        return pending.wait()
+        assert len(plan.out) == len(tokens)
+        pending, plan.out = plan.out, []
+        return tuple(one.wait() for one in pending)
 
     @staticmethod
-    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        ctx.plan.back = _launch(grad_outputs[0], ctx.plan, ctx.axis, not ctx.back)
-        return ctx.plan.back.buffer, None, None, None
+    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ctx.plan.back = [_launch(dy, ctx.plan, ctx.axis, not ctx.back) for dy in grad_outputs]
+        return None, None, None, *(one.buffer for one in ctx.plan.back)
 
 
 class _Reorder(torch.autograd.Function):

@@ -78,7 +78,11 @@ class RowParallelLinear(nn.Linear):
     axis: Axis
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        y = reduce_scatter_sequence(linear(input, self.weight), self.axis)
+        return self.summed(linear(input, self.weight))
+
+    def summed(self, partial: torch.Tensor) -> torch.Tensor:
+        """The output of this rank's part of the sequence, from the products ``[B, S, O]`` of this rank's weight."""
+        y = reduce_scatter_sequence(partial, self.axis)
         return y if self.bias is None else y + self.bias
 
 

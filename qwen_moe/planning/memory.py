@@ -131,14 +131,16 @@ class MemoryModel:
         that share sequences together hold no less than one rank would: no tensor is cut into more pieces than there are
         ranks."""
         ranks, recompute = choice.tp * choice.cp, choice.recompute == "full"
-        key = (choice.precision, choice.micro_batch, recompute, ranks)
+        # Rows that travel are held; those of experts on the same device are not.
+        split = Split(ep=2 if choice.ep * choice.etp > 1 else 1)
+        key = (choice.precision, choice.micro_batch, recompute, ranks, split)
         if key not in self._least_layers:
             saved = self.saved(choice.precision)
             kinds = {self.model.is_moe_layer(layer) for layer in range(self.model.num_hidden_layers)}
-            whole = {kind: saved.layer(Split(), kind, choice.micro_batch).held / ranks for kind in kinds}
+            whole = {kind: saved.layer(split, kind, choice.micro_batch).held / ranks for kind in kinds}
             held, once = whole, 0.0
             if recompute:
-                held = {kind: saved.layer(Split(), kind, choice.micro_batch, True).held / ranks for kind in kinds}
+                held = {kind: saved.layer(split, kind, choice.micro_batch, True).held / ranks for kind in kinds}
                 once = min(whole.values())
             self._least_layers[key] = held.get(True, 0.0), held.get(False, 0.0), once
         return self._least_layers[key]

@@ -3,34 +3,33 @@
 import itertools
 
 import torch
-from torch import nn
 
 from parallel.expert import Exchange, ExchangePlan, reorder
 from parallel.mesh import Grids
-from qwen_moe.models.moe.dispatch import Route
-from qwen_moe.models.ops.permute import Permutation, combine, permute, sort_by_expert
+from qwen_moe.models.moe.dispatch import Arrived, Route
+from qwen_moe.models.ops.permute import Rows, combine, permute, permute_weights, sort_by_expert
 
 
 class _Route:
     """Rows that travel among ranks: each step after `AllToAllDispatcher.send` waits for them or sends them on."""
 
-    def __init__(self, exchange: Exchange, plan: ExchangePlan, order: Permutation, etp: int) -> None:
-        self.exchange, self.plan, self.order, self.etp = exchange, plan, order, etp
+    def __init__(self, exchange: Exchange, plan: ExchangePlan, rows: Rows, weights: torch.Tensor) -> None:
+        self.exchange, self.plan, self.rows, self.weights = exchange, plan, rows, weights
 
-    def receive(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        arrived = self.exchange.finish(rows, self.plan)
-        return reorder(arrived, self.plan.by_expert, self.plan.arrival), self.plan.counts
+    def receive(self, sent: torch.Tensor) -> Arrived:
+        plan = self.plan
+        states, weights = self.exchange.finish(plan, sent, self.weights)
+        rows = Rows(plan.by_expert, plan.arrival.unsqueeze(1), plan.counts)
+        return Arrived(states, rows, reorder(weights, plan.by_expert, plan.arrival).squeeze(1))
 
     def send_back(self, outputs: torch.Tensor) -> torch.Tensor:
-        return self.exchange.start(reorder(outputs, self.plan.arrival, self.plan.by_expert), self.plan, back=True)
+        outputs = reorder(outputs, self.plan.arrival, self.plan.by_expert)
+        (token,) = self.exchange.start(self.plan, outputs, back=True)
+        return token
 
-    def combine(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        rows = self.exchange.finish(rows, self.plan, back=True)
-        if lost := self.order.token.numel() - rows.shape[0]:  # dropped choices stay zero
-            rows = nn.functional.pad(rows, (0, 0, 0, lost))
-        if self.etp > 1:
-            weights = weights.repeat_interleave(self.etp, dim=1)
-        return combine(rows, weights, self.order)
+    def combine(self, rows: torch.Tensor) -> torch.Tensor:
+        (rows,) = self.exchange.finish(self.plan, rows, back=True)
+        return combine(rows, self.rows)
 
 
 class AllToAllDispatcher:
@@ -45,21 +44,27 @@ class AllToAllDispatcher:
         self.num_experts, self.etp = num_experts, grids.etp.size
         self.exchange = Exchange(grids.exchange, grids.etp.size, num_experts)
 
-    def send(self, x: torch.Tensor, indices: torch.Tensor, drops: bool) -> tuple[torch.Tensor, Route]:
-        order = sort_by_expert(indices, self.num_experts + drops)
-        counts = order.counts[: self.num_experts]
-        kept = indices.numel() - int(order.counts[-1]) if drops else indices.numel()
-        plan = self.exchange.plan(counts, kept)
+    def send(
+        self, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, drops: bool
+    ) -> tuple[torch.Tensor, Route]:
+        rows, choice = sort_by_expert(indices, self.num_experts + drops)
+        kept = indices.numel() - int(rows.counts[-1]) if drops else indices.numel()
+        plan = self.exchange.plan(rows.counts[: self.num_experts], kept)
         if self.etp > 1:
-            order = self._copies(order, plan.send)
-        rows = permute(x, order)[: sum(plan.send)]
-        return self.exchange.start(rows, plan), _Route(self.exchange, plan, order, self.etp)
+            source, row = self._copies(rows, plan.send)
+            rows, choice = rows._replace(token=rows.token[source], row=row), choice[source]
+        total = sum(plan.send)  # dropped choices are last
+        rows, choice = rows._replace(token=rows.token[:total]), choice[:total]
+        of_rows = permute_weights(weights, choice, rows.row).unsqueeze(1)
+        states_sent, weights_sent = self.exchange.start(plan, permute(x, rows), of_rows)
+        return states_sent, _Route(self.exchange, plan, rows, weights_sent)
 
-    def _copies(self, order: Permutation, send: list[int]) -> Permutation:
-        """``order`` with the rows of each ep destination repeated for its etp ranks; dropped rows stay last."""
-        etp, device = self.etp, order.token.device
-        sizes = [*send[::etp], order.token.numel() - sum(send[::etp])]
-        position = torch.arange(order.token.numel(), device=device)
+    def _copies(self, rows: Rows, send: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """With the rows of each ep destination repeated for its etp ranks, dropped rows last: which of ``rows`` each is, and
+        those of each token ``[T, K * etp]``."""
+        etp, device = self.etp, rows.token.device
+        sizes = [*send[::etp], rows.token.numel() - sum(send[::etp])]
+        position = torch.arange(rows.token.numel(), device=device)
         source = torch.cat([part.repeat(etp) for part in position.split(sizes)])
         # The copies of a block are consecutive: copy c of a row comes c block sizes after its first copy.
         begins = [0, *itertools.accumulate(sizes)][:-1]
@@ -69,4 +74,4 @@ class AllToAllDispatcher:
         block = torch.repeat_interleave(blocks, size, output_size=position.numel())
         first = position + begin[block] * (etp - 1)
         copies = first.unsqueeze(1) + torch.arange(etp, device=device) * size[block].unsqueeze(1)
-        return Permutation(order.token[source], copies[order.row].flatten(1), order.counts)
+        return source, copies[rows.row].flatten(1)

@@ -9,7 +9,7 @@ from torch import nn
 from parallel.kernels.interface import ExpertPart, Kernels, swap
 from parallel.mesh import Grids
 from parallel.sequence import SequenceShard
-from parallel.tensor import VocabParallelEmbedding, split_range
+from parallel.tensor import RowParallelLinear, VocabParallelEmbedding, split_range
 from parallel.vocab_head import vocab_parallel_cross_entropy, vocab_parallel_log_probs
 from qwen_moe.models.attention.gqa import Attention
 from qwen_moe.models.decoder import DecoderLM
@@ -29,6 +29,8 @@ def _ask_for_kernels(path: str, module: nn.Module, kernels: Kernels, grids: Grid
     elif isinstance(module, FeedForward):
         module.project = kernels.column(path, module, ("gate_proj", "up_proj")) or module.project
         kernels.row(path, module, "down_proj")
+        if type(module.down_proj) is RowParallelLinear:
+            module.summed = module.down_proj.summed
     elif isinstance(module, Experts):
         total = module.down_proj.shape[0]
         first, count = split_range(total, grids.ep)

@@ -22,7 +22,7 @@ from qwen_moe.models.moe.block import MoE, Sent
 from qwen_moe.models.moe.dispatch import Route
 from qwen_moe.models.moe.experts import Experts
 from qwen_moe.models.moe.router import RouterStatistics
-from qwen_moe.models.ops.grouped_matmul import grouped_mm, one_kernel_mm
+from qwen_moe.models.ops.grouped_matmul import ONE_KERNEL
 from qwen_moe.objectives.build import build_objective
 from qwen_moe.sharding.build import make_grids, shard_model
 from qwen_moe.sharding.layout import RunLayout, run_layout
@@ -109,8 +109,8 @@ def _use_grouped_kernel(config: RunConfig, model: ParallelModel) -> None:
     if config.precision.compute != "bf16":
         return
     for module in model.modules():
-        if isinstance(module, Experts) and module.up_mm is grouped_mm:
-            module.up_mm = module.down_mm = one_kernel_mm
+        if isinstance(module, Experts):
+            module.kernel = ONE_KERNEL
 
 
 def _places(config: RunConfig, model: ParallelModel) -> dict[nn.Module, Place]:

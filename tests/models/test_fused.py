@@ -17,9 +17,9 @@ from qwen_moe.models.init import build_model
 from qwen_moe.models.linear import project
 from qwen_moe.models.ops import block_attention as blocks
 from qwen_moe.models.ops.compiled import compile_kernels, missing_compiler
-from qwen_moe.models.ops.grouped_matmul import _rounded, _RoundedLoop, loop_mm
+from qwen_moe.models.ops.grouped_matmul import _ROUNDED, _GroupedMM, _rounded, loop_mm
 from qwen_moe.models.ops.rotate import rotate
-from qwen_moe.models.ops.swiglu import joined_swiglu, swiglu
+from qwen_moe.models.ops.swiglu import swiglu, weighted_swiglu
 from tests.models.test_layers import rand, small_config
 from tests.small import VOCAB
 
@@ -98,6 +98,10 @@ def test_blocks_are_for_short_sequences(compiled: None, monkeypatch: pytest.Monk
     assert not pay(64, torch.float32) and not pay(64, torch.bfloat16)
 
 
+def rounded_mm(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return _GroupedMM.apply(x, weight, counts, _ROUNDED)
+
+
 @settings(max_examples=40)
 @given(counts=st.lists(st.integers(0, 70), min_size=1, max_size=6).filter(sum))
 def test_rounded_products_equal_the_loop(counts: list[int]) -> None:
@@ -106,7 +110,7 @@ def test_rounded_products_equal_the_loop(counts: list[int]) -> None:
     x = x * torch.repeat_interleave(torch.tensor([1.0, 1e6] * 3)[: len(counts)], torch.tensor(counts)).unsqueeze(1)
     dy, sizes = rand(sum(counts), 16, seed=2), torch.tensor(counts)
     results = []
-    for function, dtype in ((_RoundedLoop.apply, torch.float32), (loop_mm, torch.float64)):
+    for function, dtype in ((rounded_mm, torch.float32), (loop_mm, torch.float64)):
         a, w = x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
         y, upstream = function(a, w, sizes), dy.to(dtype)
         results.append((y, *torch.autograd.grad(y, (a, w), upstream)))
@@ -144,8 +148,9 @@ def test_project_equals_separate_linears() -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_joined_swiglu_backward() -> None:
-    assert torch.autograd.gradcheck(joined_swiglu, (rand(4, 6).requires_grad_(),))
+def test_weighted_swiglu_backward() -> None:
+    inputs = rand(4, 6).requires_grad_(), rand(4, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(weighted_swiglu, inputs)
 
 
 def gradients(model: DecoderLM, tokens: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
@@ -188,7 +193,7 @@ def test_new_numbers_of_tokens_compile_nothing(compiled: None) -> None:
     from torch._dynamo.utils import counters
 
     def run(rows: int) -> None:
-        joined_swiglu(rand(rows, 8).float().requires_grad_()).sum().backward()
+        weighted_swiglu(rand(rows, 8).float().requires_grad_(), torch.ones(rows)).sum().backward()
 
     run(5)
     before = counters["stats"]["unique_graphs"]
@@ -223,7 +228,7 @@ def test_other_kinds_of_tensors_compile_nothing(compiled: None) -> None:
 
 def test_nothing_is_compiled_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
-    assert joined_swiglu(rand(3, 8)).shape == (3, 4)
+    assert weighted_swiglu(rand(3, 8), rand(3)).shape == (3, 4)
 
 
 NORM = """

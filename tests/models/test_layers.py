@@ -17,8 +17,9 @@ from qwen_moe.models.init import build_model, initial_value
 from qwen_moe.models.moe.block import MoE
 from qwen_moe.models.moe.router import Router
 from qwen_moe.models.norm import RMSNorm
+from qwen_moe.models.ops.expert_products import down_product, up_product
 from qwen_moe.models.ops.grouped_matmul import grouped_mm, loop_mm
-from qwen_moe.models.ops.permute import _Combine, _Permute, sort_by_expert
+from qwen_moe.models.ops.permute import Rows, combine, permute, permute_weights, sort_by_expert
 from qwen_moe.models.ops.rms_norm import _RMSNorm
 from qwen_moe.models.ops.swiglu import swiglu
 from qwen_moe.models.rope import Rope, apply_rope, make_rope
@@ -60,10 +61,58 @@ def test_swiglu_backward() -> None:
 
 
 def test_dispatch_and_combine_backward() -> None:
-    order = sort_by_expert(torch.tensor([[0, 2], [2, 1], [0, 1]]), 3)
-    assert gradcheck(lambda x: _Permute.apply(x, order.token, order.row), (rand(3, 4).requires_grad_(),))
-    rows, weights = rand(6, 4).requires_grad_(), rand(3, 2, seed=1).requires_grad_()
-    assert gradcheck(lambda a, b: _Combine.apply(a, b, order.token, order.row), (rows, weights))
+    indices = torch.tensor([[0, 2], [2, 1], [0, 1]])
+    rows, choice = sort_by_expert(indices, 3)
+    assert gradcheck(lambda x: permute(x, rows), (rand(3, 4).requires_grad_(),))
+    assert gradcheck(lambda x: combine(x, rows), (rand(6, 4).requires_grad_(),))
+    weights = rand(3, 2, seed=1).requires_grad_()
+    assert gradcheck(lambda w: permute_weights(w, choice, rows.row), (weights,))
+    assert torch.equal(permute_weights(weights, choice, rows.row)[rows.row], weights)
+
+
+@pytest.mark.parametrize("left_out", [0, 2])
+@pytest.mark.parametrize("k", [1, 2])
+def test_products_that_compute_their_input_again(k: int, left_out: int) -> None:
+    """Against plain indexing, SwiGLU and a loop over experts, written out here; ``left_out``: dropped rows."""
+    indices = torch.tensor([[0, 2], [2, 1], [0, 1], [1, 2]])[:, :k]
+    rows, _ = sort_by_expert(indices, 4)
+    kept = indices.numel() - left_out
+    counts = torch.bincount(indices.flatten().sort().values[:kept], minlength=4)
+    rows = Rows(rows.token[:kept], rows.row, counts)
+    x, up, down = rand(4, 6), rand(4, 10, 6, seed=1), rand(4, 6, 5, seed=2)
+    weights, upstream = rand(kept, seed=3), rand(kept, 6, seed=4)
+
+    def plain(x, up, weights, down):
+        outputs = []
+        for expert, part in enumerate(x[rows.token].split(counts.tolist())):
+            gate, linear = (part @ up[expert].T).chunk(2, -1)
+            outputs.append((gate * gate.sigmoid() * linear) @ down[expert].T)
+        return torch.cat(outputs) * weights.unsqueeze(1)
+
+    def ours(x, up, weights, down):
+        return down_product(up_product(x, rows, up), weights, down, counts)
+
+    results = []
+    for function in (plain, ours):
+        inputs = [t.clone().requires_grad_() for t in (x, up, weights, down)]
+        y = function(*inputs)
+        results.append((y, *torch.autograd.grad(y, inputs, upstream)))
+    for name, wanted, found in zip(("y", "dx", "dup", "dweights", "ddown"), *results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12, msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, up, weights, down), results[0][0])
+
+
+def test_experts_keep_states_and_projections_alone() -> None:
+    """What backward can gather or multiply again is not kept: rows of states, SwiGLU's values, outputs of experts."""
+    moe: MoE = build_model(small_config(moe_intermediate_size=12), 3, torch.float32).model.layers[0].mlp
+    x = rand(2, 8, 16).float().requires_grad_()
+    rows, size, width = 2 * 8 * moe.top_k, moe.experts.down_proj.shape[2], 16
+    kept: set[tuple[int, ...]] = set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(tuple(t.shape)) or t, lambda t: t):  # type: ignore[func-returns-value]
+        moe(x)
+    assert (rows, 2 * size) in kept
+    assert (rows, size) not in kept and (rows, width) not in kept
 
 
 @pytest.mark.parametrize("chunk", [2, 3, 100])
@@ -170,13 +219,14 @@ def test_sorting_by_expert_is_a_permutation_that_inverts(tokens: int, experts: i
     k = data.draw(st.integers(1, experts))
     rows = [data.draw(st.permutations(range(experts)))[:k] for _ in range(tokens)]
     indices = torch.tensor(rows)
-    order = sort_by_expert(indices, experts)
+    order, choices = sort_by_expert(indices, experts)
     assert order.counts.tolist() == [sum(row.count(e) for row in rows) for e in range(experts)]
     by_row = torch.repeat_interleave(torch.arange(experts), order.counts)
     for token in range(tokens):
         for choice in range(k):
             position = order.row[token, choice]
             assert by_row[position] == indices[token, choice] and order.token[position] == token
+            assert choices[position] == token * k + choice
 
 
 @pytest.mark.parametrize("norm_topk_prob", [False, True])

@@ -183,7 +183,7 @@ def test_widening_saves_nothing_wide_for_backward(no_hardware: None) -> None:
         project(x, layer)
         layer(x)
         grouped_mm(x, weight, torch.tensor([3, 1]))
-    assert saved and set(saved) == {torch.bfloat16}
+    assert {dtype for dtype in saved if dtype.is_floating_point} == {torch.bfloat16}
 
 
 def test_shapes_alone_and_wider_dtypes_are_never_widened(no_hardware: None) -> None:

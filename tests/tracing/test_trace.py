@@ -11,6 +11,7 @@ import yaml
 from qwen_moe.cli import main
 from qwen_moe.config import RunConfig, parse_config
 from qwen_moe.errors import UserError
+from qwen_moe.models.moe.dispatch import Arrived
 from qwen_moe.models.moe.experts import Experts
 from qwen_moe.models.moe.router import Router
 from qwen_moe.tracing.cost import bytes_of, traffic
@@ -118,13 +119,13 @@ def test_two_ranks_of_tp_gather_and_reduce_each_sequence() -> None:
 
 def test_two_ranks_of_ep_exchange_rows_and_wait_once() -> None:
     trace = trace_step(config(parallel={"ep": 2}), 2)
-    micro_batches, rows = 2, T * K * D * 2
+    micro_batches, rows, weights = 2, T * K * D * 2, T * K * 2
     assert waits_in_experts(trace) == 1
     assert wide_kernels(trace) == 0
     found = [call for call in collectives(trace, "ep", "all_to_all") if call[0] == 0]
     forward = sorted(size for _, size, phase, _ in found if phase == "forward")
-    assert forward == sorted(([E * 8] + [rows] * 2) * micro_batches)  # counts in int64; out, and back
-    assert [size for _, size, phase, _ in found if phase == "backward"] == [rows] * 2 * micro_batches
+    assert forward == sorted(([E * 8] + [rows, weights, rows]) * micro_batches)  # counts in int64; out, and back
+    assert [size for _, size, phase, _ in found if phase == "backward"] == [rows, rows, weights] * micro_batches
 
 
 def by_operation(trace: StepTrace, layer: int, part: str, phase: str) -> dict[str, tuple[int, int]]:
@@ -149,7 +150,8 @@ def test_halves_that_take_turns_are_booked_under_experts() -> None:
         # Of two halves, two GEMMs for each of up (twice as wide) and down.
         assert backward["_grouped_mm"] == (2 * 4, 2 * (2 * 2 + 2) * 2 * T * K * D * F)
         found = [call[1:3] for call in collectives(trace, "ep", "all_to_all") if call[0] == 0]
-        assert len(found) == 2 * 5  # of each half: counts, out and back, and the gradients of the last two
+        # Of each half: counts, rows and weights out, rows back, and the gradients of the last three.
+        assert len(found) == 2 * 7
     assert waits_in_experts(halves) == 2  # once for each half
 
 
@@ -158,7 +160,7 @@ def test_the_shared_expert_runs_beside_the_exchange() -> None:
     trace = trace_step(config(model=model, parallel={"ep": 2}), 2)
     found = [call for call in collectives(trace, "ep", "all_to_all") if call[0] == 0 and call[2] == "forward"]
     shared = 2 * T * D * 24 * 3 + 2 * T * D  # gate, up, down, and its gate of one column
-    assert [flops for *_, flops in found if flops] == [shared] * 2
+    assert [flops for *_, flops in found if flops] == [shared] * 2 * 2  # beside rows and weights of two micro-batches
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -183,9 +185,9 @@ def test_capacity_costs_one_read_more_and_sums_over_all_experts() -> None:
 def test_a_planted_read_in_the_expert_path_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     compute = Experts.compute
 
-    def reads(self: Experts, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        assert counts.max().item() >= 0
-        return compute(self, x, counts)
+    def reads(self: Experts, arrived: Arrived) -> torch.Tensor:
+        assert arrived.rows.counts.max().item() >= 0
+        return compute(self, arrived)
 
     monkeypatch.setattr(Experts, "compute", reads)
     trace = trace_step(config(), 1)

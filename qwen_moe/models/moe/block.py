@@ -49,12 +49,11 @@ class Sent(NamedTuple):
 
     rows: torch.Tensor  # what `route` knows of them
     route: Route
-    weights: torch.Tensor  # [T, K]
     shared: torch.Tensor | None  # [B, S, D], the shared expert's output
 
     def received(self, like: torch.Tensor) -> torch.Tensor:
         """Wait for the rows that the experts send back: the block's output, in the shape of ``like [B, S, D]``."""
-        y = self.route.combine(self.rows, self.weights).view_as(like)
+        y = self.route.combine(self.rows).view_as(like)
         return y if self.shared is None else y + self.shared
 
 
@@ -86,7 +85,7 @@ class MoE(nn.Module):
     def _shared(self, x: torch.Tensor) -> torch.Tensor | None:
         if not self.has_shared_expert:
             return None
-        return self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
+        return self.shared_expert(x, self.shared_expert_gate(x).sigmoid())
 
     def forward(
         self, x: torch.Tensor, counted: torch.Tensor | None = None, experts: torch.Tensor | None = None
@@ -115,8 +114,8 @@ class MoE(nn.Module):
         return self._send(x, weights, indices, drops), statistics
 
     def _send(self, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, drops: bool) -> Sent:
-        rows, route = self.dispatcher.send(x.flatten(0, -2), indices, drops)
-        return Sent(rows, route, weights, self._shared(x))
+        rows, route = self.dispatcher.send(x.flatten(0, -2), weights, indices, drops)
+        return Sent(rows, route, self._shared(x))
 
     def through_experts(self, parts: Sequence[Sent]) -> list[Sent]:
         """Wait for the rows of each part in turn, run the experts and begin to send the results back."""

@@ -1,60 +1,65 @@
 """The interface that brings tokens to their experts and back, and its version for one device.
 
-Shapes: T tokens, D hidden, K top-k, N = T * K rows sorted by expert, M rows that arrive at this device's L experts.
+Shapes: T tokens, D hidden, K top-k, N rows that arrive at this device's L experts.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 
-from qwen_moe.models.ops.permute import Permutation, combine, permute, sort_by_expert
+from qwen_moe.models.ops.permute import Rows, combine, permute_weights, sort_by_expert
+
+
+class Arrived(NamedTuple):
+    """What the experts of this device compute."""
+
+    states: torch.Tensor  # [M, D]
+    rows: Rows  # which of the states each of the N rows is, sorted by expert
+    weights: torch.Tensor  # [N]
 
 
 class Route(Protocol):
     """The way of some tokens' rows to their experts and back. Each step takes what the step before it returned, and waits
     for the rows if they travel: `Dispatcher.send`, `receive`, experts, `send_back`, `combine`."""
 
-    def receive(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows ``[M, D]`` that arrive here, sorted by expert, and their counts ``[L]``."""
+    def receive(self, sent: torch.Tensor) -> Arrived:
+        """What arrives here."""
         ...
 
     def send_back(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Begin to return ``outputs [M, D]``, in the order of `receive`."""
+        """Begin to return ``outputs [N, D]``, in the order of `receive`."""
         ...
 
-    def combine(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The sums ``[T, D]`` of the rows that have come back, with ``weights [T, K]``."""
+    def combine(self, rows: torch.Tensor) -> torch.Tensor:
+        """The sums ``[T, D]`` of the rows that have come back."""
         ...
 
 
 class Dispatcher(Protocol):
     """Brings tokens to experts and results back."""
 
-    def send(self, x: torch.Tensor, indices: torch.Tensor, drops: bool) -> tuple[torch.Tensor, Route]:
-        """Begin to send ``x [T, D]`` to the experts ``indices [T, K]``. With ``drops``, an index equal to the number of
-        experts marks a dropped choice, whose weight is 0."""
+    def send(
+        self, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, drops: bool
+    ) -> tuple[torch.Tensor, Route]:
+        """Begin to send ``x [T, D]`` to the experts ``indices [T, K]``, with ``weights [T, K]``. With ``drops``, an index
+        equal to the number of experts marks a dropped choice."""
         ...
 
 
 class LocalRoute:
     """Rows that stay on this device."""
 
-    def __init__(self, order: Permutation, drops: bool) -> None:
-        self.order, self.drops = order, drops
+    def __init__(self, rows: Rows, weights: torch.Tensor) -> None:
+        self.rows, self.weights = rows, weights
 
-    def receive(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.drops:
-            return rows, self.order.counts
-        # Dropped choices are sorted to the end.
-        return rows[: rows.shape[0] - int(self.order.counts[-1])], self.order.counts[:-1]
+    def receive(self, sent: torch.Tensor) -> Arrived:
+        return Arrived(sent, self.rows, self.weights)
 
     def send_back(self, outputs: torch.Tensor) -> torch.Tensor:
-        lost = self.order.token.numel() - outputs.shape[0]
-        return F.pad(outputs, (0, 0, 0, lost)) if self.drops else outputs  # dropped choices stay zero
+        return outputs
 
-    def combine(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return combine(rows, weights, self.order)
+    def combine(self, rows: torch.Tensor) -> torch.Tensor:
+        return combine(rows, self.rows)
 
 
 class LocalDispatcher:
@@ -63,6 +68,11 @@ class LocalDispatcher:
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
-    def send(self, x: torch.Tensor, indices: torch.Tensor, drops: bool) -> tuple[torch.Tensor, Route]:
-        order = sort_by_expert(indices, self.num_experts + drops)
-        return permute(x, order), LocalRoute(order, drops)
+    def send(
+        self, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, drops: bool
+    ) -> tuple[torch.Tensor, Route]:
+        rows, choice = sort_by_expert(indices, self.num_experts + drops)
+        if drops:  # they are last, and their sums get nothing
+            kept = indices.numel() - int(rows.counts[-1])
+            rows, choice = Rows(rows.token[:kept], rows.row, rows.counts[:-1]), choice[:kept]
+        return x, LocalRoute(rows, permute_weights(weights, choice, rows.row))

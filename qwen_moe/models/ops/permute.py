@@ -1,4 +1,4 @@
-"""Sorts token rows by expert, and combines them by token again: the two ends of every dispatch.
+"""Sorts token rows by expert, and sums them by token again: the two ends of every dispatch.
 
 Shapes: T tokens, D hidden, E experts, K top-k, N = T * K rows sorted by expert.
 """
@@ -8,34 +8,43 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from qwen_moe.models.ops.compiled import fused
 
-
-class Permutation(NamedTuple):
-    """Rows sorted by expert: ``token [N]`` of each row, ``row [T, K]`` of each (token, choice), ``counts [E]``."""
+class Rows(NamedTuple):
+    """Rows sorted by expert: ``token [N]`` of each row, ``row [T, K]`` of each (token, choice), ``counts [E]``. Where rows
+    at the end are left out, ``row`` still has them."""
 
     token: torch.Tensor
     row: torch.Tensor
     counts: torch.Tensor
 
 
-def sort_by_expert(indices: torch.Tensor, num_experts: int) -> Permutation:
-    """The stable order that puts all choices ``indices [T, K]`` of expert 0 first, then 1, and so on."""
+def sort_by_expert(indices: torch.Tensor, num_experts: int) -> tuple[Rows, torch.Tensor]:
+    """The stable order that puts all choices ``indices [T, K]`` of expert 0 first, then 1, and so on; and the choice ``[N]``
+    (token * K + k) of each row."""
     flat = indices.flatten()
     order = flat.argsort(stable=True)
     row = torch.empty_like(order)
     row[order] = torch.arange(order.numel(), device=order.device)
     # Not bincount, which synchronizes with a GPU to learn the size of its result.
     counts = torch.zeros(num_experts, dtype=torch.int64, device=flat.device)
-    return Permutation(
+    rows = Rows(
         token=order.div(indices.shape[1], rounding_mode="floor"),
         row=row.view_as(indices),
         counts=counts.scatter_add_(0, flat, torch.ones_like(flat)),
     )
+    return rows, order
+
+
+def sum_of_rows(rows: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """``rows [N, D]`` -> the sums ``[T, D]`` of those at ``row [T, K]``, by a gather (no scatter-add, hence deterministic).
+    Rows that are left out at the end are zero."""
+    if lost := row.numel() - rows.shape[0]:
+        rows = F.pad(rows, (0, 0, 0, lost))
+    return rows.index_select(0, row.flatten()) if row.shape[1] == 1 else F.embedding_bag(row, rows, mode="sum")
 
 
 class _Permute(torch.autograd.Function):
-    """x [T, D] -> rows [N, D]. backward sums each token's K rows by a gather (no scatter-add, hence deterministic)."""
+    """x [T, D] -> rows [N, D]. backward sums each token's rows."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, token: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
@@ -45,40 +54,34 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (row,) = ctx.saved_tensors
-        return F.embedding_bag(row, grad_outputs[0], mode="sum"), None, None
-
-
-@fused
-def _combine_gradients(
-    dy: torch.Tensor, rows: torch.Tensor, row_weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of rows ``[N, D]`` and of their weights ``[N]``, from the output's gradient at each row's token."""
-    return dy * row_weights.unsqueeze(1), torch.linalg.vecdot(dy, rows)
+        return sum_of_rows(grad_outputs[0], row), None, None
 
 
 class _Combine(torch.autograd.Function):
-    """rows [N, D], weights [T, K] -> sum over K of weight * row, [T, D]. backward scales the gathered output gradient."""
+    """rows [N, D] -> sums [T, D] of each token's rows. backward gathers the gradient."""
 
     @staticmethod
-    def forward(ctx, rows: torch.Tensor, weights: torch.Tensor, token: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(rows, weights, token, row)
-        return F.embedding_bag(row, rows, mode="sum", per_sample_weights=weights)
+    def forward(ctx, rows: torch.Tensor, token: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(token)
+        return sum_of_rows(rows, row)
 
     @staticmethod
-    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        rows, weights, token, row = ctx.saved_tensors
-        dy = grad_outputs[0].index_select(0, token)
-        row_weights = torch.empty_like(weights.flatten())
-        row_weights[row.flatten()] = weights.flatten()
-        drows, dot = _combine_gradients(dy, rows, row_weights)
-        return drows, dot[row], None, None
+    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (token,) = ctx.saved_tensors
+        return grad_outputs[0].index_select(0, token), None, None
 
 
-def permute(x: torch.Tensor, order: Permutation) -> torch.Tensor:
-    """Token rows ``[T, D]`` -> one row per choice, sorted by expert ``[N, D]``."""
-    return _Permute.apply(x, order.token, order.row)
+def permute(x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Token states ``[T, D]`` -> one row per choice, sorted by expert ``[N, D]``."""
+    return _Permute.apply(x, rows.token, rows.row)
 
 
-def combine(rows: torch.Tensor, weights: torch.Tensor, order: Permutation) -> torch.Tensor:
-    """Rows sorted by expert ``[N, D]`` -> their weighted sums by token ``[T, D]``."""
-    return _Combine.apply(rows, weights, order.token, order.row)
+def permute_weights(weights: torch.Tensor, choice: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """The weight of each row ``[N]``, of the choices' ``weights [T, K]``, by the ``choice [N]`` of each row and the rows
+    ``row [T, K * copies]`` of each token, copies of a choice next to each other."""
+    return _Permute.apply(weights.reshape(-1, 1), choice, row.reshape(weights.numel(), -1)).squeeze(1)
+
+
+def combine(rows: torch.Tensor, order: Rows) -> torch.Tensor:
+    """Rows sorted by expert ``[N, D]`` -> their sums by token ``[T, D]``."""
+    return _Combine.apply(rows, order.token, order.row)
