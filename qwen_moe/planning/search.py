@@ -292,9 +292,10 @@ class Search:
         return scored if scored.memory.total <= self.gpu.usable_bytes else None
 
     def _telling(self, misfits: list[Timed], something_fits: bool) -> list[Scored]:
-        """The fastest layouts with three different sets of degrees or, if nothing fits, those that need the least memory."""
+        """The fastest layouts with three different sets of degrees, first those that nearly fit; or, if nothing fits, those
+        that need the least memory."""
         found: dict[tuple[int, ...], Scored] = {}
-        for timed in misfits if something_fits else self._leanest(misfits):
+        for timed in self._nearly_first(misfits) if something_fits else self._leanest(misfits):
             choice = timed[1]
             degrees = (choice.tp, choice.pp, choice.cp, choice.ep, choice.etp)
             if degrees not in found:
@@ -302,6 +303,17 @@ class Search:
             if len(found) == 3:
                 break
         return list(found.values())
+
+    def _nearly_first(self, misfits: list[Timed]) -> Iterator[Timed]:
+        """``misfits`` in their order, except that those that surely need more than twice the memory come last: to learn that
+        they do not fit teaches little, and what would fit in their place is far from them."""
+        far = []
+        for timed in misfits:
+            if self.memory.floor(*timed[1:]) > 2 * self.gpu.usable_bytes:
+                far.append(timed)
+            else:
+                yield timed
+        yield from far
 
     def _leanest(self, misfits: list[Timed]) -> Iterator[Timed]:
         """``misfits`` by the memory that they need, from the least on. Each waits by a lower bound and has its activations

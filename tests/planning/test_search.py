@@ -104,8 +104,8 @@ def nearest(choice: Choice, found: list[PLAIN], usable: float) -> PLAIN | None:
 
 @pytest.mark.parametrize(("seed", "share"), [(1, 2.0), (1, 0.5), (1, 0.0), (3, 0.1)])
 def test_the_search_finds_what_an_exhaustive_one_finds(seed: int, share: float) -> None:
-    """To the last bit: the fastest that fit, what would be faster, and what is nearest to that; where nothing fits, the
-    leanest. ``share``: of the layouts, those that fit."""
+    """To the last bit: the fastest that fit, what would be faster with more memory, and what is nearest to that; where
+    nothing fits, the leanest. ``share``: of the layouts, those that fit."""
     found = exhaustive(seed)
     needed = sorted(one[3] for one in found if one[1].gradient_reduction == "last")
     room = needed[int(share * len(needed))] if share < 1 else 2 * needed[-1]
@@ -121,6 +121,7 @@ def test_the_search_finds_what_an_exhaustive_one_finds(seed: int, share: float) 
     assert all(same(scored, plain) for scored, plain in zip(plan.best, expected, strict=True))
     if expected:
         faster = by_time[: next(i for i, one in enumerate(by_time) if one[3] <= usable)]
+        faster.sort(key=lambda one: counted(seed).floor(*one[1:3]) > 2 * usable)  # those that nearly fit come first
     else:
         faster = sorted(by_time, key=lambda one: one[3])
     faster = first_of_each(faster, 3)
