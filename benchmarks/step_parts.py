@@ -27,6 +27,7 @@ from qwen_moe.models.feed_forward import FeedForward
 from qwen_moe.models.flops import flops_per_token
 from qwen_moe.models.init import build_model
 from qwen_moe.models.moe.block import MoE
+from qwen_moe.models.moe.dispatch import Arrived
 from qwen_moe.models.moe.experts import Experts
 from qwen_moe.models.moe.router import Router
 from qwen_moe.models.norm import RMSNorm
@@ -75,9 +76,10 @@ class PartClock:
         def end(direction: str) -> None:
             self.seconds[name] += time.perf_counter() - self._begun.pop((id(experts), direction))
 
-        def compute(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        def compute(arrived: Arrived) -> torch.Tensor:
             begin("forward")
-            y = inner(_OnBackward.apply(x, lambda: end("backward")), counts)
+            states = _OnBackward.apply(arrived.states, lambda: end("backward"))
+            y = inner(arrived._replace(states=states))
             end("forward")
             return _OnBackward.apply(y, lambda: begin("backward"))
 

@@ -166,8 +166,8 @@ class CompiledStep:
             x, indices = rest(x, y, layer.rest, layer.experts, layer.sizes)
         else:
             x, normed, weights, indices, shared = self._route(x, y, layer.rest, layer.sizes)
-            rows, route = moe.dispatcher.send(normed, indices, False)
-            (back,) = moe.through_experts([Sent(rows, route, weights, shared)])
+            rows, route = moe.dispatcher.send(normed, weights, indices, False)
+            (back,) = moe.through_experts([Sent(rows, route, shared)])
             x = x + back.received(x)
         if chosen is not None:
             chosen.append(indices)

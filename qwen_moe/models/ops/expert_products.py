@@ -51,7 +51,8 @@ class _DownProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(gate_up, weights, weight, counts)
         ctx.kernel = kernel
-        hidden = weighted_values(*gate_up.chunk(2, dim=-1), weights)
+        g, u = gate_up.chunk(2, dim=-1)
+        hidden = weighted_values(g, u, weights)
         return kernel.product(kernel.operand(hidden), weight, counts)
 
     @staticmethod
@@ -60,7 +61,8 @@ class _DownProduct(torch.autograd.Function):
         kernel, dweight = ctx.kernel, None
         dy = kernel.operand(grad_outputs[0])
         dhidden = kernel.input_gradient(dy, weight, counts)
-        dgate_up, dweights, hidden = weighted_gradients(*gate_up.chunk(2, dim=-1), weights, dhidden)
+        g, u = gate_up.chunk(2, dim=-1)
+        dgate_up, dweights, hidden = weighted_gradients(g, u, weights, dhidden)
         if ctx.needs_input_grad[2]:
             dweight = kernel.weight_gradient(dy, kernel.operand(hidden), weight, counts)
         return dgate_up, dweights, dweight, None, None

@@ -83,12 +83,14 @@ class _WeightedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate_up, weights)
-        return weighted_values(*gate_up.chunk(2, dim=-1), weights)
+        g, u = gate_up.chunk(2, dim=-1)
+        return weighted_values(g, u, weights)
 
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate_up, weights = ctx.saved_tensors
-        dgate_up, dweights, _ = weighted_gradients(*gate_up.chunk(2, dim=-1), weights, grad_outputs[0])
+        g, u = gate_up.chunk(2, dim=-1)
+        dgate_up, dweights, _ = weighted_gradients(g, u, weights, grad_outputs[0])
         return dgate_up, dweights
 
 
