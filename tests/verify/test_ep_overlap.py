@@ -125,6 +125,9 @@ def _messages(config: RunConfig) -> list[tuple[str, str]]:
     def launched(rows: torch.Tensor, of: Any, axis: Any, back: bool) -> Pending:
         number = next(place for place, one in enumerate(plans) if one is of)
         name = f"{'AB'[number % 2]}{number // 2} {'back' if back else 'out'}"
+        if rows.shape[1] == 1:  # the weights of the rows that were launched just before, or their gradients
+            assert events[-1] == ("launch", name)
+            return launch(rows, of, axis, back)
         events.append(("launch", name))
         return _Watched(launch(rows, of, axis, back), lambda: events.append(("wait", name)))
 
