@@ -53,8 +53,7 @@ def sample_with_transformers(hf_dir: Path, prompt: str, seed: int, new_tokens: i
         **inputs,
         max_new_tokens=new_tokens,
         do_sample=True,
-        temperature=0.7,
-        top_p=0.9,
+        top_k=50,  # at a lower temperature, a model that has read little repeats one token
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
     )
     return tokenizer.decode(output[0], skip_special_tokens=True)
