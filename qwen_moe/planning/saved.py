@@ -186,7 +186,7 @@ def _kept(body: Body, core: Core, dead: tuple[bool, ...]) -> Bytes:
     return found
 
 
-def _joined(body: Body, core: Core, dead: tuple[bool, ...]) -> Bytes:
+def _joined_gradients(body: Body, core: Core, dead: tuple[bool, ...]) -> Bytes:
     """What of the gradients of q, k and v is alive only because another one, in the same storage, is."""
     needed = {group for group, gone in zip(core.joined, dead, strict=True) if not gone}
     found = NOTHING
@@ -207,7 +207,9 @@ def _moments(body: Body, core: Core, run: Run) -> Iterator[int]:
     before, between, after = body.fronts
     held = inside(core.held)
     yield from (outside(one) for front in before.values() for one in front.all)
-    yield from (outside(plus(one, _joined(body, core, dead))) for dead, front in after.items() for one in front.all)
+    yield from (
+        outside(plus(one, _joined_gradients(body, core, dead))) for dead, front in after.items() for one in front.all
+    )
     yield from (
         outside(plus(one, _kept(body, core, dead))) + held for dead, front in between.items() for one in front.all
     )
