@@ -127,7 +127,7 @@ class MemoryModel:
         return once + max(standing + max(a * moe + b * dense for a, b in moments) for standing, moments in by_rank)
 
     def _least_layer(self, choice: Choice) -> tuple[float, float, float]:
-        """What a rank holds at least: of each MoE layer, of each other one, and of the one that it recomputes. The ranks
+        """What a rank holds at least: of each MoE layer, of each other one, and in one layer's backward. The ranks
         that share sequences together hold no less than one rank would: no tensor is cut into more pieces than there are
         ranks."""
         ranks, recompute = choice.tp * choice.cp, choice.recompute == "full"
@@ -137,11 +137,12 @@ class MemoryModel:
         if key not in self._least_layers:
             saved = self.saved(choice.precision)
             kinds = {self.model.is_moe_layer(layer) for layer in range(self.model.num_hidden_layers)}
-            whole = {kind: saved.layer(split, kind, choice.micro_batch).held / ranks for kind in kinds}
-            held, once = whole, 0.0
+            layers = {kind: saved.layer(split, kind, choice.micro_batch) for kind in kinds}
+            whole = {kind: layer.held / ranks for kind, layer in layers.items()}
+            held, once = whole, min(layer.working for layer in layers.values()) / ranks
             if recompute:
                 held = {kind: saved.layer(split, kind, choice.micro_batch, True).held / ranks for kind in kinds}
-                once = min(whole.values())
+                once += min(whole.values())
             self._least_layers[key] = held.get(True, 0.0), held.get(False, 0.0), once
         return self._least_layers[key]
 
