@@ -19,7 +19,7 @@ def heap_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]
 
     torch asks for aligned blocks. glibc cuts them out of larger ones, and a small block soon takes the rest. While it is in
     the cache, it keeps the large block, once that is freed, from becoming whole, and the next tensor of the same size does
-    not fit there (glibc's bug 14581, mended in 2.38): a step of the reference shape needed a fifth more memory
+    not fit there (glibc's bug 14581; measured with 2.36): a step of the reference shape needed a fifth more memory
     (`benchmarks/README.md`). malloc reads this variable when a process starts, so only a parent process can set it.
 
     Nothing where there are GPUs, or where the user has set malloc.
