@@ -1,9 +1,11 @@
 """FP8 runs through the command line: in tp, ep and pp at once, killed, gone on with, and in another layout."""
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -85,14 +87,15 @@ def test_another_layout_goes_on_with_its_scales(tmp_path: Path, corpus: Path, un
     recipe = write(tmp_path, corpus, checkpoint__interval=half)
     process = subprocess.Popen(command(recipe), stderr=subprocess.DEVNULL)
     _wait_for(lambda: (tmp_path / "run" / "checkpoints" / f"step_{half:08d}").is_dir(), process)
-    for worker in _workers(process.pid):
-        worker.kill()
-    process.kill()
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()  # its workers end with it, after a checkpoint of the step that they are at
     process.wait()
+    assert not psutil.wait_procs(family, timeout=60)[1]
     alone = ["parallel.tp=1", "parallel.pp=1", "parallel.ep=1", "launch.nproc=1"]
     outcome = run_to_end(recipe, *alone)
     assert outcome.returncode == 0, outcome.stderr
-    assert f"step_{half:08d}" in outcome.stderr and "resumed from" in outcome.stderr
+    started, resumed = map(json.loads, (tmp_path / "run" / "attempts.jsonl").read_text().splitlines())
+    assert (started["world_size"], resumed["world_size"]) == (4, 1) and half <= resumed["resumed_step"] < STEPS
     for (step, loss), (_, expected) in zip(losses(tmp_path), losses(undisturbed), strict=True):
         assert loss == pytest.approx(expected, rel=0.02), step
 
