@@ -27,8 +27,9 @@ from qwen_moe.generation.sampling import Sampling, draw, uniforms
 from qwen_moe.generation.text import generate_text
 from qwen_moe.generation.tokenizer import end_tokens
 from qwen_moe.models.decoder import DecoderLM
-from qwen_moe.models.ops.grouped_matmul import _padded_times, grouped_mm, loop_mm
+from qwen_moe.models.ops.grouped_matmul import _padded_times, grouped_mm
 from tests.generation.conftest import small_config, tokenizer
+from tests.models.grouped_loop import loop_mm
 from tests.models.hf_reference import FAMILIES, draw_weights, hf_model, model_configs, true_float64
 
 SETTINGS = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -49,7 +49,8 @@ def environment(where: Where) -> Iterator[Row]:
 
 def grouped_products(where: Where) -> Iterator[Row]:
     """Our grouped product in bf16 against float64, forward and backward, with empty and crowded experts."""
-    from qwen_moe.models.ops.grouped_matmul import grouped_mm, loop_mm
+    from qwen_moe.models.ops.grouped_matmul import grouped_mm
+    from tests.models.grouped_loop import loop_mm
 
     experts, inner, outer, rows = (4, 32, 64, 64) if where.tiny else (128, 2048, 1536, 16384)
     generator = torch.Generator().manual_seed(0)

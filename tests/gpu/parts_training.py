@@ -13,9 +13,9 @@ from benchmarks.gpu import benchmark as compare
 from benchmarks.gpu_contenders import TINY, Session, Size
 from parallel.kernels.interface import ExpertPart, Kernels
 from qwen_moe.config import RunConfig, parse_config
-from qwen_moe.models.ops.grouped_matmul import loop_mm
 from qwen_moe.sharding.kernels import choose_kernels
 from tests.gpu.rows import Row, Where, check, error_of, guarded
+from tests.models.grouped_loop import loop_mm
 
 RECIPES = ("delayed", "current", "blockwise", "mxfp8")
 PROVIDERS = ("torch", "te")

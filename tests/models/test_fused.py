@@ -17,9 +17,10 @@ from qwen_moe.models.init import build_model
 from qwen_moe.models.linear import project
 from qwen_moe.models.ops import block_attention as blocks
 from qwen_moe.models.ops.compiled import compile_kernels, missing_compiler
-from qwen_moe.models.ops.grouped_matmul import _ROUNDED, _GroupedMM, _rounded, loop_mm
+from qwen_moe.models.ops.grouped_matmul import _ROUNDED, _GroupedMM, _rounded
 from qwen_moe.models.ops.rotate import rotate
 from qwen_moe.models.ops.swiglu import swiglu, weighted_swiglu
+from tests.models.grouped_loop import loop_mm
 from tests.models.test_layers import rand, small_config
 from tests.small import VOCAB
 

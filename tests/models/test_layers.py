@@ -18,11 +18,12 @@ from qwen_moe.models.moe.block import MoE
 from qwen_moe.models.moe.router import Router
 from qwen_moe.models.norm import RMSNorm
 from qwen_moe.models.ops.expert_products import down_product, up_product
-from qwen_moe.models.ops.grouped_matmul import grouped_mm, loop_mm
+from qwen_moe.models.ops.grouped_matmul import grouped_mm
 from qwen_moe.models.ops.permute import Rows, combine, permute, permute_weights, sort_by_expert
 from qwen_moe.models.ops.rms_norm import _RMSNorm
 from qwen_moe.models.ops.swiglu import swiglu
 from qwen_moe.models.rope import Rope, apply_rope, make_rope
+from tests.models.grouped_loop import loop_mm
 from tests.small import small_model
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from parallel.gemm import HALF, affine, linear, times, widen, widens
+from parallel.gemm import HALF, affine, times, widen, widens
 
 FEW = 256  # rows in all, when tokens are generated
 GroupedMM = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -173,14 +173,10 @@ class _GroupedMM(torch.autograd.Function):
         return dx, dweight, None, None
 
 
-def loop_mm(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """``x [N, A]`` times ``weight [E, O, A]`` transposed, rows split by ``counts [E]``: a plain loop, for any dtype."""
-    parts = x.split(counts.tolist())
-    return torch.cat([linear(part, weight[expert]) for expert, part in enumerate(parts)])
-
-
 def grouped_mm(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Like `loop_mm`, using the fastest kernel."""
+    """Rows of each expert, ``x [N, A]`` split by ``counts [E]``, times its ``weight [E, O, A]`` transposed: ``[N, O]``.
+
+    By the fastest kernel for them."""
     kernel = kernel_for(x, weight)
     if torch.is_grad_enabled():
         return _GroupedMM.apply(x, weight, counts, kernel)
@@ -194,7 +190,7 @@ def _ends(counts: torch.Tensor) -> torch.Tensor:
 
 
 def _few_rows_times(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """`loop_mm` without gradients that reads only the weights of experts that have rows, unless those are most."""
+    """`grouped_mm` without gradients that reads only the weights of experts that have rows, unless those are most."""
     out, wide, sizes = x.new_empty(x.shape[0], weight.shape[1]), widens(x), counts.tolist()
     if x.dtype in HALF and not wide and 2 * sum(size > 1 for size in sizes) >= len(sizes):
         return _padded_times(x, weight, counts, max(sizes))
@@ -211,7 +207,7 @@ def _few_rows_times(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor)
 
 
 def _padded_times(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor, most: int) -> torch.Tensor:
-    """`loop_mm` in one batched product: ``most`` rows of each expert, of which some are padding.
+    """`grouped_mm` in one batched product: ``most`` rows of each expert, of which some are padding.
 
     oneDNN takes some 20 microseconds to begin a half-precision product, and multiplies a few rows in the time of one. As in
     `times`, the second operand, which it rearranges, is the small one.
