@@ -19,6 +19,12 @@ def _steps(path: Path) -> list[Path]:
     return list((step_directories(path) or step_directories(path / CHECKPOINTS)).values())
 
 
+def check_exists(directory: Path) -> None:
+    """Raises UserError if there is no such directory of a model."""
+    if not directory.is_dir():
+        raise UserError(f"{directory} does not exist: give a checkpoint, a run directory or a Hugging Face directory")
+
+
 def is_ours(path: Path) -> bool:
     """Whether ``path`` is a checkpoint, a run directory or its `checkpoints/`, rather than a Hugging Face directory."""
     found = [path, *_steps(path)]

@@ -168,8 +168,9 @@ def load_tokenizer(directory: Path) -> "Tokenizer":
 
     path = directory / "tokenizer.json"
     if not path.is_file():
+        fault = "has no tokenizer.json" if directory.is_dir() else "does not exist"
         raise UserError(
-            f"tokenizer {directory} has no tokenizer.json: give a directory written by `qwen-moe data prepare "
+            f"tokenizer {directory} {fault}: give a directory written by `qwen-moe data prepare "
             "--train-tokenizer` or by transformers' save_pretrained"
         )
     try:

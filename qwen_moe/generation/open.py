@@ -9,6 +9,7 @@ import torch
 
 from qwen_moe.checkpoint.huggingface.convert import Weights, open_weights, read_model
 from qwen_moe.checkpoint.huggingface.sparse import read_sparse
+from qwen_moe.checkpoint.resolve import check_exists
 from qwen_moe.config import ModelConfig
 from qwen_moe.data.chat import Chat
 from qwen_moe.data.tokenizer import read_tokenizer
@@ -47,10 +48,7 @@ class Opened:
     """A checkpoint whose tokenizer and config are read. `engine` reads the weights, once."""
 
     def __init__(self, directory: Path) -> None:
-        if not directory.is_dir():
-            raise UserError(
-                f"{directory} does not exist: give a checkpoint, a run directory or a Hugging Face directory"
-            )
+        check_exists(directory)
         self.weights = open_weights(directory)
         if criteria := self.weights.config.criteria:
             raise UserError(

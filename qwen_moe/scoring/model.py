@@ -14,6 +14,7 @@ import torch
 
 from qwen_moe.checkpoint.huggingface.convert import Weights, open_weights, read_model
 from qwen_moe.checkpoint.manifest import CheckpointDamaged
+from qwen_moe.checkpoint.resolve import check_exists
 from qwen_moe.checkpoint.train_state import TRAIN_STATE, read_train_state
 from qwen_moe.errors import UserError
 from qwen_moe.models.decoder import DecoderLM
@@ -124,8 +125,7 @@ class ScoringModel:
 
 def open_reward_model(directory: Path) -> Weights:
     """`open_weights`. Raises UserError for a language model."""
-    if not directory.is_dir():
-        raise UserError(f"{directory} does not exist: give a checkpoint, a run directory or a Hugging Face directory")
+    check_exists(directory)
     opened = open_weights(directory)
     if not opened.config.criteria:
         raise UserError(

@@ -105,6 +105,8 @@ def test_impossible_sizes(tmp_path: Path) -> None:
 def test_unreadable_tokenizers(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="nowhere does not exist: give a directory"):
+        load_tokenizer(tmp_path / "nowhere")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="not a readable tokenizer"):
         load_tokenizer(tmp_path)

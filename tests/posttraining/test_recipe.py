@@ -49,7 +49,7 @@ def refusal(here: Path, *overrides: str) -> str:
         (["measure.rewards=[exat]"], "measure.queries: "),
         (["measure.queries=gone.jsonl"], "measure.queries: gone.jsonl cannot be read: No such file"),
         (["measure.max_new_tokens=0"], "measure.max_new_tokens = 0"),
-        (["start=nowhere", "sft=null"], "start: nowhere has no tokenizer"),
+        (["start=nowhere", "sft=null"], "start: nowhere does not exist: give a checkpoint"),
     ],
 )
 def test_a_mistake_is_named(here: Path, overrides: list[str], named: str) -> None:
