@@ -128,7 +128,7 @@ def _text(name: str, facts: dict[str, Any]) -> str:
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser("info", help="parameters, FLOPs per token and bytes of a model")
+    parser = subparsers.add_parser("info", help="print parameters, FLOPs per token and bytes of a model")
     parser.add_argument(
         "name", nargs="?", help=f"a preset ({', '.join(PRESETS)}), recipe.yaml, HF directory or checkpoint"
     )
@@ -143,9 +143,11 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
             choices=("bf16", "fp32", "fp64"),
             help=f"{name} dtype (default: the recipe's, otherwise {otherwise})",
         )
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument(
-        "--machine", action="store_true", help="this machine: cores, memory, how it multiplies matrices and how fast"
+        "--machine",
+        action="store_true",
+        help="describe this machine: cores, memory, how it multiplies matrices and how fast",
     )
     schedule = parser.add_argument_group("pipeline schedules")
     schedule.add_argument(
@@ -157,12 +159,17 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     schedule.add_argument("--pp", type=whole(1, 4096), help="pipeline ranks (default: the recipe's)")
     schedule.add_argument(
-        "--micro-batches", type=whole(1, 100_000), help="per step and data-parallel rank (default: the recipe's)"
+        "--micro-batches",
+        type=whole(1, 100_000),
+        help="micro-batches per step and data-parallel rank (default: the recipe's)",
     )
     schedule.add_argument(
-        "--stages-per-rank", type=whole(0, 10_000), default=0, help="default: 1 for 1f1b, 2 for the others"
+        "--stages-per-rank",
+        type=whole(0, 10_000),
+        default=0,
+        help="pipeline stages of a rank (default: 1 for 1f1b, 2 for the others)",
     )
-    schedule.add_argument("--output", type=Path, help="the picture (schedule.png)")
+    schedule.add_argument("--output", type=Path, help="file of the schedule's picture (default: schedule.png)")
     parser.set_defaults(func=run)
 
 

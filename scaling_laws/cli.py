@@ -34,11 +34,11 @@ def register(
     verbs = scaling.add_subparsers(dest="scaling_verb", required=True, metavar="VERB")
     fit = verbs.add_parser("fit", help="fit laws to tables of runs")
     fit.add_argument("runs", nargs="+", type=Path, metavar="RUNS.csv", help="CSV or JSONL, see docs/scaling-laws.md")
-    fit.add_argument("--output", type=Path, required=True, metavar="FIT_DIR")
+    fit.add_argument("--output", type=Path, required=True, metavar="FIT_DIR", help="folder for the fit")
     fit.add_argument(
         "--samples", type=int, default=200, help="refits to resampled groups, for intervals (default: 200)"
     )
-    fit.add_argument("--seed", type=int, default=0)
+    fit.add_argument("--seed", type=int, default=0, help="of the resampling (default: 0)")
     fit.add_argument(
         "--no-prior", action="store_true", help="use what laboratories publish only for what the table does not tell"
     )
@@ -49,13 +49,13 @@ def register(
         metavar="NAME",
         help='leave out a laboratory\'s published law, such as "Step Law"; may be repeated',
     )
-    fit.add_argument("--json", action="store_true")
+    fit.add_argument("--json", action="store_true", help="print the result as JSON")
     fit.set_defaults(func=_fit, needs=("scipy", "pandas"))
     recommend = verbs.add_parser("recommend", help="learning rate, batch size and loss of a run to launch")
-    recommend.add_argument("fit", type=Path, metavar="FIT_DIR")
+    recommend.add_argument("fit", type=Path, metavar="FIT_DIR", help="a folder that `fit` wrote")
     recommend.add_argument("--n-total", type=float, help="parameters, counted as in the table")
     recommend.add_argument("--n-active", type=float, help="parameters activated by one token (default: all)")
-    recommend.add_argument("--tokens", type=float)
+    recommend.add_argument("--tokens", type=float, help="training tokens")
     recommend.add_argument(
         "--flops", type=float, help="6 N_active D, instead of sizes: the compute-optimal sizes are computed"
     )
@@ -66,14 +66,16 @@ def register(
         "--granularity", type=float, help="granularity of the experts, if the runs vary it (default: their median)"
     )
     recommend.add_argument("--unique-tokens", type=float, help="number of different tokens, if --tokens repeats them")
-    recommend.add_argument("--seq-len", type=int, required=True)
-    recommend.add_argument("--data-parallel", type=int, default=1)
-    recommend.add_argument("--micro-batch", type=int, default=1)
-    recommend.add_argument("--accept-extrapolation", action="store_true")
-    recommend.add_argument("--json", action="store_true")
+    recommend.add_argument("--seq-len", type=int, required=True, help="tokens of a sequence")
+    recommend.add_argument("--data-parallel", type=int, default=1, help="data-parallel ranks, which divide the batch")
+    recommend.add_argument(
+        "--micro-batch", type=int, default=1, help="sequences of a micro-batch, which divide the batch"
+    )
+    recommend.add_argument("--accept-extrapolation", action="store_true", help="answer even far outside the runs")
+    recommend.add_argument("--json", action="store_true", help="print the result as JSON")
     recommend.set_defaults(func=_recommend, needs=("scipy", "pandas"))
     report = verbs.add_parser("report", help="draw a fit's pictures and write its report")
-    report.add_argument("fit", type=Path, metavar="FIT_DIR")
+    report.add_argument("fit", type=Path, metavar="FIT_DIR", help="a folder that `fit` wrote")
     report.set_defaults(func=_report, needs=("scipy", "pandas", "matplotlib"))
     return verbs
 

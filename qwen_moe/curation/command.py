@@ -26,7 +26,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "curate", help="filter, score, deduplicate and weigh documents by a recipe of steps, resumable at every step"
     )
     parser.add_argument("recipe", type=Path, help="a section for each step; see recipes/curate_demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the recipe to override")
     parser.add_argument("--until", choices=STEPS, metavar="STEP", help=f"stop after this step: {', '.join(STEPS)}")
     parser.add_argument("--redo", choices=STEPS, metavar="STEP", help="do this step and all that follow again")
     parser.add_argument(

@@ -17,7 +17,7 @@ def register_chat(verbs: Any, output_prefix: Any) -> None:
     """Add the verb to those of `data`. ``output_prefix``: the type of --output."""
     parser = verbs.add_parser("chat", help="tokenize conversations, or pairs of answers, for training on the answers")
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="JSONL files, or directories of them")
-    parser.add_argument("--output", type=output_prefix, metavar="PREFIX")
+    parser.add_argument("--output", type=output_prefix, metavar="PREFIX", help="writes PREFIX.bin, .idx and others")
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="a tokenizer with a chat template")
     parser.add_argument(
         "--learn",
@@ -41,8 +41,8 @@ def register_chat(verbs: Any, output_prefix: Any) -> None:
         "--preview", type=whole(1, 1000), metavar="N", help="print N examples; what is learned is marked"
     )
     parser.add_argument("--workers", type=whole(0, 4096), default=0, help="number of processes (default: one per core)")
-    parser.add_argument("--overwrite", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output made from other inputs or settings")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(func=run_chat)
 
 

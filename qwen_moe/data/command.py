@@ -22,7 +22,7 @@ def output_prefix(text: str) -> Path:
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser("data", help="turn text into token files for training, or describe such files")
+    parser = subparsers.add_parser("data", help="prepare, filter, score and check data for training")
     verbs = parser.add_subparsers(dest="data_verb", required=True, metavar="VERB")
     prepare = verbs.add_parser(
         "prepare", help="tokenize text, JSONL (.gz, .zst, .bz2, .xz) and directories into .bin/.idx files"
@@ -34,9 +34,11 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="PATH",
         help="files, directories, python-stdlib, or passkey:DOCUMENTS:LONGEST",
     )
-    prepare.add_argument("--output", type=output_prefix, required=True, metavar="PREFIX")
+    prepare.add_argument(
+        "--output", type=output_prefix, required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx and .json"
+    )
     which = prepare.add_mutually_exclusive_group(required=True)
-    which.add_argument("--tokenizer", type=Path, metavar="DIR")
+    which.add_argument("--tokenizer", type=Path, metavar="DIR", help="an existing tokenizer")
     which.add_argument("--train-tokenizer", action="store_true", help="train one on the input, in PREFIX-tokenizer")
     prepare.add_argument(
         "--vocab-size", type=whole(0, LARGEST_SIZE), help="size of the trained tokenizer, with control tokens"
@@ -57,14 +59,16 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     prepare.add_argument(
         "--workers", type=whole(0, 4096), default=0, help="number of processes (default: one per core)"
     )
-    prepare.add_argument("--overwrite", action="store_true")
-    prepare.add_argument("--json", action="store_true")
+    prepare.add_argument(
+        "--overwrite", action="store_true", help="replace an output made from other inputs or settings"
+    )
+    prepare.add_argument("--json", action="store_true", help="print the result as JSON")
     prepare.set_defaults(func=run_prepare)
     register_chat(verbs, output_prefix)
     info = verbs.add_parser("info", help="describe a .bin/.idx pair")
-    info.add_argument("prefix", type=given_prefix)
+    info.add_argument("prefix", type=given_prefix, help="the --output of `data prepare` or `data chat`")
     info.add_argument("--check", action="store_true", help="hash both files completely and compare with the manifest")
-    info.add_argument("--json", action="store_true")
+    info.add_argument("--json", action="store_true", help="print the result as JSON")
     info.set_defaults(func=run_info)
 
 

@@ -114,7 +114,7 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
         "--kept-share",
         type=number(above=0, most=1),
         metavar="SHARE",
-        help="of the attention of a head's mean query, which sparse attention keeps at least; default: 0.95",
+        help="least share of a head's attention that sparse attention keeps, in the mean over queries; default: 0.95",
     )
 
 

@@ -25,24 +25,24 @@ NO_CLUSTER = "note: no Slurm answers here; nothing was checked against a cluster
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser("launch", help="run or resume a recipe on a Slurm cluster (docs/slurm.md)")
     parser.add_argument("recipe", type=Path, help="a recipe; with --array or --local, also a folder of recipes")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the recipe to override")
     parser.add_argument("--site", type=Path, help="site file (default: ~/.config/qwen-moe/slurm.toml, if it exists)")
     parser.add_argument("--dry-run", action="store_true", help="only print the sbatch script and the estimates")
-    parser.add_argument("--nodes", type=whole(1))
-    parser.add_argument("--gpus-per-node", default="", metavar="[TYPE:]NUMBER")
+    parser.add_argument("--nodes", type=whole(1), help="number of nodes (default: site file)")
+    parser.add_argument("--gpus-per-node", default="", metavar="[TYPE:]NUMBER", help="default: site file")
     parser.add_argument("--nproc", type=whole(1), help="processes per node (default: one per GPU, or one)")
     parser.add_argument("--cpus-per-task", type=whole(1), help="CPUs for all processes of a node (default: all)")
-    parser.add_argument("--partition", default="", metavar="NAME[,NAME...]")
+    parser.add_argument("--partition", default="", metavar="NAME[,NAME...]", help="as in sbatch")
     for name in ("time", "account", "qos", "constraint", "exclude"):
-        parser.add_argument(f"--{name}", default="")
+        parser.add_argument(f"--{name}", default="", help="as in sbatch")
     parser.add_argument("--signal-seconds", type=whole(1), help="seconds before the time limit to save a checkpoint")
     parser.add_argument("--shared", action="store_true", help="do not request whole nodes")
-    parser.add_argument("--container-image", default="")
+    parser.add_argument("--container-image", default="", help="run in this container (pyxis)")
     parser.add_argument("--container-mounts", type=lambda text: text.split(","), default=[], metavar="FROM:TO,...")
-    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="a variable for every process")
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any sbatch option")
     parser.add_argument(
-        "--after-ok", action="append", default=[], metavar="RUN|JOB", help="start after it has succeeded"
+        "--after-ok", action="append", default=[], metavar="RUN|JOB", help="start after that run or job has succeeded"
     )
     parser.add_argument(
         "--then", metavar="COMMAND", help="a shell command to run as a separate one-node job after success"

@@ -23,14 +23,14 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.set_defaults(func=show_status)
 
     parser = subparsers.add_parser("logs", help="print the ranks' logs of a launched run, oldest line first")
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--follow", action="store_true", help="also print new lines until the run has ended")
-    parser.add_argument("--rank", type=whole())
-    parser.add_argument("--attempt", type=whole(), help="default: the last one")
+    parser.add_argument("--rank", type=whole(), help="only this rank (default: all)")
+    parser.add_argument("--attempt", type=whole(), help="number of the attempt (default: the last one)")
     parser.set_defaults(func=show_logs)
 
     parser = subparsers.add_parser("cancel", help="cancel the job of a launched run; it is not requeued")
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.set_defaults(func=cancel)
 
 

@@ -14,18 +14,23 @@ from qwen_moe.options import number, whole
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser("plan", help="the fastest parallel layouts that fit on a cluster (docs/plan.md)")
-    parser.add_argument("recipe", type=Path, nargs="?")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser = subparsers.add_parser(
+        "plan", help="find the fastest parallel layouts that fit on a cluster (docs/plan.md)"
+    )
+    parser.add_argument("recipe", type=Path, nargs="?", help="a YAML file with every setting of a run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the recipe to override")
     parser.add_argument("--gpus", type=whole(1, MOST_PROCESSES), help="number of GPUs in all")
     parser.add_argument("--gpu", default="h100-80gb", help="a name, or a .yaml file (default: h100-80gb)")
-    parser.add_argument("--gpus-per-node", type=whole(1, MOST_PROCESSES), default=8)
+    parser.add_argument("--gpus-per-node", type=whole(1, MOST_PROCESSES), default=8, help="default: 8")
     parser.add_argument("--network", default="ib400", help="a name, or a .yaml file (default: ib400)")
     parser.add_argument(
         "--global-batch", type=whole(1, LARGEST_SIZE), help="sequences per step (default: the recipe's)"
     )
     parser.add_argument(
-        "--imbalance", type=number(least=1), default=1.0, help="tokens of the busiest expert over the average"
+        "--imbalance",
+        type=number(least=1),
+        default=1.0,
+        help="tokens of the busiest expert over the average (default: 1)",
     )
     parser.add_argument(
         "--margin",
@@ -34,12 +39,17 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="share of a GPU's usable memory that must stay free (default: 0)",
     )
     parser.add_argument(
-        "--stage", default="", metavar="NAME", help="of a run of stages (default: the longest sequences)"
+        "--stage",
+        default="",
+        metavar="NAME",
+        help="the stage to plan, of a run with stages (default: the longest sequences)",
     )
-    parser.add_argument("--precision", choices=("bf16", "fp8", "any"), default="any", help="default: any")
-    parser.add_argument("--price", type=number(least=0), help="per GPU-hour (default: as in the GPU's file)")
-    parser.add_argument("--top", type=whole(1), default=5)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--precision", choices=("bf16", "fp8", "any"), default="any", help="of the layouts to try (default: any)"
+    )
+    parser.add_argument("--price", type=number(least=0), help="price of a GPU-hour (default: as in the GPU's file)")
+    parser.add_argument("--top", type=whole(1), default=5, help="number of layouts to print (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--write", action="store_true", help="write the best layout into the recipe")
     parser.add_argument("--check-published", action="store_true", help="compare predicted times with published runs")
     parser.set_defaults(func=run)

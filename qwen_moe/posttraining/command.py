@@ -23,7 +23,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "post-train", help="fine-tune a model, then teach it by pairs and by its own samples; resumable at every step"
     )
     parser.add_argument("recipe", type=Path, help="a section for each step; see recipes/post_training_demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the recipe to override")
     parser.add_argument("--until", choices=NAMES, metavar="STEP", help=f"stop after this step: {', '.join(NAMES)}")
     parser.add_argument(
         "--redo", choices=NAMES, metavar="STEP", help="do this step again, and those that work on what it makes"

@@ -60,7 +60,7 @@ def _add_rewards(parser: argparse.ArgumentParser) -> None:
         "--on-reward-failure",
         choices=("error", "zero"),
         default="error",
-        help="what a reward counts that hangs, throws or returns no finite number; default: %(default)s",
+        help="if a reward hangs, throws or returns no finite number: stop, or count it as 0; default: %(default)s",
     )
     group.add_argument(
         "--reward-seconds", type=number(above=0), default=10.0, metavar="S", help="for one answer; default: %(default)s"
@@ -81,10 +81,14 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="NAME", help="the name under which it serves the model")
     group.add_argument("--server-kind", choices=("vllm", "sglang"), default="vllm", help="default: %(default)s")
     group.add_argument(
-        "--server-seconds", type=number(above=0), default=600.0, metavar="S", help="for an answer; default: %(default)s"
+        "--server-seconds",
+        type=number(above=0),
+        default=600.0,
+        metavar="S",
+        help="to wait for an answer; default: %(default)s",
     )
     group.add_argument(
-        "--server-tries", type=whole(1, 1000), default=6, metavar="N", help="of a request; default: %(default)s"
+        "--server-tries", type=whole(1, 1000), default=6, metavar="N", help="tries of a request; default: %(default)s"
     )
 
     group.add_argument(
@@ -100,7 +104,7 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
         type=number(above=0),
         default=0.1,
         metavar="NATS",
-        help="mean difference a token at which they are other weights; default: %(default)s",
+        help="mean difference per token above which the server has other weights; default: %(default)s",
     )
 
 

@@ -14,7 +14,9 @@ def register_pairs(verbs: Any, output_prefix: Any) -> None:
     """Add the verb to those of `data`. ``output_prefix``: the type of --output."""
     parser = verbs.add_parser("pairs", help="make pairs of a chosen and a rejected answer from rollouts, for DPO")
     parser.add_argument("rollouts", type=Path, metavar="ROLLOUTS", help="a folder that `qwen-moe rollout` wrote")
-    parser.add_argument("--output", type=output_prefix, required=True, metavar="PREFIX")
+    parser.add_argument(
+        "--output", type=output_prefix, required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx and .json"
+    )
     parser.add_argument(
         "--rule",
         choices=("best-worst", "pass-fail", "all"),
@@ -41,8 +43,8 @@ def register_pairs(verbs: Any, output_prefix: Any) -> None:
         "--length", type=whole(1, LARGEST_SIZE), help="leave out pairs that have more tokens, both answers together"
     )
     parser.add_argument("--seed", type=whole(), default=0, help="of pairs that are drawn; default: %(default)s")
-    parser.add_argument("--overwrite", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output made from other inputs or settings")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(func=_run)
 
 

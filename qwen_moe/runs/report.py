@@ -31,8 +31,8 @@ TASKS_PICTURE = "tasks.png"
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser("report", help="draw a run's loss curve and expert load, print its figures")
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("run_dir", type=Path, help="the folder of a run")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(func=run)
 
 

@@ -35,7 +35,7 @@ def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         default="train",
         help="train: mean of the last 2%% of steps; validation: after the last step (default: train)",
     )
-    collect.add_argument("--json", action="store_true")
+    collect.add_argument("--json", action="store_true", help="print the result as JSON")
     collect.set_defaults(func=run)
 
 

@@ -22,14 +22,14 @@ DURATIONS = (10.0, 20.0, 40.0, 80.0, 160.0)  # tokens per activated parameter
 
 
 def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    ladder = verbs.add_parser("ladder", help="which small runs to launch next, as recipes")
+    ladder = verbs.add_parser("ladder", help="write the recipes of small runs to launch")
     ladder.add_argument(
         "recipe",
         type=Path,
         metavar="RECIPE.yaml",
         help="the large run's recipe: its model and train_tokens are the target",
     )
-    ladder.add_argument("overrides", nargs="*", metavar="section.key=value")
+    ladder.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the recipe to override")
     ladder.add_argument(
         "--flops-budget", type=number(above=0), required=True, help="sum of 6 N_active D over the small runs"
     )
@@ -44,7 +44,7 @@ def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         help="runs of each size and duration: 3 x 3 learning rates and batch sizes, or a cross of five (default: grid)",
     )
     add_durations(ladder)
-    ladder.add_argument("--json", action="store_true")
+    ladder.add_argument("--json", action="store_true", help="print the result as JSON")
     ladder.set_defaults(func=run, needs=("scipy", "pandas"))
 
 

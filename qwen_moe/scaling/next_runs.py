@@ -27,9 +27,9 @@ MOST_RUNS = 100
 
 
 def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = verbs.add_parser("next", help="which runs to do next, and when to stop")
+    parser = verbs.add_parser("next", help="write the recipes of the runs that teach most, or say when to stop")
     parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="the large run's recipe, as for `ladder`")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the recipe to override")
     parser.add_argument("--runs", nargs="+", type=Path, required=True, metavar="RUNS.csv", help="the runs so far")
     parser.add_argument("--count", type=whole(1, MOST_RUNS), default=9, help="the most runs (default: 9)")
     parser.add_argument("--flops-budget", type=number(above=0), help="the most that they may take, 6 N_active D")
@@ -46,7 +46,7 @@ def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     )
     parser.add_argument("--without-laboratory", action="append", default=[], metavar="NAME", help="as for `fit`")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write the runs' recipes there, as `ladder` does")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(func=run, needs=("scipy", "pandas"))
 
 

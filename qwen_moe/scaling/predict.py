@@ -29,7 +29,7 @@ def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     predict.add_argument(
         "--hopeless-above", type=number(above=0), metavar="LOSS", help="runs that surely end above it are hopeless"
     )
-    predict.add_argument("--json", action="store_true")
+    predict.add_argument("--json", action="store_true", help="print the result as JSON")
     predict.set_defaults(func=run, needs=("scipy",))
 
 

@@ -18,15 +18,18 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Builds one rank of the recipe's layout on fake tensors, runs a training step and counts what it "
         "launches: operations, bytes, FLOPs, waits of the host, collectives and what runs beside them.",
     )
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("recipe", type=Path, help="a YAML file with every setting of a run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the recipe to override")
     parser.add_argument("--gpus", type=whole(1, MOST_PROCESSES), default=1, help="number of GPUs in all (default: 1)")
     parser.add_argument("--rank", type=whole(0, MOST_PROCESSES), default=0, help="which of them (default: 0)")
     parser.add_argument(
-        "--stage", default="", metavar="NAME", help="of a run of stages (default: the longest sequences)"
+        "--stage",
+        default="",
+        metavar="NAME",
+        help="the stage to count, of a run with stages (default: the longest sequences)",
     )
     parser.add_argument("--page", type=Path, metavar="FILE", help="also write a Markdown page, with every operation")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(func=run)
 
 

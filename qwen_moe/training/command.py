@@ -19,8 +19,8 @@ from qwen_moe.runs.records import RESOLVED
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser("train", help="train a model from a recipe; run it again to resume after a stop")
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("recipe", type=Path, help="a YAML file with every setting of a run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the recipe to override")
     parser.add_argument("--json", action="store_true", help="print the outcome as one JSON object on stdout")
     parser.set_defaults(func=run)
 

@@ -22,13 +22,13 @@ OPTIONS = ("schedule", "stages_per_rank", "sharding", "gradient_reduction", "cp_
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser(
         "verify",
-        help="prove layouts equal to one process, in float64 on this machine",
+        help="compare parallel layouts with one process, in float64 on this machine",
         description="Shrinks the recipe's model (keeping its features), trains 3 steps in float64 in one process and in "
         "each layout, and compares loss, auxiliary losses, every gradient, gradient norm, parameters, and the loss of an "
         "evaluation.",
     )
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("recipe", type=Path, help="a YAML file with every setting of a run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the recipe to override")
     parser.add_argument(
         "--layout",
         action="append",
@@ -51,7 +51,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="PROCESSES",
         help="build the recipe itself, at full size, as ranks of that many processes and run a step on shapes alone",
     )
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(func=run)
 
 

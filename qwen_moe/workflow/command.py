@@ -24,10 +24,10 @@ NAMES = ("prepare", "ladder", "run", "collect", "fit", "recommend", "plan", "lau
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser(
-        "pipeline", help="go from a recipe to its job with the help of small runs; resumable"
+        "pipeline", help="find learning rate, batch size and layout with small runs, and write the job; resumable"
     )
     parser.add_argument("recipe", type=Path, help="the recipe of the large run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the recipe to override")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder for everything (default: runs/RECIPE-pipeline)"
     )
@@ -46,8 +46,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--gpus", type=whole(0, MOST_PROCESSES), default=0, help="GPUs of the large run: plan its layout and its job"
     )
-    parser.add_argument("--gpu", default="h100-80gb")
-    parser.add_argument("--gpus-per-node", type=whole(1, MOST_PROCESSES), default=8)
+    parser.add_argument("--gpu", default="h100-80gb", help="as for `plan` (default: h100-80gb)")
+    parser.add_argument("--gpus-per-node", type=whole(1, MOST_PROCESSES), default=8, help="default: 8")
     parser.add_argument("--time", default="", help="time limit of jobs")
     parser.add_argument("--site", type=Path, help="site file, see docs/slurm.md")
     parser.add_argument("--submit", action="store_true", help="submit the job instead of only writing its script")

@@ -20,7 +20,7 @@ def register(verbs: Any) -> None:
     verb = verbs.add_parser("upcycle", help="dense model -> mixture-of-experts checkpoint")
     verb.add_argument("source", type=Path, metavar="DENSE", help="a Hugging Face directory, a checkpoint, or a run")
     verb.add_argument("target", type=Path, metavar="MOE_CHECKPOINT", help="new or empty")
-    verb.add_argument("--experts", type=whole(1), required=True, metavar="E", dest="num_experts")
+    verb.add_argument("--experts", type=whole(1), required=True, metavar="E", dest="num_experts", help="routed experts")
     verb.add_argument("--top-k", type=whole(1), required=True, metavar="K", help="experts that a token visits")
     verb.add_argument(
         "--expert-size", type=whole(1), metavar="F", help="intermediate size of an expert (default: the dense model's)"
@@ -28,7 +28,7 @@ def register(verbs: Any) -> None:
     verb.add_argument(
         "--shared-expert", type=whole(1), default=0, metavar="S", help="intermediate size of the shared expert"
     )
-    verb.add_argument("--method", choices=get_args(Method), default="fine_grained")
+    verb.add_argument("--method", choices=get_args(Method), default="fine_grained", help="default: fine_grained")
     verb.add_argument(
         "--norm-topk-prob",
         action=argparse.BooleanOptionalAction,
@@ -36,7 +36,7 @@ def register(verbs: Any) -> None:
         help="the weights of a token's experts add up to 1 (default), or are their probabilities among all experts",
     )
     verb.add_argument("--dense-layers", metavar="0,1", type=_layers, default=(), help="layers that stay dense")
-    verb.add_argument("--seed", type=whole(0, LARGEST_SEED), default=0)
+    verb.add_argument("--seed", type=whole(0, LARGEST_SEED), default=0, help="of all random numbers (default: 0)")
     _register_choices(verb)
     verb.add_argument("--dry-run", action="store_true", help="check and print everything, write nothing")
     verb.add_argument("--json", action="store_true", help="print one JSON document")
@@ -52,11 +52,11 @@ def _register_choices(verb: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of each expert that is drawn anew (default: 0.5 for fine_grained, otherwise 0)",
     )
-    verb.add_argument("--reinitialize-what", choices=get_args(What), default="indices")
-    verb.add_argument("--reinitialize-std", choices=get_args(Std), default="replaced")
-    verb.add_argument("--reinitialize-shared", action="store_true", help="the shared expert too")
+    verb.add_argument("--reinitialize-what", choices=get_args(What), default="indices", help="default: indices")
+    verb.add_argument("--reinitialize-std", choices=get_args(Std), default="replaced", help="default: replaced")
+    verb.add_argument("--reinitialize-shared", action="store_true", help="also draw a share of the shared expert anew")
     verb.add_argument("--router", choices=get_args(Router), help="default: random; groups where same_function needs it")
-    verb.add_argument("--scale", choices=get_args(Scale), default="match")
+    verb.add_argument("--scale", choices=get_args(Scale), default="match", help="of down projections (default: match)")
     verb.add_argument(
         "--shared-share",
         type=share,

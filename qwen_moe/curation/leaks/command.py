@@ -29,7 +29,7 @@ def register(subparsers: Any) -> None:
         help="files (JSONL, Parquet, text; packed or not) or directories of them",
     )
     parser.add_argument("--against", nargs="+", required=True, metavar="PATH", help="test sets, in the same formats")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder of kept and dropped rows")
     parser.add_argument(
         "--report", type=Path, metavar="HTML", help="the page of leaks; figures go beside it; default: DIR/leaks.html"
     )
@@ -65,8 +65,8 @@ def register(subparsers: Any) -> None:
         help="input of each output file; what is lost if the command is killed; default: %(default)s",
     )
     parser.add_argument("--workers", type=whole(0, 4096), default=0, help="number of processes (default: one per core)")
-    parser.add_argument("--overwrite", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output made from other inputs or settings")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(func=_run)
 
 

@@ -47,10 +47,14 @@ def register(subparsers: Any) -> None:
         "(text, metadata)",
     )
     parser.add_argument(
-        "--domains", type=Path, metavar="YAML", help="give domains, too: rules, a classifier or a model"
+        "--domains", type=Path, metavar="YAML", help="assign domains, too: by rules, a classifier or a model"
     )
     parser.add_argument(
-        "--shard", type=_shard, default=(1, 1), metavar="1/4", help="score each fourth file, the first on"
+        "--shard",
+        type=_shard,
+        default=(1, 1),
+        metavar="1/4",
+        help="score only every fourth file, beginning with the first",
     )
     parser.add_argument(
         "--on-failure",
