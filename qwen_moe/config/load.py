@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from qwen_moe.config.model import ModelConfig
 from qwen_moe.config.presets import preset_values
+from qwen_moe.config.recipe_verbs import verb_of
 from qwen_moe.config.run import RunConfig, stage_runs
 from qwen_moe.config.stage_presets import with_stages
 from qwen_moe.documents import read_text, yaml_mapping, yaml_value
@@ -45,6 +46,14 @@ def explain(
 ) -> UserError:
     """One message for all mistakes in ``source``, which holds a ``whole``; ``root``: the section that ``error`` is about."""
     lines = []
+    unknown = [
+        str(item["loc"][0]) for item in error.errors() if item["type"] == "extra_forbidden" and len(item["loc"]) == 1
+    ]
+    if not root and (verb := verb_of(unknown)):
+        return UserError(
+            f"{source}: this is a recipe for `{verb}`, with {', '.join(unknown)}: give it to that command. Here the keys "
+            f"are {', '.join(whole.model_fields)}"
+        )
     for item in error.errors():
         path = root + tuple(item["loc"])
         dotted = ".".join(str(part) for part in path)

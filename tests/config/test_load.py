@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qwen_moe.config import RunConfig, dump_config, load_config, parse_config
+from qwen_moe.config.load import load_as
+from qwen_moe.config.recipe_verbs import VERBS
+from qwen_moe.curation.recipe import CurateConfig
 from qwen_moe.errors import UserError
+from qwen_moe.posttraining.recipe import WalkConfig
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"
 
@@ -251,3 +255,32 @@ def test_a_dumped_config_reads_back_equal(
     path = tmp_path / "dumped.yaml"
     path.write_text(dump_config(config))
     assert load_config(path) == config
+
+
+RECIPES = {"qwen-moe train": RunConfig, "qwen-moe post-train": WalkConfig, "qwen-moe data curate": CurateConfig}
+
+
+@pytest.mark.parametrize("verb", RECIPES)
+def test_the_keys_of_a_verb_are_those_of_its_recipes(verb: str) -> None:
+    assert RECIPES.keys() == VERBS.keys() and VERBS[verb] == RECIPES[verb].model_fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("reader", "recipe", "verb"),
+    [
+        (RunConfig, "post_training_demo", "post-train"),
+        (RunConfig, "curate_demo", "data curate"),
+        (WalkConfig, "grpo_demo", "train"),
+        (CurateConfig, "sft_demo", "train"),
+    ],
+)
+def test_the_recipe_of_another_verb_is_named(reader: Any, recipe: str, verb: str) -> None:
+    path = DEMO.with_name(f"{recipe}.yaml")
+    with pytest.raises(UserError) as error:
+        load_config(path) if reader is RunConfig else load_as(reader, path)
+    assert f"this is a recipe for `qwen-moe {verb}`" in str(error.value)
+    assert f"Here the keys are {', '.join(reader.model_fields)}" in str(error.value)
+
+
+def test_one_unknown_key_is_a_slip() -> None:
+    assert "unknown key 'sft'; valid keys" in message(sft={})
