@@ -201,6 +201,8 @@ class _Run:
         self.writer = self._make_writer(stage)
         if start.path is not None:
             self._provide_references(stage)
+        if stage.episodes is not None:
+            stage.episodes.check_models(begins=start.path is None)
         self.history = restore(stage.config, start, stage.trainer, stage.inputs, self.total, self.say)
         if start.path is None:
             provide_reference(stage.config, stage.trainer, stage.inputs, self.say)
