@@ -339,7 +339,8 @@ class _Run:
                 self._roll_back(stage, bad)
                 continue
             self.done += 1
-            self.history.losses.append(result.loss)
+            if result.count:  # a step without anything to learn has no loss
+                self.history.losses.append(result.loss)
             self.heart.beat(self.done)
             if config.parallel.check_collectives:
                 _check_collectives(self.done)
