@@ -59,10 +59,8 @@ class PackedExamples:
             raise UserError(f"a reward model learns from pairs, and {named} holds conversations: give prepared pairs")
         known = sorted({name for one in self.sets for name in one.criteria})
         if missing := [name for name in criteria if name not in known]:
-            raise UserError(
-                f"no pair was judged by {', '.join(missing)}: objective.reward.criteria can name {', '.join(known)} with "
-                'these data, or give pairs with "preferences"'
-            )
+            named = f"objective.reward.criteria can name {', '.join(known)} with these data, or " if known else ""
+            raise UserError(f'no pair was judged by {", ".join(missing)}: {named}give pairs with "preferences"')
         for rows in (self.rows, self.validation_rows):
             if rows is not None:
                 rows.criteria = tuple(criteria)

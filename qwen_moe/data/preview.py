@@ -38,6 +38,8 @@ def preview(request: ChatRequest, count: int, out: TextIO | None = None) -> None
         shown += 1
         if shown == count:
             break
+    if not shown and not problems:
+        raise UserError(f"{', '.join(request.inputs)}: there is no row, only empty lines; give other --input")
     if problems:
         first = f"{problems[0].where}: {problems[0].problem or problems[0].reason}"
         if not shown:

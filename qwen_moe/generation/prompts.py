@@ -14,6 +14,7 @@ from qwen_moe.documents import json_object
 from qwen_moe.errors import UserError
 from qwen_moe.generation.tokenizer import chat_tokens, text_tokens
 
+FORMS = ("prompt", "messages", "tokens")
 _FORMS = '"prompt" (text), "messages" (a conversation) or "tokens" (ids)'
 
 
@@ -54,12 +55,17 @@ def prompt_row(where: str, line: bytes, tokenizer: Any, chat: bool) -> PromptRow
 
 
 def _tokens(values: dict[str, Any], tokenizer: Any, chat: bool, where: str) -> list[int]:
-    given = [name for name in ("prompt", "messages", "tokens") if name in values]
+    given = [name for name in FORMS if name in values]
     if len(given) != 1:
         raise UserError(f"{where} has {' and '.join(given) or 'no prompt'}: give one of {_FORMS}")
     value = values[given[0]]
     if given == ["messages"]:
-        return chat_tokens(tokenizer, value if isinstance(value, list) else [], f"{where}: messages")
+        tokens = chat_tokens(tokenizer, value if isinstance(value, list) else [], f"{where}: messages")
+        if value[-1]["role"] == "assistant":
+            raise UserError(
+                f"{where}: the last message is the assistant's, so nothing is asked: end with the user's or a tool's"
+            )
+        return tokens
     if given == ["prompt"]:
         if not isinstance(value, str):
             raise UserError(f"{where}: prompt is {value!r}, expected text")

@@ -75,6 +75,7 @@ class RewardModel(Objective):
     """
 
     head = "scores"
+    may_be_empty = True  # no pair of a batch may have been judged
     fields = (*PACKED, "preferences")
     metrics = ("accuracy", "margin", "confidence", "brier")
 

@@ -249,7 +249,8 @@ def _of_function(outcome: "float | Failure") -> _Value:
 def _check_answer(reward: str, row: Mapping[str, Any]) -> None:
     answer = row.get("answer")
     answers = answer if isinstance(answer, list) and reward != "number" else [answer]
-    if not answers or not all(isinstance(one, str | int | float) and str(one).strip() for one in answers):
+    right = (isinstance(one, str | int | float) and not isinstance(one, bool) and str(one).strip() for one in answers)
+    if not answers or not all(right):
         raise UserError(
             f'reward {reward} needs "answer", a text or a number{"" if reward == "number" else " or a list of these"}; '
             f"it is {answer!r:.60}"

@@ -1,13 +1,15 @@
 """Figures of rollouts: of all together, and the variance of each query's rewards, by which training orders queries."""
 
+import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwen_moe.errors import UserError
+from qwen_moe.generation.prompts import FORMS
 from qwen_moe.rollout.queries import Query
 from qwen_moe.rollout.store import VARIANCES, Row, check_hashes, read_manifest
 
@@ -22,7 +24,8 @@ def mean_and_variance(rewards: Sequence[float]) -> tuple[float, float]:
 
 
 def figures(rows: Iterable[Row]) -> tuple[dict[str, Any], list[Row]]:
-    """The summary of scored rows, and a line for each query: ``number``, ``id``, ``mean``, ``variance``, ``samples``."""
+    """The summary of scored rows, and a line for each query: ``number``, ``id``, ``mean``, ``variance``, ``samples``
+    and ``asked``."""
     variances: list[Row] = []
     rewards: list[float] = []
     tokens = truncated = 0
@@ -32,7 +35,7 @@ def figures(rows: Iterable[Row]) -> tuple[dict[str, Any], list[Row]]:
         own = [float(sample["reward"]) for sample in row["samples"]]
         mean, variance = mean_and_variance(own)
         line = {"number": row["number"], "id": row["id"], "mean": mean, "variance": variance, "samples": len(own)}
-        variances.append(line)
+        variances.append(line | {"asked": asked(row["values"])})
         rewards += own
         for sample in row["samples"]:
             tokens += len(sample["tokens"])
@@ -55,6 +58,12 @@ def figures(rows: Iterable[Row]) -> tuple[dict[str, Any], list[Row]]:
     return summary, variances
 
 
+def asked(values: Mapping[str, Any]) -> str:
+    """A hash of the prompt of a query's line: ids are often no more than its number in some file."""
+    prompt = [values.get(name) for name in FORMS]
+    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def described(summary: dict[str, Any]) -> str:
     """The summary in one or two lines."""
     text = (
@@ -70,14 +79,14 @@ def described(summary: dict[str, Any]) -> str:
     return text
 
 
-def read_variances(folder: Path) -> dict[str, float]:
-    """The variance of the rewards of each query, by its id. Raises UserError if the rollouts are not finished."""
+def read_variances(folder: Path) -> dict[str, Row]:
+    """The line of each query (`figures`), by its id. Raises UserError if the rollouts are not finished."""
     manifest = read_manifest(folder)
     if "files" not in manifest:
         raise UserError(f"{folder} is not finished: run the same `qwen-moe rollout` again, which goes on")
     check_hashes(folder, {"files": {VARIANCES: manifest["files"].get(VARIANCES)}})
     rows = map(json.loads, (folder / VARIANCES).read_text(encoding="utf-8").splitlines())
-    return {str(row["id"]): float(row["variance"]) for row in rows}
+    return {str(row["id"]): row for row in rows}
 
 
 def by_variance(queries: Sequence[Query], folder: Path) -> list[Query]:
@@ -85,9 +94,14 @@ def by_variance(queries: Sequence[Query], folder: Path) -> list[Query]:
     rollouts do not have."""
     variances = read_variances(folder)
     missing = [query.id for query in queries if query.id not in variances]
-    if missing:
-        raise UserError(
-            f"{len(missing):,} of {len(queries):,} queries are not in the rollouts {folder} (id {missing[0]!r} is the "
-            "first): give rollouts of the same queries"
-        )
-    return sorted(queries, key=lambda query: -variances[query.id])
+    # Rollouts that are older than the hash do not have it.
+    other = [
+        q.id for q in queries if q.id in variances and variances[q.id].get("asked", asked(q.values)) != asked(q.values)
+    ]
+    for ids, what in ((missing, "are not in the rollouts"), (other, "have another prompt than in the rollouts")):
+        if ids:
+            raise UserError(
+                f"{len(ids):,} of {len(queries):,} queries {what} {folder} (id {ids[0]!r} is the first): give rollouts of "
+                "the same queries"
+            )
+    return sorted(queries, key=lambda query: -float(variances[query.id]["variance"]))

@@ -37,10 +37,14 @@ class Part:
 
 
 class EpisodeFiles:
-    """The files of episode ``number`` of a run."""
+    """The files of episode ``number`` of a run. ``settings``: a hash of what decides an episode beside the weights."""
 
-    def __init__(self, run_dir: Path, number: int) -> None:
-        self.folder = run_dir / FOLDER / f"episode_{number:06d}"
+    def __init__(self, run_dir: Path, number: int, settings: str = "") -> None:
+        self.folder, self._settings = run_dir / FOLDER / f"episode_{number:06d}", settings
+
+    def made_by(self, weights: str) -> str:
+        """What decides the samples: weights with this hash, and the settings."""
+        return f"{weights} {self._settings}".rstrip()
 
     def begin(self) -> None:
         """Forget what is there. Only one rank may call it."""
@@ -78,7 +82,8 @@ class EpisodeFiles:
 
     def has_samples(self, weights: str | None) -> bool:
         """Whether all groups' samples are there, undamaged, and with ``weights`` given, were sampled from weights with this
-        hash. Without it an update has already learned from them: raises UserError if they are damaged."""
+        hash and by the same settings: those of a run that was killed before its first checkpoint may have been others.
+        Without it an update has already learned from them: raises UserError if they are damaged."""
         facts = _read(self.folder / SAMPLES)
         damaged = [name for name, known in (facts or {}).get("files", {}).items() if _hash(self.folder / name) != known]
         if weights is None and (self.folder / REWARDS).exists() and (facts is None or damaged):
@@ -87,11 +92,14 @@ class EpisodeFiles:
                 f"these samples: go back to a checkpoint of an earlier episode, or delete {self.folder} to sample the "
                 "rest of it anew"
             )
-        return facts is not None and not damaged and (weights is None or facts.get("weights") == weights)
+        return facts is not None and not damaged and (weights is None or facts.get("made_by") == self.made_by(weights))
 
     def end_sampling(self, groups: int, weights: str, facts: Mapping[str, Any]) -> None:
         files = {path.name: _hash(path) for path in sorted(self.folder.glob("part_*"))}
-        _write(self.folder / SAMPLES, {"weights": weights, "groups": groups, "files": files, **facts})
+        _write(
+            self.folder / SAMPLES,
+            {"weights": weights, "made_by": self.made_by(weights), "groups": groups, "files": files, **facts},
+        )
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -141,9 +149,11 @@ class EpisodeFiles:
         write_text(self.folder / TEXT, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         _write(self.folder / REWARDS, {"rewards": list(rewards), **facts})
 
-    def rewards(self) -> dict[str, Any] | None:
-        """What `write_rewards` wrote; None if it is not there or damaged: rewards are computed again."""
-        return _read(self.folder / REWARDS)
+    def rewards(self, rewarded_by: str) -> list[float] | None:
+        """Those that `write_rewards` wrote with this fact; None if they are not there, damaged, or of other rewards: they
+        are computed again."""
+        found = _read(self.folder / REWARDS)
+        return None if found is None or found.get("rewarded_by") != rewarded_by else list(found["rewards"])
 
     def write_values(self, name: str, values: Sequence[np.ndarray]) -> None:
         """Values of the tokens of all answers, in the order of `responses`."""

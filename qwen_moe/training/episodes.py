@@ -4,11 +4,14 @@ An episode's answers are sampled from the weights at its begin and kept (`episod
 on to the same bits: what is there is not sampled again. Every rank of a run takes part in all that is done here.
 """
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,11 +31,12 @@ from qwen_moe.errors import UserError
 from qwen_moe.generation.engine import Completion
 from qwen_moe.generation.sampling import Sampling
 from qwen_moe.rollout.queries import Query
+from qwen_moe.runs.identity import Rule, flat
 from qwen_moe.runs.recorder import Recorder
 from qwen_moe.training.episode_files import EpisodeFiles
 from qwen_moe.training.log_probs import Frozen, frozen_model, label_log_probs
 from qwen_moe.training.queries import QuerySamples, ends
-from qwen_moe.training.reference import COLUMN, Say, weights_hash
+from qwen_moe.training.reference import COLUMN, LOAD_FROM, REWARD_MODEL, Say, keep_or_compare, weights_hash
 from qwen_moe.training.responses import (
     Judged,
     Place,
@@ -77,6 +81,7 @@ class Episodes:
         assert config.rollout is not None and isinstance(inputs.batches, QuerySamples) and inputs.tokenizer is not None
         self.config, self.rollout, self.trainer, self._say = config, config.rollout, trainer, say
         self._samples, self._number = inputs.batches, -1
+        self._made_by = _hash([flat(config, {Rule.TRAJECTORY}), inputs.batches.fingerprint])
         self._update = 0
         self._tokenizer = read_tokenizer(inputs.tokenizer)
         self._ends = ends(inputs.tokenizer)
@@ -105,6 +110,14 @@ class Episodes:
 
     def _open_rewards(self, tokenizer: Path) -> None:
         self._rewards = Rewards(self.config, tokenizer)
+
+    def check_models(self, begins: bool) -> None:
+        """Raise UserError if a run that does not begin (``begins``) goes on with another reference or reward model."""
+        models = {} if self._frozen is None else {LOAD_FROM: weights_hash(self.trainer, self._frozen.model)}
+        if self.rollout.reward_model is not None:
+            models[REWARD_MODEL] = same_on_all_ranks(lambda: self._rewards.model_files)
+        if models:
+            keep_or_compare(self.config, models, begins)
 
     def close(self) -> None:
         if dist.get_rank() == 0:
@@ -146,7 +159,7 @@ class Episodes:
 
     def _open(self, number: int, at_begin: bool) -> None:
         """Have the samples of an episode, its rewards and its log-probabilities, from files where they are there."""
-        files = EpisodeFiles(self.config.run_dir, number)
+        files = EpisodeFiles(self.config.run_dir, number, self._made_by)
         weights = weights_hash(self.trainer) if at_begin else None
         begin = time.perf_counter()
         if not same_on_all_ranks(lambda: files.has_samples(weights)):
@@ -197,9 +210,10 @@ class Episodes:
     def _reward(
         self, files: EpisodeFiles, number: int, responses: Sequence[Response], queries: Sequence[Query]
     ) -> list[float]:
-        kept = files.rewards()
+        rewarded_by = _hash(self._rewards.identity())
+        kept = files.rewards(rewarded_by)
         if kept is not None:
-            return [float(reward) for reward in kept["rewards"]]
+            return kept
         texts = [self._text(one.tokens[one.prompt :].tolist()) for one in responses]
         rewards, parts = self._rewards.score(responses, queries, texts)
         lines = [
@@ -214,7 +228,7 @@ class Episodes:
             }
             for one, text, reward, part in zip(responses, texts, rewards, parts, strict=True)
         ]
-        files.write_rewards(rewards, {"episode": number}, lines)
+        files.write_rewards(rewards, {"episode": number, "rewarded_by": rewarded_by}, lines)
         return rewards
 
     def _cut(self, responses: Sequence[Response], experts: list[torch.Tensor] | None) -> list[_Update]:
@@ -337,3 +351,7 @@ class Episodes:
         texts = [self._text(one.tokens[one.prompt :].tolist()) for one in responses]
         rewards, _ = self._rewards.score(responses, queries, texts)
         return math.fsum(rewards) / len(rewards)
+
+
+def _hash(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -201,6 +201,8 @@ class _Run:
         self.writer = self._make_writer(stage)
         if start.path is not None:
             self._provide_references(stage)
+        if stage.episodes is not None:
+            stage.episodes.check_models(begins=start.path is None)
         self.history = restore(stage.config, start, stage.trainer, stage.inputs, self.total, self.say)
         if start.path is None:
             provide_reference(stage.config, stage.trainer, stage.inputs, self.say)
@@ -337,7 +339,8 @@ class _Run:
                 self._roll_back(stage, bad)
                 continue
             self.done += 1
-            self.history.losses.append(result.loss)
+            if result.count:  # a step without anything to learn has no loss
+                self.history.losses.append(result.loss)
             self.heart.beat(self.done)
             if config.parallel.check_collectives:
                 _check_collectives(self.done)

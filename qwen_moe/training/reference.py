@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ Say = Callable[[str], None]
 LoadStart = Callable[[RunConfig, ParallelModel, Say], None]
 FOLDER, FACTS = "reference", "reference.json"
 COLUMN = "reference_log_probs"
+LOAD_FROM, REWARD_MODEL, MODELS = "checkpoint.load_from", "rollout.reward_model", "other_models.json"
 
 
 def provide_reference(
@@ -62,6 +63,7 @@ def provide_reference(
         say(f"{reference.folder} is gone, damaged or of other data: it is computed again")
         load_start(config, trainer.model, say)
     weights = weights_hash(trainer)
+    keep_or_compare(config, {LOAD_FROM: weights}, begins=load_start is None)
     if not reference.found(weights):
         say("computing the reference: the log-probabilities that the first weights give to the data")
         reference.compute(trainer, weights)
@@ -77,6 +79,29 @@ def use_reference(config: RunConfig, inputs: OrderedInputs) -> None:
         raise UserError(
             f"{reference.folder} is gone or damaged since the run began: start it again, and it is computed again"
         )
+
+
+def keep_or_compare(config: RunConfig, models: Mapping[str, str], begins: bool) -> None:
+    """Keep hashes of the models that a run needs beside its own: those of the settings ``models``. Where it does not begin
+    but goes on, raise UserError if they are not those that were kept: from here on it would need another model. All ranks
+    must call it."""
+    path = config.run_dir / MODELS
+    given = {LOAD_FROM: config.checkpoint.load_from, REWARD_MODEL: config.rollout and config.rollout.reward_model}
+
+    def run() -> None:
+        try:
+            kept: dict[str, str] = {} if begins else json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            kept = {}  # of a run that began before this was kept
+        changed = [f"{name} {given[name]}" for name, found in models.items() if kept.get(name, found) != found]
+        if changed:
+            raise UserError(
+                f"{' and '.join(changed)} is not the model that {config.run_dir} began with, and later steps need the same: "
+                "restore it to continue the run, or use another run_dir"
+            )
+        write_json(path, {**kept, **models})
+
+    same_on_all_ranks(run)
 
 
 class Reference:
@@ -197,9 +222,10 @@ def _content(one: OpenSet) -> str:
     ).hexdigest()
 
 
-def weights_hash(trainer: Trainer) -> str:
-    """A hash of the weights and of routers' biases, equal in every layout. All ranks must call it."""
-    model = trainer.model
+def weights_hash(trainer: Trainer, model: ParallelModel | None = None) -> str:
+    """A hash of the weights and of routers' biases, equal in every layout. All ranks must call it. ``model``: of the
+    trainer's layout, by default its own."""
+    model = trainer.model if model is None else model
     total = torch.zeros(2, dtype=torch.int64, device=trainer.device)
     for part, stage in zip(model.parts, model.stages, strict=True):
         for name, parameter in part.named_parameters():

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from qwen_moe.checkpoint.fingerprint import tokenizer_fingerprint
+from qwen_moe.checkpoint.fingerprint import fingerprint, tokenizer_fingerprint
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.generation.tokenizer import tokenizer_folder
 from qwen_moe.rollout.queries import Query
 from qwen_moe.rollout.rewards import Item, Rewarder
-from qwen_moe.scoring.model import ScoringModel
+from qwen_moe.scoring.model import ScoringModel, open_reward_model
 from qwen_moe.training.queries import reward_settings
 from qwen_moe.training.responses import Response
 
@@ -22,6 +23,7 @@ class Rewards:
     def __init__(self, config: RunConfig, tokenizer: Path) -> None:
         assert config.rollout is not None
         self._weight, directory = config.rollout.reward_model_weight, config.rollout.reward_model
+        self.model_files = ""  # a hash of the reward model's files; empty without one
         self._model: ScoringModel | None = None
         if directory is not None:
             own, other = tokenizer_fingerprint(tokenizer), tokenizer_fingerprint(_folder(directory))
@@ -31,12 +33,17 @@ class Rewards:
                     "mean other text; give a reward model of the same tokenizer"
                 )
             self._model = ScoringModel.load(directory)
+            self.model_files = fingerprint(open_reward_model(directory).directory)
         settings = reward_settings(config)
         self._rewarder = None if settings is None else Rewarder(settings)
 
     def close(self) -> None:
         if self._rewarder is not None:
             self._rewarder.close()
+
+    def identity(self) -> list[Any]:
+        """What decides the rewards."""
+        return [None if self._rewarder is None else self._rewarder.identity(), self.model_files, self._weight]
 
     def score(
         self, responses: Sequence[Response], queries: Sequence[Query], texts: Sequence[str]

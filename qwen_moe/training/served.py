@@ -118,9 +118,10 @@ class ServedSampler:
             shutil.rmtree(path, ignore_errors=True)
 
     def _ask(self, files: EpisodeFiles, queries: Sequence[tuple[int, Query]], sampling: Sampling, weights: str) -> None:
-        if answered_by(files.folder) != weights:
+        made_by = files.made_by(weights)
+        if answered_by(files.folder) != made_by:
             files.begin()
-        with ServedAnswers(files.folder, weights) as kept:
+        with ServedAnswers(files.folder, made_by) as kept:
             left = [place for place in range(len(queries)) if place not in kept.found]
             if len(left) < len(queries):
                 self._say(

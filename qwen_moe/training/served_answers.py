@@ -14,10 +14,10 @@ NAME = "answers.jsonl"
 
 
 class ServedAnswers:
-    """The file ``folder / NAME``, open for appending until the end of a ``with`` block. Its first line has a hash of the
-    weights that answered; each other one the answers to the query with number ``place`` in the episode."""
+    """The file ``folder / NAME``, open for appending until the end of a ``with`` block. Its first line says which
+    weights and settings gave the answers; each other one has those to the query with number ``place`` in the episode."""
 
-    def __init__(self, folder: Path, weights: str) -> None:
+    def __init__(self, folder: Path, made_by: str) -> None:
         path = folder / NAME
         self.found: dict[int, list[Completion]] = {}
         lines, _ = _read(path)
@@ -28,7 +28,7 @@ class ServedAnswers:
         self._file = LineFile(path, lambda path: _read(path)[1], "another process samples this run's answers, end it")
         self._lock = threading.Lock()
         if not lines:
-            self._append({"weights": weights})
+            self._append({"made_by": made_by})
 
     def add(self, place: int, answers: list[Completion]) -> None:
         """Keep the answers to a query; they are on the disk when this returns. Threads may call it at once."""
@@ -50,9 +50,9 @@ class ServedAnswers:
 
 
 def answered_by(folder: Path) -> str | None:
-    """A hash of the weights whose answers ``folder`` keeps; None if it keeps none."""
+    """What gave the answers that ``folder`` keeps; None if it keeps none."""
     lines, _ = _read(folder / NAME)
-    return str(lines[0].get("weights")) if lines else None
+    return str(lines[0].get("made_by")) if lines else None
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -302,6 +302,11 @@ class Trainer:
         for part in self.model.parts:
             part.eval()
         count = self._count_over_ranks(micro_batches)
+        if count == 0:
+            raise UserError(
+                f"the validation data have nothing that objective.kind {self.config.objective.kind} learns from, such as a "
+                "judged pair: give others, or set training.validation_interval to 0"
+            )
         batches = [self.to_device(batch) for batch in micro_batches]
         outputs = (engine or self.engine).forward(batches)
         self.model.reshard()

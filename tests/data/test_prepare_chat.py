@@ -327,6 +327,8 @@ def test_a_preview_marks_what_is_learned_and_obeys_no_data(
     write(source, [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     assert main([*given, "--preview", "2"]) == 0
     assert "line 1, rejected: " in capsys.readouterr().out
+    source.write_text("\n  \n")
+    assert main([*given, "--preview", "2"]) == 2 and "there is no row" in capsys.readouterr().err
 
 
 def test_a_preview_on_a_terminal_is_colored(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

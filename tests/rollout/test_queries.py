@@ -48,7 +48,12 @@ def test_mistakes_are_counted_and_named_together(tmp_path: Path) -> None:
         "line 5: id is True", f"{path}, line 6: it has more than 2 tokens",
     ):  # fmt: skip
         assert part in text
-    for wrong, message in (({"tokens": [-1]}, "not ids of the tokenizer"), ({"messages": []}, "must be a list")):
+    answered = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    for wrong, message in (
+        ({"tokens": [-1]}, "not ids of the tokenizer"),
+        ({"messages": []}, "must be a list"),
+        (answered, "the last message is the assistant's"),
+    ):
         with pytest.raises(UserError, match=message):
             read_queries(write_lines(tmp_path / "one.jsonl", [wrong]), tokenizer())
     with pytest.raises(UserError, match="has no queries"):

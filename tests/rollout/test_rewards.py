@@ -223,6 +223,8 @@ def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None
         ("exact", {}, 'needs "answer"'),
         ("exact", {"answer": " "}, 'needs "answer"'),
         ("contains", {"answer": []}, 'needs "answer"'),
+        ("exact", {"answer": True}, "it is True"),  # would be compared as the text True
+        ("contains", {"answer": ["yes", False]}, 'needs "answer"'),
         ("number", {"answer": "twelve"}, "with one number"),
         ("number", {"answer": "1 or 2"}, "with one number"),
         ("python", {}, 'needs "tests"'),

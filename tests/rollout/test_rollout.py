@@ -93,19 +93,26 @@ def test_log_probs_are_those_of_the_model(hf: Path, finished: Path) -> None:
             torch.testing.assert_close(torch.tensor(one["log_probs"]).double(), expected, atol=1e-5, rtol=0)
 
 
-def test_the_summary(finished: Path, capsys: pytest.CaptureFixture[str], hf: Path, source: Path) -> None:
+def test_the_summary(
+    finished: Path, capsys: pytest.CaptureFixture[str], hf: Path, source: Path, tmp_path: Path
+) -> None:
     summary = read_manifest(finished)["summary"]
     rewards = [[one["reward"] for one in row["samples"]] for row in read_rollouts(finished)[1]]
     table = torch.tensor(rewards, dtype=torch.float64)
     assert math.isclose(summary["mean_reward"], float(table.mean()))
     assert math.isclose(summary["variance_within_groups"], float(table.var(1).mean()), abs_tol=1e-15)
     assert summary["groups_without_variance"] == sum(len(set(row)) == 1 for row in rewards) / len(rewards)
-    variances = read_variances(finished)
+    variances = {name: row["variance"] for name, row in read_variances(finished).items()}
     assert list(variances) == [row["id"] for row in read_rollouts(finished)[1]]
     assert variances == pytest.approx({k: float(v) for k, v in zip(variances, table.var(1), strict=True)}, abs=1e-15)
     ordered = by_variance(read_queries(source, tokenizer()), finished)
     assert [variances[query.id] for query in ordered] == sorted(variances.values(), reverse=True)
     assert len({query.id for query in ordered}) == len(QUERIES)
+    other = read_queries(write_lines(tmp_path / "other.jsonl", [QUERIES[0], *QUERIES[2:]]), tokenizer())
+    with pytest.raises(
+        UserError, match=r"6 of 7 queries have another prompt than in the rollouts .* \(id '1' is the first"
+    ):
+        by_variance(other, finished)
     # The same command again does nothing, and prints it.
     before = content(finished)
     assert rollout(hf, source, finished) == 0
@@ -204,7 +211,7 @@ def test_failures_count_as_zero_if_asked(hf: Path, source: Path, tmp_path: Path,
     own = ["--reward", "tests.rollout.functions:misbehaves", "exact", "--on-reward-failure", "zero"]
     assert rollout(hf, source, tmp_path / "out", reward=[*own, "--reward-seconds", "5"]) == 0
     assert "failed" not in capsys.readouterr().out
-    rows = [{"number": 0, "id": "0", "samples": [
+    rows = [{"number": 0, "id": "0", "values": {"prompt": "a"}, "samples": [
         {"tokens": [1, 2], "finish_reason": "length", "reward": 0.0, "parts": {"a": 0.0}, "failed": ["a"]},
         {"tokens": [1], "finish_reason": "stop", "reward": 1.0, "parts": {"a": 1.0}, "failed": []},
     ]}]  # fmt: skip

@@ -17,6 +17,7 @@ from qwen_moe.data.chat_tokenizer import trained_chat_tokenizer
 from qwen_moe.errors import UserError
 from qwen_moe.runs.records import read_lines
 from qwen_moe.training.episode_files import EpisodeFiles
+from qwen_moe.training.reference import LOAD_FROM, keep_or_compare
 from tests.distributed import run_distributed
 from tests.schedules import needs
 from tests.small import model_values
@@ -239,8 +240,8 @@ def test_damaged_samples_are_made_again_or_refused(tokenizer: Path, tmp_path: Pa
     recipe = values(tokenizer, tmp_path, rollout={"updates_per_episode": 2})
     (expected,) = run_distributed(learn, 1, recipe, {}, 2)
     (folder,) = (tmp_path / "episodes").iterdir()
-    files = EpisodeFiles(tmp_path, 0)
-    weights = files.facts["weights"]
+    weights, made_by = (EpisodeFiles(tmp_path, 0).facts[name] for name in ("weights", "made_by"))
+    files = EpisodeFiles(tmp_path, 0, made_by.removeprefix(f"{weights} "))
     for name in ("part_0.tokens.npy", "part_0.log_probs.npy", "samples.json"):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
@@ -253,12 +254,43 @@ def test_damaged_samples_are_made_again_or_refused(tokenizer: Path, tmp_path: Pa
     old.write_bytes(old.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=r"old_log_probs\.npy is damaged: delete"):
         files.values("old_log_probs", files.responses()[0])
+    rewarded_by = json.loads((folder / "rewards.json").read_text())["rewarded_by"]
+    assert files.rewards(rewarded_by) is not None and files.rewards("others") is None
     (folder / "rewards.json").write_text("{}")
-    assert files.rewards() is None
+    assert files.rewards(rewarded_by) is None
     (folder / "part_0.tokens.npy").unlink()
     (again,) = run_distributed(learn, 1, recipe, {}, 2)
     assert [one["tokens"] for one in again] == [one["tokens"] for one in expected]
     assert [one["weights"] for one in again] == [one["weights"] for one in expected]
+
+
+def learn_each(recipes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [learn(recipe, {}, 1)[0] for recipe in recipes]
+
+
+def test_samples_of_other_settings_are_made_again(tokenizer: Path, tmp_path: Path) -> None:
+    """A run that was killed before its first checkpoint may be started again with others, and its weights are the same."""
+    changes = {
+        "rollout": {"samples": 2, "max_new_tokens": 3, "queries": ["tasks:sort:24:after:24"], "rewards": ["exact"]}
+    }
+    recipes = [values(tokenizer, tmp_path / "one")]
+    recipes += [values(tokenizer, tmp_path / name, **changes) for name in ("one", "two")]
+    ((_, again, fresh),) = run_distributed(learn_each, 1, recipes)
+    for name in ("tokens", "reward", "loss", "weights"):
+        assert again[name] == fresh[name]
+
+
+def test_a_run_does_not_go_on_with_another_reference(tokenizer: Path, tmp_path: Path) -> None:
+    def went_on(name: str, begins: bool) -> None:
+        recipe = values(tokenizer, tmp_path, checkpoint={"load_from": name})
+        keep_or_compare(parse_config(recipe, "test"), {LOAD_FROM: f"hash of {name}"}, begins)
+
+    went_on("one", False)  # of a run that is older than the hash
+    went_on("other", True)
+    went_on("one", True)
+    went_on("one", False)
+    with pytest.raises(UserError, match=f"load_from other is not the model that {tmp_path} began with"):
+        went_on("other", False)
 
 
 def test_stages_of_episodes_are_refused(tokenizer: Path, tmp_path: Path) -> None:

@@ -128,6 +128,10 @@ def test_a_reference_that_is_gone_is_that_of_the_first_weights_again(tuned: Path
     assert result.returncode == 0 and "computed again" in result.stderr, result.stderr
     losses = [line["loss"] for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
     assert losses == [line["loss"] for line in expected]
+    (folder / "reference" / "0.bin").write_bytes(b"damaged")
+    shutil.rmtree(sorted((folder / "checkpoints").iterdir())[-1])
+    other = run_to_end(path, f"checkpoint.load_from={tuned / 'whole'}")
+    assert other.returncode != 0 and "is not the model that" in other.stderr
 
 
 @pytest.mark.slow

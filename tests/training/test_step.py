@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qwen_moe.config import RunConfig
+from qwen_moe.errors import UserError
 from qwen_moe.verify.case import global_batch
 from qwen_moe.verify.compare import compare
 from qwen_moe.verify.ranks import make_trainer, train_rank
@@ -138,3 +139,25 @@ def test_an_abandoned_step_leaves_nothing_behind() -> None:
     for (figures, weights), (others, other_weights) in run_distributed(_after_an_abandoned_step, 2, make_config()):
         assert figures[2] is not None and others == figures
         assert all(torch.equal(other_weights[name], weight) for name, weight in weights.items())
+
+
+def unjudged(config: RunConfig) -> tuple[bool, str]:
+    """Whether a step whose pairs nobody has judged leaves the weights as they were, and what an evaluation says."""
+    trainer = make_trainer(config)
+    batch = global_batch(config, 0)
+    batch["preferences"] = torch.zeros_like(batch["preferences"])
+    before = [parameter.detach().clone() for parameter in trainer.parameters]
+    result = trainer.step(0, [batch])
+    same = all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True)) and result.count == 0
+    try:
+        trainer.evaluate([batch])
+    except UserError as error:
+        return same, str(error)
+    return same, ""
+
+
+def test_pairs_that_nobody_has_judged_change_nothing_and_cannot_be_evaluated() -> None:
+    model = model_values("qwen2", criteria=["preference"])
+    config = exact_run(model, 24, objective={"kind": "reward_model"}, training__train_tokens=MOST_STEPS * ROWS * 24)
+    ((same, said),) = run_distributed(unjudged, 1, config)
+    assert same and "nothing that objective.kind reward_model learns from" in said
