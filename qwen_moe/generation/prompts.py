@@ -28,7 +28,7 @@ class PromptRow:
 def read_prompts(path: Path, tokenizer: Any, chat: bool) -> list[PromptRow]:
     """The prompts of a JSONL file, each line an object with one of _FORMS. With ``chat``, a "prompt" is the user's message.
     Raises UserError naming the line."""
-    rows = []
+    rows: list[PromptRow] = []
     for where, line in prompt_lines(path):
         row = prompt_row(where, line, tokenizer, chat)
         check_index(row.values, len(rows), where)
