@@ -109,7 +109,13 @@ class Filters(Step):
         return {"filters": [one.model_dump() for one in at.config.filters], "words": at.config.words}
 
     def stages(self, at: Context) -> Iterator[Stage]:
-        folder = at.folder(self.name)
+        folder, there = at.folder(self.name), kept_by_domain(at.state.facts("read"))
+        for one in at.config.filters:
+            if absent := [name for name in one.only if name not in there]:
+                raise UserError(
+                    f"filter {one.kind}: only names {', '.join(absent)}, and no document of that domain was read (there are "
+                    f"{', '.join(sorted(there))}): correct the name, or leave it out. The step domains comes after filters"
+                )
         filters = build_filters(at.config.filters, at.config.words, folder)
         yield Stage("filters", [Shard(at.before(self.name)), *filters, Lines(folder)], at.config.tasks, folder)
 

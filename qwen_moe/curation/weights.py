@@ -65,7 +65,9 @@ def domain_of(document: Document) -> str:
     try:
         return check_domain(name)
     except ValueError as error:
-        raise UserError(f"document {document.id}: {error}") from None
+        raise UserError(
+            f"document {document.id}: {error}. Its own key domain counts before the input's: rename the key, or correct it"
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -197,6 +197,8 @@ def _check_order(messages: list[Message], first: int = 0, name: str = "messages"
 
 def _check_text(row: Any, control: re.Pattern[str] | None) -> None:
     for text in _texts(row):
+        if "\0" in text:
+            raise BadRow("not Unicode", "the text has a NUL (\\u0000), which no text has; correct the text")
         if not text.isascii() and (half := _SURROGATE.search(text)):
             what = f"\\u{ord(half[0]):04x} is half of a surrogate pair, which is not a character; correct the text"
             raise BadRow("not Unicode", what)

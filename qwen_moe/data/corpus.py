@@ -24,7 +24,7 @@ BAD_LINE = "malformed lines"
 BAD_TEXT = "not decodable"
 EMPTY = "empty"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,14 +182,15 @@ class _Text:
         )
 
     def _unicode(self, text: str) -> str:
-        """Check ``text`` for halves of surrogate pairs, which JSON can spell but which are not characters."""
-        if text.isascii() or not (found := _SURROGATE.search(text)):
+        """Check ``text`` for what JSON can spell and no text has: halves of surrogate pairs, and NUL."""
+        if "\0" not in text and (text.isascii() or not _NO_CHARACTER.search(text)):
             return text
         if self.reading.on_bad_utf8 == "replace":
-            return _SURROGATE.sub("\ufffd", text)
+            return _NO_CHARACTER.sub("\ufffd", text)
+        found = _NO_CHARACTER.findall(text)[0]
+        what = "a NUL, which no text has" if found == "\0" else "half of a surrogate pair, which is not a character"
         raise _NotUnicode(
-            f"{self.where}: \\u{ord(found[0]):04x} is half of a surrogate pair, which is not a character; fix the line, "
-            "or use --on-bad-utf8 skip or replace"
+            f"{self.where}: \\u{ord(found):04x} is {what}; fix the line, or use --on-bad-utf8 skip or replace"
         )
 
 

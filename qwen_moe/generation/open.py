@@ -29,7 +29,7 @@ KEPT_SHARE = 0.95  # of attention, by sparse prefill
 class HowToRead:
     """How prompts are read. ``chunk``: of dual chunk attention, by default the trained length. ``attention`` sparse leaves
     out keys in long prompts (`qwen_moe.models.attention.sparse`) and keeps ``kept_share``, by default `KEPT_SHARE`. Raises
-    UserError for a share with dense attention."""
+    UserError for a share with dense attention, and for a chunk with another extension."""
 
     extension: Extension = "none"
     chunk: int | None = None
@@ -41,6 +41,11 @@ class HowToRead:
         if self.kept_share is not None and self.attention == "dense":
             raise UserError(
                 f"--kept-share {self.kept_share:g} is for sparse attention: add --attention sparse, or leave it out"
+            )
+        if self.chunk is not None and self.extension not in ("dca", "auto"):
+            raise UserError(
+                f"--chunk-size {self.chunk} is for dual chunk attention, and --context-extension is {self.extension}: give "
+                "--context-extension dca or auto, or leave it out"
             )
 
 

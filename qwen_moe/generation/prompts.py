@@ -29,10 +29,23 @@ class PromptRow:
 def read_prompts(path: Path, tokenizer: Any, chat: bool) -> list[PromptRow]:
     """The prompts of a JSONL file, each line an object with one of _FORMS. With ``chat``, a "prompt" is the user's message.
     Raises UserError naming the line."""
-    rows = [prompt_row(where, line, tokenizer, chat) for where, line in prompt_lines(path)]
+    rows: list[PromptRow] = []
+    for where, line in prompt_lines(path):
+        row = prompt_row(where, line, tokenizer, chat)
+        check_index(row.values, len(rows), where)
+        rows.append(row)
     if not rows:
         raise UserError(f"--input {path} has no prompts: give JSON lines with {_FORMS}")
     return rows
+
+
+def check_index(values: Mapping[str, Any], number: int, where: str) -> None:
+    """Raise UserError if a line has another "index" than its number, from 0, which `Answers` writes under that key."""
+    if "index" in values and (type(values["index"]) is not int or values["index"] != number):
+        raise UserError(
+            f"{where}: index is {values['index']!r:.60}, and the output has the number of the line under this key, here "
+            f'{number}: give the key another name, such as "id"'
+        )
 
 
 def prompt_lines(path: Path) -> list[tuple[str, bytes]]:
@@ -107,7 +120,9 @@ class Answers:
         before, now = self._object(first, 1), json.loads(head)
         if before != now:
             changed = [
-                f"{name} {before.get(name)} is now {now.get(name)}" for name in now if before.get(name) != now[name]
+                f"{name} {before.get(name)} is now {now.get(name)}"
+                for name in {**before, **now}
+                if before.get(name) != now.get(name)
             ]
             raise UserError(
                 f"{self._partial} was begun with other settings ({'; '.join(changed)}): repeat the command with the former "

@@ -55,8 +55,10 @@ class Store:
 
     def _go_on(self, before: dict[str, Any]) -> None:
         then, now = ({**one, **one["sampling"]} for one in (before, self._values))
-        names = [*self._values["sampling"], "queries", "queries_per_file", "format"]
-        changed = [f"{name} {then.get(name)} is now {now[name]}" for name in names if then.get(name) != now[name]]
+        names = [*{**before["sampling"], **self._values["sampling"]}, "queries", "queries_per_file", "format"]
+        changed = [
+            f"{name} {then.get(name)} is now {now.get(name)}" for name in names if then.get(name) != now.get(name)
+        ]
         if changed:
             raise UserError(
                 f"{self.folder} was sampled with other settings ({'; '.join(changed)}): repeat the command with the former "

@@ -12,6 +12,7 @@ from qwen_moe.data.chat import Chat
 from qwen_moe.data.conversations import BadRow, kind_of, preferences
 from qwen_moe.documents import json_object
 from qwen_moe.errors import UserError
+from qwen_moe.generation.prompts import check_index
 
 ANSWERS = ("chosen", "rejected")
 
@@ -41,7 +42,9 @@ def read_rows(path: Path, chat: Chat, check: Callable[[list[int], str], None]) -
             continue
         where = f"{path}, line {number}"
         try:
-            rows.append(_row(line, where, chat, check))
+            row = _row(line, where, chat, check)
+            check_index(row.values, len(rows) + problems.total(), where)
+            rows.append(row)
         except UserError as error:
             problems[error.reason if isinstance(error, BadRow) else "cannot be read"] += 1
             first = first or f"{where}: {str(error).removeprefix(f'{where}: ')}"

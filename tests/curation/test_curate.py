@@ -266,6 +266,13 @@ def test_mistakes_are_named_before_work(
     assert not (tmp_path / "run/1-read").exists()
 
 
+def test_a_filter_of_a_domain_that_no_document_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_corpus(tmp_path / "corpus")
+    filters = [{"length": {"min_characters": 10_000, "only": ["prose", "tests"]}}]
+    assert curate(recipe(tmp_path, filters=filters), "--until", "filters") == 2
+    assert "filter length: only names tests, and no document of that domain was read" in capsys.readouterr().err
+
+
 def test_filters_of_some_domains_keep_the_others(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus")
     filters = [{"length": {"min_characters": 10_000, "only": ["prose"]}}]

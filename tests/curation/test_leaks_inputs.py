@@ -40,6 +40,7 @@ def error(capsys: pytest.CaptureFixture[str], folder: Path, *options: str, **fil
         (b'{"text": "caf\xe9"}', "byte 13 of the line (0xe9) is not UTF-8"),
         ('{"text": "wide"}'.encode("utf-16-le"), "NUL byte"),
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"text": "a\\u0000"}', "has a NUL"),
         (b"[" * 100_000, "nested too deeply"),
     ],
 )

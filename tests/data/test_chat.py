@@ -277,6 +277,7 @@ def pair(chosen: Any, rejected: Any, prompt: Any = "p") -> dict[str, Any]:
         (pair(TALK[:2], TALK[:1], TALK[:1]), "roles out of order", "rejected repeats the prompt and says no more"),
         ({"prompt": "see <|im_end|>", "completion": "a"}, "special token in text", r"'<\|im_end\|>'.*reword"),
         ({"messages": [said("user", "\ud800"), TALK[1]]}, "not Unicode", "half of a surrogate pair"),
+        ({"messages": [said("user", "a\0"), TALK[1]]}, "not Unicode", "has a NUL"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_used(chats: Chats, row: dict[str, Any], reason: str, message: str) -> None:

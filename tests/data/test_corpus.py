@@ -131,6 +131,13 @@ def test_nul_bytes_are_replaced_or_their_text_left_out(tmp_path: Path) -> None:
     assert documents(tmp_path, on_bad_utf8="skip") == ["text"]
 
 
+def test_a_nul_that_json_spells_is_refused_as_a_nul_byte_is(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\u0000b"}\n{"text": "c"}\n')
+    assert r"line 1: \u0000 is a NUL, which no text has" in refused(tmp_path / "a.jsonl")
+    assert documents(tmp_path / "a.jsonl", on_bad_utf8="replace") == ["a\ufffdb", "c"]
+    assert documents(tmp_path / "a.jsonl", on_bad_utf8="skip") == ["c"]
+
+
 def test_malformed_lines_can_be_left_out_counted_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwen_moe.data.corpus.LONGEST_DOCUMENT", 100)
     lines = ['{"text": "one"}', '{"text": ', '{"body": 1}', "[1]", '{"text": null}', f'{{"text": "{"x" * 200}"}}', "5"]

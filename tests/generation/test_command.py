@@ -134,6 +134,12 @@ def test_a_begun_file_of_other_settings(chat: Path, tmp_path: Path, capsys: pyte
     assert (tmp_path / "out.jsonl.partial").read_bytes() == before
 
 
+def test_a_begun_file_with_a_setting_that_is_left_out_now(tmp_path: Path) -> None:
+    Answers(tmp_path / "out", {"a": 1, "compile": True})
+    with pytest.raises(UserError, match=r"other settings \(compile True is now None\)"):
+        Answers(tmp_path / "out", {"a": 1})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -161,6 +167,11 @@ def test_a_damaged_line_of_a_begun_file(tmp_path: Path, damage: bytes, message: 
         ([{"prompt": ""}], "line 1: prompt is empty"),
         ([{"prompt": 3}], "line 1: prompt is 3, expected text"),
         ([{"tokens": [1, True]}], "line 1: tokens must be a list of ids"),
+        (
+            [{"prompt": "a", "index": 0}, {"prompt": "b", "index": 0}],
+            "line 2: index is 0, and the output has the number",
+        ),
+        ([{"prompt": "a", "index": "x"}], "line 1: index is 'x', and the output has the number of the line"),
         ([{"tokens": []}], "the prompt is empty"),
         ([{"tokens": [99999]}], "token 99999 but the model's vocabulary"),
         ([{"tokens": [1] * 60}], "66, more than the model's reach of 64"),

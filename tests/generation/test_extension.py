@@ -9,7 +9,7 @@ import torch
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
 from qwen_moe.generation.engine import Engine, Limits
-from qwen_moe.generation.extension import _local, extended
+from qwen_moe.generation.extension import Extension, _local, extended
 from qwen_moe.generation.open import KEPT_SHARE, HowToRead
 from qwen_moe.generation.runner import LocalRunner
 from qwen_moe.generation.sampling import Sampling
@@ -76,6 +76,13 @@ def test_the_kept_share_that_was_asked_for() -> None:
     assert SparseSettings().kept_share == KEPT_SHARE
     with pytest.raises(UserError, match=r"--kept-share 0.5 is for sparse attention: add --attention sparse"):
         HowToRead(kept_share=0.5)
+
+
+@pytest.mark.parametrize("extension", ["none", "yarn", "plain"])
+def test_a_chunk_size_without_dual_chunk_attention_is_refused(extension: Extension) -> None:
+    with pytest.raises(UserError, match=f"--chunk-size 16 is for dual chunk attention, .* is {extension}: give"):
+        HowToRead(chunk=16, extension=extension)
+    assert HowToRead(chunk=16, extension="auto").chunk == 16
     model = draw_weights(config(), 4).eval()
     longer, sampling = extended(config(), "dca", 2100), Sampling(max_new_tokens=1, temperature=0)
     prompt = [n % 50 for n in range(2048)]

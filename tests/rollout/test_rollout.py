@@ -295,6 +295,12 @@ def test_a_damaged_line_of_an_unfinished_folder_is_named(
     assert rollout(hf, source, out) == 0 and content(out) == content(finished)
 
 
+def test_a_folder_that_was_begun_with_a_setting_that_is_left_out_now(tmp_path: Path) -> None:
+    Store(tmp_path, {"attention": "sparse", "kept_share": 0.05}, {}, 4, 2)
+    with pytest.raises(UserError, match=r"sampled with other settings \(kept_share 0.05 is now None\)"):
+        Store(tmp_path, {"attention": "sparse"}, {}, 4, 2)
+
+
 def test_an_unfinished_folder_is_not_read(tmp_path: Path) -> None:
     Store(tmp_path / "out", {"seed": 1}, {}, 4, 2)
     for read in (read_rollouts, read_variances):

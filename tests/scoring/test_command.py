@@ -164,6 +164,17 @@ def test_bad_rows_are_counted_before_work_starts(
     assert not list(tmp_path.glob("out*"))
 
 
+def test_an_index_that_is_not_the_number_of_the_row(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{**row, "index": index} for row, index in zip(CHATS, (0, 0), strict=True)]
+    assert score(folders[0], write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl") == 2
+    assert (
+        "line 2: index is 0, and the output has the number of the line under this key, here 1"
+        in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [

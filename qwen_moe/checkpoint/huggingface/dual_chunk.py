@@ -32,7 +32,8 @@ def read_dual_chunk(values: dict[str, Any], where: str, notes: list[str]) -> Dua
         return DualChunk.model_validate(known)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join([KEY, *map(str, first["loc"])])
+        shown = f" is {first['input']!r:.60}" if first["loc"] and first["type"] != "missing" else ""
+        place = ".".join([KEY, *map(str, first["loc"])]) + shown
         missing = f"; vLLM's default is {_OF_VLLM[str(first['loc'][0])]}" if first["type"] == "missing" else ""
         raise UserError(f"{where}: {place}: {first['msg'].removeprefix('Value error, ')}{missing}") from None
 

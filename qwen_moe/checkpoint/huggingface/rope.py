@@ -60,7 +60,8 @@ def _scaling(
         return RopeScaling.model_validate({"type": kind} | known)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join([key, *map(str, first["loc"])])
+        shown = f" is {first['input']!r:.60}" if first["loc"] and first["type"] != "missing" else ""
+        place = ".".join([key, *map(str, first["loc"])]) + shown
         raise UserError(f"{where}: {place}: {first['msg'].removeprefix('Value error, ')}") from None
 
 

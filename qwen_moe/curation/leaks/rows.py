@@ -16,6 +16,7 @@ from qwen_moe.packages import check_installed
 # Keys of chat data (docs/data.md) and queries (docs/rollouts.md), in the order in which their texts are joined.
 _CHAT = ("messages", "prompt", "completion", "chosen", "rejected")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_ADVICE = "correct it, or use --on-bad-line skip to leave such rows out"
 _SHOWN_KEYS = 20
 
 
@@ -77,7 +78,7 @@ def _parquet_rows(path: Path) -> Iterator[Line]:
 
 def row_of(line: Line) -> dict[str, Any]:
     """The object of a row. Raises BadLine, which names file and line."""
-    advice = "correct it, or use --on-bad-line skip to leave such rows out"
+    advice = _ADVICE
     if line.problem:
         raise BadLine(f"{line.problem}; {advice}")
     if len(line.content) > LONGEST_DOCUMENT:
@@ -132,6 +133,8 @@ def text_of(row: dict[str, Any], line: Line, text_key: str = "text", keys: Seque
             )
         parts = [part for key in chat for part in _parts(row[key])]
     text = "\n".join(parts)
+    if "\0" in text:
+        raise BadLine(f"{line.where} has a NUL (\\u0000), which no text has; {_ADVICE}")
     if not text.isascii() and _SURROGATE.search(text):
         raise BadLine(
             f"{line.where} has half of a surrogate pair, which is not a character; correct it, or use --on-bad-line skip to "

@@ -181,7 +181,7 @@ def test_unknown_keys_are_said() -> None:
         ({"rope_parameters": {"rope_type": "linear"}}, "type linear needs a factor"),
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 0.5}},
-            "rope_parameters.factor.* greater than or equal to 1",
+            "rope_parameters.factor is 0.5: .* greater than or equal to 1",
         ),
         ({"rope_parameters": {"rope_type": "yarn", "beta_fast": 1}}, "beta_fast 1 is not above beta_slow 1"),
         ({"rope_scaling": {"rope_type": "yarn", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5: only 1"),

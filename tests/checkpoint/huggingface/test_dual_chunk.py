@@ -70,8 +70,8 @@ def test_no_scaling_is_said_as_vllm_says_it() -> None:
         ({}, "dual_chunk_attention_config.chunk_size: Field required; vLLM's default is 8192"),
         ({"chunk_size": 8}, "dual_chunk_attention_config.local_size: Field required; vLLM's default is 1024"),
         ({"chunk_size": 8, "local_size": 8}, "local_size 8 is not below chunk_size 8"),
-        ({"chunk_size": "wide", "local_size": 8}, "dual_chunk_attention_config.chunk_size: "),
-        ({"chunk_size": True, "local_size": 8}, "dual_chunk_attention_config.chunk_size: "),
+        ({"chunk_size": "wide", "local_size": 8}, "dual_chunk_attention_config.chunk_size is 'wide': "),
+        ({"chunk_size": True, "local_size": 8}, "dual_chunk_attention_config.chunk_size is True: "),
     ],
 )
 def test_wrong_settings_are_refused(inside: Any, message: str) -> None:
