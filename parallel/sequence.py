@@ -107,6 +107,8 @@ class SequenceShard:
     def earlier(self, counts: torch.Tensor) -> torch.Tensor:
         """For each of this rank's segments, the sum of ``counts [B, segments, ...]`` over all earlier segments of the same
         sequences, on any rank. Not differentiable."""
+        if self.parts == 1:
+            return torch.zeros_like(counts)
         everywhere = _gather(_gather(counts, self.tp), self.cp)  # [cp, tp, B, segments, ...]
         by_segment = everywhere.movedim(3, 2).flatten(0, 2)  # [cp * tp * segments, B, ...]
         ranks = [(cp, tp) for cp in range(self.cp.size) for tp in range(self.tp.size)]

@@ -84,6 +84,8 @@ def fit_loss(where: Points, loss: np.ndarray, form: str = "chinchilla", start: L
         )
     if why := law.untold(where):
         raise InputError(f"the loss law {form} cannot be fitted: {why}")
+    if law.names[0] == "e" and not loss.min() > law.bounds[0][0]:
+        raise InputError(f"the least loss is {loss.min():.3g}, and a loss law needs losses above {law.bounds[0][0]:g}")
     forth, back, lower, upper = _search_space(law, loss)
     begin = law.starts(where, loss) if start is None else [np.array([start.values[name] for name in law.names])]
     target = np.log(loss)
@@ -118,10 +120,11 @@ def fit_loss(where: Points, loss: np.ndarray, form: str = "chinchilla", start: L
     )
 
 
-def compute_optimal(law: LossLaw, flops: float, ratio: float = 1.0) -> tuple[float, float, float]:
-    """(N_total, tokens, loss) with the least loss for ``flops`` = 6 N_active D and N_active = ratio * N_total."""
+def compute_optimal(law: LossLaw, flops: float, ratio: float = 1.0, **others: Any) -> tuple[float, float, float]:
+    """(N_total, tokens, loss) with the least loss for ``flops`` = 6 N_active D and N_active = ratio * N_total. ``others``:
+    see `LossLaw.predict`."""
     n_active = np.geomspace(1e2, 1e14, 6001)
     tokens = flops / (6 * n_active)
-    loss = law.predict(n_active / ratio, n_active, tokens)
+    loss = law.predict(n_active / ratio, n_active, tokens, **others)
     best = int(np.argmin(loss))
     return float(n_active[best] / ratio), float(tokens[best]), float(loss[best])

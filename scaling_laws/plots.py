@@ -161,9 +161,10 @@ def draw_isoflop(fit: Fit, frame: pd.DataFrame, path: Path) -> Path:
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(budgets)))
     optima = []
     for budget, colour in zip(budgets, colours, strict=True):
-        best, _, least = compute_optimal(fit.loss_law, budget, ratio)
+        best, _, least = compute_optimal(fit.loss_law, budget, ratio, granularity=fit.granularity)
         size = best * np.geomspace(1 / 12, 12, 200)
-        loss = fit.loss_law.predict(size, ratio * size, budget / (6 * ratio * size))
+        tokens = budget / (6 * ratio * size)
+        loss = fit.loss_law.predict(size, ratio * size, tokens, granularity=fit.granularity)
         shown = loss < least * 1.12
         style = "-" if budget <= 1.01 * high else "--"
         axes.plot(

@@ -55,15 +55,36 @@ class _Target(NamedTuple):
         return 6 * self.n_active * self.tokens
 
 
+def _others(fit: Fit, request: Request) -> dict[str, Any]:
+    """What some forms of the loss law use besides the sizes."""
+    return {"granularity": request.granularity or fit.granularity, "unique_tokens": request.unique_tokens}
+
+
+def _unused(fit: Fit, request: Request, target: _Target) -> list[str]:
+    """Notes on what the request says, and the loss law does not use."""
+    form, notes = fit.loss_law.form if fit.loss_law is not None else "", []
+    if request.unique_tokens is not None and request.unique_tokens < target.tokens and form != "data_constrained":
+        notes.append(
+            f"--unique-tokens {request.unique_tokens:g} changes nothing: only the loss law data_constrained, which runs "
+            "that repeat their data tell, counts repeated tokens. A run that repeats its data loses more than is predicted"
+        )
+    if request.granularity is not None and form != "krajewski":
+        notes.append(
+            f"--granularity {request.granularity:g} changes nothing: only the loss law krajewski, which runs of 3 "
+            "granularities tell, uses it"
+        )
+    return notes
+
+
 def _target(fit: Fit, request: Request) -> _Target:
     """The sizes in the request, or the compute-optimal ones for its FLOPs. Raises InputError when it gives neither."""
     if request.flops is not None:
         if fit.loss_law is None:
             raise InputError("--flops needs a loss law, which these runs do not give (too few sizes or durations)")
-        law, flops = fit.loss_law, request.flops
+        law, flops, others = fit.loss_law, request.flops, _others(fit, request)
         shares = _shares(fit) if request.ratio is None else [request.ratio]
-        ratio = min(shares, key=lambda share: compute_optimal(law, flops, share)[2])
-        n_total, tokens, _ = compute_optimal(law, flops, ratio)
+        ratio = min(shares, key=lambda share: compute_optimal(law, flops, share, **others)[2])
+        n_total, tokens, _ = compute_optimal(law, flops, ratio, **others)
         n_active = n_total * ratio
     else:
         if request.n_total is None or request.tokens is None:
@@ -195,8 +216,7 @@ def _losses(fit: Fit, request: Request, target: _Target) -> tuple[float | None, 
     """(loss at the optimum, that loss in each resample); (None, []) without a loss law."""
     if fit.loss_law is None:
         return None, []
-    others = {"granularity": request.granularity or fit.granularity, "unique_tokens": request.unique_tokens}
-    where = points(*target, **others)
+    where = points(*target, **_others(fit, request))
     return float(fit.loss_law.at(where)[0]), [float(law.at(where)[0]) for law in fit.loss_samples]
 
 
@@ -249,7 +269,7 @@ def recommend(fit: Fit, request: Request) -> dict[str, Any]:
     warnings += _batch_warnings(batch_tokens, widest, excesses)
     excess = float(np.mean(excesses))
     loss, losses = _losses(fit, request, target)
-    warnings += _loss_doubts(fit)
+    warnings += _loss_doubts(fit) + _unused(fit, request, target)
     resampled = {
         "learning_rate": [optimum[0] for optimum in optima],
         "batch_size_tokens": [optimum[1] for optimum in optima],
@@ -273,7 +293,7 @@ def recommend(fit: Fit, request: Request) -> dict[str, Any]:
         **_other_laws(fit, target),
     }
     if request.flops is not None:
-        result["shapes"] = _shapes(fit, request.flops, target.n_active / target.n_total)
+        result["shapes"] = _shapes(fit, request.flops, target.n_active / target.n_total, _others(fit, request))
     return result
 
 
@@ -288,15 +308,15 @@ def _shares(fit: Fit) -> list[float]:
     return [*shares, low] if low < shares[-1] / 1.05 else shares
 
 
-def _shapes(fit: Fit, flops: float, wanted: float) -> list[dict[str, float]]:
+def _shapes(fit: Fit, flops: float, wanted: float, others: Mapping[str, Any]) -> list[dict[str, float]]:
     """The compute-optimal model at each share of activated parameters, with the loss that it costs over the best share,
     and what half and twice its size would cost."""
     assert fit.loss_law is not None
     law, rows = fit.loss_law, []
     for ratio in sorted({*_shares(fit), wanted}, reverse=True):
-        n_total, tokens, loss = compute_optimal(law, flops, ratio)
-        half = float(law.predict(n_total / 2, n_total * ratio / 2, tokens * 2)[0])
-        twice = float(law.predict(n_total * 2, n_total * ratio * 2, tokens / 2)[0])
+        n_total, tokens, loss = compute_optimal(law, flops, ratio, **others)
+        half = float(law.predict(n_total / 2, n_total * ratio / 2, tokens * 2, **others)[0])
+        twice = float(law.predict(n_total * 2, n_total * ratio * 2, tokens / 2, **others)[0])
         rows.append(
             {
                 "activated_share": ratio,

@@ -30,6 +30,16 @@ OPTIONAL_NUMBERS = ("shared_hidden", "weight_decay", "warmup_tokens", "seed")
 OPTIONAL_TEXT = ("schedule", "n_convention")
 CONVENTIONS = ("non_vocabulary", "with_vocabulary")
 GROUP = ("n_total", "n_active", "tokens", "num_experts", "top_k", "granularity", "shared_hidden", "unique_tokens")
+# (least, most) of a run: beyond, a mistyped number would bend the fit, or end it. Units are checked apart.
+LIMITS = {
+    "n_total": (0.0, 1e18),
+    "n_active": (0.0, 1e18),
+    "tokens": (0.0, 1e18),
+    "seq_len": (0.0, 2.0**31 - 1),
+    "learning_rate": (1e-12, 1e3),
+    "batch_size": (1e-3, 1e12),
+    "loss": (2e-3, 1e3),
+}
 TRUE, FALSE = ("1", "true", "yes", "1.0"), ("", "0", "false", "no", "0.0", "none", "nan")
 SHOWN = 20  # problems in one message
 LEAST_RATIO, MOST_RATIO = 0.01, 1e5  # tokens per activated parameter of the median run; outside, units are mixed up
@@ -109,6 +119,11 @@ def _row(record: dict[str, Any], hyperparameters: bool) -> tuple[dict[str, Any],
         elif not math.isfinite(value) or value <= 0:
             hint = " (set diverged to true for a run that blew up)" if column == "loss" else ""
             problems.append(_wrong(column, record[column], hint))
+        elif not LIMITS[column][0] <= value <= LIMITS[column][1]:
+            least, most = LIMITS[column]
+            problems.append(
+                _wrong(column, record[column], expected=f"at most {most:g}" if value > most else f"at least {least:g}")
+            )
         row[column] = value
     for column in (*OPTIONAL_POSITIVE, *OPTIONAL_NUMBERS):
         value = _number(record.get(column))

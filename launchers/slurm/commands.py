@@ -32,6 +32,7 @@ _AWAY = re.compile(
     r"communication connection failure|Zero Bytes were transmitted|No route to host",
     re.IGNORECASE,
 )
+_NO_CLUSTER = re.compile(r"Could not establish a configuration source")
 _DEFAULTS_OF_QUESTIONS = ("SQUEUE_", "SINFO_", "SCANCEL_", "SACCT_")
 _KEPT = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_UMASK", "SLURM_TIME_FORMAT"}
 _GPUS = ("GRES", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK")
@@ -153,6 +154,12 @@ def run(
     if process.returncode:
         if _AWAY.search(said):
             raise NoAnswer(f"{command[0]}: {said.strip().splitlines()[-1].rpartition('error: ')[2]}")
+        if _NO_CLUSTER.search(said):
+            raise SlurmError(
+                f"{command[0]} is installed here, but finds no configuration of a cluster "
+                f"({said.strip().splitlines()[-1].rpartition(': ')[2]}): run this on a login node of the cluster, set "
+                "SLURM_CONF, or use `qwen-moe launch --local`"
+            )
         said = said.strip() or f"exit code {process.returncode}"
         raise SlurmError(said if said.startswith(f"{command[0]}: ") else f"{command[0]}: {said}")
     return out

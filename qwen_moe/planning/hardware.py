@@ -9,6 +9,7 @@ from typing import Annotated, Self, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from qwen_moe.config.fields import NonNegativeFloat, PositiveFloat, Section
+from qwen_moe.config.load import shorten
 from qwen_moe.documents import read_text, yaml_mapping
 from qwen_moe.errors import UserError
 
@@ -119,6 +120,7 @@ def _load(schema: type[Kind], kind: str, option: str, name: str) -> Kind:
     except ValidationError as error:
         problems = "; ".join(
             ": ".join(filter(None, [".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")]))
+            + ("" if item["type"] in ("missing", "value_error") else f", found {shorten(repr(item['input']))}")
             for item in error.errors()
         )
         raise UserError(f"{option} {path}: {problems}") from None

@@ -19,6 +19,7 @@ from qwen_moe.options import number
 TABLE = "ladder.csv"
 MOVED = 0.06  # share by which a batch may be moved to suit micro-batches: an eighth of a step between neighbours
 DURATIONS = (10.0, 20.0, 40.0, 80.0, 160.0)  # tokens per activated parameter
+BELOW = ", below them"
 
 
 def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -240,17 +241,22 @@ def _too_far(runs: Sequence[Any], target: tuple[float, float, float]) -> list[st
 
     covered = [quantities(run.n_total, run.n_active, run.tokens) for run in runs]
     ranges = {name: (min(one[name] for one in covered), max(one[name] for one in covered)) for name in covered[0]}
-    return too_far(times_outside(ranges, quantities(*target)))
+    wanted = quantities(*target)
+    return [
+        f"{text}{BELOW}" if wanted[text.split()[0]] < ranges[text.split()[0]][0] else text
+        for text in too_far(times_outside(ranges, wanted))
+    ]
 
 
 def far_text(too_far: Sequence[str]) -> str:
     """What follows from `_too_far`; "" if nothing does."""
     if not too_far:
         return ""
-    return (
-        f"the large run is far from these: {'; '.join(too_far)}. `scaling recommend` will need --accept-extrapolation; a "
-        "larger --flops-budget pays for larger and longer runs"
-    )
+    fix = "a larger --flops-budget pays for larger and longer runs"
+    if all(text.endswith(BELOW) for text in too_far):
+        fix = "runs like it need a smaller --flops-budget or, of `scaling ladder`, smaller --tokens-per-parameter"
+    where = "; ".join(too_far)
+    return f"the large run is far from these: {where}. `scaling recommend` will need --accept-extrapolation; {fix}"
 
 
 def write_ladder(output: Path, recipes: dict[str, str], rows: list[dict[str, Any]]) -> None:

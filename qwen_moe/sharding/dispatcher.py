@@ -7,7 +7,7 @@ import torch
 from parallel.expert import Exchange, ExchangePlan, reorder
 from parallel.mesh import Grids
 from qwen_moe.models.moe.dispatch import Arrived, Route
-from qwen_moe.models.ops.permute import Rows, combine, permute, permute_weights, sort_by_expert
+from qwen_moe.models.ops.permute import Rows, combine, number_dropped, permute, permute_weights, sort_by_expert
 
 
 class _Route:
@@ -48,7 +48,7 @@ class AllToAllDispatcher:
         self, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, drops: bool
     ) -> tuple[torch.Tensor, Route]:
         rows, choice = sort_by_expert(indices, self.num_experts + drops)
-        kept = indices.numel() - int(rows.counts[-1]) if drops else indices.numel()
+        kept = indices.numel() - number_dropped(rows.counts) if drops else indices.numel()
         plan = self.exchange.plan(rows.counts[: self.num_experts], kept)
         if self.etp > 1:
             source, row = self._copies(rows, plan.send)

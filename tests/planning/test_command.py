@@ -198,8 +198,8 @@ H100 = {"name": "x", "memory_gib": 80, "reserved_gib": 4, "peak_tflops": {"bf16"
         ({"reserved_gib": 80}, "reserved_gib 80 leaves nothing of memory_gib 80"),
         ({"peak_tflops": {"fp8": 1.0}}, "peak_tflops has fp8: give bf16"),
         ({"peak_tflops": {"bf16": 1.0, "bf-16": 2.0}}, "peak_tflops has bf-16, bf16: give bf16"),
-        ({"efficiency": {"gemm": 74}}, "efficiency.gemm: Input should be less than or equal to 1"),
-        ({"price_per_gpu_hour": -1}, "price_per_gpu_hour: Input should be greater than or equal to 0"),
+        ({"efficiency": {"gemm": 74}}, "efficiency.gemm: Input should be less than or equal to 1, found 74"),
+        ({"price_per_gpu_hour": -1}, "price_per_gpu_hour: Input should be greater than or equal to 0, found -1"),
     ],
 )
 def test_a_gpu_that_is_none(changes: dict[str, object], message: str, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from qwen_moe.config import RunConfig, parse_config
-from qwen_moe.planning.counting import Run, Saved, Split
+from qwen_moe.config import BalanceConfig, RunConfig, parse_config
+from qwen_moe.planning.counting import Run, Saved, Split, count
 from qwen_moe.planning.layouts import Choice, legal_choices
 from qwen_moe.planning.memory import MemoryModel
 from qwen_moe.planning.saved import SavedActivations
@@ -74,6 +74,16 @@ def test_bytes_are_those_of_whole_layers(seed: int) -> None:
     assert found.activations == expected.activations
     assert found.working == pytest.approx(expected.working, rel=0.01)
     assert found.total == pytest.approx(expected.total, rel=0.01)
+
+
+def test_dropped_choices_can_be_planned_for() -> None:
+    """How many are dropped is a value, which shapes alone do not have."""
+    config = case(4)[0]
+    dropping = config.model_copy(update={"balance": BalanceConfig(capacity_factor=0.5)})
+    for ep in (1, 2):
+        run = Run(split=Split(ep=ep), given=64, layers=(config.model.moe_layers[0],), middle=True)
+        without, found = count(config, run), count(dropping, run)
+        assert without.held <= found.held < 1.1 * without.held and without.working <= found.working
 
 
 @pytest.mark.slow

@@ -8,12 +8,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scaling_laws.fitting import fit_table
+from scaling_laws.fitting import Fit, fit_table
 from scaling_laws.recommend import Request, recommend
 from scaling_laws.runs import read_runs
 from tests.scaling_laws.data import synthetic
 
 GRID = (-0.8, 0.0, 0.8)  # log of setting over the middle of the grid
+
+
+@pytest.fixture(scope="module")
+def fit(tmp_path_factory: pytest.TempPathFactory) -> Fit:
+    table = read_runs([synthetic(tmp_path_factory.mktemp("runs") / "runs.csv")])
+    return fit_table(table, samples=0, seed=0, progress=lambda steps: steps)
 
 
 def notes(path: Path, optima: Sequence[tuple[float, float]]) -> list[str]:
@@ -51,10 +57,8 @@ def test_optima_beyond_the_grid_are_told(optimum: tuple[float, float], told: str
     assert notes(tmp_path / "two.csv", [optimum, optimum]) == []  # two groups may do so by chance
 
 
-def test_a_loss_law_that_misses_larger_runs_is_doubted(tmp_path: Path) -> None:
+def test_a_loss_law_that_misses_larger_runs_is_doubted(fit: Fit) -> None:
     """Only misses beyond the compute that was fitted count: smaller runs may be off for reasons that larger ones lack."""
-    table = read_runs([synthetic(tmp_path / "runs.csv")])
-    fit = fit_table(table, samples=0, seed=0, progress=lambda steps: steps)
     request = Request(n_total=1.6e9, tokens=6.4e10, seq_len=1024)
     assert not any("law is off" in warning for warning in recommend(fit, request)["warnings"])
     below = {"held_out": "sparsity 0.5", "groups": 3, "compute_ratio": 0.2, "loss_error": 0.5}
@@ -66,3 +70,22 @@ def test_a_loss_law_that_misses_larger_runs_is_doubted(tmp_path: Path) -> None:
     assert not any(
         "law is off" in warning for warning in recommend(replace(fit, validation=[below]), request)["warnings"]
     )
+
+
+def test_what_the_loss_law_does_not_use_is_told(fit: Fit) -> None:
+    """And what it does use counts for the compute-optimal sizes, too."""
+    asked = Request(n_total=4e8, tokens=1e10, seq_len=1024, granularity=8)
+
+    def told(fit: Fit, **changes: float) -> str:
+        return " ".join(recommend(fit, replace(asked, **changes))["warnings"])
+
+    assert fit.loss_law is not None and fit.loss_law.form == "chinchilla"
+    assert "--granularity 8 changes nothing" in told(fit) and "unique" not in told(fit, unique_tokens=1e10)
+    assert "--unique-tokens 1e+08 changes nothing" in told(fit, unique_tokens=1e8)
+    values = fit.loss_law.values | {"big_f": 0.3, "f": 0.6}
+    fit = replace(fit, loss_law=replace(fit.loss_law, form="krajewski", values=values))
+    assert "granularity" not in told(fit)
+    request = replace(asked, n_total=None, tokens=None, flops=1e19)
+    found = recommend(fit, request)
+    assert found["shapes"][0]["loss"] * (1 + found["predicted_excess_loss"]) == pytest.approx(found["predicted_loss"])
+    assert recommend(fit, replace(request, granularity=1))["n_total"] > 1.1 * found["n_total"]

@@ -124,3 +124,22 @@ def test_compute_optimal_is_the_closed_form() -> None:
     # The law is of activated parameters: a quarter of them changes the total, and no more.
     n_total, tokens_of_quarter, _ = compute_optimal(law, 1e22, ratio=0.25)
     assert n_total == pytest.approx(4 * n) and tokens_of_quarter == pytest.approx(tokens)
+
+
+def test_compute_optimal_is_that_of_the_granularity() -> None:
+    """F / G^f is a part of A, so the closed form holds with it."""
+    where = plan("krajewski")
+    law = fit_loss(where, truth("krajewski", where), form="krajewski")
+    a, b, true = BASE["a"], BASE["b"], TRUTH["krajewski"]
+    for granularity in (1, 32):
+        n, _, loss = compute_optimal(law, 1e22, granularity=granularity)
+        big_a = true["big_a"] + true["big_f"] * granularity ** -true["f"]
+        expected = (a * big_a / (b * true["big_b"]) * (1e22 / 6 / 1e19) ** b) ** (1 / (a + b)) * 1e9
+        assert n == pytest.approx(expected, rel=0.02)
+        assert loss == pytest.approx(law.predict(n, n, 1e22 / 6 / n, granularity=granularity)[0])
+
+
+def test_losses_too_small_for_a_law_are_refused() -> None:
+    where = plan("chinchilla")
+    with pytest.raises(InputError, match=r"the least loss is .*e-05, and a loss law needs losses above 0.001"):
+        fit_loss(where, 1e-5 * truth("chinchilla", where))

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,7 +13,7 @@ import pytest
 from qwen_moe.cli import main
 from qwen_moe.config import load_config
 from qwen_moe.models.flops import count_parameters
-from qwen_moe.scaling.ladder import MOVED, _batch
+from qwen_moe.scaling.ladder import MOVED, _batch, _too_far, far_text
 from qwen_moe.training.schedule import learning_rate
 from scaling_laws.laboratories import laboratories_law, laboratory_prior
 from scaling_laws.ladder import design_ladder
@@ -153,6 +155,15 @@ def test_one_duration_is_too_few(tmp_path: Path, capsys: pytest.CaptureFixture[s
     arguments = ["scaling", "ladder", DEMO, "--flops-budget", "2e16", "--output", str(tmp_path / "x")]
     assert main([*arguments, "--tokens-per-parameter", "20", "20"]) == 2
     assert "--tokens-per-parameter 20: a ladder needs two durations" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "tokens, told", [(1e5, r"tokens is 1,000 times .*, below them; .*smaller"), (1e11, r"\(limit 30\); .*a larger")]
+)
+def test_what_brings_runs_nearer_to_a_large_run_that_is_far(tokens: float, told: str) -> None:
+    """A target below the runs gets farther away the larger the budget is."""
+    runs = [SimpleNamespace(n_total=1e6, n_active=1e6, tokens=1e8)]
+    assert re.search(told, far_text(_too_far(runs, (1e6, 1e6, tokens))))
 
 
 def test_a_batch_of_the_ladder_has_few_micro_batches() -> None:

@@ -182,6 +182,11 @@ def test_capacity_costs_one_read_more_and_sums_over_all_experts() -> None:
     assert wide_kernels(trace) > 0
 
 
+def test_capacity_of_whole_sequences() -> None:
+    trace = trace_step(config(balance={"capacity_factor": 1.5}), 1)
+    assert waits_in_experts(trace) == 1
+
+
 def test_a_planted_read_in_the_expert_path_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     compute = Experts.compute
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from qwen_moe.models.ops.permute import Rows, combine, permute_weights, sort_by_expert
+from qwen_moe.models.ops.permute import Rows, combine, number_dropped, permute_weights, sort_by_expert
 
 
 class Arrived(NamedTuple):
@@ -73,6 +73,6 @@ class LocalDispatcher:
     ) -> tuple[torch.Tensor, Route]:
         rows, choice = sort_by_expert(indices, self.num_experts + drops)
         if drops:  # they are last, and their sums get nothing
-            kept = indices.numel() - int(rows.counts[-1])
+            kept = indices.numel() - number_dropped(rows.counts)
             rows, choice = Rows(rows.token[:kept], rows.row, rows.counts[:-1]), choice[:kept]
         return x, LocalRoute(rows, permute_weights(weights, choice, rows.row))

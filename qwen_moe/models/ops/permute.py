@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 
 class Rows(NamedTuple):
@@ -33,6 +34,14 @@ def sort_by_expert(indices: torch.Tensor, num_experts: int) -> tuple[Rows, torch
         counts=counts.scatter_add_(0, flat, torch.ones_like(flat)),
     )
     return rows, order
+
+
+def number_dropped(counts: torch.Tensor) -> int:
+    """The last of ``counts``, those of dropped choices: the host waits for a GPU to have it."""
+    try:
+        return int(counts[-1])
+    except DataDependentOutputException:  # a shape-only run has no values: assume that none is dropped
+        return 0
 
 
 def sum_of_rows(rows: torch.Tensor, row: torch.Tensor) -> torch.Tensor:

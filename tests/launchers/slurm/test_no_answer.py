@@ -80,3 +80,14 @@ def test_a_cancel_that_did_not_reach_slurm_leaves_no_mark(script: str, run: Path
 def test_other_errors_of_slurm_are_its_own_words(run: Path, tmp_path: Path) -> None:
     stand_in(tmp_path, "squeue", "echo 'squeue: error: Invalid user: me' >&2; exit 1")
     assert status.ask_queue() == (None, "squeue: error: Invalid user: me")
+
+
+def test_commands_without_a_cluster_say_what_to_do(run: Path, tmp_path: Path) -> None:
+    said = "sinfo: error: fetch_config: DNS SRV lookup failed\nsinfo: fatal: Could not establish a configuration source"
+    stand_in(tmp_path, "sinfo", f"echo '{said}' >&2; exit 1")
+    with pytest.raises(slurm.SlurmError) as error:
+        slurm.run("sinfo")
+    assert str(error.value) == (
+        "sinfo is installed here, but finds no configuration of a cluster (Could not establish a configuration source): "
+        "run this on a login node of the cluster, set SLURM_CONF, or use `qwen-moe launch --local`"
+    )
