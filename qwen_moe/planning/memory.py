@@ -165,7 +165,7 @@ class MemoryModel:
     def _layers_in_flight(self, choice: Choice, layout: RunLayout) -> list[set[tuple[float, float]]]:
         """For each pipeline rank, at the moments that may be fullest: MoE layers and others, each counted once for every
         micro-batch in flight."""
-        key = (choice.schedule, choice.pp, layout.layers, enough(choice.pp, layout.micro_batches))
+        key = (choice.schedule, choice.pp, layout.layers, enough(choice.schedule, choice.pp, layout.micro_batches))
         if key not in self._in_flight:
             moe = [len(self._moe_layers.intersection(layers)) for layers in layout.layers]
             dense = [len(layers) - count for layers, count in zip(layout.layers, moe, strict=True)]

@@ -16,16 +16,20 @@ class Flight:
     moments: tuple[tuple[float, ...], ...]
 
 
-def enough(pp: int, micro_batches: int) -> int:
-    """A smaller number of micro-batches that behaves like ``micro_batches``: after two rounds a schedule repeats itself."""
-    return 2 * pp if micro_batches > 2 * pp and micro_batches % pp == 0 else micro_batches
+def enough(schedule: str, pp: int, micro_batches: int) -> int:
+    """A smaller number of micro-batches that behaves like ``micro_batches``: after two rounds a schedule repeats itself, and
+    ends alike with the same rest. Interleaved 1F1B makes longer rounds if there is a rest, and is played whole then."""
+    rest = micro_batches % pp
+    if rest and schedule == "interleaved_1f1b":
+        return micro_batches
+    return min(micro_batches, 2 * pp + rest)
 
 
 def flights(schedule: str, pp: int, micro_batches: int, per_rank: int) -> tuple[Flight, ...]:
     """The `Flight` of each pipeline rank. With ``pp`` 1 micro-batches run one after another."""
     if pp == 1:
         return (Flight((0,), ((1,),)),)
-    return _flights(schedule, pp, enough(pp, micro_batches), per_rank)
+    return _flights(schedule, pp, enough(schedule, pp, micro_batches), per_rank)
 
 
 # Cached by the number of micro-batches that is played, which thousands of layouts share: torch makes a schedule's actions
@@ -50,7 +54,7 @@ def idle_micro_batches(schedule: str, pp: int, micro_batches: int, per_rank: int
     """Idle time of a step. The unit is the forward and backward of a micro-batch on a rank; all stages are equally slow."""
     if pp == 1:
         return 0.0
-    return _idle(schedule, pp, enough(pp, micro_batches), per_rank)
+    return _idle(schedule, pp, enough(schedule, pp, micro_batches), per_rank)
 
 
 @lru_cache(maxsize=4096)

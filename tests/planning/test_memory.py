@@ -23,7 +23,7 @@ from qwen_moe.planning.layouts import Choice, apply, legal_choices
 from qwen_moe.planning.live_bytes import LiveBytes
 from qwen_moe.planning.memory import Memory, MemoryModel
 from qwen_moe.planning.saved import SavedActivations
-from qwen_moe.planning.schedules import Flight, flights, idle_micro_batches
+from qwen_moe.planning.schedules import Flight, _flights, enough, flights, idle_micro_batches
 from qwen_moe.planning.shares import place_of
 from qwen_moe.sharding.build import build_model, shard_model
 from qwen_moe.sharding.layout import RunLayout, run_layout
@@ -265,6 +265,19 @@ def test_more_rounds_change_neither_flight_nor_idle_time(schedule: str) -> None:
     peaks = play(schedule, 4, 40, per_rank).peak
     if schedule in ("1f1b", "interleaved_1f1b"):
         assert [max(map(sum, f.moments)) / per_rank for f in flights(schedule, 4, 40, per_rank)] == pytest.approx(peaks)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv", "dualpipev"])
+@pytest.mark.parametrize("pp", [3, 4])
+def test_rounds_with_a_rest_are_played_with_that_rest(schedule: str, pp: int) -> None:
+    """Of a thousand micro-batches, of which pp is no divisor, torch would need seconds to make the actions."""
+    per_rank = 1 if schedule == "1f1b" else 2
+    for micro_batches in range(2 * pp, 5 * pp):
+        assert enough(schedule, pp, micro_batches) < 3 * pp
+        assert flights(schedule, pp, micro_batches, per_rank) == _flights(schedule, pp, micro_batches, per_rank)
+        idle = play(schedule, pp, micro_batches, per_rank).length / 3 - micro_batches
+        assert idle_micro_batches(schedule, pp, micro_batches, per_rank) == pytest.approx(idle)
+    assert enough("interleaved_1f1b", pp, 10 * pp + 1) == 10 * pp + 1  # one round of them all, or a few long ones
 
 
 def test_the_fullest_rank_is_the_fullest_of_all() -> None:
