@@ -102,7 +102,7 @@ def never_comes():
 
 info = process_info()
 start(info, Threads(count=1, why="test"))
-watch = HangWatch(Path(sys.argv[1]), info.rank, info.world_size, limit=4.0, poll=0.2)
+watch = HangWatch(Path(sys.argv[1]), info.rank, info.world_size, limit=4.0, poll=1.0)
 attention, tensors = _attention(sys.argv[2], int(sys.argv[3]))
 attention(*tensors, Visibility(), 0.5)
 y = attention(*tensors, Visibility(), 0.5)
