@@ -153,7 +153,7 @@ def test_a_tokenizer_that_cannot_keep_text_from_control_tokens_is_refused(tmp_pa
         (["--train-tokenizer", "--vocab-size", "-5"], "--vocab-size: '-5'"),
         (["--train-tokenizer", "--vocab-size", str(10**12)], "at most 2,147,483,647"),
         (["--train-tokenizer"], "needs --vocab-size"),
-        (["--tokenizer", "FOLDER/none"], "tokenizer.json"),
+        (["--tokenizer", "FOLDER/none"], "none does not exist"),
         (["--input", "FOLDER/none"], "does not exist"),
         (["--input", "FOLDER/corpus.jsonl", "FOLDER/corpus.jsonl"], "twice"),
         (["--text-key", "body"], "--text-key"),
