@@ -1,6 +1,6 @@
 """A linear layer of SwiGLU, whose backward computes SwiGLU's values again instead of keeping them.
 
-Shapes: A/O input/output features; leading dims are flattened.
+Shapes: A/O input/output features.
 """
 
 import torch
@@ -16,27 +16,31 @@ from qwen_moe.models.ops.swiglu import (
 
 
 class _SwiGLULinear(torch.autograd.Function):
-    """y = (scale * silu(g) * u) W^T of rows. Keeps g, u and scale."""
+    """y = (scale * silu(g) * u) W^T. Keeps g, u and scale. y is no view, of which FSDP would warn."""
 
     @staticmethod
     def forward(
         ctx, g: torch.Tensor, u: torch.Tensor, scale: torch.Tensor | None, weight: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(g, u, scale, weight)
-        return affine(values(g, u) if scale is None else weighted_values(g, u, scale), weight)
+        rows = g.flatten(0, -2), u.flatten(0, -2)
+        hidden = values(*rows) if scale is None else weighted_values(*rows, scale.flatten())
+        return affine(hidden.view_as(g), weight)
 
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         g, u, scale, weight = ctx.saved_tensors
-        dy, dscale, dweight = widen(grad_outputs[0]), None, None
+        dy, dscale, dweight = widen(grad_outputs[0].flatten(0, -2)), None, None
         dhidden = (dy @ widen(weight)).to(g.dtype)
+        rows = g.flatten(0, -2), u.flatten(0, -2)
         if scale is None:
-            dg, du, hidden = gradients_and_values(g, u, dhidden)
+            dg, du, hidden = gradients_and_values(*rows, dhidden)
         else:
-            dg, du, dscale, hidden = weighted_gradients_apart(g, u, scale, dhidden)
+            dg, du, dscale, hidden = weighted_gradients_apart(*rows, scale.flatten(), dhidden)
+            dscale = dscale.view_as(scale)
         if ctx.needs_input_grad[3]:
             dweight = (dy.T @ widen(hidden)).to(weight.dtype)
-        return dg, du, dscale, dweight
+        return dg.view_as(g), du.view_as(u), dscale, dweight
 
 
 def swiglu_linear(
@@ -46,5 +50,4 @@ def swiglu_linear(
     if not torch.is_grad_enabled():
         hidden = swiglu(g, u)
         return linear(hidden if scale is None else hidden * scale, weight)
-    rows = g.flatten(0, -2), u.flatten(0, -2)
-    return _SwiGLULinear.apply(*rows, None if scale is None else scale.flatten(), weight).unflatten(0, g.shape[:-1])
+    return _SwiGLULinear.apply(g, u, scale, weight)
