@@ -89,7 +89,7 @@ def conversations(row: dict[str, Any], control: re.Pattern[str] | None = None) -
     assistant's.
     """
     _check_text(row, control)
-    tools = _tools(row)
+    tools = tools_of(row)
     if kind_of(row) == "pairs":
         _need(row, ("prompt", "chosen", "rejected"))
         pair = tuple(_answered(row["prompt"], row[name], name, tools) for name in ("chosen", "rejected"))
@@ -173,7 +173,8 @@ def tool_name(call: Any) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _tools(row: dict[str, Any]) -> list[Any] | None:
+def tools_of(row: dict[str, Any]) -> list[Any] | None:
+    """The tools (JSON schemas) of a row; None if it has none. Raises BadRow."""
     tools = row.get("tools")
     if tools is None or tools == []:
         return None

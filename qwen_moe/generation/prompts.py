@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers.folder.atomic import write_text
+from qwen_moe.data.conversations import BadRow, tools_of
 from qwen_moe.data.tasks import is_tasks, tasks_bytes
 from qwen_moe.documents import json_object
 from qwen_moe.errors import UserError
@@ -73,7 +74,8 @@ def _tokens(values: dict[str, Any], tokenizer: Any, chat: bool, where: str) -> l
         raise UserError(f"{where} has {' and '.join(given) or 'no prompt'}: give one of {_FORMS}")
     value = values[given[0]]
     if given == ["messages"]:
-        tokens = chat_tokens(tokenizer, value if isinstance(value, list) else [], f"{where}: messages")
+        messages = value if isinstance(value, list) else []
+        tokens = chat_tokens(tokenizer, messages, f"{where}: messages", _tools(values, where))
         if value[-1]["role"] == "assistant":
             raise UserError(
                 f"{where}: the last message is the assistant's, so nothing is asked: end with the user's or a tool's"
@@ -83,11 +85,19 @@ def _tokens(values: dict[str, Any], tokenizer: Any, chat: bool, where: str) -> l
         if not isinstance(value, str):
             raise UserError(f"{where}: prompt is {value!r}, expected text")
         if chat:
-            return chat_tokens(tokenizer, [{"role": "user", "content": value}], f"{where}: prompt")
+            asked = [{"role": "user", "content": value}]
+            return chat_tokens(tokenizer, asked, f"{where}: prompt", _tools(values, where))
         return text_tokens(tokenizer, value, f"{where}: prompt")
     if not isinstance(value, list) or not all(type(token) is int for token in value):
         raise UserError(f"{where}: tokens must be a list of ids")
     return value
+
+
+def _tools(values: dict[str, Any], where: str) -> list[Any] | None:
+    try:
+        return tools_of(values)
+    except BadRow as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 class Answers:

@@ -47,10 +47,16 @@ def text_tokens(tokenizer: Any, text: str, what: str = "the prompt") -> list[int
     return tokenizer(text, verbose=False)["input_ids"]
 
 
-def chat_tokens(tokenizer: Any, messages: Sequence[Any], what: str = "the prompt") -> list[int]:
-    """The tokens of a conversation up to where the assistant's answer begins, by the tokenizer's chat template. Raises
-    UserError, beginning with ``what``, for messages of another form or that the template refuses."""
-    return tokenizer(chat_text(tokenizer, messages, what), add_special_tokens=False, verbose=False)["input_ids"]
+def chat_tokens(
+    tokenizer: Any, messages: Sequence[Any], what: str = "the prompt", tools: list[Any] | None = None
+) -> list[int]:
+    """The tokens of a conversation up to where the assistant's answer begins, by the tokenizer's chat template. ``tools``:
+    JSON schemas of the functions that the assistant may call. Raises UserError, beginning with ``what``, for messages of
+    another form or that the template refuses, and for tools that it leaves out."""
+    text = chat_text(tokenizer, messages, what, tools=tools)
+    if tools and text == chat_text(tokenizer, messages, what):
+        raise UserError(f"{what}: the chat template leaves out the tools: use a template that writes them")
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def chat_text(tokenizer: Any, messages: Sequence[Any], what: str = "the prompt", **options: Any) -> str:
@@ -60,12 +66,17 @@ def chat_text(tokenizer: Any, messages: Sequence[Any], what: str = "the prompt",
             f"{tokenizer.name_or_path} has no chat template (in tokenizer_config.json or chat_template.jinja): give text "
             "without --chat, or add the template of the model"
         )
-    if not messages or not all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in messages
-    ):
+    if not messages or not all(_is_message(message) for message in messages):
         raise UserError(f'{what} must be a list of messages like {{"role": "user", "content": "..."}}')
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
     except Exception as error:  # a template raises what it likes
         raise UserError(f"{what} is refused by the tokenizer's chat template: {error}") from None
+
+
+def _is_message(message: Any) -> bool:
+    """Whether it has a role and text. A message that calls tools may have no text."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))

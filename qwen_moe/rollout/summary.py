@@ -61,6 +61,8 @@ def figures(rows: Iterable[Row]) -> tuple[dict[str, Any], list[Row]]:
 def asked(values: Mapping[str, Any]) -> str:
     """A hash of the prompt of a query's line: ids are often no more than its number in some file."""
     prompt = [values.get(name) for name in FORMS]
+    if values.get("tools"):
+        prompt.append(values["tools"])
     return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from qwen_moe.errors import UserError
 from qwen_moe.rollout.queries import Query, digest, read_queries
+from qwen_moe.rollout.summary import asked
 from tests.rollout.conftest import tokenizer, write_lines
 
 LINES: list[Any] = [
@@ -27,6 +28,32 @@ def test_prompts_of_each_form(tmp_path: Path) -> None:
     assert chat[0].prompt == "<|im_start|>user\nabc<|im_end|>\n<|im_start|>assistant\n"
     assert chat[1:] == queries[1:]
     assert digest(queries) == digest(read_queries(path, tokenizer())) != digest(chat)
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+ASKED = [{"role": "user", "content": "sum"}, CALL, {"role": "tool", "content": "3"}]
+
+
+def test_tools_are_written_as_transformers_writes_them(tmp_path: Path) -> None:
+    """A model that was fine-tuned with tools would otherwise be asked without them."""
+    lines = [{"messages": ASKED, "tools": TOOLS}, {"messages": ASKED, "tools": []}, {"prompt": "sum", "tools": TOOLS}]
+    queries = read_queries(write_lines(tmp_path / "q.jsonl", lines), tokenizer(), chat=True)
+    for query, messages, tools in zip(queries, (ASKED, ASKED, ASKED[:1]), (TOOLS, None, TOOLS), strict=True):
+        expected = tokenizer().apply_chat_template(messages, tools=tools, add_generation_prompt=True)
+        assert query.tokens == expected["input_ids"]
+    wrote = ["may call one or more functions" in query.prompt for query in queries]  # its tokens are few characters
+    assert wrote == [True, False, True]
+    assert asked(queries[0].values) != asked(queries[1].values)
+    plain = tokenizer()
+    plain.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    for wrong, message, reader in (
+        ({"messages": ASKED[:1], "tools": "add"}, "line 1: tools is 'add', expected a list", tokenizer()),
+        ({"messages": [{"role": "user", "content": None}]}, "line 1: messages must be a list", tokenizer()),
+        (lines[2], "the chat template leaves out the tools", plain),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_queries(write_lines(tmp_path / "wrong.jsonl", [wrong]), reader, chat=True)
 
 
 def test_mistakes_are_counted_and_named_together(tmp_path: Path) -> None:
