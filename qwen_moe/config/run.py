@@ -199,17 +199,17 @@ class RunConfig(Section):
         if training.train_tokens < tokens_per_step:
             raise ValueError(
                 f"{self._length} {training.train_tokens} is less than one step of {tokens_per_step} tokens "
-                "(global_batch_size x sequence_length)"
+                "(global_batch_size x sequence_length): train longer, or take a smaller batch"
             )
         if schedule.warmup_tokens + schedule.decay_tokens > self.place.rates_tokens:
             raise ValueError(
                 f"schedule.warmup_tokens {schedule.warmup_tokens} + decay_tokens {schedule.decay_tokens} is more than "
-                f"{self._scheduled} {self.place.rates_tokens}"
+                f"{self._scheduled} {self.place.rates_tokens}: lower them, or train longer"
             )
         if 0 < self.data.order_tokens < training.train_tokens:
             raise ValueError(
                 f"data.order_tokens {self.data.order_tokens} is less than training.train_tokens {training.train_tokens}: "
-                "the order would end before the run does"
+                "the order would end before the run does; raise it, or leave it out"
             )
 
     def _check_balance(self) -> None:

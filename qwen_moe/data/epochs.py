@@ -79,7 +79,8 @@ def with_epochs(config: RunConfig, datasets: tuple[Dataset, ...]) -> RunConfig:
         return RunConfig(**settings)
     except ValueError as error:
         text = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())  # type: ignore[attr-defined]
-        raise UserError(f"{training.epochs} epochs of this data are {tokens} tokens with padding: {text}") from None
+        epochs = "1 epoch of this data is" if training.epochs == 1 else f"{training.epochs} epochs of this data are"
+        raise UserError(f"{epochs} {tokens} tokens with padding: {text}") from None
 
 
 def check_kind(config: RunConfig, prefixes: list[Path]) -> None:

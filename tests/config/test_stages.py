@@ -134,7 +134,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"tokens": 63}, "stages.1 (second): tokens 63 is less than one step of 64 tokens"),
     ({"schedule": {"warmup_tokens": 1000}}, "stages.1 (second): its 1000 tokens do not reach the end of its warm-up"),
     ({"optimizer__learning_rate": 1, "tokens": 128}, "do not reach the end of its warm-up, schedule.warmup_tokens 128"),
-    ({"schedule": WSD}, "warmup_tokens 900 + decay_tokens 200 is more than the tokens that it spans, 1000"),
+    ({"schedule": WSD}, "warmup_tokens 900 + decay_tokens 200 is more than the tokens that it spans, 1000: lower them"),
     ({"optimizer__learning_rate": 1e-4}, "stages.1 (second): schedule.min_learning_rate 0.001 is above"),
     ({"model__rope_theta": 9999}, "stages.1 (second): model.rope_theta 9999 is below 10000 of the stage before, first"),
     ({"training__micro_batch_size": 3}, "(second): training.global_batch_size 4 is not a multiple of"),
