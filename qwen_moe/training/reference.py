@@ -29,6 +29,7 @@ from qwen_moe.data.manifest import read_manifest
 from qwen_moe.data.ranks import same_on_all_ranks
 from qwen_moe.data.rows import OpenSet, Rows
 from qwen_moe.data.samples import rank_samples
+from qwen_moe.documents import json_object, read_text
 from qwen_moe.errors import UserError
 from qwen_moe.sharding.model import ParallelModel
 from qwen_moe.training.log_probs import Frozen, label_log_probs
@@ -89,10 +90,10 @@ def keep_or_compare(config: RunConfig, models: Mapping[str, str], begins: bool) 
     given = {LOAD_FROM: config.checkpoint.load_from, REWARD_MODEL: config.rollout and config.rollout.reward_model}
 
     def run() -> None:
-        try:
-            kept: dict[str, str] = {} if begins else json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            kept = {}  # of a run that began before this was kept
+        kept: dict[str, Any] = {}
+        if not begins and path.exists():  # a run that began before this was kept has no such file
+            where = f"{path} (delete it to go on without comparing)"
+            kept = json_object(read_text(path, "the run's", "what the run wrote"), where)
         changed = [f"{name} {given[name]}" for name, found in models.items() if kept.get(name, found) != found]
         if changed:
             raise UserError(

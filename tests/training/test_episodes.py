@@ -17,7 +17,7 @@ from qwen_moe.data.chat_tokenizer import trained_chat_tokenizer
 from qwen_moe.errors import UserError
 from qwen_moe.runs.records import read_lines
 from qwen_moe.training.episode_files import EpisodeFiles
-from qwen_moe.training.reference import LOAD_FROM, keep_or_compare
+from qwen_moe.training.reference import LOAD_FROM, MODELS, keep_or_compare
 from tests.distributed import run_distributed
 from tests.schedules import needs
 from tests.small import model_values
@@ -291,6 +291,10 @@ def test_a_run_does_not_go_on_with_another_reference(tokenizer: Path, tmp_path: 
     went_on("one", False)
     with pytest.raises(UserError, match=f"load_from other is not the model that {tmp_path} began with"):
         went_on("other", False)
+    for damaged in ("[]", "{"):
+        (tmp_path / MODELS).write_text(damaged)
+        with pytest.raises(UserError, match=r"other_models\.json \(delete it to go on without comparing\)"):
+            went_on("one", False)
 
 
 def test_stages_of_episodes_are_refused(tokenizer: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from qwen_moe.checkpoint.huggingface.section_error import section_error
 from qwen_moe.config import DualChunk, ModelConfig
 from qwen_moe.errors import UserError
 
@@ -32,10 +33,8 @@ def read_dual_chunk(values: dict[str, Any], where: str, notes: list[str]) -> Dua
         return DualChunk.model_validate(known)
     except ValidationError as error:
         first = error.errors()[0]
-        shown = f" is {first['input']!r:.60}" if first["loc"] and first["type"] != "missing" else ""
-        place = ".".join([KEY, *map(str, first["loc"])]) + shown
         missing = f"; vLLM's default is {_OF_VLLM[str(first['loc'][0])]}" if first["type"] == "missing" else ""
-        raise UserError(f"{where}: {place}: {first['msg'].removeprefix('Value error, ')}{missing}") from None
+        raise section_error(error, where, KEY, missing) from None
 
 
 def write_dual_chunk(config: ModelConfig, original: dict[str, Any]) -> dict[str, Any]:

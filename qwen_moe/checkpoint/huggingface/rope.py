@@ -4,6 +4,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from qwen_moe.checkpoint.huggingface.section_error import section_error
 from qwen_moe.config import ModelConfig, RopeScaling
 from qwen_moe.errors import UserError
 
@@ -59,10 +60,7 @@ def _scaling(
     try:
         return RopeScaling.model_validate({"type": kind} | known)
     except ValidationError as error:
-        first = error.errors()[0]
-        shown = f" is {first['input']!r:.60}" if first["loc"] and first["type"] != "missing" else ""
-        place = ".".join([key, *map(str, first["loc"])]) + shown
-        raise UserError(f"{where}: {place}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise section_error(error, where, key) from None
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
