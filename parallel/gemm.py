@@ -37,10 +37,25 @@ def has_hardware(dtype: torch.dtype) -> bool:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
-    return limit not in _EMULATED and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return _limit() not in _EMULATED and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices with AMX tiles. Read as `has_hardware` is."""
+    limit = _limit()
+    return (
+        has_hardware(torch.bfloat16)
+        and torch.cpu._is_amx_tile_supported()
+        and (limit in ("", "ALL", "DEFAULT") or "AMX" in limit)
+    )
+
+
+def _limit() -> str:
+    """What the user keeps oneDNN to: a value of ONEDNN_MAX_CPU_ISA, or nothing."""
+    return os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
 
 
 def widens(x: torch.Tensor, dtype: torch.dtype | None = None) -> bool:

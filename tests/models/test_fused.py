@@ -76,24 +76,45 @@ def test_attention_in_blocks_equals_the_whole_square(batch, seq, groups, repeats
         assert (ours.double() - wanted).abs().max() < 1e-5 * max(1.0, float(wanted.abs().max())), name
 
 
-def test_attention_in_blocks_keeps_large_scores() -> None:
+@settings(max_examples=25)
+@given(batch=st.integers(1, 3), seq=st.integers(2, 150), groups=st.integers(1, 3), repeats=st.integers(1, 3))
+def test_forward_by_torch_equals_the_blocks(batch: int, seq: int, groups: int, repeats: int) -> None:
+    """Also its logsumexp, which backward in blocks reads."""
+    q = 3 * rand(batch, seq, groups * repeats, 16).float()
+    k, v = rand(batch, seq, groups, 16, seed=1).float(), rand(batch, seq, groups, 16, seed=2).float()
+    found, wanted = blocks._forward_by_torch(q, k, v, 0.25), blocks._forward_in_blocks(q, k, v, 0.25)
+    for ours, exact in zip(found, wanted, strict=True):
+        assert ours.shape == exact.shape
+        assert (ours - exact).abs().max() < 1e-5 * max(1.0, float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_attention_in_blocks_keeps_large_scores(monkeypatch: pytest.MonkeyPatch, tiles: bool) -> None:
     """Scores in the hundreds, as biases of Qwen's keys make them: in bfloat16 they would be off by a whole unit."""
-    q, k, v = 30 * rand(1, 96, 2, 64), 4 * rand(1, 96, 1, 64, seed=1), rand(1, 96, 1, 64, seed=2)
+    monkeypatch.setattr(blocks, "has_tiles", lambda: tiles)
+    monkeypatch.setattr(blocks, "widen", lambda x: x)
+    q, k, v = 30 * rand(1, 200, 4, 64), 4 * rand(1, 200, 2, 64, seed=1), rand(1, 200, 2, 64, seed=2)
     q, k, v = (x.bfloat16() for x in (q, k, v))
-    found = blocks.block_attention(q, k, v, q.shape[-1] ** -0.5)
-    assert relative(found, exact_attention(q.double(), k.double(), v.double())) < 0.01
+    dy = rand(*q.shape, seed=3).bfloat16()
+    found = attention_gradients(lambda *x: blocks.block_attention(*x, 0.125), q, k, v, dy)
+    wanted = attention_gradients(exact_attention, *(x.double() for x in (q, k, v, dy)))
+    for name, ours, exact in zip(("y", "dq", "dk", "dv"), found, wanted, strict=True):
+        assert relative(ours, exact) < 0.01, name
 
 
-@pytest.mark.parametrize("has_bf16", [True, False])
-def test_blocks_are_for_short_sequences(compiled: None, monkeypatch: pytest.MonkeyPatch, has_bf16: bool) -> None:
+@pytest.mark.parametrize(("has_bf16", "tiles"), [(True, True), (True, False), (False, False)])
+def test_blocks_are_for_short_sequences(
+    compiled: None, monkeypatch: pytest.MonkeyPatch, has_bf16: bool, tiles: bool
+) -> None:
     monkeypatch.setattr(gemm, "has_hardware", lambda dtype: has_bf16 or dtype != torch.bfloat16)
+    monkeypatch.setattr(blocks, "has_tiles", lambda: tiles)
 
     def pay(tokens: int, dtype: torch.dtype) -> bool:
         return blocks.blocks_pay(torch.zeros(1, tokens, 2, 8, dtype=dtype))
 
-    assert pay(512, torch.float32) and not pay(513, torch.float32)
+    assert pay(512, torch.float32) != tiles and not pay(513, torch.float32)
     # Without instructions for bfloat16 its products are those of float32.
-    assert pay(512, torch.bfloat16) and pay(513, torch.bfloat16) == has_bf16
+    assert pay(512, torch.bfloat16) and pay(513, torch.bfloat16) == (has_bf16 and not tiles)
     assert not pay(1025, torch.bfloat16) and not pay(1, torch.bfloat16) and not pay(64, torch.float64)
     compile_kernels(False)
     assert not pay(64, torch.float32) and not pay(64, torch.bfloat16)

@@ -10,13 +10,13 @@ key/value head are rows of one GEMM: row s * R + r is query s of head g * R + r.
 
 import torch
 
-from parallel.gemm import exact_bmm, widen, widens
+from parallel.gemm import exact_bmm, has_tiles, widen, widens
 from qwen_moe.models.ops.compiled import compiling, fused
 
-QUERIES = 64  # per block
 SCORE_BYTES = 16 << 20  # limit for one block's scores over all heads computed together
 # Torch's kernel, which keeps scores in its caches, is as fast for sequences of more tokens.
 LONGEST = {torch.bfloat16: 1024, torch.float32: 512}
+LONGEST_WITH_TILES = {torch.bfloat16: 512}
 
 
 @fused
@@ -48,7 +48,7 @@ def _normalized(y: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
 
 
 class _BlockAttention(torch.autograd.Function):
-    """y = softmax(scale * q k^T) v below the diagonal.
+    """y = softmax(scale * q k^T) v below the diagonal, of ``q [B, S, H, C]`` and ``k, v [B, S, G, C]``.
 
     With p = exp(s - lse) and dp = dy v^T: ds = p * (dp - sum of p * dp), dv = p^T dy, dq = scale * ds k,
     dk = scale * ds^T q. Saves q, k, v and lse.
@@ -56,37 +56,24 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        batch, groups, seq, repeats, _ = q.shape
-        rows_q, rows_k, rows_v = _rows(q), _rows(k), _rows(v)
-        n = rows_q.shape[0]
-        y = torch.empty_like(rows_q)
-        top = torch.empty(n, seq * repeats, 1, dtype=torch.float32)
-        total = torch.empty_like(top)
-        wide_q, wide_k = rows_q.float(), rows_k.float().transpose(1, 2)
-        mask = _mask(min(QUERIES, seq), repeats)
-        for heads, begin, end, rows in _blocks(n, seq, repeats):
-            products = exact_bmm(wide_q[heads, rows], wide_k[heads, :, :end], q.dtype)
-            products[:, :, begin:].add_(mask[: (end - begin) * repeats, : end - begin])
-            p, top[heads, rows], total[heads, rows] = _exponentials(products, scale, q)
-            y[heads, rows] = torch.bmm(p, rows_v[heads, :end])
-        shape = (batch, groups, seq, repeats, 1)
-        ctx.save_for_backward(q, k, v, top.add_(total.log()))
+        y, lse = (_forward_by_torch if _on_tiles(q) else _forward_in_blocks)(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, lse)
         ctx.scale = scale
-        return _normalized(y.view_as(q), total.view(shape))
+        return y
 
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         q, k, v, lse = ctx.saved_tensors
-        _, _, seq, repeats, _ = q.shape
-        dy = _rows(grad_outputs[0].transpose(1, 2).contiguous())
-        rows_q, rows_k, rows_v = _rows(q), _rows(k), _rows(v)
-        n, scale = rows_q.shape[0], ctx.scale
+        seq, groups, scale = q.shape[1], k.shape[2], ctx.scale
+        rows_q, rows_k, rows_v, dy = (_rows(x, groups) for x in (q, k, v, grad_outputs[0]))
+        n, repeats = rows_q.shape[0], q.shape[2] // groups
         dq = torch.empty_like(rows_q)
         dk = torch.zeros(rows_k.shape, dtype=torch.float32)
         dv = torch.zeros_like(dk)
         wide_q, wide_k = rows_q.float(), rows_k.float().transpose(1, 2)
-        mask = _mask(min(QUERIES, seq), repeats)
-        for heads, begin, end, rows in _blocks(n, seq, repeats):
+        size = _queries(q)
+        mask = _mask(size, repeats)
+        for heads, begin, end, rows in _blocks(n, seq, repeats, size):
             products = exact_bmm(wide_q[heads, rows], wide_k[heads, :, :end], q.dtype)
             products[:, :, begin:].add_(mask[: (end - begin) * repeats, : end - begin])
             dp = torch.bmm(dy[heads, rows], rows_v[heads, :end].transpose(1, 2))
@@ -94,19 +81,72 @@ class _BlockAttention(torch.autograd.Function):
             dq[heads, rows] = torch.bmm(ds, rows_k[heads, :end])
             dv[heads, :end] += torch.bmm(p.transpose(1, 2), dy[heads, rows])
             dk[heads, :end] += torch.bmm(ds.transpose(1, 2), rows_q[heads, rows])
-        return dq.view_as(q).mul_(scale), dk.mul_(scale).to(k.dtype).view_as(k), dv.to(v.dtype).view_as(v), None
+        return _heads(dq.mul_(scale), q), _heads(dk.mul_(scale), k), _heads(dv, v), None
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """``[B, G, S, (R,) C] -> [N, S (* R), C]``."""
-    return x.view(x.shape[0] * x.shape[1], -1, x.shape[-1])
+def _forward_in_blocks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The attention ``[B, S, H, C]`` and each row's logsumexp ``[N, S * R, 1]``."""
+    seq, groups = q.shape[1], k.shape[2]
+    rows_q, rows_k, rows_v = (_rows(x, groups) for x in (q, k, v))
+    n, repeats = rows_q.shape[0], q.shape[2] // groups
+    y = torch.empty_like(rows_q)
+    top = torch.empty(n, seq * repeats, 1, dtype=torch.float32)
+    total = torch.empty_like(top)
+    wide_q, wide_k = rows_q.float(), rows_k.float().transpose(1, 2)
+    size = _queries(q)
+    mask = _mask(size, repeats)
+    for heads, begin, end, rows in _blocks(n, seq, repeats, size):
+        products = exact_bmm(wide_q[heads, rows], wide_k[heads, :, :end], q.dtype)
+        products[:, :, begin:].add_(mask[: (end - begin) * repeats, : end - begin])
+        p, top[heads, rows], total[heads, rows] = _exponentials(products, scale, q)
+        y[heads, rows] = torch.bmm(p, rows_v[heads, :end])
+    shape = (q.shape[0], groups, seq, repeats)
+    return _normalized(y.view(*shape, -1), total.view(*shape, 1)).flatten(2, 3), top.add_(total.log())
 
 
-def _blocks(n: int, seq: int, repeats: int) -> list[tuple[slice, int, int, slice]]:
-    """(heads, first query, last query + 1, rows of these queries) of every block."""
+def _forward_by_torch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_forward_in_blocks` by torch's kernel, which multiplies with AMX tiles, sums in float32 and gives the logsumexp."""
+    repeats = q.shape[2] // k.shape[2]
+    keys, values = (x.transpose(1, 2).repeat_interleave(repeats, 1) for x in (k, v))
+    y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.transpose(1, 2), keys, values, 0.0, True, attn_mask=None, scale=scale
+    )
+    return y.transpose(1, 2).contiguous(), _rows(lse.transpose(1, 2).unsqueeze(-1), k.shape[2])
+
+
+def _on_tiles(q: torch.Tensor) -> bool:
+    """Whether torch's kernel, forward, is several times faster than blocks. Its backward is not: it uses no tiles."""
+    return q.dtype == torch.bfloat16 and has_tiles()
+
+
+def _queries(q: torch.Tensor) -> int:
+    """Of one block. Tiles multiply larger matrices faster."""
+    return min(q.shape[1], 128 if _on_tiles(q) else 64)
+
+
+def _rows(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """``[B, S, G * R, C] -> [N, S * R, C]``."""
+    return x.unflatten(2, (groups, -1)).transpose(1, 2).reshape(x.shape[0] * groups, -1, x.shape[-1])
+
+
+def _heads(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_rows`, in the shape and dtype of ``like [B, S, H, C]``."""
+    batch, seq, heads, dim = like.shape
+    groups = rows.shape[0] // batch
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    out.view(batch, seq, groups, heads // groups, dim).copy_(rows.view(batch, groups, seq, -1, dim).transpose(1, 2))
+    return out
+
+
+def _blocks(n: int, seq: int, repeats: int, size: int) -> list[tuple[slice, int, int, slice]]:
+    """(heads, first query, last query + 1, rows of these queries) of every block of ``size`` queries."""
     blocks = []
-    for begin in range(0, seq, QUERIES):
-        end = min(seq, begin + QUERIES)
+    for begin in range(0, seq, size):
+        end = min(seq, begin + size)
         rows = slice(begin * repeats, end * repeats)
         most = max(1, SCORE_BYTES // (4 * (end - begin) * repeats * end))
         at_a_time = max(size for size in range(1, min(n, most) + 1) if n % size == 0)
@@ -124,12 +164,11 @@ def _mask(size: int, repeats: int) -> torch.Tensor:
 def blocks_pay(q: torch.Tensor) -> bool:
     """Whether `block_attention` is faster than torch's kernel for ``q [B, S, H, C]`` (measured: `benchmarks/README.md`)."""
     dtype = torch.float32 if widens(q) else q.dtype
-    return q.device.type == "cpu" and compiling() and 1 < q.shape[1] <= LONGEST.get(dtype, 0)
+    longest = LONGEST_WITH_TILES if has_tiles() else LONGEST
+    return q.device.type == "cpu" and compiling() and 1 < q.shape[1] <= longest.get(dtype, 0)
 
 
 def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """Causal attention of ``q [B, S, H, C]`` to ``k, v [B, S, G, C]``: ``[B, S, H, C]``. Query head h uses key/value head
     h // (H / G), and scores are multiplied by ``scale``."""
-    grouped = widen(q).unflatten(2, (k.shape[2], -1)).transpose(1, 2).contiguous()
-    keys, values = widen(k).transpose(1, 2).contiguous(), widen(v).transpose(1, 2).contiguous()
-    return _BlockAttention.apply(grouped, keys, values, scale).flatten(2, 3).to(q.dtype)
+    return _BlockAttention.apply(widen(q), widen(k), widen(v), scale).to(q.dtype)

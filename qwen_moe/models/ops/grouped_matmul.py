@@ -254,9 +254,12 @@ def _some_rows(x: torch.Tensor, begin: int, count: int) -> torch.Tensor:
 
 
 def _rounded(counts: list[int]) -> Iterator[tuple[int, int, int, int]]:
-    """(expert, first row, rows, rows rounded up to a multiple), in order of rows."""
+    """(expert, first row, rows, rows rounded up to a multiple), in order of rows.
+
+    Each size costs about 0.3 MB and a millisecond on a CPU with AMX. Of 512 rows, 32 more on average cost less.
+    """
     begin = 0
     for expert, count in enumerate(counts):
-        unit = 16 if count < 512 else 32 if count < 2048 else 64
+        unit = 32 if count < 256 else 64 if count < 1024 else 128
         yield expert, begin, count, -(-count // unit) * unit
         begin += count
