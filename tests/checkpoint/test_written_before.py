@@ -21,7 +21,7 @@ from qwen_moe.config import RunConfig, load_config
 from tests.checkpoint.written_before.write import CASES, HERE, SAVED, STEPS, figures_of, machine, unpack
 from tests.distributed import run_distributed
 
-# Versions before ab0e925, and other processors, round bf16 in other places: up to 2e-4 and 2e-2 were seen. Losses after a
+# Versions before ab0e925, and other processors, round bf16 in other places: up to 7e-4 and 2e-2 were seen. Losses after a
 # resume without the moments, their step or the FP8 scales are off by 2e-3 and more.
 LOSS, NORM = 1e-3, 3e-2
 
