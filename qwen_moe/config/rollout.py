@@ -62,7 +62,7 @@ class ServerConfig(Section):
         if self.kind == "vllm" and not self.reload:
             raise ValueError(
                 "vLLM's server has no standard request that loads other weights: give reload, a command with "
-                f"{PLACE} that has this server load a directory (docs/post-training.md has one), or use kind sglang"
+                f"{PLACE} that has this server load a directory (docs/grpo.md has one), or use kind sglang"
             )
         return self
 

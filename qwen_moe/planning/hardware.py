@@ -111,7 +111,7 @@ def _load(schema: type[Kind], kind: str, option: str, name: str) -> Kind:
         if name not in files:
             near = difflib.get_close_matches(name[:100].lower(), files, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(files)}"
-            raise UserError(f"{option} {name!r} is not known; {hint} (or give a .yaml file, see docs/plan.md)")
+            raise UserError(f"{option} {name!r} is not known; {hint} (or give a .yaml file, see docs/plan-time.md)")
         path = files[name]
     where = f"{option} {path}"
     values = yaml_mapping(read_text(path, option, f"a .yaml file or one of {', '.join(known(kind))}"), where)
