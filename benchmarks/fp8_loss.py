@@ -28,6 +28,7 @@ TOKENS = STEPS * BATCH * SEQUENCE
 COMMON = {
     "training.train_tokens": TOKENS,
     "training.global_batch_size": BATCH,
+    "training.micro_batch_size": BATCH,
     "training.validation_interval": 0,
     "schedule.warmup_tokens": TOKENS // 8,
     "schedule.decay_tokens": TOKENS // 4,

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from parallel.kernels import quantizer
+from parallel.kernels.formats import scale_of
 from parallel.mesh import Layout
 from qwen_moe.config import RunConfig
 from qwen_moe.verify.ranks import Report, make_trainer, record_step, train_rank
@@ -96,6 +98,22 @@ def test_context_parallelism_notes_what_one_process_does(kind: str, to_the_bit: 
         for name, value in state.items():
             if to_the_bit or name.endswith("weight.scale") or "layers.0.self_attn.input" in name:
                 assert torch.equal(value, expected[name]), name
+
+
+def _first_loss_by_powers_of_two(config: RunConfig) -> float:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantizer, "scale_of", lambda amax, fp8, power_of_two: scale_of(amax, fp8, True))
+        return _first_step(config)[0]
+
+
+def test_current_factors_differ_between_layouts_by_rounding_alone() -> None:
+    """An expert's rows have one factor with ep=2, and one on each rank without. Powers of two round nothing: then the loss
+    is the same to the bit."""
+    losses = [
+        run_distributed(_first_loss_by_powers_of_two, 2, fp8(layout, "current"))
+        for layout in (Layout(dp=2), Layout(dp=2, ep=2))
+    ]
+    assert losses[0] == losses[1]
 
 
 def _names(config: RunConfig) -> list[str]:
