@@ -155,6 +155,10 @@ class EpisodeFiles:
         found = _read(self.folder / REWARDS)
         return None if found is None or found.get("rewarded_by") != rewarded_by else list(found["rewards"])
 
+    def functions(self) -> dict[str, str]:
+        """The hashes of reward functions' files that `write_rewards` wrote, if it did."""
+        return dict((_read(self.folder / REWARDS) or {}).get("functions", {}))
+
     def write_values(self, name: str, values: Sequence[np.ndarray]) -> None:
         """Values of the tokens of all answers, in the order of `responses`."""
         path = self.folder / f"{name}.npy"

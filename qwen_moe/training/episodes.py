@@ -214,6 +214,10 @@ class Episodes:
         kept = files.rewards(rewarded_by)
         if kept is not None:
             return kept
+        functions = self._rewards.functions()
+        before = files.functions() or EpisodeFiles(self.config.run_dir, number - 1, self._made_by).functions()
+        for name in [name for name, file in functions.items() if before.get(name, file) != file]:
+            self._say(f"the file of the reward {name} changed: it decides from episode {number} on")
         texts = [self._text(one.tokens[one.prompt :].tolist()) for one in responses]
         rewards, parts = self._rewards.score(responses, queries, texts)
         lines = [
@@ -228,7 +232,8 @@ class Episodes:
             }
             for one, text, reward, part in zip(responses, texts, rewards, parts, strict=True)
         ]
-        files.write_rewards(rewards, {"episode": number, "rewarded_by": rewarded_by}, lines)
+        facts = {"episode": number, "rewarded_by": rewarded_by, "functions": functions}
+        files.write_rewards(rewards, facts, lines)
         return rewards
 
     def _cut(self, responses: Sequence[Response], experts: list[torch.Tensor] | None) -> list[_Update]:

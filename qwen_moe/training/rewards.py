@@ -45,6 +45,10 @@ class Rewards:
         """What decides the rewards."""
         return [None if self._rewarder is None else self._rewarder.identity(), self.model_files, self._weight]
 
+    def functions(self) -> dict[str, str]:
+        """A hash of the file of each reward that is a function."""
+        return {} if self._rewarder is None else dict(self._rewarder.identity()["functions"])
+
     def score(
         self, responses: Sequence[Response], queries: Sequence[Query], texts: Sequence[str]
     ) -> tuple[list[float], list[dict[str, float]]]:

@@ -77,7 +77,8 @@ def learn(recipe: dict[str, Any], degrees: dict[str, int], steps: int) -> list[d
     model = build_model(config, layout, grids, device)
     trainer = Trainer(config, layout, model, build_optimizer(model, config.optimizer), device)
     load_start(config, model, lambda text: None)
-    episodes = Episodes(config, trainer, open_queries(config, grids.dp), lambda text: None)
+    said: list[str] = []
+    episodes = Episodes(config, trainer, open_queries(config, grids.dp), said.append)
     found = []
     for step in range(steps):
         batches = episodes.micro_batches(step)
@@ -92,6 +93,7 @@ def learn(recipe: dict[str, Any], degrees: dict[str, int], steps: int) -> list[d
                 "experts": None if experts is None else [taken.tolist() for taken in experts],
                 "weights": weights_hash(trainer),
                 "tokens learned": episodes.tokens,
+                "said": list(said),
             }
             | result.metrics
             | episodes.facts()
@@ -278,6 +280,25 @@ def test_samples_of_other_settings_are_made_again(tokenizer: Path, tmp_path: Pat
     ((_, again, fresh),) = run_distributed(learn_each, 1, recipes)
     for name in ("tokens", "reward", "loss", "weights"):
         assert again[name] == fresh[name]
+
+
+def learn_by_changing_rewards(recipe: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    os.chdir(folder)  # where functions are looked for
+    found = []
+    for worth, steps in (("1", 1), ("1", 2), ("2", 2)):
+        (folder / "grades.py").write_text(
+            f"def grade(prompt, completion, row):\n    return {worth} * len(completion)\n"
+        )
+        found.append(learn(recipe, {}, steps)[-1])
+    return found
+
+
+def test_a_changed_reward_function_is_used_and_named(tokenizer: Path, tmp_path: Path) -> None:
+    recipe = values(tokenizer, tmp_path / "run", rollout={"rewards": ["grades:grade"]})
+    ((_, before, after),) = run_distributed(learn_by_changing_rewards, 1, recipe, tmp_path)
+    assert before["said"] == []
+    assert after["said"] == ["the file of the reward grades:grade changed: it decides from episode 0 on"]
+    assert after["reward"] == 2 * before["reward"] > 0
 
 
 def test_a_run_does_not_go_on_with_another_reference(tokenizer: Path, tmp_path: Path) -> None:
