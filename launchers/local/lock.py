@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from launchers.errors import LaunchError
 
@@ -38,15 +39,27 @@ class Holder:
 
 
 def read_holder(run_dir: Path) -> Holder:
-    """Reads `PID HOST WHAT`, or the pid alone; any other content means an unknown holder."""
+    """The holder of a run folder's lock."""
+    return holder_of(run_dir / NAME)
+
+
+def holder_of(path: Path) -> Holder:
+    """Reads `PID HOST WHAT`, or the pid alone, from a lock file; any other content means an unknown holder."""
     try:
-        words = (run_dir / NAME).read_text(encoding="utf-8", errors="replace").strip().split(" ", 2)
+        words = path.read_text(encoding="utf-8", errors="replace").strip().split(" ", 2)
     except OSError:
         return Holder()
     if not words[0].isascii() or not words[0].isdigit() or len(words[0]) > 10:
         return Holder()
     host, what = [*words[1:], "", ""][:2]
     return Holder(pid=int(words[0]), host=host, what=what)
+
+
+def write_holder(file: IO[str], what: str = "") -> None:
+    """Let a lock file, open for appending, name this process."""
+    file.truncate(0)
+    file.write(f"{os.getpid()} {socket.gethostname()} {what or _this_command()}\n")
+    file.flush()
 
 
 class RunLock:
@@ -69,9 +82,7 @@ class RunLock:
         except BaseException:
             self._file.close()
             raise
-        self._file.truncate(0)
-        self._file.write(f"{os.getpid()} {socket.gethostname()} {what or _this_command()}\n")
-        self._file.flush()
+        write_holder(self._file, what)
 
     def _take(self, run_dir: Path, patience: float) -> None:
         for _ in range(_TRIES):
@@ -132,7 +143,8 @@ def locked(run_dir: Path) -> bool:
 
 
 def _this_command() -> str:
-    words = [Path(sys.argv[0]).name or "python", *sys.argv[1:2]]
+    name = Path(sys.argv[0]).name or "python"
+    words = ["qwen-moe" if name == "__main__.py" else name, *sys.argv[1:2]]
     return " ".join(words).replace("\n", " ")[:60]
 
 
@@ -151,6 +163,11 @@ def _left_by_dead_holder(run_dir: Path) -> list[int]:
     if not holder.pid or holder.host not in ("", socket.gethostname()) or Path(f"/proc/{holder.pid}").exists():
         return []
     return _open_in(run_dir / NAME)
+
+
+def users_of(path: Path) -> str:
+    """The other processes of this machine that have a file open, for a message."""
+    return _processes(found) if (found := _open_in(path)) else "another process"
 
 
 def _processes(pids: list[int]) -> str:
