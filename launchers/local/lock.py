@@ -74,7 +74,8 @@ class RunLock:
 
     def __init__(self, run_dir: Path, what: str = "", patience: float = 60) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = (run_dir / NAME).open("a+", encoding="utf-8")
+        self._path = run_dir.absolute() / NAME
+        self._file = self._path.open("a+", encoding="utf-8")
         if fcntl is None:
             return
         try:
@@ -121,6 +122,21 @@ class RunLock:
     def pass_fds(self) -> tuple[int, ...]:
         """Pass these to `subprocess.Popen`: the child then holds the lock too, until it ends."""
         return (self._file.fileno(),)
+
+    def lost(self) -> str:
+        """Why the lock no longer protects the run folder; "" while it does. A run that went on would make the folder anew,
+        or write into that of a later run."""
+        try:
+            if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+                return ""
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError:  # the file system does not answer now
+            return ""
+        return (
+            f"run folder {self._path.parent} was deleted, moved or replaced while the run wrote to it, so the run was "
+            "stopped: move it back and run the same command again to go on, or run it again to start anew"
+        )
 
     def close(self) -> None:
         self._file.close()

@@ -20,9 +20,12 @@ def require_free(target: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise UserError(
-            f"{target} needs {needed / 1e9:.2f} GB but its disk has {free / 1e9:.2f} GB free: free some, or give "
-            "another directory"
+            f"{target} needs {_size(needed)} but its disk has {_size(free)} free: free some, or give another directory"
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def _check_empty(target: Path) -> None:
