@@ -141,6 +141,11 @@ def _submit(plans: list[Plan], site: Site, folder: Path, script: str) -> str:
         for plan, values in zip(plans, facts, strict=True):
             write_json(plan.run.facts_file, values | {"error": str(error)})
         raise
+    except KeyboardInterrupt:
+        _say(
+            f"Slurm may have got the array before the interrupt: `squeue --me` shows it, and `scancel` ends it ({folder})"
+        )
+        raise
     for index, (plan, values) in enumerate(zip(plans, facts, strict=True)):
         write_json(plan.run.facts_file, values | {"job": f"{job}_{index}"})
     return job

@@ -1,5 +1,6 @@
 """Launches that begin at once, jobs that launch.json does not know, and logs of runs that end without a word. Stand-ins."""
 
+import functools
 import threading
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from launchers.folder.run_folder import RunFolder
 from launchers.job import status
 from launchers.job.cluster import scancelled
 from launchers.slurm.commands import Job
+from qwen_moe.cli import main
 from qwen_moe.errors import UserError
 from qwen_moe.launch import prepare
 
@@ -108,3 +110,12 @@ def test_following_the_logs_of_a_run_whose_folder_is_gone(run: RunFolder) -> Non
     run.facts_file.unlink()
     with pytest.raises(LaunchError, match="is not a launched run"):
         status.Ended(run, seconds=0)()
+
+
+def test_the_logs_of_a_run_that_was_cancelled_in_the_queue_are_not_waited_for(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(status, "ask_queue", lambda: ({}, ""))
+    monkeypatch.setattr(status.Ended, "__init__", functools.partialmethod(status.Ended.__init__, seconds=0))
+    assert main(["logs", str(run.run_dir), "--follow"]) == 2
+    assert "has no logs: the run has ended: its job (none) is not in the queue" in capsys.readouterr().err
