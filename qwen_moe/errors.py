@@ -22,6 +22,8 @@ def explain_os_error(error: OSError) -> str:
         return f"{name}: a part of this path is a file, not a folder: give another path"
     if name and isinstance(error, PermissionError):
         return f"{name}: this user may not read or write there: change its permissions, or give another path"
+    if name and error.errno == errno.EROFS:
+        return f"{name}: this file system is read-only: give another path"
     return str(error)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from launchers.local.lock import users_of
 from qwen_moe.errors import UserError
 
 try:
@@ -26,7 +27,9 @@ class LineFile:
                 try:
                     fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise UserError(f"{path} is being written by another process: {advice}") from None
+                    raise UserError(f"{path} is being written by {users_of(path)}: {advice}") from None
+                except OSError:  # a file system without locks
+                    pass
             os.ftruncate(self.descriptor, whole(path))
         except BaseException:
             os.close(self.descriptor)

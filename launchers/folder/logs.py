@@ -2,7 +2,7 @@
 
 import heapq
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launchers.errors import LaunchError
@@ -58,12 +58,20 @@ def merged(attempt: Attempt, rank: int | None = None) -> Iterator[str]:
         yield f"{stamp} [rank {number}] {text}"
 
 
-def follow(run: RunFolder, attempt: Attempt, rank: int | None = None, poll_seconds: float = 0.5) -> Iterator[str]:
-    """Like `merged`, then new lines as they are written, also of later attempts, until the run has ended."""
+def follow(
+    run: RunFolder,
+    attempt: Attempt,
+    rank: int | None = None,
+    poll_seconds: float = 0.5,
+    ended: Callable[[], str] = str,
+) -> Iterator[str]:
+    """Like `merged`, then new lines as they are written, also of later attempts, until the run has ended. ``ended`` says why
+    no more will come although no decision says so: the conductor was killed, or the job cancelled in the queue."""
     while True:
         offsets: dict[int, int] = {}
         over = False
         while not over:
+            why = ended()  # before the look, so that what was written last is not missed
             over = (attempt.folder / "decision.json").exists()
             new: list[tuple[str, int, str]] = []
             for number, path in rank_files(attempt, rank).items():
@@ -77,6 +85,9 @@ def follow(run: RunFolder, attempt: Attempt, rank: int | None = None, poll_secon
                     new.append((stamp, number, text))
             for stamp, number, text in sorted(new, key=lambda line: (line[0], line[1])):
                 yield f"{stamp} [rank {number}] {text}"
+            if not over and why:
+                yield f"-- {why}"
+                return
             if not over:
                 time.sleep(poll_seconds)
         decision = attempt.decision()
@@ -86,5 +97,8 @@ def follow(run: RunFolder, attempt: Attempt, rank: int | None = None, poll_secon
         if decision["action"] in ("done", "stop"):
             return
         while not (later := [a for a in run.attempts() if a.number > attempt.number]):
+            if why := ended():
+                yield f"-- {why}"
+                return
             time.sleep(poll_seconds)
         attempt = later[0]

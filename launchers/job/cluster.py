@@ -1,16 +1,35 @@
 """Where the conductor runs: a Slurm allocation or this machine, behind the same interface."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import IO
 
 from launchers.errors import LaunchError
+from launchers.folder.logs import read_tail
 from launchers.local.orphans import before_exec
 from launchers.slurm import commands as slurm
+
+_SCANCELLED = re.compile(r"\*\*\* JOB (\d+) ON \S+ CANCELLED AT (\S+) \*\*\*")
+
+
+def scancelled(facts: Mapping[str, str]) -> bool:
+    """Whether scancel is ending the job that scontrol's ``facts`` describe. Until its processes have ended, scontrol shows
+    only COMPLETING. slurmstepd's line in the job's log tells: after a time limit, a preemption or a requeue it goes on with
+    `DUE TO ...`."""
+    if facts.get("JobState") == "CANCELLED":
+        return True
+    if facts.get("JobState") != "COMPLETING" or not facts.get("StdOut"):
+        return False
+    found = _SCANCELLED.findall(read_tail(Path(facts["StdOut"]), 1000))
+    # An earlier start of the job has the same log; times of this form sort as text.
+    return any(job == facts.get("JobId") and when >= facts.get("StartTime", "") for job, when in found)
 
 
 class LocalMachine:

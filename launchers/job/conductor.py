@@ -18,7 +18,7 @@ from launchers.errors import LaunchError
 from launchers.folder.atomic import write_json
 from launchers.folder.run_folder import Attempt, RunFolder, is_number, read_json, read_object
 from launchers.job import preflight
-from launchers.job.cluster import LocalMachine, SlurmAllocation
+from launchers.job.cluster import LocalMachine, SlurmAllocation, scancelled
 from launchers.job.decide import Decision, Evidence, Hang, Limits, PastAttempt, decide
 from launchers.job.evidence import collect_failures, silent_ranks
 from launchers.job.hang_clock import HangClock
@@ -294,12 +294,13 @@ class Conductor:
         failures = collect_failures(attempt)
         if not node_failed and (failures or hang is not None or code):
             node_failed = self.cluster.failed_node()
+        preempted = facts.get("JobState") == "PREEMPTED" or facts.get("PreemptTime", "None") not in ("None", "")
         return Evidence(
             outcome=outcome or str(said.get("outcome", "")),
             exit_code=code,
             warned=self.warned,
-            cancelled=(self.run.launch / CANCELLED).exists() or facts.get("JobState") == "CANCELLED",
-            preempted=facts.get("JobState") == "PREEMPTED" or facts.get("PreemptTime", "None") not in ("None", ""),
+            cancelled=(self.run.launch / CANCELLED).exists() or (not preempted and scancelled(facts)),
+            preempted=preempted,
             node_failed=node_failed,
             failures=tuple(failures),
             hang=hang,

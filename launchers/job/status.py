@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,13 @@ def find_runs(roots: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(path.resolve() for path in found))
 
 
+def jobs_of(facts: Mapping[str, Any], jobs: Iterable[slurm.Job]) -> list[slurm.Job]:
+    """The jobs of a run in the queue: that of launch.json, and those with the run's name. A `launch` that was interrupted
+    while it submitted may have left one that launch.json does not know."""
+    job, name = str(facts.get("job") or ""), facts.get("name")
+    return [one for one in jobs if one.state in slurm.ACTIVE and (one.job_id == job or (name and one.name == name))]
+
+
 def row(run_dir: Path, jobs: Mapping[str, slurm.Job] | None, unasked: str = "") -> dict[str, Any]:
     """The row of one run. ``jobs`` is the queue by job id, or None if it could not be read; then ``unasked`` says why."""
     run = RunFolder(run_dir)
@@ -33,8 +40,10 @@ def row(run_dir: Path, jobs: Mapping[str, slurm.Job] | None, unasked: str = "") 
     decisions = [a.decision() for a in attempts]
     decision = next((d for d in reversed(decisions) if d), None)
     record, _ = last_metrics(run_dir)
+    active = jobs_of(facts, (jobs or {}).values())
     job_id = str(facts.get("job") or "")
-    job = (jobs or {}).get(job_id)
+    job = next((one for one in active if one.state == "RUNNING"), active[0] if active else (jobs or {}).get(job_id))
+    job_id = job_id if job is None else job.job_id
     step, total = int(record.get("step", 0)), int(facts["train_steps"])
     state, why = _state(run, facts, job, decision, "" if jobs is not None else unasked or NO_SLURM)
     rate = record.get("tokens_per_second")
@@ -160,6 +169,26 @@ def ask_queue() -> tuple[dict[str, slurm.Job] | None, str]:
         return None, str(error) if shutil.which("squeue") else NO_SLURM
 
 
+class Ended:
+    """Says, for `logs --follow`, why a run will write no more; "" while it may. It asks Slurm every ``seconds`` at most."""
+
+    def __init__(self, run: RunFolder, seconds: float = 10) -> None:
+        self._run, self._seconds, self._asked = run, seconds, time.monotonic()
+
+    def __call__(self) -> str:
+        """Raises LaunchError if the run folder is gone."""
+        if time.monotonic() - self._asked < self._seconds:
+            return ""
+        self._asked = time.monotonic()
+        facts = self._run.facts()
+        if facts.get("local"):
+            return "" if locked(self._run.run_dir) else "the run has ended: no process works on it"
+        jobs, _ = ask_queue()
+        if jobs is None or jobs_of(facts, jobs.values()):
+            return ""
+        return f"the run has ended: its job ({facts.get('job') or 'none'}) is not in the queue"
+
+
 def cancel(run_dir: Path) -> str:
     """Mark the run as cancelled, so that it is not requeued, and cancel its job. Returns a message."""
     run = RunFolder(run_dir)
@@ -171,11 +200,14 @@ def cancel(run_dir: Path) -> str:
         holder = read_holder(run_dir)
         how = f" (kill -INT {holder.pid})" if holder.pid else ""
         raise LaunchError(f"{run_dir} is run by {holder.text()}: interrupt it{how}")
-    if not job or job not in {found.job_id for found in slurm.queue(slurm.ASK_SECONDS)}:
+    found = [one.job_id for one in jobs_of(facts, slurm.queue(slurm.ASK_SECONDS))]
+    if not found:
         raise LaunchError(f"{run_dir} has no job in the queue (last: {job or 'none'}): there is nothing to cancel")
+    job = " and ".join(found)
     write_json(run.launch / "cancelled.json", {"time": time.time(), "job": job})
     try:
-        slurm.cancel(job)
+        for one in found:
+            slurm.cancel(one)
     except slurm.SlurmError:
         (run.launch / "cancelled.json").unlink(missing_ok=True)  # the job still runs
         raise

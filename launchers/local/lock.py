@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from launchers.errors import LaunchError
 
@@ -38,15 +39,27 @@ class Holder:
 
 
 def read_holder(run_dir: Path) -> Holder:
-    """Reads `PID HOST WHAT`, or the pid alone; any other content means an unknown holder."""
+    """The holder of a run folder's lock."""
+    return holder_of(run_dir / NAME)
+
+
+def holder_of(path: Path) -> Holder:
+    """Reads `PID HOST WHAT`, or the pid alone, from a lock file; any other content means an unknown holder."""
     try:
-        words = (run_dir / NAME).read_text(encoding="utf-8", errors="replace").strip().split(" ", 2)
+        words = path.read_text(encoding="utf-8", errors="replace").strip().split(" ", 2)
     except OSError:
         return Holder()
     if not words[0].isascii() or not words[0].isdigit() or len(words[0]) > 10:
         return Holder()
     host, what = [*words[1:], "", ""][:2]
     return Holder(pid=int(words[0]), host=host, what=what)
+
+
+def write_holder(file: IO[str], what: str = "") -> None:
+    """Let a lock file, open for appending, name this process."""
+    file.truncate(0)
+    file.write(f"{os.getpid()} {socket.gethostname()} {what or _this_command()}\n")
+    file.flush()
 
 
 class RunLock:
@@ -61,7 +74,8 @@ class RunLock:
 
     def __init__(self, run_dir: Path, what: str = "", patience: float = 60) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = (run_dir / NAME).open("a+", encoding="utf-8")
+        self._path = run_dir.absolute() / NAME
+        self._file = self._path.open("a+", encoding="utf-8")
         if fcntl is None:
             return
         try:
@@ -69,9 +83,7 @@ class RunLock:
         except BaseException:
             self._file.close()
             raise
-        self._file.truncate(0)
-        self._file.write(f"{os.getpid()} {socket.gethostname()} {what or _this_command()}\n")
-        self._file.flush()
+        write_holder(self._file, what)
 
     def _take(self, run_dir: Path, patience: float) -> None:
         for _ in range(_TRIES):
@@ -111,6 +123,21 @@ class RunLock:
         """Pass these to `subprocess.Popen`: the child then holds the lock too, until it ends."""
         return (self._file.fileno(),)
 
+    def lost(self) -> str:
+        """Why the lock no longer protects the run folder; "" while it does. A run that went on would make the folder anew,
+        or write into that of a later run."""
+        try:
+            if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+                return ""
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError:  # the file system does not answer now
+            return ""
+        return (
+            f"run folder {self._path.parent} was deleted, moved or replaced while the run wrote to it, so the run was "
+            "stopped: move it back and run the same command again to go on, or run it again to start anew"
+        )
+
     def close(self) -> None:
         self._file.close()
 
@@ -132,7 +159,8 @@ def locked(run_dir: Path) -> bool:
 
 
 def _this_command() -> str:
-    words = [Path(sys.argv[0]).name or "python", *sys.argv[1:2]]
+    name = Path(sys.argv[0]).name or "python"
+    words = ["qwen-moe" if name == "__main__.py" else name, *sys.argv[1:2]]
     return " ".join(words).replace("\n", " ")[:60]
 
 
@@ -151,6 +179,11 @@ def _left_by_dead_holder(run_dir: Path) -> list[int]:
     if not holder.pid or holder.host not in ("", socket.gethostname()) or Path(f"/proc/{holder.pid}").exists():
         return []
     return _open_in(run_dir / NAME)
+
+
+def users_of(path: Path) -> str:
+    """The other processes of this machine that have a file open, for a message."""
+    return _processes(found) if (found := _open_in(path)) else "another process"
 
 
 def _processes(pids: list[int]) -> str:

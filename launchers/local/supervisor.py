@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from launchers.local.lock import RunLock
 from launchers.local.orphans import before_exec
 from launchers.local.signals import answered_by
 
@@ -22,6 +23,7 @@ PROGRESS = "progress"
 USER_ERROR = 2
 INTERRUPTED = 130
 GRACE_SECONDS = 60.0
+LOOK_SECONDS = 1.0  # between looks at whether the run folder is still there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +53,11 @@ class Supervisor:
         failure_file: Path,
         environment: Mapping[str, str],
         max_restarts_without_progress: int,
-        pass_fds: Sequence[int] = (),
+        lock: RunLock | None = None,
     ) -> None:
         self.command, self.run_dir, self.failure_file = list(command), run_dir, failure_file
         self.environment, self.limit = dict(environment), max_restarts_without_progress
-        self.pass_fds = tuple(pass_fds)  # the run folder's lock: the worker holds it even if this process is killed
+        self.lock = lock  # of the run folder: the worker holds it even if this process is killed
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = False
 
@@ -83,12 +85,14 @@ class Supervisor:
                 self.command,
                 env=self.environment,
                 start_new_session=True,
-                pass_fds=self.pass_fds,
+                pass_fds=self.lock.pass_fds if self.lock is not None else (),
                 preexec_fn=before_exec(),
             )
             if self._stopping:
                 self._process.send_signal(signal.SIGTERM)
             code = self._wait()
+            if self.lock is not None and (why := self.lock.lost()):
+                return Outcome(code=USER_ERROR, restarts=restarts, message=why, kind="lost folder")
             failure = _read(self.failure_file)
             if failure or code == USER_ERROR:
                 told = json.loads(failure) if failure else {"message": ""}
@@ -112,10 +116,15 @@ class Supervisor:
     def _wait(self) -> int:
         assert self._process is not None
         asked: float | None = None
+        looked = time.monotonic()
         while True:
             try:
                 return self._process.wait(timeout=0.2)
             except subprocess.TimeoutExpired:
+                if self.lock is not None and time.monotonic() - looked > LOOK_SECONDS:
+                    looked = time.monotonic()
+                    if self.lock.lost():
+                        self._process.kill()  # a checkpoint would make the folder anew
                 if self._stopping:
                     asked = asked or time.monotonic()
                     if time.monotonic() - asked > GRACE_SECONDS:

@@ -3,36 +3,57 @@
 import errno
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from qwen_moe.alone import alone
 from qwen_moe.checkpoint.directory import partial_path
 from qwen_moe.errors import UserError
 
 
 def require_free(target: Path, needed: int) -> None:
     """Raise UserError if the target is not empty, or its disk has less than ``needed`` bytes free."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is not empty: give a new directory, or remove it first")
+    _check_empty(target)
     parent = next(path for path in target.absolute().parents if path.exists())
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise UserError(
-            f"{target} needs {needed / 1e9:.2f} GB but its disk has {free / 1e9:.2f} GB free: free some, or give "
-            "another directory"
+            f"{target} needs {_size(needed)} but its disk has {_size(free)} free: free some, or give another directory"
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def _check_empty(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not empty: give a new directory, or remove it first")
 
 
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
-    """Yield a new directory beside ``target``, removed if the body fails. Disk problems become UserErrors."""
+    """Yield a new directory beside ``target``, removed if the body fails. Disk problems become UserErrors. A second process
+    with the same target is refused: it would remove what the first one has written."""
+    with ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(alone(target, "wait for it, or give another directory"))
+        except OSError as error:
+            raise UserError(f"{target} was not written: {error}") from None
+        _check_empty(target)  # another process may have finished it since `require_free`
+        yield stack.enter_context(_new_directory(target))
+
+
+@contextmanager
+def _new_directory(target: Path) -> Iterator[Path]:
     partial = partial_path(target)
     try:
         if partial.exists():
             shutil.rmtree(partial)
-        partial.mkdir(parents=True)
+        partial.mkdir()
         yield partial
     except BaseException as error:
         full = partial.exists() and shutil.disk_usage(partial).free < (1 << 20)

@@ -3,12 +3,11 @@
 import contextlib
 import os
 import shutil
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 from qwen_moe.data.checked import carried_again
 from qwen_moe.data.content import sha256, verify_content
@@ -27,11 +26,6 @@ from qwen_moe.data.manifest import (
 from qwen_moe.data.sources import Corpus, Source
 from qwen_moe.data.tokenizer import load_tokenizer, tokenizer_hash
 from qwen_moe.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock; two preparations of one output are then not kept from each other
-    fcntl = None  # type: ignore[assignment]
 
 
 class OtherDataThere(UserError):
@@ -144,42 +138,6 @@ def damage(prefix: Path, manifest: PreparedData, request: Asked) -> str | None:
 
 def being_made(directory: Path) -> Path:
     return directory.with_name(directory.name + ".new")
-
-
-@contextlib.contextmanager
-def alone(prefix: Path) -> Iterator[None]:
-    """Lock an output: a second preparation waits, and then finds the first one's result."""
-    path = prefix.with_name(prefix.name + ".lock")
-    file = _lock(path)
-    # The previous holder deletes the file when it is done, and a lock on a deleted file protects nothing.
-    while not _is_named(file, path):
-        file.close()
-        file = _lock(path)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        file.close()
-
-
-def _is_named(file: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _lock(path: Path) -> IO[str]:
-    file = path.open("a")
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another process is preparing this ({path} is locked); waiting for it", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
-            pass
-    return file
 
 
 @contextlib.contextmanager

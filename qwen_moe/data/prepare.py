@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from qwen_moe.alone import alone
 from qwen_moe.data.checked import carried
 from qwen_moe.data.content import sample_sha256
 from qwen_moe.data.corpus import ReadCounts, Reading, read_documents
@@ -23,7 +24,6 @@ from qwen_moe.data.manifest import (
 )
 from qwen_moe.data.output import (
     Digested,
-    alone,
     being_made,
     damage,
     no_partial_left,

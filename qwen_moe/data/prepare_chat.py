@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from qwen_moe.alone import alone
 from qwen_moe.data.chat import Chat
 from qwen_moe.data.chat_rows import TOO_LONG, Outcome, Rules, checked, encoded_rows
 from qwen_moe.data.checked import carried
@@ -34,7 +35,6 @@ from qwen_moe.data.manifest import (
 )
 from qwen_moe.data.output import (
     Digested,
-    alone,
     no_partial_left,
     put_in_place,
     settled,

@@ -211,28 +211,28 @@ def _many(args: argparse.Namespace, session: Any, sampling: "Sampling") -> int:
         "dtype": args.dtype,
         **reading_of(args),
     }
-    answers = Answers(args.output, settings, writes=session.reports)
-    todo = session.agree([index for index in range(len(rows)) if index not in answers.done])
-    if len(todo) < len(rows):
-        session.say(f"{args.output}: {len(rows) - len(todo)} of {len(rows)} prompts have their answers already")
+    with Answers(args.output, settings, writes=session.reports) as answers:
+        todo = session.agree([index for index in range(len(rows)) if index not in answers.done])
+        if len(todo) < len(rows):
+            session.say(f"{args.output}: {len(rows) - len(todo)} of {len(rows)} prompts have their answers already")
 
-    def done(index: int, completions: list[Any]) -> None:
-        made = [
-            {
-                "text": answer_text(opened, answer, sampling.stop),
-                "finish_reason": answer.finish_reason,
-                "tokens": answer.tokens,
-                "log_probs": answer.log_probs,
-            }
-            for answer in completions
-        ]
-        answers.add(index, {**rows[index].values, "completions": made})
+        def done(index: int, completions: list[Any]) -> None:
+            made = [
+                {
+                    "text": answer_text(opened, answer, sampling.stop),
+                    "finish_reason": answer.finish_reason,
+                    "tokens": answer.tokens,
+                    "log_probs": answer.log_probs,
+                }
+                for answer in completions
+            ]
+            answers.add(index, {**rows[index].values, "completions": made})
 
-    session.generate([rows[index].tokens for index in todo], sampling, numbers=todo, done=done)
-    if session.reports:
-        answers.finish()
-        summary = {"output": str(args.output), "prompts": len(rows), "answered_now": len(todo)}
-        print(json.dumps(summary) if args.json else f"{args.output}: answers to {len(rows)} prompts")
-        for line in session.notes():
-            print(line, file=sys.stderr)
+        session.generate([rows[index].tokens for index in todo], sampling, numbers=todo, done=done)
+        if session.reports:
+            answers.finish()
+            summary = {"output": str(args.output), "prompts": len(rows), "answered_now": len(todo)}
+            print(json.dumps(summary) if args.json else f"{args.output}: answers to {len(rows)} prompts")
+            for line in session.notes():
+                print(line, file=sys.stderr)
     return 0

@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from launchers.folder.atomic import write_text
 from qwen_moe.data.conversations import BadRow, tools_of
@@ -14,6 +13,7 @@ from qwen_moe.data.tasks import is_tasks, tasks_bytes
 from qwen_moe.documents import json_object
 from qwen_moe.errors import UserError
 from qwen_moe.generation.tokenizer import chat_tokens, text_tokens
+from qwen_moe.line_file import LineFile
 
 FORMS = ("prompt", "messages", "tokens")
 _FORMS = '"prompt" (text), "messages" (a conversation) or "tokens" (ids)'
@@ -104,29 +104,48 @@ class Answers:
     """Answers to prompts, in a file that grows while they are made and appears under its own name when all are there.
 
     The growing file is OUTPUT.partial. Its first line holds ``settings``; a stopped command with equal settings goes on. A
-    line that a kill cut off is dropped. Raises UserError if OUTPUT exists or was begun with other settings. With ``writes``
-    False, on ranks that do not report, nothing is read or written.
+    line that a kill cut off is dropped. Raises UserError if OUTPUT exists, was begun with other settings, or is written by
+    another process now. With ``writes`` False, on ranks that do not report, nothing is read or written. A context manager:
+    the growing file is locked until it is left.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], writes: bool = True) -> None:
         self._path, self._partial = path, path.with_name(f"{path.name}.partial")
         self._rows: dict[int, dict[str, Any]] = {}
+        self._file: LineFile | None = None
         if not writes:
             return
         if path.exists():
             raise UserError(f"--output {path} exists: give another file, or remove it")
         if not path.parent.is_dir():
             raise UserError(f"--output {path}: the folder {path.parent} does not exist: make it first")
-        head = json.dumps(dict(settings), sort_keys=True)
-        if self._partial.exists():
-            self._read_partial(head)
-        else:
-            write_text(self._partial, head + "\n")
+        self._file = LineFile(self._partial, _whole, "wait for it, or give another --output")
+        try:
+            if path.exists():  # another process has finished it just now, and this one made a growing file anew
+                self._partial.unlink(missing_ok=True)
+                raise UserError(f"--output {path} exists: give another file, or remove it")
+            self._go_on(dict(settings))
+        except BaseException:
+            self.__exit__()
+            raise
 
-    def _read_partial(self, head: str) -> None:
-        content = self._partial.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        first, *lines = whole.split(b"\n")[:-1] or [b"{}"]
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        if self._file is not None:
+            self._file.__exit__(None, None, None)
+            self._file = None
+
+    def _go_on(self, settings: dict[str, Any]) -> None:
+        """Read what an earlier attempt has left, or begin the growing file."""
+        assert self._file is not None
+        head = json.dumps(settings, sort_keys=True)
+        whole = self._partial.read_bytes()
+        if not whole:
+            self._file.append(json.loads(head))
+            return
+        first, *lines = whole.split(b"\n")[:-1]
         before, now = self._object(first, 1), json.loads(head)
         if before != now:
             changed = [
@@ -138,9 +157,6 @@ class Answers:
                 f"{self._partial} was begun with other settings ({'; '.join(changed)}): repeat the command with the former "
                 "to go on, or remove the file to begin anew"
             )
-        if len(whole) < len(content):
-            with self._partial.open("rb+") as file:
-                file.truncate(len(whole))
         for number, line in enumerate(lines, 2):
             row = self._object(line, number)
             if type(row.get("index")) is not int:
@@ -168,15 +184,18 @@ class Answers:
     def add(self, index: int, row: Mapping[str, Any]) -> None:
         """Write the answers to prompt ``index``. They are on the disk when this returns."""
         self._rows[index] = {"index": index, **row}
-        with self._partial.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self._rows[index]) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        assert self._file is not None, "answers are added where they are written, before the file is closed"
+        self._file.append(self._rows[index])
 
     def finish(self) -> None:
         """Write OUTPUT, in the order of the prompts."""
         write_text(self._path, "".join(json.dumps(self._rows[index]) + "\n" for index in sorted(self._rows)))
-        self._partial.unlink()
+        self._partial.unlink(missing_ok=True)
+
+
+def _whole(path: Path) -> int:
+    """The bytes of a file's whole lines."""
+    return path.read_bytes().rfind(b"\n") + 1
 
 
 def digest(rows: Iterable[PromptRow]) -> str:

@@ -30,6 +30,13 @@ def launch_array(args: argparse.Namespace, site: Site) -> int:
     for folder in folders:
         if folders.count(folder) > 1:
             raise LaunchError(f"several recipes of {args.recipe} have the run_dir {folder}: give each its own")
+    if args.dry_run:
+        return _launch(plans, args, site)
+    with prepare.one_launch(args.recipe.resolve() / "launch"):
+        return _launch(plans, args, site)
+
+
+def _launch(plans: list[Plan], args: argparse.Namespace, site: Site) -> int:
     partitions = slurm.partitions(split_names(plans[0].spec.partition))
     accounts, jobs = slurm.accounts(), slurm.queue()
     by_id = {job.job_id: job for job in jobs}
@@ -133,6 +140,11 @@ def _submit(plans: list[Plan], site: Site, folder: Path, script: str) -> str:
     except slurm.SlurmError as error:
         for plan, values in zip(plans, facts, strict=True):
             write_json(plan.run.facts_file, values | {"error": str(error)})
+        raise
+    except KeyboardInterrupt:
+        _say(
+            f"Slurm may have got the array before the interrupt: `squeue --me` shows it, and `scancel` ends it ({folder})"
+        )
         raise
     for index, (plan, values) in enumerate(zip(plans, facts, strict=True)):
         write_json(plan.run.facts_file, values | {"job": f"{job}_{index}"})

@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launchers.errors import LaunchError
 from launchers.folder.atomic import write_json, write_text
@@ -17,6 +17,9 @@ from launchers.slurm.set_up import checked, without_variables
 from launchers.slurm.site import Site, load_site
 from qwen_moe.config import load_config
 from qwen_moe.options import whole
+
+if TYPE_CHECKING:
+    from qwen_moe.launch.prepare import Plan
 
 NOTHING_DONE = "nothing was written or submitted"
 NO_CLUSTER = "note: no Slurm answers here; nothing was checked against a cluster"
@@ -104,7 +107,6 @@ def _say(*lines: str) -> None:
 
 
 def _launch_here(args: argparse.Namespace, site: Site) -> int:
-    from launchers.job import conductor
     from qwen_moe.launch import prepare
 
     if args.nodes not in (None, 1):
@@ -118,6 +120,15 @@ def _launch_here(args: argparse.Namespace, site: Site) -> int:
         _say(*plan.estimate.lines())
         return 0
     prepare.check_room(plan)
+    with prepare.one_launch(plan.run.launch):
+        return _conduct_here(plan, site)
+
+
+def _conduct_here(plan: "Plan", site: Site) -> int:
+    from launchers.job import conductor
+    from qwen_moe.launch import prepare
+
+    prepare.check_not_running(plan.run, "", [])
     prepare.write_run(plan, site, local=True)
     shown = shlex.quote(str(plan.run.run_dir))
     _say(f"run folder  {plan.run.run_dir}", f"logs        qwen-moe logs {shown} --follow")
@@ -140,6 +151,19 @@ def _launch_slurm(args: argparse.Namespace, site: Site) -> int:
         _say(f"run folder        {plan.run.run_dir}", *plan.estimate.lines(), NOTHING_DONE)
         return 0
     prepare.check_room(plan)
+    with prepare.one_launch(plan.run.launch):
+        prepare.check_not_running(plan.run, plan.spec.name, slurm.queue())  # another launch may have ended just now
+        job = _submit(plan, site, script)
+    _say(*plan.estimate.lines())
+    then = _submit_then(args.then, plan.spec, job) if args.then else ""
+    _print_next(job, plan.run.run_dir, then)
+    return 0
+
+
+def _submit(plan: "Plan", site: Site, script: str) -> str:
+    """Write what the job reads, and submit it. Returns the job id."""
+    from qwen_moe.launch import prepare
+
     facts = prepare.write_run(plan, site, local=False)
     path = plan.run.launch / "job.sbatch"
     write_text(path, script, private=True)
@@ -148,11 +172,13 @@ def _launch_slurm(args: argparse.Namespace, site: Site) -> int:
     except slurm.SlurmError as error:
         write_json(plan.run.facts_file, facts | {"error": str(error)})
         raise
+    except KeyboardInterrupt:
+        _say(
+            f"Slurm may have got the job before the interrupt: see `qwen-moe status {shlex.quote(str(plan.run.run_dir))}`"
+        )
+        raise
     write_json(plan.run.facts_file, facts | {"job": job})
-    _say(*plan.estimate.lines())
-    then = _submit_then(args.then, plan.spec, job) if args.then else ""
-    _print_next(job, plan.run.run_dir, then)
-    return 0
+    return job
 
 
 def _print_next(job: str, run_dir: Path, then: str) -> None:

@@ -56,10 +56,13 @@ def show_status(args: argparse.Namespace) -> int:
 
 def show_logs(args: argparse.Namespace) -> int:
     run = RunFolder(args.run)
+    ended = status.Ended(run)
     while args.follow and args.attempt is None and run.facts() and not run.attempts():
+        if why := ended():
+            raise LaunchError(f"{args.run} has no logs: {why}")
         time.sleep(0.5)  # the job waits in the queue
     attempt = logs.choose_attempt(run, args.attempt)
-    lines = logs.follow(run, attempt, args.rank) if args.follow else logs.merged(attempt, args.rank)
+    lines = logs.follow(run, attempt, args.rank, ended=ended) if args.follow else logs.merged(attempt, args.rank)
     try:
         for line in lines:
             print(line, flush=args.follow)

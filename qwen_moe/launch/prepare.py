@@ -1,6 +1,7 @@
 """Turns a recipe, a site file and the command line into a job that can be submitted, or into one message why not."""
 
 import argparse
+import contextlib
 import getpass
 import hashlib
 import os
@@ -22,6 +23,7 @@ from launchers.slurm import refuse
 from launchers.slurm.request import gpus_in_gres, parse_gpus, split_names, take_known
 from launchers.slurm.script import JobSpec, parse_environment
 from launchers.slurm.site import Site
+from qwen_moe.alone import alone
 from qwen_moe.config import RunConfig, dump_config, stage_runs
 from qwen_moe.errors import UserError
 from qwen_moe.launch.estimate import Estimate, estimate
@@ -173,6 +175,12 @@ def check_not_running(run: RunFolder, name: str, jobs: list[slurm.Job]) -> None:
         )
     if run.run_dir.exists():
         RunLock(run.run_dir).close()
+
+
+def one_launch(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Of launches that begin at once, one writes and submits what ``folder`` describes. The others are refused (UserError):
+    each would overwrite the files of the first one and submit a second job."""
+    return alone(folder, "wait for it, then see `qwen-moe status`")
 
 
 def check_room(plan: Plan) -> None:

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from launchers.folder.atomic import replaced
+from qwen_moe.alone import alone
 from qwen_moe.data.chat import Chat, Encoded
 from qwen_moe.data.chat_rows import Outcome
 from qwen_moe.data.content import sample_sha256
 from qwen_moe.data.conversations import PREFERENCE
 from qwen_moe.data.manifest import LEARN, PREFERENCES, PreparedData, check_prefix_name
-from qwen_moe.data.output import Digested, alone, no_partial_left, put_in_place, settled, synced
+from qwen_moe.data.output import Digested, no_partial_left, put_in_place, settled, synced
 from qwen_moe.data.prepare_chat import Writer, template_sha256
 from qwen_moe.data.sources import Corpus, Source
 from qwen_moe.data.tokenizer import load_tokenizer, tokenizer_hash, tokenizer_identity, vocabulary_size

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from qwen_moe.alone import alone
 from qwen_moe.checkpoint.fingerprint import fingerprint, tokenizer_fingerprint
-from qwen_moe.data.output import alone
 from qwen_moe.data.tokenizer import copy_tokenizer
 from qwen_moe.errors import UserError
 from qwen_moe.generation.command import reading_of

@@ -11,6 +11,7 @@ from typing import Any
 
 from launchers.folder.atomic import write_text
 from launchers.folder.run_folder import CHECKPOINTS
+from qwen_moe.alone import alone
 from qwen_moe.config import ModelConfig, RunConfig, dump_config, load_config, parse_config, refuse_stages
 from qwen_moe.errors import UserError
 from qwen_moe.models.flops import count_parameters
@@ -260,13 +261,15 @@ def far_text(too_far: Sequence[str]) -> str:
 
 
 def write_ladder(output: Path, recipes: dict[str, str], rows: list[dict[str, Any]]) -> None:
-    output.mkdir(parents=True, exist_ok=True)
     table = io.StringIO()
     writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    for name, text in {**recipes, TABLE: table.getvalue()}.items():
-        write_text(output / name, text)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with alone(output, "wait for it, or give another --output"):
+        check_new(output)  # another process may have written there since
+        for name, text in {**recipes, TABLE: table.getvalue()}.items():
+            write_text(output / name, text)
 
 
 def _text(facts: dict[str, Any], rows: list[dict[str, Any]], target: tuple[float, float, float]) -> str:

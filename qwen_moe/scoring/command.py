@@ -88,14 +88,16 @@ def _run(args: argparse.Namespace) -> int:
         "weights": args.weights,
         "dtype": args.dtype,
     }
-    answers = Answers(args.output, settings)
-    todo = [index for index in range(len(rows)) if index not in answers.done]
-    if len(todo) < len(rows):
-        print(f"{args.output}: {len(rows) - len(todo)} of {len(rows)} rows have their scores already", file=sys.stderr)
-    if todo:
-        model = ScoringModel.load(args.checkpoint, dtype=args.dtype, batch_tokens=args.batch_tokens)
-        _score(model if given is None else model.weighted_by(given), rows, todo, answers)
-    _report(args, config.criteria, rows, answers)
+    with Answers(args.output, settings) as answers:
+        todo = [index for index in range(len(rows)) if index not in answers.done]
+        if len(todo) < len(rows):
+            print(
+                f"{args.output}: {len(rows) - len(todo)} of {len(rows)} rows have their scores already", file=sys.stderr
+            )
+        if todo:
+            model = ScoringModel.load(args.checkpoint, dtype=args.dtype, batch_tokens=args.batch_tokens)
+            _score(model if given is None else model.weighted_by(given), rows, todo, answers)
+        _report(args, config.criteria, rows, answers)
     return 0
 
 

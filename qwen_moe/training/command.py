@@ -95,12 +95,11 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
             command = [sys.executable, "-m", "qwen_moe.training.elastic"]
             command += [str(nproc), str(resolved), str(failure)]
             limit = config.launch.max_restarts_without_progress
-            outcome = Supervisor(
-                command, config.run_dir, failure, _environment(config, nproc), limit, lock.pass_fds
-            ).run()
+            outcome = Supervisor(command, config.run_dir, failure, _environment(config, nproc), limit, lock).run()
         if outcome.message:
             print(file=sys.stderr)  # a failed run's progress bar does not end its line
-            _note_failure(config.run_dir / FAILURE, outcome.kind, outcome.message)
+            if not lock.lost():
+                _note_failure(config.run_dir / FAILURE, outcome.kind, outcome.message)
             raise UserError(outcome.message)
         if outcome.code != 0:
             return outcome.code

@@ -68,9 +68,10 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.recipe, args.overrides)
     refuse_stages(config, "qwen-moe pipeline")
     folder = args.output or Path("runs") / f"{args.recipe.stem}-pipeline"
-    state = State.open(folder)
+    State.open(folder)  # it is refused before it is locked, which makes it
     lock = RunLock(folder)
     try:
+        state = State.open(folder)  # what a pipeline that ended just now has done
         at = Context(args=args, config=config, state=state, parser=args.build_parser())
         last = NAMES.index(args.until) if args.until else len(NAMES)
         check_steps(args, config, state, NAMES[: last + 1])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qwen_moe.checkpoint.aside import written_aside
 from qwen_moe.checkpoint.directory import (
     commit,
     file_entry,
@@ -20,6 +21,7 @@ from qwen_moe.checkpoint.directory import (
 )
 from qwen_moe.checkpoint.manifest import MANIFEST, CheckpointDamaged
 from qwen_moe.checkpoint.retention import Retention
+from qwen_moe.errors import UserError
 
 
 def write_checkpoint(root: Path, step: int) -> Path:
@@ -288,3 +290,24 @@ def test_a_checkpoint_that_is_a_link_is_unlinked_and_its_target_kept(tmp_path: P
     _write(root, Retention(root, keep=1), 2)
     assert _steps(root) == ["step_00000002"]
     verify(step_directory(tmp_path / "disk", 1))
+
+
+def test_a_second_process_leaves_what_the_first_one_writes(tmp_path: Path) -> None:
+    target = tmp_path / "made" / "weights"
+    with written_aside(target) as first:
+        (first / "one").write_text("1")
+        refused = pytest.raises(UserError, match=r"weights is being written by process \d+ on .*: wait for it, or give")
+        with refused, written_aside(target):
+            raise AssertionError
+        assert (first / "one").read_text() == "1"
+        os.replace(first, target)
+    with pytest.raises(UserError, match="exists and is not empty"), written_aside(target):
+        raise AssertionError
+    assert [path.name for path in target.parent.iterdir()] == ["weights"]
+
+
+def test_a_lock_file_that_a_killed_process_left_blocks_nobody(tmp_path: Path) -> None:
+    (tmp_path / "weights.lock").write_text("1 elsewhere qwen-moe convert\n")
+    with written_aside(tmp_path / "weights") as first:
+        os.replace(first, tmp_path / "weights")
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]

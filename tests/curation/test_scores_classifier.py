@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from qwen_moe.alone import alone
 from qwen_moe.curation.scores.annotate import open_annotator
 from qwen_moe.curation.scores.classifier import Classifier, Network, Shape
 from qwen_moe.curation.scores.documents import Document
@@ -70,6 +71,14 @@ def test_the_seed_decides_everything(corpus: Path, trained: Path, tmp_path: Path
     for name, seed in (("same", 0), ("other", 1)):
         assert score("--train-classifier", tmp_path / name, "--input", corpus, *SMALL, "--seed", seed) == 0
     assert content(tmp_path / "same") == content(trained) != content(tmp_path / "other")
+
+
+def test_two_processes_do_not_write_one_classifier(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with alone(tmp_path / "new"):
+        assert score("--train-classifier", tmp_path / "new", "--input", corpus, *SMALL) == 2
+    assert "new is being written by process" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
 def test_the_order_of_documents_decides_nothing(corpus: Path, trained: Path, tmp_path: Path) -> None:

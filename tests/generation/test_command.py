@@ -14,6 +14,7 @@ from qwen_moe.errors import UserError
 from qwen_moe.generation import launch
 from qwen_moe.generation import prompts as module
 from qwen_moe.generation.prompts import Answers
+from qwen_moe.line_file import LineFile
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}.{% endfor %}{% if add_generation_prompt %}a {% endif %}"
@@ -126,7 +127,8 @@ def test_a_stopped_command_goes_on(chat: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_a_begun_file_of_other_settings(chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = write(tmp_path / "in.jsonl", LINES), tmp_path / "out.jsonl"
-    Answers(out, {"prompts": "else", "dtype": None})
+    with Answers(out, {"prompts": "else", "dtype": None}):
+        pass
     before = (tmp_path / "out.jsonl.partial").read_bytes()
     assert generate(chat, "--input", source, "--output", out) == 2
     message = capsys.readouterr().err
@@ -135,7 +137,8 @@ def test_a_begun_file_of_other_settings(chat: Path, tmp_path: Path, capsys: pyte
 
 
 def test_a_begun_file_with_a_setting_that_is_left_out_now(tmp_path: Path) -> None:
-    Answers(tmp_path / "out", {"a": 1, "compile": True})
+    with Answers(tmp_path / "out", {"a": 1, "compile": True}):
+        pass
     with pytest.raises(UserError, match=r"other settings \(compile True is now None\)"):
         Answers(tmp_path / "out", {"a": 1})
 
@@ -149,8 +152,7 @@ def test_a_begun_file_with_a_setting_that_is_left_out_now(tmp_path: Path) -> Non
     ],
 )
 def test_a_damaged_line_of_a_begun_file(tmp_path: Path, damage: bytes, message: str) -> None:
-    Answers(tmp_path / "out", {"a": 1})
-    with (tmp_path / "out.partial").open("ab") as file:
+    with Answers(tmp_path / "out", {"a": 1}), (tmp_path / "out.partial").open("ab") as file:
         file.write(damage)
     with pytest.raises(UserError, match=message):
         Answers(tmp_path / "out", {"a": 1})
@@ -250,11 +252,39 @@ def test_processes_of_a_split_model_draw_the_same(chat: Path, tmp_path: Path) ->
 
 
 def test_the_file_of_answers_is_never_half_there(tmp_path: Path) -> None:
-    answers = Answers(tmp_path / "out", {"a": 1})
-    answers.add(1, {"x": 2})
-    answers.add(0, {"x": 3})
-    assert Answers(tmp_path / "out", {"a": 1}).done == {0, 1}
-    answers.finish()
+    with Answers(tmp_path / "out", {"a": 1}) as answers:
+        answers.add(1, {"x": 2})
+        answers.add(0, {"x": 3})
+    with Answers(tmp_path / "out", {"a": 1}) as answers:
+        assert answers.done == {0, 1}
+        answers.finish()
     assert (tmp_path / "out").read_text() == '{"index": 0, "x": 3}\n{"index": 1, "x": 2}\n'
     with pytest.raises(UserError, match="exists"):
         module.Answers(tmp_path / "out", {"a": 1})
+
+
+def test_two_processes_do_not_write_one_file_of_answers(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Answers(out, {"a": 1}) as answers:
+        answers.add(0, {"x": 2})
+        for settings in ({"a": 1}, {"a": 2}):  # equal settings would go on where the first one is
+            with pytest.raises(UserError, match=r"out\.partial is being written by .*: wait for it, or give another"):
+                Answers(out, settings)
+        answers.add(1, {"x": 3})
+        answers.finish()
+    assert out.read_text() == '{"index": 0, "x": 2}\n{"index": 1, "x": 3}\n'
+
+
+def test_a_second_process_that_comes_when_the_first_has_just_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def finish_first(path: Path, *more: Any) -> LineFile:
+        out.write_text("the first one's\n")
+        return LineFile(path, *more)
+
+    monkeypatch.setattr(module, "LineFile", finish_first)
+    with pytest.raises(UserError, match="exists: give another file"):
+        Answers(out, {"a": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and out.read_text() == "the first one's\n"

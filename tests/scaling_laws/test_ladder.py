@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from qwen_moe.alone import alone
 from qwen_moe.cli import main
 from qwen_moe.config import load_config
+from qwen_moe.errors import UserError
 from qwen_moe.models.flops import count_parameters
-from qwen_moe.scaling.ladder import MOVED, _batch, _too_far, far_text
+from qwen_moe.scaling.ladder import MOVED, _batch, _too_far, far_text, write_ladder
 from qwen_moe.training.schedule import learning_rate
 from scaling_laws.laboratories import laboratories_law, laboratory_prior
 from scaling_laws.ladder import design_ladder
@@ -208,3 +210,14 @@ def test_deepseeks_law_is_the_published_one() -> None:
     compute = 6 * 2e9 * 1e11
     assert float(rate[0]) == pytest.approx(0.3118 * compute**-0.1250)
     assert float(batch[0]) == pytest.approx(0.2920 * compute**0.3271)
+
+
+def test_a_ladder_is_not_written_into_that_of_another_process(tmp_path: Path) -> None:
+    write_ladder(tmp_path / "ladder", {"a.yaml": "seed: 1\n"}, [{"recipe": "a.yaml"}])
+    with pytest.raises(UserError, match="is not empty"):  # it came after `check_new` of this process
+        write_ladder(tmp_path / "ladder", {"a.yaml": "seed: 2\n"}, [{"recipe": "a.yaml"}])
+    assert (tmp_path / "ladder" / "a.yaml").read_text() == "seed: 1\n"
+    refused = pytest.raises(UserError, match=r"other is being written by process \d+")
+    with alone(tmp_path / "other"), refused:
+        write_ladder(tmp_path / "other", {"a.yaml": "seed: 2\n"}, [{"recipe": "a.yaml"}])
+    assert not (tmp_path / "other").exists()

@@ -20,10 +20,12 @@ import pytest
 import yaml
 
 from launchers.folder.run_folder import read_json
+from launchers.local.lock import RunLock
 from qwen_moe.cli import main
 from qwen_moe.config import load_config
 from qwen_moe.launch import folder as launch_folder
 from qwen_moe.models.flops import count_parameters
+from qwen_moe.workflow import command
 from qwen_moe.workflow.state import State
 from qwen_moe.workflow.steps import round_batch
 from scaling_laws import fitting
@@ -178,6 +180,24 @@ def test_the_answer_decides(recipe: None, tmp_path: Path, monkeypatch: pytest.Mo
     assert pipeline() == 0 and done(tmp_path) == ["prepare", "ladder"]
     monkeypatch.setattr(sys, "stdin", Terminal("y\n"))
     assert pipeline("--until", "run") == 0 and done(tmp_path) == ["prepare", "ladder", "run"]
+
+
+def test_what_another_pipeline_finished_while_this_one_began_is_not_done_again(
+    finished: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The state is read under the lock: one that is read before it would be written over the other's."""
+    state = tmp_path / "out" / "state.json"
+    whole_state = state.read_text()
+    state.write_text('{"steps": {}}')
+
+    def lock(folder: Path) -> RunLock:
+        found = RunLock(folder)
+        state.write_text(whole_state)
+        return found
+
+    monkeypatch.setattr(command, "RunLock", lock)
+    assert pipeline() == 0
+    assert capsys.readouterr().err.count("done before") == len(STEPS) and state.read_text() == whole_state
 
 
 def test_changed_inputs_are_named(finished: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

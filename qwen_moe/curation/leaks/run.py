@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from launchers.folder.atomic import replaced, write_json
+from qwen_moe.alone import alone
 from qwen_moe.curation.leaks.record import how, read_record, write_record
 from qwen_moe.curation.leaks.rows import find_rows
 from qwen_moe.curation.leaks.sequences import Sequences, read_sequences
@@ -26,7 +27,7 @@ from qwen_moe.curation.leaks.settings import LeakSettings
 from qwen_moe.curation.leaks.tokens import tokens_of
 from qwen_moe.curation.leaks.work import Given, Outcome, batches, examine, start_worker
 from qwen_moe.data.encode import check_workers, in_order
-from qwen_moe.data.output import alone, status_lines
+from qwen_moe.data.output import status_lines
 from qwen_moe.data.packed import check_unpackers
 from qwen_moe.data.sources import DROPPED, RECORD, Corpus, Tally
 from qwen_moe.errors import UserError

@@ -287,6 +287,11 @@ def _report(args: argparse.Namespace, store: "Store") -> None:
         print("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()))
 
 
+def _check_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--train-classifier {folder} is there already: give another folder, or remove it")
+
+
 def _train(args: argparse.Namespace, domains: "DomainSettings | None") -> int:
     if given := [f"--{name}" for name in _WITH_OUTPUT if getattr(args, name) is not None]:
         raise UserError(f"{given[0]} is for scoring: leave it out with --train-classifier, which has its folder")
@@ -295,9 +300,9 @@ def _train(args: argparse.Namespace, domains: "DomainSettings | None") -> int:
             "a classifier learns the domains of rules, or those in metadata: give --domains with rules, or --target"
         )
     folder = args.train_classifier
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--train-classifier {folder} is there already: give another folder, or remove it")
+    _check_new(folder)
     from parallel.threads import limit_threads
+    from qwen_moe.alone import alone
     from qwen_moe.curation.scores.documents import read
     from qwen_moe.curation.scores.train import Training, described, gather, train
     from qwen_moe.data.corpus import ReadCounts
@@ -316,7 +321,10 @@ def _train(args: argparse.Namespace, domains: "DomainSettings | None") -> int:
     kind = "scores" if args.target is None and domains is None else "classes"
     examples = gather(documents, _target(args.target, domains), kind, training)
     classifier, figures = train(examples, training)
-    classifier.save(folder, figures)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with alone(folder, "give another folder"):
+        _check_new(folder)  # another process may have finished its own since
+        classifier.save(folder, figures)
     rate = len(examples.features) / max(examples.seconds, 1e-9)
     if args.json:
         print(json.dumps({"output": str(folder), "names": list(examples.names)} | figures))

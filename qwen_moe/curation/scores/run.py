@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from qwen_moe.alone import alone
 from qwen_moe.curation.scores.annotate import Annotator, add_metadata, check_none_failed, forget
 from qwen_moe.curation.scores.documents import Document, grouped, read
 from qwen_moe.curation.scores.settings import OnFailure
 from qwen_moe.curation.scores.store import Growing, Store
 from qwen_moe.data.corpus import ReadCounts, Reading
-from qwen_moe.data.output import alone
 from qwen_moe.data.parquet import check_columns
 from qwen_moe.data.sources import Source, find_corpus
 

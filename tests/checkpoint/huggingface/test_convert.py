@@ -274,7 +274,7 @@ def test_disk_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     by_hand(tmp_path / "hf", model(), torch.float32, files=1)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"needs .* GB but its disk has 0\.00 GB free"):
+    with pytest.raises(UserError, match=r"needs [1-9]\d*\.\d\d MB but its disk has 0\.00 MB free"):
         convert_from_hf(tmp_path / "hf", tmp_path / "checkpoint")
     assert nothing_written(tmp_path, "hf")
 

@@ -103,6 +103,21 @@ def test_a_cancelled_run_stays_cancelled(
     assert slurm.job(run.job)["JobState"] == "CANCELLED"
 
 
+@pytest.mark.parametrize("signal_only", [False, True])
+def test_scancel_stops_a_run_and_a_signal_does_not(
+    slurm: SlurmCluster, tmp_path: Path, corpus: Path, site: Path, signal_only: bool
+) -> None:
+    recipe = write_recipe(tmp_path, corpus, steps=5000)
+    assert launch(recipe, site, nodes=1) == 0
+    run = Launched(tmp_path / "run")
+    run.wait(lambda: run.steps() >= 2, "steps")
+    slurm.ask("scancel", *(["--signal=TERM", "--batch"] if signal_only else []), run.job)
+    slurm.wait_for(run.decisions, "a decision")
+    expected = ("requeue", "terminated") if signal_only else ("stop", "cancelled")
+    assert (run.decisions()[0]["action"], run.decisions()[0]["kind"]) == expected, run.everything()
+    assert run.folder.saved_step() >= 2, "without a checkpoint"
+
+
 def test_what_cannot_run_is_refused_before_it_is_submitted(
     slurm: SlurmCluster, tmp_path: Path, corpus: Path, site: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -112,7 +112,7 @@ def test_what_a_killed_command_started_ends_and_holds_the_lock_until_then(
         from launchers.local.supervisor import Supervisor
         folder = Path(sys.argv[1])
         lock = RunLock(folder, "a test")
-        Supervisor([sys.executable, "-c", {child!r}, str(folder)], folder, folder / "f", os.environ, 0, lock.pass_fds).run()
+        Supervisor([sys.executable, "-c", {child!r}, str(folder)], folder, folder / "f", os.environ, 0, lock).run()
     """
     command = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), str(tmp_path)])
     end = time.monotonic() + 30
@@ -126,3 +126,28 @@ def test_what_a_killed_command_started_ends_and_holds_the_lock_until_then(
     capsys.readouterr()
     RunLock(tmp_path).close()  # a run that is started again waits until the child has ended
     assert re.search(r"waiting for what an earlier run in .* left behind: process \d+\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("how", ["deleted", "moved", "replaced"])
+def test_a_run_whose_folder_is_gone_is_stopped_and_makes_it_not_anew(tmp_path: Path, how: str) -> None:
+    """It would go on in the folder of a later run, whose lock it does not see."""
+    folder = tmp_path / "run"
+    lock = RunLock(folder)
+    assert lock.lost() == ""
+    script = f"""
+        import pathlib, shutil, sys, time
+        folder = pathlib.Path(sys.argv[1])
+        folder.rename(folder.with_name("elsewhere"))
+        if {how!r} == "deleted":
+            shutil.rmtree(folder.with_name("elsewhere"))
+        if {how!r} == "replaced":
+            folder.mkdir()
+            (folder / "lock").touch()
+        time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(folder)]
+    began = time.monotonic()
+    outcome = Supervisor(command, folder, tmp_path / "failure.json", os.environ, 2, lock).run()
+    assert outcome.code == 2 and "was deleted, moved or replaced while the run wrote to it" in outcome.message
+    assert time.monotonic() - began < 40 and folder.exists() == (how == "replaced")
+    lock.close()
