@@ -18,7 +18,7 @@ Shapes: S queries, T keys, H query heads, G key/value heads, C head dim; the bat
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -80,6 +80,11 @@ class LayerRecord:
     kept: float = 0.0
     worst: float = 1.0
 
+    def add(self, other: "LayerRecord") -> None:
+        for name, value in vars(other).items():
+            mine = getattr(self, name)
+            setattr(self, name, min(mine, value) if name == "worst" else mine + value)
+
     @property
     def mean(self) -> float:
         """The share of attention that the mean query of a sparse head keeps."""
@@ -94,6 +99,15 @@ class SparseRecord:
 
     def layer(self, layer: int) -> LayerRecord:
         return self.layers.setdefault(layer, LayerRecord())
+
+    @classmethod
+    def joined(cls, records: Iterable["SparseRecord"]) -> "SparseRecord":
+        """What several ranks did, each with heads, layers or prompts of its own."""
+        whole = cls()
+        for record in records:
+            for layer, of in record.layers.items():
+                whole.layer(layer).add(of)
+        return whole
 
     @property
     def work(self) -> float:
