@@ -108,7 +108,7 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
         "--attention",
         choices=ATTENTION,
         default="dense",
-        help="sparse leaves out keys in prompts over 32,768 tokens; default: %(default)s",
+        help="sparse leaves out keys in prompts of 32,768 tokens or more; default: %(default)s",
     )
     parser.add_argument(
         "--kept-share",

@@ -25,6 +25,7 @@ from qwen_moe.generation.ranks import ShardedRunner, gather_shares, load_sharded
 from qwen_moe.generation.runner import Runner
 from qwen_moe.generation.sampling import Sampling
 from qwen_moe.generation.text import check_lengths
+from qwen_moe.models.attention.sparse import SparseRecord
 
 Done = Callable[[int, list[Completion]], None]
 Shared = TypeVar("Shared")
@@ -51,12 +52,13 @@ class Session:
         if self._compile and split:
             raise UserError("--compile is for one process: leave out --compile, or --tp, --ep, --pp and --dp")
         self._asked_dtype, self._rank, self._grids = args.dtype, 0, None
-        self._device, self._engine, self._longest = torch.device("cpu"), None, 0
+        self._device, self._engine, self._record, self._longest = torch.device("cpu"), None, None, 0
         if split:
             self._grids = self._join(args)
 
     _grids: Grids | None
     _engine: Engine | None
+    _record: SparseRecord | None  # of all ranks, where there are several
 
     def _join(self, args: argparse.Namespace) -> Grids:
         config = self.opened.config
@@ -104,7 +106,7 @@ class Session:
 
     def notes(self) -> list[str]:
         """What the user should know about the answers."""
-        record = None if self._engine is None else self._engine.record
+        record = self._record or (None if self._engine is None else self._engine.record)
         shares = {} if record is None else record.shares()
         if not shares:
             return []
@@ -225,6 +227,10 @@ class Session:
             else:
                 assert isinstance(runner, ShardedRunner)
                 yield indices, gather_shares(work(runner.share_of(indices)), grids, len(indices))
+        if grids is not None and engine.record is not None:
+            records = [engine.record] * dist.get_world_size()
+            dist.all_gather_object(records, engine.record)
+            self._record = SparseRecord.joined(records)
 
     def _load(self, weights: Weights) -> Runner:
         if self._grids is None:

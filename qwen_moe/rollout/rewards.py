@@ -146,14 +146,25 @@ class Rewarder:
         settings = self.settings
         self._sandbox: Sandbox | None = None
         self._files: dict[str, str] = {}
+        self._hashes: dict[str, str] = {}  # of the files as they were imported
         if any(reward not in _COMPARISONS for reward in settings.rewards):
             self._sandbox = Sandbox(seconds=settings.seconds, memory_mib=settings.memory_mib, workers=settings.workers)
-            functions = [reward for reward in settings.rewards if reward not in (*_COMPARISONS, "python")]
             try:
-                self._files = {function: self._sandbox.load(function) for function in functions}
+                self._load(self._sandbox)
             except BaseException:
                 self._sandbox.close()
                 raise
+
+    def _load(self, sandbox: Sandbox) -> None:
+        functions = [reward for reward in self.settings.rewards if reward not in (*_COMPARISONS, "python")]
+        self._files = {function: sandbox.load(function) for function in functions}
+        self._hashes = {name: _hash(path) for name, path in self._files.items() if path}
+
+    def import_changed(self) -> None:
+        """Import functions anew if a file of one has changed. Raises UserError."""
+        if self._sandbox is not None and any(_hash(self._files[name]) != held for name, held in self._hashes.items()):
+            self._sandbox.close()  # its processes begin again
+            self._load(self._sandbox)
 
     def __enter__(self) -> Self:
         return self
@@ -166,7 +177,8 @@ class Rewarder:
             self._sandbox.close()
 
     def identity(self) -> dict[str, Any]:
-        """What decides the scores, for a record: the settings, and a hash of the file of each function."""
+        """What decides the scores, for a record: the settings, and a hash of the file of each function as it was
+        imported."""
         settings = self.settings
         return {
             "rewards": list(settings.rewards),
@@ -174,7 +186,7 @@ class Rewarder:
             "on_failure": settings.on_failure,
             "seconds": settings.seconds,
             "memory_mib": settings.memory_mib,
-            "functions": {name: _hash(path) for name, path in self._files.items() if path},
+            "functions": dict(self._hashes),
         }
 
     def check(self, row: Mapping[str, Any]) -> None:
@@ -277,4 +289,5 @@ def _check_tests(row: Mapping[str, Any]) -> None:
 
 
 def _hash(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """Of a file; empty if there is none."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""

@@ -210,6 +210,7 @@ class Episodes:
     def _reward(
         self, files: EpisodeFiles, number: int, responses: Sequence[Response], queries: Sequence[Query]
     ) -> list[float]:
+        self._rewards.import_changed()
         rewarded_by = _hash(self._rewards.identity())
         kept = files.rewards(rewarded_by)
         if kept is not None:

@@ -41,6 +41,11 @@ class Rewards:
         if self._rewarder is not None:
             self._rewarder.close()
 
+    def import_changed(self) -> None:
+        """Use the files of functions as they are now. Raises UserError."""
+        if self._rewarder is not None:
+            self._rewarder.import_changed()
+
     def identity(self) -> list[Any]:
         """What decides the rewards."""
         return [None if self._rewarder is None else self._rewarder.identity(), self.model_files, self._weight]

@@ -251,6 +251,32 @@ def test_processes_of_a_split_model_draw_the_same(chat: Path, tmp_path: Path) ->
     assert drawn(tmp_path / "two.jsonl") == drawn(tmp_path / "one.jsonl")
 
 
+# With --tp 2 the shares were those of half of the heads, and with --pp 2 those of the first stage's layers.
+def test_shares_of_a_split_model_are_those_of_all_its_heads_and_layers(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, lines = tmp_path / "model", []
+    shutil.copytree(folders[0], model)
+    config = json.loads((model / "config.json").read_text())
+    budgets = [{str(head): ["vertical_and_slash", 31, 101, 1.0] for head in range(4)} for _ in range(2)]
+    config["dual_chunk_attention_config"] = {
+        "chunk_size": 64,
+        "local_size": 8,
+        "sparse_attention_threshold": 100,
+        "sparse_attention_last_q": 8,
+        "sparse_attention_config": budgets,
+    }
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2000}))
+    (tmp_path / "book.txt").write_text("hello there of old " * 70)
+    for degree in ("--tp", "--pp"):
+        command = [sys.executable, "-m", "qwen_moe", "generate", "--checkpoint", str(model), "--max-new-tokens", "2"]
+        command += ["--prompt-file", str(tmp_path / "book.txt"), "--attention", "sparse", "--kept-share", "0.05"]
+        done = subprocess.run([*command, "--dtype", "fp64", degree, "2"], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        lines.append([line for line in done.stderr.splitlines() if line.startswith("sparse attention kept")])
+    assert lines[0] == lines[1] and len(lines[0]) == 1
+
+
 def test_the_file_of_answers_is_never_half_there(tmp_path: Path) -> None:
     with Answers(tmp_path / "out", {"a": 1}) as answers:
         answers.add(1, {"x": 2})

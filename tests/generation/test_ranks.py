@@ -8,11 +8,12 @@ import torch.distributed as dist
 
 from parallel.mesh import Grids, Layout
 from qwen_moe.checkpoint.tensor_store import ModuleTensors
-from qwen_moe.config import ModelConfig
+from qwen_moe.config import DualChunk, ModelConfig
 from qwen_moe.generation.engine import Engine, Limits
 from qwen_moe.generation.ranks import ShardedRunner, gather_shares, load_sharded
-from qwen_moe.generation.runner import LocalRunner
+from qwen_moe.generation.runner import LocalRunner, Runner
 from qwen_moe.generation.sampling import Sampling
+from qwen_moe.models.attention.sparse import SparseSettings
 from tests.distributed import run_distributed
 from tests.models.hf_reference import draw_weights
 from tests.small import small_model
@@ -20,6 +21,7 @@ from tests.small import small_model
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 1, 2, 3, 4], [7, 7], [3, 1, 4, 1, 5]]
 SAMPLING = Sampling(max_new_tokens=9, temperature=1.0, top_p=0.9, samples=2, repetition_penalty=1.1, seed=3)
 ENDS = [2, 11]
+SPARSE = SparseSettings(kept_share=0.1, threshold=100, choosing=8, rows=16)
 
 
 def config(dense: list[int]) -> ModelConfig:
@@ -68,6 +70,37 @@ def test_a_stage_without_experts() -> None:
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2)], ids=str)
 def test_layouts_draw_the_same_without_routing(layout: Layout) -> None:
     equal_one_process(layout, [], routing=False)
+
+
+# The command's one process and its two drew other tokens: the last layer read the last token densely in one process alone.
+@pytest.mark.parametrize("chunks", [None, DualChunk(chunk_size=60, local_size=16)], ids=["plain", "chunks"])
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2)], ids=str)
+def test_layouts_read_sparsely_what_one_process_reads(layout: Layout, chunks: DualChunk | None) -> None:
+    expected = long_answers(LocalRunner(draw_weights(long_config(chunks), 4).eval()), chunks, SPARSE)
+    assert expected != long_answers(LocalRunner(draw_weights(long_config(chunks), 4).eval()), chunks, None)
+    for found in run_distributed(_long_answers, layout.world_size, layout, chunks):
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-10)
+
+
+def long_config(chunks: DualChunk | None) -> ModelConfig:
+    return small_model(max_position_embeddings=1024, vocab_size=61, dual_chunk=chunks)
+
+
+def long_answers(runner: Runner, chunks: DualChunk | None, sparse: SparseSettings | None) -> list[list[float]]:
+    """Log-probabilities of the answers to long prompts."""
+    engine = Engine(runner, long_config(chunks), sparse=sparse, limits=Limits(chunk=400))
+    prompts = [torch.randint(61, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 390, 777)]
+    answers = engine.generate(prompts, Sampling(max_new_tokens=3, temperature=1.0, seed=3))
+    return [answer.log_probs for of in answers for answer in of]
+
+
+def _long_answers(layout: Layout, chunks: DualChunk | None) -> list[list[float]]:
+    shape = long_config(chunks)
+    grids = Grids(layout, "cpu", kv_heads=shape.num_key_value_heads)
+    model = load_sharded(
+        shape, ModuleTensors(draw_weights(shape, 4)), grids, torch.float64, torch.device("cpu"), "the test"
+    )
+    return long_answers(ShardedRunner(model, grids, torch.device("cpu")), chunks, SPARSE)
 
 
 def equal_one_process(layout: Layout, dense: list[int], routing: bool) -> None:

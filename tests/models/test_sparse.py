@@ -130,6 +130,8 @@ def test_it_attends_to_the_lines_and_says_which_share_they_are(
             lines = seen.lines[4 * number + head]
             assert lines is not None and (len(lines.columns), len(lines.diagonals)) == given_budgets[0][head]
             visible = mask_of(lines, begin, end, chunks.stride, rows)
+            pairs += int(visible.sum())
+            visible[-1] = True
             of = scores[head, begin:end, :end]
             p = of.masked_fill(~visible, float("-inf")).softmax(-1)
             torch.testing.assert_close(got[0, begin:end, head], p @ values[0, :end, head], rtol=1e-11, atol=1e-12)
@@ -138,13 +140,12 @@ def test_it_attends_to_the_lines_and_says_which_share_they_are(
             kept = (of.softmax(-1) * visible).sum(-1)[drawn - begin]
             torch.testing.assert_close(seen.chosen[4 * number + head].shares, kept, rtol=1e-11, atol=1e-12)
             shares.append(count * kept.mean().item())
-            pairs += int(visible.sum())
         begin = end
     layer = held.record.layer(0)
     assert layer.pairs == pairs < 0.99 * layer.dense_pairs and layer.dense_pairs == 4 * length * (length + 1) // 2
     assert layer.mean == pytest.approx(sum(shares) / (4 * length), rel=1e-12)
     assert layer.worst == pytest.approx(min(chosen.shares.min().item() for chosen in seen.chosen), rel=1e-12)
-    assert layer.choosing_pairs == 4 * 2 * 16 * (220 + 420) and (layer.sparse_heads, layer.dense_heads) == (8, 0)
+    assert layer.choosing_pairs == 4 * (2 * 16 + 1) * (220 + 420) and (layer.sparse_heads, layer.dense_heads) == (8, 0)
     assert held.record.work == (pairs + layer.choosing_pairs) / layer.dense_pairs
 
 

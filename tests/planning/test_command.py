@@ -295,8 +295,12 @@ def test_every_data_file_is_installed() -> None:
 
 
 def test_the_check_of_published_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """And docs/plan-time.md shows what it prints."""
     assert plan("--check-published") == 0
-    assert "held out" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "held out" in printed
+    page = Path(__file__).parents[2] / "docs" / "plan-time.md"
+    assert printed.strip() in page.read_text(encoding="utf-8")
 
 
 STAGES = """

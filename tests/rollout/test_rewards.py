@@ -263,3 +263,21 @@ def test_an_identity_changes_with_the_function(tmp_path: Path, monkeypatch: pyte
         with Rewarder(RewardSettings(rewards=(f"{name}:f",), workers=1)) as rewarder:
             found.append(list(rewarder.identity()["functions"].values()))
     assert found[0] != found[1] and len(found[0][0]) == 64
+
+
+# The hash was that of the file, while processes went on with the function that they had imported.
+def test_a_changed_function_counts_once_it_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = f"own_{random.getrandbits(64)}"
+    file = tmp_path / f"{name}.py"
+    file.write_text("def f(p, c, r): return 1")
+    with Rewarder(RewardSettings(rewards=(f"{name}:f",), workers=2)) as rewarder:
+        before = rewarder.identity()
+        file.write_text("def f(p, c, r): return 2000")
+        assert rewarder.identity() == before
+        rewarder.import_changed()
+        assert rewarder.identity() != before
+        assert [score.value for score in rewarder.score([item("a")] * 4)] == [2000] * 4
+        file.unlink()
+        with pytest.raises(UserError, match="cannot be used"):
+            rewarder.import_changed()

@@ -301,6 +301,27 @@ def test_a_changed_reward_function_is_used_and_named(tokenizer: Path, tmp_path: 
     assert after["reward"] == 2 * before["reward"] > 0
 
 
+def learn_by_a_reward_that_changes_its_file(recipe: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    os.chdir(folder)
+    (folder / "later.txt").write_text("def grade(prompt, completion, row): return 2000 * len(completion)")
+    (folder / "grades.py").write_text(
+        "import contextlib, os\n\ndef grade(prompt, completion, row):\n"
+        "    with contextlib.suppress(OSError):\n        os.replace('later.txt', 'grades.py')\n"
+        "    return len(completion)\n"
+    )
+    return learn(recipe, {}, 2)
+
+
+def test_a_reward_function_that_changes_while_the_run_goes_on(tokenizer: Path, tmp_path: Path) -> None:
+    recipe = values(tokenizer, tmp_path / "run", rollout={"rewards": ["grades:grade"], "updates_per_episode": 1})
+    ((first, second),) = run_distributed(learn_by_a_reward_that_changes_its_file, 1, recipe, tmp_path)
+    assert first["said"] == []
+    assert second["said"] == ["the file of the reward grades:grade changed: it decides from episode 1 on"]
+    samples = tmp_path / "run" / "episodes" / "episode_000001" / "samples.jsonl"
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert lines and all(line["reward"] == 2000 * len(line["answer"]) for line in lines)
+
+
 def test_a_run_does_not_go_on_with_another_reference(tokenizer: Path, tmp_path: Path) -> None:
     def went_on(name: str, begins: bool) -> None:
         recipe = values(tokenizer, tmp_path, checkpoint={"load_from": name})

@@ -4,7 +4,9 @@ what it leaves out.
 Queries are taken in blocks. A block gathers the keys that are on a line of any of its queries and attends to all of them,
 and to its own keys up to each query. So it sees at least the chosen lines and never a later key. Every chunk of a prompt
 chooses its own lines, by its last queries and without a look at later chunks. (So which keys a query leaves out depends on
-later tokens of its chunk, in every method that chooses so. What it sees does not.)
+later tokens of its chunk, in every method that chooses so. What it sees does not.) The last query of a chunk attends to all
+keys: where a model's last layer computes only the last token of a prompt, it cannot choose lines, and a model that is split
+over ranks, whose last layer computes every token, must give the same.
 
 The share of attention that is kept is exp(lse of the kept keys - lse of all keys) of a query. It is measured on queries of
 the chunk that did not choose the lines. With `SparseSettings.kept_share` a head's budget is doubled until their mean share
@@ -16,7 +18,7 @@ Shapes: S queries, T keys, H query heads, G key/value heads, C head dim; the bat
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -78,6 +80,11 @@ class LayerRecord:
     kept: float = 0.0
     worst: float = 1.0
 
+    def add(self, other: "LayerRecord") -> None:
+        for name, value in vars(other).items():
+            mine = getattr(self, name)
+            setattr(self, name, min(mine, value) if name == "worst" else mine + value)
+
     @property
     def mean(self) -> float:
         """The share of attention that the mean query of a sparse head keeps."""
@@ -92,6 +99,15 @@ class SparseRecord:
 
     def layer(self, layer: int) -> LayerRecord:
         return self.layers.setdefault(layer, LayerRecord())
+
+    @classmethod
+    def joined(cls, records: Iterable["SparseRecord"]) -> "SparseRecord":
+        """What several ranks did, each with heads, layers or prompts of its own."""
+        whole = cls()
+        for record in records:
+            for layer, of in record.layers.items():
+                whole.layer(layer).add(of)
+        return whole
 
     @property
     def work(self) -> float:
@@ -227,6 +243,7 @@ class SparsePrefill:
             out, pairs = attend_all(turned, keys, values, scale), _pairs(turned[0].begin, turned[-1].end)
         else:
             out, pairs = _attend_lines(self._blocks(turned), chosen.lines, keys, values, scale)
+            out[:, -1:] = attend_all([_last_query(turned[-1])], keys, values, scale)
         self._note(layer, turned, chosen, pairs)
         return out
 
@@ -289,6 +306,7 @@ class SparsePrefill:
             record.dense_heads += 1
             return
         queries = end - begin
+        record.choosing_pairs += end  # of the last query, which attends to all
         record.sparse_heads += 1
         record.queries += queries
         record.kept += queries * float(chosen.shares.mean())
@@ -298,6 +316,11 @@ class SparsePrefill:
 def _of_head(part: Turned, head: int) -> Turned:
     zones = tuple(zone._replace(q=zone.q[:, :, head : head + 1]) for zone in part.zones)
     return part._replace(zones=zones)
+
+
+def _last_query(part: Turned) -> Turned:
+    zones = tuple(zone._replace(q=zone.q[:, -1:]) for zone in part.zones)
+    return Turned(part.end - 1, part.end, zones)
 
 
 def _pairs(begin: int, end: int) -> int:
