@@ -8,6 +8,8 @@ Shapes: B batch, S sequence, H query heads, G key/value heads, R = H / G, C head
 key/value head are rows of one GEMM: row s * R + r is query s of head g * R + r.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from parallel.gemm import exact_bmm, has_tiles, widen, widens
@@ -64,18 +66,12 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         q, k, v, lse = ctx.saved_tensors
-        seq, groups, scale = q.shape[1], k.shape[2], ctx.scale
+        groups, scale = k.shape[2], ctx.scale
         rows_q, rows_k, rows_v, dy = (_rows(x, groups) for x in (q, k, v, grad_outputs[0]))
-        n, repeats = rows_q.shape[0], q.shape[2] // groups
         dq = torch.empty_like(rows_q)
         dk = torch.zeros(rows_k.shape, dtype=torch.float32)
         dv = torch.zeros_like(dk)
-        wide_q, wide_k = rows_q.float(), rows_k.float().transpose(1, 2)
-        size = _queries(q)
-        mask = _mask(size, repeats)
-        for heads, begin, end, rows in _blocks(n, seq, repeats, size):
-            products = exact_bmm(wide_q[heads, rows], wide_k[heads, :, :end], q.dtype)
-            products[:, :, begin:].add_(mask[: (end - begin) * repeats, : end - begin])
+        for heads, rows, end, products in _products(q, rows_q, rows_k):
             dp = torch.bmm(dy[heads, rows], rows_v[heads, :end].transpose(1, 2))
             p, ds = _score_gradients(products, scale, lse[heads, rows], dp)
             dq[heads, rows] = torch.bmm(ds, rows_k[heads, :end])
@@ -90,19 +86,13 @@ def _forward_in_blocks(
     """The attention ``[B, S, H, C]`` and each row's logsumexp ``[N, S * R, 1]``."""
     seq, groups = q.shape[1], k.shape[2]
     rows_q, rows_k, rows_v = (_rows(x, groups) for x in (q, k, v))
-    n, repeats = rows_q.shape[0], q.shape[2] // groups
     y = torch.empty_like(rows_q)
-    top = torch.empty(n, seq * repeats, 1, dtype=torch.float32)
+    top = torch.empty(*rows_q.shape[:2], 1, dtype=torch.float32)
     total = torch.empty_like(top)
-    wide_q, wide_k = rows_q.float(), rows_k.float().transpose(1, 2)
-    size = _queries(q)
-    mask = _mask(size, repeats)
-    for heads, begin, end, rows in _blocks(n, seq, repeats, size):
-        products = exact_bmm(wide_q[heads, rows], wide_k[heads, :, :end], q.dtype)
-        products[:, :, begin:].add_(mask[: (end - begin) * repeats, : end - begin])
+    for heads, rows, end, products in _products(q, rows_q, rows_k):
         p, top[heads, rows], total[heads, rows] = _exponentials(products, scale, q)
         y[heads, rows] = torch.bmm(p, rows_v[heads, :end])
-    shape = (q.shape[0], groups, seq, repeats)
+    shape = (q.shape[0], groups, seq, q.shape[2] // groups)
     return _normalized(y.view(*shape, -1), total.view(*shape, 1)).flatten(2, 3), top.add_(total.log())
 
 
@@ -140,6 +130,20 @@ def _heads(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     out.view(batch, seq, groups, heads // groups, dim).copy_(rows.view(batch, groups, seq, -1, dim).transpose(1, 2))
     return out
+
+
+def _products(
+    q: torch.Tensor, rows_q: torch.Tensor, rows_k: torch.Tensor
+) -> Iterator[tuple[slice, slice, int, torch.Tensor]]:
+    """(heads, rows of queries, last query + 1, q k^T in float32 with -inf above the diagonal) of every block."""
+    seq = q.shape[1]
+    size, repeats = _queries(q), rows_q.shape[1] // seq
+    wide_q, wide_k = rows_q.float(), rows_k.float().transpose(1, 2)
+    mask = _mask(size, repeats)
+    for heads, begin, end, rows in _blocks(rows_q.shape[0], seq, repeats, size):
+        products = exact_bmm(wide_q[heads, rows], wide_k[heads, :, :end], q.dtype)
+        products[:, :, begin:].add_(mask[: (end - begin) * repeats, : end - begin])
+        yield heads, rows, end, products
 
 
 def _blocks(n: int, seq: int, repeats: int, size: int) -> list[tuple[slice, int, int, slice]]:
