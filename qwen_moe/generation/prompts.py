@@ -140,13 +140,13 @@ class Answers:
     def _go_on(self, settings: dict[str, Any]) -> None:
         """Read what an earlier attempt has left, or begin the growing file."""
         assert self._file is not None
-        head = json.dumps(settings, sort_keys=True)
+        now = json.loads(json.dumps(settings, sort_keys=True))  # as they are read back
         whole = self._partial.read_bytes()
         if not whole:
-            self._file.append(json.loads(head))
+            self._file.append(now)
             return
         first, *lines = whole.split(b"\n")[:-1]
-        before, now = self._object(first, 1), json.loads(head)
+        before = self._object(first, 1)
         if before != now:
             changed = [
                 f"{name} {before.get(name)} is now {now.get(name)}"
