@@ -1,7 +1,7 @@
 """Context parallelism: every sequence is cut into 2n chunks, and rank r of n holds chunks r and 2n - 1 - r, in that order
 ("zigzag", as Megatron-core does). Under a causal mask all ranks then have the same number of visible query-key pairs.
 
-Any n / p neighbouring ranks together hold a zigzag part over p, so the same cut serves an exchange of heads (Ulysses,
+Any n / p neighboring ranks together hold a zigzag part over p, so the same cut serves an exchange of heads (Ulysses,
 arXiv 2309.14509) within a node and a ring or all-gather between nodes. Shapes: B batch, S whole sequence, s = S / n.
 """
 
@@ -26,7 +26,7 @@ def own_chunks(x: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 
 def join_chunks(parts: torch.Tensor) -> torch.Tensor:
-    """Parts ``[n, B, s, ...]`` of neighbouring ranks -> their tokens ``[B, n * s, ...]`` in the order of the sequence."""
+    """Parts ``[n, B, s, ...]`` of neighboring ranks -> their tokens ``[B, n * s, ...]`` in the order of the sequence."""
     first, second = parts.chunk(2, dim=2)
     return torch.cat([*first.unbind(0), *second.flip(0).unbind(0)], dim=1)
 

@@ -5,7 +5,7 @@ On such a CPU torch multiplies bfloat16 and float16 matrices with plain loops, a
 operands and the rounding of the result are the same, and sums are in float32. Where the instructions exist, and on every
 other device, `widen` returns its argument and nothing changes.
 
-Half-precision products of few rows without gradients, as generation has them, are turned around (`times`).
+Generation multiplies few rows by a weight, without gradients. In half precision, the operands then change places (`times`).
 """
 
 import functools

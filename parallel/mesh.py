@@ -96,8 +96,8 @@ class Grids:
     ``data``: the dp x cp ranks that hold the same dense parameters and different tokens; FSDP shards over them
     (``dense_shard``). ``stage``: all ranks with this rank's layers. ``exchange``: the ep x etp ranks among which tokens
     travel (index = ep_index * etp + etp_index). Where tp exceeds the KV heads, ``kv`` is the tp ranks that hold different
-    heads and ``kv_replica`` the tp ranks that hold the same head. ``cp_heads``: neighbours of ``cp_heads`` cp ranks, which
-    exchange tokens for heads; ``cp_outer``: the cp ranks with the same index among their neighbours.
+    heads and ``kv_replica`` the tp ranks that hold the same head. ``cp_heads``: neighbors of ``cp_heads`` cp ranks, which
+    exchange tokens for heads; ``cp_outer``: the cp ranks with the same index among their neighbors.
     """
 
     def __init__(self, layout: Layout, device_type: str, kv_heads: int = 1, cp_heads: int = 1) -> None:

@@ -139,7 +139,7 @@ class MicroBatchShapes:
 class Pipeline:
     """This rank's stages of a pipeline over ``axis``, run by one of `SCHEDULES`. All ranks of the axis step together.
 
-    ``parts``: this rank's stage modules by stage. Every rank gets the same batches; hidden states travel between neighbours.
+    ``parts``: this rank's stage modules by stage. Every rank gets the same batches; hidden states travel between neighbors.
     """
 
     def __init__(

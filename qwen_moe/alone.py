@@ -1,4 +1,4 @@
-"""One process at a time makes an output: `alone`."""
+"""Lets one process at a time make an output: `alone`."""
 
 import contextlib
 import os

@@ -1,11 +1,11 @@
 """Chooses the small runs to launch: the groups of runs that most reduce the target's expected excess loss per FLOP.
 
 A group is a size and a duration with a pattern of runs around its expected optimum: a 3 x 3 grid of learning rate and batch
-size, or a cross of five. With a WSD schedule (a constant learning rate, then a decay) up to three neighbouring durations
+size, or a cross of five. With a WSD schedule (a constant learning rate, then a decay) up to three neighboring durations
 share one pattern: trunks run to the longest duration, and the shorter runs branch off and decay, which costs little more
 than the trunks (arXiv 2404.06395).
 
-The surface of `scaling_laws.surface` is linearised at each grid, and each group has its own level. The runs of a group then
+The surface of `scaling_laws.surface` is linearized at each grid, and each group has its own level. The runs of a group then
 add Fisher information about the laws, which gives the covariance of (log lr*, log B*) at the target and the expected excess
 loss tr(C^T C Cov). Groups are added greedily while the budget lasts (Bayesian c-optimal design). Sizes deviate from the laws
 (`MISFIT`), so more runs of one small size do not tell where the optimum of a much larger one is. The prior's optimum is the
@@ -193,7 +193,7 @@ def _completion(candidates: Sequence[_Candidate], chosen: Sequence[_Candidate]) 
 def _candidates(
     sizes: Sequence[tuple[float, float]], ratios: Sequence[float], decay_share: float | None, pattern: Pattern
 ) -> list[_Candidate]:
-    """Every size with every duration, and with WSD also with up to `SHARING` neighbouring durations."""
+    """Every size with every duration, and with WSD also with up to `SHARING` neighboring durations."""
     ordered = sorted(ratios)
     found = []
     for size in sizes:

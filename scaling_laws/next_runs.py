@@ -1,12 +1,12 @@
 """Chooses the next runs by what they teach about the target, and says when another run costs more than it is worth.
 
 The fit of the runs so far is a Gaussian (`surface_fit.Posterior`). A run at (N, D, lr, B) would add one observation of its
-log loss, whose slopes by the parameters are known before it is run. So is what it would leave of the uncertainty of lr* and
-B* at the target, and with it the expected excess loss tr(C^T C Cov) of the recommendation there.
+log loss, whose slopes by the parameters are known before it is run. So it is also known how uncertain lr* and B* at the
+target would still be afterwards, and with it the expected excess loss tr(C^T C Cov) of the recommendation there.
 
-What a lower excess is worth: the target could be trained on more tokens until its loss is as low. With e = -d log L /
-d log D there, an excess x costs x / e of the target's FLOPs, or of what is paid for them. The runs that are worth most over
-their price, per run, are next; none is if all cost more than they are worth.
+What a lower excess is worth: instead, the target could be trained on more tokens until its loss is as low. With e = -d log L
+/ d log D there, an excess x costs x / e of the target's FLOPs, or of what is paid for them. The next runs are those whose
+worth exceeds their price by most, per run. If all cost more than they are worth, there are none.
 
 Groups deviate from the loss law, and sizes from the laws of lr* and B* (`MISFIT`), so many runs of one small size do not
 tell where the optimum of a much larger one is. A single run of a new group says little, because the group's own level is not

@@ -34,7 +34,7 @@ def _save(figure: "Figure", path: Path) -> Path:
 
 
 def draw_surface(fit: Fit, frame: pd.DataFrame, path: Path) -> Path:
-    """Draw up to six groups, from the least to the most compute: runs coloured by excess loss, the surface's contours and
+    """Draw up to six groups, from the least to the most compute: runs colored by excess loss, the surface's contours and
     optimum, and Step Law's point."""
     assert fit.surface is not None and fit.step_law is not None
     plt = _pyplot()

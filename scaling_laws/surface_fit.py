@@ -1,6 +1,7 @@
 """Fits the surface of `scaling_laws.surface` to a table of runs, from a dozen runs to thousands.
 
-Three things are joined, each a Gaussian around something simpler. The loss of run i of group g is
+Three parts are fitted together, each a Gaussian around something simpler: losses around the surface, levels of groups around
+the loss law, and the laws of lr* and B* around a prior. The loss of run i of group g is
 
     log L_i = log (E + A / N^a + B / D^b) + offset_g + shape(u_i, v_i) + error_i,  N = N_active^(1-w) N_total^w
 

@@ -1,4 +1,4 @@
-"""What the objective of a reward model decides of the model: the names of its scores."""
+"""The one setting of a model that the objective of a reward model decides: the names of its scores."""
 
 from typing import Any
 

@@ -28,7 +28,7 @@ class ParallelConfig(Section):
     collectives with its group's after each step.
 
     ``cp_kind``: how attention reaches the keys of other cp ranks (docs/long-context.md); ``auto`` takes the kind that
-    communicates least. ``cp_ulysses``: with ring or all_gather, this many neighbouring cp ranks exchange tokens for heads.
+    communicates least. ``cp_ulysses``: with ring or all_gather, this many neighboring cp ranks exchange tokens for heads.
     ``ep_overlap``: the halves of a micro-batch take turns, one computes while the tokens of the other travel to experts.
     """
 

@@ -1,4 +1,4 @@
-"""Lines of JSONL to encoded conversations, in several processes, in order. What is wrong with a line is an outcome."""
+"""Lines of JSONL to encoded conversations, in several processes, in order. A mistake in a line is returned, not raised."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Which tests prepared data were checked against: the record of `qwen-moe data decontaminate` is carried on, and asked."""
+"""Which tests prepared data were checked against, from the record that `qwen-moe data decontaminate` leaves."""
 
 import json
 import sys

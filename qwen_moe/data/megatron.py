@@ -1,5 +1,5 @@
-"""Imports megatron-core's datasets in one place, without warnings and without the rest of megatron-core. Two more read long
-or short documents only.
+"""Imports megatron-core's datasets in one place, without warnings and without the rest of megatron-core. Defines two more
+datasets, of long documents only and of short documents only.
 
 `import megatron.core` loads its tensor parallelism, its transformers and with them torch's compiler, which takes seconds in
 every process. The datasets need only a logging function and a base class of it. So they are imported below packages that

@@ -1,6 +1,6 @@
 """Direct preference optimization on pairs of answers (arXiv 2305.18290).
 
-A pair is two neighbouring documents of a row, the chosen answer first: documents 2p and 2p + 1. With l_t the log-probability
+A pair is two neighboring documents of a row, the chosen answer first: documents 2p and 2p + 1. With l_t the log-probability
 of a valid label and l'_t the reference's, an answer's log-ratio is a = sum_t (l_t - l'_t), divided by its number of valid
 labels where `length_normalized`, and the pair's margin is m = a_chosen - a_rejected. The loss is the mean over the pairs of
 the global batch of

@@ -1,8 +1,9 @@
 """What context parallelism costs attention, by kind (`qwen_moe/sharding/context.py`): bytes sent, exposed seconds, copies.
 
-Of ``cp`` ranks, ``heads`` neighbours exchange tokens for heads (Ulysses). Keys and values then travel among the
-``cp / heads`` ranks with the same index, by a ring or an all-gather. Ranks lie in the order dp, cp, tp, so the former are tp
-apart and the latter tp x heads. Shapes of one rank: s tokens, H query heads, G key/value heads, C head dim.
+Of ``cp`` ranks, ``heads`` neighbors exchange tokens for heads (Ulysses). Keys and values then travel among the ``cp /
+heads`` ranks with the same index, by a ring or an all-gather. Ranks are numbered dp, cp, tp, tp innermost. So ranks that
+exchange heads are tp apart, and ranks that exchange keys are tp x heads apart. Shapes of one rank: s tokens, H query heads,
+G key/value heads, C head dim.
 """
 
 from dataclasses import dataclass, replace

@@ -6,9 +6,9 @@ Parameters, gradients and optimizer state follow from shapes and are exact. Besi
   data-parallel ranks. With zero2 every unit is held from the first forward to the end of the micro-batch's backward, or of
   the step under a pipeline. With zero3 the root and two units are held at a time; under a pipeline all are, because
   torch.distributed.pipelining keeps what a backward has gathered until the last backward.
-* Unsharded gradients of every unit, in the dtype of their reduction, from the first micro-batch's backward to the last's if
-  there are several micro-batches or a pipeline, because they are reduced once per step. Reduced after every micro-batch,
-  they are those of one unit at a time, in the compute dtype; of a stage, where a schedule splits backward.
+* Unsharded gradients. If they are reduced once per step, and there are several micro-batches or a pipeline: those of every
+  unit, in the dtype of their reduction, from the first micro-batch's backward to the last's. If they are reduced after every
+  micro-batch: those of one unit at a time (of one stage, where a schedule splits backward), in the compute dtype.
 * The buffers of one all-gather and one reduction of a unit. What is cut along another dim than 0 is gathered into a
   buffer of its own before it is put in order.
 
@@ -20,8 +20,8 @@ for backward and what they need for a moment is counted, as everything else is (
 
 A pipeline also allocates receive buffers for every micro-batch and stage, in both directions, and keeps them.
 
-With ``ep_overlap`` the halves of a micro-batch hold together what it holds undivided. Autograd adds up a weight's gradients
-from both before it passes them on: those of one unit more are alive.
+With ``ep_overlap`` both halves of a micro-batch together hold what it holds undivided. Autograd adds up a weight's gradients
+from both halves before it passes them on. So the gradients of one more unit are alive.
 
 A run that samples its own answers holds their cache beside all its gathered weights, between steps: the larger of both
 counts.

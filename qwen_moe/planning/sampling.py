@@ -4,7 +4,7 @@ Reading prompts is bound by FLOPs. Every new token of a batch of answers reads t
 answer takes, and the cache of all its answers; a batch goes on until its longest answer ends, so these figures are those of
 answers of the full length. Pipeline stages take turns, and the ranks of cp sample the same answers.
 
-As of a step, none of this was measured on a GPU; the constants are those of steps (`hardware.Efficiency`, `software`).
+Nothing of this was measured on a GPU. The constants are those of a step's time (`hardware.Efficiency`, `software`).
 """
 
 import math

@@ -1,10 +1,10 @@
 """Activations of layers for any split, micro-batch and length, from few recorded runs (`counting`).
 
-A layer is recorded without its attention core, once for each (tp, etp, experts split or not), and the core alone, once for
-each number of heads and kind of context parallelism, which changes nothing else. Both are recorded for sizes from which
-those of any micro-batch and length follow (`tape`). The embedding and the head are counted for two numbers of tokens, beyond
-which bytes grow with the tokens. `tests/planning/test_saved.py` compares this with whole layers counted at their own sizes,
-`test_memory.py` and `test_context.py` with whole models under FSDP2 and with real tensors.
+Two parts of a layer are recorded apart: the layer without its attention core, once for each (tp, etp, experts split or not),
+and the core alone, once for each number of heads and kind of context parallelism. The kind changes nothing but the core.
+From the recorded sizes, those of any micro-batch and length follow (`tape`). The embedding and the head are counted for two
+numbers of tokens; their bytes grow in proportion beyond. `tests/planning/test_saved.py` compares this with whole layers
+counted at their own sizes, `test_memory.py` and `test_context.py` with whole models under FSDP2 and with real tensors.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Records the memory of code that runs on fake tensors, so that it is known for any micro-batch and length from one run.
 
-The run has as many sequences and tokens as no other size of the model shares a factor with (`Scale`). So the size of every
-tensor tells whether it grows with one, the other or both. Moments at which memory may be largest are kept as such sums
-(`Bytes`); which of them is the peak depends on the sizes asked for.
+The recorded run has numbers of sequences and of tokens that share no factor with any other size of the model (`Scale`). So
+the size of a tensor tells whether it grows with the sequences, the tokens or both. The bytes at a moment are a sum of such
+parts (`Bytes`). Moments at which memory may be largest are kept; which of them is the peak depends on the sizes asked for.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What a step of a walk has to show: figures of a training run, and the scores of a model's answers to held-out queries."""
+"""Figures of the steps of one `qwen-moe post-train`: of training runs, and of a model's answers to held-out queries."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`post-training.md`: one page that shows what every step of a walk did, and what it gained."""
+"""`post-training.md`: one page that shows what every step of `qwen-moe post-train` did, and what it gained."""
 
 import sys
 from pathlib import Path

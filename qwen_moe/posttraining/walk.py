@@ -1,4 +1,4 @@
-"""What each step of a walk works on: its folder, the model that it begins from, its recipe or its command."""
+"""A walk is one `qwen-moe post-train`. What each of its steps works on: folder, first model, and recipe or command."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Runs reward functions and the code of answers in processes with limits, several at a time. Linux, and with less macOS.
+"""Runs reward functions and the code of answers in processes with limits, several at a time. On macOS, fewer limits hold.
 
 What it does: each process has a limit of wall-clock time, processor time, address space and, for code, of file sizes; what
 hangs is killed with all its descendants, and what runs ends when this process ends, however it ends. Code runs in a new

@@ -18,7 +18,7 @@ _GATHERED_BYTES = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class ContextPlan:
-    """How attention reaches other ranks' keys: groups of ``heads`` neighbouring cp ranks exchange tokens for heads, and
+    """How attention reaches other ranks' keys: groups of ``heads`` neighboring cp ranks exchange tokens for heads, and
     between the groups keys and values travel by ``kind``."""
 
     kind: CpKind = "all_gather"

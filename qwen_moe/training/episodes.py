@@ -1,7 +1,7 @@
 """Episodes of a run that learns from its own samples: sample, reward, compare with the reference, learn.
 
-An episode's answers are sampled from the weights at its begin and kept (`episode_files`), so that a run that is killed goes
-on to the same bits: what is there is not sampled again. Every rank of a run takes part in all that is done here.
+An episode's answers are sampled from the weights at its beginning and kept (`episode_files`). A run that is killed samples
+nothing again that is there, so it continues to the same bits. Every rank of a run takes part in all that is done here.
 """
 
 import hashlib

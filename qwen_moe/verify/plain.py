@@ -136,5 +136,5 @@ LOSSES: dict[str, Callable[[ObjectiveConfig, Sequence[Answer]], Result]] = {
 
 
 def plain_loss(config: ObjectiveConfig, answers: Sequence[Answer]) -> Result:
-    """The loss of all answers of a global batch, differentiable, and its metrics. A pair's answers are neighbours."""
+    """The loss of all answers of a global batch, differentiable, and its metrics. A pair's answers are neighbors."""
     return LOSSES[config.kind](config, answers)

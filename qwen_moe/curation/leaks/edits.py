@@ -1,7 +1,8 @@
-"""How many words must be replaced, put in or left out to turn a stretch of a text into another text, bit-parallel.
+"""Counts the words that must be replaced, inserted or deleted to turn a stretch of one text into another text.
 
-Myers, "A fast bit-vector algorithm for approximate string matching based on dynamic programming" (1999), with the bits of a
-Python integer: bit j says by how much the count for the first j + 1 tokens of the pattern differs from that for the first j.
+Myers, "A fast bit-vector algorithm for approximate string matching based on dynamic programming" (1999), in
+the bits of Python integers: bit j says by how much the count for the first j + 1 tokens of the pattern
+differs from that for the first j.
 """
 
 from collections.abc import Iterable

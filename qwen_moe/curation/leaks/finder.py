@@ -1,4 +1,4 @@
-"""Whether a document is a leak, of which test, and what they have in common: the index, then the exact rule."""
+"""Decides whether a document is a leak, of which test, and what both share: first by the index, then by the exact rule."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

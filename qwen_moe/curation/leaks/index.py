@@ -1,7 +1,7 @@
 """Which pairs of a document and a test may be leaks: an index of the tests' n-grams. The rule itself decides afterwards.
 
-Two texts that have much in common share n-grams. Of the s - n + 1 n-grams of the shorter text, at least g appear in the
-window of the other one that has the copy:
+Two texts that have much in common share n-grams. Let the shorter text have s tokens, and so s - n + 1 n-grams. At least g of
+them appear in the window of the other text that holds the copy:
 
 * Seeds "3-grams": g = s - 2 - 3 * floor(s / 5), if at most a fifth of the tokens of a copy were replaced, because each
   replaced token spoils at most three 3-grams (the q-gram lemma: Jokinen and Ukkonen, 1991). Copies with more changes may be
@@ -9,8 +9,8 @@ window of the other one that has the copy:
 * Seeds "words" (1-grams): g is the least length of the common subsequence, because each of its tokens is in both. No pair is
   lost.
 
-Frequent n-grams say little and cost much: the g - k n-grams that are most frequent in the test set are left out. At least k
-of the others appear in the window all the same. Pairs with k or more are candidates.
+Frequent n-grams say little and cost much. So the index leaves out the g - k n-grams of a text that are most frequent in the
+test set. At least k of the others still appear in the window. A pair that shares k or more is a candidate.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,9 +1,10 @@
-"""The longest common subsequence of two sequences, bit-parallel, with the bits of a Python integer.
+"""The longest common subsequence of two sequences. One Python integer holds a row of the table, so its bits are computed
+together.
 
 Crochemore, Iliopoulos, Pinzon and Reid, "A fast and practical bit-vector algorithm for the longest common subsequence
-problem" (2001), in the form of Hyyrö, "Bit-parallel LCS-length computation revisited" (2004). Column j of the table of
-dynamic programming is bit j of an integer, which is 0 where the length grows from j to j + 1. A row costs a few operations
-on integers, whatever the number of columns.
+problem" (2001), in the form of Hyyrö, "Bit-parallel LCS-length computation revisited" (2004). Bit j of the
+integer is column j of the table of dynamic programming. It is 0 where the length grows from column j to j + 1. A row costs a
+few operations on integers, whatever the number of columns.
 """
 
 from collections.abc import Iterable, Sequence

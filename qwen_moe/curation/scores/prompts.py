@@ -1,7 +1,7 @@
 """Documents as prompts of a model: the tokens before a document, those of the document, and those after it.
 
-The parts become tokens one by one. A document that spells a control token, such as the end of a turn, stays text, and the
-prompt around it is always the same.
+Each part is tokenized by itself. So a control token that a document spells, such as the end of a turn, stays text, and the
+prompt around a document is always the same.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What the model is asked for, on one process or on several: the first runs the harness, the others compute with it."""
+"""Requests to a model that may be split over processes: the first one runs the harness, the others compute with it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

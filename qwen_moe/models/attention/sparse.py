@@ -1,18 +1,19 @@
 """Sparse prefill: a chunk of a long prompt attends to the columns and diagonals that matter (`vertical_slash`), and measures
 what it leaves out.
 
-Queries are taken in blocks. A block gathers the keys that are on a line of any of its queries and attends to all of them,
-and to its own keys up to each query. So it sees at least the chosen lines and never a later key. Every chunk of a prompt
-chooses its own lines, by its last queries and without a look at later chunks. (So which keys a query leaves out depends on
-later tokens of its chunk, in every method that chooses so. What it sees does not.) The last query of a chunk attends to all
-keys: where a model's last layer computes only the last token of a prompt, it cannot choose lines, and a model that is split
-over ranks, whose last layer computes every token, must give the same.
+A line is a column or a diagonal. Queries are taken in blocks. A block gathers the keys that are on a line of any of its
+queries. Each query attends to all of these, and to the block's own keys up to itself. So it sees at least the chosen lines
+and never a later key. Every chunk of a prompt chooses its own lines by its last queries, without a look at later chunks. So
+later tokens of a chunk decide which keys an earlier query leaves out, as in every method that chooses in this way.
+
+The last query of a chunk attends to all keys. The reason: a model's last layer may compute only the last token of a prompt,
+and then cannot choose lines. A model that is split over ranks computes every token there, and must give the same.
 
 The share of attention that is kept is exp(lse of the kept keys - lse of all keys) of a query. It is measured on queries of
 the chunk that did not choose the lines. With `SparseSettings.kept_share` a head's budget is doubled until their mean share
 is reached, or the head attends to all keys when that costs less (after algorithm 1 of arXiv 2501.15383, which does this once
-for a model and not for each text). As the measured queries then decide where doubling ends, the reported mean is high by a
-part of its own sampling error.
+for a model and not for each text). The measured queries also decide where doubling ends, so the reported mean is slightly
+too high, by a part of its sampling error.
 
 Shapes: S queries, T keys, H query heads, G key/value heads, C head dim; the batch dim is 1.
 """
