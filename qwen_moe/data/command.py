@@ -32,7 +32,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         nargs="+",
         required=True,
         metavar="PATH",
-        help="files, directories, python-stdlib, or passkey:DOCUMENTS:LONGEST",
+        help="files, directories, python-stdlib, or text that is generated: passkey:DOCUMENTS:LONGEST, tasks:KIND:COUNT, "
+        "pydoc-questions:COUNT",
     )
     prepare.add_argument(
         "--output", type=output_prefix, required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx and .json"
