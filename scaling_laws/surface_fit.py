@@ -8,7 +8,8 @@ the loss law, and the laws of lr* and B* around a prior. The loss of run i of gr
 Offsets are Gaussian with a deviation that is estimated, so a group with many runs has a level of its own, and a group with
 one run still says where the optimum is. An error's deviation near the optimum, the noise, is estimated and at least `NOISE`.
 It grows with the height above the optimum (`ROUGH`), because the cubic describes runs far from it less well. Large errors
-count less (`ROBUST`). The laws of lr* and B* have the prior of `scaling_laws.laboratories`; shape and loss have wide ones.
+count less (`ROBUST`). No run is far below the optimum (`_Problem.too_low`). The laws of lr* and B* have the prior of
+`scaling_laws.laboratories`; shape and loss have wide ones.
 """
 
 from dataclasses import dataclass
@@ -90,6 +91,22 @@ class _Problem:
         height = _shape(p[_LAW:_BOWL], self.rate - self.x @ p[:4], self.batch - self.x @ p[4:_LAW])
         return height, self.loss - height - self.level(p)[0]
 
+    def too_low(self, p: np.ndarray, noise: float) -> tuple[np.ndarray, np.ndarray]:
+        """By how much the surface is too low at each run ``[finished + diverged]``, in deviations of a loss, and the
+        derivatives of that by the laws of lr* and B* and by the shape.
+
+        Diverged runs are higher than `WINDOW`. No finished run is lower than the optimum by more than the noise. The cubic
+        alone does not ensure this: where losses fall towards the edge of the runs, it can follow them down and place its
+        optimum on the other side.
+        """
+        parts, slopes = [], []
+        finished = self.x, self.rate, self.batch
+        for (x, rate, batch), least, unit in ((finished, -noise, noise), (self.blown, WINDOW, NOISE)):
+            low = least - _shape(p[_LAW:_BOWL], rate - x @ p[:4], batch - x @ p[4:_LAW])
+            parts.append(np.maximum(0, low) / unit)
+            slopes.append(np.where(low > 0, -1 / unit, 0.0)[:, None] * _slopes(p, x, rate, batch))
+        return np.concatenate(parts), np.concatenate(slopes)
+
     def by_group(self, values: np.ndarray) -> np.ndarray:
         return np.bincount(self.group, values)
 
@@ -97,26 +114,20 @@ class _Problem:
         """Each group's offset, which is shrunk towards 0 the more, the less its runs say."""
         return self.by_group(weight * error) / (self.by_group(weight) + 1 / spread**2)
 
-    def residuals(self, z: np.ndarray, weight: np.ndarray, spread: float) -> np.ndarray:
+    def residuals(self, z: np.ndarray, weight: np.ndarray, spread: float, noise: float) -> np.ndarray:
         _, error = self.unexplained(z)
         offset = self.offsets(error, weight, spread)
-        x, rate, batch = self.blown
-        p = self.parameters(z)
-        low = WINDOW - _shape(p[_LAW:_BOWL], rate - x @ p[:4], batch - x @ p[4:_LAW])
-        return np.concatenate(
-            [np.sqrt(weight) * (error - offset[self.group]), offset / spread, np.maximum(0, low) / NOISE, z]
-        )
+        too_low, _ = self.too_low(self.parameters(z), noise)
+        return np.concatenate([np.sqrt(weight) * (error - offset[self.group]), offset / spread, too_low, z])
 
-    def jacobian(self, z: np.ndarray, weight: np.ndarray, spread: float) -> np.ndarray:
+    def jacobian(self, z: np.ndarray, weight: np.ndarray, spread: float, noise: float) -> np.ndarray:
         p = self.parameters(z)
         heights = _slopes(p, self.x, self.rate, self.batch)
         error = -np.concatenate([heights, self.level(p)[1]], axis=1) @ self.root
         offset = np.stack([self.offsets(column, weight, spread) for column in error.T], axis=1)
-        x, rate, batch = self.blown
-        low = WINDOW - _shape(p[_LAW:_BOWL], rate - x @ p[:4], batch - x @ p[4:_LAW])
-        censored = -np.where(low > 0, 1 / NOISE, 0.0)[:, None] * (_slopes(p, x, rate, batch) @ self.root[:_BOWL])
+        too_low = self.too_low(p, noise)[1] @ self.root[:_BOWL]
         return np.concatenate(
-            [np.sqrt(weight)[:, None] * (error - offset[self.group]), offset / spread, censored, np.eye(len(z))]
+            [np.sqrt(weight)[:, None] * (error - offset[self.group]), offset / spread, too_low, np.eye(len(z))]
         )
 
 
@@ -224,7 +235,7 @@ def _reweighted(problem: _Problem, z: np.ndarray) -> _Solution:
     jacobian, last, settled = np.zeros((0, 0)), (weight, spread, noise), False
     for _ in range(_ROUNDS):
         last = (weight, spread, noise)
-        found = least_squares(problem.residuals, z, problem.jacobian, method="lm", args=(weight, spread), max_nfev=30)
+        found = least_squares(problem.residuals, z, problem.jacobian, method="lm", args=last, max_nfev=30)
         moved, z, jacobian = np.abs(found.x - z).max(), found.x, found.jac
         if moved < _CLOSE and settled:
             break
@@ -324,9 +335,7 @@ def posterior(frame: pd.DataFrame, prior: Prior | None = None, misfit: tuple[flo
     information = np.eye(design.shape[1])
     information[:_LOSS, :_LOSS] = np.linalg.inv(problem.root @ problem.root.T)
     information += design.T @ (solution.weight[:, None] * design)
-    x, rate, batch = problem.blown
-    low = WINDOW - _shape(p[_LAW:_BOWL], rate - x @ p[:4], batch - x @ p[4:_LAW])
-    censored = _slopes(p, x, rate, batch)[low > 0] / NOISE
+    _, censored = problem.too_low(p, solution.noise)
     information[:_BOWL, :_BOWL] += censored.T @ censored
     unit = np.concatenate([np.ones(_LOSS), np.full(groups, solution.spread), np.tile(misfit, count)])
     keys = finished[["n_total", "n_active", "tokens"]].to_numpy(float)

@@ -68,10 +68,13 @@ def test_the_jacobian_is_that_of_the_residuals(tmp_path: Path) -> None:
     problem = _problem(frame.iloc[:30], frame.iloc[30:], laboratory_prior())
     rng = np.random.default_rng(0)
     z = _begin(problem, None) + rng.normal(0, 0.3, len(problem.mean))
-    weight, spread = rng.uniform(1e4, 4e5, 30), 4e-3
-    exact = problem.jacobian(z, weight, spread)
+    z[14] -= 4  # a cubic that falls below the optimum
+    given = rng.uniform(1e4, 4e5, 30), 4e-3, 2e-3
+    low = problem.too_low(problem.parameters(z), 2e-3)[0] > 0
+    assert low[:30].any() and low[30:].any()
+    exact = problem.jacobian(z, *given)
     for place, step in enumerate(1e-6 * np.eye(len(z))):
-        slope = (problem.residuals(z + step, weight, spread) - problem.residuals(z - step, weight, spread)) / 2e-6
+        slope = (problem.residuals(z + step, *given) - problem.residuals(z - step, *given)) / 2e-6
         assert exact[:, place] == pytest.approx(slope, rel=1e-5, abs=1e-5 * np.abs(exact).max())
 
 
