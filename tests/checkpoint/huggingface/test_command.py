@@ -54,6 +54,17 @@ def test_round_trip_is_bit_identical(family: str, data: st.DataObject) -> None:
         assert [name for name in expected if found[name] != expected[name]] == []
 
 
+def test_round_trip_keeps_keys_that_hold_nothing(tmp_path: Path) -> None:
+    """Tools that merge adapters or dequantize write null for what is not there."""
+    by_hand(tmp_path / "hf", draw_weights(small_model(), 1, torch.float32), torch.float32, files=1)
+    values = json.loads((tmp_path / "hf" / "config.json").read_text())
+    nothing = dict.fromkeys(["quantization_config", "rope_scaling", "layer_types", "eos_token_id", "made_up"])
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(values | nothing))
+    convert_from_hf(tmp_path / "hf", tmp_path / "checkpoint")
+    convert_to_hf(tmp_path / "checkpoint", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(tmp_path / "hf")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @SETTINGS
 @given(data=st.data())
