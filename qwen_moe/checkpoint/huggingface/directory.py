@@ -154,6 +154,15 @@ def _holds(directory: Path) -> Path:
     return whole.parents[1] if whole.parent.name == "snapshots" and (whole.parents[1] / "blobs").is_dir() else whole
 
 
+def _unusable_name(relative: Path) -> str:
+    """Why a checkpoint's manifest cannot name the file ``relative``, or ""."""
+    try:
+        check_name(relative.as_posix())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def side_files(directory: Path) -> tuple[list[Path], list[str]]:
     """Relative paths of files below ``directory`` that are kept with the weights (tokenizer, templates, license), and notes
     on files that are not kept. Hidden folders, such as a download cache, are ignored. Links that lead out of the directory
@@ -164,7 +173,9 @@ def side_files(directory: Path) -> tuple[list[Path], list[str]]:
         relative = path.relative_to(directory)
         if not path.is_file() or any(part.startswith(".") for part in relative.parts[:-1]):
             continue
-        if _WEIGHT_FILES.fullmatch(path.name):
+        if problem := _unusable_name(relative):
+            notes.append(f"{problem} and is not kept: give it another name")
+        elif _WEIGHT_FILES.fullmatch(path.name):
             if len(relative.parts) > 1 or not path.name.endswith((".safetensors", ".safetensors.index.json")):
                 notes.append(f"{relative} holds weights in another format and is not kept")
         elif leads_out(path, root):
