@@ -30,6 +30,12 @@ def _is_huggingface(path: Path) -> bool:
     return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
 
 
+def side_folder(directory: Path) -> Path:
+    """The folder of the tokenizer and other small files of ``directory``, a Hugging Face directory or a checkpoint."""
+    inside = directory / HF_FOLDER
+    return inside if inside.is_dir() and not _is_huggingface(directory) else directory
+
+
 def is_ours(path: Path) -> bool:
     """Whether ``path`` is a checkpoint, a run directory or its `checkpoints/`, rather than a Hugging Face directory."""
     if _is_huggingface(path):

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen_moe.checkpoint.huggingface.convert import convert_from_hf, convert_to_hf, from_pretrained, save_pretrained
+from qwen_moe.checkpoint.resolve import side_folder
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
 from tests.checkpoint.huggingface.directories import (
@@ -86,10 +87,13 @@ def test_a_publishers_own_manifest(tmp_path: Path, name: str) -> None:
     by_hand(tmp_path / "hf", draw_weights(small_model(), 1, torch.float32), torch.float32, files=1)
     (tmp_path / "hf" / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / "hf" / name).write_text("{}")
+    (tmp_path / "hf" / "hf").mkdir()
+    assert side_folder(tmp_path / "hf") == tmp_path / "hf"
     from_pretrained(tmp_path / "hf")
     with pytest.raises(UserError, match="is a Hugging Face directory, not a checkpoint"):
         convert_to_hf(tmp_path / "hf", tmp_path / "back")
     convert_from_hf(tmp_path / "hf", tmp_path / "checkpoint")
+    assert side_folder(tmp_path / "checkpoint") == tmp_path / "checkpoint" / "hf"
     convert_to_hf(tmp_path / "checkpoint", tmp_path / "back")
     assert files_of(tmp_path / "back") == files_of(tmp_path / "hf")
 
