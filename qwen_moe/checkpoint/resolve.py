@@ -25,8 +25,21 @@ def check_exists(directory: Path) -> None:
         raise UserError(f"{directory} does not exist: give a checkpoint, a run directory or a Hugging Face directory")
 
 
+def _is_huggingface(path: Path) -> bool:
+    """Whether ``path`` holds what no checkpoint and no run does. Publishers may add a manifest.json of their own."""
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+
+
+def side_folder(directory: Path) -> Path:
+    """The folder of the tokenizer and other small files of ``directory``, a Hugging Face directory or a checkpoint."""
+    inside = directory / HF_FOLDER
+    return inside if inside.is_dir() and not _is_huggingface(directory) else directory
+
+
 def is_ours(path: Path) -> bool:
     """Whether ``path`` is a checkpoint, a run directory or its `checkpoints/`, rather than a Hugging Face directory."""
+    if _is_huggingface(path):
+        return False
     found = [path, *_steps(path)]
     # A checkpoint that has lost its manifest must be reported as damaged, so .metadata counts too.
     return any((place / name).is_file() for place in found for name in (MANIFEST, METADATA))
@@ -39,13 +52,13 @@ def resolve_checkpoint(path: Path) -> Path:
     """
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist: give a checkpoint directory or a run directory")
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file() and not _is_huggingface(path):
         try:
             verify(path)
         except CheckpointDamaged as error:
             raise UserError(f"checkpoint {path} is damaged: {error}. Use another one, or convert it again") from None
         return path
-    candidates = _steps(path)
+    candidates = [] if _is_huggingface(path) else _steps(path)
     for candidate in reversed(candidates):
         try:
             verify(candidate)

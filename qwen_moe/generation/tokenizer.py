@@ -10,10 +10,10 @@ from qwen_moe.errors import UserError
 
 def tokenizer_folder(directory: Path) -> Path:
     """The folder with the tokenizer of a checkpoint, run or Hugging Face directory. Raises UserError if there is none."""
-    from qwen_moe.checkpoint.resolve import HF_FOLDER, check_exists
+    from qwen_moe.checkpoint.resolve import check_exists, side_folder
 
     check_exists(directory)
-    folder = directory / HF_FOLDER if (directory / HF_FOLDER).is_dir() else directory
+    folder = side_folder(directory)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(
             f"{folder} has no tokenizer (no tokenizer.json or vocab.json): copy the files of the model's tokenizer there"

@@ -23,6 +23,7 @@ _UNUSED = frozenset(
         "eos_token_id",
         "head_dim",
         "hidden_act",
+        "is_causal",
         "layer_types",
         "max_window_layers",
         "mlp_only_layers",
@@ -31,6 +32,7 @@ _UNUSED = frozenset(
         "original_max_position_embeddings",
         "output_router_logits",
         "pad_token_id",
+        "partial_rotary_factor",
         "quantization_config",
         "rope_parameters",
         "rope_scaling",
@@ -68,8 +70,11 @@ _TYPES: dict[str, tuple[type, str]] = {
     "quantization_config": _MAPPING,
     "rope_parameters": _MAPPING,
     "rope_scaling": _MAPPING,
+    "is_causal": _TRUTH,
     "use_sliding_window": _TRUTH,
 }
+# Sizes and switches, by a default: `ModelConfig` reads them in recipes, too, where text such as "16" is a number.
+_SETTINGS = {"head_dim": 0} | {key: value for row in FAMILIES.values() for key, value in row.hf_defaults.items()}
 _NUMBERS = ("rope_theta", "num_experts", "num_local_experts", "attention_dropout")
 
 
@@ -90,6 +95,9 @@ def _check_types(values: dict[str, Any], where: str) -> None:
     for key in _NUMBERS:
         if values.get(key) is not None and not _is_number(values[key]):
             refuse(key, values[key], "a number")
+    for key, default in _SETTINGS.items():
+        if isinstance(values.get(key), str):
+            refuse(key, values[key], "true or false" if isinstance(default, bool) else "a number")
     for key in ("architectures", "layer_types"):
         if not all(isinstance(item, str) for item in values.get(key) or []):
             refuse(key, values[key], "a list of names")
@@ -125,6 +133,11 @@ def _refuse_unsupported(values: dict[str, Any], where: str) -> None:
     other = sorted({str(kind) for kind in values.get("layer_types") or [] if kind != "full_attention"})
     if other:
         raise UserError(f"{where}: layer_types has {', '.join(other)}: only full_attention is supported")
+    if values.get("is_causal") is False:
+        raise UserError(
+            f"{where}: is_causal is false, so every token sees those after it, as in models that embed texts: only causal "
+            "attention is supported"
+        )
     if values.get("hidden_act", "silu") != "silu":
         raise UserError(f"{where}: hidden_act is {values['hidden_act']!r}: only 'silu' is supported")
     if values.get("quantization_config"):
@@ -187,6 +200,12 @@ def interpret(values: dict[str, Any], where: str = "config.json") -> Interpretat
         notes.append("transformers' defaults: " + ", ".join(f"{key}={defaults[key]}" for key in absent))
     for key, default in defaults.items():
         fields["qkv_bias" if key == features.qkv_bias_key else key] = given.get(key, default)
+    layer_types, layers = values.get("layer_types"), fields["num_hidden_layers"]
+    if layer_types is not None and isinstance(layers, int) and len(layer_types) != layers:
+        raise UserError(
+            f"{where}: layer_types has {len(layer_types)} entries but num_hidden_layers is {layers}: correct one of them, "
+            "or remove layer_types"
+        )
     if fields["num_key_value_heads"] is None:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
     head_dim = given.get("head_dim", defaults.get("head_dim"))

@@ -56,15 +56,38 @@ def _shard_name(name: Any, where: str) -> str:
     return name
 
 
+def _other_weights(directory: Path) -> str:
+    """What a directory without safetensors files has, and what to do."""
+    found = [path.name for path in directory.iterdir() if _WEIGHT_FILES.fullmatch(path.name) and path.is_file()]
+    others = sorted(found, key=lambda name: (name.endswith(".json"), name))
+    if not others:
+        return "no weights: download the whole directory again"
+    if others[0].endswith(".json"):
+        return f"only the index {others[0]}: download the whole directory again"
+    pickled = "which is a pickle: " if others[0].endswith((".bin", ".pt", ".pth")) else "which is of another format: "
+    return f"only {others[0]}, {pickled}load it in transformers and save it again with save_pretrained"
+
+
+def _without_index(present: list[str]) -> str:
+    """What is wrong with the safetensors files ``present``, which have no index, and what to do."""
+    others = [name for name in present if name != SINGLE]
+    adapters = [name for name in others if name.startswith("adapter")]
+    if adapters:
+        return f"{adapters[0]}, which is an adapter: merge it into its model first (merge_and_unload of peft), or remove it"
+    if len(present) == 1:
+        return (
+            f"only {others[0]}, expected {SINGLE} or several files with {INDEX}: rename it if it holds the whole model"
+        )
+    if len(others) < len(present):
+        return f"{others[0]} beside {SINGLE} and no {INDEX}: remove what does not belong to the model, or download the index"
+    return f"{len(present)} .safetensors files but no {INDEX}: download it too"
+
+
 def open_shards(directory: Path) -> dict[Path, Header]:
     """Headers of all safetensors files of a directory, checked against its index. Raises UserError."""
     present = {path.name for path in directory.glob("*.safetensors")}
     if not present:
-        others = sorted(path.name for path in directory.glob("*.bin"))
-        found = (
-            f"only {others[0]}, which is a pickle: save it again with safe_serialization" if others else "no weights"
-        )
-        raise UserError(f"{directory} has no .safetensors file, {found}")
+        raise UserError(f"{directory} has no .safetensors file, {_other_weights(directory)}")
     if (directory / INDEX).is_file():
         weight_map = read_json(directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
@@ -73,7 +96,7 @@ def open_shards(directory: Path) -> dict[Path, Header]:
     elif present == {SINGLE}:
         weight_map, named = None, {SINGLE}
     else:
-        raise UserError(f"{directory} has {len(present)} .safetensors files but no {INDEX}: download it too")
+        raise UserError(f"{directory} has {_without_index(sorted(present))}")
     for name in sorted(named ^ present):
         problem = "is missing" if name in named else "is not listed there, so one of the two is wrong"
         raise UserError(f"shard {name} of {directory / INDEX} {problem}: download the whole directory again")
@@ -131,6 +154,15 @@ def _holds(directory: Path) -> Path:
     return whole.parents[1] if whole.parent.name == "snapshots" and (whole.parents[1] / "blobs").is_dir() else whole
 
 
+def _unusable_name(relative: Path) -> str:
+    """Why a checkpoint's manifest cannot name the file ``relative``, or ""."""
+    try:
+        check_name(relative.as_posix())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def side_files(directory: Path) -> tuple[list[Path], list[str]]:
     """Relative paths of files below ``directory`` that are kept with the weights (tokenizer, templates, license), and notes
     on files that are not kept. Hidden folders, such as a download cache, are ignored. Links that lead out of the directory
@@ -141,7 +173,9 @@ def side_files(directory: Path) -> tuple[list[Path], list[str]]:
         relative = path.relative_to(directory)
         if not path.is_file() or any(part.startswith(".") for part in relative.parts[:-1]):
             continue
-        if _WEIGHT_FILES.fullmatch(path.name):
+        if problem := _unusable_name(relative):
+            notes.append(f"{problem} and is not kept: give it another name")
+        elif _WEIGHT_FILES.fullmatch(path.name):
             if len(relative.parts) > 1 or not path.name.endswith((".safetensors", ".safetensors.index.json")):
                 notes.append(f"{relative} holds weights in another format and is not kept")
         elif leads_out(path, root):

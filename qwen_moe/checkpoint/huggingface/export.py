@@ -189,7 +189,8 @@ def _config_json(request: ExportRequest, quantization: dict[str, Any]) -> bytes:
         # A reward model that began as a language model: transformers finds an answer's end by the padding after it.
         values = {key: value for key, value in request.token_ids.items() if key == "pad_token_id"} | values
     # An original's entry describes FP8 weights, which were dequantized when they were read.
-    values.pop("quantization_config", None)
+    if values.get("quantization_config") is not None:
+        del values["quantization_config"]
     if quantization:
         values["quantization_config"] = quantization
     return original if original is not None and values == old else config_bytes(values)

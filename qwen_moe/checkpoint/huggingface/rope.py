@@ -11,6 +11,7 @@ from qwen_moe.errors import UserError
 DEFAULT_ROPE_THETA = 10_000.0
 _KINDS = get_args(RopeScaling.model_fields["type"].annotation)
 _TYPE_KEYS = ("rope_type", "type")
+_PARTIAL = "partial_rotary_factor"
 
 
 def read_rope(values: dict[str, Any], where: str, notes: list[str]) -> tuple[float, RopeScaling | None]:
@@ -38,11 +39,12 @@ def _scaling(
     values: dict[str, Any], key: str, inside: dict[str, Any], where: str, notes: list[str]
 ) -> RopeScaling | None:
     kind = inside.get("rope_type", inside.get("type", "default"))
-    if inside.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(
-            f"{where}: {key}.partial_rotary_factor is {inside['partial_rotary_factor']}: only 1 is supported"
-        )
+    # transformers moves one beside the other RoPE parameters to them.
+    for name, factor in ((f"{key}.{_PARTIAL}", inside.get(_PARTIAL)), (_PARTIAL, values.get(_PARTIAL))):
+        if factor is not None and factor != 1.0:
+            raise UserError(f"{where}: {name} is {factor!r}: only 1 is supported")
     if kind == "default":
+        _note_unused(inside, {}, key, notes)
         return None
     if kind not in _KINDS:
         raise UserError(
@@ -54,13 +56,21 @@ def _scaling(
         known["original_max_position_embeddings"] = values["original_max_position_embeddings"]  # as in transformers
     if kind != "yarn":
         known = {name: known[name] for name in ("factor",) if name in known}
-    others = inside.keys() - known.keys() - {"rope_theta", "partial_rotary_factor", *_TYPE_KEYS}
-    if unused := sorted(name for name in others if inside[name] is not None):
-        notes.append(f"not used in {key}: {', '.join(unused)}")
+    _note_unused(inside, known, key, notes)
+    if texts := [name for name, value in known.items() if isinstance(value, str)]:
+        raise UserError(f"{where}: {key}.{texts[0]} is {known[texts[0]]!r}, expected it without quotation marks")
     try:
         return RopeScaling.model_validate({"type": kind} | known)
     except ValidationError as error:
         raise section_error(error, where, key) from None
+
+
+def _note_unused(inside: dict[str, Any], known: dict[str, Any], key: str, notes: list[str]) -> None:
+    others = inside.keys() - known.keys() - {"rope_theta", _PARTIAL, *_TYPE_KEYS}
+    if unused := sorted(name for name in others if inside[name] is not None):
+        kind = inside.get("rope_type", inside.get("type"))
+        why = "" if kind else " (it names no type, so RoPE is not scaled, as in transformers)"
+        notes.append(f"not used in {key}: {', '.join(unused)}{why}")
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from qwen_moe.checkpoint.huggingface.directory import CONFIG, read_json
 from qwen_moe.checkpoint.huggingface.dual_chunk import KEY
-from qwen_moe.checkpoint.resolve import HF_FOLDER
+from qwen_moe.checkpoint.resolve import side_folder
 from qwen_moe.config import ModelConfig
 from qwen_moe.documents import json_value, read_text
 from qwen_moe.errors import UserError
@@ -27,7 +27,7 @@ def read_sparse(directory: Path, config: ModelConfig) -> SparseSettings | None:
     """The published settings of the model ``config`` in ``directory``, a Hugging Face directory or a checkpoint, or None if
     it has none. They keep the published budgets whatever share that is; give them a ``kept_share`` to raise them. Raises
     UserError for settings of another model."""
-    folder = directory / HF_FOLDER if (directory / HF_FOLDER).is_dir() else directory
+    folder = side_folder(directory)
     values = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     chunks = values.get(KEY)
     inside: dict[str, Any] = chunks if isinstance(chunks, dict) else {}

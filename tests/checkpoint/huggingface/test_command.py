@@ -1,6 +1,7 @@
 """Hugging Face -> checkpoint -> Hugging Face gives the same bytes, for random shapes, and what we export loads there."""
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen_moe.checkpoint.huggingface.convert import convert_from_hf, convert_to_hf, from_pretrained, save_pretrained
+from qwen_moe.checkpoint.resolve import side_folder
 from qwen_moe.config import ModelConfig
+from qwen_moe.errors import UserError
 from tests.checkpoint.huggingface.directories import (
     by_hand,
     by_transformers,
@@ -52,6 +55,47 @@ def test_round_trip_is_bit_identical(family: str, data: st.DataObject) -> None:
         expected, found = files_of(hf), files_of(back)
         assert found.keys() == expected.keys()
         assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def test_round_trip_keeps_keys_that_hold_nothing(tmp_path: Path) -> None:
+    """Tools that merge adapters or dequantize write null for what is not there."""
+    by_hand(tmp_path / "hf", draw_weights(small_model(), 1, torch.float32), torch.float32, files=1)
+    values = json.loads((tmp_path / "hf" / "config.json").read_text())
+    nothing = dict.fromkeys(["quantization_config", "rope_scaling", "layer_types", "eos_token_id", "made_up"])
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(values | nothing))
+    convert_from_hf(tmp_path / "hf", tmp_path / "checkpoint")
+    convert_to_hf(tmp_path / "checkpoint", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(tmp_path / "hf")
+
+
+def test_files_whose_names_a_manifest_cannot_hold(tmp_path: Path) -> None:
+    """They are said and left out: with them, the checkpoint would count as damaged."""
+    by_hand(tmp_path / "hf", draw_weights(small_model(), 1, torch.float32), torch.float32, files=1)
+    expected = files_of(tmp_path / "hf")
+    names = [b"back\\slash.txt", b"two\nlines.txt", b"\xff.txt", "données.txt".encode()]
+    for name in names:
+        (tmp_path / "hf" / os.fsdecode(name)).write_bytes(b"kept")
+    notes = convert_from_hf(tmp_path / "hf", tmp_path / "checkpoint").notes
+    assert sum("not allowed in a file name and is not kept" in note for note in notes) == 3
+    convert_to_hf(tmp_path / "checkpoint", tmp_path / "back")
+    assert files_of(tmp_path / "back") == expected | {"données.txt": b"kept"}
+
+
+@pytest.mark.parametrize("name", ["manifest.json", ".metadata", "checkpoints/step_00000001/manifest.json"])
+def test_a_publishers_own_manifest(tmp_path: Path, name: str) -> None:
+    """It makes no checkpoint of a Hugging Face directory."""
+    by_hand(tmp_path / "hf", draw_weights(small_model(), 1, torch.float32), torch.float32, files=1)
+    (tmp_path / "hf" / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "hf" / name).write_text("{}")
+    (tmp_path / "hf" / "hf").mkdir()
+    assert side_folder(tmp_path / "hf") == tmp_path / "hf"
+    from_pretrained(tmp_path / "hf")
+    with pytest.raises(UserError, match="is a Hugging Face directory, not a checkpoint"):
+        convert_to_hf(tmp_path / "hf", tmp_path / "back")
+    convert_from_hf(tmp_path / "hf", tmp_path / "checkpoint")
+    assert side_folder(tmp_path / "checkpoint") == tmp_path / "checkpoint" / "hf"
+    convert_to_hf(tmp_path / "checkpoint", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -164,6 +164,21 @@ def test_unknown_keys_are_said() -> None:
     assert interpret(minimal(rope_theta=1e6, made_up=3)).notes[-1] == "not used: made_up"
 
 
+def test_a_rope_scaling_without_a_type_is_said() -> None:
+    """transformers reads it as no scaling."""
+    values = minimal(rope_theta=1e6, rope_scaling={"factor": 4.0})
+    assert transformers.AutoConfig.for_model(**values).rope_parameters["rope_type"] == "default"
+    found = interpret(minimal(rope_theta=1e6, rope_scaling={"factor": 4.0}))
+    assert found.config.rope_scaling is None
+    assert found.notes[0].startswith("not used in rope_scaling: factor (it names no type")
+
+
+def test_keys_without_effect_are_accepted_in_silence() -> None:
+    inside = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": None}
+    plain = interpret(minimal(rope_parameters={"rope_type": "default", "rope_theta": 1e6}))
+    assert interpret(minimal(rope_parameters=inside, partial_rotary_factor=1.0, is_causal=True)) == plain
+
+
 @pytest.mark.parametrize(
     "values, message",
     [
@@ -186,6 +201,15 @@ def test_unknown_keys_are_said() -> None:
         ({"rope_parameters": {"rope_type": "yarn", "beta_fast": 1}}, "beta_fast 1 is not above beta_slow 1"),
         ({"rope_scaling": {"rope_type": "yarn", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5: only 1"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "one set of RoPE parameters"),
+        (
+            {"partial_rotary_factor": 0.5, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "partial_rotary_factor is 0.5: only 1",
+        ),
+        ({"is_causal": False}, "is_causal is false, .* only causal"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries but num_hidden_layers is 24"),
+        ({"hidden_size": "2048"}, "hidden_size is '2048', expected a number"),
+        ({"norm_topk_prob": "false"}, "norm_topk_prob is 'false', expected true or false"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "4.0"}}, "rope_scaling.factor is '4.0', .* quotation marks"),
         ({"use_sliding_window": True}, "sliding-window attention is not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu': only 'silu'"),

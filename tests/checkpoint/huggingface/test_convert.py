@@ -189,6 +189,39 @@ def test_damaged_directory(tmp_path: Path, spoil: Callable[[Path], None], messag
     refuse(tmp_path, message)
 
 
+def _named(*names: str) -> Callable[[Path], None]:
+    """The one file under other names."""
+
+    def spoil(directory: Path) -> None:
+        content = (directory / "model.safetensors").read_bytes()
+        (directory / "model.safetensors").unlink()
+        for name in names:
+            (directory / name).write_bytes(content)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (_named("model.fp16.safetensors"), r"only model\.fp16\.safetensors, expected model\.safetensors .*: rename it"),
+        (
+            _named("adapter_model.safetensors"),
+            "adapter_model.safetensors, which is an adapter: merge it into its model",
+        ),
+        (_named("model.safetensors", "a.safetensors"), r"a\.safetensors beside model\.safetensors and no .*: remove"),
+        (_named("consolidated.00.pth"), r"only consolidated\.00\.pth, which is a pickle"),
+        (_named("model.gguf"), r"only model\.gguf, which is of another format"),
+        (_named("model.safetensors.index.json"), r"only the index .*: download the whole directory again"),
+        (_named("README.md"), "no .safetensors file, no weights: download"),
+    ],
+)
+def test_weights_under_another_name(tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
+    by_hand(tmp_path / "hf", model(), torch.float32, files=1)
+    spoil(tmp_path / "hf")
+    refuse(tmp_path, message)
+
+
 def test_no_such_directory(tmp_path: Path) -> None:
     refuse(tmp_path, "hf is not a directory")
 
