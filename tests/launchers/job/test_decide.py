@@ -50,7 +50,9 @@ def test_a_stop_before_which_nothing_was_saved_is_told_from_one_that_saved(said:
     without = decide(Evidence(exit_code=137, saved_after=10, **said), LIMITS)
     assert "ended before they saved a checkpoint, so it resumes from the checkpoint of step 10" in without.reason
     saved = decide(Evidence(outcome="stopped", exit_code=0, saved_after=14, **said), LIMITS)
-    assert saved.reason.endswith("checkpoint of step 14") and "before" not in saved.reason.replace("before the time", "")
+    assert saved.reason.endswith("checkpoint of step 14") and "before" not in saved.reason.replace(
+        "before the time", ""
+    )
 
 
 def test_the_first_cause_is_named_not_its_echoes() -> None:
