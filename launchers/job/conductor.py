@@ -371,6 +371,9 @@ def main(arguments: list[str], before: dict[str, Any] | None = None) -> int:
         return 2
     try:
         return conductor.conduct()
+    except LaunchError as error:  # a command of Slurm failed: it does if scancel ends it together with this job
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     finally:
         lock.close()
 

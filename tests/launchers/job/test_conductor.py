@@ -46,6 +46,24 @@ def test_what_runs_on_the_nodes_is_what_launch_json_names(tmp_path: Path) -> Non
     assert attempt.read("decision.json")["kind"] == "cancelled"
 
 
+def test_a_command_of_slurm_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """scancel of a job that begins also ends the `scontrol` that the conductor has just started."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "scontrol").write_text("#!/bin/sh\nkill -TERM $$\n")
+    (tools / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    run = launched(tmp_path, agent="some.module")
+    command = [word for word in arguments(tmp_path, run) if word != "--local"]
+    assert conductor.main(command) == 1
+    told = capsys.readouterr().err
+    assert told == "error: scontrol: exit code -15\n" and not (tmp_path / "started").exists()
+
+
 def test_failures_before_the_last_launch_do_not_count(tmp_path: Path) -> None:
     """Launching again says that the user has repaired what failed."""
     run = launched(tmp_path, launched=100.0)
