@@ -20,3 +20,17 @@ def answered_by(stop: Callable[[int, FrameType | None], None]) -> Iterator[None]
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def interrupts_kept_from_children() -> Iterator[None]:
+    """Processes that are started within the block have SIGINT blocked. Ctrl-C reaches all processes of a terminal, and one
+    that still starts Python would end with a traceback before it can ignore it. This process gets it after the block."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
