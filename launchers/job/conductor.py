@@ -5,6 +5,7 @@ the run is done, stops, or is requeued. Each attempt leaves a folder with everyt
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import signal
@@ -26,6 +27,7 @@ from launchers.job.step import Step
 from launchers.local.lock import RunLock
 from launchers.local.signals import signal_number
 from launchers.local.supervisor import INTERRUPTED
+from launchers.local.terminal import outlive_terminal
 from launchers.slurm.placement import describe, order_nodes
 
 LOOK_SECONDS = 0.5
@@ -36,7 +38,8 @@ CANCELLED = "cancelled.json"
 
 
 def say(message: str) -> None:
-    print(f"conductor: {message}", flush=True)
+    with contextlib.suppress(OSError):  # the disk of the job's log is full: the run matters more
+        print(f"conductor: {message}", flush=True)
 
 
 class NotOurs(Exception):
@@ -69,6 +72,10 @@ class Conductor:
 
     def listen(self) -> None:
         meanings = {self.checkpoint_signal: "time limit", signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            meanings[signal.SIGHUP] = (
+                "terminated"  # the terminal of `launch --local` was closed, or its connection lost
+            )
 
         def note(number: int, frame: FrameType | None) -> None:
             if self.warned and number == signal.SIGINT:
@@ -108,6 +115,7 @@ class Conductor:
             if decision.action == "go on" and not self.warned:
                 continue
             if not self.cluster.can_requeue:
+                say("stopped; the same command resumes it")
                 return INTERRUPTED
             self.cluster.requeue(sorted(self.run.excluded_nodes()))
             time.sleep(120)  # until Slurm ends this process
@@ -362,6 +370,7 @@ def main(arguments: list[str], before: dict[str, Any] | None = None) -> int:
         cluster = LocalMachine() if options.local else SlurmAllocation(os.environ)
         conductor = Conductor(run, arguments[split + 1 :], cluster, before)
         conductor.listen()
+        outlive_terminal()
         if cluster.job:
             write_json(run.launch / "job.json", {"job": cluster.job, "restarts": cluster.restarts})
         lock = _locked(run, f"job {cluster.job}" if cluster.job else "qwen-moe launch --local")

@@ -3,8 +3,6 @@
 import json
 import subprocess
 import sys
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,8 @@ from typing import Any
 import pytest
 
 import scaling_laws.recommend as laws
-from qwen_moe.alone import alone
 from qwen_moe.cli import main
-from scaling_laws import fitting
-from scaling_laws.fitting import _resamples, load_fit, read_table
+from scaling_laws.fitting import _resamples, load_fit
 from scaling_laws.recommend import Request
 from scaling_laws.runs import read_runs
 from scaling_laws.surface import WINDOW
@@ -116,34 +112,6 @@ def test_a_group_that_is_drawn_twice_is_two_groups(tmp_path: Path) -> None:
     sizes = resampled.groupby("group")["n_total"]
     assert sizes.ngroups == frame["group"].nunique() and (sizes.nunique() == 1).all()
     assert len(resampled[["n_total", "tokens"]].drop_duplicates()) < sizes.ngroups
-
-
-def test_two_fits_into_one_folder_do_not_mix(
-    fit_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The second one waits before it writes its table and its fit; `.` is a folder like others."""
-    monkeypatch.chdir(tmp_path)
-    found = load_fit(fit_dir)
-    monkeypatch.setattr(fitting, "fit_table", lambda *args, **kwargs: found)
-    arguments = ["scaling", "fit", str(fit_dir / "runs.csv"), "--output", "."]
-    codes: list[int] = []
-    second = threading.Thread(target=lambda: codes.append(main(arguments)))
-    capsys.readouterr()
-    with alone(tmp_path):
-        second.start()
-        told, end = "", time.monotonic() + 60
-        while "waiting for it" not in told and time.monotonic() < end:
-            told += capsys.readouterr().err
-            time.sleep(0.02)
-        assert "waiting for it" in told and not list(tmp_path.iterdir())
-    second.join(60)
-    assert codes == [0] and sorted(path.name for path in tmp_path.iterdir()) == ["fit.json", "runs.csv"]
-    read_table(load_fit(tmp_path), tmp_path)
-
-    # A fit that was killed between its two files, or that an earlier version wrote at the same time as another.
-    (tmp_path / "runs.csv").write_text((fit_dir / "runs.csv").read_text().replace("1", "2", 1))
-    assert main(["scaling", "report", str(tmp_path)]) == 2
-    assert "runs.csv is not the table that" in capsys.readouterr().err and not list(tmp_path.glob("*.png"))
 
 
 def test_the_page_and_its_pictures(fit_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
