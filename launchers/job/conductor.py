@@ -21,7 +21,7 @@ from launchers.folder.run_folder import Attempt, RunFolder, is_number, read_json
 from launchers.job import preflight
 from launchers.job.cluster import LocalMachine, SlurmAllocation, scancelled
 from launchers.job.decide import Decision, Evidence, Hang, Limits, PastAttempt, decide
-from launchers.job.evidence import collect_failures, silent_ranks
+from launchers.job.evidence import collect_failures, no_room, silent_ranks
 from launchers.job.hang_clock import HangClock
 from launchers.job.step import Step
 from launchers.local.lock import RunLock
@@ -137,7 +137,10 @@ class Conductor:
             "ended": time.time(),
             "evidence": dataclasses.asdict(evidence),
         }
-        attempt.write("decision.json", record)
+        try:
+            attempt.write("decision.json", record)
+        except OSError as error:  # a full disk must not hide the decision itself
+            say(f"{attempt.folder / 'decision.json'} could not be written: {error.strerror}")
         excluded = f"; excluded: {', '.join(sorted(decision.nodes))}" if decision.nodes else ""
         say(f"attempt {attempt.number}: {decision.action} ({decision.kind}): {decision.reason}{excluded}")
 
@@ -299,7 +302,7 @@ class Conductor:
     ) -> Evidence:
         facts = self.cluster.facts()
         said = read_object(attempt.folder / "outcome.json") or {}
-        failures = collect_failures(attempt)
+        failures = collect_failures(attempt) or (no_room(self.run.run_dir) if code else [])
         if not node_failed and (failures or hang is not None or code):
             node_failed = self.cluster.failed_node()
         preempted = facts.get("JobState") == "PREEMPTED" or facts.get("PreemptTime", "None") not in ("None", "")
@@ -382,6 +385,9 @@ def main(arguments: list[str], before: dict[str, Any] | None = None) -> int:
         return conductor.conduct()
     except LaunchError as error:  # a command of Slurm failed: it does if scancel ends it together with this job
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: run folder {run_dir}: {error}: correct it, then launch again to resume", file=sys.stderr)
         return 1
     finally:
         lock.close()
