@@ -2,6 +2,7 @@
 
 import functools
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,33 @@ def test_a_job_that_an_interrupted_launch_left_is_found_by_its_name(
     assert cancelled == ["7", "8"]
 
 
+def stand_in(monkeypatch: pytest.MonkeyPatch, jobs: list[Job], submit: Callable[[Path], str]) -> None:
+    """A cluster of one node with ``jobs`` in its queue."""
+    nodes = (slurm.Node(name="n1", state="idle", cpus=8, gpus=0),)
+    main_partition = slurm.Partition(name="main", state="UP", max_minutes=None, max_nodes=None, nodes=nodes)
+    monkeypatch.setattr(slurm, "partitions", lambda names: [main_partition])
+    monkeypatch.setattr(slurm, "accounts", lambda: None)
+    monkeypatch.setattr(slurm, "queue", lambda timeout=60: list(jobs))
+    monkeypatch.setattr(slurm, "submit", submit)
+
+
+def test_if_only_the_job_of_then_fails_the_job_of_the_run_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def submit(script: Path) -> str:
+        if script.name == "then.sbatch":
+            raise slurm.SlurmError("sbatch: no more jobs")
+        return "7"
+
+    stand_in(monkeypatch, [], submit)
+    recipe, site = write_recipe(tmp_path, tmp_path, steps=10), write_site(tmp_path / "site.toml")
+    command = ["launch", str(recipe), "--nodes", "1", "--time", "10", "--site", str(site), "--then", "true"]
+    assert main(command) == 2
+    told = capsys.readouterr()
+    assert told.out.startswith("job         7\n") and "qwen-moe cancel" in told.out
+    assert "job 7 of the run was submitted, but that of --then" in told.err and "no more jobs" in told.err
+
+
 def test_tasks_that_an_interrupted_launch_of_an_array_left_are_found_by_its_name_and_their_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,8 +91,6 @@ def test_tasks_that_an_interrupted_launch_of_an_array_left_are_found_by_its_name
     ladder.mkdir()
     for name in ("a", "b"):
         write_recipe(ladder, tmp_path, steps=10, name=name)
-    nodes = (slurm.Node(name="n1", state="idle", cpus=8, gpus=0),)
-    main_partition = slurm.Partition(name="main", state="UP", max_minutes=None, max_nodes=None, nodes=nodes)
     jobs: list[Job] = []
 
     def submit(script: Path) -> str:
@@ -73,10 +99,7 @@ def test_tasks_that_an_interrupted_launch_of_an_array_left_are_found_by_its_name
         jobs.extend([job(f"{start}_0", name=name), job(f"{start}_1", "PENDING", name)])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(slurm, "partitions", lambda names: [main_partition])
-    monkeypatch.setattr(slurm, "accounts", lambda: None)
-    monkeypatch.setattr(slurm, "queue", lambda timeout=60: list(jobs))
-    monkeypatch.setattr(slurm, "submit", submit)
+    stand_in(monkeypatch, jobs, submit)
     command = ["launch", str(ladder), "--array", "--nodes", "1", "--time", "10", "--site"]
     command.append(str(write_site(tmp_path / "site.toml")))
     assert main(command) == 130
