@@ -6,9 +6,11 @@ from typing import Any
 
 def launch_config(*, shutdown_timeout: int, **values: Any) -> Any:
     """Make a `LaunchConfig`. Processes get ``shutdown_timeout`` seconds to end after SIGTERM; torch 2.11 has no such
-    option and gives them 30 seconds."""
+    option and gives them 30 seconds. The agent makes no folder for logs, which it would leave behind."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
+    values["logs_specs"] = DefaultLogsSpecs(log_dir=os.devnull)
     if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:
         values["shutdown_timeout"] = shutdown_timeout
     return LaunchConfig(**values)

@@ -20,6 +20,7 @@ except ImportError:  # Windows has no flock; two processes of one output are the
 def alone(output: Path, advice: str = "") -> Iterator[None]:
     """Lock an output by a file beside it. A second process waits, and then finds the first one's result. With ``advice`` it
     is refused instead: a UserError that names the first process and ends with the advice."""
+    output = output.resolve() if output.name in ("", "..") else output  # `.` has no name
     path = output.with_name(output.name + ".lock")
     file = _lock(path, advice)
     # The previous holder deletes the file when it is done, and a lock on a deleted file protects nothing.

@@ -1,15 +1,13 @@
 """`qwen-moe scaling fit|recommend|report`. Each verb imports what it needs, so that the others need not wait for it."""
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from scaling_laws.atomic import write_text
-
-RUNS = "runs.csv"
 MOST_SAMPLES = 1_000_000
 # Limits of a request's numbers: far beyond any training run, but nothing overflows.
 LIMITS: dict[str, tuple[float, float]] = {
@@ -50,7 +48,8 @@ def register(
         help='leave out a laboratory\'s published law, such as "Step Law"; may be repeated',
     )
     fit.add_argument("--json", action="store_true", help="print the result as JSON")
-    fit.set_defaults(func=_fit, needs=("scipy", "pandas"))
+    # ``saving``: a context manager for a folder, within which no other process writes there
+    fit.set_defaults(func=_fit, needs=("scipy", "pandas"), saving=contextlib.nullcontext)
     recommend = verbs.add_parser("recommend", help="learning rate, batch size and loss of a run to launch")
     recommend.add_argument("fit", type=Path, metavar="FIT_DIR", help="a folder that `fit` wrote")
     recommend.add_argument("--n-total", type=float, help="parameters, counted as in the table")
@@ -102,8 +101,9 @@ def _fit(args: argparse.Namespace) -> int:
     prior = laboratory_prior(args.without_laboratory, removed=args.no_prior)
     table = read_runs(args.runs)
     fit = fit_table(table, samples=args.samples, seed=args.seed, progress=_progress, prior=prior)
-    fit.save(args.output)
-    write_text(args.output / RUNS, table.frame.drop(columns=["group"]).to_csv(index=False))
+    args.output.mkdir(parents=True, exist_ok=True)
+    with args.saving(args.output):
+        fit.save(args.output, table)
     if args.json:
         facts = json.loads((args.output / "fit.json").read_text(encoding="utf-8"))
         print(json.dumps({key: value for key, value in facts.items() if not key.endswith("_samples")}))
@@ -191,7 +191,7 @@ def _text(found: dict[str, Any]) -> str:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from scaling_laws.fitting import load_fit
+    from scaling_laws.fitting import load_fit, read_table
     from scaling_laws.plots import (
         draw_exponents,
         draw_extrapolation,
@@ -201,10 +201,9 @@ def _report(args: argparse.Namespace) -> int:
         draw_validation,
     )
     from scaling_laws.report import write_report
-    from scaling_laws.runs import read_runs
 
     fit = load_fit(args.fit)
-    frame = read_runs([args.fit / RUNS]).frame
+    frame = read_table(fit, args.fit).frame
     pictures = []
     if fit.surface is not None:
         pictures.append(draw_surface(fit, frame, args.fit / "surface.png"))

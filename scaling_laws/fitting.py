@@ -15,7 +15,7 @@ from scaling_laws.errors import InputError
 from scaling_laws.forms import FORMS
 from scaling_laws.laboratories import Prior, laboratory_prior
 from scaling_laws.loss_law import LossLaw
-from scaling_laws.runs import RunTable
+from scaling_laws.runs import RunTable, read_runs
 from scaling_laws.surface import NOISE, Surface, fit_step_law
 from scaling_laws.surface_fit import fit_surface
 from scaling_laws.validation import (
@@ -30,6 +30,7 @@ from scaling_laws.validation import (
 )
 
 FIT = "fit.json"
+RUNS = "runs.csv"  # the table of the fit
 DIGEST = "sha256"  # key of the hash of all other values
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
@@ -55,11 +56,14 @@ class Fit:
     granularity: float  # the runs' median, 1 if the table has none
     laboratories: list[str]  # the prior's
     prior_removed: bool  # then it counts only for what the table does not tell
+    table_sha256: str = ""  # of the table as it is kept beside the fit; fits of earlier versions do not say
     warnings: list[str] = field(default_factory=list)
 
-    def save(self, folder: Path) -> None:
-        """Write fit.json, whole or not at all."""
-        values = asdict(self)
+    def save(self, folder: Path, table: RunTable) -> None:
+        """Write runs.csv and fit.json, each whole or not at all. `read_table` sees if they do not belong together."""
+        kept = table.frame.drop(columns=["group"]).to_csv(index=False)
+        values = asdict(self) | {"table_sha256": hashlib.sha256(kept.encode()).hexdigest()}
+        write_text(folder / RUNS, kept)
         write_text(folder / FIT, json.dumps(values | {DIGEST: _digest(values)}, indent=1))
 
 
@@ -87,6 +91,18 @@ def load_fit(folder: Path) -> Fit:
         ) from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is damaged or from another version ({error}): fit again") from None
+
+
+def read_table(fit: Fit, folder: Path) -> RunTable:
+    """The table that ``fit``, which ``folder`` holds, was fitted to. Raises InputError."""
+    path = folder / RUNS
+    table = read_runs([path])
+    if fit.table_sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != fit.table_sha256:
+        raise InputError(
+            f"{path} is not the table that {folder / FIT} was fitted to: `qwen-moe scaling fit` was stopped while it wrote "
+            "the two, or one was changed since. Fit again"
+        )
+    return table
 
 
 def _at_bounds(law: LossLaw) -> list[str]:

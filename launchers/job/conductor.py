@@ -5,6 +5,7 @@ the run is done, stops, or is requeued. Each attempt leaves a folder with everyt
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import signal
@@ -20,12 +21,13 @@ from launchers.folder.run_folder import Attempt, RunFolder, is_number, read_json
 from launchers.job import preflight
 from launchers.job.cluster import LocalMachine, SlurmAllocation, scancelled
 from launchers.job.decide import Decision, Evidence, Hang, Limits, PastAttempt, decide
-from launchers.job.evidence import collect_failures, silent_ranks
+from launchers.job.evidence import collect_failures, no_room, silent_ranks
 from launchers.job.hang_clock import HangClock
 from launchers.job.step import Step
 from launchers.local.lock import RunLock
 from launchers.local.signals import signal_number
 from launchers.local.supervisor import INTERRUPTED
+from launchers.local.terminal import outlive_terminal
 from launchers.slurm.placement import describe, order_nodes
 
 LOOK_SECONDS = 0.5
@@ -36,7 +38,8 @@ CANCELLED = "cancelled.json"
 
 
 def say(message: str) -> None:
-    print(f"conductor: {message}", flush=True)
+    with contextlib.suppress(OSError):  # the disk of the job's log is full: the run matters more
+        print(f"conductor: {message}", flush=True)
 
 
 class NotOurs(Exception):
@@ -69,6 +72,10 @@ class Conductor:
 
     def listen(self) -> None:
         meanings = {self.checkpoint_signal: "time limit", signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            meanings[signal.SIGHUP] = (
+                "terminated"  # the terminal of `launch --local` was closed, or its connection lost
+            )
 
         def note(number: int, frame: FrameType | None) -> None:
             if self.warned and number == signal.SIGINT:
@@ -108,6 +115,7 @@ class Conductor:
             if decision.action == "go on" and not self.warned:
                 continue
             if not self.cluster.can_requeue:
+                say("stopped; the same command resumes it")
                 return INTERRUPTED
             self.cluster.requeue(sorted(self.run.excluded_nodes()))
             time.sleep(120)  # until Slurm ends this process
@@ -129,7 +137,10 @@ class Conductor:
             "ended": time.time(),
             "evidence": dataclasses.asdict(evidence),
         }
-        attempt.write("decision.json", record)
+        try:
+            attempt.write("decision.json", record)
+        except OSError as error:  # a full disk must not hide the decision itself
+            say(f"{attempt.folder / 'decision.json'} could not be written: {error.strerror}")
         excluded = f"; excluded: {', '.join(sorted(decision.nodes))}" if decision.nodes else ""
         say(f"attempt {attempt.number}: {decision.action} ({decision.kind}): {decision.reason}{excluded}")
 
@@ -291,7 +302,7 @@ class Conductor:
     ) -> Evidence:
         facts = self.cluster.facts()
         said = read_object(attempt.folder / "outcome.json") or {}
-        failures = collect_failures(attempt)
+        failures = collect_failures(attempt) or (no_room(self.run.run_dir) if code else [])
         if not node_failed and (failures or hang is not None or code):
             node_failed = self.cluster.failed_node()
         preempted = facts.get("JobState") == "PREEMPTED" or facts.get("PreemptTime", "None") not in ("None", "")
@@ -362,6 +373,7 @@ def main(arguments: list[str], before: dict[str, Any] | None = None) -> int:
         cluster = LocalMachine() if options.local else SlurmAllocation(os.environ)
         conductor = Conductor(run, arguments[split + 1 :], cluster, before)
         conductor.listen()
+        outlive_terminal()
         if cluster.job:
             write_json(run.launch / "job.json", {"job": cluster.job, "restarts": cluster.restarts})
         lock = _locked(run, f"job {cluster.job}" if cluster.job else "qwen-moe launch --local")
@@ -371,6 +383,12 @@ def main(arguments: list[str], before: dict[str, Any] | None = None) -> int:
         return 2
     try:
         return conductor.conduct()
+    except LaunchError as error:  # a command of Slurm failed: it does if scancel ends it together with this job
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: run folder {run_dir}: {error}: correct it, then launch again to resume", file=sys.stderr)
+        return 1
     finally:
         lock.close()
 

@@ -159,8 +159,10 @@ def _what_happened(e: Evidence) -> Decision:
     if first is not None and first.kind in CERTAIN:
         return Decision(action="stop", kind=first.kind, reason=first.text(), host=first.host)
     saved = f"checkpoint of step {e.saved_after}"
+    if (e.preempted or e.warned) and e.outcome != "stopped":
+        saved = f"its processes ended before they saved a checkpoint, so it resumes from the {saved}"
     if e.preempted:
-        return Decision(action="requeue", kind="preemption", reason=f"preempted; resumes from the {saved}")
+        return Decision(action="requeue", kind="preemption", reason=f"preempted; {saved}")
     if e.warned == "time limit":
         return Decision(action="requeue", kind="time limit", reason=f"warned before the time limit; {saved}")
     if e.warned:

@@ -1,13 +1,18 @@
 """Reads the files that ranks, agents and nodes of one attempt left: failures, heartbeats and silent ranks."""
 
 import re
+import shutil
 import signal
+import socket
+import time
+from pathlib import Path
 from typing import Any
 
 from launchers.folder.logs import read_tail
 from launchers.folder.run_folder import Attempt, rank_name
-from launchers.job.decide import AGENT, CRASH, KILLED, Failure, classify, in_order_of_blame
+from launchers.job.decide import AGENT, CRASH, DISK, KILLED, Failure, classify, in_order_of_blame
 
+_LEAST_BYTES = 65536  # with less, reports may not have been written
 _SRUN_EXIT = re.compile(r"srun: error: (\S+): tasks? [\d,-]+: (.*)")
 
 
@@ -58,6 +63,18 @@ def collect_failures(attempt: Attempt) -> list[Failure]:
     if not found:
         found |= _agents_that_failed(attempt)
     return in_order_of_blame(list(found.values()))
+
+
+def no_room(run_dir: Path) -> list[Failure]:
+    """A failure if the run folder's disk is full: then neither ranks nor agents could write why they failed."""
+    try:
+        free = shutil.disk_usage(run_dir).free
+    except OSError:
+        return []
+    if free >= _LEAST_BYTES:
+        return []
+    message = f"no space left on the disk of {run_dir}: free some, then launch again, which resumes the run"
+    return [Failure(rank=-1, host=socket.gethostname(), kind=DISK, message=message, time=time.time())]
 
 
 def _last_line(attempt: Attempt, rank: int) -> str:

@@ -87,7 +87,10 @@ class NodeWatch(threading.Thread):
         self._over.set()
         if self.is_alive():
             self.join(timeout=30)
-        self._look(last=True)
+        try:
+            self._look(last=True)
+        except OSError as error:
+            print(f"watch: {error}", flush=True)
 
     def death(self) -> dict[str, Any] | None:
         """The first rank of this node that was seen dead: rank, pid and time."""

@@ -26,10 +26,19 @@ def find_runs(roots: Sequence[Path]) -> list[Path]:
 
 
 def jobs_of(facts: Mapping[str, Any], jobs: Iterable[slurm.Job]) -> list[slurm.Job]:
-    """The jobs of a run in the queue: that of launch.json, and those with the run's name. A `launch` that was interrupted
-    while it submitted may have left one that launch.json does not know."""
+    """The jobs of a run in the queue: that of launch.json, those with the run's name, and the run's task of an array with
+    the array's name. A `launch` that was interrupted while it submitted may have left one that launch.json does not know."""
     job, name = str(facts.get("job") or ""), facts.get("name")
-    return [one for one in jobs if one.state in slurm.ACTIVE and (one.job_id == job or (name and one.name == name))]
+    array = facts.get("array")
+    array = array if isinstance(array, dict) else {}
+    ours, task = array.get("name"), f"_{array.get('task')}"
+
+    def belongs(one: slurm.Job) -> bool:
+        if one.job_id == job or (name and one.name == name):
+            return True
+        return bool(ours) and one.name == ours and one.job_id.endswith(task)
+
+    return [one for one in jobs if one.state in slurm.ACTIVE and belongs(one)]
 
 
 def row(run_dir: Path, jobs: Mapping[str, slurm.Job] | None, unasked: str = "") -> dict[str, Any]:

@@ -70,7 +70,8 @@ class Fleet:
         self._begun, self._before = time.monotonic(), 0.0
 
     def run(self) -> dict[str, Result]:
-        """Blocks until every task has a result. The first SIGINT or SIGTERM stops all gracefully; the second kills."""
+        """Blocks until every task has a result. The first SIGINT, SIGTERM or SIGHUP stops all gracefully. A second SIGINT or
+        SIGTERM kills."""
         for task in self.tasks:
             if task.complete():
                 self.results[task.name] = Result(state="complete")

@@ -71,7 +71,8 @@ class Supervisor:
             self._process.send_signal(signal.SIGTERM)
 
     def run(self) -> Outcome:
-        """Blocks until the end. The first SIGINT or SIGTERM is passed on as SIGTERM; the second kills the command."""
+        """Blocks until the end. The first SIGINT, SIGTERM or SIGHUP is passed on as SIGTERM. A second SIGINT or SIGTERM
+        kills the command."""
         with answered_by(self._stop):
             return self._supervise()
 

@@ -19,6 +19,7 @@ import multiprocess.connection
 
 from launchers.folder.atomic import write_json, write_text
 from launchers.folder.run_folder import read_json
+from launchers.local.signals import interrupts_kept_from_children
 from qwen_moe.curation.library import LocalPipelineExecutor, SlurmPipelineExecutor, logger
 from qwen_moe.curation.recipe import SlurmSection
 from qwen_moe.errors import UserError
@@ -64,7 +65,9 @@ class Here(LocalPipelineExecutor):
             self.pipeline = pipeline
             return
         context = multiprocess.get_context("forkserver")
-        with context.Pool(workers, initializer=_start_worker) as pool:
+        with interrupts_kept_from_children():
+            started = context.Pool(workers, initializer=_start_worker)
+        with started as pool:
             for _ in bar(pool.imap_unordered(self._quiet, ranks), self.what, "task", total=len(ranks)):
                 pass
 

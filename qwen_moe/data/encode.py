@@ -7,11 +7,12 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
+from launchers.local.signals import interrupts_kept_from_children
 from qwen_moe.data.tokenizer import control_ids, end_of_document_id, load_tokenizer
 from qwen_moe.errors import UserError
 
@@ -105,11 +106,16 @@ def in_order(
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(start, given))
+
+    def submit(batch: Any) -> Future[R]:
+        with interrupts_kept_from_children():  # the pool starts its processes as they are needed
+            return pool.submit(fn, batch)
+
     try:
-        pending = [pool.submit(fn, batch) for batch in itertools.islice(batches, 3 * workers)]
+        pending = [submit(batch) for batch in itertools.islice(batches, 3 * workers)]
         while pending:
             done = pending.pop(0).result()
-            pending.extend(pool.submit(fn, batch) for batch in itertools.islice(batches, 1))
+            pending.extend(submit(batch) for batch in itertools.islice(batches, 1))
             yield done
     except BrokenProcessPool:
         raise UserError(

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from launchers.folder.atomic import write_json
+from qwen_moe.alone import alone
 from qwen_moe.documents import json_object, read_text
 from qwen_moe.errors import UserError
 from qwen_moe.evaluation.plan import Item
 from qwen_moe.line_file import LineFile
 
 SETTINGS = "settings.json"
+LOCK = SETTINGS + ".lock"  # while the settings are written
 PATTERN = "answers-*.jsonl"
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "task": str,
@@ -91,19 +93,23 @@ def claim_folder(output: Path, settings: dict[str, Any]) -> None:
     """Make ``output`` the folder of an evaluation with ``settings``, or find that it is. Raises UserError if it belongs to
     another one or to something else."""
     path = output / SETTINGS
-    if path.is_file():
-        there = json_object(read_text(path, "the settings", "another --output"), str(path))
-        wanted = json.loads(json.dumps(settings))
-        differ = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
-        if differ:
-            changes = "; ".join(f"{name}: {_short(there, name)} there, {_short(wanted, name)} now" for name in differ)
-            raise UserError(
-                f"{output} holds the answers to another evaluation ({changes}): give the same options, or another --output"
-            )
-        return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} is not empty and holds no evaluation: give another --output")
-    write_json(path, settings)
+    if not path.is_file():
+        others = output.is_dir() and any(entry.name != LOCK for entry in output.iterdir())
+        # Looked at again: another process of this evaluation may have begun in between.
+        if (others or (output.exists() and not output.is_dir())) and not path.is_file():
+            raise UserError(f"{output} is not empty and holds no evaluation: give another --output")
+        output.mkdir(parents=True, exist_ok=True)
+        with alone(path):  # of two evaluations that begin at once, the second finds the settings of the first
+            if not path.is_file():
+                write_json(path, settings)
+    there = json_object(read_text(path, "the settings", "another --output"), str(path))
+    wanted = json.loads(json.dumps(settings))
+    differ = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
+    if differ:
+        changes = "; ".join(f"{name}: {_short(there, name)} there, {_short(wanted, name)} now" for name in differ)
+        raise UserError(
+            f"{output} holds the answers to another evaluation ({changes}): give the same options, or another --output"
+        )
 
 
 def _short(settings: dict[str, Any], name: str) -> str:

@@ -109,7 +109,10 @@ def main(folder: str, stage: str) -> int:
             for failure in failures:
                 if death is not None and failure["rank"] == death["rank"]:
                     failure["time"] = death["time"]
-            attempt.write(f"failures/{host}.json", failures)
+            try:
+                attempt.write(f"failures/{host}.json", failures)
+            except OSError as error:  # a full disk; the conductor looks for it
+                print(f"the failures could not be written: {error}", flush=True)
             time.sleep(2)  # wait for stacks that are being written
         return 1 if failures else 0
     finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 from launchers.errors import LaunchError
 from launchers.folder.atomic import write_json, write_text
 from launchers.folder.run_folder import RunFolder, read_object
-from launchers.job.status import row
+from launchers.job.status import jobs_of, row
 from launchers.slurm import commands as slurm
 from launchers.slurm.request import split_names
 from launchers.slurm.script import JobSpec, render
@@ -56,7 +56,7 @@ def _launch(plans: list[Plan], args: argparse.Namespace, site: Site) -> int:
         if args.dry_run:
             print(script, end="")
             continue
-        job = _submit(wave, site, spec.folder, script)
+        job = _submit(wave, site, spec, script)
         after = [*queued, job]
         print(f"job array   {job} ({len(wave)} tasks)" + (", after the previous array" if place else ""))
         print(f"script      {spec.folder / 'job.sbatch'}")
@@ -74,9 +74,9 @@ def queued_runs(runs: Iterable[RunFolder], jobs: Mapping[str, slurm.Job]) -> dic
     """Job id by resolved run folder, of those ``runs`` whose job is in the queue or running."""
     found: dict[Path, str] = {}
     for run in runs:
-        job = str((read_object(run.facts_file) or {}).get("job") or "")
-        if job in jobs and jobs[job].state in slurm.ACTIVE:
-            found[run.run_dir.resolve()] = job
+        of_run = jobs_of(read_object(run.facts_file) or {}, jobs.values())
+        if of_run:
+            found[run.run_dir.resolve()] = of_run[0].job_id
     return found
 
 
@@ -105,7 +105,8 @@ def _spec_of(plans: list[Plan], args: argparse.Namespace, after: list[str]) -> J
     dependency = ",".join([*given, *(f"afterany:{job}" for job in after)])
     return dataclasses.replace(
         plans[0].spec,
-        name=prepare.job_name(base.parent),
+        # Each array has another name: by it and the task's number, `status` finds a run whose job id was never written.
+        name=f"{prepare.job_name(base.parent)}-{number:03d}",
         folder=base / f"{number:03d}",
         array=f"0-{len(plans) - 1}{limit}",
         dependency=dependency,
@@ -128,11 +129,15 @@ def _choose(plans: list[Plan], jobs: dict[str, slurm.Job]) -> tuple[list[Plan], 
     return chosen, skipped
 
 
-def _submit(plans: list[Plan], site: Site, folder: Path, script: str) -> str:
+def _submit(plans: list[Plan], site: Site, spec: JobSpec, script: str) -> str:
     """Write and submit one array. Returns its job id."""
+    folder = spec.folder
     for plan in plans:
         prepare.check_room(plan)
-    facts = [prepare.write_run(plan, site, local=False) for plan in plans]
+    facts = [
+        prepare.write_run(plan, site, local=False, array={"name": spec.name, "task": task})
+        for task, plan in enumerate(plans)
+    ]
     write_json(folder / "tasks.json", [str(plan.run.run_dir) for plan in plans])
     write_text(folder / "job.sbatch", script, private=True)
     try:
@@ -142,9 +147,8 @@ def _submit(plans: list[Plan], site: Site, folder: Path, script: str) -> str:
             write_json(plan.run.facts_file, values | {"error": str(error)})
         raise
     except KeyboardInterrupt:
-        _say(
-            f"Slurm may have got the array before the interrupt: `squeue --me` shows it, and `scancel` ends it ({folder})"
-        )
+        shown = shlex.quote(str(plans[0].run.run_dir.parent))
+        _say(f"Slurm may have got the array before the interrupt: see `qwen-moe status {shown}`")
         raise
     for index, (plan, values) in enumerate(zip(plans, facts, strict=True)):
         write_json(plan.run.facts_file, values | {"job": f"{job}_{index}"})

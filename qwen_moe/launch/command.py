@@ -155,8 +155,14 @@ def _launch_slurm(args: argparse.Namespace, site: Site) -> int:
         prepare.check_not_running(plan.run, plan.spec.name, slurm.queue())  # another launch may have ended just now
         job = _submit(plan, site, script)
     _say(*plan.estimate.lines())
-    then = _submit_then(args.then, plan.spec, job) if args.then else ""
-    _print_next(job, plan.run.run_dir, then)
+    then = ""
+    try:
+        then = _submit_then(args.then, plan.spec, job) if args.then else ""
+    except (LaunchError, KeyboardInterrupt):
+        _say(f"job {job} of the run was submitted, but that of --then most likely not: `squeue --me` shows both")
+        raise
+    finally:
+        _print_next(job, plan.run.run_dir, then)
     return 0
 
 

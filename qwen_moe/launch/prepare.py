@@ -17,6 +17,7 @@ from launchers.folder.atomic import write_json, write_text
 from launchers.folder.run_folder import CHECKPOINTS, RunFolder, read_object
 from launchers.folder.secrets import redact_command
 from launchers.folder.snapshot import take
+from launchers.job.status import jobs_of
 from launchers.local.lock import RunLock
 from launchers.slurm import commands as slurm
 from launchers.slurm import refuse
@@ -167,7 +168,7 @@ def check(plan: Plan, partitions: list[slurm.Partition] | None, accounts: Any) -
 def check_not_running(run: RunFolder, name: str, jobs: list[slurm.Job]) -> None:
     """Raises LaunchError if the run has a job in the queue, or a process on this machine works on it."""
     facts = read_object(run.facts_file) or {}
-    found = refuse.already_active(str(facts.get("job") or ""), name, jobs)
+    found = refuse.already_active(str(facts.get("job") or ""), name, jobs) or next(iter(jobs_of(facts, jobs)), None)
     if found is not None:
         raise LaunchError(
             f"run {run.run_dir} is already in the queue as job {found.job_id} ({found.state}): wait for it, "
@@ -206,8 +207,9 @@ def groups(config: RunConfig) -> dict[str, int]:
     return {"tp": parallel.tp, "ep": parallel.ep * parallel.etp}
 
 
-def write_run(plan: Plan, site: Site, *, local: bool) -> dict[str, Any]:
-    """Write what the run's processes read and what a person may want to know later. Returns launch.json's content."""
+def write_run(plan: Plan, site: Site, *, local: bool, array: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Write what the run's processes read and what a person may want to know later. ``array``: name of the array of which
+    the run is a task, and the task's number. Returns launch.json's content."""
     run, spec = plan.run, plan.spec
     (run.launch / "cancelled.json").unlink(missing_ok=True)
     write_text(run.launch / "recipe.yaml", dump_config(plan.config))
@@ -216,6 +218,7 @@ def write_run(plan: Plan, site: Site, *, local: bool) -> dict[str, Any]:
     facts = {
         "name": spec.name,
         "job": "",
+        "array": array,
         "launched": time.time(),
         "user": getpass.getuser(),
         "local": local,

@@ -19,8 +19,9 @@ def run_command(arguments: Sequence[str], environment: Mapping[str, str], pass_f
     """The stdout of `qwen-moe ARGUMENTS`, whose stderr is this process's, with variables beside this process's. Raises
     Stopped unless it succeeds.
 
-    The first SIGINT or SIGTERM is passed on as SIGINT, on which a training run saves a checkpoint; the second kills. If this
-    process dies, the command gets SIGTERM (Linux); until it has ended it holds the lock whose file is in ``pass_fds``.
+    The first SIGINT, SIGTERM or SIGHUP is passed on as SIGINT, on which a training run saves a checkpoint; the second kills.
+    If this process dies, the command gets SIGTERM (Linux); until it has ended it holds the lock whose file is in
+    ``pass_fds``.
     """
     stopping = False
 

@@ -12,6 +12,7 @@ from launchers.job.decide import BAD_STEP, DISK, USER
 from launchers.job.heartbeat import Heartbeat
 from launchers.local.orphans import end_with_agent
 from launchers.local.supervisor import USER_ERROR
+from launchers.local.terminal import outlive_terminal
 from qwen_moe.config import RunConfig, load_config
 from qwen_moe.errors import PeerLost, UserError, explain_os_error
 
@@ -71,6 +72,7 @@ def run_worker(
 
 def main(config_path: Path, failure_file: Path) -> int:
     end_with_agent()
+    outlive_terminal()
     config = load_config(config_path)
     try:
         return run_worker(config)

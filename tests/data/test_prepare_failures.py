@@ -17,6 +17,7 @@ import pytest
 
 from qwen_moe.cli import main
 from qwen_moe.data.content import check_prefix
+from qwen_moe.data.encode import in_order
 from qwen_moe.data.manifest import (
     bin_path,
     idx_path,
@@ -206,6 +207,20 @@ def test_a_second_preparation_waits_and_finds_the_first(tmp_path: Path, tokenize
 
 def die(texts: list[str]) -> None:
     os._exit(1)
+
+
+def blocked(_: int) -> bool:
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def nothing(_: None) -> None:
+    pass
+
+
+def test_an_interrupt_does_not_reach_a_worker_that_still_starts() -> None:
+    """Ctrl-C reaches all processes of a terminal, and Python's start printed a traceback of its own."""
+    assert all(in_order(blocked, iter(range(4)), 2, nothing, None))
+    assert not blocked(0)
 
 
 def test_a_worker_that_dies_is_named(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,14 @@
 import json
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qwen_moe.alone import alone
 from qwen_moe.errors import UserError
 from qwen_moe.evaluation import run as run_module
 from qwen_moe.evaluation.answers import AnswerFile, claim_folder, read_all, read_answers
@@ -251,6 +254,32 @@ def test_shards_share_the_prompts(tokenizer: Any, tmp_path: Path) -> None:
         solver = Solver(tokenizer)
         found = run_evaluation(passkeys(solver), solver, tmp_path / "two", shard=shard)
     assert solver.count == 7 and without_times(found) == without_times(expected)
+
+
+def test_of_two_evaluations_that_claim_a_folder_at_once_the_second_finds_the_settings_of_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else the folder would have the answers of one and the settings of the other."""
+    folder, found = tmp_path / "new", []
+
+    def second() -> None:
+        try:
+            claim_folder(folder, {"seed": 2})
+        except UserError as error:
+            found.append(str(error))
+
+    folder.mkdir()
+    with alone(folder / "settings.json"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        told, end = "", time.monotonic() + 30
+        while "waiting for it" not in told and time.monotonic() < end:
+            told += capsys.readouterr().err
+            time.sleep(0.02)
+        (folder / "settings.json").write_text('{"seed": 1}')
+    thread.join(30)
+    assert len(found) == 1 and "holds the answers to another evaluation (seed: 1 there, 2 now)" in found[0]
+    assert [path.name for path in folder.iterdir()] == ["settings.json"]
 
 
 def test_two_processes_of_one_shard_are_refused(tokenizer: Any, tmp_path: Path) -> None:

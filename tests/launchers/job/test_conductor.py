@@ -1,7 +1,10 @@
 """What a job starts on its nodes: the module that launch.json names, also for jobs that an earlier version submitted."""
 
+import errno
 import json
+import os
 import runpy
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -10,9 +13,9 @@ from typing import Any
 import pytest
 
 from launchers.folder.atomic import write_json
-from launchers.folder.run_folder import RunFolder
+from launchers.folder.run_folder import Attempt, RunFolder
 from launchers.folder.snapshot import code_hash
-from launchers.job import conductor, node_facts
+from launchers.job import conductor, evidence, node_facts
 from launchers.slurm.site import Site
 
 ROOT = Path(__file__).parents[3]
@@ -44,6 +47,47 @@ def test_what_runs_on_the_nodes_is_what_launch_json_names(tmp_path: Path) -> Non
     assert (tmp_path / "started").read_text() == f"-m some.module {attempt.folder} train\n"
     assert attempt.read("plan.json")["packages"] == ["some"]
     assert attempt.read("decision.json")["kind"] == "cancelled"
+
+
+def test_a_command_of_slurm_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """scancel of a job that begins also ends the `scontrol` that the conductor has just started."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "scontrol").write_text("#!/bin/sh\nkill -TERM $$\n")
+    (tools / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    run = launched(tmp_path, agent="some.module")
+    command = [word for word in arguments(tmp_path, run) if word != "--local"]
+    assert conductor.main(command) == 1
+    told = capsys.readouterr().err
+    assert told == "error: scontrol: exit code -15\n" and not (tmp_path / "started").exists()
+
+
+def test_a_full_disk_stops_the_run_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the ranks, nor the agent, nor the conductor can write what happened."""
+    run = launched(tmp_path, agent="some.module")
+    (run.launch / "cancelled.json").unlink()
+    command = arguments(tmp_path, run)
+    (tmp_path / "on_every_node").write_text("#!/bin/sh\nexit 1\n")
+    written = Attempt.write
+
+    def full(self: Attempt, name: str, value: Any, **options: Any) -> None:
+        if name == "decision.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written(self, name, value, **options)
+
+    monkeypatch.setattr(Attempt, "write", full)
+    monkeypatch.setattr(evidence.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 0))
+    assert conductor.main(command) == 1
+    told = capsys.readouterr().out
+    assert "attempt 1: stop (disk): " in told and f"no space left on the disk of {run.run_dir}: free some" in told
+    assert "decision.json could not be written: No space left on device" in told and "attempt 2" not in told
 
 
 def test_failures_before_the_last_launch_do_not_count(tmp_path: Path) -> None:

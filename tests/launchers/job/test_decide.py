@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,17 @@ def failure(rank: int = 3, kind: str = "crash", host: str = "n1", time: float = 
 def test_what_follows_from_what_happened(evidence: Evidence, action: str, kind: str) -> None:
     decision = decide(evidence, LIMITS)
     assert (decision.action, decision.kind) == (action, kind) and decision.reason
+
+
+@pytest.mark.parametrize("said", [{"warned": "terminated"}, {"warned": "time limit"}, {"preempted": True}])
+def test_a_stop_before_which_nothing_was_saved_is_told_from_one_that_saved(said: dict[str, Any]) -> None:
+    """`scancel --signal=TERM --full` also reaches srun, which then kills the ranks."""
+    without = decide(Evidence(exit_code=137, saved_after=10, **said), LIMITS)
+    assert "ended before they saved a checkpoint, so it resumes from the checkpoint of step 10" in without.reason
+    saved = decide(Evidence(outcome="stopped", exit_code=0, saved_after=14, **said), LIMITS)
+    assert saved.reason.endswith("checkpoint of step 14") and "before" not in saved.reason.replace(
+        "before the time", ""
+    )
 
 
 def test_the_first_cause_is_named_not_its_echoes() -> None:

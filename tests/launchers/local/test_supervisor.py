@@ -1,13 +1,17 @@
 """The supervisor: restarts after crashes while there is progress, reports errors once, stops in order, locks the folder."""
 
+import fcntl
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -151,3 +155,67 @@ def test_a_run_whose_folder_is_gone_is_stopped_and_makes_it_not_anew(tmp_path: P
     assert outcome.code == 2 and "was deleted, moved or replaced while the run wrote to it" in outcome.message
     assert time.monotonic() - began < 40 and folder.exists() == (how == "replaced")
     lock.close()
+
+
+# Both write to the terminal after it is gone, as a progress bar does.
+OF_A_TERMINAL = """
+    import os, pathlib, sys
+    from launchers.local.supervisor import Supervisor
+    folder = pathlib.Path(sys.argv[1])
+    outcome = Supervisor([sys.executable, "-c", sys.argv[2], str(folder)], folder, folder / "failure", os.environ, 0).run()
+    print("stopped", file=sys.stderr, flush=True)
+    (folder / "code").write_text(str(outcome.code))
+"""
+SAVES = """
+    import pathlib, signal, sys, time
+    from launchers.local.terminal import outlive_terminal
+    outlive_terminal()
+    stopping = []
+    signal.signal(signal.SIGTERM, lambda *told: stopping.append(told))
+    (pathlib.Path(sys.argv[1]) / "ready").touch()
+    while not stopping:
+        print("step", file=sys.stderr, flush=True)
+        time.sleep(0.01)
+    time.sleep(0.2)
+    (pathlib.Path(sys.argv[1]) / "saved").touch()
+"""
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_closes_asks_to_stop_and_a_checkpoint_is_saved(tmp_path: Path, nohup: bool) -> None:
+    """As after a lost ssh connection. The kernel and the shell each send SIGHUP, and the second one must not kill."""
+
+    def take_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+
+    master, slave = pty.openpty()
+    command = [sys.executable, "-c", textwrap.dedent(OF_A_TERMINAL), str(tmp_path), textwrap.dedent(SAVES)]
+    process = subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, preexec_fn=take_terminal
+    )
+    os.close(slave)
+    threading.Thread(target=lambda: _drain(master, tmp_path / "ready"), daemon=True).start()
+    wait_until((tmp_path / "saved").exists if not nohup else (tmp_path / "lost").exists, 20)
+    if nohup:
+        time.sleep(0.3)
+        assert process.poll() is None and not (tmp_path / "saved").exists()
+        process.send_signal(signal.SIGTERM)
+    else:
+        process.send_signal(signal.SIGHUP)
+    process.wait(20)
+    assert (tmp_path / "saved").exists() and (tmp_path / "code").read_text() == str(INTERRUPTED)
+
+
+def _drain(terminal: int, ready: Path) -> None:
+    while not ready.exists():
+        os.read(terminal, 4096)
+    os.close(terminal)
+    (ready.parent / "lost").touch()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -2,6 +2,7 @@
 
 import functools
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from launchers.folder.atomic import write_json, write_text
 from launchers.folder.run_folder import RunFolder
 from launchers.job import status
 from launchers.job.cluster import scancelled
+from launchers.slurm import commands as slurm
 from launchers.slurm.commands import Job
 from qwen_moe.cli import main
 from qwen_moe.errors import UserError
 from qwen_moe.launch import prepare
+from tests.launchers.launched import write_recipe, write_site
 
 FACTS = {"name": "run-abc", "job": "", "train_steps": 10, "tokens_per_step": 8, "launched": 0.0}
 
@@ -51,6 +54,68 @@ def test_a_job_that_an_interrupted_launch_left_is_found_by_its_name(
     monkeypatch.setattr(status.slurm, "cancel", cancelled.append)
     assert status.cancel(run.run_dir).startswith("job 7 and 8 cancelled")
     assert cancelled == ["7", "8"]
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, jobs: list[Job], submit: Callable[[Path], str]) -> None:
+    """A cluster of one node with ``jobs`` in its queue."""
+    nodes = (slurm.Node(name="n1", state="idle", cpus=8, gpus=0),)
+    main_partition = slurm.Partition(name="main", state="UP", max_minutes=None, max_nodes=None, nodes=nodes)
+    monkeypatch.setattr(slurm, "partitions", lambda names: [main_partition])
+    monkeypatch.setattr(slurm, "accounts", lambda: None)
+    monkeypatch.setattr(slurm, "queue", lambda timeout=60: list(jobs))
+    monkeypatch.setattr(slurm, "submit", submit)
+
+
+def test_if_only_the_job_of_then_fails_the_job_of_the_run_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def submit(script: Path) -> str:
+        if script.name == "then.sbatch":
+            raise slurm.SlurmError("sbatch: no more jobs")
+        return "7"
+
+    stand_in(monkeypatch, [], submit)
+    recipe, site = write_recipe(tmp_path, tmp_path, steps=10), write_site(tmp_path / "site.toml")
+    command = ["launch", str(recipe), "--nodes", "1", "--time", "10", "--site", str(site), "--then", "true"]
+    assert main(command) == 2
+    told = capsys.readouterr()
+    assert told.out.startswith("job         7\n") and "qwen-moe cancel" in told.out
+    assert "job 7 of the run was submitted, but that of --then" in told.err and "no more jobs" in told.err
+
+
+def test_tasks_that_an_interrupted_launch_of_an_array_left_are_found_by_its_name_and_their_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The process may also be killed there: nothing is written after Slurm has got the array."""
+    ladder = tmp_path / "ladder"
+    ladder.mkdir()
+    for name in ("a", "b"):
+        write_recipe(ladder, tmp_path, steps=10, name=name)
+    jobs: list[Job] = []
+
+    def submit(script: Path) -> str:
+        name = next(line for line in script.read_text().splitlines() if "--job-name=" in line).partition("=")[2]
+        start = 20 if jobs else 10
+        jobs.extend([job(f"{start}_0", name=name), job(f"{start}_1", "PENDING", name)])
+        raise KeyboardInterrupt
+
+    stand_in(monkeypatch, jobs, submit)
+    command = ["launch", str(ladder), "--array", "--nodes", "1", "--time", "10", "--site"]
+    command.append(str(write_site(tmp_path / "site.toml")))
+    assert main(command) == 130
+    assert "see `qwen-moe status" in capsys.readouterr().err
+    rows = [status.row(ladder / name, {one.job_id: one for one in jobs}) for name in ("a", "b")]
+    assert [(row["job"], row["state"]) for row in rows] == [("10_0", "running"), ("10_1", "pending")]
+    assert main(command) == 2
+    assert "are complete or in the queue: nothing to launch" in capsys.readouterr().err
+    assert main(["launch", str(ladder / "b.yaml"), *command[3:]]) == 2
+    assert "is already in the queue as job 10_1" in capsys.readouterr().err
+
+    # The run of task 1 is launched again. It is task 0 of a second array, whose name is not that of the first one.
+    del jobs[1]
+    assert main(command) == 130
+    found = [status.row(ladder / name, {one.job_id: one for one in jobs})["job"] for name in ("a", "b")]
+    assert found == ["10_0", "20_0"]
 
 
 LINE = "slurmstepd-n1: error: *** JOB 12 ON n1 CANCELLED AT 2026-11-29T10:00:05{} ***\n"
