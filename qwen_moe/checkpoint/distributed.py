@@ -32,7 +32,7 @@ from qwen_moe.checkpoint.directory import (
 from qwen_moe.checkpoint.finite import count_not_finite, not_finite_message
 from qwen_moe.checkpoint.manifest import MODEL_CONFIG, read_object
 from qwen_moe.checkpoint.metadata import SafeReader, TensorsOnly
-from qwen_moe.checkpoint.optimizer_state import MOMENTS, optimizer_state, set_optimizer_step
+from qwen_moe.checkpoint.optimizer_state import MOMENTS, optimizer_state, set_updates_done
 from qwen_moe.checkpoint.pieces import Piece, piece_of
 from qwen_moe.checkpoint.resolve import HF_FOLDER, model_config
 from qwen_moe.checkpoint.retention import Retention
@@ -351,7 +351,7 @@ def resume(
     _load(reader, tensors)
     moments = {f"{name} ({key})": held for key, part in tensors["optimizer"].items() for name, held in part.items()}
     _check_finite(path, tensors["model"] | moments)
-    set_optimizer_step(model, optimizer, state.step)
+    set_updates_done(model, optimizer, state.step if state.updates is None else state.updates)
     _copy_to_twins(model, optimizer)
     if "rng" in tensors:
         restored = tensors["rng"][f"rank_{rank}"]

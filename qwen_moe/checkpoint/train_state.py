@@ -15,6 +15,8 @@ TRAIN_STATE = "train_state.json"
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
     """``step`` is the number of optimizer steps done. It determines the schedule and, with ``skips``, the next sample.
+    ``updates``: how many of them changed the weights (a step may have nothing to learn from), which AdamW counts; None in
+    checkpoints of earlier versions, for which it is ``step``.
     ``skips`` and ``recent_losses`` belong to `qwen_moe.training.rollback.History`. ``settings``: of the stage that wrote the
     checkpoint. ``stages``: of a run of stages, those that have begun (`qwen_moe.training.walk`)."""
 
@@ -23,6 +25,7 @@ class TrainState:
     consumed_tokens: NonNegativeInt
     data_fingerprint: str
     settings: dict[str, Any]
+    updates: NonNegativeInt | None = None
     skips: list[tuple[NonNegativeInt, NonNegativeInt]] = field(default_factory=list)
     recent_losses: list[float] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)

@@ -21,6 +21,7 @@ from parallel.mesh import Grids
 from parallel.process import ProcessInfo
 from parallel.sequence import Batch
 from qwen_moe.checkpoint.distributed import WITHOUT_WEIGHTS, CheckpointWriter, resume
+from qwen_moe.checkpoint.optimizer_state import updates_done
 from qwen_moe.checkpoint.preflight import check_disk_space, kept_steps
 from qwen_moe.checkpoint.train_state import TrainState, read_train_state
 from qwen_moe.checkpoint.valid import newest_valid
@@ -167,6 +168,7 @@ class _Stage:
         config, place = self.config, self.config.place
         return TrainState(
             step=done,
+            updates=updates_done(self.trainer.optimizer),
             consumed_samples=place.first_samples + (done - place.first_step) * config.training.global_batch_size,
             consumed_tokens=config.tokens_before(done),
             data_fingerprint=self.inputs.fingerprint,

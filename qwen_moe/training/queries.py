@@ -18,6 +18,7 @@ from qwen_moe.generation.tokenizer import end_tokens
 from qwen_moe.rollout.queries import Query, digest, read_queries
 from qwen_moe.rollout.rewards import RewardSettings, check_values
 from qwen_moe.rollout.summary import by_variance
+from qwen_moe.training.responses import most_rows
 
 
 class QuerySamples:
@@ -73,10 +74,14 @@ def _read(config: RunConfig, kept: Path) -> tuple[list[Query], list[Query]]:
 
     def check(query: Query) -> None:
         check_prompt(query.tokens, rollout.max_new_tokens, config.model)
-        if len(query.tokens) + rollout.max_new_tokens > length:
+        most, limit = config.model.trainable_length, "up to which model.dual_chunk changes nothing (training is plain)"
+        if length <= most:
+            most, limit = length, "of data.sequence_length"
+        if len(query.tokens) + rollout.max_new_tokens > most:
             raise UserError(
                 f"its prompt has {len(query.tokens):,} tokens and its answer up to {rollout.max_new_tokens:,} "
-                f"(rollout.max_new_tokens), more than data.sequence_length {length:,}"
+                f"(rollout.max_new_tokens), more than the {most:,} {limit}: shorten it, or "
+                "lower rollout.max_new_tokens"
             )
         if settings is not None:
             check_values(settings, query.values)
@@ -99,7 +104,7 @@ def _check_rows(config: RunConfig, longest: int) -> None:
     rollout, training = config.rollout, config.training
     assert rollout is not None
     answers = rollout.queries_per_update * rollout.samples
-    needed = -(-answers // (config.data.sequence_length // longest))
+    needed = most_rows(answers, longest, config.data.sequence_length)
     if needed > training.global_batch_size:
         rows = -(-needed // training.micro_batch_size) * training.micro_batch_size
         raise UserError(

@@ -12,7 +12,7 @@ import torch
 
 from parallel.sequence import Batch
 from qwen_moe.config import RunConfig
-from qwen_moe.data.packing import pack
+from qwen_moe.data.packing import ROWS_PER_WINDOW, pack
 from qwen_moe.data.replay import FIELD, experts_of_row
 from qwen_moe.data.samples import IGNORE
 from qwen_moe.objectives.policy import group_advantages, policy_weights
@@ -101,6 +101,16 @@ def rows_of(
             start += lengths[number]
         found.append(places)
     return found
+
+
+def most_rows(answers: int, longest: int, length: int) -> int:
+    """The most rows of ``length`` tokens that `rows_of` takes for as many answers of up to ``longest`` tokens.
+
+    Of the rows that `pack` makes of a window, at most one has room for another answer, so that each of the others holds as
+    many answers as fit into a row, or more."""
+    fit = length // longest
+    windows = (answers - 1) * longest // (length * ROWS_PER_WINDOW) + 1
+    return -(-(answers + (windows - 1) * (fit - 1)) // fit)
 
 
 def batch_of(rows: Sequence[Sequence[Place]], responses: Sequence[Response], length: int, padding: int) -> Batch:

@@ -16,7 +16,7 @@ from qwen_moe.data.samples import IGNORE, documents_of
 from qwen_moe.errors import UserError
 from qwen_moe.models.init import named_generator
 from qwen_moe.sharding.layout import context_plan
-from qwen_moe.verify.examples import LEAST_LENGTH, packed_batch
+from qwen_moe.verify.examples import LEAST_LENGTH, empty_rows, packed_batch
 from qwen_moe.verify.probe import weights
 
 STEPS = 3
@@ -203,6 +203,9 @@ def draw(seed: int, index: int, max_ranks: int, objective: str = "likelihood") -
     model, balance = _draw_model(rng, layout, family, layers, _exchanged(kind, ulysses, layout.cp))
     micro_batches = {"dualpipev": 2 * layout.pp}.get(schedule, layout.pp) * rng.choice([1, 2])
     micro_batches += rng.choice([0, 1]) if schedule != "interleaved_1f1b" else 0
+    few = random.Random(f"{seed}/{index}/few")
+    if layout.pp > 1 and schedule in ("interleaved_1f1b", "zbv") and few.random() < 0.3:
+        micro_batches = few.randint(1, 2 * layout.pp - 1)
     rows, length = rng.choice([1, 2]), _draw_length(rng, layout)
     more = random.Random(f"{seed}/{index}/{objective}")
     if objective != "likelihood":
@@ -378,6 +381,7 @@ def global_batch(config: RunConfig, step: int) -> dict[str, torch.Tensor]:
     labels = tokens[:, 1:].clone()
     for row in range(rows):
         labels[row, : row % min(5, sequence)] = IGNORE
+    labels[list(empty_rows(config, step))] = IGNORE
     batch = {"input_ids": tokens[:, :-1].contiguous(), "labels": labels, "weights": weights(labels, config.seed + step)}
     if config.data.respect_document_boundaries:
         ends = torch.rand(rows, sequence, generator=generator) < 0.3

@@ -63,7 +63,9 @@ def compare_pieces(
             seen[name][place] = True
             if not held.numel():
                 continue
-            difference = _ordered(float((held - expected).abs().max()) / max(float(whole[name].abs().max()), floor))
+            # All gradients may be 0, where all ratios are clipped.
+            scale = max(float(whole[name].abs().max()), floor) or 1.0
+            difference = _ordered(float((held - expected).abs().max()) / scale)
             if difference > worst:
                 worst, where = difference, name
     wrong += [f"no rank holds all of {name}" for name, mask in seen.items() if not bool(mask.all())]

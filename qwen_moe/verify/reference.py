@@ -66,6 +66,8 @@ def _balance(
         counts = router.counts[:, begin : begin + size].sum(1).double()
         probs = router.prob_sum[:, begin : begin + size].sum(1)
         tokens = int(lengths[begin : begin + size].sum())
+        if tokens == 0:
+            continue
         if config.balance.scope == "huggingface":
             share = counts.sum(0) / (layers * tokens)
             total = total + experts * (share * probs.sum(0) / (layers * tokens)).sum() * tokens

@@ -15,7 +15,7 @@ Documents = tuple[
 
 
 def alone(model: DecoderLM, batch: Batch) -> Documents:
-    """Every document in a row of its own, from position 0 on."""
+    """Every document in a row of its own, from position 0 on. A row of padding has no document, and counts nothing."""
     states: list[torch.Tensor] = []
     by_row: dict[int, RouterStatistics] = {}
     experts = batch.get("experts")
@@ -28,7 +28,9 @@ def alone(model: DecoderLM, batch: Batch) -> Documents:
             by_row[row] = RouterStatistics(*sums)
     if not by_row:
         return states, None
-    return states, RouterStatistics(*(torch.cat(rows, 1) for rows in zip(*by_row.values(), strict=True)))
+    nothing = RouterStatistics(*(torch.zeros_like(sums) for sums in next(iter(by_row.values()))))
+    rows = [by_row.get(row, nothing) for row in range(len(batch["labels"]))]
+    return states, RouterStatistics(*(torch.cat(sums, 1) for sums in zip(*rows, strict=True)))
 
 
 def together(model: DecoderLM, batch: Batch) -> Documents:

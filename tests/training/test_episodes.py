@@ -17,6 +17,7 @@ from qwen_moe.data.chat_tokenizer import trained_chat_tokenizer
 from qwen_moe.errors import UserError
 from qwen_moe.runs.records import read_lines
 from qwen_moe.training.episode_files import EpisodeFiles
+from qwen_moe.training.queries import _read
 from qwen_moe.training.reference import LOAD_FROM, MODELS, keep_or_compare
 from tests.distributed import run_distributed
 from tests.schedules import needs
@@ -352,6 +353,17 @@ def refusal(recipe: dict[str, Any]) -> str:
     result = run_to_end(path)
     assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
     return result.stderr
+
+
+def test_answers_that_dual_chunk_attention_would_change_are_refused(tokenizer: Path, tmp_path: Path) -> None:
+    """Training is plain: it would learn from answers that another attention has sampled."""
+    model = {"max_position_embeddings": 256, "dual_chunk": {"chunk_size": 32, "local_size": 2}}
+    config = parse_config(values(tokenizer, tmp_path, model=model), "test")
+    assert max(len(query.tokens) for query in _read(config, tmp_path / "tokenizer")[0]) + 6 <= 32
+    model["dual_chunk"]["chunk_size"] = 16
+    config = parse_config(values(tokenizer, tmp_path, model=model), "test")
+    with pytest.raises(UserError, match=r"more than the 16 up to which model\.dual_chunk changes nothing"):
+        _read(config, tmp_path / "tokenizer")
 
 
 @pytest.mark.parametrize(

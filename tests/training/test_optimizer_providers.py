@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from qwen_moe.checkpoint.optimizer_state import optimizer_state, set_optimizer_step
+from qwen_moe.checkpoint.optimizer_state import optimizer_state, set_updates_done
 from qwen_moe.config import OptimizerConfig
 from qwen_moe.errors import UserError
 from qwen_moe.training.optimizer import build_optimizer, set_learning_rate
@@ -100,7 +100,7 @@ def run(provider: str, steps: int, switch_at: int = -1, dtype: torch.dtype = tor
             for moment, tensors in optimizer_state(model, optimizer).items():
                 for name, tensor in tensors.items():
                     tensor.copy_(saved[moment][name])
-            set_optimizer_step(model, optimizer, step)
+            set_updates_done(model, optimizer, step)
         set_learning_rate(optimizer, 1e-2 / (1 + step))
         for parameter in model.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(dtype)

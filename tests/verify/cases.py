@@ -57,6 +57,14 @@ CASES: dict[str, tuple[Layout, dict[str, Any]]] = {
         Layout(pp=2, tp=2, etp=2),
         {"parallel__schedule": "dualpipev", "training__recompute": "full"},
     ),
+    "interleaved, one micro-batch for two ranks": (
+        Layout(pp=2, dp=2, ep=2),
+        {"parallel__schedule": "interleaved_1f1b", "training__global_batch_size": 4},
+    ),
+    "zbv, one micro-batch for two ranks": (
+        Layout(pp=2, dp=2),
+        {"parallel__schedule": "zbv", "training__global_batch_size": 4},
+    ),
     "everything": (Layout(tp=2, pp=2, dp=2, ep=4), {"parallel__pipeline_split": [1, 3]}),
     "zero3 with ep and recompute": (
         Layout(dp=4, ep=2),

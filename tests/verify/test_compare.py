@@ -58,3 +58,14 @@ def test_one_wrong_value_before_right_ones_is_seen(place: str, value: float) -> 
     PLACES[place](wrong, value)
     found = compare([wrong, report()], reference())
     assert not found.equal and found.largest > 1e-3
+
+
+def test_gradients_that_are_all_zero_can_be_compared() -> None:
+    """Where every ratio is clipped, no token has a gradient."""
+    expected, zeros = reference(), copy.deepcopy(report())
+    for step in (0, 1):
+        expected.gradients[step] = {name: torch.zeros_like(tensor) for name, tensor in whole().items()}
+        for _, _, held in zeros.gradients[step]:
+            held.zero_()
+    assert compare([zeros], expected).equal
+    assert compare([report()], expected).gradients == 4.0

@@ -15,7 +15,7 @@ from parallel.mesh import Layout
 from parallel.sequence import SequenceShard
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
-from qwen_moe.verify.case import draw
+from qwen_moe.verify.case import draw, global_batch
 from qwen_moe.verify.compare import Differences, compare
 from qwen_moe.verify.probe import Probe
 from qwen_moe.verify.ranks import Report, make_trainer, micro_batches, train_rank
@@ -60,9 +60,12 @@ KINDS = ["sft", "dpo", "reward_model", "grpo"]
 POLICY = {"ratio": "sequence", "kl": "rho_k3", "kl_coefficient": 0.1}
 PREFERENCE = {"length_normalized": True, "sft_weight": 0.5}
 REWARD = {"criteria": ["helpful", "concise"], "weights": [2.0, 0.5], "center": 0.1}
+PADDED = {"seed": 26, "balance__scope": "micro_batch"}  # a seed with empty rows
 POST_TRAINING: dict[str, tuple[str, Layout, dict[str, Any]]] = {
     "sft, capacity, tp": ("sft", Layout(tp=2, ep=2), {"balance__capacity_factor": 0.75}),
     "sft, sequence balance, cp and tp": ("sft", Layout(cp=2, tp=2), {"balance__scope": "sequence"}),
+    "sft, micro-batches of padding, micro-batch balance": ("sft", Layout(dp=2, ep=2), PADDED),
+    "reward model, micro-batches of padding, stages": ("reward_model", Layout(pp=2, dp=2), PADDED),
     "dpo, cp and tp": ("dpo", Layout(cp=2, tp=2), {"objective__preference": PREFERENCE}),
     "dpo, parts that are no power of two": ("dpo", Layout(cp=3), {"parallel__cp_kind": "ring"}),
     "dpo, stages and dp, micro-batch balance": ("dpo", Layout(pp=2, dp=2), {"balance__scope": "micro_batch"}),
@@ -89,6 +92,15 @@ def test_packed_documents_equal_each_by_itself_in_one_process(name: str) -> None
     reports = run_distributed(train_rank, layout.world_size, config, STEPS)
     found = compare(reports, train_reference(config, layout.dp, STEPS))
     assert found.equal, found
+
+
+def test_some_micro_batches_are_nothing_but_padding() -> None:
+    """And those of a rank in a whole step."""
+    layout = Layout(dp=2)
+    config = post_training("sft", layout, **PADDED)
+    found = [global_batch(config, step)["counted"].any(1) for step in range(STEPS)]
+    by_rank = torch.stack(found).view(STEPS, -1, layout.dp, config.training.micro_batch_size).any(3).any(1)
+    assert by_rank.tolist() == [[True, True], [True, False]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
