@@ -79,7 +79,7 @@ def draw_surface(fit: Fit, frame: pd.DataFrame, path: Path) -> Path:
         for scale in (axes.xaxis, axes.yaxis):  # a decade on each axis, so that labels do not run into each other
             scale.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=12))
             scale.set_major_formatter(
-                FuncFormatter(lambda value, _: f"{value:.0e}".replace("-0", "-").replace("+0", ""))
+                FuncFormatter(lambda value, _: f"{value:.1e}".replace(".0e", "e").replace("-0", "-").replace("+0", ""))
             )
             scale.set_minor_formatter(NullFormatter())
     for axes in list(grid.flat)[len(chosen) :]:
