@@ -73,9 +73,8 @@ class Conductor:
     def listen(self) -> None:
         meanings = {self.checkpoint_signal: "time limit", signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
-            meanings[signal.SIGHUP] = (
-                "terminated"  # the terminal of `launch --local` was closed, or its connection lost
-            )
+            # The terminal of `launch --local` was closed, or its connection lost.
+            meanings[signal.SIGHUP] = "terminated"
 
         def note(number: int, frame: FrameType | None) -> None:
             if self.warned and number == signal.SIGINT:
