@@ -137,8 +137,8 @@ def _noisy(surface: Surface) -> list[str]:
     if surface.noise < 2 * NOISE:
         return []
     return [
-        f"losses scatter by {surface.noise:.2%} around the fit, where {NOISE:.2%} is usual: each run tells less; longer "
-        "runs, or losses on more validation data, may scatter less"
+        f"losses scatter by {surface.noise:.2%} around the fit, where {NOISE:.2%} is usual: each run tells less; repeat "
+        "the smallest runs with another seed; longer runs, or losses on more validation data, may scatter less"
     ]
 
 
