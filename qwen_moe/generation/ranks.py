@@ -1,7 +1,7 @@
 """Generation with a model that is split over ranks: tensor, expert and pipeline parallel.
 
-Every rank of a pipeline and of a tensor-parallel group follows the same batches and draws the same tokens; data-parallel
-groups have prompts of their own. Shapes: N new tokens, n tp ranks, D hidden, V vocabulary; of routing, see `routing`.
+Every rank of a pipeline and of a tensor-parallel group follows the same batches and draws the same tokens; dp and cp ranks
+have prompts of their own. Shapes: N new tokens, n tp ranks, D hidden, V vocabulary; of routing, see `routing`.
 """
 
 from collections.abc import Sequence
@@ -74,12 +74,12 @@ class ShardedRunner:
         self._grids, self.device, self._vocabulary = grids, device, model.config.vocab_size
         self.first_head = grids.tp.index * model.config.num_attention_heads // grids.tp.size
         # Experts of one exchange wait for each other: all its ranks run the same number of passes.
-        self._in_step = grids.dp.size > 1 and grids.exchange.size > 1
+        self._in_step = grids.data.size > 1 and grids.exchange.size > 1
         self._hidden, self.dtype = model.config.hidden_size, next(model.parameters()).dtype
 
     def share_of(self, items: Sequence[Item]) -> list[Item]:
-        """The prompts of this data-parallel group: every dp-th."""
-        return list(items[self._grids.dp.index :: self._grids.dp.size])
+        """The prompts of this dp and cp rank."""
+        return list(items[self._grids.data.index :: self._grids.data.size])
 
     @torch.no_grad()
     def logits(
@@ -210,7 +210,7 @@ class _NoCache:
 
 
 def gather_shares(mine: list[Item], grids: Grids, count: int) -> list[Item]:
-    """The results of all data-parallel groups, in the order of the ``count`` prompts that `share_of` dealt out."""
-    shares: list[list[Item]] = [[] for _ in range(grids.dp.size)]
-    dist.all_gather_object(shares, mine, group=grids.dp.group)
-    return [shares[i % grids.dp.size][i // grids.dp.size] for i in range(count)]
+    """The results of all dp and cp ranks, in the order of the ``count`` prompts that `share_of` dealt out."""
+    shares: list[list[Item]] = [[] for _ in range(grids.data.size)]
+    dist.all_gather_object(shares, mine, group=grids.data.group)
+    return [shares[i % grids.data.size][i // grids.data.size] for i in range(count)]

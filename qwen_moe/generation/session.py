@@ -216,10 +216,10 @@ class Session:
     def _in_waves(
         self, engine: Engine, count: int, at_once: int, work: Callable[[list[int]], list[Item]]
     ) -> Iterator[tuple[list[int], list[Item]]]:
-        """Numbers below ``count``, a wave at a time, and what ``work`` makes of each: every data-parallel group does
+        """Numbers below ``count``, a wave at a time, and what ``work`` makes of each: every dp and cp rank does
         ``at_once`` of a wave."""
         runner, grids = engine.runner, self._grids
-        wave = max(1, at_once) * (1 if grids is None else grids.dp.size)
+        wave = max(1, at_once) * (1 if grids is None else grids.data.size)
         for begin in range(0, count, wave):
             indices = list(range(begin, min(begin + wave, count)))
             if grids is None:

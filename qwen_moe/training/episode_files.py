@@ -1,8 +1,8 @@
 """The files of an episode, `RUN/episodes/episode_NNNNNN/`: what was sampled, its rewards, and log-probabilities.
 
-Each data-parallel group writes what it sampled (`part_D.*`); `samples.json` says that all have, with hashes of these files.
-`rewards.json` and `NAME.npy` follow, so that a run that is killed repeats nothing that was done. `samples.jsonl` is for
-people.
+Each group of ranks that samples the same answers writes them (`part_D.*`); `samples.json` says that all have, with hashes of
+these files. `rewards.json` and `NAME.npy` follow, so that a run that is killed repeats nothing that was done.
+`samples.jsonl` is for people.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ FOLDER, SAMPLES, REWARDS, TEXT = "episodes", "samples.json", "rewards.json", "sa
 
 @dataclass(frozen=True)
 class Part:
-    """What one data-parallel group sampled: for each of its queries (numbers in the episode) the answers in order."""
+    """What one group of ranks sampled: for each of its queries (numbers in the episode) the answers in order."""
 
     facts: list[dict[str, Any]]  # of each answer: query, prompt (tokens), tokens, truncated
     tokens: np.ndarray  # int32, of prompts and answers one after another
@@ -58,7 +58,7 @@ class EpisodeFiles:
         prompts: Sequence[Sequence[int]],
         found: Sequence[Sequence[Completion]],
     ) -> None:
-        """Write the answers ``found`` of data-parallel group ``group`` to ``prompts``, which are those of ``queries``."""
+        """Write the answers ``found`` of the group of ranks ``group`` to ``prompts``, which are those of ``queries``."""
         facts, tokens, log_probs, experts = [], [], [], []
         for query, prompt, answers in zip(queries, prompts, found, strict=True):
             for answer in answers:

@@ -24,8 +24,8 @@ from qwen_moe.training.step import Trainer
 class PolicySampler:
     """``end_tokens`` end an answer; ``text`` decodes tokens; ``batch``: answers at a time.
 
-    Every data-parallel group samples the answers to its own prompts (`share`): with cp, all its ranks sample the same. While
-    it samples, FSDP's parameters are gathered: a rank holds its tp, ep and pp part in the compute dtype.
+    Every dp and cp rank samples the answers to its own prompts (`share`), which it reads whole. While it samples, FSDP's
+    parameters are gathered: a rank holds its tp, ep and pp part in the compute dtype.
     """
 
     def __init__(
@@ -36,9 +36,9 @@ class PolicySampler:
         label_log_probs(trainer, [_padding(trainer.config)])
 
     def share(self, count: int) -> range:
-        """The numbers of those of ``count`` prompts that this data-parallel group samples for."""
-        dp = self.trainer.grids.dp
-        return range(dp.index, count, dp.size)
+        """The numbers of those of ``count`` prompts that this dp and cp rank samples for."""
+        data = self.trainer.grids.data
+        return range(data.index, count, data.size)
 
     def _holders(self) -> list[int] | None:
         pp = self.trainer.grids.pp.size
@@ -57,10 +57,10 @@ class PolicySampler:
         prompts = [queries[place][1].tokens for place in own]
         routing = config.rollout.replay and bool(config.model.moe_layers)
         found = self.sample(prompts, sampling, [queries[place][0] for place in own], routing=routing)
-        if grids.tp.index == grids.cp.index == grids.pp.index == 0:
-            files.write_part(grids.dp.index, own, prompts, found)
+        if grids.tp.index == grids.pp.index == 0:
+            files.write_part(grids.data.index, own, prompts, found)
         dist.barrier()
-        same_on_all_ranks(lambda: files.end_sampling(grids.dp.size, weights, {"queries": [q.id for _, q in queries]}))
+        same_on_all_ranks(lambda: files.end_sampling(grids.data.size, weights, {"queries": [q.id for _, q in queries]}))
 
     def answers(self, queries: Sequence[Query], sampling: Sampling) -> list[list[Completion]]:
         """Answers to ``queries``, on every rank. All ranks must call it together."""
@@ -77,7 +77,7 @@ class PolicySampler:
         routing: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[list[Completion]]:
-        """Answers to this group's ``prompts``, which ``numbers`` identify. All ranks must call it together."""
+        """Answers to this rank's ``prompts``, which ``numbers`` identify. All ranks must call it together."""
         trainer = self.trainer
         for part in trainer.model.parts:
             part.eval()

@@ -108,6 +108,7 @@ LAYOUTS: dict[str, tuple[dict[str, int], int]] = {
     "tp 2": ({"tp": 2}, 2),
     "pp 2": ({"pp": 2}, 2),
     "cp 2": ({"cp": 2}, 2),
+    "cp 2, ep 2": ({"cp": 2, "ep": 2}, 2),
     "tp 2, dp 2, ep 4": ({"tp": 2, "ep": 2}, 4),
 }
 TIMED = ("sampling_seconds", "preparing_seconds", "weights")
@@ -129,6 +130,10 @@ def test_a_layout_samples_and_learns_what_one_process_does(
             assert here["tokens"] == there["tokens"] and here["experts"] == there["experts"]
             for key in set(there) - {*TIMED, "tokens", "experts"}:
                 assert here[key] == pytest.approx(there[key], rel=1e-10, abs=1e-10), key
+    of_queries = [json.loads(path.read_text())["answers"] for path in tmp_path.rglob("part_*.json")]
+    shared_by = processes // degrees.get("tp", 1) // degrees.get("pp", 1)  # dp and cp ranks
+    episodes = {path.parent for path in tmp_path.rglob("part_*.json")}
+    assert len(of_queries) == shared_by * len(episodes) and all(of_queries)
 
 
 @pytest.mark.parametrize("schedule", ["interleaved_1f1b", "zbv"])
