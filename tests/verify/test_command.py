@@ -146,8 +146,8 @@ def test_weights_that_magnify_rounding_are_drawn_again(monkeypatch: pytest.Monke
 
 def test_the_last_digit_of_the_weights_tells_how_sensitive_a_case_is() -> None:
     found = []
-    for index in (13, 55):  # the first is deep and narrow; by how much it magnifies depends on the release of torch
+    for index in (45, 55):  # eight layers of hidden size 16, and two
         config, layout, probe = draw(4242, index, 8)
         runs = (train_reference(config, layout.dp, 3, probe, nudged=nudged) for nudged in (False, True))
         found.append(sensitivity(*runs))
-    assert found[0] > 20 * found[1] and 0 < found[1] < 1e-12
+    assert found[0] > 1e-11 and 0 < found[1] < 1e-12
