@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,6 +139,18 @@ def test_each_sampled_answer_of_a_request_is_kept_and_greedy_ones_are_one() -> N
     keys = model._generation_keys(*asked)
     assert len(set(keys)) == 4 and keys[3] == keys[4] not in keys[:3]
     assert model._generation_keys(*asked) == keys
+
+
+def test_the_token_that_is_only_predicted_does_not_make_a_text_too_long() -> None:
+    """A model that reads 5 tokens scores the sixth. A seventh pushes the first out, and that is counted."""
+    from qwen_moe.evaluation.harness.model import HarnessModel
+
+    model = object.__new__(HarnessModel)
+    model.max_length, model.counts, model.tokenizer = 5, Counter(), SimpleNamespace(unk_token_id=None)
+    assert model._scored(("a", "b"), [1, 2, 3], [4, 5, 6]).tokens == [1, 2, 3, 4, 5, 6]
+    assert model.counts["truncated"] == 0
+    assert model._scored(("a", "b"), [0, 1, 2, 3], [4, 5, 6]).tokens == [1, 2, 3, 4, 5, 6]
+    assert model.counts["truncated"] == 1
 
 
 def test_other_tasks_of_the_same_checkpoint_stay(world: tuple[Path, list[str]], tmp_path: Path) -> None:

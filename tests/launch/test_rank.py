@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from launchers.folder.run_folder import RunFolder
 from launchers.job.decide import Evidence, Limits, decide
 from launchers.job.evidence import collect_failures
+from qwen_moe.launch.rank import share_of_cpus
 from tests.small import model_values
 
 # Rank 0 of two: it sees rank 1 arrive, and is killed before it says that the run may begin.
@@ -53,3 +55,14 @@ def test_a_rank_whose_peer_is_killed_before_the_start_blames_no_user(tmp_path: P
     failures = collect_failures(attempt)
     assert [(f.rank, f.host, f.kind) for f in failures] == [(1, "n2", "connection")], log
     assert decide(Evidence(failures=tuple(failures)), Limits()).action == "go on"
+
+
+def test_ranks_share_the_cpus_of_their_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound: list[set[int]] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 2, 3, 5, 8}, raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: bound.append(set(cpus)), raising=False)
+    for rank in range(2):
+        share_of_cpus(rank, 2)
+    assert bound == [{1, 2}, {3, 5}]
+    share_of_cpus(0, 6)
+    assert len(bound) == 2, "fewer CPUs than processes: none is bound"

@@ -17,8 +17,9 @@ from qwen_moe.errors import UserError
 from qwen_moe.models.flops import count_parameters
 from qwen_moe.scaling.ladder import MOVED, _batch, _too_far, far_text, write_ladder
 from qwen_moe.training.schedule import learning_rate
+from scaling_laws.errors import InputError
 from scaling_laws.laboratories import laboratories_law, laboratory_prior
-from scaling_laws.ladder import design_ladder
+from scaling_laws.ladder import Design, design_ladder
 from scaling_laws.runs import read_runs
 from scaling_laws.surface import deepseek_law, step_law_as_published
 from scaling_laws.surface_fit import MISFIT, fit_surface
@@ -221,3 +222,18 @@ def test_a_ladder_is_not_written_into_that_of_another_process(tmp_path: Path) ->
     with alone(tmp_path / "other"), refused:
         write_ladder(tmp_path / "other", {"a.yaml": "seed: 2\n"}, [{"recipe": "a.yaml"}])
     assert not (tmp_path / "other").exists()
+
+
+def test_the_least_budget_that_an_error_names_pays_for_three_sizes_and_two_durations() -> None:
+    def design(budget: float) -> Design:
+        return design_ladder((1e10, 1e10, 1e12), SIZES, [20, 80], budget)
+
+    with pytest.raises(InputError, match=r"are needed, about (\S+) FLOPs") as refused:
+        design(1e18)
+    least = float(str(refused.value).split("about ")[1].split()[0])
+    assert least > 1e19  # a grid of the third size alone
+    with pytest.raises(InputError):
+        design(0.9 * least)
+    runs = design(1.1 * least).runs
+    assert len({(run.n_total, run.n_active) for run in runs}) == 3
+    assert len({round(run.tokens / run.n_active) for run in runs}) == 2

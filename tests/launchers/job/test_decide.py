@@ -99,6 +99,12 @@ def test_a_node_that_fails_again_is_left_out() -> None:
     assert decide(Evidence(failures=(failure(host="n2"),), saved_after=9, history=(past,)), LIMITS).action == "go on"
 
 
+def test_a_failure_that_no_node_is_blamed_for_leaves_out_none() -> None:
+    past = PastAttempt(kind="failure", progressed=True)
+    decision = decide(Evidence(exit_code=7, saved_after=9, history=(past,) * 3), LIMITS)
+    assert (decision.action, decision.nodes) == ("go on", {})
+
+
 def test_restarts_are_limited() -> None:
     history = tuple(PastAttempt(kind="failure", progressed=True, host=f"n{i}") for i in range(6))
     stopped = decide(Evidence(failures=(failure(host="x"),), saved_after=9, history=history), LIMITS)

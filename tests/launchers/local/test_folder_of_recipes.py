@@ -107,6 +107,8 @@ def test_what_is_refused_says_what_to_do(
     assert "add --local" in refused(capsys, here)
     assert "--nproc: not with --local and a folder" in refused(capsys, here, "--local", "--nproc", "2")
     assert "--parallel is for a folder" in refused(capsys, str(ladder / "b_trunk.yaml"), "--local", "--parallel", "2")
+    one = [str(ladder / "b_trunk.yaml"), "--local", "--dry-run", "--nproc", "3", "parallel.tp=2"]
+    assert "3 processes are not a multiple of tp 2" in refused(capsys, *one)
     assert "--retries: '-1'" in refused(capsys, here, "--local", "--retries", "-1")
     empty = tmp_path / "empty"
     empty.mkdir()
