@@ -112,6 +112,11 @@ def exact_bmm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Ten
         matmul.fp32_precision = before
 
 
+def exact_mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`exact_bmm` of one pair, ``a [M, K] @ b [K, L]``."""
+    return exact_bmm(a.unsqueeze(0), b.unsqueeze(0), dtype).squeeze(0)
+
+
 class _Linears(torch.autograd.Function):
     """y_i = x W_i^T + b_i. backward: dx = sum_i dy_i W_i, accumulated inside the GEMMs; dW_i = dy_i^T x."""
 

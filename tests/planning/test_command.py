@@ -47,7 +47,7 @@ precision:
 # A GPU that is too small for most layouts of the demo.
 TINY = """\
 name: tiny
-memory_gib: 0.25
+memory_gib: 0.22
 reserved_gib: 0.0
 peak_tflops: {bf16: 100}
 memory_gb_per_second: 1000
@@ -178,7 +178,7 @@ def test_a_gpu_of_ones_own(recipe: Path, tmp_path: Path, capsys: pytest.CaptureF
     folder = tmp_path / "config" / "qwen-moe" / "hardware" / "gpus"
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text(TINY)
-    assert load_gpu("mine").memory_gib == 0.25
+    assert load_gpu("mine").memory_gib == 0.22
     path.write_text(TINY.replace("peak_tflops", "peak"))
     assert plan(recipe, "--gpus", 8, "--gpu", path) == 2
     error = capsys.readouterr().err
@@ -257,7 +257,7 @@ def test_slices_of_experts_too_thin_to_count_are_left_out() -> None:
 
 def test_nothing_fits(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "tiny.yaml"
-    path.write_text(TINY.replace("0.25", "0.0625"))
+    path.write_text(TINY.replace("0.22", "0.0625"))
     before = recipe.read_text()
     assert plan(recipe, "--gpus", 1, "--gpu", path) == 0
     assert "nothing fits; " in capsys.readouterr().out

@@ -203,14 +203,14 @@ def test_a_planted_read_in_the_expert_path_is_found(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_planted_mask_of_all_experts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = Router._choose
+    select = Router._select
 
-    def masks(self: Router, probs: torch.Tensor, experts: torch.Tensor | None = None) -> Any:
-        weights, indices = choose(self, probs, experts)
+    def masks(self: Router, probs: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
+        indices = select(self, probs, experts)
         torch.zeros_like(probs, dtype=torch.bool).scatter_(1, indices, True).nonzero()
-        return weights, indices
+        return indices
 
-    monkeypatch.setattr(Router, "_choose", masks)
+    monkeypatch.setattr(Router, "_select", masks)
     trace = trace_step(config(), 1)
     assert wide_kernels(trace) >= 2 * 2 * 4  # filled and set, in 2 layers and 4 micro-batches
     assert waits_in_experts(trace) == 1  # for the number of places

@@ -6,11 +6,10 @@ Shapes: B sequences, T = B * S tokens, D hidden, E experts, K top-k.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from qwen_moe.config import ModelConfig
-from qwen_moe.models.ops.dtypes import accumulation_dtype
+from qwen_moe.models.ops.routing import logits_of, picked_and_sums, probabilities
 
 
 class RouterStatistics(NamedTuple):
@@ -52,47 +51,47 @@ class Router(nn.Module):
         """``counted [B, S]``: the tokens that the statistics are of (by default all). ``experts [B, S, K]``: see the class;
         the statistics count them as they count the router's own choices."""
         batch = x.shape[0]
-        logits, probs = self._probabilities(x)
-        weights, indices = self._choose(probs, experts)
-        counts = torch.zeros(batch, probs.shape[-1], dtype=torch.int64, device=x.device)
+        found = probabilities(x, self.weight)
+        indices = self._select(found[0], experts)
+        picked, prob_sum, z_sum = picked_and_sums(x, self.weight, found, indices, counted)
         per_sequence = indices.view(batch, -1)
-        ones, z = torch.ones_like(per_sequence), logits.logsumexp(-1).square()
-        of_tokens = probs
+        ones = torch.ones_like(per_sequence)
         if counted is not None:
             ones = counted.repeat_interleave(self.top_k, dim=1).to(ones.dtype)
-            flat = counted.flatten()
-            of_tokens, z = probs * flat.unsqueeze(1), z * flat
-        counts.scatter_add_(1, per_sequence, ones)
         statistics = RouterStatistics(
-            prob_sum=of_tokens.view(batch, -1, probs.shape[-1]).sum(1),
-            counts=counts,
-            z_sum=z.view(batch, -1).sum(1),
+            prob_sum=prob_sum,
+            counts=torch.zeros_like(prob_sum, dtype=torch.int64).scatter_add_(1, per_sequence, ones),
+            z_sum=z_sum,
             dropped=torch.zeros(batch, dtype=torch.int64, device=x.device),
         )
-        return weights.to(x.dtype), indices, statistics
+        return weights_of(picked, self.norm_topk_prob).to(x.dtype), indices, statistics
 
     def choose(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward` without statistics."""
-        weights, indices = self._choose(self._probabilities(x)[1])
+        """`forward` without statistics and gradients, for generation."""
+        probs = logits_of(x, self.weight).softmax(-1)
+        weights, indices = choose(probs, self.expert_bias, self.top_k, self.norm_topk_prob)
         return weights.to(x.dtype), indices
 
-    def _probabilities(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        wide = accumulation_dtype(x.dtype)
-        logits = F.linear(x.flatten(0, -2).to(wide), self.weight.to(wide))
-        return logits, logits.softmax(-1)
-
-    def _choose(self, probs: torch.Tensor, experts: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        return choose(probs, self.expert_bias, self.top_k, self.norm_topk_prob, experts)
+    def _select(self, probs: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
+        return select(probs, self.expert_bias, self.top_k, experts)
 
 
-def choose(
-    probs: torch.Tensor, bias: torch.Tensor, top_k: int, normalized: bool, experts: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and experts ``[T, K]`` of tokens with ``probs [T, E]``. ``bias [E]`` is added for the choice only; the weights
-    sum to 1 if ``normalized``. ``experts``: chosen before, see `Router`."""
-    indices = torch.topk(probs.detach() + bias, top_k, dim=-1, sorted=True).indices
-    if experts is not None:
-        given = experts.flatten(0, -2).to(indices.dtype)
-        indices = torch.where(given >= 0, given, indices)
-    weights = probs.gather(-1, indices)
-    return (weights / weights.sum(-1, keepdim=True) if normalized else weights), indices
+def select(probs: torch.Tensor, bias: torch.Tensor, top_k: int, experts: torch.Tensor | None = None) -> torch.Tensor:
+    """Experts ``[T, K]`` of tokens with ``probs [T, E]``. ``bias [E]`` is added for the choice only. ``experts``: chosen
+    before, see `Router`."""
+    indices = torch.topk(probs + bias, top_k, dim=-1, sorted=True).indices
+    if experts is None:
+        return indices
+    given = experts.flatten(0, -2).to(indices.dtype)
+    return torch.where(given >= 0, given, indices)
+
+
+def weights_of(picked: torch.Tensor, normalized: bool) -> torch.Tensor:
+    """The weights of experts with the probabilities ``picked [T, K]``. They sum to 1 if ``normalized``."""
+    return picked / picked.sum(-1, keepdim=True) if normalized else picked
+
+
+def choose(probs: torch.Tensor, bias: torch.Tensor, top_k: int, normalized: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and experts ``[T, K]`` of tokens with ``probs [T, E]``, see `select` and `weights_of`."""
+    indices = select(probs, bias, top_k)
+    return weights_of(probs.gather(-1, indices), normalized), indices
