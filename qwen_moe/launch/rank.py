@@ -47,8 +47,9 @@ def main(folder: str, local: str) -> int:
     stacks = (attempt.folder / "stacks" / f"{name}.txt").open("a", encoding="utf-8")
     faulthandler.enable()  # after a crash in C, the log ends with its stack
     faulthandler.register(signal_number(plan["survive"]["stack_signal"]), file=stacks, all_threads=True)
-    # Ignored until the training loop handles them: the conductor repeats its warning.
+    # Ignored until the training loop handles them: the conductor and the agent repeat their warning.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal_number(plan["survive"]["checkpoint_signal"]), signal.SIG_IGN)
     heart = Heartbeat(Path(local) / f"{name}.json", rank)
     share_of_cpus(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
