@@ -77,7 +77,8 @@ def _open(host: str, port: int, rank: int, world_size: int, end: float) -> dist.
                 ) from None
             if now - said > 60:
                 said = now
-                _say(f"rank {rank} of {world_size} waits for rank 0 at {host}:{port} since {now - start:.0f} s")
+                waited = f"rank {rank} of {world_size} waits for rank 0 at {host}:{port} since {now - start:.0f} s"
+                _say(f"{waited}. {_advice()}")
             time.sleep(_LOOK_SECONDS)
 
 
@@ -126,7 +127,7 @@ def _advice() -> str:
             "Start the command itself with `srun --ntasks=N qwen-moe train ...`, so that every task runs it; inside an "
             "interactive `srun --pty` shell, `unset SLURM_STEP_NUM_TASKS` first"
         )
-    return "Start the same command for every rank"
+    return "Start the same command for every rank, or `unset RANK WORLD_SIZE` if an earlier job left them in this shell"
 
 
 def _short(ranks: list[int]) -> str:

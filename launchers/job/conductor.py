@@ -62,7 +62,8 @@ class Conductor:
         self.facts = facts
         self.agent = _agent(run, facts)
         self.survive = facts["survive"]
-        self.limits = Limits(**{f.name: self.survive[f.name] for f in dataclasses.fields(Limits)})
+        alone = {} if cluster.can_requeue else {"exclude_after": sys.maxsize}  # this machine has no other node
+        self.limits = Limits(**{f.name: self.survive[f.name] for f in dataclasses.fields(Limits)} | alone)
         self.checkpoint_signal = signal_number(self.survive["checkpoint_signal"])
         self.stack_signal = signal_number(self.survive["stack_signal"])
         self.warned, self.warned_at = "", 0.0
@@ -145,11 +146,10 @@ class Conductor:
 
     def _history(self, current: Attempt) -> tuple[PastAttempt, ...]:
         """Earlier attempts since the user last launched the run."""
-        since = float(self.facts.get("launched", 0))
         found = []
         for attempt in self.run.attempts():
-            record = attempt.decision()
-            if attempt.number < current.number and record and record["started"] >= since:
+            record = attempt.decision_since(self.facts)
+            if attempt.number < current.number and record:
                 evidence = record.get("evidence")
                 evidence = evidence if isinstance(evidence, dict) else {}
                 after, before = evidence.get("saved_after", 0), evidence.get("saved_before", 0)
@@ -263,7 +263,9 @@ class Conductor:
                 if now - signalled > REPEAT_SIGNAL_SECONDS:  # ranks that are still importing torch have no handler yet
                     signalled = now
                     self.step.signal(self.checkpoint_signal)
-                if now - self.warned_at > max(20.0, 0.8 * float(self.facts["signal_seconds"])):
+                # Slurm's own end leaves no time to requeue.
+                least = 0.0 if self.warned == "time limit" and self.cluster.can_requeue else 20.0
+                if now - self.warned_at > max(least, 0.8 * float(self.facts["signal_seconds"])):
                     say("no checkpoint within the remaining time: stopping without one")
                     self.step.stop()
             elif any((attempt.folder / "failures").glob("*.json")) or any(

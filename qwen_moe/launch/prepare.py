@@ -220,6 +220,7 @@ def write_run(plan: Plan, site: Site, *, local: bool, array: dict[str, Any] | No
         "job": "",
         "array": array,
         "launched": time.time(),
+        "earlier_attempts": max((attempt.number for attempt in run.attempts()), default=0),
         "user": getpass.getuser(),
         "local": local,
         "workdir": str(spec.workdir),

@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 
 from launchers.folder.run_folder import Attempt, rank_name
-from launchers.job.decide import BAD_STEP, CONNECTION, DISK, USER
+from launchers.job.decide import BAD_STEP, CONNECTION, CRASH, DISK, USER
 from launchers.job.evidence import describe_error
 from launchers.job.heartbeat import Heartbeat
 from launchers.local.orphans import end_with_agent
@@ -92,7 +92,7 @@ def _report_failure(attempt: Attempt, rank: int, error: Exception) -> int:
         kind, message = CONNECTION, str(error)
     elif isinstance(error, UserError):
         kind, message = USER, str(error)
-    elif kind == DISK and isinstance(error, OSError):
+    elif isinstance(error, OSError) and kind in (DISK, CRASH):
         message = explain_os_error(error)
     if isinstance(error, UserError):
         print(f"error: {message}", file=sys.stderr)
