@@ -35,6 +35,8 @@ REPEAT_SIGNAL_SECONDS = 10.0
 OWNER_SECONDS = 15.0
 FACTS = "launchers.job.node_facts"
 CANCELLED = "cancelled.json"
+# Exit codes of a step that somebody signalled (`scancel --signal=INT`): srun's, and those of a process of this machine.
+_SIGNALLED = {code for number in (signal.SIGINT, signal.SIGTERM) for code in (128 + number, -number)}
 
 
 def say(message: str) -> None:
@@ -236,7 +238,7 @@ class Conductor:
                 time.sleep(LOOK_SECONDS / 5)
             if code is None:
                 self.step.stop()
-            if self.warned:
+            if self.warned or code in _SIGNALLED:
                 return self._evidence(attempt, code, None, outcome="stopped")
             verdict = preflight.judge(stage, attempt, nodes, limits, self.facts.get("code_hash", ""))
             for line in verdict.lines:

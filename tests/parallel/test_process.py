@@ -1,7 +1,10 @@
 """Who this process is, from torchrun's or Slurm's variables."""
 
+import socket
+
 import pytest
 
+from parallel import rendezvous
 from parallel.process import ProcessError, ProcessInfo, process_info, start, started_by_launcher
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -82,3 +85,18 @@ def test_no_way_to_rank_0_is_said(address: dict[str, str], message: str, monkeyp
         monkeypatch.setenv(name, value)
     with pytest.raises(ProcessError, match=message):
         start(ProcessInfo(rank=0, world_size=2, local_rank=0, local_world_size=2))
+
+
+def test_waiting_for_rank_0_prints_notes_and_not_torchs_stack(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setattr(rendezvous, "SAY_SECONDS", 0.3)
+    with pytest.raises(rendezvous.MeetingError, match=r"rank 1 of 2 waited 1 s for rank 0 .* and it did not come"):
+        rendezvous.meet(1, 2, patience=1.0)
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "note: rank 1 of 2 waits for rank 0" in said and "`unset RANK WORLD_SIZE`" in said

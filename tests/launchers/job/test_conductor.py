@@ -90,6 +90,19 @@ def test_a_full_disk_stops_the_run_and_says_so(
     assert "decision.json could not be written: No space left on device" in told and "attempt 2" not in told
 
 
+# `scancel --signal=INT` during the preflight stopped the run for good: "no node reported its facts".
+@pytest.mark.parametrize("how", ["kill -INT $$", "exit 130", "exit 143"])
+def test_a_signal_during_the_preflight_is_not_the_nodes_fault(
+    tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = launched(tmp_path, agent="some.module", preflight=asdict(Site().preflight) | {"level": "quick"})
+    (run.launch / "cancelled.json").unlink()
+    command = arguments(tmp_path, run)
+    (tmp_path / "on_every_node").write_text(f"#!/bin/sh\n{how}\n")
+    assert conductor.main(command) == 130
+    assert "attempt 1: requeue (terminated): stopped from outside" in capsys.readouterr().out
+
+
 # Its second failure in a row stopped `launch --local`, because "localhost" was to be left out.
 def test_one_machine_goes_on_after_failures_as_long_as_there_is_progress(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
