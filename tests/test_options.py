@@ -117,6 +117,8 @@ def test_a_run_folder_that_is_none_is_said(kind: str, tmp_path: Path, capsys: py
     assert main(["train", "demo", f"run_dir={folder}", "launch.nproc=1"]) == 2
     expected = "is a link to /nonexistent/disk, which does not exist: make it" if kind == "link" else "is a file: give"
     assert f"error: {folder} {expected}" in capsys.readouterr().err
+    assert main(["launch", "demo", f"run_dir={folder}", "--local", "--nproc", "1"]) == 2
+    assert f"{folder} {expected}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
