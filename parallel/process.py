@@ -22,6 +22,12 @@ class ProcessError(ValueError):
     """This process cannot join the run: the launcher gave no rank, other ranks are missing, or its GPU is taken."""
 
 
+_LEFT_BEHIND = (
+    "If torchrun or srun started this process, check how; if an earlier job left these variables in this shell, `unset RANK "
+    "WORLD_SIZE MASTER_ADDR MASTER_PORT`"
+)
+
+
 class PeerError(ProcessError):
     """This process is ready, but another one did not come or ended first."""
 
@@ -55,12 +61,46 @@ def _from_slurm(environ: dict[str, str]) -> ProcessInfo:
     return info
 
 
+def _from_torchrun(environ: dict[str, str]) -> ProcessInfo:
+    """Also the ranks that another launcher, or a user, names in torchrun's variables."""
+    found: dict[str, int] = {}
+    own = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": environ["WORLD_SIZE"]}
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK"):
+        text, least = environ.get(name, own.get(name, "")), int(name.endswith("SIZE"))
+        if not (text.isascii() and text.isdecimal() and int(text) >= least):
+            raise ProcessError(f"{name} is {text!r}, expected a whole number of at least {least}. {_LEFT_BEHIND}")
+        found[name] = int(text)
+    if found["RANK"] >= found["WORLD_SIZE"]:
+        raise ProcessError(
+            f"RANK is {found['RANK']}, expected one below WORLD_SIZE, which is {found['WORLD_SIZE']}. {_LEFT_BEHIND}"
+        )
+    return ProcessInfo(
+        rank=found["RANK"],
+        world_size=found["WORLD_SIZE"],
+        local_rank=found["LOCAL_RANK"],
+        local_world_size=found["LOCAL_WORLD_SIZE"],
+    )
+
+
+def _check_address(info: ProcessInfo) -> None:
+    """Raise ProcessError unless the environment says where rank 0 is."""
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not host:
+        raise ProcessError(
+            f"RANK is {info.rank} and WORLD_SIZE is {info.world_size}, but MASTER_ADDR is not set, so nobody knows where "
+            f"rank 0 is. {_LEFT_BEHIND}"
+        )
+    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+        given = f"is {port!r}" if port else "is not set"
+        raise ProcessError(f"MASTER_PORT {given}, expected a port from 1 to 65535. {_LEFT_BEHIND}")
+
+
 def started_by_launcher(environ: dict[str, str] | None = None) -> bool:
     """Whether torchrun, or an srun step of several tasks, started this process."""
     environ = dict(os.environ) if environ is None else environ
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return True
-    return "SLURM_STEP_ID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    return "SLURM_STEP_ID" in environ and environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
 
 
 def process_info(environ: dict[str, str] | None = None) -> ProcessInfo:
@@ -68,18 +108,18 @@ def process_info(environ: dict[str, str] | None = None) -> ProcessInfo:
 
     Raises ProcessError when the variables are incomplete."""
     environ = dict(os.environ) if environ is None else environ
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return _from_torchrun(environ)
     try:
-        if "RANK" in environ and "WORLD_SIZE" in environ:
-            return ProcessInfo(
-                rank=int(environ["RANK"]),
-                world_size=int(environ["WORLD_SIZE"]),
-                local_rank=int(environ.get("LOCAL_RANK", "0")),
-                local_world_size=int(environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"])),
-            )
         if started_by_launcher(environ):
             return _from_slurm(environ)
     except (KeyError, ValueError) as error:
-        raise ProcessError(f"the launcher's environment is incomplete: {error}") from error
+        why = f"{error.args[0]} is not set" if isinstance(error, KeyError) else str(error)
+        raise ProcessError(
+            f"the launcher's environment is incomplete: SLURM_STEP_NUM_TASKS is {environ['SLURM_STEP_NUM_TASKS']!r}, but "
+            f"{why}. If srun started this process, check how; if an earlier job left these variables in this shell, `unset "
+            "SLURM_STEP_ID`"
+        ) from error
     if "MASTER_PORT" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -100,6 +140,7 @@ def start(
     ``threads``: CPU threads of this process (`own_threads` by default). ``admit``: rank 0 calls it when all ranks have
     arrived; an exception in it ends every rank. Raises PeerError naming the ranks that do not arrive.
     """
+    _check_address(info)
     die_with_parent()
     import torch
     import torch.distributed as dist

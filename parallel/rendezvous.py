@@ -61,6 +61,8 @@ def _open(host: str, port: int, rank: int, world_size: int, end: float) -> dist.
     start, said = time.monotonic(), 0.0
     while True:
         try:
+            # Where nobody listens yet, torch would print its stack again and again.
+            socket.create_connection((host, port), timeout=SAY_SECONDS).close()
             store = dist.TCPStore(host, port, world_size, False, timedelta(seconds=SAY_SECONDS), False)
             store.set_timeout(timedelta(minutes=5))
             return (
@@ -68,16 +70,17 @@ def _open(host: str, port: int, rank: int, world_size: int, end: float) -> dist.
                 if agent
                 else store
             )
-        except (RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             now = time.monotonic()
             if now > end:
                 raise MeetingError(
                     f"rank {rank} of {world_size} waited {now - start:.0f} s for rank 0 at {host}:{port}, and it did not "
                     f"come ({_first_line(error)}): was it started, and can this node ({socket.gethostname()}) reach it?"
                 ) from None
-            if now - said > 60:
+            if now - start > SAY_SECONDS and now - said > 60:
                 said = now
-                _say(f"rank {rank} of {world_size} waits for rank 0 at {host}:{port} since {now - start:.0f} s")
+                waited = f"rank {rank} of {world_size} waits for rank 0 at {host}:{port} since {now - start:.0f} s"
+                _say(f"{waited}. {_advice()}")
             time.sleep(_LOOK_SECONDS)
 
 
@@ -126,7 +129,7 @@ def _advice() -> str:
             "Start the command itself with `srun --ntasks=N qwen-moe train ...`, so that every task runs it; inside an "
             "interactive `srun --pty` shell, `unset SLURM_STEP_NUM_TASKS` first"
         )
-    return "Start the same command for every rank"
+    return "Start the same command for every rank, or `unset RANK WORLD_SIZE` if an earlier job left them in this shell"
 
 
 def _short(ranks: list[int]) -> str:

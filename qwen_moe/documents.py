@@ -69,11 +69,18 @@ def yaml_value(text: str, where: str) -> Any:
     """The value of a YAML text; keys of mappings are names. Raises a UserError that begins with ``where`` for invalid YAML,
     and for a key given twice (with both lines)."""
     try:
+        text.encode()
         values = yaml.load(text, _Loader)
         _check_size(values)
         return values
     except _Twice as error:
         raise UserError(f"{where}: {error.problem}") from None
+    except (
+        UnicodeEncodeError
+    ) as error:  # Python keeps bytes of the command line that are not text of the locale in this way
+        raise UserError(
+            f"{where} has a byte that is not text here (character {error.start + 1}): set PYTHONUTF8=1 if it is UTF-8"
+        ) from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{where} is not valid YAML: {error}") from None
     except RecursionError:

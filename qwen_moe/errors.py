@@ -1,6 +1,7 @@
 """The exception for errors that the user can fix. Its message names the value, what was expected and the fix."""
 
 import errno
+import os
 
 
 class UserError(Exception):
@@ -20,6 +21,10 @@ def explain_os_error(error: OSError) -> str:
         return f"{name} is a folder: give a file"
     if name and isinstance(error, NotADirectoryError):
         return f"{name}: a part of this path is a file, not a folder: give another path"
+    if name and isinstance(error, FileExistsError):
+        if os.path.islink(name) and not os.path.exists(name):
+            return f"{name} is a link to {os.readlink(name)}, which does not exist: make it (is its disk mounted?)"
+        return f"{name} is a file: give another path" if os.path.isfile(name) else f"{name} exists: give another path"
     if name and isinstance(error, PermissionError):
         return f"{name}: this user may not read or write there: change its permissions, or give another path"
     if name and error.errno == errno.EROFS:

@@ -22,6 +22,7 @@ from qwen_moe.errors import UserError
         ("a: &x [*x]\n", "make it contain itself"),
         ("[" * 20_000, "nested too deeply"),
         ("a: [1\n", "is not valid YAML"),
+        ("a: \udcc3\udcbc", "has a byte that is not text here (character 4): set PYTHONUTF8=1"),
         ("a: \0\n", "is not valid YAML"),
         ("a: " + "9" * 5000, "is not valid YAML"),
         ("- 1\n", "must be a mapping of names to values, found list"),

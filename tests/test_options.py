@@ -109,6 +109,18 @@ def test_what_the_machine_refuses_is_one_line(
     assert told.startswith("error: ") and message in told and told.count("\n") == 1
 
 
+# It said "[Errno 17] File exists" of a link to a disk that is not mounted.
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_run_folder_that_is_none_is_said(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    folder.symlink_to("/nonexistent/disk") if kind == "link" else folder.touch()
+    assert main(["train", "demo", f"run_dir={folder}", "launch.nproc=1"]) == 2
+    expected = "is a link to /nonexistent/disk, which does not exist: make it" if kind == "link" else "is a file: give"
+    assert f"error: {folder} {expected}" in capsys.readouterr().err
+    assert main(["launch", "demo", f"run_dir={folder}", "--local", "--nproc", "1"]) == 2
+    assert f"{folder} {expected}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "failure", [KeyError("x"), TypeError("x"), ValueError("x"), AssertionError(), RuntimeError("x")]
 )

@@ -13,6 +13,7 @@ launch/
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,14 @@ class Attempt:
         if not isinstance(found, dict) or not is_number(found.get("started")):
             return None
         return found if all(isinstance(found.get(key), str) for key in ("action", "kind", "reason")) else None
+
+    def decision_since(self, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+        """`decision`, if the attempt was made for the launch that ``facts``, launch.json, describe. Numbers tell, because
+        the clocks of the machines that launch and run a job may differ. Facts of an earlier version have only the time."""
+        found, earlier = self.decision(), facts.get("earlier_attempts")
+        if found is None or (isinstance(earlier, int) and self.number <= earlier):
+            return None
+        return found if isinstance(earlier, int) or found["started"] >= float(facts.get("launched", 0)) else None
 
     def plan(self) -> dict[str, Any] | None:
         """What the conductor wrote before it started anything; None if the file is not written yet or is damaged."""

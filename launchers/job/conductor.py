@@ -35,6 +35,8 @@ REPEAT_SIGNAL_SECONDS = 10.0
 OWNER_SECONDS = 15.0
 FACTS = "launchers.job.node_facts"
 CANCELLED = "cancelled.json"
+# Exit codes of a step that somebody signalled (`scancel --signal=INT`): srun's, and those of a process of this machine.
+_SIGNALLED = {code for number in (signal.SIGINT, signal.SIGTERM) for code in (128 + number, -number)}
 
 
 def say(message: str) -> None:
@@ -62,7 +64,8 @@ class Conductor:
         self.facts = facts
         self.agent = _agent(run, facts)
         self.survive = facts["survive"]
-        self.limits = Limits(**{f.name: self.survive[f.name] for f in dataclasses.fields(Limits)})
+        alone = {} if cluster.can_requeue else {"exclude_after": sys.maxsize}  # this machine has no other node
+        self.limits = Limits(**{f.name: self.survive[f.name] for f in dataclasses.fields(Limits)} | alone)
         self.checkpoint_signal = signal_number(self.survive["checkpoint_signal"])
         self.stack_signal = signal_number(self.survive["stack_signal"])
         self.warned, self.warned_at = "", 0.0
@@ -145,11 +148,10 @@ class Conductor:
 
     def _history(self, current: Attempt) -> tuple[PastAttempt, ...]:
         """Earlier attempts since the user last launched the run."""
-        since = float(self.facts.get("launched", 0))
         found = []
         for attempt in self.run.attempts():
-            record = attempt.decision()
-            if attempt.number < current.number and record and record["started"] >= since:
+            record = attempt.decision_since(self.facts)
+            if attempt.number < current.number and record:
                 evidence = record.get("evidence")
                 evidence = evidence if isinstance(evidence, dict) else {}
                 after, before = evidence.get("saved_after", 0), evidence.get("saved_before", 0)
@@ -236,7 +238,7 @@ class Conductor:
                 time.sleep(LOOK_SECONDS / 5)
             if code is None:
                 self.step.stop()
-            if self.warned:
+            if self.warned or code in _SIGNALLED:
                 return self._evidence(attempt, code, None, outcome="stopped")
             verdict = preflight.judge(stage, attempt, nodes, limits, self.facts.get("code_hash", ""))
             for line in verdict.lines:
@@ -263,7 +265,9 @@ class Conductor:
                 if now - signalled > REPEAT_SIGNAL_SECONDS:  # ranks that are still importing torch have no handler yet
                     signalled = now
                     self.step.signal(self.checkpoint_signal)
-                if now - self.warned_at > max(20.0, 0.8 * float(self.facts["signal_seconds"])):
+                # Slurm's own end leaves no time to requeue.
+                least = 0.0 if self.warned == "time limit" and self.cluster.can_requeue else 20.0
+                if now - self.warned_at > max(least, 0.8 * float(self.facts["signal_seconds"])):
                     say("no checkpoint within the remaining time: stopping without one")
                     self.step.stop()
             elif any((attempt.folder / "failures").glob("*.json")) or any(

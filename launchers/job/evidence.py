@@ -13,6 +13,7 @@ from launchers.folder.run_folder import Attempt, rank_name
 from launchers.job.decide import AGENT, CRASH, DISK, KILLED, Failure, classify, in_order_of_blame
 
 _LEAST_BYTES = 65536  # with less, reports may not have been written
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception): ")
 _SRUN_EXIT = re.compile(r"srun: error: (\S+): tasks? [\d,-]+: (.*)")
 
 
@@ -85,15 +86,19 @@ def _last_line(attempt: Attempt, rank: int) -> str:
 
 
 def _agents_that_failed(attempt: Attempt) -> dict[int, Failure]:
-    """Nodes whose agent failed before it started ranks: srun names them, and the lines before say why."""
+    """Nodes whose agent failed before it started ranks: srun names them, and the lines before say why. On this machine
+    there is no srun, and the last line is that of a traceback."""
     tail = read_tail(attempt.folder / "srun.log", 200)
+    words = [line.strip() for line in tail.splitlines() if line.strip() and not line.startswith("srun:")]
     found: dict[int, Failure] = {}
     for number, (host, how) in enumerate(_SRUN_EXIT.findall(tail)):
         if "Killed" in how or "Terminated" in how:
             continue
-        words = [line for line in tail.splitlines() if line.strip() and not line.startswith("srun:")]
-        message = f"{how}; {words[-1].strip()[:300]}" if words else how
+        message = f"{how}; {words[-1][:300]}" if words else how
         found[-1 - number] = Failure(rank=-1, host=host, kind=AGENT, message=message, time=0.0)
+    if "srun:" not in tail and words and _EXCEPTION.match(words[-1]):
+        kind = DISK if classify(words[-1]) == DISK else AGENT
+        found[-1] = Failure(rank=-1, host="localhost", kind=kind, message=words[-1][:300], time=0.0)
     return found
 
 

@@ -13,6 +13,7 @@ from launchers.folder.run_folder import Attempt, rank_name, read_json
 LOOK_SECONDS = 0.3
 REPORT_SECONDS = 2.0
 STACK_SECONDS = 1.5
+REPEAT_SECONDS = 10.0
 
 
 def process_state(pid: int) -> str:
@@ -63,6 +64,7 @@ class NodeWatch(threading.Thread):
         self._sizes: dict[int, int] = {}
         self._reported = 0.0
         self._requests: list[Callable[[], None]] = []
+        self._stop_signal, self._stop_sent = 0, 0.0
         self._over = threading.Event()
 
     # -------------------------------------------------- called from signal handlers: they only record requests
@@ -72,6 +74,10 @@ class NodeWatch(threading.Thread):
 
     def request_forward(self, number: int) -> None:
         self._requests.append(lambda: self._signal_ranks(number))
+
+    def request_stop(self, number: int) -> None:
+        """Send signal ``number`` to the ranks, again and again: those that still start do not listen yet."""
+        self._stop_signal = number
 
     # -------------------------------------------------- the thread
 
@@ -99,6 +105,9 @@ class NodeWatch(threading.Thread):
     def _look(self, last: bool = False) -> None:
         while self._requests:
             self._requests.pop(0)()
+        if self._stop_signal and time.monotonic() - self._stop_sent > REPEAT_SECONDS:
+            self._stop_sent = time.monotonic()
+            self._signal_ranks(self._stop_signal)
         for path in self.local.glob("rank-*.json"):
             state = read_json(path)
             if state is not None:

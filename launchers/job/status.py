@@ -46,15 +46,15 @@ def row(run_dir: Path, jobs: Mapping[str, slurm.Job] | None, unasked: str = "") 
     run = RunFolder(run_dir)
     facts = run.facts()
     attempts = run.attempts()
-    decisions = [a.decision() for a in attempts]
-    decision = next((d for d in reversed(decisions) if d), None)
+    last = next((a for a in reversed(attempts) if a.decision()), None)
+    decision, current = (None, None) if last is None else (last.decision(), last.decision_since(facts))
     record, _ = last_metrics(run_dir)
     active = jobs_of(facts, (jobs or {}).values())
     job_id = str(facts.get("job") or "")
     job = next((one for one in active if one.state == "RUNNING"), active[0] if active else (jobs or {}).get(job_id))
     job_id = job_id if job is None else job.job_id
     step, total = int(record.get("step", 0)), int(facts["train_steps"])
-    state, why = _state(run, facts, job, decision, "" if jobs is not None else unasked or NO_SLURM)
+    state, why = _state(run, facts, job, current, "" if jobs is not None else unasked or NO_SLURM)
     rate = record.get("tokens_per_second")
     eta = None
     if rate and state == "running" and step < total:
@@ -95,10 +95,9 @@ def steps_to_do(stages: Any, step: int, total: int) -> float:
 
 
 def _state(
-    run: RunFolder, facts: Mapping[str, Any], job: slurm.Job | None, decision: Any, unasked: str
+    run: RunFolder, facts: Mapping[str, Any], job: slurm.Job | None, current: Any, unasked: str
 ) -> tuple[str, str]:
-    """The state in one word, and a reason if the last decision does not give it."""
-    current = decision if decision and decision["started"] >= float(facts.get("launched", 0)) else None
+    """The state in one word, and a reason if the last decision since the launch, ``current``, does not give it."""
     if current and current["action"] == "done":
         return "complete", ""
     if job is not None and job.state in slurm.ACTIVE:

@@ -104,7 +104,9 @@ class Fleet:
             self._end_all(signal.SIGKILL)
             return
         self._stopping = True
-        print("\nstopping: every run saves a checkpoint (interrupt again to stop at once) ...", file=sys.stderr)
+        print(
+            "\nstopping: every run saves a step that has begun (interrupt again to stop at once) ...", file=sys.stderr
+        )
         self._end_all(signal.SIGTERM)
 
     def _end_all(self, number: int) -> None:

@@ -67,7 +67,9 @@ class Supervisor:
             return
         self._stopping = True
         if self._process is not None:
-            print("\nstopping: saving a checkpoint (interrupt again to stop at once) ...", file=sys.stderr, flush=True)
+            # Whether a step has begun is not known here.
+            text = "stopping: a step that has begun is completed and saved (interrupt again to stop at once) ..."
+            print(f"\n{text}", file=sys.stderr, flush=True)
             self._process.send_signal(signal.SIGTERM)
 
     def run(self) -> Outcome:
@@ -80,7 +82,7 @@ class Supervisor:
         restarts = without_progress = 0
         while True:
             self.failure_file.unlink(missing_ok=True)
-            before = _read(self.run_dir / PROGRESS)
+            before, saved = _read(self.run_dir / PROGRESS), self._last_save()
             # In its own session: Ctrl-C in the terminal reaches only this process, which then asks for a graceful stop.
             self._process = subprocess.Popen(
                 self.command,
@@ -99,6 +101,11 @@ class Supervisor:
                 told = json.loads(failure) if failure else {"message": ""}
                 return Outcome(code=USER_ERROR, restarts=restarts, message=told["message"], kind=told.get("kind", ""))
             if self._stopping:
+                if self._last_save() == saved:
+                    print(
+                        "stopped before a new checkpoint was saved: the same command starts where this one did",
+                        file=sys.stderr,
+                    )
                 return Outcome(code=INTERRUPTED, restarts=restarts)
             if code == 0:
                 return Outcome(code=0, restarts=restarts)
@@ -113,6 +120,13 @@ class Supervisor:
                 )
             restarts += 1
             print(f"a process of the run died (exit code {code}); restarting from the last checkpoint", file=sys.stderr)
+
+    def _last_save(self) -> int:
+        """When the worker last reported progress; the same step may be saved twice."""
+        try:
+            return (self.run_dir / PROGRESS).stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
     def _wait(self) -> int:
         assert self._process is not None

@@ -31,6 +31,8 @@ def _size(count: int) -> str:
 def _check_empty(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty: give a new directory, or remove it first")
+    if target.is_symlink():  # a folder cannot be renamed to a link
+        raise UserError(f"{target} is a link to {target.readlink()}: give that directory itself, or remove the link")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ A new combination of these features is one more row; see "How to add a model fam
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,9 @@ class Family:
     ``qkv_bias_key``: the key of config.json for this; empty if Hugging Face has none, so that ``qkv_bias`` holds for every
     model of the family.
     ``o_bias``: the output projection has a bias if q, k and v have.
+    ``windows``: which layers have a sliding window in transformers if `use_sliding_window` is true: those that `layer_types`
+    names, or without it those from `max_window_layers` on ("upper") or every second of those before it ("lower"); or all
+    layers whatever these keys say ("all").
     ``expert_count_keys``: the keys of config.json to which the number of experts is written.
     ``defaults``: transformers' values for keys that config.json lacks, by our names, without ``qkv_bias``.
     """
@@ -31,6 +34,7 @@ class Family:
     qkv_bias: bool
     qkv_bias_key: str
     o_bias: bool
+    windows: Literal["upper", "lower", "all"] = "upper"
     expert_count_keys: tuple[str, ...]
     defaults: Mapping[str, Any]
 
@@ -84,6 +88,7 @@ FAMILIES: dict[str, Family] = {
         qkv_bias=True,
         qkv_bias_key="qkv_bias",
         o_bias=False,
+        windows="lower",
         expert_count_keys=("num_experts",),
         defaults=_MOE
         | {
@@ -117,6 +122,7 @@ FAMILIES: dict[str, Family] = {
         qkv_bias=False,
         qkv_bias_key="attention_bias",
         o_bias=True,
+        windows="all",
         expert_count_keys=("num_experts", "num_local_experts"),  # the names in transformers 4 and 5
         defaults=_MOE
         | {

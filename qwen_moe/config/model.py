@@ -9,6 +9,7 @@ from qwen_moe.config.families import FAMILIES, Family, families_that
 from qwen_moe.config.fields import (
     Criteria,
     Layers,
+    NonNegativeFloat,
     NonNegativeInt,
     OptionalSize,
     PositiveFloat,
@@ -67,7 +68,7 @@ class ModelConfig(Section):
     rope_theta: Annotated[PositiveFloat, Field(le=1e15)] = 1_000_000.0
     rope_scaling: RopeScaling | None = None
     dual_chunk: DualChunk | None = None
-    rms_norm_eps: Annotated[PositiveFloat, Field(le=1)] = 1e-6
+    rms_norm_eps: Annotated[NonNegativeFloat, Field(le=1)] = 1e-6
     tie_word_embeddings: bool = False
     initializer_range: Annotated[PositiveFloat, Field(le=100)] = 0.02
     qkv_bias: bool = False

@@ -80,13 +80,23 @@ class SequenceCache:
 
     Before each forward pass `begin_prompts` or `begin_step` says what its tokens are. Answers to one prompt share its keys.
     ``reader`` reads prompts. If it is ``alone``, it also reads new tokens, one sequence after another, and each answer has a
-    copy of its prompt; otherwise new tokens of all sequences attend together, as in training.
+    copy of its prompt; otherwise new tokens of all sequences attend together, as in training. In ``last_layer``, the last
+    one of the model, nothing depends on the tokens of a prompt before its last one, so their attention is left out (0).
     """
 
     def __init__(
-        self, rope: Rope, lengths: Sequence[int], *, samples: int = 1, new_tokens: int, reader: Reader, alone: bool
+        self,
+        rope: Rope,
+        lengths: Sequence[int],
+        *,
+        samples: int = 1,
+        new_tokens: int,
+        reader: Reader,
+        alone: bool,
+        last_layer: int,
     ) -> None:
         self._rope, self._reader, self._alone, self._samples = rope, reader, alone, samples
+        self._last_layer = last_layer
         self._lengths = list(lengths)  # of the prompts that are still here
         self._prompt_room = max(lengths)
         apart = samples > 1 and not alone
@@ -177,7 +187,8 @@ class SequenceCache:
         keys, values = self._prompts.of(layer, k)
         asked, (q, k, v) = q.dtype, (x.to(keys.dtype) for x in (q, k, v))
         y = torch.zeros_like(q)
-        whole = 0 if wanted_only else self._attend_whole(layer, q, k, v, y)
+        only_last = wanted_only or layer == self._last_layer
+        whole = 0 if only_last else self._attend_whole(layer, q, k, v, y)
         read, answered = sum(map(len, self._chunks[:whole])), 0
         for chunk in self._chunks[whole:]:
             size = len(chunk)
@@ -185,10 +196,11 @@ class SequenceCache:
             read += size
             self._write(layer, chunk, self._reader.keys(k[:, own], chunk.begin)[0], v[0, own])
             first = chunk.begin
-            if wanted_only:
+            if only_last:
                 if not chunk.last:
                     continue
-                own, first = slice(answered, answered + 1), chunk.end - 1
+                place = answered if wanted_only else read - 1
+                own, first = slice(place, place + 1), chunk.end - 1
                 answered += 1
             y[:, own] = self._reader.attend(layer, q[:, own], *self._seen(keys, values, chunk.prompt, chunk.end), first)
         return y.to(asked)

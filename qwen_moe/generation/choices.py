@@ -58,7 +58,15 @@ def _read(
     runner, lengths = engine.runner, [len(prompt) for prompt in prompts]
     samples = len(choices) if steps else 1
     reader, alone = engine.reader(max(lengths) + steps + 1)
-    cache = SequenceCache(engine.rope, lengths, samples=samples, new_tokens=steps, reader=reader, alone=alone)
+    cache = SequenceCache(
+        engine.rope,
+        lengths,
+        samples=samples,
+        new_tokens=steps,
+        reader=reader,
+        alone=alone,
+        last_layer=engine.config.num_hidden_layers - 1,
+    )
 
     def read(ids: torch.Tensor, wanted: torch.Tensor, chunks: list[Chunk]) -> torch.Tensor:
         return runner.logits(ids, cache, wanted)

@@ -155,7 +155,8 @@ class Engine:
 
     def likelihoods(self, texts: Sequence[ScoredText]) -> list[Likelihood]:
         """How likely the scored tokens of ``texts`` are, all in one forward pass. Raises UserError."""
-        cache = TextsOfPass(texts, [self.reader(len(text.tokens))[0] for text in texts])
+        readers = [self.reader(len(text.tokens))[0] for text in texts]
+        cache = TextsOfPass(texts, readers, self.config.num_hidden_layers - 1)
         device = self.runner.device
         fields = (torch.tensor(field, device=device) for field in (cache.ids, cache.wanted, cache.labels))
         ids, wanted, labels = fields
@@ -190,6 +191,7 @@ class _Batch:
             new_tokens=sampling.max_new_tokens,
             reader=reader,
             alone=alone,
+            last_layer=engine.config.num_hidden_layers - 1,
         )
         self._occurred: torch.Tensor | None = None
 

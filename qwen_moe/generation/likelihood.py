@@ -66,10 +66,11 @@ def in_passes(lengths: Sequence[int], limit: int) -> list[list[int]]:
 
 class TextsOfPass:
     """The texts of one forward pass, each of which attends to itself. A `qwen_moe.models.attention.cache.Cache`. The last
-    token of a text is not read, for nothing follows it."""
+    token of a text is not read, for nothing follows it. In ``last_layer``, the last one of the model, only the tokens before
+    scored ones matter, so the attention of others is left out (0)."""
 
-    def __init__(self, texts: Sequence[ScoredText], readers: Sequence[Reader]) -> None:
-        self._texts, self._readers = texts, readers
+    def __init__(self, texts: Sequence[ScoredText], readers: Sequence[Reader], last_layer: int) -> None:
+        self._texts, self._readers, self._last_layer = texts, readers, last_layer
         self._ends = list(accumulate((len(text.tokens) - 1 for text in texts), initial=0))
         self.ids = [token for text in texts for token in text.tokens[:-1]]
         self.wanted = [
@@ -83,7 +84,7 @@ class TextsOfPass:
         if widens(k):
             q, k, v = q.float(), k.float(), v.float()
         y = torch.zeros_like(q)  # what follows the texts is padding
-        if not wanted_only:
+        if not wanted_only and layer != self._last_layer:
             for reader, group in groupby(zip(self._readers, pairwise(self._ends), strict=True), lambda pair: pair[0]):
                 ends = [end for _, end in group]
                 own, lengths = slice(ends[0][0], ends[-1][1]), [end - begin for begin, end in ends]
@@ -92,7 +93,8 @@ class TextsOfPass:
         asked = 0
         for text, reader, (begin, end) in zip(self._texts, self._readers, pairwise(self._ends), strict=True):
             own, first = slice(begin, end), end - begin - text.scored
-            queries = slice(asked, asked + text.scored)
+            place = asked if wanted_only else begin + first
+            queries = slice(place, place + text.scored)
             asked += text.scored
             y[:, queries] = reader.attend(layer, q[:, queries], reader.keys(k[:, own], 0), v[:, own], first)
         return y.to(dtype)

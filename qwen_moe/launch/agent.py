@@ -24,15 +24,21 @@ from parallel.heap import heap_environment
 from parallel.threads import Threads, choose_threads
 from qwen_moe.runs.records import earlier_threads
 
+_NO_SIGNAL = "none"  # torch's agent would kill the ranks some seconds after a signal
 _MODULES = {"train": "qwen_moe.launch.rank", "bandwidth": "qwen_moe.launch.bandwidth"}
 
 
 def _listen(watch: NodeWatch, plan: dict[str, Any]) -> None:
-    """Pass the warning on to the ranks, and ask them for stacks on the stack signal. Slurm sends SIGTERM to ranks itself."""
+    """Pass the warning on to the ranks, and ask them for stacks on the stack signal. Slurm sends SIGTERM to ranks itself.
+    SIGINT reaches an agent alone (`scancel --signal=INT`) and means a warning, too. The conductor does not see it, and so
+    does not repeat it."""
     warning, stacks = (signal_number(plan["survive"][f"{name}_signal"]) for name in ("checkpoint", "stack"))
 
     def forward(number: int, frame: FrameType | None) -> None:
         watch.request_forward(number)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        watch.request_stop(warning)
 
     def ask(number: int, frame: FrameType | None) -> None:
         watch.request_stacks()
@@ -43,6 +49,7 @@ def _listen(watch: NodeWatch, plan: dict[str, Any]) -> None:
         os._exit(128 + number)
 
     signal.signal(warning, forward)
+    signal.signal(signal.SIGINT, stop)
     signal.signal(stacks, ask)
     signal.signal(signal.SIGTERM, kill_all if plan["local"] else signal.SIG_IGN)
 
@@ -67,7 +74,7 @@ def _launch(plan: dict[str, Any], node_rank: int, module: str, arguments: list[s
         max_restarts=0,  # the conductor restarts, because it knows whether there was progress
         monitor_interval=1.0,
         shutdown_timeout=10,
-        signals_to_handle="SIGINT",
+        signals_to_handle=_NO_SIGNAL,
     )
     try:
         elastic_launch(launch, sys.executable)("-u", "-m", module, *arguments)
@@ -97,7 +104,7 @@ def main(folder: str, stage: str) -> int:
     watch = NodeWatch(attempt, host, local, signal_number(plan["survive"]["stack_signal"]))
     os.environ["QWEN_MOE_NODE"] = host
     os.environ[AGENT_PID] = str(os.getpid())
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT"
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _NO_SIGNAL
     _listen(watch, plan)
     try:
         if stage == "train":

@@ -26,7 +26,7 @@ from launchers.slurm.script import JobSpec, parse_environment
 from launchers.slurm.site import Site
 from qwen_moe.alone import alone
 from qwen_moe.config import RunConfig, dump_config, stage_runs
-from qwen_moe.errors import UserError
+from qwen_moe.errors import UserError, explain_os_error
 from qwen_moe.launch.estimate import Estimate, estimate
 from qwen_moe.launch.redact import redact
 from qwen_moe.models.flops import flops_per_token
@@ -195,10 +195,14 @@ def check_room(plan: Plan) -> None:
         (folder / ".writable").unlink()
     except OSError as error:
         raise LaunchError(
-            f"run folder {plan.run.run_dir} cannot be written ({error.strerror or error}): give another run_dir, on a "
-            "file system that the nodes share"
+            f"run folder {plan.run.run_dir} cannot be written ({_why(error)}): give another run_dir, on a file system that "
+            "the nodes share"
         ) from None
     check_disk_space(plan.config, plan.run.run_dir / CHECKPOINTS)
+
+
+def _why(error: OSError) -> str:
+    return explain_os_error(error) if isinstance(error, FileExistsError) else error.strerror or str(error)
 
 
 def groups(config: RunConfig) -> dict[str, int]:
@@ -220,6 +224,7 @@ def write_run(plan: Plan, site: Site, *, local: bool, array: dict[str, Any] | No
         "job": "",
         "array": array,
         "launched": time.time(),
+        "earlier_attempts": max((attempt.number for attempt in run.attempts()), default=0),
         "user": getpass.getuser(),
         "local": local,
         "workdir": str(spec.workdir),

@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 
 from launchers.folder.run_folder import Attempt, rank_name
-from launchers.job.decide import BAD_STEP, CONNECTION, DISK, USER
+from launchers.job.decide import BAD_STEP, CONNECTION, CRASH, DISK, USER
 from launchers.job.evidence import describe_error
 from launchers.job.heartbeat import Heartbeat
 from launchers.local.orphans import end_with_agent
@@ -47,8 +47,9 @@ def main(folder: str, local: str) -> int:
     stacks = (attempt.folder / "stacks" / f"{name}.txt").open("a", encoding="utf-8")
     faulthandler.enable()  # after a crash in C, the log ends with its stack
     faulthandler.register(signal_number(plan["survive"]["stack_signal"]), file=stacks, all_threads=True)
-    # Ignored until the training loop handles them: the conductor repeats its warning.
+    # Ignored until the training loop handles them: the conductor and the agent repeat their warning.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal_number(plan["survive"]["checkpoint_signal"]), signal.SIG_IGN)
     heart = Heartbeat(Path(local) / f"{name}.json", rank)
     share_of_cpus(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
@@ -91,7 +92,7 @@ def _report_failure(attempt: Attempt, rank: int, error: Exception) -> int:
         kind, message = CONNECTION, str(error)
     elif isinstance(error, UserError):
         kind, message = USER, str(error)
-    elif kind == DISK and isinstance(error, OSError):
+    elif isinstance(error, OSError) and kind in (DISK, CRASH):
         message = explain_os_error(error)
     if isinstance(error, UserError):
         print(f"error: {message}", file=sys.stderr)

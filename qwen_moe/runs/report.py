@@ -8,7 +8,7 @@ from typing import Any
 
 from launchers.folder.atomic import replaced
 from qwen_moe.config import ObjectiveConfig, load_config
-from qwen_moe.errors import UserError
+from qwen_moe.errors import UserError, explain_failure
 from qwen_moe.packages import missing_text
 from qwen_moe.runs import task_scores
 from qwen_moe.runs.records import RESOLVED
@@ -209,7 +209,8 @@ def draw_if_possible(run_dir: Path) -> list[str]:
     except UserError:
         raise
     except Exception as error:  # a full disk, or a broken matplotlib
-        print(f"no pictures: {type(error).__name__}: {error}", file=sys.stderr)
+        why = explain_failure(error) or f"{type(error).__name__}: {error}"
+        print(f"no pictures in {run_dir}: {why}; `qwen-moe report {run_dir}` draws them", file=sys.stderr)
         return []
 
 

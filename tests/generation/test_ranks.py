@@ -10,10 +10,11 @@ from parallel.mesh import Grids, Layout
 from qwen_moe.checkpoint.tensor_store import ModuleTensors
 from qwen_moe.config import DualChunk, ModelConfig
 from qwen_moe.generation.engine import Engine, Limits
+from qwen_moe.generation.likelihood import ScoredText
 from qwen_moe.generation.ranks import ShardedRunner, gather_shares, load_sharded
 from qwen_moe.generation.runner import LocalRunner, Runner
 from qwen_moe.generation.sampling import Sampling
-from qwen_moe.models.attention.sparse import SparseSettings
+from qwen_moe.models.attention.sparse import SparseRecord, SparseSettings
 from tests.distributed import run_distributed
 from tests.models.hf_reference import draw_weights
 from tests.small import small_model
@@ -73,28 +74,38 @@ def test_layouts_draw_the_same_without_routing(layout: Layout) -> None:
 
 
 # The command's one process and its two drew other tokens: the last layer read the last token densely in one process alone.
+# And the ranks counted what the last layer left out of tokens that nothing depends on.
 @pytest.mark.parametrize("chunks", [None, DualChunk(chunk_size=60, local_size=16)], ids=["plain", "chunks"])
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2)], ids=str)
 def test_layouts_read_sparsely_what_one_process_reads(layout: Layout, chunks: DualChunk | None) -> None:
-    expected = long_answers(LocalRunner(draw_weights(long_config(chunks), 4).eval()), chunks, SPARSE)
-    assert expected != long_answers(LocalRunner(draw_weights(long_config(chunks), 4).eval()), chunks, None)
-    for found in run_distributed(_long_answers, layout.world_size, layout, chunks):
+    expected, record = long_answers(LocalRunner(draw_weights(long_config(chunks), 4).eval()), chunks, SPARSE)
+    assert expected != long_answers(LocalRunner(draw_weights(long_config(chunks), 4).eval()), chunks, None)[0]
+    assert record is not None and record.shares()["kept"] < 0.9
+    results = run_distributed(_long_answers, layout.world_size, layout, chunks)
+    for found, _ in results:
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-10)
+    joined = SparseRecord.joined(record for _, record in results)
+    assert joined.shares() == pytest.approx(record.shares(), abs=1e-10)
+    assert joined.layers.keys() == record.layers.keys()
 
 
 def long_config(chunks: DualChunk | None) -> ModelConfig:
     return small_model(max_position_embeddings=1024, vocab_size=61, dual_chunk=chunks)
 
 
-def long_answers(runner: Runner, chunks: DualChunk | None, sparse: SparseSettings | None) -> list[list[float]]:
-    """Log-probabilities of the answers to long prompts."""
+LongAnswers = tuple[list[list[float]], SparseRecord | None]
+
+
+def long_answers(runner: Runner, chunks: DualChunk | None, sparse: SparseSettings | None) -> LongAnswers:
+    """Log-probabilities of the answers to long prompts and of scored tokens of them, and what this rank left out."""
     engine = Engine(runner, long_config(chunks), sparse=sparse, limits=Limits(chunk=400))
     prompts = [torch.randint(61, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 390, 777)]
     answers = engine.generate(prompts, Sampling(max_new_tokens=3, temperature=1.0, seed=3))
-    return [answer.log_probs for of in answers for answer in of]
+    texts = engine.likelihoods([ScoredText(prompt, 8 + len(prompt) // 20) for prompt in prompts])
+    return [answer.log_probs for of in answers for answer in of] + [[text.log_prob for text in texts]], engine.record
 
 
-def _long_answers(layout: Layout, chunks: DualChunk | None) -> list[list[float]]:
+def _long_answers(layout: Layout, chunks: DualChunk | None) -> LongAnswers:
     shape = long_config(chunks)
     grids = Grids(layout, "cpu", kv_heads=shape.num_key_value_heads)
     model = load_sharded(

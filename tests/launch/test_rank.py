@@ -1,5 +1,6 @@
 """One rank of a launched run, by itself: what its report says decides whether the run goes on."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import yaml
 from launchers.folder.run_folder import RunFolder
 from launchers.job.decide import Evidence, Limits, decide
 from launchers.job.evidence import collect_failures
-from qwen_moe.launch.rank import share_of_cpus
+from qwen_moe.launch.rank import _report_failure, share_of_cpus
 from tests.small import model_values
 
 # Rank 0 of two: it sees rank 1 arrive, and is killed before it says that the run may begin.
@@ -66,3 +67,14 @@ def test_ranks_share_the_cpus_of_their_node(monkeypatch: pytest.MonkeyPatch) -> 
     assert bound == [{1, 2}, {3, 5}]
     share_of_cpus(0, 6)
     assert len(bound) == 2, "fewer CPUs than processes: none is bound"
+
+
+def test_a_folder_that_is_read_only_is_said_as_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launched run said only `[Errno 30] Read-only file system: '...'`."""
+    monkeypatch.setenv("QWEN_MOE_NODE", "n1")
+    attempt = RunFolder(tmp_path / "run").new_attempt()
+    problem = OSError(errno.EROFS, os.strerror(errno.EROFS), "/shared/step_00000020.partial")
+    assert _report_failure(attempt, 0, problem) == 1
+    (failure,) = collect_failures(attempt)
+    assert failure.message == "/shared/step_00000020.partial: this file system is read-only: give another path"
+    assert decide(Evidence(failures=(failure,)), Limits()).action == "go on"  # it may be this node's fault

@@ -1,6 +1,8 @@
 """`qwen-moe report`, metrics that survive crashes, and the room that checkpoints need."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 from qwen_moe.checkpoint import preflight
 from qwen_moe.cli import main
 from qwen_moe.errors import UserError
+from qwen_moe.runs import report
 from qwen_moe.runs.recorder import MetricsLog
 from qwen_moe.runs.records import read_lines
 from tests.training.test_step import make_config
@@ -47,6 +50,20 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert Path(path).read_bytes().startswith(b"\x89PNG")
     assert main(["report", str(tmp_path)]) == 0
     assert "validation loss   4.5000" in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_the_report_without_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(run_dir: Path) -> list[Path]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_run(tmp_path, [record(1)])
+    monkeypatch.setattr(report, "draw", full)
+    assert main(["report", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "training loss     4.9000" in said.out and said.err.count("\n") == 1
+    assert f"no pictures in {tmp_path}: " in said.err and "free some space" in said.err
 
 
 @pytest.mark.parametrize("content", [None, ""])

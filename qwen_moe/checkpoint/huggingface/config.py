@@ -1,5 +1,6 @@
 """Converts Hugging Face's config.json to ModelConfig and back. Absent keys mean what they mean to transformers."""
 
+import json
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -9,6 +10,7 @@ from qwen_moe.checkpoint.huggingface.fp8 import check_quantization
 from qwen_moe.checkpoint.huggingface.rope import read_rope, write_rope
 from qwen_moe.config import ModelConfig, parse_model
 from qwen_moe.config.families import FAMILIES, Family
+from qwen_moe.config.fields import whole_number
 from qwen_moe.errors import UserError
 
 # Keys that do not change what the model computes here, or that have their own checks.
@@ -45,6 +47,7 @@ _UNUSED = frozenset(
         "use_sliding_window",
     ]
 )
+_SILU = ("silu", "swish")  # two names of one function
 # Keys of classifiers, as transformers calls reward models, which name the scores.
 _LABELS = ("id2label", "label2id", "num_labels", "problem_type")
 
@@ -75,6 +78,7 @@ _TYPES: dict[str, tuple[type, str]] = {
 }
 # Sizes and switches, by a default: `ModelConfig` reads them in recipes, too, where text such as "16" is a number.
 _SETTINGS = {"head_dim": 0} | {key: value for row in FAMILIES.values() for key, value in row.hf_defaults.items()}
+_WINDOW, _MAX_WINDOW_LAYERS = 4096, 28  # transformers' values for keys that config.json lacks
 _NUMBERS = ("rope_theta", "num_experts", "num_local_experts", "attention_dropout")
 
 
@@ -128,20 +132,42 @@ def _family(values: dict[str, Any], where: str) -> str:
 
 
 def _refuse_unsupported(values: dict[str, Any], where: str) -> None:
-    if values.get("use_sliding_window"):
-        raise UserError(f"{where}: use_sliding_window is true, and sliding-window attention is not supported")
     other = sorted({str(kind) for kind in values.get("layer_types") or [] if kind != "full_attention"})
     if other:
         raise UserError(f"{where}: layer_types has {', '.join(other)}: only full_attention is supported")
-    if values.get("is_causal") is False:
+    if not values.get("is_causal", True):
         raise UserError(
-            f"{where}: is_causal is false, so every token sees those after it, as in models that embed texts: only causal "
-            "attention is supported"
+            f"{where}: is_causal is {json.dumps(values['is_causal'])}, so every token sees those after it, as in models "
+            "that embed texts: only causal attention is supported"
         )
-    if values.get("hidden_act", "silu") != "silu":
+    if values.get("hidden_act", "silu") not in _SILU:
         raise UserError(f"{where}: hidden_act is {values['hidden_act']!r}: only 'silu' is supported")
     if values.get("quantization_config"):
         check_quantization(values["quantization_config"], where)
+
+
+def _refuse_windows(values: dict[str, Any], features: Family, layers: Any, where: str) -> None:
+    """Raise UserError if transformers would give any of ``layers`` layers a sliding window. `layer_types` that name one are
+    refused before."""
+    if not values.get("use_sliding_window"):
+        return
+    window, last = values.get("sliding_window", _WINDOW), values.get("max_window_layers", _MAX_WINDOW_LAYERS)
+    for key, value in (("sliding_window", window), ("max_window_layers", last)):
+        if type(value) is not int and not (key == "sliding_window" and value is None):
+            raise UserError(f"{where}: {key} is {json.dumps(value)[:100]}, expected a whole number")
+    if features.windows == "all":
+        count, why = layers if window is not None else 0, f"sliding_window {window}"
+    elif values.get("layer_types") is not None:
+        return
+    elif features.windows == "lower":
+        count, why = (min(layers, max(last, 0)) + 1) // 2, f"max_window_layers {last}"
+    else:
+        count, why = 0 if window is None else layers - min(layers, max(last, 0)), f"max_window_layers {last}"
+    if count:
+        raise UserError(
+            f"{where}: use_sliding_window is true, which gives {count} of {layers} layers a sliding window ({why}): only "
+            "full attention is supported"
+        )
 
 
 def _criteria(values: dict[str, Any], family: str, where: str) -> tuple[str, ...]:
@@ -206,6 +232,8 @@ def interpret(values: dict[str, Any], where: str = "config.json") -> Interpretat
             f"{where}: layer_types has {len(layer_types)} entries but num_hidden_layers is {layers}: correct one of them, "
             "or remove layer_types"
         )
+    if isinstance(layers := whole_number(layers), int):
+        _refuse_windows(values, features, layers, where)
     if fields["num_key_value_heads"] is None:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
     head_dim = given.get("head_dim", defaults.get("head_dim"))
@@ -297,6 +325,8 @@ def hf_config(config: ModelConfig, original: dict[str, Any] | None = None, dtype
             values |= {key: fresh[key] for key in _keys(name, config.features) if key in fresh}
             if name == "num_hidden_layers" and values.get("layer_types"):
                 values["layer_types"] = ["full_attention"] * config.num_hidden_layers
+            if name == "num_hidden_layers" and values.get("use_sliding_window"):
+                values["use_sliding_window"] = False  # it had no effect on the layers of the original
     if dtype is not None:
         present = [key for key in ("dtype", "torch_dtype") if key in values] or ["dtype", "torch_dtype"]
         values |= dict.fromkeys(present, dtype)

@@ -11,6 +11,8 @@ from qwen_moe.errors import UserError
 DEFAULT_ROPE_THETA = 10_000.0
 _KINDS = get_args(RopeScaling.model_fields["type"].annotation)
 _TYPE_KEYS = ("rope_type", "type")
+# Zero means the same as no value, as in transformers.
+_DEFAULT_IF_ZERO = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _PARTIAL = "partial_rotary_factor"
 
 
@@ -52,6 +54,9 @@ def _scaling(
             "config.json to convert the model at its native context length"
         )
     known = {name: inside[name] for name in RopeScaling.model_fields if name != "type" and inside.get(name) is not None}
+    if inside.get("truncate", True) is None:
+        known["truncate"] = False  # as in transformers
+    known = {name: value for name, value in known.items() if name not in _DEFAULT_IF_ZERO or value != 0}
     if kind == "yarn" and values.get("original_max_position_embeddings") is not None:
         known["original_max_position_embeddings"] = values["original_max_position_embeddings"]  # as in transformers
     if kind != "yarn":

@@ -6,8 +6,9 @@ queries. Each query attends to all of these, and to the block's own keys up to i
 and never a later key. Every chunk of a prompt chooses its own lines by its last queries, without a look at later chunks. So
 later tokens of a chunk decide which keys an earlier query leaves out, as in every method that chooses in this way.
 
-The last query of a chunk attends to all keys. The reason: a model's last layer may compute only the last token of a prompt,
-and then cannot choose lines. A model that is split over ranks computes every token there, and must give the same.
+The last query of a chunk attends to all keys: what is drawn next depends on the last token of a prompt most. In the last
+layer of a model it depends on that token alone, so no other query of a prompt is computed there, and nothing is chosen or
+measured.
 
 The share of attention that is kept is exp(lse of the kept keys - lse of all keys) of a query. It is measured on queries of
 the chunk that did not choose the lines. With `SparseSettings.kept_share` a head's budget is doubled until their mean share

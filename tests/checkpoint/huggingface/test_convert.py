@@ -296,6 +296,10 @@ def test_target_that_holds_something(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="taken exists and is not empty"):
         convert_from_hf(tmp_path / "hf", tmp_path / "taken")
+    for name, where in (("link", tmp_path / "empty"), ("dead", tmp_path / "nowhere")):
+        (tmp_path / name).symlink_to(where)  # which the finished directory could not replace
+        with pytest.raises(UserError, match=f"{name} is a link to {where}: give that directory itself"):
+            convert_from_hf(tmp_path / "hf", tmp_path / name)
     convert_from_hf(tmp_path / "hf", tmp_path / "empty")
     with pytest.raises(UserError, match="taken exists and is not empty"):
         convert_to_hf(tmp_path / "empty", tmp_path / "taken")

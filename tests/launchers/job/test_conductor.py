@@ -90,13 +90,48 @@ def test_a_full_disk_stops_the_run_and_says_so(
     assert "decision.json could not be written: No space left on device" in told and "attempt 2" not in told
 
 
-def test_failures_before_the_last_launch_do_not_count(tmp_path: Path) -> None:
-    """Launching again says that the user has repaired what failed."""
-    run = launched(tmp_path, launched=100.0)
+# `scancel --signal=INT` during the preflight stopped the run for good: "no node reported its facts".
+@pytest.mark.parametrize("how", ["kill -INT $$", "exit 130", "exit 143"])
+def test_a_signal_during_the_preflight_is_not_the_nodes_fault(
+    tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = launched(tmp_path, agent="some.module", preflight=asdict(Site().preflight) | {"level": "quick"})
+    (run.launch / "cancelled.json").unlink()
+    command = arguments(tmp_path, run)
+    (tmp_path / "on_every_node").write_text(f"#!/bin/sh\n{how}\n")
+    assert conductor.main(command) == 130
+    assert "attempt 1: requeue (terminated): stopped from outside" in capsys.readouterr().out
+
+
+# Its second failure in a row stopped `launch --local`, because "localhost" was to be left out.
+def test_one_machine_goes_on_after_failures_as_long_as_there_is_progress(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = launched(tmp_path, agent="some.module")
+    (run.launch / "cancelled.json").unlink()
+    command = arguments(tmp_path, run)
+    (tmp_path / "on_every_node").write_text(f"""#!/bin/sh
+        folder=$3; number=$(basename $folder)
+        mkdir -p {run.run_dir}/checkpoints/step_00000$number $folder/failures
+        echo > {run.run_dir}/checkpoints/step_00000$number/manifest.json
+        test $number = 004 && echo '{{"outcome": "complete"}}' > $folder/outcome.json && exit 0
+        echo '[{{"rank": 0, "exit_code": -9, "time": 1.0, "pid": 1}}]' > $folder/failures/localhost.json; exit 1
+    """)
+    assert conductor.main(command) == 0, capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.count("go on (failure): rank 0 on localhost") == 3 and "attempt 4: done" in said
+
+
+# By time alone, failures were not counted on nodes whose clock was behind that of the machine that launched: no attempt was
+# the last one. And earlier failures counted where it was ahead.
+@pytest.mark.parametrize("ahead", [None, -1000.0, 1000.0])
+def test_failures_before_the_last_launch_do_not_count(tmp_path: Path, ahead: float | None) -> None:
+    """Launching again says that the user has repaired what failed. Older launch.json have only the time."""
+    run = launched(tmp_path, launched=100.0, **({} if ahead is None else {"earlier_attempts": 2}))
     for started, before, after in ((50.0, 0, 0), (99.0, 0, 5), (100.0, 5, 5), (150.0, 5, 8)):
         evidence = {"saved_before": before, "saved_after": after}
         said = {"action": "go on", "kind": "failure", "reason": "", "host": f"at {started:.0f}"}
-        run.new_attempt().write("decision.json", said | {"started": started, "evidence": evidence})
+        run.new_attempt().write("decision.json", said | {"started": started + (ahead or 0), "evidence": evidence})
     one = object.__new__(conductor.Conductor)
     one.run, one.facts = run, run.facts()
     found = one._history(run.new_attempt())

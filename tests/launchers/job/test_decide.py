@@ -142,6 +142,25 @@ def test_what_ranks_said_comes_before_what_their_agents_saw(tmp_path: Path) -> N
     assert exit_text(3) == "exit code 3"
 
 
+# A port that was taken in between: "the processes exited with code 1 and no error report".
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        ("  File x\ntorch.distributed.DistNetworkError: port: 5, EADDRINUSE\n", [("agent", "EADDRINUSE")]),
+        ("OSError: [Errno 28] No space left on device\n", [("disk", "No space left")]),
+        ("training goes well\n", []),
+        ("", []),
+    ],
+)
+def test_an_agent_of_this_machine_says_why_it_failed(tmp_path: Path, log: str, expected: list[tuple[str, str]]) -> None:
+    attempt = RunFolder(tmp_path).new_attempt()
+    (attempt.folder / "srun.log").write_text(log)
+    found = collect_failures(attempt)
+    assert len(found) == len(expected)
+    for failure, (kind, words) in zip(found, expected, strict=True):
+        assert failure.kind == kind and words in failure.message and failure.host == "localhost"
+
+
 def test_half_written_files_are_not_read(tmp_path: Path) -> None:
     attempt = Attempt(tmp_path)
     (tmp_path / "nodes").mkdir()

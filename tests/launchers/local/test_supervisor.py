@@ -79,15 +79,34 @@ WAITING = """
 """
 
 
-def test_an_interrupt_lets_the_worker_save_first(tmp_path: Path) -> None:
-    def interrupt_when_ready() -> None:
-        while not (tmp_path / "ready").exists():
+def interrupt_when_ready(folder: Path) -> None:
+    def interrupt() -> None:
+        while not (folder / "ready").exists():
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt_when_ready).start()
+    threading.Thread(target=interrupt).start()
+
+
+def test_an_interrupt_lets_the_worker_save_first(tmp_path: Path) -> None:
+    interrupt_when_ready(tmp_path)
     assert supervise(tmp_path, WAITING).code == INTERRUPTED
     assert (tmp_path / "saved").exists()
+
+
+# It said "saving a checkpoint" of a run that had not begun its first step, and nothing after that.
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_stop_says_whether_anything_was_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], saves: bool
+) -> None:
+    (tmp_path / "progress").write_text("yes")  # of an earlier start
+    interrupt_when_ready(tmp_path)
+    assert supervise(tmp_path, WAITING.replace('"saved"', '"progress"') if saves else WAITING).code == INTERRUPTED
+    said = capsys.readouterr().err
+    assert "stopping: a step that has begun is completed and saved (interrupt again to stop at once)" in said
+    assert ("stopped before a new checkpoint was saved: the same command starts where this one did" in said) == (
+        not saves
+    )
 
 
 def test_a_run_folder_has_one_run_and_the_lock_dies_with_its_holder(tmp_path: Path) -> None:
