@@ -221,7 +221,7 @@ def draw_extrapolation(fit: Fit, path: Path) -> Path:
 
 
 def draw_exponents(fit: Fit, path: Path) -> Path:
-    """Draw the exponents of every refit to resampled groups, the fitted exponents, and Step Law's published ones."""
+    """Draw the exponents of all samples of the fit, the fitted exponents, and Step Law's published ones."""
     plt = _pyplot()
     shown: list[tuple[str, list[float], float, float | None]] = []
     if fit.surface is not None and len(fit.surface_samples) >= 20:
@@ -250,8 +250,7 @@ def draw_exponents(fit: Fit, path: Path) -> Path:
         axes.legend(fontsize=6)
     for axes in list(grid.flat)[len(shown) :]:
         axes.axis("off")
-    figure.suptitle(
-        f"Exponents over {max(len(fit.surface_samples), len(fit.loss_samples))} refits to resampled groups", fontsize=10
-    )
+    samples = max(len(fit.surface_samples), len(fit.loss_samples))
+    figure.suptitle(f"Exponents over {samples} {fit.intervals_of}", fontsize=10)
     figure.tight_layout()
     return _save(figure, path)
