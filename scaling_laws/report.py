@@ -80,7 +80,7 @@ def report_text(fit: Fit, pictures: list[str]) -> str:
         lines += [
             "## Held out",
             "",
-            "| fitted without | groups | compute ratio | excess loss of the recommended run | Step Law's | loss error |",
+            "| fitted without | groups | compute ratio | excess loss of the nearest run | Step Law's | loss error |",
             "|---|---|---|---|---|---|",
         ]
         for row in fit.validation:

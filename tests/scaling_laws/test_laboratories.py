@@ -14,6 +14,7 @@ from scaling_laws.laboratories import BETWEEN, REPORTS, laboratory_prior
 from scaling_laws.runs import read_runs
 from scaling_laws.surface import Surface, deepseek_law, step_law_as_published
 from scaling_laws.surface_fit import _begin, _problem, fit_surface
+from scaling_laws.validation import _parts
 from tests.scaling_laws.data import LAWS, optimum, synthetic
 
 N, D = 1e9, 1e10  # the reference
@@ -155,6 +156,17 @@ def test_what_is_assumed_is_said_and_not_given_an_interval(
     assert "assumed: learning rate ~ N_total^-0.7" in capsys.readouterr().out
     assert main([*arguments, "--no-prior"]) == 0
     assert "prior removed, except for what the runs do not tell: Step Law, DeepSeek" in capsys.readouterr().out
+
+
+def test_models_of_one_sparsity_do_not_tell_its_effect(tmp_path: Path) -> None:
+    """Their shares of activated parameters differ by a few percent. Without the prior, a fit once found N_active^7."""
+    table = pd.read_csv(synthetic(tmp_path / "all.csv", noise=1e-2))
+    share = 0.36 + 0.01 * (table["n_total"] < 2e8)
+    table.assign(n_active=share * table["n_total"]).to_csv(tmp_path / "runs.csv", index=False)
+    frame = read_runs([tmp_path / "runs.csv"]).frame
+    surface = fit_surface(frame, prior=laboratory_prior(removed=True))
+    assert "sparsity" in surface.held and max(abs(surface.learning_rate[3]), abs(surface.batch[3])) < 0.5
+    assert not any("sparsity" in name for name, _ in _parts(frame))
 
 
 def test_runs_that_ended_in_their_warm_up_are_left_out(tmp_path: Path) -> None:
