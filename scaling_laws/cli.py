@@ -33,9 +33,7 @@ def register(
     fit = verbs.add_parser("fit", help="fit laws to tables of runs")
     fit.add_argument("runs", nargs="+", type=Path, metavar="RUNS.csv", help="CSV or JSONL, see docs/scaling-laws.md")
     fit.add_argument("--output", type=Path, required=True, metavar="FIT_DIR", help="folder for the fit")
-    fit.add_argument(
-        "--samples", type=int, default=200, help="refits to resampled groups, for intervals (default: 200)"
-    )
+    fit.add_argument("--samples", type=int, default=200, help="refits or draws, for intervals (default: 200)")
     fit.add_argument("--seed", type=int, default=0, help="of the resampling (default: 0)")
     fit.add_argument(
         "--no-prior", action="store_true", help="use what laboratories publish only for what the table does not tell"

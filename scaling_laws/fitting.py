@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 
 from scaling_laws.atomic import write_text
+from scaling_laws.draws import FEW_GROUPS, draws
 from scaling_laws.errors import InputError
 from scaling_laws.forms import FORMS
 from scaling_laws.laboratories import Prior, laboratory_prior
 from scaling_laws.loss_law import LossLaw
-from scaling_laws.runs import RunTable, read_runs
+from scaling_laws.runs import MOST_AT_EDGE, RunTable, read_runs
 from scaling_laws.surface import NOISE, Surface, fit_step_law
 from scaling_laws.surface_fit import fit_surface
 from scaling_laws.validation import (
@@ -32,13 +33,15 @@ from scaling_laws.validation import (
 FIT = "fit.json"
 RUNS = "runs.csv"  # the table of the fit
 DIGEST = "sha256"  # key of the hash of all other values
+DOUBTFUL = 0.02  # excess loss below which a run should not have diverged
+LEAST_VALUES = 3  # of learning rate or batch in a group, for a note that its optimum lies beyond them
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
     """Everything that was fitted. ``ranges``: [least, most] of each quantity in the runs. ``*_samples``: refits to
-    resampled groups (cluster bootstrap)."""
+    resampled groups (cluster bootstrap), or, if ``drawn``, draws of what few groups tell (`scaling_laws.draws`)."""
 
     convention: str
     runs: int
@@ -58,6 +61,14 @@ class Fit:
     prior_removed: bool  # then it counts only for what the table does not tell
     table_sha256: str = ""  # of the table as it is kept beside the fit; fits of earlier versions do not say
     warnings: list[str] = field(default_factory=list)
+    drawn: bool = False
+
+    @property
+    def intervals_of(self) -> str:
+        """What the samples are, as text."""
+        if self.drawn:
+            return "draws of what the runs and the prior tell"
+        return "refits to resampled groups, each with another draw of the prior"
 
     def save(self, folder: Path, table: RunTable) -> None:
         """Write runs.csv and fit.json, each whole or not at all. `read_table` sees if they do not belong together."""
@@ -142,6 +153,45 @@ def _noisy(surface: Surface) -> list[str]:
     ]
 
 
+def _beyond(surface: Surface, finished: pd.DataFrame, told: list[str]) -> list[str]:
+    """Notes if the fitted optima of most groups lie beyond their runs, unless the table's notes have ``told`` so. In crosses
+    the best run need not be at an edge for that."""
+    notes = []
+    optima = surface.optimum(finished["n_total"], finished["n_active"], finished["tokens"])
+    for column, what, best in (
+        ("learning_rate", "learning rate", optima[0]),
+        ("batch_tokens", "batch size", optima[1]),
+    ):
+        ratio = pd.Series(best / finished[column].to_numpy(float), finished.index).groupby(finished["group"])
+        ratio = ratio.filter(lambda values: values.nunique() >= LEAST_VALUES).groupby(finished["group"])
+        for count, side in ((int((ratio.min() > 1).sum()), "larger"), (int((ratio.max() < 1).sum()), "smaller")):
+            if count > MOST_AT_EDGE * ratio.ngroups and not any(
+                f"runs with {side} ones" in t and what in t for t in told
+            ):
+                notes.append(
+                    f"in {count} of {ratio.ngroups} groups the fitted {what} is {side} than any that was tried: it is "
+                    f"extrapolated there, and is less certain than is said; add runs with {side} ones"
+                )
+    return notes
+
+
+def _doubtful(surface: Surface, frame: pd.DataFrame) -> list[str]:
+    """A note on diverged runs whose settings are good ones, as far as the others tell."""
+    blown = frame[frame["diverged"]]
+    place = (blown[c] for c in ("n_total", "n_active", "tokens", "learning_rate", "batch_tokens"))
+    doubtful = blown[surface.excess(*place) < DOUBTFUL]
+    if doubtful.empty:
+        return []
+    first = doubtful.iloc[0]
+    rate, batch, n = (first[c] for c in ("learning_rate", "batch_tokens", "n_total"))
+    where = f"learning rate {rate:.3g}, batch {batch:,.0f} tokens, N {n:.3g}"
+    return [
+        f"{len(doubtful)} of {len(blown)} diverged runs have settings at which the others let expect a loss less than "
+        f"{DOUBTFUL:.0%} above the best (first: {where}): they count little; if they blew up by accident, run them again, "
+        "else run their neighbors with another seed"
+    ]
+
+
 def _resamples(frame: pd.DataFrame, steps: Iterable[int], seed: int) -> Iterator[pd.DataFrame]:
     """Cluster bootstrap: for each of ``steps``, as many groups as ``frame`` has, drawn with replacement."""
     groups = list(frame.groupby("group").indices.values())
@@ -209,6 +259,7 @@ def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress, p
     if table.has_hyperparameters:
         surface = fit_surface(frame, prior=prior)
         step_law = fit_step_law(frame)
+        notes += _beyond(surface, finished, notes) + _doubtful(surface, frame)
         notes += _assumed_exponents(surface) + _noisy(surface)
     best = minima(surface, finished)
     parts = hold_outs(frame if surface is not None else finished, surface is not None, prior)
@@ -222,7 +273,12 @@ def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress, p
         if surface is None:
             raise
         notes.append(f"no loss law: {error}")
-    surfaces, laws = _refits(_resamples(frame, progress(range(samples)), seed), surface, law, form, _drawn(prior, seed))
+    few = frame["group"].nunique() < FEW_GROUPS
+    if few:
+        surfaces, laws = draws(frame, (surface, law), prior, progress(range(samples)), seed)
+    else:
+        resamples = _resamples(frame, progress(range(samples)), seed)
+        surfaces, laws = _refits(resamples, surface, law, form, _drawn(prior, seed))
     notes += _not_fitted(
         samples, len(surfaces) if surface is not None else None, len(laws) if law is not None else None
     )
@@ -244,4 +300,5 @@ def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress, p
         laboratories=list(prior.laboratories),
         prior_removed=prior.removed,
         warnings=notes,
+        drawn=few,
     )

@@ -11,6 +11,7 @@ from scaling_laws.fitting import Fit
 from scaling_laws.forms import FORMS, points_of
 from scaling_laws.loss_law import compute_optimal
 from scaling_laws.surface import STEP_LAW_B, STEP_LAW_LR, WINDOW, group_excess, power_law
+from scaling_laws.surface_fit import ASSUMED
 from scaling_laws.validation import compute_of, minima
 
 if TYPE_CHECKING:
@@ -33,13 +34,28 @@ def _save(figure: "Figure", path: Path) -> Path:
     return path
 
 
+def _label_decades(axes: Any) -> None:
+    """Label 1 and 3 of each decade on both axes, so that labels do not run into each other."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for scale in (axes.xaxis, axes.yaxis):
+        scale.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=12))
+        scale.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:.1e}".replace(".0e", "e").replace("-0", "-").replace("+0", ""))
+        )
+        scale.set_minor_formatter(NullFormatter())
+
+
+def _around(values: pd.Series, best: np.ndarray) -> np.ndarray:
+    """From below to above ``values``, and the ``best`` one, which may lie beyond them."""
+    return np.geomspace(min(values.min(), best[0]) / 1.3, max(values.max(), best[0]) * 1.3, 90)
+
+
 def draw_surface(fit: Fit, frame: pd.DataFrame, path: Path) -> Path:
     """Draw up to six groups, from the least to the most compute: runs colored by excess loss, the surface's contours and
     optimum, and Step Law's point."""
     assert fit.surface is not None and fit.step_law is not None
     plt = _pyplot()
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     finished = frame[~frame["diverged"]].copy()
     finished["excess"] = group_excess(finished)
     order = finished.groupby("group").first().eval("n_active * tokens").sort_values().index
@@ -53,19 +69,20 @@ def draw_surface(fit: Fit, frame: pd.DataFrame, path: Path) -> Path:
         runs = finished[finished["group"] == group]
         first = runs.iloc[0]
         sizes = (first["n_total"], first["n_active"], first["tokens"])
-        rate = np.geomspace(runs["learning_rate"].min() / 1.3, runs["learning_rate"].max() * 1.3, 90)
-        batch = np.geomspace(runs["batch_tokens"].min() / 1.3, runs["batch_tokens"].max() * 1.3, 90)
+        best_rate, best_batch = fit.surface.optimum(*sizes)
+        rate, batch = (
+            _around(runs[c], best) for c, best in (("learning_rate", best_rate), ("batch_tokens", best_batch))
+        )
         x, y = np.meshgrid(rate, batch)
         n_total, n_active, tokens = (np.full(x.size, size) for size in sizes)
         z = fit.surface.excess(n_total, n_active, tokens, x.ravel(), y.ravel()).reshape(x.shape)
         lines = axes.contour(x, y, z, levels=levels, colors="#555555", linewidths=0.8)
         axes.clabel(lines, fmt=lambda value: f"{value:.2%}".replace(".00%", "%"), fontsize=6)
         axes.contourf(x, y, z, levels=[-1, 0.0025], colors=["#6aa56a"], alpha=0.18)
-        shown = np.clip(runs["excess"], 1e-4, WINDOW)
+        shown = 100 * np.clip(runs["excess"], 1e-4, WINDOW)
         points = axes.scatter(
-            runs["learning_rate"], runs["batch_tokens"], c=shown, cmap="viridis_r", s=22, vmin=0, vmax=WINDOW
+            runs["learning_rate"], runs["batch_tokens"], c=shown, cmap="viridis_r", s=22, vmin=0, vmax=100 * WINDOW
         )
-        best_rate, best_batch = fit.surface.optimum(*sizes)
         axes.plot(best_rate, best_batch, "*", color="#d62728", markersize=13, label="recommended")
         other_rate, other_batch = fit.step_law.optimum(*sizes)
         axes.plot(other_rate, other_batch, "x", color="#1f4e8c", markersize=8, label="Step Law, fitted")
@@ -76,20 +93,19 @@ def draw_surface(fit: Fit, frame: pd.DataFrame, path: Path) -> Path:
         axes.set_xlabel("learning rate", fontsize=8)
         axes.set_ylabel("batch size, tokens", fontsize=8)
         axes.tick_params(labelsize=7)
-        for scale in (axes.xaxis, axes.yaxis):  # a decade on each axis, so that labels do not run into each other
-            scale.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=12))
-            scale.set_major_formatter(
-                FuncFormatter(lambda value, _: f"{value:.1e}".replace(".0e", "e").replace("-0", "-").replace("+0", ""))
-            )
-            scale.set_minor_formatter(NullFormatter())
+        _label_decades(axes)
     for axes in list(grid.flat)[len(chosen) :]:
         axes.axis("off")
     grid.flat[0].legend(fontsize=7, loc="lower right")
-    figure.suptitle("Excess loss over the group's best (green: within 0.25%)", fontsize=11)
+    figure.suptitle(
+        "Dots: loss over that of the group's best run. Contours: fitted loss over that of the recommended point (green: "
+        "within 0.25%)",
+        fontsize=11,
+    )
     figure.tight_layout(rect=(0, 0, 0.93, 0.97))
     if points is not None:
         bar = figure.colorbar(points, cax=figure.add_axes((0.945, 0.12, 0.012, 0.75)))
-        bar.set_label(f"measured excess (5% and more alike, window {WINDOW:.0%})", fontsize=7)
+        bar.set_label(f"loss over the group's best run, % ({WINDOW:.0%} and more alike)", fontsize=7)
         bar.ax.tick_params(labelsize=7)
     return _save(figure, path)
 
@@ -106,13 +122,14 @@ def draw_loss(fit: Fit, frame: pd.DataFrame, path: Path) -> Path:
     ends = [min(predicted.min(), points["loss"].min()), max(predicted.max(), points["loss"].max())]
     left.plot(ends, ends, color="#888888", linewidth=0.8)
     left.set_xlabel("predicted loss, nats per token")
-    left.set_ylabel("measured loss, nats per token")
+    what = "measured loss" if fit.surface is None else "loss of each group at its optimum"
+    left.set_ylabel(f"{what}, nats per token")
     compute = 6 * points["n_active"] * points["tokens"]
     right.scatter(compute, 100 * (points["loss"] / predicted - 1), c=colour, s=18, cmap="plasma")
     right.axhline(0, color="#888888", linewidth=0.8)
     right.set_xscale("log")
-    right.set_xlabel("compute, 6 N D FLOPs")
-    right.set_ylabel("measured over predicted, %")
+    right.set_xlabel("compute, 6 N_active D FLOPs")
+    right.set_ylabel(f"{what} over predicted, %")
     figure.colorbar(dots, ax=right, label="log10 of N_total")
     figure.suptitle(f"{fit.loss_law.form}: {fit.loss_law.text}  (N in 1e9, D in 1e10)", fontsize=9)
     figure.tight_layout()
@@ -129,7 +146,7 @@ def draw_validation(fit: Fit, path: Path) -> Path:
     bars = [("loss_error", "predicted loss, mean error", "#7f7f7f")]
     if fit.surface is not None:
         bars = [
-            ("excess", "excess loss of the recommended run", "#d62728"),
+            ("excess", "excess loss of the run nearest to the recommendation", "#d62728"),
             ("excess_step_law", "the same, Step Law fitted", "#1f4e8c"),
             *bars,
         ]
@@ -140,8 +157,9 @@ def draw_validation(fit: Fit, path: Path) -> Path:
         axes.bar_label(drawn, fmt="%.2f", fontsize=7)
     axes.set_xticks(place, names, fontsize=8)
     axes.set_ylabel("%")
-    axes.set_title("Fitted without, tried on", fontsize=11)
-    axes.legend(fontsize=8)
+    axes.set_title("Errors where the fit was made without these runs", fontsize=11)
+    axes.margins(y=0.1)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.28))
     figure.tight_layout()
     return _save(figure, path)
 
@@ -178,7 +196,10 @@ def draw_isoflop(fit: Fit, frame: pd.DataFrame, path: Path) -> Path:
     axes.set_xlabel("N_total, parameters" + (f" ({ratio:.0%} activated)" if ratio < 1 else ""))
     axes.set_ylabel("loss, nats per token")
     axes.set_title(
-        "Loss over size at equal compute (6 N_active D; dashed: beyond the runs; dots: runs within 1.4x)", fontsize=10
+        "Loss over size at equal compute (6 N_active D; dashed: more than any run had;\ndots: "
+        + ("runs" if fit.surface is None else "groups of runs, at their optimum,")
+        + " with that compute within a factor of 1.4)",
+        fontsize=10,
     )
     axes.legend(fontsize=8)
     axes.grid(alpha=0.25)
@@ -189,10 +210,12 @@ def draw_isoflop(fit: Fit, frame: pd.DataFrame, path: Path) -> Path:
 def draw_extrapolation(fit: Fit, path: Path) -> Path:
     """Draw the errors of held-out groups over how many times more compute they have than the fitted runs."""
     plt = _pyplot()
+    from matplotlib.ticker import LogFormatter
+
     kinds = [("loss_error", "error of the predicted loss", "#7f7f7f")]
     if fit.surface is not None:
         kinds += [
-            ("excess", "excess loss of the recommended run", "#d62728"),
+            ("excess", "excess loss of the run nearest to the recommendation", "#d62728"),
             ("excess_step_law", "the same, Step Law fitted", "#1f4e8c"),
         ]
     figure, axes = plt.subplots(figsize=(7.5, 4.4))
@@ -211,6 +234,8 @@ def draw_extrapolation(fit: Fit, path: Path) -> Path:
             label=f"{label} (mean {error.mean():.2f}%)",
         )
     axes.set_xscale("log")
+    for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        which(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     axes.set_xlabel("compute of the group over the most that was fitted")
     axes.set_ylabel("%")
     axes.set_title("Fitted to the lesser compute, tried on the greater (lines: means of equal parts)", fontsize=10)
@@ -221,7 +246,7 @@ def draw_extrapolation(fit: Fit, path: Path) -> Path:
 
 
 def draw_exponents(fit: Fit, path: Path) -> Path:
-    """Draw the exponents of every refit to resampled groups, the fitted exponents, and Step Law's published ones."""
+    """Draw the exponents of all samples of the fit, the fitted exponents, and Step Law's published ones."""
     plt = _pyplot()
     shown: list[tuple[str, list[float], float, float | None]] = []
     if fit.surface is not None and len(fit.surface_samples) >= 20:
@@ -230,7 +255,8 @@ def draw_exponents(fit: Fit, path: Path) -> Path:
             for name, place in (("n_total", 1), ("tokens", 2)):
                 values = [power_law(sample, which)[name] for sample in fit.surface_samples]
                 fitted = power_law(fit.surface, which)[name]
-                shown.append((f"{told} ~ {name}^", values, fitted, published[which][place]))
+                assumed = " (assumed)" if fit.surface.prior_share[which][place] > ASSUMED else ""
+                shown.append((f"{told} ~ {name}^{assumed}", values, fitted, published[which][place]))
     if fit.loss_law is not None and len(fit.loss_samples) >= 20:
         for name in FORMS[fit.loss_law.form].exponents:
             values = [sample.values[name] for sample in fit.loss_samples]
@@ -250,8 +276,7 @@ def draw_exponents(fit: Fit, path: Path) -> Path:
         axes.legend(fontsize=6)
     for axes in list(grid.flat)[len(shown) :]:
         axes.axis("off")
-    figure.suptitle(
-        f"Exponents over {max(len(fit.surface_samples), len(fit.loss_samples))} refits to resampled groups", fontsize=10
-    )
+    samples = max(len(fit.surface_samples), len(fit.loss_samples))
+    figure.suptitle(f"Exponents over {samples} {fit.intervals_of}", fontsize=10)
     figure.tight_layout()
     return _save(figure, path)

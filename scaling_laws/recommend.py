@@ -220,6 +220,13 @@ def _losses(fit: Fit, request: Request, target: _Target) -> tuple[float | None, 
     return float(fit.loss_law.at(where)[0]), [float(law.at(where)[0]) for law in fit.loss_samples]
 
 
+def _with_excess(losses: list[float], excesses: np.ndarray) -> list[float]:
+    """Each sample's loss at the recommended point, which is above that at its optimum by its excess there. Where a sample
+    has no loss law, the others are above by the mean."""
+    above = excesses if len(losses) == len(excesses) else np.full(len(losses), np.mean(excesses))
+    return [float(loss * (1 + excess)) for loss, excess in zip(losses, above, strict=True)]
+
+
 def _loss_doubts(fit: Fit) -> list[str]:
     """A warning if the loss law misses runs of more compute than it was fitted to. The interval of the predicted loss comes
     from refits of the same form, so it does not show that the form is wrong."""
@@ -273,7 +280,7 @@ def recommend(fit: Fit, request: Request) -> dict[str, Any]:
     resampled = {
         "learning_rate": [optimum[0] for optimum in optima],
         "batch_size_tokens": [optimum[1] for optimum in optima],
-        "predicted_loss": losses,
+        "predicted_loss": _with_excess(losses, excesses),
         "predicted_excess_loss": list(excesses),
     }
     result: dict[str, Any] = {

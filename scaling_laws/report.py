@@ -53,7 +53,7 @@ def report_text(fit: Fit, pictures: list[str]) -> str:
             "",
             f"* learning rate = {_law(fit, 'learning_rate')}",
             f"* batch size in tokens = {_law(fit, 'batch')}",
-            f"* intervals: 95% of {len(fit.surface_samples)} refits to resampled groups, each with another draw of the prior"
+            f"* intervals: 95% of {len(fit.surface_samples)} {fit.intervals_of}"
             if fit.groups >= LEAST_GROUPS
             else f"* no intervals: {fit.groups} groups are too few to resample",
             *(f"* {line}" for line in prior_of(fit)["text"]),
@@ -80,7 +80,7 @@ def report_text(fit: Fit, pictures: list[str]) -> str:
         lines += [
             "## Held out",
             "",
-            "| fitted without | groups | compute ratio | excess loss of the recommended run | Step Law's | loss error |",
+            "| fitted without | groups | compute ratio | excess loss of the nearest run | Step Law's | loss error |",
             "|---|---|---|---|---|---|",
         ]
         for row in fit.validation:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from scaling_laws.early import without_early
 from scaling_laws.errors import InputError
-from scaling_laws.table_file import OTHER_NAMES, hint_of_names, read_rows
+from scaling_laws.table_file import OTHER_NAMES, hint_of_names, plain, read_rows, refuse_overlooked
 
 POSITIVE = ("n_total", "n_active", "tokens", "seq_len", "learning_rate", "batch_size", "loss")
 HYPERPARAMETERS = ("learning_rate", "batch_size", "seq_len")
@@ -25,6 +25,7 @@ OPTIONAL_POSITIVE = (
     "loss_stderr",
     "gpu_hours",
     "training_flops",
+    "vocab_size",
 )
 OPTIONAL_NUMBERS = ("shared_hidden", "weight_decay", "warmup_tokens", "seed")
 OPTIONAL_TEXT = ("schedule", "n_convention")
@@ -44,7 +45,9 @@ TRUE, FALSE = ("1", "true", "yes", "1.0"), ("", "0", "false", "no", "0.0", "none
 SHOWN = 20  # problems in one message
 LEAST_RATIO, MOST_RATIO = 0.01, 1e5  # tokens per activated parameter of the median run; outside, units are mixed up
 SURE_RATIO = 1e3  # up to this, parameters and tokens are in the same unit
-LEAST_STEPS = 20  # of the median run; with fewer, batch_size is not in sequences
+LEAST_STEPS, FEW_STEPS = 20, 100  # of the median run: with fewer, batch_size is not in sequences, or hardly
+MOST_LOSS = 12.0  # nats per token of the median run: guessing among 160,000 tokens gives no more
+UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 LEAST_GROUPS = 3  # in a table, for a note about how many of their best runs have an extreme setting
 MOST_AT_EDGE = 0.5  # share of the groups; more of them are told
 
@@ -90,6 +93,11 @@ def _wrong(column: str, given: Any, hint: str = "", expected: str = "a positive 
             if without
             else " (a decimal point, not a comma)"
         )
+    unit = (
+        re.fullmatch(r"\s*(\d+\.?\d*)\s*([kmbgt])[a-z]*\s*", given, re.IGNORECASE) if isinstance(given, str) else None
+    )
+    if unit:
+        hint = f" (write {float(unit[1]) * UNITS[unit[2].lower()]:g}, without a unit)"
     return f"{column} is {shown}, expected {expected}{hint}"
 
 
@@ -130,11 +138,17 @@ def _row(record: dict[str, Any], hyperparameters: bool) -> tuple[dict[str, Any],
         if value is None:
             continue
         if not math.isfinite(value) or value < 0 or (value == 0 and column in OPTIONAL_POSITIVE):
-            problems.append(_wrong(column, record[column]))
+            problems.append(_wrong(column, record[column], " (leave it empty where it does not apply)"))
         row[column] = value
     for column in OPTIONAL_TEXT:
         if record.get(column):
             row[column] = str(record[column]).strip()
+    experts = row.get("num_experts", 1)
+    if not problems and _number(record.get("n_active")) is None and experts > row.get("top_k", 1):
+        problems.append(
+            f"n_active is empty, and num_experts is {experts:g}: give the parameters that one token uses (empty is for "
+            "dense models)"
+        )
     if not problems and row["n_active"] > row["n_total"]:
         problems.append(f"n_active {row['n_active']:g} is larger than n_total {row['n_total']:g}")
     return row, problems
@@ -150,14 +164,15 @@ def read_runs(paths: Sequence[Path]) -> RunTable:
         columns = {key for _, record in records for key in record}
         known = {*POSITIVE, *OPTIONAL_POSITIVE, *OPTIONAL_NUMBERS, *OPTIONAL_TEXT, "diverged"}
         named = {other for name in ("learning_rate", "batch_size") for other in (name, *OTHER_NAMES[name])}
-        hyperparameters = not named.isdisjoint(column.lower() for column in columns)
+        hyperparameters = not named.isdisjoint(plain(column) for column in columns)
         needed = [c for c in POSITIVE if c != "n_active" and (hyperparameters or c not in HYPERPARAMETERS)]
         missing = [column for column in needed if column not in columns]
         if missing:
             raise InputError(
                 f"{path} has no column {', '.join(missing)}: expected {', '.join(needed)} (and n_active for MoE); it has "
-                f"{', '.join(sorted(columns & known)) or 'none of these'}{hint_of_names(missing, columns)}"
+                f"{', '.join(sorted(columns & known)) or 'none of these'}{hint_of_names(missing, columns - known)}"
             )
+        refuse_overlooked(path, columns)
         for line, record in records:
             row, found = _row(record, hyperparameters)
             problems += [f"{path}:{line}: {problem}" for problem in found]
@@ -177,6 +192,10 @@ def _table(frame: pd.DataFrame) -> RunTable:
             f"n_convention is {', '.join(sorted(given))}: all rows must state the same one of {', '.join(CONVENTIONS)} "
             "(parameters without or with embedding and head); rows without it count as non_vocabulary"
         )
+    if "vocab_size" in frame and frame["vocab_size"].nunique() > 1:
+        sizes = frame.dropna(subset="vocab_size").groupby("vocab_size")["source"].first()
+        told = ", ".join(f"{size:,.0f} ({source})" for size, source in sizes.items())
+        raise InputError(f"losses with different vocabularies cannot be compared: vocab_size is {told}; fit each apart")
     if "learning_rate" in frame and frame["learning_rate"].isna().any():
         raise InputError("tables with and without learning_rate and batch_size cannot be mixed: fit them apart")
     keys = [c for c in ("n_total", "n_active", "tokens", *HYPERPARAMETERS, "seed", "loss") if c in frame]
@@ -191,7 +210,7 @@ def _table(frame: pd.DataFrame) -> RunTable:
     frame = frame.reset_index(drop=True)
     if "learning_rate" in frame:
         frame["batch_tokens"] = frame["batch_size"] * frame["seq_len"]
-        _check_steps(frame)
+        warnings += _check_steps(frame) + _lengths(frame)
         frame, early = without_early(frame)
         frame = frame.reset_index(drop=True)
         warnings += early
@@ -222,7 +241,24 @@ def _check_units(frame: pd.DataFrame) -> list[str]:
             f"the median run has {ratio:.3g} tokens per activated parameter, which is impossible: is one of n_total, "
             "n_active and tokens in millions or billions? They count parameters and tokens"
         )
+    if (loss := frame["loss"].median()) > MOST_LOSS:
+        warnings.append(
+            f"the median of loss is {loss:g}, and guessing among 160,000 tokens gives {MOST_LOSS:g}: is it a perplexity or "
+            "a percentage? It counts nats per token"
+        )
     return warnings
+
+
+def _lengths(frame: pd.DataFrame) -> list[str]:
+    """A note if sequence lengths differ, on which losses depend."""
+    lengths = sorted(frame.loc[~frame["diverged"], "seq_len"].unique())
+    if len(lengths) < 2:
+        return []
+    return [
+        f"seq_len is {', '.join(f'{length:g}' for length in lengths[:5])}: longer sequences lower the loss by themselves, "
+        "which the fit takes for an effect of the other settings; fit each length apart, unless the losses are of equal "
+        "sequences"
+    ]
 
 
 def _at_edges(frame: pd.DataFrame) -> list[str]:
@@ -249,8 +285,9 @@ def _at_edges(frame: pd.DataFrame) -> list[str]:
     return notes
 
 
-def _check_steps(frame: pd.DataFrame) -> None:
-    """Raises InputError if a step is longer than its run or runs have few steps: batch_size is then in tokens."""
+def _check_steps(frame: pd.DataFrame) -> list[str]:
+    """Raises InputError if a step is longer than its run or runs have few steps: batch_size is then in tokens. Returns a
+    note if they may be."""
     steps = frame["tokens"] / frame["batch_tokens"]
     worst = frame.loc[steps.idxmin()]
     told = (
@@ -266,3 +303,6 @@ def _check_steps(frame: pd.DataFrame) -> None:
             f"half of the runs have fewer than {steps.median():.3g} steps, too few to be runs ({told}, of a run of "
             f"{worst['tokens']:.3g}); {fix}"
         )
+    if steps.median() < FEW_STEPS:
+        return [f"half of the runs have fewer than {steps.median():.3g} steps, as if batch_size were in tokens; {fix}"]
+    return []

@@ -24,6 +24,7 @@ STEP_LAW_LR, STEP_LAW_B = (1.79, -0.713, 0.307), (0.58, 0.0, 0.571)
 # DeepSeek LLM (arXiv 2401.02954, equation 1): lr 0.3118 C^-0.1250, B 0.2920 C^0.3271 tokens. Its C counts attention too;
 # here it is 6 N D.
 DEEPSEEK_LR, DEEPSEEK_B = (0.3118, -0.1250), (0.2920, 0.3271)
+ALIKE = 1.1  # models of one intended size or sparsity differ by a few percent (experts, shared experts)
 WINDOW = 0.05  # rows within 5% of their group's best: farther out the cubic does not describe the loss
 _SHAPE = 7
 NOISE = 1.5e-3  # standard deviation of log loss between seeds, where nothing is known of them
@@ -95,8 +96,8 @@ FEATURES = ("1", "n_total", "tokens", "sparsity")
 def _free(frame: pd.DataFrame) -> np.ndarray:
     """The features whose effects the groups of ``frame`` determine, as a mask."""
     groups = frame.groupby("group").first()
-    ratio = (groups["n_active"] / groups["n_total"]).round(3)
-    free = [True, groups["n_total"].nunique() > 1, groups["tokens"].nunique() > 1, ratio.nunique() > 1]
+    varied = (groups["n_total"], groups["tokens"], groups["n_active"] / groups["n_total"])
+    free = [True, *(bool(values.max() > ALIKE * values.min()) for values in varied)]
     if free[1] and free[2]:
         # If D/N is (nearly) the same everywhere, N and D vary together, and D keeps the published exponent.
         together = np.corrcoef(np.log(groups["n_total"]), np.log(groups["tokens"]))[0, 1]

@@ -62,6 +62,13 @@ def _check(finished: pd.DataFrame) -> None:
             )
 
 
+def _tempered(residual: np.ndarray, slope: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``residual`` (not negative) and its ``slope`` for a Cauchy cost: beyond `ROBUST` it grows as slowly as a logarithm."""
+    squared = 1 + (residual / ROBUST) ** 2
+    cost = ROBUST * np.sqrt(np.log(squared))
+    return cost, slope * np.divide(residual / squared, cost, out=np.ones_like(cost), where=cost > 0)
+
+
 @dataclass(frozen=True)
 class _Problem:
     """A table as arrays, with its prior: parameters are mean + root @ z, where z has a standard Gaussian prior."""
@@ -95,16 +102,20 @@ class _Problem:
         """By how much the surface is too low at each run ``[finished + diverged]``, in deviations of a loss, and the
         derivatives of that by the laws of lr* and B* and by the shape.
 
-        Diverged runs are higher than `WINDOW`. No finished run is lower than the optimum by more than the noise. The cubic
-        alone does not ensure this: where losses fall towards the edge of the runs, it can follow them down and place its
-        optimum on the other side.
+        Diverged runs are higher than `WINDOW`. One that is far too low counts no more than an outlier, because a run can
+        also blow up by accident, where its neighbors end well. No finished run is lower than the optimum by more than the
+        noise. The cubic alone does not ensure this: where losses fall towards the edge of the runs, it can follow them down
+        and place its optimum on the other side.
         """
         parts, slopes = [], []
         finished = self.x, self.rate, self.batch
         for (x, rate, batch), least, unit in ((finished, -noise, noise), (self.blown, WINDOW, NOISE)):
             low = least - _shape(p[_LAW:_BOWL], rate - x @ p[:4], batch - x @ p[4:_LAW])
-            parts.append(np.maximum(0, low) / unit)
-            slopes.append(np.where(low > 0, -1 / unit, 0.0)[:, None] * _slopes(p, x, rate, batch))
+            below, by_below = np.maximum(0, low) / unit, np.where(low > 0, 1 / unit, 0.0)
+            if x is self.blown[0]:
+                below, by_below = _tempered(below, by_below)
+            parts.append(below)
+            slopes.append(-by_below[:, None] * _slopes(p, x, rate, batch))
         return np.concatenate(parts), np.concatenate(slopes)
 
     def by_group(self, values: np.ndarray) -> np.ndarray:

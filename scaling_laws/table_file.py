@@ -1,8 +1,10 @@
 """Reads the rows of a CSV or JSONL file with their line numbers. Refuses files that would be misread."""
 
 import csv
+import difflib
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,64 @@ OTHER_NAMES = {
     "loss": ("final_loss", "train_loss", "smooth loss", "smooth_loss"),
 }
 _TOKENS_A_STEP = ("batch_tokens", "batch_size_tokens", "tokens_per_step", "batch_size_in_tokens")
+# Columns that a table may lack, with other names. Were one overlooked, an MoE would be read as a dense model, or a run that
+# blew up as a finished one.
+OTHER_OPTIONAL = {
+    "n_active": (
+        *("n_activated", "n_act", "activated", "active_params", "activated_params", "active_parameters"),
+        *("activated_parameters", "num_active_params", "params_active"),
+    ),
+    "diverged": ("diverge", "divergent", "blew_up", "is_diverged"),
+    "unique_tokens": ("distinct_tokens",),
+    "n_convention": ("convention",),
+    "num_experts": ("experts", "n_experts"),
+    "top_k": ("topk", "num_experts_per_tok"),
+    "granularity": (),
+    "shared_hidden": (),
+    "warmup_tokens": (),
+    "vocab_size": ("vocab", "vocabulary", "vocabulary_size", "n_vocab"),
+}
+_OTHER_UNITS = {
+    "bits": ("bits_per_token", "bpt", "loss_bits", "bits_per_byte", "bpb"),
+    "perplexities": ("ppl", "perplexity", "val_ppl", "test_ppl"),
+}
 
 
-def hint_of_names(missing: Sequence[str], columns: set[str]) -> str:
+def plain(name: str) -> str:
+    """A column's name in small letters, with an underscore for each gap, and without a unit in parentheses."""
+    return re.sub(r"[^a-z0-9]+", "_", re.sub(r"[(\[].*", "", name.lower())).strip("_")
+
+
+def refuse_overlooked(path: Path, columns: set[str]) -> None:
+    """Raises InputError if a column that is not read has nearly the name of one that the fit would use."""
+    absent = {name: others for name, others in OTHER_OPTIONAL.items() if name not in columns}
+    for column in sorted(columns - set(OTHER_OPTIONAL) - set(OTHER_NAMES)):
+        name = plain(column)
+        same = [known for known, others in absent.items() if name in (known, *others)]
+        for known in same or difflib.get_close_matches(name, absent, n=1, cutoff=0.85):
+            raise InputError(f"{path}: the column {column!r} is not read: rename it to {known}, or remove it")
+
+
+def hint_of_names(missing: Sequence[str], columns: Iterable[str]) -> str:
     """The end of a message that says which ``columns`` are probably ``missing`` ones by another name; empty if none are."""
-    by_lower = {column.lower(): column for column in columns}
+    by_lower = {plain(column): column for column in columns}
     found = [
         f"{by_lower[other]!r} to {name}"
         for name in missing
-        for other in (name, *OTHER_NAMES.get(name, ()))
+        for other in (name, *map(plain, OTHER_NAMES.get(name, ())))
         if other in by_lower
     ]
     told = f"; rename {', '.join(found)}" if found else ""
     tokens = [name for name in _TOKENS_A_STEP if name in by_lower]
     if "batch_size" in missing and tokens:
         told += f"; batch_size is {by_lower[tokens[0]]!r} divided by the sequence length"
+    for unit, names in _OTHER_UNITS.items():
+        named = [by_lower[name] for name in names if name in by_lower]
+        if "loss" in missing and named:
+            told += (
+                f"; {named[0]!r} is in {unit}, and loss in nats per token: bits per token times 0.6931, bits per byte "
+                "times 0.6931 and the bytes of a token, or the logarithm of a perplexity"
+            )
     return told
 
 

@@ -12,10 +12,9 @@ from scaling_laws.errors import InputError
 from scaling_laws.forms import FORMS, points_of
 from scaling_laws.laboratories import Prior
 from scaling_laws.loss_law import LossLaw, distinct_points, fit_loss
-from scaling_laws.surface import NOISE, Surface, _shape, fit_step_law, mean, nearest_run_excess, profiled_minima
+from scaling_laws.surface import ALIKE, NOISE, Surface, _shape, fit_step_law, mean, nearest_run_excess, profiled_minima
 from scaling_laws.surface_fit import ROUGH, fit_surface
 
-ALIKE = 1.1  # models of one intended size differ by a few percent (experts, shared experts)
 LEAST_GROUPS = 5  # to fit to when the largest compute is held out
 DEPTHS = (0.5, 0.65, 0.8)  # shares of the groups to fit to: a form must also extrapolate far, not only one step
 # A form with more parameters must lower a simpler one's held-out error to less than this share of it.
@@ -132,15 +131,21 @@ def _parts(frame: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
         if enough and groups[place] != before:
             before = groups[place]
             yield f"{1 - share:.0%} largest compute (6ND from {groups[place]:.3g})", compute >= groups[place]
-    sparsity = (frame["n_active"] / frame["n_total"]).round(2)
-    for value in sorted(sparsity.unique()):
-        if sparsity.nunique() > 1 and value < 1:
-            yield f"sparsity {value:.2f}", sparsity == value
+    share = frame["n_active"] / frame["n_total"]
+    ordered = np.sort(share.unique())
+    # Models of one sparsity differ by a few percent.
+    for alike in np.split(ordered, np.flatnonzero(np.diff(np.log(ordered)) > np.log(ALIKE)) + 1):
+        if len(alike) < len(ordered) and alike[0] < 1:
+            yield f"sparsity {np.median(alike):.2f}", share.isin(alike)
 
 
 def hold_outs(frame: pd.DataFrame, tuned: bool, prior: Prior | None = None) -> list[HoldOut]:
     """The largest size, the largest compute and each sparsity, held out one after the other."""
-    return [hold_out(frame, out, name, tuned, prior) for name, out in _parts(frame)]
+    parts: dict[bytes, tuple[str, pd.Series]] = {}
+    for name, out in _parts(frame):
+        # The same runs twice would look like two tests.
+        parts.setdefault(out.to_numpy(bool).tobytes(), (name, out))
+    return [hold_out(frame, out, name, tuned, prior) for name, out in parts.values()]
 
 
 def choose_form(frame: pd.DataFrame, parts: list[HoldOut]) -> tuple[str, list[str]]:

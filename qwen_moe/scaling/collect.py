@@ -19,6 +19,7 @@ from qwen_moe.config import RunConfig, load_config
 from qwen_moe.errors import UserError
 
 WINDOW_SHARE, LEAST_STEPS = 0.02, 10
+MOST_SHARE = 0.05  # of a run's steps, over which its loss may be averaged without a note
 NOISY = 5e-3  # of a loss; the fit expects that equal runs differ by 0.15%
 Loss = Literal["train", "validation"]
 
@@ -90,7 +91,7 @@ def collect(paths: Sequence[Path], loss: Loss) -> Collected:
     left_out: list[tuple[str, str, str]] = []
     notes: list[str] = []
     vocabularies: dict[int, str] = {}
-    repeated = []
+    repeated, short = [], []
     for name, run_dir, config in [one for path in paths for one in _runs_of(path)]:
         if config.stages:
             left_out.append((name, "stages", "its losses are of sequences of several lengths"))
@@ -109,6 +110,12 @@ def collect(paths: Sequence[Path], loss: Loss) -> Collected:
                 left_out.append((name, "no validation loss", "none after the last step: give --loss train"))
                 continue
             row["loss"], row["loss_stderr"] = measured
+            guess = config.objective.loss_of_guessing(config.model.vocab_size)
+            if not measured[0] < guess:  # one last step below it does not make a run that converged
+                why = f"its loss is {measured[0]:.3g}, and guessing gives {guess:.3g}"
+                row |= {"loss": None, "loss_stderr": None, "diverged": True, "why": why}
+            elif loss == "train" and math.ceil(LEAST_STEPS / MOST_SHARE) > config.train_steps:
+                short.append(name)
         rows.append(row)
         vocabularies.setdefault(config.model.vocab_size, name)
         if available := _repeats(config):
@@ -125,6 +132,12 @@ def collect(paths: Sequence[Path], loss: Loss) -> Collected:
     if repeated:
         notes.append(
             f"{len(repeated)} runs read data more than once ({repeated[0]}, ...): see the column unique_tokens"
+        )
+    if short:
+        notes.append(
+            f"{len(short)} runs have fewer than {math.ceil(LEAST_STEPS / MOST_SHARE)} steps ({short[0]}, ...): the mean of "
+            f"their last {LEAST_STEPS} is above the loss they ended with, which makes large batches look worse: --loss "
+            "validation has no such mean"
         )
     return Collected(rows=rows, left_out=left_out, notes=notes + _noise(rows))
 
@@ -179,6 +192,7 @@ def _settings(name: str, config: RunConfig) -> dict[str, Any]:
         "weight_decay": optimizer.weight_decay,
         "beta2": optimizer.beta2,
         "seed": config.seed,
+        "vocab_size": model.vocab_size,
         "n_convention": "non_vocabulary",
     }
 

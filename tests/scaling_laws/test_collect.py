@@ -81,6 +81,53 @@ def test_short_runs_average_ten_steps(tmp_path: Path, capsys: pytest.CaptureFixt
     assert float(row["loss"]) == 3.0
 
 
+def test_a_mean_over_much_of_a_short_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last ten steps of 199 are more than a twentieth of the run."""
+    for steps, told in ((199, 1), (200, 0)):
+        folder = tmp_path / str(steps)
+        write_run(write_recipe(folder, "one", training__train_tokens=steps * 256), FALLING[:steps], validation=3.0)
+        facts, _ = collect(capsys, tmp_path / "runs.csv", str(folder))
+        assert sum("makes large batches look worse" in note for note in facts["notes"]) == told, facts
+        facts, _ = collect(capsys, tmp_path / "runs.csv", str(folder), "--loss", "validation")
+        assert facts["notes"] == []
+
+
+def test_a_run_whose_loss_is_that_of_guessing_diverged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its last step alone may be below: the table has the mean, or the validation loss."""
+    for name, validation in (("high", 3.0), ("no_number", math.nan)):
+        losses = [*FALLING[:-20], *[9.0] * 19, 3.0] if name == "high" else FALLING
+        write_run(write_recipe(tmp_path / name, name), losses, validation=validation)
+    _, (row,) = collect_with_a_good_one(tmp_path, capsys, "high")
+    assert (row["diverged"], row["loss"]) == ("True", "")
+    _, (row,) = collect_with_a_good_one(tmp_path, capsys, "no_number", "--loss", "validation")
+    assert (row["diverged"], row["loss"]) == ("True", "")
+
+
+def collect_with_a_good_one(
+    folder: Path, capsys: pytest.CaptureFixture[str], name: str, *arguments: str
+) -> tuple[dict, list[dict[str, str]]]:
+    """The rows of ``name``, beside a run that is in order, without which a table is refused."""
+    if not (folder / "good").exists():
+        write_run(write_recipe(folder / "good", "good"), FALLING, validation=3.0)
+    facts, rows = collect(capsys, folder / "runs.csv", str(folder / name), str(folder / "good"), *arguments)
+    return facts, [row for row in rows if row["run"] == name]
+
+
+def test_tables_of_different_vocabularies_are_not_fitted_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for size in (VOCABULARY, 300):
+        write_run(write_recipe(tmp_path / str(size), "one", model__vocab_size=size), FALLING)
+        collect(capsys, tmp_path / f"{size}.csv", str(tmp_path / str(size)))
+    both = [str(tmp_path / f"{size}.csv") for size in (VOCABULARY, 300)]
+    assert "vocab_size is 256" in refused_by_fit(capsys, *both, "--output", str(tmp_path / "fit"))
+
+
+def refused_by_fit(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["scaling", "fit", *arguments]) == 2
+    return capsys.readouterr().err
+
+
 def test_losses_of_small_batches_are_called_uncertain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
     for name, spread in (("noisy", 0.2), ("quiet", 0.01)):

@@ -325,7 +325,8 @@ def test_jsonl_is_read_too(tmp_path: Path) -> None:
     from scaling_laws.runs import read_runs
 
     path = tmp_path / "runs.jsonl"
-    path.write_text(json.dumps(GOOD) + "\n\n" + json.dumps(GOOD | {"loss": 3.2, "num_experts": 8, "top_k": 2}) + "\n")
+    sparse = GOOD | {"loss": 3.2, "num_experts": 8, "top_k": 2, "n_active": 4e7}
+    path.write_text(json.dumps(GOOD) + "\n\n" + json.dumps(sparse) + "\n")
     frame = read_runs([path]).frame
     assert frame["loss"].tolist() == [3.1, 3.2] and frame["batch_tokens"].tolist() == [65536, 65536]
 

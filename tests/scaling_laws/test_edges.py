@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scaling_laws.runs import read_runs
+from scaling_laws.fitting import _beyond, _doubtful
+from scaling_laws.runs import _at_edges, read_runs
 from scaling_laws.surface_fit import fit_surface
 
 FALLING = Path(__file__).with_name("falling_to_small_batches.csv")  # 37 runs of benchmarks/ladder/third
@@ -54,3 +55,38 @@ def test_no_run_is_far_below_the_optimum() -> None:
     largest = best.nlargest(2, "n_active")  # in these, each smaller batch is better
     _, batch = surface.optimum(largest["n_total"], largest["n_active"], largest["tokens"])
     assert (batch < largest["batch_tokens"]).all()
+
+
+def test_one_run_that_blew_up_by_accident_moves_the_optimum_little() -> None:
+    """The middle of a group's runs, whose neighbors on all sides ended well. It once moved a learning rate five times."""
+    frame, middle = _around(0.0, 0.0, 1e-3, 0)
+    last = frame.iloc[-1]
+    frame.loc[0, "diverged"] = True
+    surface = fit_surface(frame)
+    found = np.log(surface.optimum(last["n_total"], last["n_active"], last["tokens"])).ravel() - middle
+    assert np.abs(found).max() < 0.3
+    (note,) = _doubtful(surface, frame)
+    assert "1 of 1 diverged runs have settings" in note and "learning rate 0.01, batch 742 tokens" in note
+
+
+def test_runs_that_blew_up_where_losses_rise_are_believed() -> None:
+    frame, _ = _around(-0.8, 0.0, 1e-3, 0)
+    frame.loc[
+        frame["learning_rate"] > 1.5 * frame.groupby("group")["learning_rate"].transform("median"), "diverged"
+    ] = True
+    surface = fit_surface(frame)
+    blown = frame[frame["diverged"]]
+    place = (blown[c] for c in ("n_total", "n_active", "tokens", "learning_rate", "batch_tokens"))
+    assert len(blown) == 10 and (surface.excess(*place) > 0.04).all() and _doubtful(surface, frame) == []
+
+
+def test_an_optimum_beyond_a_cross_is_told() -> None:
+    """Off in both, so that the best run of a group is at an edge of one or the other by accident."""
+    frame, _ = _around(1.3, 1.3, 3e-3, 1)
+    crosses = frame[frame.groupby("group").cumcount() < 5]
+    notes = _beyond(fit_surface(crosses), crosses, _at_edges(crosses))
+    notes += _at_edges(crosses)
+    for what in ("learning rate", "batch size"):
+        assert sum(what in note and "add runs with larger ones" in note for note in notes) == 1, notes
+    inside, _ = _around(0.0, 0.0, 1e-3, 1)
+    assert _beyond(fit_surface(inside), inside, []) == []

@@ -1,5 +1,7 @@
 """Forms of the loss: each is found again from runs that follow it, predicts beyond them, and is chosen when it is true."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +9,8 @@ import pytest
 from scaling_laws.errors import InputError
 from scaling_laws.forms import FORMS, Points, points
 from scaling_laws.loss_law import compute_optimal, fit_loss
-from scaling_laws.validation import choose_form, hold_outs
+from scaling_laws.validation import _parts, choose_form, hold_outs
+from tests.scaling_laws.data import synthetic
 
 BASE = {"e": 1.6, "big_a": 0.4, "big_b": 0.35, "a": 0.33, "b": 0.31}
 TRUTH: dict[str, dict[str, float]] = {
@@ -143,3 +146,14 @@ def test_losses_too_small_for_a_law_are_refused() -> None:
     where = plan("chinchilla")
     with pytest.raises(InputError, match=r"the least loss is .*e-05, and a loss law needs losses above 0.001"):
         fit_loss(where, 1e-5 * truth("chinchilla", where))
+
+
+def test_the_same_runs_are_held_out_once(tmp_path: Path) -> None:
+    """The largest size may be what has most compute, and a sparsity of its own: that is one test, not three."""
+    frame = pd.read_csv(synthetic(tmp_path / "runs.csv"))
+    frame["n_active"] = frame["n_total"].where(frame["n_total"] < 4e8, 1e8)
+    frame["diverged"], frame["batch_tokens"] = False, frame["batch_size"] * frame["seq_len"]
+    frame["group"] = frame.groupby(["n_total", "tokens"]).ngroup()
+    names = [name for name, _ in _parts(frame)]
+    assert "largest N (4e+08)" in names and "sparsity 0.25" in names
+    assert [part.name for part in hold_outs(frame, False)] == [name for name in names if name != "sparsity 0.25"]

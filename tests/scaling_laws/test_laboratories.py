@@ -14,6 +14,7 @@ from scaling_laws.laboratories import BETWEEN, REPORTS, laboratory_prior
 from scaling_laws.runs import read_runs
 from scaling_laws.surface import Surface, deepseek_law, step_law_as_published
 from scaling_laws.surface_fit import _begin, _problem, fit_surface
+from scaling_laws.validation import _parts
 from tests.scaling_laws.data import LAWS, optimum, synthetic
 
 N, D = 1e9, 1e10  # the reference
@@ -131,8 +132,12 @@ def test_refits_of_an_exponent_that_the_runs_do_not_tell_vary_as_laboratories_do
     assert np.std(exponents) == pytest.approx(np.sqrt(prior.learning_rate[1][1, 1]), rel=0.3)
 
 
-def test_what_is_assumed_is_said_and_not_given_an_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A table with one size tells nothing about the effect of size."""
+@pytest.mark.parametrize("few", [30, 0])
+def test_what_is_assumed_is_said_and_not_given_an_interval(
+    few: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table with one size tells nothing about the effect of size. Its intervals are draws, or refits."""
+    monkeypatch.setattr("scaling_laws.fitting.FEW_GROUPS", few)
     table = pd.read_csv(synthetic(tmp_path / "all.csv"))
     table[table["n_total"] == 2e8].to_csv(tmp_path / "runs.csv", index=False)
     arguments = ["scaling", "fit", str(tmp_path / "runs.csv"), "--output", str(tmp_path / "fit"), "--samples", "20"]
@@ -146,11 +151,22 @@ def test_what_is_assumed_is_said_and_not_given_an_interval(tmp_path: Path, capsy
     assert prior["assumed"]["learning_rate.n_total"]["spread"] == pytest.approx(0.23, abs=0.01)
     assert "learning_rate.tokens" not in prior["assumed"] and prior["removed"] is False
     effects = [sample.learning_rate[3] for sample in load_fit(tmp_path / "fit").surface_samples]
-    assert np.std(effects) > 0.2  # refits vary in what is assumed as laboratories do
+    assert np.std(effects) > 0.2  # they vary in what is assumed as laboratories do
     assert main([*asked, "--accept-extrapolation"]) == 0
     assert "assumed: learning rate ~ N_total^-0.7" in capsys.readouterr().out
     assert main([*arguments, "--no-prior"]) == 0
     assert "prior removed, except for what the runs do not tell: Step Law, DeepSeek" in capsys.readouterr().out
+
+
+def test_models_of_one_sparsity_do_not_tell_its_effect(tmp_path: Path) -> None:
+    """Their shares of activated parameters differ by a few percent. Without the prior, a fit once found N_active^7."""
+    table = pd.read_csv(synthetic(tmp_path / "all.csv", noise=1e-2))
+    share = 0.36 + 0.01 * (table["n_total"] < 2e8)
+    table.assign(n_active=share * table["n_total"]).to_csv(tmp_path / "runs.csv", index=False)
+    frame = read_runs([tmp_path / "runs.csv"]).frame
+    surface = fit_surface(frame, prior=laboratory_prior(removed=True))
+    assert "sparsity" in surface.held and max(abs(surface.learning_rate[3]), abs(surface.batch[3])) < 0.5
+    assert not any("sparsity" in name for name, _ in _parts(frame))
 
 
 def test_runs_that_ended_in_their_warm_up_are_left_out(tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""Intervals of a fit to few groups of runs: draws of what runs and prior tell, instead of refits to resampled groups.
+
+A resample of 6 groups has 4 different ones on average: too few for the 5 parameters of a loss law, and a law of 5 parameters
+through 5 groups has no error that would show. `benchmarks/intervals.py` counts how often either interval holds the truth.
+
+The laws of lr* and B* and the shape are drawn from the Gaussian of `surface_fit.posterior`, in which sizes deviate from the
+laws. The loss law is then fitted again to the losses at these optima, each moved by as much as groups deviate from the law.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from scaling_laws.errors import InputError
+from scaling_laws.forms import points_of
+from scaling_laws.laboratories import Prior
+from scaling_laws.loss_law import LossLaw
+from scaling_laws.surface import WINDOW, Surface, group_excess
+from scaling_laws.surface_fit import _BOWL, _LAW, OFFSET, OFFSET_WEIGHT, Posterior, posterior
+from scaling_laws.validation import law_of, minima
+
+FEW_GROUPS = 30
+
+
+def _surface(known: Posterior, rng: np.random.Generator) -> Surface:
+    p = rng.multivariate_normal(known.parameters[:_BOWL], known.covariance[:_BOWL, :_BOWL])
+    laws = {"learning_rate": p[:4].tolist(), "batch": p[4:_LAW].tolist(), "shape": p[_LAW:].tolist()}
+    return replace(known.surface, **laws)
+
+
+def _deviation(known: Posterior, finished: pd.DataFrame) -> pd.Series:
+    """The standard deviation of each group's log loss at its optimum: of groups from the loss law, and of the runs."""
+    near = finished[group_excess(finished) <= WINDOW]
+    return np.hypot(known.spread, known.surface.noise / np.sqrt(near.groupby("group").size()))
+
+
+def _deviation_alone(best: pd.DataFrame, law: LossLaw) -> float:
+    """The same from what the loss law leaves of ``best``, where losses are all that there is."""
+    left = np.log(best["loss"].to_numpy(float) / law.at(points_of(best)))
+    freedom = max(0, len(left) - len(law.values))
+    return float(np.sqrt((np.sum(left**2) + OFFSET_WEIGHT * OFFSET**2) / (freedom + OFFSET_WEIGHT)))
+
+
+def draws(
+    frame: pd.DataFrame, fitted: tuple[Surface | None, LossLaw | None], prior: Prior, steps: Iterable[int], seed: int
+) -> tuple[list[Surface], list[LossLaw]]:
+    """For each of ``steps`` a surface and a loss law like the ``fitted`` ones, either of which may be None."""
+    surface, law = fitted
+    finished = frame[~frame["diverged"]]
+    rng = np.random.default_rng([seed, 2])
+    known = posterior(frame, prior) if surface is not None else None
+    surfaces: list[Surface] = []
+    laws: list[LossLaw] = []
+    best = minima(surface, finished)
+    for _ in steps:
+        if known is not None:
+            surfaces.append(_surface(known, rng))
+            best = minima(surfaces[-1], finished)
+        if law is None:
+            continue
+        deviation = _deviation(known, finished)[best.index] if known is not None else _deviation_alone(best, law)
+        moved = best.assign(loss=best["loss"] * np.exp(rng.normal(0, deviation, len(best))))
+        try:
+            laws.append(law_of(moved, law.form, start=law))
+        except InputError:
+            continue  # a loss below every law's
+    return surfaces, laws
