@@ -1,4 +1,4 @@
-"""Checks that all of a run's data were made with one tokenizer, the one that the run uses."""
+"""Checks that all of a run's data were made with one tokenizer, the one that the run uses, and compares it with another."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +35,18 @@ def check_tokenizers(directory: Path | None, datasets: Sequence[Dataset]) -> Non
                 f"with {manifest.tokenizer} ({manifest.tokenizer_sha256[:12]}): one token id would mean two things. "
                 "Prepare them with one tokenizer"
             )
+
+
+def ids_with_other_text(mine: Path, others: Path) -> tuple[int, int]:
+    """(how many token ids mean other text in the tokenizer ``others`` than in ``mine``, how many ids both have)."""
+    if tokenizer_hash(mine) == tokenizer_hash(others):
+        return 0, 0
+    first, second = (
+        {number: token for token, number in load_tokenizer(one).get_vocab(with_added_tokens=True).items()}
+        for one in (mine, others)
+    )
+    shared = first.keys() & second.keys()
+    return sum(first[number] != second[number] for number in shared), len(shared)
 
 
 def _identity(manifest: PreparedData) -> str:
