@@ -16,6 +16,7 @@ import numpy as np
 
 from qwen_moe.data.conversations import BadRow, Conversation, Message, conversations
 from qwen_moe.data.tokenizer import read_tokenizer
+from qwen_moe.data.unknown import FIX, Unknown
 from qwen_moe.errors import UserError
 
 Learn = Literal["assistant", "last", "all"]
@@ -58,6 +59,7 @@ class Chat:
             )
         if not self.tokenizer.is_fast:
             raise UserError(f"tokenizer {directory} has no tokenizer.json: convert it to a fast one with transformers")
+        self._unknown = Unknown(self.tokenizer.backend_tokenizer)
         added = self.tokenizer.added_tokens_decoder
         self.special = {number for number, token in added.items() if token.special}
         texts = sorted({str(added[number]) for number in self.special if str(added[number]).strip()})
@@ -102,7 +104,7 @@ class Chat:
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Tokens and what is learned of them. Raises BadRow if the template refuses the conversation, leaves some of it out,
-        rewrites earlier turns, or if nothing is learned."""
+        rewrites earlier turns, if the tokenizer has no tokens for some of it, or if nothing is learned."""
         messages, tools = conversation.messages, conversation.tools
         turns = conversation.answers
         if self.learn == "last":
@@ -121,6 +123,8 @@ class Chat:
                 first, last = self._span(messages, tools, turn, whole, encoding)
                 learn[first:last] = 1
         self._check_kept(messages, tools, whole)
+        if problem := self._unknown.problem(whole, encoding["input_ids"]):
+            raise BadRow("unknown to the tokenizer", f"the tokenizer {problem}: {FIX}")
         learn[:1] = 0
         if not learn.any():
             raise BadRow("nothing is learned", "the chat template gives no token that would be learned")

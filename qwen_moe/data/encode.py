@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from launchers.local.signals import interrupts_kept_from_children
 from qwen_moe.data.tokenizer import control_ids, end_of_document_id, load_tokenizer
+from qwen_moe.data.unknown import FIX, Unknown
 from qwen_moe.errors import UserError
 
 _BATCH_CHARACTERS = 400_000
@@ -23,6 +24,8 @@ _tokenizer: Any = None
 _directory = ""
 _end_of_document = 0
 _control: dict[int, str] = {}
+_unknown: Unknown | None = None
+_not_started: UserError | None = None
 
 
 def check_workers(workers: int) -> int:
@@ -35,19 +38,31 @@ def check_workers(workers: int) -> int:
 
 
 def _start_worker(directory: str) -> None:
-    global _tokenizer, _directory, _end_of_document, _control
+    global _tokenizer, _directory, _end_of_document, _control, _unknown
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _directory = directory
     _tokenizer = load_tokenizer(Path(directory))
     _end_of_document = end_of_document_id(_tokenizer, Path(directory))
-    _control = control_ids(_tokenizer)
+    _unknown = Unknown(_tokenizer)
+    # Its place is taken by text that it has no tokens for, which `Unknown` finds.
+    _control = {n: token for n, token in control_ids(_tokenizer).items() if (n, token) != _unknown.token}
 
 
 def _start_process(start: Callable[[Any], None], given: Any) -> None:
     """Initialize a worker process. It ignores Ctrl-C, which the parent handles, and ends when the parent ends."""
+    global _not_started
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    start(given)
+    try:
+        start(given)
+    except UserError as error:  # if it left this function, the pool would print a traceback and report a dead process
+        _not_started = error
+
+
+def _if_started(fn: Callable[[Any], R], batch: Any) -> R:
+    if _not_started is not None:
+        raise _not_started
+    return fn(batch)
 
 
 def _end_with_parent() -> None:
@@ -60,8 +75,9 @@ def _end_with_parent() -> None:
 def _encode(texts: list[str]) -> list[list[int]]:
     # Unlike encode_batch it keeps no offsets, which take half of the time.
     encodings = _tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    assert _unknown is not None
     found = []
-    for encoding in encodings:
+    for text, encoding in zip(texts, encodings, strict=True):
         ids = encoding.ids
         if not _control.keys().isdisjoint(ids):
             # The tokenizer's model has the control token as an ordinary word, so no setting can tell text from it.
@@ -70,6 +86,8 @@ def _encode(texts: list[str]) -> list[list[int]]:
                 f"tokenizer {_directory} turns text into the control token {_control[number]!r} ({number}), because the "
                 "text spells it: use a byte-level BPE tokenizer, or remove that text from the corpus"
             )
+        if problem := _unknown.problem(text, ids):
+            raise UserError(f"tokenizer {_directory} {problem}: {FIX}, or leave such text out of the corpus")
         found.append([*ids, _end_of_document])
     return found
 
@@ -99,7 +117,7 @@ def in_order(
     fn: Callable[[Any], R], batches: Iterator[Any], workers: int, start: Callable[[Any], None], given: Any
 ) -> Iterator[R]:
     """``fn`` of every batch, in order, from processes that each begin with ``start(given)``; one worker is this process.
-    Reads at most a few batches per worker ahead. Raises UserError if a worker dies."""
+    Reads at most a few batches per worker ahead. Raises UserError if a worker dies, and what ``start`` raises."""
     if workers == 1:
         start(given)
         yield from map(fn, batches)
@@ -109,7 +127,7 @@ def in_order(
 
     def submit(batch: Any) -> Future[R]:
         with interrupts_kept_from_children():  # the pool starts its processes as they are needed
-            return pool.submit(fn, batch)
+            return pool.submit(_if_started, fn, batch)
 
     try:
         pending = [submit(batch) for batch in itertools.islice(batches, 3 * workers)]

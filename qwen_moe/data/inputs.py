@@ -197,7 +197,6 @@ def open_inputs(config: RunConfig, dp: Axis) -> RunInputs:
     prepared_on_all_ranks(config)
     directory = tokenizer_directory(config)
     kept = None
-    end_of_document = _end_of_document(directory)
     if directory is not None:
         kept = config.run_dir / TOKENIZER
         if dist.get_rank() == 0:
@@ -206,7 +205,7 @@ def open_inputs(config: RunConfig, dp: Axis) -> RunInputs:
                 from qwen_moe.data.chat import Chat
 
                 end_with_turn(kept, Chat(directory).end)
-    return RunInputs(config, dp, _samples(config, end_of_document, config.run_dir / CACHE), kept)
+    return RunInputs(config, dp, _samples(config, directory, config.run_dir / CACHE), kept)
 
 
 def open_validation_sets(config: RunConfig, dp: Axis) -> dict[str, RunInputs]:
@@ -224,7 +223,7 @@ def open_validation_sets(config: RunConfig, dp: Axis) -> dict[str, RunInputs]:
                 "training": config.training.model_copy(update=one_step),
             }
         )
-        samples = _samples(run, _end_of_document(directory), config.run_dir / CACHE / f"validation-{name}")
+        samples = _samples(run, directory, config.run_dir / CACHE / f"validation-{name}")
         found[name] = RunInputs(run, dp, samples, directory)
         if not found[name].has_validation:
             raise UserError(
@@ -234,10 +233,6 @@ def open_validation_sets(config: RunConfig, dp: Axis) -> dict[str, RunInputs]:
     return found
 
 
-def _end_of_document(tokenizer: Path | None) -> int | None:
-    return None if tokenizer is None else end_of_document_id(load_tokenizer(tokenizer), tokenizer)
-
-
 def prepared_on_all_ranks(config: RunConfig) -> None:
     """`prepare_inputs` on rank 0; its UserError is one on all ranks."""
     from qwen_moe.data.ranks import same_on_all_ranks
@@ -245,7 +240,7 @@ def prepared_on_all_ranks(config: RunConfig) -> None:
     same_on_all_ranks(lambda: prepare_inputs(config))
 
 
-def _samples(config: RunConfig, end_of_document: int | None, cache: Path) -> "Samples":
+def _samples(config: RunConfig, tokenizer: Path | None, cache: Path) -> "Samples":
     datasets = train_datasets(config)
     if config.objective.reads != "documents":
         from qwen_moe.data.epochs import open_examples
@@ -260,7 +255,7 @@ def _samples(config: RunConfig, end_of_document: int | None, cache: Path) -> "Sa
         train_samples=ordered_steps(config) * training.global_batch_size,
         validation_samples=training.validation_sequences,
         vocab_size=config.model.vocab_size,
-        end_of_document=end_of_document,
+        end_of_document=None if tokenizer is None else end_of_document_id(load_tokenizer(tokenizer), tokenizer),
         cache=cache,
     )
 

@@ -84,7 +84,7 @@ def prepare(
     if request.tokenizer is None:
         check_vocabulary_size(request.vocab_size)
     else:
-        load_tokenizer(request.tokenizer)
+        end_of_document_id(load_tokenizer(request.tokenizer), request.tokenizer)
     try:
         corpus = find_corpus(request.inputs)
     except MissingInput as error:

@@ -246,9 +246,20 @@ def tokenizer_hash(directory: Path) -> str:
 
 def tokenizer_identity(tokenizer: "Tokenizer") -> str:
     """A hash of everything that decides encoding and decoding. It is equal for two files of one tokenizer that differ only
-    in layout, truncation, padding or the tokens added around a text."""
+    in layout, truncation, padding or the tokens added around a text, or because transformers has loaded and saved one."""
+    return _identity(tokenizer, ("continuing_subword_prefix", "end_of_word_suffix"))
+
+
+def tokenizer_identities(tokenizer: "Tokenizer") -> tuple[str, str]:
+    """`tokenizer_identity`, and the hash that stands for it in data of earlier versions, in which an empty prefix or suffix
+    of the model was not the same as none. transformers writes the first where `tokenizers` writes the second."""
+    return tokenizer_identity(tokenizer), _identity(tokenizer, ())
+
+
+def _identity(tokenizer: "Tokenizer", none_if_empty: tuple[str, ...]) -> str:
     content = json.loads(tokenizer.to_str())
     parts = {key: content.get(key) for key in ("normalizer", "pre_tokenizer", "model", "decoder")}
+    parts["model"] |= {key: None for key in none_if_empty if parts["model"].get(key) == ""}
     added = sorted((token["id"], token["content"]) for token in content.get("added_tokens") or [])
     return hashlib.sha256(json.dumps([parts, added], sort_keys=True).encode()).hexdigest()
 

@@ -6,12 +6,20 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
-_NUMBER = re.compile(
-    r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?!\d)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?(?!\d|[eE][-+]?\d)"
-    r"(?:\s?/\s?\d+(?!\d|\.\d))?%?"
-    r"|(?<![\w.])[-+]?\.\d+%?"
+# Letters of scripts that put no spaces between words (Chinese, Japanese, Thai, Lao, Burmese, Khmer), or endings at words
+# (Korean). A word or a number may begin or end beside them.
+_UNSPACED = (
+    "\u0e01-\u0e4e\u0e81-\u0ecd\u1000-\u103f\u1100-\u11ff\u1780-\u17d3\u3005\u3040-\u30ff\u3130-\u318f\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f\U00020000-\U000323af"
 )
-_BETWEEN_TERMS = re.compile(r"(?<=[\w)\]])(?<![\d.][eE])[-+](?=[\d.])")
+_LETTER = rf"[^\W{_UNSPACED}]"
+_NUMBER = re.compile(
+    rf"(?<!{_LETTER})(?<!\.)"
+    r"(?:[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?!\d)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?(?!\d|[eE][-+]?\d)"
+    r"(?:\s?/\s?\d+(?!\d|\.\d))?%?"
+    r"|[-+]?\.\d+%?)"
+)
+_BETWEEN_TERMS = re.compile(rf"(?:(?<={_LETTER})|(?<=[)\]]))(?<![\d.][eE])[-+](?=[\d.])")
 _LONGEST_NUMBER = 1000  # digits; longer ones are no answers, and would take long
 _FENCE = re.compile(r"```[^\S\n]*([\w+-]*)[^\n]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 
@@ -32,9 +40,16 @@ def is_exact(completion: str, answer: Any) -> bool:
 
 
 def contains(completion: str, answer: Any) -> bool:
-    """Whether the normalized completion contains the normalized answer as whole words, or one of a list of answers."""
+    """Whether the normalized completion contains the normalized answer as whole words, or one of a list of answers. Where
+    the answer begins or ends with a letter of a script without spaces, a word may begin or end anywhere."""
     text = normalized(completion)
-    return any(re.search(rf"(?<!\w){re.escape(normalized(one))}(?!\w)", text) for one in wanted(answer))
+    return any(re.search(_as_words(normalized(one)), text) for one in wanted(answer))
+
+
+def _as_words(text: str) -> str:
+    before = "" if re.match(f"[{_UNSPACED}]", text) else f"(?<!{_LETTER})"
+    after = "" if re.search(rf"[{_UNSPACED}]\Z", text) else f"(?!{_LETTER})"
+    return before + re.escape(text) + after
 
 
 def numbers(text: str) -> Iterable[Fraction]:

@@ -9,7 +9,8 @@ from qwen_moe.checkpoint.distributed import WITHOUT_WEIGHTS, load_weights, resum
 from qwen_moe.checkpoint.train_state import TrainState, read_train_state
 from qwen_moe.checkpoint.valid import newest_valid, valid_one
 from qwen_moe.config import RunConfig
-from qwen_moe.data.inputs import OrderedInputs
+from qwen_moe.data.inputs import OrderedInputs, tokenizer_directory
+from qwen_moe.data.made_with import ids_with_other_text
 from qwen_moe.errors import UserError
 from qwen_moe.runs.identity import ON_RESUME, Difference, Rule, differences, rule_of
 from qwen_moe.sharding.model import ParallelModel
@@ -99,7 +100,7 @@ def load_start(config: RunConfig, model: ParallelModel, say: Say) -> None:
     source = config.checkpoint.load_from
     if source is None:
         return
-    from qwen_moe.checkpoint.resolve import is_ours, model_config, resolve_checkpoint
+    from qwen_moe.checkpoint.resolve import is_ours, model_config, resolve_checkpoint, side_folder
 
     if not is_ours(source) and (source / "config.json").is_file():
         from qwen_moe.checkpoint.huggingface.load import load_huggingface
@@ -112,6 +113,21 @@ def load_start(config: RunConfig, model: ParallelModel, say: Say) -> None:
     say(f"weights loaded from {source}")
     if base != config.model.rope_theta:
         say(f"its model.rope_theta was {base:g}, and this run trains with {config.model.rope_theta:g}")
+    _say_if_other_tokenizer(config, side_folder(source), say)
+
+
+def _say_if_other_tokenizer(config: RunConfig, folder: Path, say: Say) -> None:
+    """Not refused: reserved tokens may be renamed, and a model may be given another tokenizer on purpose."""
+    directory = tokenizer_directory(config)
+    if directory is None or not (folder / "tokenizer.json").is_file():
+        return
+    differ, shared = ids_with_other_text(directory, folder)
+    if differ:
+        say(
+            f"warning: {differ:,} of {shared:,} token ids mean other text in the run's tokenizer {directory} than in that "
+            f"of the weights, {folder}, so the weights know nothing of them: prepare the data with the tokenizer of the "
+            "weights, unless this is meant"
+        )
 
 
 def _check_settings(config: RunConfig, state: TrainState) -> list[Difference]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from qwen_moe.config import Dataset
 from qwen_moe.data import content
@@ -16,7 +17,7 @@ from qwen_moe.data.made_with import check_tokenizers
 from qwen_moe.data.manifest import bin_path, idx_path, manifest_path, write_manifest
 from qwen_moe.data.megatron import IndexedDatasetBuilder
 from qwen_moe.data.prepare import Request, prepare
-from qwen_moe.data.tokenizer import load_tokenizer, tokenizer_identity, train_tokenizer
+from qwen_moe.data.tokenizer import load_tokenizer, tokenizer_identities, tokenizer_identity, train_tokenizer
 from qwen_moe.errors import UserError
 
 
@@ -183,3 +184,21 @@ def test_a_tokenizer_that_was_saved_anew_is_the_same(tmp_path: Path, tokenizer: 
     assert manifest is not None
     write_manifest(manifest_path(prefix), replace(manifest, tokenizer_identity=""))
     check_tokenizers(tmp_path / "copy", [Dataset(prefix=prefix)])
+
+
+def test_a_tokenizer_that_transformers_saved_is_the_same(tmp_path: Path, tokenizer: Path) -> None:
+    """It writes an empty prefix and suffix of the model's tokens in place of none. Data that were made with its file by a
+    version that took this for another tokenizer are accepted."""
+    saved = tmp_path / "saved"
+    transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(saved)
+    assert json.loads((saved / "tokenizer.json").read_text())["model"]["end_of_word_suffix"] == ""
+    assert tokenizer_identity(load_tokenizer(saved)) == tokenizer_identity(load_tokenizer(tokenizer))
+    prefix = prepared(tmp_path, tokenizer)
+    check_tokenizers(saved, [Dataset(prefix=prefix)])
+    manifest = content.read_manifest(prefix)
+    assert manifest is not None
+    earlier = tokenizer_identities(load_tokenizer(saved))[1]
+    write_manifest(
+        manifest_path(prefix), replace(manifest, tokenizer_sha256="another file", tokenizer_identity=earlier)
+    )
+    check_tokenizers(saved, [Dataset(prefix=prefix)])

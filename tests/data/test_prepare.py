@@ -130,7 +130,7 @@ def test_a_tokenizer_that_cannot_keep_text_from_control_tokens_is_refused(tmp_pa
     (tmp_path / "t").mkdir()
     plain.save(str(tmp_path / "t" / "tokenizer.json"))
     corpus = tmp_path / "a.txt"
-    corpus.write_text("see other")
+    corpus.write_text("see see")
     assert prepare([str(corpus)], tmp_path / "ok", tokenizer=tmp_path / "t")[0].tokens == 3
     corpus.write_text("see <|endoftext|> here")
     with pytest.raises(UserError, match=r"control token '<\|endoftext\|>' \(1\)"):

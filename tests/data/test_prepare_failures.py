@@ -217,10 +217,21 @@ def nothing(_: None) -> None:
     pass
 
 
+def refuse(given: int) -> None:
+    raise UserError(f"no such thing as {given}")
+
+
 def test_an_interrupt_does_not_reach_a_worker_that_still_starts() -> None:
     """Ctrl-C reaches all processes of a terminal, and Python's start printed a traceback of its own."""
     assert all(in_order(blocked, iter(range(4)), 2, nothing, None))
     assert not blocked(0)
+
+
+def test_a_worker_that_cannot_start_says_why(capfd: pytest.CaptureFixture[str]) -> None:
+    """It was reported as dead for want of memory, below a traceback."""
+    with pytest.raises(UserError, match="no such thing as 7"):
+        list(in_order(blocked, iter(range(4)), 2, refuse, 7))
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_worker_that_dies_is_named(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:

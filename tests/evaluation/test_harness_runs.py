@@ -165,6 +165,8 @@ def test_one_message_for_tasks_that_are_not_there(
     assert "broken.yaml cannot be loaded" in failed(capsys, *at, "--tasks", broken)
     broken.write_text(Path(names[1]).read_text().replace("bits_per_byte", "bits_per_byte, aggregation: nothing"))
     assert "cannot evaluate own_text: " in failed(capsys, *at, "--tasks", broken)
+    broken.write_text(Path(names[0]).read_text().replace("metric: acc,", "metric: accuracyy,"))
+    assert "own_choice asks for the metric accuracyy, which" in failed(capsys, *at, "--tasks", broken)
     copy = Path(names[0]).with_name("copy.yaml")
     copy.write_text(Path(names[0]).read_text())
     assert "asks for own_choice twice" in failed(capsys, *at, "--tasks", f"{names[0]},{copy}")
@@ -201,6 +203,18 @@ def test_requests_that_the_model_cannot_answer(
         capsys, "--checkpoint", small, "--tasks", names[0], "--output", tmp_path / "small"
     )
     assert "all-checkpoints" in failed(capsys, *at, "--tasks", names[0], "--all-checkpoints")
+
+
+def test_a_metric_that_is_not_computed_is_named(
+    world: tuple[Path, Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The harness leaves it out without a word."""
+    _, hf, names = world
+    task = Path(names[0]).with_name("odd.yaml")
+    text = Path(names[0]).read_text().replace("own_choice", "odd")
+    task.write_text(text.replace("metric_list: [", "metric_list: [{metric: word_perplexity}, "))
+    assert evaluate("--checkpoint", hf, "--output", tmp_path / "out", "--tasks", task) == 0
+    assert "odd has no word_perplexity, because the harness does not" in capsys.readouterr().err
 
 
 def test_the_data_of_a_run_are_known(world: tuple[Path, Path, list[str]]) -> None:

@@ -43,6 +43,22 @@ def test_texts_are_compared_as_their_reward_says() -> None:
     assert not contains("15", 5)
 
 
+def test_words_of_scripts_without_spaces_are_found() -> None:
+    """All between two spaces was one word, so no Chinese answer was ever found in a sentence."""
+    for text, answer in [
+        ("首都是北京。", "北京"), ("首都是北京市", "北京"), ("東京タワーです", "東京タワー"), ("수도는 파리입니다", "파리"),
+        ("เมืองหลวงคือกรุงเทพครับ", "กรุงเทพ"), ("我用Python写", "Python"), ("共有12个", 12), ("นี่คือ12ครับ", "12"),
+    ]:  # fmt: skip
+        assert contains(text, answer)
+    for text, answer in [
+        ("首都是东京。", "北京"),
+        ("我用Pythonic写", "Python"),
+        ("共有123个", 12),
+        ("шестьсот", "сто"),
+    ]:
+        assert not contains(text, answer)
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [
@@ -50,6 +66,8 @@ def test_texts_are_compared_as_their_reward_says() -> None:
         ("3/4", "3/4"), ("3 / 4", "3/4"), ("50%", "1/2"), ("$5.", "5"), ("7-3", "3"), ("x=-3", "-3"), ("(2)-4", "4"),
         ("\u22128", "-8"), (".5", "1/2"), ("+6", "6"), ("12,34", "34"), ("\\boxed{18}", "18"), ("**9**", "9"),
         ("0.1", "1/10"), ("1e-3", "1/1000"), ("007", "7"), ("2024-01-05", "5"), ("5, 6, and 7", "7"),
+        ("答案是12", "12"), ("答案是-3。", "-3"), ("等于.5", "1/2"), ("第1课有3人", "3"), ("答えは4/6です", "2/3"),
+        ("총12명", "12"), ("คือ-7ครับ", "-7"), ("等于7-3", "3"), ("الجواب \u0661\u0662", "12"), ("是x2和5", "5"),
     ],
 )  # fmt: skip
 def test_the_last_number(text: str, found: str) -> None:

@@ -178,6 +178,35 @@ def refusal(path: Path, *overrides: str) -> str:
     return result.stderr
 
 
+def test_another_tokenizer_than_that_of_the_weights_is_named(tuned: Path, tmp_path: Path) -> None:
+    """Ids of one tokenizer were learned as those of another without a word. It needs no <|endoftext|> for conversations."""
+    other = tmp_path / "other"
+    shutil.copytree(tuned / "sft" / "hf", other)
+    (other / "generation_config.json").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (other / name).write_text((other / name).read_text().replace("<|endoftext|>", "</s>"))
+    prepare = {"input": ["tasks:addition:20"], "output": str(tmp_path / "data")}
+    path = recipe(
+        tmp_path,
+        "other_run",
+        "sft",
+        data={"sequence_length": 128, "prepare": prepare, "tokenizer": str(other)},
+        training={"epochs": 1},
+        checkpoint={"load_from": str(tuned / "sft" / "hf")},
+        launch={"nproc": 1},
+    )
+    result = run_to_end(path)
+    assert result.returncode == 0, result.stderr
+    assert "warning: 1 of 288 token ids mean other text" in result.stderr and str(other) in result.stderr
+    same = run_to_end(
+        path,
+        f"data.tokenizer={tuned / 'sft' / 'hf'}",
+        f"run_dir={tmp_path / 'same'}",
+        f"data.prepare.output={tmp_path / 'same-data'}",
+    )
+    assert same.returncode == 0 and "mean other text" not in same.stderr
+
+
 def test_data_and_settings_that_do_not_fit_the_objective_are_refused(tuned: Path, pairs: Path) -> None:
     path = dpo(tuned, pairs, "refused")
     talks = f"data.train=[{{prefix: {tuned / 'sft-data'}}}]"

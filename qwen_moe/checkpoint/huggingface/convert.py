@@ -6,6 +6,7 @@ for byte), `hf_shards.json` (how the tensors were laid out in files) and `manife
 changes gives the same bytes in every file.
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ HF_SHARDS = "hf_shards.json"
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted. ``notes`` name defaults taken and keys and files not used, one per sentence."""
+    """What was converted. ``dtypes``: how many of the ``tensors`` have each. ``notes`` name defaults taken and keys and
+    files not used, one per sentence."""
 
     source: str
     target: str
@@ -162,14 +164,13 @@ def convert_from_hf(hf_dir: Path | str, checkpoint_dir: Path | str, *, progress:
         copy_files(hf_dir, kept, partial / HF_FOLDER)
         entries = {file.as_posix(): file_entry(partial / file) for file in files_in(partial)}
         commit(checkpoint_dir, entries, {"source": "huggingface", "family": opened.config.family})
-    dtypes = [tensors.dtype(name) for name in tensors.shapes()]
     return Conversion(
         source=str(hf_dir),
         target=str(checkpoint_dir),
         family=opened.config.family,
-        tensors=len(specs),
+        tensors=len(tensors.shapes()),
         bytes=total,
-        dtypes=_count_dtypes(dtypes),
+        dtypes=_count_dtypes([tensors.dtype(name) for name in tensors.shapes()]),
         files=len(entries),
         notes=opened.notes + tuple(left),
     )
@@ -226,33 +227,41 @@ def convert_to_hf(
         ),
         hf_dir,
     )
+    written = [entry.dtype for header in shards.files.values() for entry in header.entries.values()]
     return Conversion(
         source=str(path),
         target=str(hf_dir),
         family=config.family,
-        tensors=sum(len(header.entries) for header in shards.files.values()),
+        tensors=len(written),
         bytes=shards.data_bytes,
-        dtypes=_count_dtypes(
-            [entry.dtype for header in shards.files.values() for entry in header.entries.values()]
-            if fp8
-            else list(dtypes.values())
-        ),
+        dtypes=_count_dtypes(written),
         files=len(files_in(hf_dir)),
-        notes=notes + tuple(left) + (_score_notes(read_json(hf_dir / CONFIG)) if config.criteria else ()),
+        notes=notes + tuple(left) + (_score_notes(hf_dir) if config.criteria else ()),
     )
 
 
-def _score_notes(values: dict[str, Any]) -> tuple[str, ...]:
+def _score_notes(hf_dir: Path) -> tuple[str, ...]:
     """Where transformers reads scores elsewhere than we do: it looks for the last token that is not padding."""
-    pad, end = values.get("pad_token_id"), values.get("eos_token_id")
+    values = read_json(hf_dir / CONFIG)
+    pad = values.get("pad_token_id")
     if pad is None:
         return ("config.json has no pad_token_id, so transformers scores one conversation at a time",)
-    if pad in (end if isinstance(end, list) else [end]):
+    if pad in _answer_ends(hf_dir, values):
         return (
             f"pad_token_id {pad} of config.json also ends answers, so transformers reads scores at the token before the "
             "end: give it a pad_token_id of its own",
         )
     return ()
+
+
+def _answer_ends(hf_dir: Path, values: dict[str, Any]) -> list[Any]:
+    """What the tokenizer's chat template ends an answer with; without a template, all tokens that end generation."""
+    from qwen_moe.data.chat import Chat
+
+    with contextlib.suppress(UserError):
+        return [Chat(hf_dir).end]
+    end = values.get("eos_token_id")
+    return end if isinstance(end, list) else [end]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,7 @@ class Library:
                 if task in tasks:
                     raise UserError(f"--tasks asks for {task} twice, in {owner[task]} and in {name}: leave one out")
                 owner[task] = name
+                _check_metrics(name, task, loaded["tasks"][task])
             tasks |= loaded["tasks"]
             groups |= loaded.get("groups", {})
         return {"tasks": tasks, "groups": groups}
@@ -144,10 +145,34 @@ def texts_of(task: Any) -> Iterator[str]:
         yield f"{question}{glue}{answer}"
 
 
+def _metrics(task: Any) -> dict[str, Any]:
+    """The metrics that a task asks the harness for, with its functions; empty if the task computes its own."""
+    own = getattr(getattr(task, "config", None), "process_results", None) is not None
+    return {} if own else dict(getattr(task, "_metric_fn_list", {}))
+
+
+def _check_metrics(name: str, task: str, loaded: Any) -> None:
+    lacking = [metric for metric, function in _metrics(loaded).items() if function is None]
+    if lacking:
+        raise UserError(
+            f"--tasks {name}: {task} asks for the metric {', '.join(lacking)}, which the harness does not have or cannot "
+            "load here: correct metric_list, or install what the metric needs"
+        )
+
+
+def not_computed(task: Any, computed: Iterable[str]) -> str:
+    """What to tell of the metrics that a task asks for and the harness did not compute; empty if there are none."""
+    lacking = sorted(set(_metrics(task)) - set(computed))
+    if not lacking:
+        return ""
+    kind = task.config.output_type
+    return f"has no {', '.join(lacking)}, because the harness does not compute that for output_type {kind}"
+
+
 def _unknown(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, [one for one in known if len(one) > 3], n=5, cutoff=0.5)
     local = sorted(path.stem for path in LOCAL.glob("*.yaml"))
-    hint = f"did you mean {', '.join(near)}?" if near else f"without downloads there are {', '.join(local)};"
+    hint = f"did you mean {', '.join(near)}?" if near else f"without downloads there are {', '.join(local)}."
     return f"--tasks {name:.60}: there is no such task: {hint} A file ends in .yaml, its folder goes to --include"
 
 

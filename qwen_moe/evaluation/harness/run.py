@@ -21,7 +21,7 @@ from qwen_moe.checkpoint.huggingface.export import export_dtype
 from qwen_moe.errors import UserError
 from qwen_moe.evaluation.harness.answers import RequestAnswers, key_of
 from qwen_moe.evaluation.harness.checked import prefixes_of, share_of_texts, warning
-from qwen_moe.evaluation.harness.library import Library, configure, texts_of
+from qwen_moe.evaluation.harness.library import Library, configure, not_computed, texts_of
 from qwen_moe.evaluation.harness.model import HarnessModel
 from qwen_moe.evaluation.harness.results import file_name, results_file, task_record, write_results, write_samples
 from qwen_moe.evaluation.harness.work import Work, serve
@@ -74,6 +74,9 @@ def evaluate_tasks(args: argparse.Namespace, session: Session, output: Path) -> 
     for task, record in records.items():
         if text := warning(task, record.get("checked_for_leaks")):
             session.say(f"warning: {text}")
+        computed = [metric["metric"] for metric in record["metrics"]]
+        if task in loaded["tasks"] and (text := not_computed(loaded["tasks"][task], computed)):
+            session.say(f"warning: {task} {text}")
     write_samples(output / "samples" / file_name(name), found["samples"])
     return write_results(results_file(output, file_name(name)), checkpoint, version("lm_eval"), records)
 

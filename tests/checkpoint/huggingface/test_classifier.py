@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from qwen_moe.checkpoint.huggingface.config import hf_config, interpret
 from qwen_moe.checkpoint.huggingface.convert import convert_from_hf, convert_to_hf, from_pretrained, save_pretrained
 from qwen_moe.config import families as table
+from qwen_moe.data.tokenizer import copy_tokenizer, load_tokenizer, train_tokenizer
 from qwen_moe.errors import UserError
 from tests.checkpoint.huggingface.directories import files_of, write_side_files
 from tests.models.hf_reference import FAMILIES, draw_weights, hf_model, model_configs, true_float64
@@ -53,8 +54,9 @@ def test_both_ways_the_bytes_are_the_same(tmp_path: Path, tied: bool) -> None:
     ours = a_model(criteria=CRITERIA, tie_word_embeddings=tied)
     hf_model(ours, pad_token_id=2, eos_token_id=1).save_pretrained(tmp_path / "hf")
     write_side_files(tmp_path / "hf")
-    convert_from_hf(tmp_path / "hf", tmp_path / "checkpoint")
+    read = convert_from_hf(tmp_path / "hf", tmp_path / "checkpoint")
     result = convert_to_hf(tmp_path / "checkpoint", tmp_path / "again")
+    assert all(sum(one.dtypes.values()) == one.tensors for one in (read, result)), "each expert's tensors are counted"
     assert files_of(tmp_path / "again") == files_of(tmp_path / "hf") and result.notes == ()
     loaded = from_pretrained(tmp_path / "checkpoint")
     assert loaded.config == ours.config
@@ -127,3 +129,18 @@ def test_padding_that_transformers_would_take_for_an_end_is_noted(
     convert_from_hf(tmp_path / "hf", tmp_path / "checkpoint")
     (found,) = convert_to_hf(tmp_path / "checkpoint", tmp_path / "again").notes
     assert note in found
+
+
+@pytest.mark.parametrize("token", ["<|endoftext|>", "<|im_end|>"])
+def test_the_end_of_an_answer_is_what_the_chat_template_writes(tmp_path: Path, token: str) -> None:
+    """Tokenizers that are trained here pad with <|endoftext|>, which is eos_token too, but ends no answer."""
+    train_tokenizer(["some text to learn from"], 280, tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    hf_model(a_model(criteria=CRITERIA, vocab_size=280)).save_pretrained(tmp_path / "hf")
+    copy_tokenizer(tmp_path / "tokenizer", tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    ids = {"pad_token_id": tokenizer.token_to_id(token), "eos_token_id": tokenizer.token_to_id("<|endoftext|>")}
+    path.write_text(json.dumps(json.loads(path.read_text()) | ids))
+    convert_from_hf(tmp_path / "hf", tmp_path / "checkpoint")
+    notes = convert_to_hf(tmp_path / "checkpoint", tmp_path / "again").notes
+    assert len(notes) == (token == "<|im_end|>") and all("also ends answers" in note for note in notes)
