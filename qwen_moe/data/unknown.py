@@ -39,11 +39,21 @@ class Unknown:
     def problem(self, text: str, ids: Sequence[int]) -> str:
         """Why ``ids`` do not say all of ``text``; empty if they do."""
         if self.token is not None and self.token[0] in ids:
-            return f"has no tokens for some of the text, in whose place it writes its unknown token {self.token[1]!r}"
+            return (
+                f"has no tokens for {self._first(text)}, in whose place it writes its unknown token {self.token[1]!r}"
+            )
         if self._loses and (lost := [one for one in self._characters(text) if not self._writes(one)]):
             named = ", ".join(repr(one) for one in sorted(lost)[:5])
             return f"has no tokens for {named}{' and more' if len(lost) > 5 else ''}, and would leave that out"
         return ""
+
+    def _first(self, text: str) -> str:
+        """The first part that becomes the unknown token, and where it stands."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        for number, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if self.token is not None and number == self.token[0]:
+                return f"{text[begin:end][:40]!r} (in {text[max(0, begin - 20) : end + 20][:80]!r})"
+        return "some of the text"  # a template wrote it
 
     def _characters(self, text: str) -> set[str]:
         if self._added is not None:  # the tokenizer reads them as one token each

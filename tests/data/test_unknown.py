@@ -47,7 +47,7 @@ def written(kind: str, folder: Path) -> Path:
         ("bytes", "f(你)", "'你'"),
         ("bytes", "e\u0301x", "'é'"),
         ("metaspace", "x é", "'é'"),
-        ("metaspace_unk", "x é", "<unk>"),
+        ("metaspace_unk", "x é", "'é' (in 'x é'), in whose place it writes its unknown token '<unk>'"),
         ("all_bytes", "你 é <unk>", ""),
         ("bytes", "return  x\tf", "'\\t'"),
         ("bytes", "return x\n", ""),
