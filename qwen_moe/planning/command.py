@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     from qwen_moe.planning.hardware import Cluster, load_gpu, load_network
 
     cluster = Cluster(load_gpu(args.gpu).leaving(args.margin), load_network(args.network), args.gpus_per_node)
+    if args.precision != "any":
+        cluster.gpu.require(args.precision)
     overrides = list(args.overrides)
     if args.global_batch is not None:
         overrides.append(f"training.global_batch_size={args.global_batch}")

@@ -141,7 +141,7 @@ class ContextTime:
     def _ring(self, size: _Sizes, stride: int, scores: float) -> tuple[float, float]:
         """Exposed seconds of forward and backward. In each turn messages travel while the rank attends; the last gradients
         have nothing to hide behind."""
-        keys, gradients = (self._shift(size.keys * width, size.outer, stride) for width in (BF16, FP32))
+        keys, gradients = (self.rates.message(size.keys * width, size.outer, stride) for width in (BF16, FP32))
         turns, hide = size.outer - 1, self.rates.software.cp_overlap
         each = scores / size.outer
 
@@ -151,20 +151,12 @@ class ContextTime:
         # Backward has five GEMMs and forward two.
         return turns * exposed(keys, each), turns * exposed(keys + gradients, 2.5 * each) + gradients
 
-    def _shift(self, bytes_: float, ranks: int, stride: int) -> float:
-        """A message to the next rank of a ring, as slow as the slowest of them: each uses its sender's adapter alone."""
-        gpu, network = self.rates.gpu, self.rates.network
-        rate = gpu.nvlink_gb_per_second * gpu.efficiency.nvlink
-        if ranks * stride > self.rates.gpus_per_node:
-            rate = min(rate, network.gb_per_second * gpu.efficiency.network)
-        return bytes_ / (rate * 1e9) + self.rates.latency(ranks, stride)
-
     def _exchange(self, sent: float, ranks: int, stride: int) -> float:
         """Two even all-to-alls (to heads, and back) in which a rank sends ``sent`` bytes."""
         if ranks == 1:
             return 0.0
         gpu, network = self.rates.gpu, self.rates.network
-        here = min(ranks, max(1, self.rates.gpus_per_node // stride))
+        here = self.rates.fewest(ranks, stride)
         within = sent * (here - 1) / (ranks - 1) / (gpu.nvlink_gb_per_second * 1e9 * gpu.efficiency.nvlink)
         across = sent * (ranks - here) / (ranks - 1) / (network.gb_per_second * 1e9 * gpu.efficiency.network)
         return max(within, across) + 2 * self.rates.latency(ranks, stride)

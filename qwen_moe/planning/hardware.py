@@ -15,6 +15,29 @@ from qwen_moe.errors import UserError
 
 Share = Annotated[PositiveFloat, Field(le=1)]
 
+# The least and the most that a description may say, and the unit. Values beyond them are in another unit: a memory of 3.35
+# TB/s, a network of 400 Gbit/s.
+_UNITS = {
+    "memory_gib": (0.0, 4096.0, "GiB"),
+    "peak_tflops": (5.0, 1e5, "10^12 FLOPs per second"),
+    "memory_gb_per_second": (20.0, 1e5, "GB (10^9 bytes) per second"),
+    "nvlink_gb_per_second": (1.0, 1e4, "GB (10^9 bytes) per second, of one GPU in one direction"),
+    "gb_per_second": (0.01, 250.0, "GB (10^9 bytes) per second, of one GPU in one direction: 50 for 400 Gbit/s"),
+    "nvlink_latency_us": (0.1, 1e4, "microseconds"),
+    "latency_us": (0.1, 1e4, "microseconds"),
+    "kernel_launch_us": (0.1, 1e4, "microseconds"),
+}
+
+
+def _check_units(values: Section) -> None:
+    """Raises ValueError for a number that only another unit explains."""
+    for name, (least, most, unit) in _UNITS.items():
+        given = getattr(values, name, {})
+        several = {f"{name}.{key}": value for key, value in given.items()} if isinstance(given, dict) else {name: given}
+        for key, value in several.items():
+            if not least <= value <= most:
+                raise ValueError(f"{key} {value:g} is not in {unit}: expected {least:g} to {most:g}")
+
 
 class Efficiency(Section):
     """The shares of peak rates that are reached. Defaults are for an H100, calibrated in `qwen_moe/planning/published.py`.
@@ -55,9 +78,18 @@ class Gpu(Section):
             raise ValueError(
                 f"peak_tflops has {', '.join(self.peak_tflops) or 'nothing'}: give bf16, and fp8 if the GPU has it"
             )
+        _check_units(self)
         if self.reserved_gib >= self.memory_gib:
             raise ValueError(f"reserved_gib {self.reserved_gib:g} leaves nothing of memory_gib {self.memory_gib:g}")
         return self
+
+    def require(self, precision: str) -> None:
+        """Raises UserError if the GPU cannot compute in ``precision``."""
+        if precision not in self.peak_tflops:
+            raise UserError(
+                f"{self.name} does not compute in {precision}: its peak_tflops are of {', '.join(self.peak_tflops)}. "
+                f"Plan with precision {next(iter(self.peak_tflops))}, or give another --gpu"
+            )
 
     def leaving(self, margin: float) -> Self:
         """This GPU with the share ``margin`` of its usable memory reserved, too."""
@@ -75,6 +107,11 @@ class Network(Section):
     name: str
     gb_per_second: PositiveFloat
     latency_us: PositiveFloat
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_units(self)
+        return self
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""Seconds of single operations on a cluster: GEMMs, memory traffic and rings."""
+"""Seconds of single operations on a cluster: GEMMs, memory traffic, rings and messages."""
+
+import math
+from collections import Counter
+from functools import lru_cache
 
 from qwen_moe.planning.hardware import Cluster
 from qwen_moe.planning.software import Software
@@ -36,16 +40,45 @@ class Rates:
         return elements * times * bytes_per_element * self.software.elementwise / self.memory
 
     def group_rate(self, ranks: int, stride: int) -> float:
-        """Bytes per second of a ring over ``ranks`` that are ``stride`` apart. Ranks on one node share their adapters."""
+        """Bytes per second of a ring over ``ranks`` that are ``stride`` apart. Ranks on one node share their adapters, and
+        the node with the fewest ranks of a group is the narrowest."""
         e = self.gpu.efficiency
         nvlink = self.gpu.nvlink_gb_per_second * 1e9 * e.nvlink
-        here = min(ranks, max(1, self.gpus_per_node // stride))
+        here = self.fewest(ranks, stride)
         return nvlink if ranks <= here else min(nvlink, self.network.gb_per_second * 1e9 * e.network * here)
 
     def latency(self, ranks: int, stride: int) -> float:
-        across = ranks * stride > self.gpus_per_node
+        across = self.fewest(ranks, stride) < ranks
         return (self.network.latency_us if across else self.gpu.nvlink_latency_us) * 1e-6
+
+    def message(self, bytes_: float, ranks: int, stride: int) -> float:
+        """Every rank of a group sends to the next one, as slow as the slowest of them: each uses its own adapter alone."""
+        rate = self.gpu.nvlink_gb_per_second * self.gpu.efficiency.nvlink
+        if self.fewest(ranks, stride) < ranks:
+            rate = min(rate, self.network.gb_per_second * self.gpu.efficiency.network)
+        return bytes_ / (rate * 1e9) + self.latency(ranks, stride)
+
+    def fewest(self, ranks: int, stride: int) -> int:
+        """See `fewest_on_a_node`."""
+        return fewest_on_a_node(ranks, stride, self.gpus_per_node)
 
     def ring(self, bytes_: float, ranks: int, stride: int) -> float:
         """An all-gather or reduce-scatter of a tensor that is ``bytes_`` large when whole."""
         return bytes_ * (ranks - 1) / ranks / self.group_rate(ranks, stride) if ranks > 1 else 0.0
+
+
+@lru_cache(maxsize=4096)
+def fewest_on_a_node(ranks: int, stride: int, gpus_per_node: int) -> int:
+    """Groups of ``ranks`` that are ``stride`` apart follow one another through nodes of ``gpus_per_node``. The fewest ranks
+    that a group has on a node where it has any: all of them only if every group lies within a node. Three ranks side by side
+    fit into a node of 8, but the third group has two on the first node and one on the second."""
+    if stride >= gpus_per_node:
+        return 1
+    if gpus_per_node % stride == 0:
+        return math.gcd(ranks, gpus_per_node // stride)
+    size, found = ranks * stride, ranks
+    for first in range(0, math.lcm(size, gpus_per_node), size):
+        for offset in range(stride):
+            nodes = Counter((first + offset + index * stride) // gpus_per_node for index in range(ranks))
+            found = min(found, *nodes.values())
+    return found

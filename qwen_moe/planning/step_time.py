@@ -87,7 +87,7 @@ class StepTimeModel:
         if ranks == 1:
             return 0.0
         e, top_k = self.gpu.efficiency, self.model.num_experts_per_tok
-        here = min(ranks, self.gpus_per_node)
+        here = self.rates.fewest(ranks, 1)
         nodes = ranks / here
         bytes_ = rows * self.model.hidden_size * BF16
         within = bytes_ * (here - 1) / here / nodes
@@ -126,6 +126,8 @@ class StepTimeModel:
             if choice.precision == "fp8":
                 kernels *= 1.5
             kernels = count * (kernels + cost.kernels)
+            if choice.recompute == "full":
+                kernels *= 4 / 3
             launch = kernels * max(self.gpu.kernel_launch_us, self.software.host_us) * 1e-6
             # The host cannot run ahead of an MoE layer, which waits for the sizes of what it will receive.
             waits = max(0.0, launch - part.total)
@@ -269,8 +271,7 @@ class StepTimeModel:
         if choice.pp == 1:
             return 0.0
         bytes_ = choice.micro_batch * self.sequence / choice.cp / choice.tp * self.model.hidden_size * BF16
-        stride = layout.layout.stage_size
-        one = bytes_ / self.rates.group_rate(2, stride) + self.rates.latency(2, stride)
+        one = self.rates.message(bytes_, choice.pp, layout.layout.stage_size)
         return 2 * one * layout.per_rank * layout.micro_batches * (1 - self.software.pp_overlap)
 
     def _data_parallel(self, choice: Choice, layout: RunLayout, forward: float) -> tuple[float, float]:

@@ -20,6 +20,8 @@ NO_KERNEL = {
 _PICKS = {"aten::index_select", "aten::embedding", "aten::gather", "aten::index"}
 # These overwrite their first tensor without reading it.
 _OVERWRITES = {"aten::copy_", "aten::zero_", "aten::fill_", "aten::normal_", "aten::uniform_"}
+# These write an argument only if they scale it, which they are not asked to.
+_READS_ONLY = {("aten::_fused_adamw_", "grads")}
 
 
 @dataclass
@@ -86,6 +88,7 @@ def traffic(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
         given = args[index] if index < len(args) else kwargs.get(argument.name)
         size = sum(bytes_of(t) for t in tensors_in(given))
         overwritten = argument.alias_info is not None and argument.alias_info.is_write
+        overwritten = overwritten and (name, argument.name) not in _READS_ONLY
         if overwritten:
             written += size
             if argument.is_out or (index == 0 and name in _OVERWRITES):

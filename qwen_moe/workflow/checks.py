@@ -28,8 +28,13 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def check_steps(args: argparse.Namespace, config: RunConfig, state: State, steps: Sequence[str]) -> None:
-    """Raises UserError if ``steps``, all that this call goes through, lack what only the user can give, and LaunchError if
-    they need a Slurm that does not answer. A budget that the ladder was made with need not be given again."""
+    """Raises UserError if ``steps``, all that this call goes through, lack what only the user can give or plan a precision
+    that the GPU does not have, and LaunchError if they need a Slurm that does not answer. A budget that the ladder was made
+    with need not be given again."""
+    if args.gpus and "plan" in steps:
+        from qwen_moe.planning.hardware import load_gpu
+
+        load_gpu(args.gpu).require(planned_precision(config))
     if args.flops_budget is None:
         args.flops_budget = state.inputs("ladder").get("--flops-budget")
     if args.flops_budget is None and "ladder" in steps:
@@ -44,6 +49,12 @@ def check_steps(args: argparse.Namespace, config: RunConfig, state: State, steps
         from launchers.slurm import commands
 
         commands.queue()
+
+
+def planned_precision(config: RunConfig) -> str:
+    """The precision that the large run is planned in. The small runs say nothing about training in FP8, so it is planned
+    only if the recipe asks for it."""
+    return "fp8" if config.precision.compute == "fp8" else "bf16"
 
 
 def _large_flops(config: RunConfig) -> float:

@@ -22,6 +22,7 @@ from qwen_moe.config import RunConfig, dump_config
 from qwen_moe.errors import UserError
 from qwen_moe.launch.command import NOTHING_DONE
 from qwen_moe.runs import identity
+from qwen_moe.workflow.checks import planned_precision
 from qwen_moe.workflow.state import State, Stopped, content, flat
 
 RUNS, FIT, LADDER, RECOMMENDED, RECIPE, SCRIPT = (
@@ -300,10 +301,8 @@ def _plan(at: Context) -> dict[str, Any]:
     write_text(at.folder / RECIPE, (at.folder / RECOMMENDED).read_text(encoding="utf-8"))
     if not at.args.gpus:
         return {"skipped": "--gpus was not given, so the recipe keeps its own layout"}
-    # The small runs say nothing about training in FP8: it is planned only if the recipe asks for it.
-    precision = "fp8" if at.config.precision.compute == "fp8" else "bf16"
     options = ["--gpus", str(at.args.gpus), "--gpu", at.args.gpu, "--gpus-per-node", str(at.args.gpus_per_node)]
-    options += ["--precision", precision]
+    options += ["--precision", planned_precision(at.config)]
     return {"text": at.call("plan", at.path(RECIPE), *options, "--write")}
 
 

@@ -152,7 +152,7 @@ def test_overrides_may_stand_anywhere(recipe: Path, capsys: pytest.CaptureFixtur
         ),
         (("--gpus", 8, "--imbalance", 0.5), "'0.5': expected a number, 1 or more"),
         ((), "give a recipe and --gpus N"),
-        (("--gpus", 8, "--precision", "fp8", "--gpu", "a100-80gb"), "a precision that this GPU has"),
+        (("--gpus", 8, "--precision", "fp8", "--gpu", "a100-80gb"), "A100.* does not compute in fp8: .* of bf16"),
         (("--gpus", 8, "--gpu", "missing.yaml"), "does not exist"),
         (("--gpus", 7, "--gpus-per-node", 7), "no layout"),
         (
@@ -199,6 +199,13 @@ H100 = {"name": "x", "memory_gib": 80, "reserved_gib": 4, "peak_tflops": {"bf16"
         ({"peak_tflops": {"fp8": 1.0}}, "peak_tflops has fp8: give bf16"),
         ({"peak_tflops": {"bf16": 1.0, "bf-16": 2.0}}, "peak_tflops has bf-16, bf16: give bf16"),
         ({"efficiency": {"gemm": 74}}, "efficiency.gemm: Input should be less than or equal to 1, found 74"),
+        ({"memory_gib": 80995}, "memory_gib 80995 is not in GiB: expected 0 to 4096"),
+        ({"peak_tflops": {"bf16": 0.989}}, "peak_tflops.bf16 0.989 is not in 10^12 FLOPs per second"),
+        ({"peak_tflops": {"bf16": 989.0, "fp8": 1.979e15}}, "peak_tflops.fp8 1.979e+15 is not in"),
+        ({"memory_gb_per_second": 3.35}, "memory_gb_per_second 3.35 is not in GB (10^9 bytes) per second: expected 20"),
+        ({"nvlink_gb_per_second": 0.45}, "nvlink_gb_per_second 0.45 is not in GB"),
+        ({"nvlink_gb_per_second": 450e9}, "nvlink_gb_per_second 4.5e+11 is not in GB"),
+        ({"nvlink_latency_us": 8e-6}, "nvlink_latency_us 8e-06 is not in microseconds"),
         ({"price_per_gpu_hour": -1}, "price_per_gpu_hour: Input should be greater than or equal to 0, found -1"),
     ],
 )
@@ -212,6 +219,21 @@ def test_a_gpu_that_is_none(changes: dict[str, object], message: str, tmp_path: 
     with pytest.raises(UserError, match="'name' is given twice, in lines"):
         load_gpu(str(path))
     assert load_gpu(" H100-80GB ") == load_gpu("h100-80gb")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gb_per_second": 400}, "gb_per_second 400 is not in GB .*: 50 for 400 Gbit/s: expected 0.01 to 250"),
+        ({"gb_per_second": 50e9}, "gb_per_second 5e.10 is not in GB"),
+        ({"latency_us": 15e-6}, "latency_us 1.5e-05 is not in microseconds"),
+    ],
+)
+def test_a_network_in_other_units_is_refused(changes: dict[str, float], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "network.yaml"
+    path.write_text(yaml.safe_dump({"name": "x", "gb_per_second": 50, "latency_us": 15} | changes))
+    with pytest.raises(UserError, match=message):
+        load_network(str(path))
 
 
 def test_what_does_not_fit_is_named_with_what_would(recipe: Path, tmp_path: Path) -> None:

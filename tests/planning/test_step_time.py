@@ -1,5 +1,6 @@
 """The model of time: published runs, closed forms, and the direction in which things must go."""
 
+import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -8,16 +9,18 @@ import pytest
 import yaml
 
 import qwen_moe.planning
-from qwen_moe.config import parse_model
+from qwen_moe.config import parse_config, parse_model
 from qwen_moe.models.flops import flops_per_token
 from qwen_moe.planning.hardware import Cluster, Gpu, Network, load_gpu, load_network
 from qwen_moe.planning.layouts import Choice, legal
 from qwen_moe.planning.published import Row, median_error, rows
+from qwen_moe.planning.rates import fewest_on_a_node
+from qwen_moe.planning.search import Search
 from qwen_moe.planning.software import MEGATRON, OURS
 from qwen_moe.planning.step_time import StepTimeModel
 from qwen_moe.planning.times import StepTime
 from qwen_moe.sharding.layout import RunLayout
-from tests.planning.recipes import turbo_style
+from tests.planning.recipes import turbo_style, values
 
 H100, IB400 = load_gpu("h100-80gb"), load_network("ib400")
 
@@ -172,3 +175,54 @@ def test_a_reduction_for_every_micro_batch_costs_time() -> None:
 def test_a_double_peak_halves_the_time_of_products_only() -> None:
     twice = H100.model_copy(update={"peak_tflops": {"bf16": 2 * 989.4}})
     assert 0.5 * step(Choice()).compute < step(Choice(), gpu=twice).compute < step(Choice()).compute
+
+
+@pytest.mark.parametrize(
+    ("gpus", "choice", "part"),
+    [
+        (24, Choice(tp=2, ep=4), ""),
+        (24, Choice(pp=3), "pp"),  # a stage is a node
+        (24, Choice(pp=12), "pp"),  # four stages are in a node; the last of them sends to the next node
+        (24, Choice(pp=4), "dp pp"),  # ranks 6 to 11 are on two nodes
+        (24, Choice(ep=6), "ep"),
+        (24, Choice(ep=3), "ep"),  # ranks 6, 7 and 8 are on two nodes
+        (24, Choice(tp=3), "tp"),
+        (24, Choice(cp=3, cp_kind="ring"), "cp"),
+        (24, Choice(cp=3, cp_kind="ulysses"), "cp"),
+        (6, Choice(ep=3), ""),  # one node, which is not full
+        (6, Choice(pp=6), ""),
+    ],
+)
+def test_only_groups_that_lie_within_a_node_do_without_the_network(gpus: int, choice: Choice, part: str) -> None:
+    """With a tenth of the network, what is sent over it takes several times as long, and nothing else does. (Not so the
+    reduction over all ranks, which is left out unless it is meant.)"""
+    shape = {"num_experts": 48, "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 128}
+    sizes = {"vocab_size": 152064, "intermediate_size": 12288, "shared_expert_intermediate_size": 5376}
+    recipe = values({"preset": "turbo_style"} | shape | sizes, 12288, global_batch_size=960)
+    config = parse_config(recipe, "test")
+    layout = legal(config, choice, gpus)
+    assert isinstance(layout, RunLayout), layout
+    slow = IB400.model_copy(update={"gb_per_second": 5.0})
+    fast, slower = (Search(config, gpus, Cluster(H100, links, 8)).time.step(choice, layout) for links in (IB400, slow))
+    parts = ("tp", "cp", "ep", "pp") + (("dp",) if "dp" in part else ())
+    assert [name for name in sorted(parts) if getattr(slower, name) > 3 * getattr(fast, name)] == part.split()
+
+
+def test_ranks_of_a_group_on_a_node_are_those_counted_one_by_one() -> None:
+    for node in (1, 4, 6, 7, 8, 72):
+        for ranks in (1, 2, 3, 6, 8, 12, 24):
+            for stride in (1, 2, 3, 5, 8, 9):
+                found: dict[tuple[int, int, int], int] = {}
+                for rank in range(math.lcm(ranks * stride, node)):
+                    place = (rank // (ranks * stride), rank % stride, rank // node)
+                    found[place] = found.get(place, 0) + 1
+                assert fewest_on_a_node(ranks, stride, node) == min(found.values())
+
+
+def test_a_forward_that_is_repeated_is_launched_again() -> None:
+    """So where the host is the limit, recomputation takes a third more time, too."""
+    slow = replace(OURS, host_us=1000.0)
+    times = StepTimeModel(turbo_style().model, 4096, Cluster(H100, IB400, 8), slow)
+    for moe, kernels in ((True, 240), (False, 110)):
+        assert times.layer(Choice(), moe).total == pytest.approx(kernels * 1e-3)
+        assert times.layer(Choice(recompute="full"), moe).total == pytest.approx(kernels * 4 / 3 * 1e-3)

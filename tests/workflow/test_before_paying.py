@@ -35,6 +35,10 @@ def pipeline(*options: str) -> int:
     [
         ((), "give --flops-budget: the FLOPs of all small runs together"),
         (("--flops-budget", BUDGET, "--gpus", "16", "--gpu", "h100-800gb"), "did you mean"),
+        (
+            ("--flops-budget", BUDGET, "--gpus", "16", "--gpu", "a100-80gb", "precision.compute=fp8"),
+            "does not compute in fp8",
+        ),
         (("--flops-budget", BUDGET, "--gpus", "16", "--site", "none.toml"), "none.toml"),
         (("--flops-budget", BUDGET, "--slurm", "--site", "none.toml"), "none.toml"),
         (("--flops-budget", BUDGET, "--slurm"), "there is no Slurm here"),
