@@ -136,9 +136,8 @@ class Search:
         self.precisions = tuple(name for name in precisions if name in self.gpu.peak_tflops)
         self.memory = MemoryModel(config)
         sequence = config.data.sequence_length
-        whole = replace(
-            cluster, gpus_per_node=min(gpus, cluster.gpus_per_node)
-        )  # less than a node leaves no group divided
+        # Fewer GPUs than a node has divide no group.
+        whole = replace(cluster, gpus_per_node=min(gpus, cluster.gpus_per_node))
         self.time = StepTimeModel(config.model, sequence, whole, OURS, imbalance)
         self.sampling = SamplingModel(config, self.time)
         self._picked: dict[tuple[int, int, int], list[Kind]] = {}
