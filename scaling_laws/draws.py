@@ -51,6 +51,7 @@ def draws(
     finished = frame[~frame["diverged"]]
     rng = np.random.default_rng([seed, 2])
     known = posterior(frame, prior) if surface is not None else None
+    by_group = _deviation(known, finished) if known is not None else None
     surfaces: list[Surface] = []
     laws: list[LossLaw] = []
     best = minima(surface, finished)
@@ -60,7 +61,7 @@ def draws(
             best = minima(surfaces[-1], finished)
         if law is None:
             continue
-        deviation = _deviation(known, finished)[best.index] if known is not None else _deviation_alone(best, law)
+        deviation = by_group[best.index] if by_group is not None else _deviation_alone(best, law)
         moved = best.assign(loss=best["loss"] * np.exp(rng.normal(0, deviation, len(best))))
         try:
             laws.append(law_of(moved, law.form, start=law))
