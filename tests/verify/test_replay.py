@@ -128,15 +128,22 @@ def _of_the_first_context_rank(patch: Any) -> None:
 
 def _without_gradient(patch: Any) -> None:
     """Weights gathered from probabilities that are 0 outside the router's own choice (ISEEKYAN/Megatron-LM #49 and #79)."""
-    from qwen_moe.models.moe.router import Router
+    from qwen_moe.models.moe import router
 
-    original = Router._choose
+    original = router.picked_and_sums
 
-    def choose(router: Router, probs: torch.Tensor, experts: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
-        own = torch.zeros_like(probs).scatter(-1, original(router, probs)[1], 1.0)
-        return original(router, probs * own, experts)
+    def of_own_choices(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        found: tuple[torch.Tensor, torch.Tensor],
+        indices: torch.Tensor,
+        counted: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        picked, *sums = original(x, weight, found, indices, counted)
+        own = torch.zeros_like(found[0]).scatter(1, found[0].topk(indices.shape[1]).indices, 1.0)
+        return picked * own.gather(1, indices), *sums
 
-    patch(Router, "_choose", choose)
+    patch(router, "picked_and_sums", of_own_choices)
 
 
 def _own_choices_counted(patch: Any) -> None:
