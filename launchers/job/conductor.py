@@ -173,7 +173,8 @@ class Conductor:
             self._write(attempt, decision, evidence, plan["nodes"], plan["time"])
 
     def _possible(self, decision: Decision, nodes: list[str]) -> Decision:
-        """``decision``, or stop if nodes are to be excluded and none can replace them."""
+        """``decision``, or what else to do if nodes are to be excluded and none can replace them: go on with suspected
+        ones, stop for others."""
         if not decision.nodes:
             return decision
         if not self.cluster.can_requeue:
@@ -183,9 +184,11 @@ class Conductor:
         if spare is None or spare >= len(nodes):
             return decision
         text = (
-            f"{decision.reason}; without {', '.join(sorted(excluded))} the partition has {spare} usable nodes, "
-            f"{len(nodes)} are needed"
+            f"{decision.reason}; without {', '.join(sorted(excluded))} the partition has {spare} usable nodes of the "
+            f"{len(nodes)} that are needed"
         )
+        if decision.suspected:
+            return dataclasses.replace(decision, action="go on", reason=f"{text}, so none is excluded", nodes={})
         return dataclasses.replace(decision, action="stop", reason=text)
 
     # ------------------------------------------------------------------ one attempt

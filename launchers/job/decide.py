@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Action = Literal["done", "go on", "requeue", "exclude", "stop"]
@@ -124,13 +124,15 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """``kind`` says what happened, ``reason`` explains it, ``host`` is where it began. ``nodes`` to exclude -> why."""
+    """``kind`` says what happened, ``reason`` explains it, ``host`` is where it began. ``nodes`` to exclude -> why.
+    ``suspected``: nothing but failures that began there speaks against these nodes."""
 
     action: Action
     kind: str
     reason: str
     host: str = ""
     nodes: dict[str, str] = field(default_factory=dict)
+    suspected: bool = False
 
 
 # Failures that the run itself may cause: they are limited if no new checkpoint comes between them.
@@ -205,7 +207,7 @@ def _node_to_exclude(e: Evidence, limits: Limits, found: Decision) -> Decision:
     if in_a_row < limits.exclude_after:
         return found
     why = f"{in_a_row} failures in a row began on it; the last: {found.reason}"
-    return Decision(action="exclude", kind=found.kind, reason=found.reason, host=found.host, nodes={found.host: why})
+    return replace(found, action="exclude", nodes={found.host: why}, suspected=True)
 
 
 def _limited(e: Evidence, limits: Limits, found: Decision) -> Decision:

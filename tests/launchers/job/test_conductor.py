@@ -16,6 +16,7 @@ from launchers.folder.atomic import write_json
 from launchers.folder.run_folder import Attempt, RunFolder
 from launchers.folder.snapshot import code_hash
 from launchers.job import conductor, evidence, node_facts
+from launchers.job.decide import Evidence, Failure, Limits, PastAttempt, decide
 from launchers.slurm.site import Site
 
 ROOT = Path(__file__).parents[3]
@@ -120,6 +121,36 @@ def test_one_machine_goes_on_after_failures_as_long_as_there_is_progress(
     assert conductor.main(command) == 0, capsys.readouterr().out
     said = capsys.readouterr().out
     assert said.count("go on (failure): rank 0 on localhost") == 3 and "attempt 4: done" in said
+
+
+class _Partition:
+    can_requeue = True
+
+    def __init__(self, spare: int | None) -> None:
+        self.spare = spare
+
+    def spare_nodes(self, excluded: list[str]) -> int | None:
+        assert excluded == ["n0", "n1"]
+        return self.spare
+
+
+# Two failures in a row on one node stopped a run of a partition without another node, whatever it had saved between them.
+@pytest.mark.parametrize("kind, without", [("hardware", "stop"), ("killed", "go on")])
+@pytest.mark.parametrize("spare", [None, 1, 2])
+def test_a_suspected_node_is_kept_where_none_can_replace_it(
+    tmp_path: Path, spare: int | None, kind: str, without: str
+) -> None:
+    one = object.__new__(conductor.Conductor)
+    one.run, one.cluster = launched(tmp_path), _Partition(spare)
+    one.run.exclude_nodes({"n0": "broken"})
+    failed = Failure(rank=0, host="n1", kind=kind, message="it ended", time=1.0)
+    past = PastAttempt(kind="failure", progressed=True, host="n1")
+    found = one._possible(decide(Evidence(failures=(failed,), saved_after=9, history=(past,)), Limits()), ["n1", "n2"])
+    if spare == 1:
+        assert found.action == without and "the partition has 1 usable nodes of the 2 that are needed" in found.reason
+        assert (found.nodes == {}) == (without == "go on") == ("none is excluded" in found.reason)
+    else:
+        assert found.action == "exclude" and list(found.nodes) == ["n1"]
 
 
 # By time alone, failures were not counted on nodes whose clock was behind that of the machine that launched: no attempt was
