@@ -9,8 +9,8 @@ from qwen_moe.workflow.state import State
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raises UserError or LaunchError for options that contradict each other, or name a GPU or a site file that does not
-    exist."""
+    """Raises UserError or LaunchError for options that contradict each other, or name a GPU, a network or a site file that
+    does not exist."""
     if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
         raise UserError(f"--gpus {args.gpus}: give a multiple of --gpus-per-node {args.gpus_per_node} (whole nodes)")
     if args.submit and not args.gpus:
@@ -18,9 +18,11 @@ def check_options(args: argparse.Namespace) -> None:
     if args.slurm and args.threads:
         raise UserError("--threads is for small runs on this machine: with --slurm, set launch.threads in the recipe")
     if args.gpus:
-        from qwen_moe.planning.hardware import load_gpu
+        from qwen_moe.planning.hardware import load_gpu, load_network
 
         load_gpu(args.gpu)
+        if args.network:
+            load_network(args.network)
     if args.gpus or args.slurm:
         from launchers.slurm.site import load_site
 

@@ -293,6 +293,7 @@ def _plan_inputs(at: Context) -> dict[str, Any]:
         "--gpus": at.args.gpus,
         "--gpu": at.args.gpu,
         "--gpus-per-node": at.args.gpus_per_node,
+        **({"--network": at.args.network} if at.args.network else {}),
     }
 
 
@@ -302,6 +303,7 @@ def _plan(at: Context) -> dict[str, Any]:
     if not at.args.gpus:
         return {"skipped": "--gpus was not given, so the recipe keeps its own layout"}
     options = ["--gpus", str(at.args.gpus), "--gpu", at.args.gpu, "--gpus-per-node", str(at.args.gpus_per_node)]
+    options += ["--network", at.args.network] if at.args.network else []
     options += ["--precision", planned_precision(at.config)]
     return {"text": at.call("plan", at.path(RECIPE), *options, "--write")}
 

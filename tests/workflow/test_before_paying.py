@@ -35,6 +35,7 @@ def pipeline(*options: str) -> int:
     [
         ((), "give --flops-budget: the FLOPs of all small runs together"),
         (("--flops-budget", BUDGET, "--gpus", "16", "--gpu", "h100-800gb"), "did you mean"),
+        (("--flops-budget", BUDGET, "--gpus", "16", "--network", "ib4000"), "ib4000"),
         (
             ("--flops-budget", BUDGET, "--gpus", "16", "--gpu", "a100-80gb", "precision.compute=fp8"),
             "does not compute in fp8",

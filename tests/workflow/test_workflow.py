@@ -144,9 +144,9 @@ def test_from_recipe_to_recommended_recipe(
 
 def test_the_plan_keeps_the_precision_of_the_small_runs(finished: None, tmp_path: Path) -> None:
     """The fastest layout on these GPUs is in FP8, which the small runs did not use."""
-    assert pipeline("--yes", "--gpus", "8", "--until", "plan") == 0
+    assert pipeline("--yes", "--gpus", "8", "--network", "ib200", "--until", "plan") == 0
     (command,) = read_json(tmp_path / "out" / "state.json")["steps"]["plan"]["commands"]
-    assert command.endswith("--precision bf16 --write")
+    assert command.endswith("--network ib200 --precision bf16 --write")
     assert load_config(tmp_path / "out" / "recipe.yaml").precision.compute == "bf16"
 
 
