@@ -55,11 +55,12 @@ class Run:
 @dataclass(frozen=True, kw_only=True)
 class Design:
     """Runs to launch. ``excess`` is the expected excess loss at the target after 0, 1, 2, ... groups, ``deviation`` the
-    standard deviation of log lr* and of log B* there."""
+    standard deviation of log lr* and of log B* there. ``noise`` is that of log loss between seeds, as assumed."""
 
     runs: list[Run]
     excess: list[float]
     deviation: tuple[float, float]
+    noise: float
 
     @property
     def flops(self) -> float:
@@ -274,7 +275,8 @@ def design_ladder(
         group += len(candidate.durations)
     _, covariance = _expected(selection.information, known, at_target)
     deviation = np.sqrt(np.diag(covariance))
-    return Design(runs=runs, excess=history, deviation=(float(deviation[0]), float(deviation[1])))
+    spread = (float(deviation[0]), float(deviation[1]))
+    return Design(runs=runs, excess=history, deviation=spread, noise=known.noise)
 
 
 def _runs_of(candidate: _Candidate, law: Surface, group: int, place: int, decay_share: float) -> list[Run]:

@@ -173,20 +173,17 @@ class Conductor:
             self._write(attempt, decision, evidence, plan["nodes"], plan["time"])
 
     def _possible(self, decision: Decision, nodes: list[str]) -> Decision:
-        """``decision``, or what else to do if nodes are to be excluded and none can replace them: go on with suspected
-        ones, stop for others."""
+        """``decision``. If none can replace the nodes to exclude: go on with suspected ones, stop for others."""
         if not decision.nodes:
             return decision
         if not self.cluster.can_requeue:
             return dataclasses.replace(decision, action="stop")
-        excluded = self.run.excluded_nodes() | decision.nodes
-        spare = self.cluster.spare_nodes(sorted(excluded))
+        excluded = sorted(self.run.excluded_nodes() | decision.nodes)
+        spare = self.cluster.spare_nodes(excluded)
         if spare is None or spare >= len(nodes):
             return decision
-        text = (
-            f"{decision.reason}; without {', '.join(sorted(excluded))} the partition has {spare} usable nodes of the "
-            f"{len(nodes)} that are needed"
-        )
+        left = f"without {', '.join(excluded)} the partition has {spare} usable nodes"
+        text = f"{decision.reason}; {left} of the {len(nodes)} that are needed"
         if decision.suspected:
             return dataclasses.replace(decision, action="go on", reason=f"{text}, so none is excluded", nodes={})
         return dataclasses.replace(decision, action="stop", reason=text)

@@ -259,6 +259,22 @@ def legal_choices(
                     yield first.changed(**of_kind, sharding=sharding, **settings), layout
 
 
+def nearest_batches(config: RunConfig, gpus: int, wanted: tuple[str, ...]) -> list[int]:
+    """The nearest global batches on both sides of the recipe's with which a layout on ``gpus`` processes is legal."""
+    batch = config.training.global_batch_size
+    ranks = {grid.dp for _, grid, _ in _degrees(config, gpus, LEAST_TOKENS)}
+    below = {batch // dp * dp for dp in ranks} - {0, batch}
+    above = {(batch // dp + 1) * dp for dp in ranks}
+
+    def is_legal(size: int) -> bool:
+        training = config.training.model_copy(update={"global_batch_size": size})
+        changed = config.model_copy(update={"training": training})
+        return next(legal_choices(changed, gpus, wanted=wanted), None) is not None
+
+    sides = (sorted(below, reverse=True), sorted(above))
+    return [found for side in sides if (found := next(filter(is_legal, side), 0))]
+
+
 def _batches(config: RunConfig, base: Choice, grid: Layout, sizes: list[int]) -> Iterator[tuple[Choice, RunLayout]]:
     """The legal schedules and micro-batches with the degrees of ``base``, in order. They are the same for all degrees with
     the same pp and dp: what `run_layout` checks besides degrees is the batch and the schedule, and what it finds are

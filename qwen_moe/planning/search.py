@@ -10,7 +10,7 @@ from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.planning.context import Traffic
 from qwen_moe.planning.hardware import Cluster
-from qwen_moe.planning.layouts import PRECISIONS, Choice, Kind, kinds, legal_choices
+from qwen_moe.planning.layouts import PRECISIONS, Choice, Kind, kinds, legal_choices, nearest_batches
 from qwen_moe.planning.memory import Memory, MemoryModel
 from qwen_moe.planning.neighbors import Neighbors, Timed
 from qwen_moe.planning.sampling import SamplingModel, SamplingTime
@@ -156,11 +156,12 @@ class Search:
         ]
         if not found:
             named = " or ".join(self.precisions) or "a precision that this GPU has"
+            near = " or ".join(f"{size:,}" for size in nearest_batches(self.config, self.gpus, self.precisions))
             raise UserError(
                 f"no layout of {self.config.model.num_hidden_layers} layers with a global batch of "
                 f"{self.config.training.global_batch_size} is legal on {self.gpus} GPUs in {named}: change --gpus, "
                 "--global-batch, --precision or training.micro_batch_size (data-parallel ranks x micro-batch must divide "
-                "the global batch)"
+                f"the global batch){'. --global-batch ' + near + ' would be legal' if near else ''}"
             )
         best, faster = self._fastest_that_fit(found, top)
         misfits = self._misfits(faster, bool(best), found)

@@ -209,6 +209,7 @@ def run(args: argparse.Namespace) -> int:
         "branches": sum(bool(row["after"]) for row in rows),
         "expected_excess_before": design.excess[0],
         "expected_excess_after": design.excess[-1],
+        "noise": design.noise,
         "log_deviation": {"learning_rate": design.deviation[0], "batch_size": design.deviation[1]},
         "too_far": _too_far(design.runs, target),
         "output": str(args.output),
@@ -290,7 +291,8 @@ def _text(facts: dict[str, Any], rows: list[dict[str, Any]], target: tuple[float
         f"{facts['runs']} runs, {facts['flops']:.3g} FLOPs (6 N_active D) in all"
         + (f"; {facts['branches']} branch off longer ones where their decay begins" if facts["branches"] else ""),
         f"expected excess loss of the recommendation at the target: {facts['expected_excess_before']:.3%} with the prior "
-        f"alone, {facts['expected_excess_after']:.3%} with these runs",
+        f"alone, {facts['expected_excess_after']:.3%} with these runs, if losses vary by "
+        f"{facts['noise']:.2%} between seeds",
         f"(learning rate known to a factor of {2.718281828 ** deviation['learning_rate']:.2f}, batch size to "
         f"{2.718281828 ** deviation['batch_size']:.2f}, one standard deviation)",
         *filter(None, [far_text(facts["too_far"])]),

@@ -8,7 +8,9 @@ from pydantic import ValidationError
 
 from qwen_moe.config import RunConfig, parse_config
 from qwen_moe.errors import UserError
-from qwen_moe.planning.layouts import Choice, apply, legal, legal_choices
+from qwen_moe.planning.hardware import Cluster, load_gpu, load_network
+from qwen_moe.planning.layouts import PRECISIONS, Choice, apply, legal, legal_choices, nearest_batches
+from qwen_moe.planning.search import Search
 from qwen_moe.sharding.layout import run_layout
 from tests.planning.recipes import random_model, values
 
@@ -67,6 +69,23 @@ def test_layouts_are_those_that_the_run_has() -> None:
     config = parse_config(values(random_model(random.Random(3)), 512, global_batch_size=64), "test")
     for choice, layout in list(legal_choices(config, GPUS, least_tokens=1))[::97]:
         assert layout == run_layout(apply(config, choice), GPUS)
+
+
+def test_the_nearest_legal_batches_are_the_nearest_of_all() -> None:
+    """Tried one by one. Nothing but data parallelism can take a factor of 11: the model has 9 layers and 2 KV heads."""
+
+    def with_batch(batch: int, gpus: int) -> tuple[RunConfig, bool]:
+        config = parse_config(values(random_model(random.Random(3)), 512, global_batch_size=batch), "test")
+        return config, next(legal_choices(config, gpus), None) is not None
+
+    for gpus, batch in ((11, 15), (11, 3), (22, 50), (33, 34)):
+        config, legal_now = with_batch(batch, gpus)
+        assert not legal_now
+        legal_ones = [size for size in range(1, batch + 3 * gpus) if with_batch(size, gpus)[1]]
+        wanted = [max((b for b in legal_ones if b < batch), default=0), min(b for b in legal_ones if b > batch)]
+        assert nearest_batches(config, gpus, PRECISIONS) == [size for size in wanted if size]
+    with pytest.raises(UserError, match="--global-batch 11 or 22 would be legal"):
+        Search(with_batch(15, 11)[0], 11, Cluster(load_gpu("h100-80gb"), load_network("ib400"), 11)).run(1)
 
 
 def test_halves_take_turns_where_a_run_accepts_it() -> None:

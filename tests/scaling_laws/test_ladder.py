@@ -98,6 +98,7 @@ def test_recipes_are_written_and_load(tmp_path: Path, capsys: pytest.CaptureFixt
     facts = json.loads(capsys.readouterr().out)
     rows = list(csv.DictReader((output / "ladder.csv").open()))
     assert facts["runs"] == len(rows) and sum(float(row["flops"]) for row in rows) == pytest.approx(facts["flops"])
+    assert facts["noise"] == 0.0015  # without --fit
     assert facts["flops"] <= 2e16 and facts["expected_excess_after"] < 0.5 * facts["expected_excess_before"]
     folders = set()
     for row in rows:
