@@ -4,7 +4,8 @@ A resample of 6 groups has 4 different ones on average: too few for the 5 parame
 through 5 groups has no error that would show. `benchmarks/intervals.py` counts how often either interval holds the truth.
 
 The laws of lr* and B* and the shape are drawn from the Gaussian of `surface_fit.posterior`, in which sizes deviate from the
-laws. The loss law is then fitted again to the losses at these optima, each moved by as much as groups deviate from the law.
+laws. The loss law is then fitted again to the losses at these optima, each moved by as much as groups deviate from the law,
+with another draw of the prior's mean.
 """
 
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from scaling_laws.forms import points_of
 from scaling_laws.laboratories import Prior
 from scaling_laws.loss_law import LossLaw
 from scaling_laws.surface import WINDOW, Surface, group_excess
-from scaling_laws.surface_fit import _BOWL, _LAW, OFFSET, OFFSET_WEIGHT, Posterior, posterior
+from scaling_laws.surface_fit import _BOWL, _LAW, Posterior, posterior
 from scaling_laws.validation import law_of, minima
 
 FEW_GROUPS = 30
@@ -36,20 +37,13 @@ def _deviation(known: Posterior, finished: pd.DataFrame) -> pd.Series:
     return np.hypot(known.spread, known.surface.noise / np.sqrt(near.groupby("group").size()))
 
 
-def _deviation_alone(best: pd.DataFrame, law: LossLaw) -> float:
-    """The same from what the loss law leaves of ``best``, where losses are all that there is."""
-    left = np.log(best["loss"].to_numpy(float) / law.at(points_of(best)))
-    freedom = max(0, len(left) - len(law.values))
-    return float(np.sqrt((np.sum(left**2) + OFFSET_WEIGHT * OFFSET**2) / (freedom + OFFSET_WEIGHT)))
-
-
 def draws(
     frame: pd.DataFrame, fitted: tuple[Surface | None, LossLaw | None], prior: Prior, steps: Iterable[int], seed: int
 ) -> tuple[list[Surface], list[LossLaw]]:
     """For each of ``steps`` a surface and a loss law like the ``fitted`` ones, either of which may be None."""
     surface, law = fitted
     finished = frame[~frame["diverged"]]
-    rng = np.random.default_rng([seed, 2])
+    rng, of_prior = (np.random.default_rng([seed, part]) for part in (2, 3))
     known = posterior(frame, prior) if surface is not None else None
     by_group = _deviation(known, finished) if known is not None else None
     surfaces: list[Surface] = []
@@ -61,10 +55,14 @@ def draws(
             best = minima(surfaces[-1], finished)
         if law is None:
             continue
-        deviation = by_group[best.index] if by_group is not None else _deviation_alone(best, law)
+        deviation = (
+            by_group[best.index]
+            if by_group is not None
+            else law.deviation(points_of(best), best["loss"].to_numpy(float))
+        )
         moved = best.assign(loss=best["loss"] * np.exp(rng.normal(0, deviation, len(best))))
         try:
-            laws.append(law_of(moved, law.form, start=law))
+            laws.append(law_of(moved, law.form, law, prior.drawn(of_prior)))
         except InputError:
             continue  # a loss below every law's
     return surfaces, laws

@@ -133,6 +133,18 @@ def _at_bounds(law: LossLaw) -> list[str]:
     ]
 
 
+def _expected_exponents(law: LossLaw, prior: Prior) -> list[str]:
+    """A note on what a loss law of few groups rests on besides them."""
+    if prior.removed or not {"a", "b"} <= set(law.values):
+        return []
+    a, b = prior.loss
+    return [
+        f"fewer than {FEW_GROUPS} groups hardly tell the loss law's exponents of N and D: they are expected to be near "
+        f"{a:.2f} and {b:.2f}, as in published laws (here {law.values['a']:.2f} and {law.values['b']:.2f}; --no-prior "
+        "expects nothing)"
+    ]
+
+
 def _assumed_exponents(surface: Surface) -> list[str]:
     """A note on the exponents that the table does not tell, if there are any."""
     if not surface.held:
@@ -212,11 +224,12 @@ def _refits(
     laws: list[LossLaw] = []
     for resampled in resamples:
         try:
-            again = fit_surface(resampled, surface, next(priors)) if surface is not None else None
+            prior = next(priors)
+            again = fit_surface(resampled, surface, prior) if surface is not None else None
             if again is not None:
                 surfaces.append(again)
             if law is not None:
-                laws.append(law_of(minima(again, resampled[~resampled["diverged"]]), form, start=law))
+                laws.append(law_of(minima(again, resampled[~resampled["diverged"]]), form, law, prior))
         except InputError:
             continue  # `_not_fitted` reports how many were fitted
     return surfaces, laws
@@ -267,7 +280,7 @@ def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress, p
     notes += why
     law: LossLaw | None = None
     try:
-        law = law_of(best, form)
+        law = law_of(best, form, prior=prior)
         notes += _at_bounds(law)
     except InputError as error:
         if surface is None:
@@ -275,6 +288,7 @@ def fit_table(table: RunTable, *, samples: int, seed: int, progress: Progress, p
         notes.append(f"no loss law: {error}")
     few = frame["group"].nunique() < FEW_GROUPS
     if few:
+        notes += _expected_exponents(law, prior) if law is not None else []
         surfaces, laws = draws(frame, (surface, law), prior, progress(range(samples)), seed)
     else:
         resamples = _resamples(frame, progress(range(samples)), seed)

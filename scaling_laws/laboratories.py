@@ -7,7 +7,7 @@ laboratories plus the error of the mean. The spread does not depend on the runs,
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,6 +17,13 @@ from scaling_laws.surface import Surface, without_shape
 # Standard deviations between laboratories: of the value (in log) and of the exponents of N, D and sparsity. Published
 # exponents of N in the learning rate lie from -0.40 to -0.81, and values at the reference within a factor of 5.
 BETWEEN = {"learning_rate": (0.6, 0.2, 0.2, 0.3), "batch": (0.6, 0.15, 0.15, 0.3)}
+# Exponents (a, b) of N and D in fits of E + A/N^a + B/D^b. Those of laws without E, such as Kaplan's, mean something else.
+LOSS_EXPONENTS = {
+    "Hoffmann et al., fitted again (arXiv 2404.10102)": (0.348, 0.366),
+    "Muennighoff et al. (arXiv 2305.16264)": (0.353, 0.353),
+    "Krajewski et al. (arXiv 2402.07871)": (0.115, 0.147),
+}
+LOSS_BETWEEN = (0.6, 0.5)  # their standard deviations, in log
 NAMES = ("value", "n_total", "tokens", "sparsity")
 WIDER = 30.0  # a prior this many times wider than laboratories differ says nothing
 _TERMS = dict(zip(NAMES, np.eye(4), strict=True)) | {"compute": np.array([0.0, 1.0, 1.0, 0.0])}
@@ -82,18 +89,21 @@ REPORTS = (
 @dataclass(frozen=True, kw_only=True)
 class Prior:
     """Means and covariances of (value in log, exponents of N_total, D and sparsity), for learning rate and batch size.
-    ``laboratories`` are those that it was made from."""
+    ``laboratories`` are those that it was made from. ``loss``: the loss law's exponents of N and D, which vary by
+    `LOSS_BETWEEN`."""
 
     learning_rate: tuple[np.ndarray, np.ndarray]
     batch: tuple[np.ndarray, np.ndarray]
     laboratories: tuple[str, ...]
+    loss: tuple[float, float]
     removed: bool = False
 
     def drawn(self, rng: np.random.Generator) -> "Prior":
         """The same prior around another draw of its mean. Refits that each take another draw show what the prior leaves
         open, where the runs say nothing."""
         drawn = [(rng.multivariate_normal(mean, cov), cov) for mean, cov in (self.learning_rate, self.batch)]
-        return Prior(learning_rate=drawn[0], batch=drawn[1], laboratories=self.laboratories, removed=self.removed)
+        a, b = np.array(self.loss) * np.exp(rng.spawn(1)[0].normal(0, LOSS_BETWEEN))
+        return replace(self, learning_rate=drawn[0], batch=drawn[1], loss=(float(a), float(b)))
 
     def widened(self, told: np.ndarray) -> "Prior":
         """If the prior was removed: it says nothing about the coefficients that the table tells (a mask). A coefficient that
@@ -102,7 +112,7 @@ class Prior:
             return self
         factor = np.where(told, WIDER, 1.0)
         wide = [(mean, cov * np.outer(factor, factor)) for mean, cov in (self.learning_rate, self.batch)]
-        return Prior(learning_rate=wide[0], batch=wide[1], laboratories=self.laboratories, removed=True)
+        return replace(self, learning_rate=wide[0], batch=wide[1])
 
 
 def _combined(reports: Iterable[dict[str, float]], between: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -141,8 +151,13 @@ def laboratory_prior(without: Iterable[str] = (), *, removed: bool = False) -> P
                 f"--without-laboratory leaves no published law for the {what} ({len(kept)} laboratories remain): leave "
                 "out fewer"
             )
+    a, b = np.exp(np.log(list(LOSS_EXPONENTS.values())).mean(0))
     return Prior(
-        learning_rate=rate, batch=batch, laboratories=tuple(report.laboratory for report in kept), removed=removed
+        learning_rate=rate,
+        batch=batch,
+        laboratories=tuple(report.laboratory for report in kept),
+        loss=(float(a), float(b)),
+        removed=removed,
     )
 
 

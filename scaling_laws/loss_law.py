@@ -6,10 +6,16 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import least_squares
+from scipy.special import huber
 
 from scaling_laws.errors import InputError
 from scaling_laws.forms import FORMS, Form, Points, points
+from scaling_laws.laboratories import LOSS_BETWEEN
+from scaling_laws.surface_fit import OFFSET, OFFSET_WEIGHT
 
+MISFIT = (
+    5e-3  # of log loss: how far groups of the public dense sweep lie from a loss law, which a prior is weighed against
+)
 DELTA = 1e-3  # of the Huber cost on log loss, as in arXiv 2203.15556
 MOST_STEPS = 200  # of one search; parameters that the runs do not determine would drift for thousands
 
@@ -39,6 +45,13 @@ class LossLaw:
     def text(self) -> str:
         return FORMS[self.form].text.format(**self.values)
 
+    def deviation(self, where: Points, loss: np.ndarray) -> float:
+        """The standard deviation of log ``loss`` around this law, fitted to it. Few points are expected to be as far from
+        their law as those of other tables."""
+        left = np.log(loss / self.at(where))
+        freedom = max(0, len(left) - len(self.values))
+        return float(np.sqrt((np.sum(left**2) + OFFSET_WEIGHT * OFFSET**2) / (freedom + OFFSET_WEIGHT)))
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -67,45 +80,88 @@ def _search_space(
     return forth, back, forth(low), forth(high)
 
 
+def _expected(form: Form, exponents: tuple[float, float], deviation: float) -> list[tuple[int, float, float]]:
+    """(place, log, weight) of each parameter that is expected to have a value, where losses have a ``deviation``. The square
+    of such a residual is weighed against Huber costs, which grow with |x| times `DELTA` beyond it, not with x^2."""
+    if not {"a", "b"} <= set(form.names):
+        return []
+    scale = float(np.sqrt(deviation * min(deviation, DELTA)))
+    return [
+        (form.names.index(name), float(np.log(value)), scale / between)
+        for name, value, between in zip(("a", "b"), exponents, LOSS_BETWEEN, strict=True)
+    ]
+
+
+def _cost(losses: int) -> Callable[[np.ndarray], np.ndarray]:
+    """For `least_squares`: Huber's cost of the first residuals, which are of ``losses``, and the plain square of others."""
+
+    def cost(squares: np.ndarray) -> np.ndarray:
+        far = (squares > 1) & (np.arange(len(squares)) < losses)
+        root = np.sqrt(np.where(far, squares, 1.0))
+        return np.stack([np.where(far, 2 * root - 1, squares), 1 / root, np.where(far, -0.5 / root**3, 0.0)])
+
+    return cost
+
+
+def _check(form: Form, where: Points, loss: np.ndarray) -> None:
+    distinct = distinct_points(where)
+    if distinct < len(form.names):
+        raise InputError(
+            f"{distinct} different (N, D) do not determine the {len(form.names)} parameters of the loss law {form.name}: "
+            "add sizes and durations"
+        )
+    if why := form.untold(where):
+        raise InputError(f"the loss law {form.name} cannot be fitted: {why}")
+    if form.names[0] == "e" and not loss.min() > form.bounds[0][0]:
+        raise InputError(f"the least loss is {loss.min():.3g}, and a loss law needs losses above {form.bounds[0][0]:g}")
+
+
 def distinct_points(where: Points) -> int:
     """The number of different points: a form with more parameters is not determined by them."""
     return len({*zip(*(getattr(where, name) for name in Points.__dataclass_fields__), strict=True)})
 
 
-def fit_loss(where: Points, loss: np.ndarray, form: str = "chinchilla", start: LossLaw | None = None) -> LossLaw:
-    """Fit ``form`` to losses (nats per token). With ``start`` the search starts only there, for resampling. Raises
+def fit_loss(
+    where: Points,
+    loss: np.ndarray,
+    form: str = "chinchilla",
+    start: LossLaw | None = None,
+    exponents: tuple[float, float] | None = None,
+) -> LossLaw:
+    """Fit ``form`` to losses (nats per token). With ``start`` the search starts only there, for resampling. With
+    ``exponents``, the law's a and b, where it has them, are expected to be these, give or take `LOSS_BETWEEN`. Raises
     InputError if the points do not determine the form."""
     law = FORMS[form]
-    distinct = distinct_points(where)
-    if distinct < len(law.names):
-        raise InputError(
-            f"{distinct} different (N, D) do not determine the {len(law.names)} parameters of the loss law {form}: add "
-            "sizes and durations"
-        )
-    if why := law.untold(where):
-        raise InputError(f"the loss law {form} cannot be fitted: {why}")
-    if law.names[0] == "e" and not loss.min() > law.bounds[0][0]:
-        raise InputError(f"the least loss is {loss.min():.3g}, and a loss law needs losses above {law.bounds[0][0]:g}")
+    _check(law, where, loss)
     forth, back, lower, upper = _search_space(law, loss)
     begin = law.starts(where, loss) if start is None else [np.array([start.values[name] for name in law.names])]
     target = np.log(loss)
+    expected = []
+    if exponents is not None:
+        free = start or fit_loss(where, loss, form)
+        begin.append(np.array([free.values[name] for name in law.names]))
+        expected = _expected(law, exponents, free.deviation(where, loss))
+
+    def left(x: np.ndarray) -> np.ndarray:
+        return np.log(np.maximum(law.predict(back(x), where), 1e-12)) - target
 
     def residual(x: np.ndarray) -> np.ndarray:
-        return np.log(np.maximum(law.predict(back(x), where), 1e-12)) - target
+        return np.append(left(x), [weight * (x[place] - value) for place, value, weight in expected])
 
     steps = 1e-7 * np.eye(len(law.names))
 
     def jacobian(x: np.ndarray) -> np.ndarray:
         # Forward differences of all parameters in one call: forms are elementwise.
         moved = np.log(np.maximum(law.predict(back((x + steps).T[:, :, None]), where), 1e-12))
-        return ((moved - target - residual(x)) / 1e-7).T
+        pulls = [weight * np.eye(len(x))[place] for place, _, weight in expected]
+        return np.vstack([((moved - target - left(x)) / 1e-7).T, *pulls])
 
-    fits = []
+    fits, cost = [], _cost(len(loss))
     for p in begin:
         low, high = (np.array(side, float) for side in zip(*law.bounds, strict=True))
         x = np.clip(forth(np.clip(p, low, high)), lower + 1e-9, upper - 1e-9)
-        options: dict[str, Any] = {"loss": "huber", "f_scale": DELTA, "bounds": (lower, upper), "x_scale": "jac"}
-        fits.append(least_squares(residual, x, jacobian, max_nfev=MOST_STEPS, **options))
+        options: dict[str, Any] = {"f_scale": DELTA, "bounds": (lower, upper), "x_scale": "jac"}
+        fits.append(least_squares(residual, x, jacobian, loss=cost, max_nfev=MOST_STEPS, **options))
     best = min(fits, key=lambda fit: fit.cost)
     reached = np.array([back(fit.x) for fit in fits if fit.cost <= best.cost * 1.001 + 1e-12])
     compared = [law.names.index(name) for name in law.exponents]
@@ -113,7 +169,7 @@ def fit_loss(where: Points, loss: np.ndarray, form: str = "chinchilla", start: L
     return LossLaw(
         form=form,
         values=dict(zip(law.names, back(best.x).tolist(), strict=True)),
-        objective=float(best.cost),
+        objective=float(huber(DELTA, left(best.x)).sum()),
         starts=len(begin),
         spread=float(np.ptp(reached[:, compared], axis=0).max()),
         condition=float(singular[0] / max(singular[-1], 1e-300)),

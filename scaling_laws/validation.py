@@ -10,7 +10,7 @@ from scipy.optimize import least_squares
 
 from scaling_laws.errors import InputError
 from scaling_laws.forms import FORMS, points_of
-from scaling_laws.laboratories import Prior
+from scaling_laws.laboratories import Prior, laboratory_prior
 from scaling_laws.loss_law import LossLaw, distinct_points, fit_loss
 from scaling_laws.surface import ALIKE, NOISE, Surface, _shape, fit_step_law, mean, nearest_run_excess, profiled_minima
 from scaling_laws.surface_fit import ROUGH, fit_surface
@@ -27,9 +27,11 @@ def minima(surface: Surface | None, frame: pd.DataFrame) -> pd.DataFrame:
     return profiled_minima(surface, frame) if surface is not None else frame
 
 
-def law_of(found: pd.DataFrame, form: str, start: LossLaw | None = None) -> LossLaw:
-    """`fit_loss` for a table's rows."""
-    return fit_loss(points_of(found), found["loss"].to_numpy(float), form=form, start=start)
+def law_of(found: pd.DataFrame, form: str, start: LossLaw | None = None, prior: Prior | None = None) -> LossLaw:
+    """`fit_loss` for a table's rows. ``prior``: by default that of all laboratories."""
+    prior = laboratory_prior() if prior is None else prior
+    exponents = None if prior.removed else prior.loss
+    return fit_loss(points_of(found), found["loss"].to_numpy(float), form, start, exponents)
 
 
 def count_sizes(frame: pd.DataFrame) -> int:
@@ -55,10 +57,11 @@ class HoldOut:
     excess: float | None = None
     excess_step_law: float | None = None
     not_possible: str = ""
+    prior: Prior | None = None
 
     def loss_error(self, form: str) -> float:
         """Mean relative error of the loss predicted for the held-out runs. Raises InputError."""
-        law = law_of(self.inside, form)
+        law = law_of(self.inside, form, prior=self.prior)
         return float(np.mean(np.abs(law.at(points_of(self.outside)) / self.outside["loss"].to_numpy() - 1)))
 
 
@@ -106,6 +109,7 @@ def hold_out(frame: pd.DataFrame, out: pd.Series, name: str, tuned: bool, prior:
         "name": name,
         "groups": int(outside["group"].nunique()),
         "compute_ratio": float(compute_of(outside).max() / compute_of(inside).max()),
+        "prior": prior,
     }
     try:
         surface = fit_surface(inside, prior=prior) if tuned else None
@@ -212,7 +216,7 @@ def over_extrapolation(
             continue
         try:
             surface = fit_surface(inside, prior=prior) if tuned else None
-            law = law_of(minima(surface, inside), form)
+            law = law_of(minima(surface, inside), form, prior=prior)
         except InputError:
             continue
         best = minima(surface, outside)
