@@ -289,10 +289,10 @@ def has_own_head(start: ModelConfig, config: ModelConfig) -> bool:
     return not config.criteria or bool(start.criteria)
 
 
-def check_same_model(path: Path, config: ModelConfig, may_differ: Collection[str] = ()) -> None:
+def check_same_model(path: Path, config: ModelConfig, may_differ: Collection[str] = (), label: str = "") -> None:
     """Raise UserError if the checkpoint's model differs from ``config`` in other fields than ``may_differ``; the message
-    names the fields."""
-    check_fields(read_object(path / MODEL_CONFIG), config, f"checkpoint {path}", may_differ)
+    begins with ``label`` and names the fields."""
+    check_fields(read_object(path / MODEL_CONFIG), config, f"{label}checkpoint {path}", may_differ)
 
 
 def check_fields(

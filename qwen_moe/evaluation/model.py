@@ -1,7 +1,7 @@
 """What evaluation asks of a model, and how a checkpoint answers it. Torch is imported only when a prompt is completed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,6 +10,8 @@ from qwen_moe.checkpoint.fingerprint import fingerprint, tokenizer_fingerprint
 if TYPE_CHECKING:
     from qwen_moe.generation.extension import Extension
     from qwen_moe.generation.open import Attention
+
+Done = Callable[[int, list[int]], None]
 
 
 class Completer(Protocol):
@@ -26,9 +28,10 @@ class Completer(Protocol):
 
     def decode(self, tokens: list[int]) -> str: ...
 
-    def complete(self, prompts: list[list[int]], max_new_tokens: int, done: Callable[[int, list[int]], None]) -> None:
+    def complete(self, prompts: list[list[int]], length: int, max_new_tokens: int, done: Done) -> None:
         """Continue every prompt greedily and call ``done(index, new tokens without the end token)`` once for each, in any
-        order, as soon as it is complete."""
+        order, as soon as it is complete. A prompt and its completion have at most ``length`` tokens. This number decides how
+        they are read, so that the other prompts of a call make no difference."""
 
     def reading(self) -> dict[str, float]:
         """How the prompts of the last call were read: the share of attention that sparse prefill ``kept``, and its ``work``
@@ -56,6 +59,7 @@ class _GeneratingCompleter:
     """Completes with `qwen_moe.generation`. The context is extended only where the model does not reach."""
 
     def __init__(self, checkpoint: Path, options: CompleterOptions) -> None:
+        from qwen_moe.generation.extension import check_chunk
         from qwen_moe.generation.open import HowToRead, Opened
         from qwen_moe.generation.tokenizer import tokenizer_folder
 
@@ -67,6 +71,8 @@ class _GeneratingCompleter:
             attention=options.attention,
             kept_share=options.kept_share,
         )
+        if options.chunk_size is not None:
+            check_chunk(options.chunk_size, self._opened.config.max_position_embeddings)
         self._read: dict[str, float] = {}
         directory = self._opened.weights.directory
         self.identity = {
@@ -86,13 +92,12 @@ class _GeneratingCompleter:
     def decode(self, tokens: list[int]) -> str:
         return self._opened.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def complete(self, prompts: list[list[int]], max_new_tokens: int, done: Callable[[int, list[int]], None]) -> None:
+    def complete(self, prompts: list[list[int]], length: int, max_new_tokens: int, done: Done) -> None:
         from qwen_moe.generation.open import on_one_device
         from qwen_moe.generation.sampling import Sampling
 
-        longest = max(map(len, prompts)) + max_new_tokens
-        how = self._how if longest > self._opened.config.reach else replace(self._how, extension="none")
-        engine = self._opened.engine(how, longest, on_one_device(self._options.dtype))
+        how = self._how.within(self._opened.config, length)
+        engine = self._opened.engine(how, length, on_one_device(self._options.dtype))
 
         def answered(index: int, answers: list[Any]) -> None:
             tokens = answers[0].tokens

@@ -68,7 +68,7 @@ def _complete(
                     bar.write(note, sys.stderr)
             recorder = _Recorder(evaluation, batch, completer, file, bar.update)
             new_tokens = evaluation.tasks[batch[0].task].new_tokens
-            completer.complete([tokens for tokens, _ in recorder.prompts], new_tokens, recorder.done)
+            completer.complete([tokens for tokens, _ in recorder.prompts], length, new_tokens, recorder.done)
             assert recorder.count == len(batch), f"{recorder.count} of {len(batch)} prompts were completed"
             before = length, (time.perf_counter() - begin) / len(batch)
 

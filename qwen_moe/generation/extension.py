@@ -16,6 +16,12 @@ def _local(chunk: int) -> int:
     return max(1, chunk // _CHUNK_PER_LOCAL, min(_LEAST_LOCAL, chunk // 4))
 
 
+def check_chunk(size: int, trained: int) -> None:
+    """Raise UserError for a chunk of dual chunk attention that a model, trained on ``trained`` tokens, cannot have."""
+    if not 2 <= size <= trained:
+        raise UserError(f"--chunk-size {size}: give 2 to {trained}, the length that the model was trained on")
+
+
 def extended(config: ModelConfig, extension: Extension, length: int, chunk: int | None = None) -> ModelConfig:
     """``config`` for texts of ``length`` tokens.
 
@@ -47,8 +53,7 @@ def extended(config: ModelConfig, extension: Extension, length: int, chunk: int 
         change = {"max_position_embeddings": length}
     else:
         size = chunk or max(2, trained * 3 // 4)
-        if not 2 <= size <= trained:
-            raise UserError(f"--chunk-size {size}: give 2 to {trained}, the length that the model was trained on")
+        check_chunk(size, trained)
         chunks = DualChunk(
             chunk_size=size,
             local_size=_local(size),

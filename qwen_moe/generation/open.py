@@ -48,6 +48,11 @@ class HowToRead:
                 "--context-extension dca or auto, or leave it out"
             )
 
+    def within(self, config: ModelConfig, longest: int) -> "HowToRead":
+        """How texts of at most ``longest`` tokens are read: without the extension where the model of ``config`` reaches so
+        far, which would be refused."""
+        return replace(self, extension="none", chunk=None) if longest <= config.reach else self
+
 
 class Opened:
     """A checkpoint whose tokenizer and config are read. `engine` reads the weights, once."""

@@ -68,7 +68,7 @@ def draw(
 
     ``chance [N]`` float64: uniform numbers in [0, 1) that decide. ``occurred [N, V]``: the tokens to which the repetition
     penalty applies. The log-probability is the model's own at ``temperature`` (at temperature 0, at 1), before tokens are
-    left out or penalized: this is what training compares with.
+    left out or penalized: this is what training compares with. It is NaN where logits are NaN or infinite.
     """
     logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     own = _tempered(logits, sampling.temperature or 1.0)
@@ -108,9 +108,11 @@ def _choose(scores: torch.Tensor, sampling: Sampling, chance: torch.Tensor) -> t
 
 
 def _invert(weights: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
-    """The index whose share of ``weights [N, K]`` (not normalized, float64) holds ``chance [N]`` of their sum."""
+    """The index whose share of ``weights [N, K]`` (not normalized, float64) holds ``chance [N]`` of their sum; any index
+    of a row that has NaN."""
     cumulative = weights.cumsum(-1)
     wanted = chance.to(weights.device).unsqueeze(-1) * cumulative[..., -1:]
     found = torch.searchsorted(cumulative, wanted, right=True).squeeze(-1)
-    # Rounding may reach past the last token that has weight.
-    return torch.minimum(found, torch.searchsorted(cumulative, cumulative[..., -1:].contiguous()).squeeze(-1))
+    # Rounding may reach past the last token that has weight, and no number is above NaN.
+    last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous()).squeeze(-1)
+    return torch.minimum(found, last).clamp_max(weights.shape[-1] - 1)

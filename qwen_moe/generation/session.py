@@ -120,6 +120,11 @@ class Session:
         longest decides how texts are read."""
         self._longest = check_lengths(self.opened.config, self._how, prompts, max_new_tokens)
 
+    def check_one(self, prompt: list[int], max_new_tokens: int) -> None:
+        """`check` of one prompt among others: a longer one may need the context extension that this one does not."""
+        how = self._how.within(self.opened.config, len(prompt) + max_new_tokens)
+        check_lengths(self.opened.config, how, [prompt], max_new_tokens)
+
     def reach(self, longest: int | None = None) -> int:
         """Instead of `check`: texts have at most ``longest`` tokens, by default as many as the model reaches. Returns this
         number. What was allowed before stays allowed. Raises UserError if the model does not reach so far."""

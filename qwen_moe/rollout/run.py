@@ -34,7 +34,7 @@ def roll_out(
         rewarder = stack.enter_context(Rewarder(rewards)) if session.reports else None
 
         def check(query: Query) -> None:
-            session.check([query.tokens], sampling.max_new_tokens)
+            session.check_one(query.tokens, sampling.max_new_tokens)
             if rewarder is not None:
                 rewarder.check(query.values)
 

@@ -47,6 +47,8 @@ def find_start(config: RunConfig, stages: Sequence[RunConfig], say: Say, at_most
     if path is not None:
         state = read_train_state(path)
         staged.check_stages(config, stages, state)
+        if config.stages:
+            staged.check_model(path, stages, state)
         return Start(path, state)
     path = config.checkpoint.branch_from
     if path is None:
@@ -70,7 +72,8 @@ def restore(config: RunConfig, start: Start, trainer: Trainer, inputs: OrderedIn
         load_start(config, trainer.model, say)
         return History()
     enters = staged.begins_at(config, state.step)
-    resume(path, trainer.model, trainer.optimizer, config.model, WITHOUT_WEIGHTS if enters else ())
+    grown = staged.may_have_grown(path, config.model) if config.place.name else ()
+    resume(path, trainer.model, trainer.optimizer, config.model, WITHOUT_WEIGHTS if enters else grown)
     if start.is_branch:
         check_branch(config, state.settings, state.step, path)
         _check_data(state, inputs, path)

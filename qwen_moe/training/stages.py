@@ -5,10 +5,13 @@ Stages that have begun must be what they were, because their steps are done; lat
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from qwen_moe.checkpoint.distributed import check_same_model
+from qwen_moe.checkpoint.resolve import model_config
 from qwen_moe.checkpoint.train_state import TrainState
-from qwen_moe.config import RunConfig, StageRun
+from qwen_moe.config import ModelConfig, RunConfig, StageRun
 from qwen_moe.errors import UserError
 from qwen_moe.runs.identity import ON_RESUME, Rule, differences, rule_of, saved_settings
 from qwen_moe.sharding.layout import processes, run_layout
@@ -103,6 +106,20 @@ def check_stages(config: RunConfig, stages: Sequence[RunConfig], state: TrainSta
             "Stages that have begun must stay as they were, and only later ones may change: restore them, or use another "
             "run_dir (checkpoint.load_from starts a new run from its weights)"
         )
+
+
+def may_have_grown(path: Path, model: ModelConfig) -> tuple[str, ...]:
+    """The settings of ``model`` that may be others than those of the checkpoint ``path`` of a run of stages: stages that
+    follow may need longer texts, where angles do not depend on how long texts may be."""
+    saved, scaling = model_config(path), model.rope_scaling
+    same = (saved.trained_length, saved.rope_factor) == (model.trained_length, model.rope_factor)
+    return ("max_position_embeddings",) if scaling is None or (same and scaling.type != "dynamic") else ()
+
+
+def check_model(path: Path, stages: Sequence[RunConfig], state: TrainState) -> None:
+    """Raise UserError unless the checkpoint ``path`` has the model of the stage that wrote it, with its RoPE."""
+    writer = stage_of(stages, state.step - 1)
+    check_same_model(path, writer.model, may_have_grown(path, writer.model), writer.place.label)
 
 
 def _problems(stages: Sequence[RunConfig], state: TrainState) -> list[str]:

@@ -85,7 +85,9 @@ class Solver:
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def complete(self, prompts: list[list[int]], max_new_tokens: int, done: Callable[[int, list[int]], None]) -> None:
+    def complete(
+        self, prompts: list[list[int]], length: int, max_new_tokens: int, done: Callable[[int, list[int]], None]
+    ) -> None:
         self.batches.append(([], max_new_tokens))
         for index in reversed(range(len(prompts))):  # in any order
             self.before(self.count)

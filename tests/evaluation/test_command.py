@@ -70,7 +70,7 @@ def test_completions_are_those_of_generate(hf: Path, tokenizer: Any) -> None:
     prompts = ["The grass is green.", "One of the special magic numbers"]
     found: dict[int, str] = {}
     encoded = [completer.encode(prompt) for prompt in prompts]
-    completer.complete(encoded, 12, lambda index, tokens: found.update({index: completer.decode(tokens)}))
+    completer.complete(encoded, 4096, 12, lambda index, tokens: found.update({index: completer.decode(tokens)}))
     greedy = Sampling(max_new_tokens=12, temperature=0)
     assert [found[0], found[1]] == [generate_text(hf, text, greedy, dtype="fp32").completion for text in prompts]
     assert open_completer(hf, CompleterOptions(context_extension="none")).reach == 4096
@@ -80,9 +80,9 @@ def test_end_tokens_end_a_completion(hf: Path) -> None:
     completer: Any = open_completer(hf, CompleterOptions(dtype="fp32"))
     prompt = completer.encode("The grass is green.")
     found: list[list[int]] = []
-    completer.complete([prompt], 12, lambda index, tokens: found.append(tokens))
+    completer.complete([prompt], 4096, 12, lambda index, tokens: found.append(tokens))
     completer._opened.end_tokens = [found[0][5]]
-    completer.complete([prompt], 12, lambda index, tokens: found.append(tokens))
+    completer.complete([prompt], 4096, 12, lambda index, tokens: found.append(tokens))
     assert found[1] == found[0][: found[0].index(found[0][5])]
 
 
@@ -154,6 +154,10 @@ def test_shards_of_the_verb(solved: Callable[..., Solver], tmp_path: Path, capsy
             "passkey --lengths 4097 --context-extension none",
             "--lengths 4097 is beyond the model's reach of 4096 tokens",
         ),
+        (
+            "passkey --lengths 200,5000 --chunk-size 4097",
+            "--chunk-size 4097: give 2 to 4096, the length that the model",
+        ),
         ("passkey --lengths 200 --shard 2/2", "the index counts from 0 and must be less than 2"),
         ("passkey --lengths 200 --shard 2", "expected INDEX/COUNT, such as 0/4"),
         ("passkey --lengths 200 --checkpoint nowhere", "nowhere does not exist: give a checkpoint"),
@@ -190,9 +194,37 @@ def test_a_checkpoint_without_tokenizer(hf: Path, tmp_path: Path, capsys: pytest
 def test_lengths_beyond_the_models_reach(extension: str, hf: Path) -> None:
     completer = open_completer(hf, CompleterOptions(context_extension=extension, attention="sparse"))
     answers: dict[int, list[int]] = {}
-    completer.complete([[1] * 100, [2] * 4200], 3, answers.__setitem__)
+    completer.complete([[1] * 100, [2] * 4200], 4203, 3, answers.__setitem__)
     assert answers.keys() == {0, 1} and all(len(tokens) <= 3 for tokens in answers.values())
     assert completer.reach is None and completer.reading() == {}  # too short to leave keys out
+
+
+@pytest.mark.parametrize("extension", ["auto", "dca"])
+def test_chunks_of_another_size_are_for_lengths_that_need_them(extension: str, hf: Path) -> None:
+    """A shorter length of the same evaluation is read as without the option."""
+    found: dict[tuple[int | None, int], list[int]] = {}
+    prompt = [1 + i % 50 for i in range(100)]
+    for chunk in (None, 64):
+        options = CompleterOptions(context_extension=extension, chunk_size=chunk, dtype="fp64")
+        completer = open_completer(hf, options)
+        for length in (4096, 4097):
+            completer.complete([prompt], length, 20, lambda _, new, at=(chunk, length): found.update({at: new}))
+    assert found[64, 4096] == found[None, 4096] != found[64, 4097]
+
+
+@pytest.mark.parametrize("extension", ["auto", "yarn", "plain"])
+def test_the_other_prompts_do_not_decide_how_one_is_read(extension: str, hf: Path) -> None:
+    """Two prompts of one --lengths, of which one alone is beyond the model's reach: a call may hold either or both, as
+    shards and stops decide."""
+    completer = open_completer(hf, CompleterOptions(context_extension=extension, dtype="fp64"))
+    prompts = [[1 + i % 50 for i in range(count)] for count in (4080, 4100)]
+
+    def answers(some: list[list[int]]) -> list[list[int]]:
+        found: dict[int, list[int]] = {}
+        completer.complete(some, 4110, 9, found.__setitem__)
+        return [found[i] for i in range(len(some))]
+
+    assert answers(prompts) == [answers([prompt])[0] for prompt in prompts]
 
 
 def test_the_share_of_attention_to_keep_is_part_of_the_question(

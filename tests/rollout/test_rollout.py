@@ -236,6 +236,24 @@ def test_other_settings_are_refused(
     assert message in capsys.readouterr().err and content(finished) == before
 
 
+def test_a_short_query_among_long_ones_needs_no_extension(hf: Path, tmp_path: Path, capsys: Any) -> None:
+    """All are read with the extension that the longest needs, as `generate` reads them; a length of its own is checked."""
+    lines = [{"prompt": "abc", "answer": "e"}, {"prompt": "k" * 60, "answer": "q"}]
+    source = write_lines(tmp_path / "q.jsonl", lines)
+    extension = ["--context-extension", "yarn"]
+    assert rollout(hf, source, tmp_path / "out", *extension) == 0
+    arguments = ["generate", "--checkpoint", str(hf), "--input", str(source), "--output", str(tmp_path / "answers")]
+    drawn = ["--samples", "3", "--max-new-tokens", "8", "--temperature", "1", "--top-p", "1"]
+    assert main([*arguments, *drawn, *extension]) == 0
+    answers = read_lines(tmp_path / "answers")
+    assert [[one["tokens"] for one in row["completions"]] for row in answers] == [
+        [tokens for tokens, _ in row] for row in samples(tmp_path / "out")
+    ]
+    short = write_lines(tmp_path / "short.jsonl", lines[:1])
+    assert rollout(hf, short, tmp_path / "none", *extension) == 2
+    assert "the model reaches 64 tokens and the longest text has 11" in capsys.readouterr().err
+
+
 def test_mistakes_are_found_before_anything_is_sampled(hf: Path, tmp_path: Path, capsys: Any) -> None:
     lines = [
         {"prompt": "a", "answer": "1"},

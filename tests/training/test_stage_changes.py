@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from qwen_moe.config import RunConfig, stage_runs
+from qwen_moe.checkpoint.train_state import read_train_state
+from qwen_moe.config import RopeScaling, RunConfig, stage_runs
 from qwen_moe.errors import UserError
 from qwen_moe.runs.records import read_lines
-from qwen_moe.training.stages import check_layouts, processes_for
+from qwen_moe.training.stages import check_layouts, check_model, may_have_grown, processes_for
 from tests.distributed import run_distributed
 from tests.small import changed
 from tests.training.staged_runs import STAGES, figures, refused, settings, train, write_tokens
@@ -76,6 +77,37 @@ def test_what_has_begun_must_stay(middle: Any, tokens: Path, undisturbed: Path) 
     assert "stages.1 (long): model.rope_theta was 500000.0, is now 1000000.0" in refused(whole)
     whole = settings(undisturbed, tokens, stages=STAGES[:1], training__train_tokens=256)
     assert "all stages together now have 4 steps" in refused(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rope_scaling", {"type": "linear", "factor": 2.0}), ("dual_chunk", {"chunk_size": 32, "local_size": 8})],
+)
+def test_at_a_border_the_model_of_the_stage_before_is_no_other(middle: Any, name: str, value: Any) -> None:
+    """No weight depends on these settings, and the stage that begins may not have others than the one that has ended."""
+    said = refused(middle(**{f"model__{name}": value}))
+    assert "stages.0 (short): checkpoint" in said and f"step_00000004 is of another model: {name} is None there" in said
+
+
+def test_later_stages_may_need_longer_texts(tmp_path: Path, tokens: Path) -> None:
+    """The length that a model reaches decides nothing of what is done, within a stage and at a border, unless the angles
+    depend on it."""
+    constant: dict[str, Any] = {"schedule__kind": "constant"}
+    train(settings(tmp_path / "run", tokens, **constant), dies="saved 6")
+    more = [*STAGES, {"name": "longest", "tokens": 256, "data": {"sequence_length": 128, "long_share": 0}}]
+    longer = settings(tmp_path / "run", tokens, stages=more, model__max_position_embeddings=128, **constant)
+    border = tmp_path / "run" / "checkpoints" / "step_00000004"
+    check_model(border, stage_runs(longer), read_train_state(border))
+    yarn = longer.model.model_copy(update={"rope_scaling": RopeScaling(type="yarn", factor=2.0)})
+    assert may_have_grown(border, longer.model) == ("max_position_embeddings",) and may_have_grown(border, yarn) == ()
+    assert "(step 6 of 9)" in train(longer)
+
+
+def test_a_run_without_stages_becomes_no_first_stage_of_another_base(tmp_path: Path, tokens: Path) -> None:
+    constant = {"schedule__kind": "constant"}
+    train(settings(tmp_path / "run", tokens, stages=[], training__train_tokens=256, **constant))
+    said = refused(settings(tmp_path / "run", tokens, stages=other(0, model__rope_theta=2e4), **constant))
+    assert "stages.0 (short): checkpoint" in said and "rope_theta is 10000.0 there, 20000.0 here" in said
 
 
 def test_a_run_without_stages_goes_on_as_the_first_of_several(tmp_path: Path, tokens: Path) -> None:
