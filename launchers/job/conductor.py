@@ -183,8 +183,8 @@ class Conductor:
         if spare is None or spare >= len(nodes):
             return decision
         text = (
-            f"{decision.reason}; without {', '.join(sorted(excluded))} the partition has {spare} usable nodes, "
-            f"{len(nodes)} are needed"
+            f"{decision.reason}; without {', '.join(sorted(excluded))} the partition has {spare} usable "
+            f"{'node' if spare == 1 else 'nodes'}, {len(nodes)} are needed"
         )
         return dataclasses.replace(decision, action="stop", reason=text)
 

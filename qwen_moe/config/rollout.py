@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from launchers.counted import counted
 from qwen_moe.config.fields import (
     Finite,
     GivenPath,
@@ -133,7 +134,8 @@ class RolloutConfig(Section):
             raise ValueError("there is no reward: give rewards, such as [exact], or reward_model")
         if self.reward_weights and len(self.reward_weights) != len(self.rewards):
             raise ValueError(
-                f"reward_weights has {len(self.reward_weights)} numbers and rewards {len(self.rewards)} names: give one for "
+                f"reward_weights has {counted(len(self.reward_weights), 'number')} and rewards "
+                f"{counted(len(self.rewards), 'name')}: give one for "
                 "each, or none"
             )
         if self.queries_per_episode % self.updates_per_episode:

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from launchers.counted import counted
 from qwen_moe.config.rollout import ServerKind, wrong_address
 from qwen_moe.errors import UserError
 from qwen_moe.generation.engine import Completion
@@ -90,7 +91,9 @@ class ServerSampler:
         names = [str(one.get("id")) for one in _list(answer, "data") if isinstance(one, dict)]
         if self.server.model not in names:
             if not names:
-                raise UserError(f"{self._base} has no model at all: load {self.server.model!r} into it, and run this again")
+                raise UserError(
+                    f"{self._base} has no model at all: load {self.server.model!r} into it, and run this again"
+                )
             known, setting = ", ".join(names), self.server.name("model")
             raise UserError(f"{self._base} has no model {self.server.model!r}, only {known}: give {setting}")
 
@@ -140,13 +143,15 @@ class ServerSampler:
             )
 
         if len(answers) != sampling.samples:
-            refuse(f"gave {len(answers)} answers and was asked for {sampling.samples}")
+            refuse(f"gave {counted(len(answers), 'answer')} and was asked for {sampling.samples}")
         for answer in answers:
             tokens, log_probs = answer.tokens, answer.log_probs
             if not 0 < len(tokens) <= sampling.max_new_tokens:
-                refuse(f"gave an answer of {len(tokens)} tokens and was asked for 1 to {sampling.max_new_tokens}")
+                refuse(
+                    f"gave an answer of {counted(len(tokens), 'token')} and was asked for 1 to {sampling.max_new_tokens}"
+                )
             if len(log_probs) != len(tokens):
-                refuse(f"gave {len(log_probs)} log-probabilities for {len(tokens)} tokens")
+                refuse(f"gave {counted(len(log_probs), 'log-probability')} for {counted(len(tokens), 'token')}")
             if wrong := [token for token in tokens if not 0 <= token < self._vocabulary]:
                 refuse(f"gave token {wrong[0]}, but the model's vocabulary has {self._vocabulary}")
             if wrong_one := [one for one in log_probs if not (math.isfinite(one) and one <= 1e-4)]:
@@ -176,14 +181,14 @@ class ServerSampler:
                 if error.code not in _PASSING:
                     raise UserError(f"{url} refuses the request with {problem}") from None
             except TimeoutError:
-                problem = f"no answer within {self.server.seconds:g} seconds ({seconds})"
+                problem = f"no answer within {counted(self.server.seconds, 'second')} ({seconds})"
             except urllib.error.URLError as error:
                 slow = isinstance(error.reason, TimeoutError)
-                problem = f"no answer within {self.server.seconds:g} seconds" if slow else f"{error.reason}"
+                problem = f"no answer within {counted(self.server.seconds, 'second')}" if slow else f"{error.reason}"
             except (http.client.HTTPException, ConnectionError) as error:
                 problem = f"the connection was lost ({type(error).__name__})"
         raise UserError(
-            f"{url} did not answer in {self.server.tries} tries: {problem}. {self.server.goes_on} once it does"
+            f"{url} did not answer in {counted(self.server.tries, 'try')}: {problem}. {self.server.goes_on} once it does"
         )
 
 
@@ -205,7 +210,9 @@ def _json(content: bytes, url: str) -> Any:
 def _list(answer: Any, name: str) -> list[Any]:
     found = answer.get(name) if isinstance(answer, dict) else None
     if not isinstance(found, list):
-        raise UserError(f"the server's answer has no list {name!r}: {str(answer)[:120]}. Is it a vLLM or SGLang server?")
+        raise UserError(
+            f"the server's answer has no list {name!r}: {str(answer)[:120]}. Is it a vLLM or SGLang server?"
+        )
     return found
 
 
@@ -238,7 +245,7 @@ def _vllm_answers(answer: Any, prompt: list[int]) -> list[Completion]:
             if read is not None and list(read) != prompt:
                 raise UserError(
                     f"the server read a prompt that begins with the tokens {list(read)[:8]} and was given {prompt[:8]} "
-                    f"({len(read)} tokens for {len(prompt)}): it must not change prompts"
+                    f"({counted(len(read), 'token')} for {len(prompt)}): it must not change prompts"
                 )
         return [
             Completion(_vllm_tokens(one), [float(p) for p in one["logprobs"]["token_logprobs"]], one["finish_reason"])

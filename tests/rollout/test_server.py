@@ -254,7 +254,7 @@ def test_the_command_goes_on_after_the_server_was_down(fake: FakeServer, hf: Pat
     ]
     longest = len(fake.opened.tokenizer.encode("k" * 4))
     fake.busy = lambda body: len(body["prompt"]) == longest  # the last query, so one of the second file
-    assert main(command) == 2 and "did not answer in 1 tries: status 503" in capsys.readouterr().err
+    assert main(command) == 2 and "did not answer in 1 try: status 503" in capsys.readouterr().err
     assert len(list((tmp_path / "out").glob("*-00000.jsonl"))) == 1 and not list(
         (tmp_path / "out").glob("*-00001.jsonl")
     )
