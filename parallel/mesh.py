@@ -7,6 +7,8 @@ Rank r of the world is ``((pp_index * dp + dp_index) * cp + cp_index) * tp + tp_
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from parallel.counted import counted
+
 if TYPE_CHECKING:  # torch is imported where groups are made, so degrees are checked before anything waits for it
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
@@ -33,7 +35,8 @@ class Layout:
                 raise LayoutError(f"{name} is {getattr(self, name)}: every degree is at least 1")
         if self.stage_size % (self.ep * self.etp):
             raise LayoutError(
-                f"experts do not fit the stage: tp {self.tp} x cp {self.cp} x dp {self.dp} = {self.stage_size} ranks are "
+                f"experts do not fit the stage: tp {self.tp} x cp {self.cp} x dp {self.dp} = "
+                f"{counted(self.stage_size, 'rank is', 'ranks are')} "
                 f"not a multiple of ep {self.ep} x etp {self.etp} = {self.ep * self.etp}"
             )
 
@@ -60,13 +63,14 @@ def layout_for(world_size: int, *, pp: int = 1, cp: int = 1, tp: int = 1, ep: in
     model = tp * cp * pp
     if world_size % model:
         raise LayoutError(
-            f"{world_size} processes are not a multiple of tp {tp} x cp {cp} x pp {pp} = {model}: start "
+            f"{counted(world_size, 'process is', 'processes are')} not a multiple of tp {tp} x cp {cp} x pp {pp} = "
+            f"{model}: start "
             f"{smallest_world(1, pp=pp, cp=cp, tp=tp, ep=ep, etp=etp)} (or a multiple), or change a degree"
         )
     stage = world_size // pp
     if stage % (ep * etp):
         raise LayoutError(
-            f"{world_size} processes / pp {pp} = {stage} per stage are not a multiple of ep {ep} x etp {etp} = "
+            f"{counted(world_size, 'process')} / pp {pp} = {stage} per stage are not a multiple of ep {ep} x etp {etp} = "
             f"{ep * etp}: start {smallest_world(1, pp=pp, cp=cp, tp=tp, ep=ep, etp=etp)} (or a multiple), or change a degree"
         )
     return Layout(pp=pp, dp=world_size // model, cp=cp, tp=tp, ep=ep, etp=etp)
@@ -105,7 +109,7 @@ class Grids:
 
         world, rank = dist.get_world_size(), dist.get_rank()
         if world != layout.world_size:
-            raise LayoutError(f"layout {layout} is for {layout.world_size} processes but there are {world}")
+            raise LayoutError(f"layout {layout} is for {counted(layout.world_size, 'process')} but there are {world}")
         self.layout = layout
         self.world = Axis("world", world, rank, None)
         self.dense = self._mesh(device_type, {"pp": layout.pp, "dp": layout.dp, "cp": layout.cp, "tp": layout.tp})

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from parallel.counted import counted
 from parallel.threads import Threads, available_cpus, choose_threads
 
 if TYPE_CHECKING:  # torch is imported in `start`, so that asking for the rank does not wait for it
@@ -174,7 +175,8 @@ def _claim_gpu(store: "Store", gpu: str, info: ProcessInfo, visible: int) -> Non
     """Raise ProcessError if another rank has the same GPU. NCCL would refuse it later with a less helpful message."""
     if store.add(f"gpu/{gpu}", 1) > 1:
         raise ProcessError(
-            f"rank {info.rank} has the same GPU as another rank: {info.local_world_size} processes were started on "
+            f"rank {info.rank} has the same GPU as another rank: "
+            f"{counted(info.local_world_size, 'process was', 'processes were')} started on "
             f"{socket.gethostname()}, where each sees {visible} GPU{'s' if visible > 1 else ''}. Start no more processes "
             "than there are GPUs (launch.nproc, torchrun --nproc-per-node, srun --ntasks-per-node), or set "
             "CUDA_VISIBLE_DEVICES= to train on the CPU"

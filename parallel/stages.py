@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
+from parallel.counted import counted
 from parallel.mesh import LayoutError
 
 V_SHAPED = ("zbv", "dualpipev")
@@ -33,18 +34,21 @@ def check_schedule(schedule: str, pp: int, per_rank: int, micro_batches: int, la
         raise LayoutError(f"schedule {schedule} has exactly 2 stages per rank, not {per_rank}: leave it out")
     if layers < stages:
         raise LayoutError(
-            f"{layers} layers cannot fill pp {pp} x {per_rank} stages per rank = {stages} stages: lower one of the two"
+            f"{counted(layers, 'layer')} cannot fill pp {pp} x {counted(per_rank, 'stage')} per rank = "
+            f"{counted(stages, 'stage')}: lower one of the two"
         )
     least = {"1f1b": pp, "dualpipev": 2 * pp}.get(schedule, 1)
     if micro_batches < least:
         raise LayoutError(
-            f"schedule {schedule} with pp {pp} needs at least {least} micro-batches per step and data-parallel rank, not "
+            f"schedule {schedule} with pp {pp} needs at least {counted(least, 'micro-batch')} per step and "
+            "data-parallel rank, not "
             f"{micro_batches}: raise the global batch, or lower the micro-batch size, pp or dp"
         )
     rounds = max(1, micro_batches // pp)
     if schedule == "interleaved_1f1b" and micro_batches % rounds:
         raise LayoutError(
-            f"schedule interleaved_1f1b with pp {pp} runs {micro_batches} micro-batches in {rounds} rounds, which must "
+            f"schedule interleaved_1f1b with pp {pp} runs {counted(micro_batches, 'micro-batch')} in "
+            f"{counted(rounds, 'round')}, which must "
             "divide them: choose a multiple of pp"
         )
 

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from parallel.counted import counted
+
 OMP = "OMP_NUM_THREADS"
 DECIDED = "QWEN_MOE_THREADS"  # "COUNT WHY", set by a process that has decided for its children
 _SAMPLE_SECONDS = 0.4
@@ -48,7 +50,7 @@ def choose_threads(
         return Threads(count=users, why=f"{OMP} is set")
     allowed, limit = available_cpus()
     share = max(1, allowed // processes)
-    divided = f" for {processes} processes" if processes > 1 else ""
+    divided = f" for {counted(processes, 'process')}" if processes > 1 else ""
     if before and before <= share:
         return Threads(count=before, why="as in this run's earlier attempts, so that the rounding stays the same")
     busy = busy_cpus() if load else 0.0

@@ -6,6 +6,7 @@ from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
+from parallel.counted import counted
 from parallel.pipeline import SCHEDULES
 
 # Kinds of work: forward, full backward, backward for input gradients, backward for weight gradients.
@@ -100,7 +101,7 @@ def play(schedule: str, pp: int, micro_batches: int, per_rank: int, costs: Seque
                 position[rank] += 1
                 remaining -= 1
                 moved = True
-        assert moved, f"{schedule} with pp {pp} and {micro_batches} micro-batches waits for itself"
+        assert moved, f"{schedule} with pp {pp} and {counted(micro_batches, 'micro-batch')} waits for itself"
     length = max(clock)
     busy = [sum(item.end - item.begin for item in work if item.rank == rank) for rank in range(pp)]
     return Timeline(

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from launchers.counted import counted
 from qwen_moe.config import ModelConfig, RunConfig, load_config, parse_model, stage_runs
 from qwen_moe.config.fields import LARGEST_SIZE
 from qwen_moe.config.presets import PRESETS, is_preset, preset_values
@@ -92,12 +93,16 @@ def _amount(value: float, digits: int, large: str, small: str) -> str:
 def _text(name: str, facts: dict[str, Any]) -> str:
     model, counts, size = facts["model"], facts["parameters"], facts["training_bytes"]
     lines = [f"{name} ({model['family']})"]
-    shape = [f"{model['num_hidden_layers']} layers of {model['hidden_size']}", f"{model['num_attention_heads']} heads"]
+    shape = [
+        f"{counted(model['num_hidden_layers'], 'layer')} of {model['hidden_size']}",
+        counted(model["num_attention_heads"], "head"),
+    ]
     kv_heads = model["num_key_value_heads"]
     shape.append(f"{kv_heads} KV head{'' if kv_heads == 1 else 's'} of {model['head_dim']}")
     if model["num_experts"]:
         shape.append(
-            f"{model['num_experts_per_tok']} of {model['num_experts']} experts of {model['moe_intermediate_size']}"
+            f"{model['num_experts_per_tok']} of {counted(model['num_experts'], 'expert')} of "
+            f"{model['moe_intermediate_size']}"
         )
     if model["shared_expert_intermediate_size"]:
         shape.append(f"shared expert of {model['shared_expert_intermediate_size']}")
@@ -117,7 +122,8 @@ def _text(name: str, facts: dict[str, Any]) -> str:
             lines.append(f"    {part.replace('_', ' '):22s}{value / forward['total']:7.1%}")
     for stage in facts.get("stages", []):
         lines.append(
-            f"  stage             {stage['name']}: {stage['steps']:,} steps, {stage['tokens']:,} tokens in sequences of "
+            f"  stage             {stage['name']}: {counted(stage['steps'], 'step')}, {stage['tokens']:,} tokens in "
+            "sequences of "
             f"{stage['sequence_length']:,}, RoPE base {stage['rope_theta']:g}, "
             f"{_amount(stage['training_flops_per_token'], 3, 'G', 'M')}FLOPs per token, {stage['share_of_flops']:.0%} of all"
         )

@@ -5,6 +5,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from launchers.counted import counted
+
 
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
@@ -54,7 +56,8 @@ def machine_text(facts: dict[str, Any]) -> str:
     load = f", load {facts['load']:.1f}" if facts["load"] is not None else ""
     lines = [
         facts["processor"],
-        f"  {facts['cores']} cores, {facts['threads']} threads{memory}{load}; torch {facts['torch']} with "
+        f"  {counted(facts['cores'], 'core')}, {counted(facts['threads'], 'thread')}{memory}{load}; torch "
+        f"{facts['torch']} with "
         f"{facts['vector_instructions']}",
     ]
     for entry in facts["products"].values():

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launchers.counted import counted
 from launchers.folder.atomic import replaced
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
@@ -96,7 +97,10 @@ def describe_schedule(
 
 def schedule_text(schedule: Schedule) -> str:
     """The content of the picture as text."""
-    line = f"{schedule.name}, pp {schedule.pp}, {schedule.micro_batches} micro-batches, {schedule.per_rank} stages per rank"
+    line = (
+        f"{schedule.name}, pp {schedule.pp}, {counted(schedule.micro_batches, 'micro-batch')}, "
+        f"{counted(schedule.per_rank, 'stage')} per rank"
+    )
     lines = [line]
     if schedule.layers is not None:
         lines.append(f"  layers by stage   {' '.join(map(str, schedule.layers))}")
@@ -144,7 +148,8 @@ def draw_schedule(schedule: Schedule, path: Path) -> None:
     axes.set_xlim(0, timeline.length)
     axes.set_xlabel("time, in forwards of one micro-batch through a rank's layers")
     axes.set_title(
-        f"{schedule.name}: pp {schedule.pp}, {schedule.micro_batches} micro-batches, idle {timeline.idle_share:.1%}; "
+        f"{schedule.name}: pp {schedule.pp}, {counted(schedule.micro_batches, 'micro-batch')}, idle "
+        f"{timeline.idle_share:.1%}; "
         "peak = activations held, in micro-batches",
         fontsize=10,
     )

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from scaling_laws.counted import counted
+
 MOST_SAMPLES = 1_000_000
 # Limits of a request's numbers: far beyond any training run, but nothing overflows.
 LIMITS: dict[str, tuple[float, float]] = {
@@ -153,7 +155,7 @@ def _text(found: dict[str, Any]) -> str:
         f"for N {found['n_total']:.4g} ({found['n_active']:.4g} activated), D {found['tokens']:.4g} tokens, "
         f"{found['flops']:.3g} FLOPs",
         f"  learning rate      {found['learning_rate']:.3e}{interval('learning_rate', '.2e')}",
-        f"  batch size         {found['batch_size_tokens']:,} tokens = {found['batch_size_sequences']:,} sequences"
+        f"  batch size         {found['batch_size_tokens']:,} tokens = {counted(found['batch_size_sequences'], 'sequence')}"
         f"{interval('batch_size_tokens', ',.0f')}",
         f"  expected excess    {found['predicted_excess_loss']:.3%} of loss, because the optimum is not known exactly"
         f"{interval('predicted_excess_loss', '.3%')}",

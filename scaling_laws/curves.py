@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import least_squares
 
+from scaling_laws.counted import counted
 from scaling_laws.errors import InputError
 from scaling_laws.table_file import read_rows
 
@@ -187,7 +188,8 @@ def check_curve(curve: Curve) -> None:
     known = int(np.isfinite(curve.loss).sum())
     if known < LEAST_STEPS or curve.done < LEAST_SHARE:
         raise InputError(
-            f"{curve.name}: {known} losses in {curve.done:.1%} of the run are too few to predict its end: at least "
+            f"{curve.name}: {counted(known, 'loss')} in {curve.done:.1%} of the run {'is' if known == 1 else 'are'} too few "
+            "to predict its end: at least "
             f"{LEAST_STEPS} and {LEAST_SHARE:.0%} are needed"
         )
     if len(curve.loss) > len(curve.learning_rate) or not (curve.learning_rate > 0).any():

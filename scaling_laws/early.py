@@ -7,6 +7,7 @@ Warm-up was then at most 80% of the run. Their groups have 0.9 tokens per parame
 
 import pandas as pd
 
+from scaling_laws.counted import counted
 from scaling_laws.errors import InputError
 
 MOST_WARM_UP = 0.8  # of a run's tokens
@@ -26,7 +27,8 @@ def without_early(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     ):
         if early.any():
             notes.append(
-                f"{int(early.sum())} of {len(frame)} runs are left out, because runs {told} say nothing about longer ones "
+                f"{int(early.sum())} of {counted(len(frame), 'run is', 'runs are')} left out, because runs {told} say "
+                "nothing about longer ones "
                 f"(first: {frame.loc[early.idxmax(), 'source']})"
             )
     kept = frame[~(warming | short)]

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from scaling_laws.atomic import write_text
+from scaling_laws.counted import counted
 from scaling_laws.draws import FEW_GROUPS, draws
 from scaling_laws.errors import InputError
 from scaling_laws.forms import FORMS
@@ -181,7 +182,8 @@ def _beyond(surface: Surface, finished: pd.DataFrame, told: list[str]) -> list[s
                 f"runs with {side} ones" in t and what in t for t in told
             ):
                 notes.append(
-                    f"in {count} of {ratio.ngroups} groups the fitted {what} is {side} than any that was tried: it is "
+                    f"in {count} of {counted(ratio.ngroups, 'group')} the fitted {what} is {side} than any that was "
+                    "tried: it is "
                     f"extrapolated there, and is less certain than is said; add runs with {side} ones"
                 )
     return notes
@@ -198,8 +200,9 @@ def _doubtful(surface: Surface, frame: pd.DataFrame) -> list[str]:
     rate, batch, n = (first[c] for c in ("learning_rate", "batch_tokens", "n_total"))
     where = f"learning rate {rate:.3g}, batch {batch:,.0f} tokens, N {n:.3g}"
     return [
-        f"{len(doubtful)} of {len(blown)} diverged runs have settings at which the others let expect a loss less than "
-        f"{DOUBTFUL:.0%} above the best (first: {where}): they count little; if they blew up by accident, run them again, "
+        f"{len(doubtful)} of {counted(len(blown), 'diverged run has', 'diverged runs have')} settings at which the "
+        f"others let expect a loss less than {DOUBTFUL:.0%} above the best (first: {where}): they count little; "
+        "if they blew up by accident, run them again, "
         "else run their neighbors with another seed"
     ]
 

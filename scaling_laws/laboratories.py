@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from scaling_laws.counted import counted
 from scaling_laws.errors import InputError
 from scaling_laws.surface import Surface, without_shape
 
@@ -148,8 +149,8 @@ def laboratory_prior(without: Iterable[str] = (), *, removed: bool = False) -> P
         terms = {name for report in reports for name in report}
         if not ({"value", "n_total", "tokens"} <= terms or {"value", "n_total", "compute"} <= terms):
             raise InputError(
-                f"--without-laboratory leaves no published law for the {what} ({len(kept)} laboratories remain): leave "
-                "out fewer"
+                f"--without-laboratory leaves no published law for the {what} "
+                f"({counted(len(kept), 'laboratory remains', 'laboratories remain')}): leave out fewer"
             )
     a, b = np.exp(np.log(list(LOSS_EXPONENTS.values())).mean(0))
     return Prior(

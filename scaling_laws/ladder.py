@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from scaling_laws.counted import counted
 from scaling_laws.errors import InputError
 from scaling_laws.laboratories import laboratories_law
 from scaling_laws.surface import Surface, _features, _shape, shape_root
@@ -264,8 +265,9 @@ def design_ladder(
         cheapest = min(candidates, key=lambda candidate: candidate.cost)
         least = cheapest.cost + _completion(candidates, [cheapest])
         raise InputError(
-            f"--flops-budget {flops_budget:.3g} pays for {len(selection.sizes)} sizes at {len(selection.durations)} "
-            f"durations; at least {SIZES} and {DURATIONS} are needed, about {least:.2g} FLOPs for the three smallest: "
+            f"--flops-budget {flops_budget:.3g} pays for {counted(len(selection.sizes), 'size')} at "
+            f"{counted(len(selection.durations), 'duration')}; "
+            f"at least {SIZES} and {DURATIONS} are needed, about {least:.2g} FLOPs for the three smallest: "
             "raise it, or start with a smaller recipe"
         )
     runs: list[Run] = []

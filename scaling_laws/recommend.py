@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from scaling_laws.counted import counted
 from scaling_laws.errors import InputError
 from scaling_laws.fitting import Fit
 from scaling_laws.forms import points
@@ -127,7 +128,7 @@ def _refuse(fit: Fit, beyond: dict[str, float], accepted: bool) -> list[str]:
     """Warnings about an extrapolation that the user accepted. Raises InputError for one that was not accepted."""
     reasons = []
     if fit.sizes < 3:
-        reasons.append(f"the runs have {fit.sizes} sizes, fewer than 3")
+        reasons.append(f"the runs have {counted(fit.sizes, 'size')}, fewer than 3")
     if fit.durations < 2:
         reasons.append("all runs have the same tokens per parameter")
     reasons += too_far(beyond)
@@ -163,7 +164,7 @@ def _check_sense(rate: float, batch: float, batch_tokens: int, tokens: float) ->
 def _why_no_intervals(fit: Fit) -> list[str]:
     """A note if there are too few resamples for intervals, or if they are too much alike."""
     if fit.groups < LEAST_GROUPS:
-        return [f"{fit.groups} groups of runs are too few to resample: no intervals"]
+        return [f"{counted(fit.groups, 'group of runs is', 'groups of runs are')} too few to resample: no intervals"]
     if len(fit.surface_samples) < LEAST_SAMPLES:
         return [f"fewer than {LEAST_SAMPLES} resamples: no intervals; fit with --samples 200"]
     return []

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from scaling_laws.atomic import write_text
+from scaling_laws.counted import counted
 from scaling_laws.fitting import Fit
 from scaling_laws.forms import FORMS
 from scaling_laws.laboratories import NAMES
@@ -43,7 +44,8 @@ def report_text(fit: Fit, pictures: list[str]) -> str:
     lines = [
         "# Scaling fit",
         "",
-        f"{fit.runs} runs in {fit.groups} groups of equal size and duration; {fit.sizes} sizes, {least:.2g} to {most:.2g} "
+        f"{counted(fit.runs, 'run')} in {counted(fit.groups, 'group')} of equal size and duration; "
+        f"{counted(fit.sizes, 'size')}, {least:.2g} to {most:.2g} "
         f"FLOPs (6 N_active D); N counts {fit.convention.replace('_', ' ')} parameters.",
         "",
     ]
@@ -55,7 +57,7 @@ def report_text(fit: Fit, pictures: list[str]) -> str:
             f"* batch size in tokens = {_law(fit, 'batch')}",
             f"* intervals: 95% of {len(fit.surface_samples)} {fit.intervals_of}"
             if fit.groups >= LEAST_GROUPS
-            else f"* no intervals: {fit.groups} groups are too few to resample",
+            else f"* no intervals: {counted(fit.groups, 'group is', 'groups are')} too few to resample",
             *(f"* {line}" for line in prior_of(fit)["text"]),
             "",
         ]

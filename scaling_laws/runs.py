@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from scaling_laws.counted import counted
 from scaling_laws.early import without_early
 from scaling_laws.errors import InputError
 from scaling_laws.table_file import OTHER_NAMES, hint_of_names, plain, read_rows, refuse_overlooked
@@ -202,7 +203,10 @@ def _table(frame: pd.DataFrame) -> RunTable:
     twice = frame.duplicated(keys) & ~frame["diverged"]
     if twice.any():
         sources = ", ".join(frame.loc[twice, "source"].head(5))
-        warnings.append(f"{int(twice.sum())} rows repeat another row in every setting and are left out ({sources} ...)")
+        warnings.append(
+            f"{counted(int(twice.sum()), 'row repeats', 'rows repeat')} another row in every setting and "
+            f"{'is' if twice.sum() == 1 else 'are'} left out ({sources} ...)"
+        )
         frame = frame[~twice]
     if frame["diverged"].all():
         raise InputError("every run diverged: there is no loss to fit; add runs at lower learning rates")
@@ -279,7 +283,8 @@ def _at_edges(frame: pd.DataFrame) -> list[str]:
             count = int((best == limit).sum())
             if count > MOST_AT_EDGE * groups.ngroups:
                 notes.append(
-                    f"in {count} of {groups.ngroups} groups the best run has the {edge} {told} that was tried: the optimum "
+                    f"in {count} of {counted(groups.ngroups, 'group')} the best run has the {edge} {told} that was "
+                    "tried: the optimum "
                     f"is extrapolated there, and is less certain than is said; add runs with {side} ones"
                 )
     return notes
@@ -291,12 +296,13 @@ def _check_steps(frame: pd.DataFrame) -> list[str]:
     steps = frame["tokens"] / frame["batch_tokens"]
     worst = frame.loc[steps.idxmin()]
     told = (
-        f"{worst['source']}: one step of batch_size {worst['batch_size']:g} sequences x seq_len {worst['seq_len']:g} = "
+        f"{worst['source']}: one step of batch_size {counted(worst['batch_size'], 'sequence')} x seq_len "
+        f"{worst['seq_len']:g} = "
         f"{worst['batch_tokens']:.3g} tokens"
     )
     fix = "batch_size counts sequences: where it is in tokens, divide it by seq_len"
     if steps.min() < 1:
-        rows = f" (and {int((steps < 1).sum()) - 1} more rows)" if (steps < 1).sum() > 1 else ""
+        rows = f" (and {counted(int((steps < 1).sum()) - 1, 'more row')})" if (steps < 1).sum() > 1 else ""
         raise InputError(f"{told} is more than the whole run of {worst['tokens']:.3g} tokens{rows}; {fix}")
     if steps.median() < LEAST_STEPS:
         raise InputError(

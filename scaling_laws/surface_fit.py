@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares
 
+from scaling_laws.counted import counted
 from scaling_laws.errors import InputError
 from scaling_laws.laboratories import Prior, laboratory_prior
 from scaling_laws.surface import FEATURES, NOISE, WINDOW, Surface, _features, _free, _shape
@@ -46,8 +47,8 @@ def _check(finished: pd.DataFrame) -> None:
     """Raises InputError if the runs cannot tell a learning rate and a batch size."""
     if len(finished) < LEAST_RUNS:
         raise InputError(
-            f"{len(finished)} finished runs; at least {LEAST_RUNS} are needed to find a learning rate and batch size: run "
-            "several of both, best as a grid for each size and duration"
+            f"{counted(len(finished), 'finished run')}; at least {LEAST_RUNS} are needed to find a learning rate and "
+            "batch size: run several of both, best as a grid for each size and duration"
         )
     sizes = finished.groupby("group")["loss"].transform("size")
     grids = finished[sizes >= 3]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from scaling_laws.counted import counted
 from scaling_laws.errors import InputError
 
 # Other common names of our columns. A table that uses one is not read by guess: the error says how to rename it.
@@ -149,7 +150,8 @@ def _csv_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str,
             continue
         if len(cells) != len(header):
             raise InputError(
-                f"{path}:{reader.line_num}: the row has {len(cells)} cells and the header {len(header)} columns: a comma "
+                f"{path}:{reader.line_num}: the row has {counted(len(cells), 'cell')} and the header "
+                f"{counted(len(header), 'column')}: a comma "
                 "inside a number or a text needs quotes around it"
             )
         yield reader.line_num, dict(zip(header, cells, strict=True))

@@ -50,7 +50,7 @@ def outside(path: Path, allowed: set[str]) -> list[str]:
         ("qwen_moe/data", {"torch", "numpy", "tqdm", "tokenizers", "transformers", "zstandard", "megatron",
                            "qwen_moe.alone", "qwen_moe.config", "qwen_moe.documents", "qwen_moe.errors",
                            "qwen_moe.options", "qwen_moe.packages", "qwen_moe.data", "parallel.mesh", "parallel.sequence",
-                           "launchers.folder.atomic", "launchers.local.signals"}),
+                           "launchers.counted", "launchers.folder.atomic", "launchers.local.signals"}),
     ],
 )  # fmt: skip
 def test_folders_import_only_what_they_may(folder: str, allowed: set[str]) -> None:
@@ -91,7 +91,7 @@ FLOORS = {
         ("__main__",),
     ),
     "launchers": (
-        ("errors", "duration"),
+        ("errors", "duration", "counted"),
         ("folder",),
         ("local",),
         ("slurm",),

@@ -182,8 +182,8 @@ class Conductor:
         spare = self.cluster.spare_nodes(excluded)
         if spare is None or spare >= len(nodes):
             return decision
-        left = f"without {', '.join(excluded)} the partition has {spare} usable nodes"
-        text = f"{decision.reason}; {left} of the {len(nodes)} that are needed"
+        left = f"without {', '.join(excluded)} the partition has {spare} usable of the {len(nodes)} nodes"
+        text = f"{decision.reason}; {left} that are needed"
         if decision.suspected:
             return dataclasses.replace(decision, action="go on", reason=f"{text}, so none is excluded", nodes={})
         return dataclasses.replace(decision, action="stop", reason=text)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from launchers.counted import counted
+
 Action = Literal["done", "go on", "requeue", "exclude", "stop"]
 
 # Kinds of failure. When a rank fails, its peers fail too and often report first. Such echoes are named last.
@@ -178,7 +180,7 @@ def _what_happened(e: Evidence) -> Decision:
         return Decision(action="go on", kind="hang", reason=e.hang.text(), host=host)
     if first is not None:
         others = len(e.failures) - 1
-        tail = f" ({others} others failed after it)" if others else ""
+        tail = f" ({counted(others, 'other')} failed after it)" if others else ""
         if first.kind == HARDWARE:
             return Decision(
                 action="exclude",
@@ -206,7 +208,7 @@ def _node_to_exclude(e: Evidence, limits: Limits, found: Decision) -> Decision:
         in_a_row += 1
     if in_a_row < limits.exclude_after:
         return found
-    why = f"{in_a_row} failures in a row began on it; the last: {found.reason}"
+    why = f"{counted(in_a_row, 'failure')} in a row began on it; the last: {found.reason}"
     return replace(found, action="exclude", nodes={found.host: why}, suspected=True)
 
 
@@ -223,7 +225,7 @@ def _limited(e: Evidence, limits: Limits, found: Decision) -> Decision:
                 action="stop",
                 kind="no progress",
                 host=found.host,
-                reason=f"{without} attempts ended without a new checkpoint (still at step {e.saved_after}); "
+                reason=f"{counted(without, 'attempt')} ended without a new checkpoint (still at step {e.saved_after}); "
                 f"the last: {found.reason}",
             )
     if len(e.history) >= limits.max_restarts:
@@ -231,7 +233,7 @@ def _limited(e: Evidence, limits: Limits, found: Decision) -> Decision:
             action="stop",
             kind="too many restarts",
             host=found.host,
-            reason=f"{len(e.history) + 1} attempts, the limit is {limits.max_restarts} restarts; "
+            reason=f"{counted(len(e.history) + 1, 'attempt')}, the limit is {counted(limits.max_restarts, 'restart')}; "
             f"the last: {found.reason}",
         )
     return found

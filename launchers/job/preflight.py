@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from launchers.counted import counted
 from launchers.folder.logs import read_tail
 from launchers.folder.run_folder import Attempt
 
@@ -104,7 +105,7 @@ def _short(value: Any, usual: Any) -> str:
 
 def _line(node: str, facts: Mapping[str, Any], bad: Sequence[str]) -> str:
     names = Counter(gpu.get("name", "?") for gpu in facts["gpus"])
-    what = ", ".join(f"{count} x {name}" for name, count in names.items()) or f"{facts['cpus']} CPUs"
+    what = ", ".join(f"{count} x {name}" for name, count in names.items()) or counted(facts["cpus"], "CPU")
     free = f"{facts['disk_free'] / 1e9:.1f} GB free" if facts["disk_free"] is not None else "no disk"
     return f"preflight: {node}: {what}, {free}: " + ("; ".join(bad) or "good")
 

@@ -151,7 +151,9 @@ def table(rows: Sequence[Mapping[str, Any]], home: Path) -> str:
                 r["job"] or "-",
                 r["state"],
                 str(r["attempts"]),
-                f"{r['step']}/{r['train_steps']}" + (f" {r['stage']}" if r.get("stage") else ""),
+                f"{r['step']}"
+                + (f"/{r['train_steps']}" if r["train_steps"] else "")
+                + (f" {r['stage']}" if r.get("stage") else ""),
                 f"{r['loss']:.4f}" if r["loss"] is not None else "-",
                 f"{r['tokens_per_second']:,.0f}" if r["tokens_per_second"] else "-",
                 clock(r["eta_seconds"]) if r["eta_seconds"] is not None else "-",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from launchers.counted import counted
 from launchers.duration import clock
 from launchers.local.orphans import before_exec
 from launchers.local.signals import answered_by
@@ -202,7 +203,9 @@ class Fleet:
         rate = (done - self._before) / (now - self._begun) if now > self._begun else 0.0
         left = f"; {clock((total - done) / rate)} left" if rate > 0 and total > done else ""
         failed = f", {bad} failed" if bad else ""
-        line = f"{states.count('complete')}/{len(self.tasks)} runs complete{failed}: {', '.join(shown)}{left}"
+        line = (
+            f"{states.count('complete')}/{counted(len(self.tasks), 'run')} complete{failed}: {', '.join(shown)}{left}"
+        )
         if self._tty:
             width = os.get_terminal_size(sys.stderr.fileno()).columns
             print(f"\r\x1b[K{line[: width - 1]}", end="", file=sys.stderr, flush=True)

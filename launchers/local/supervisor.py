@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from launchers.counted import counted
 from launchers.local.lock import RunLock
 from launchers.local.orphans import before_exec
 from launchers.local.signals import answered_by
@@ -115,7 +116,7 @@ class Supervisor:
                 return Outcome(
                     code=1,
                     restarts=restarts,
-                    message=f"the run crashed {without_progress} times in a row without saving progress "
+                    message=f"the run crashed {counted(without_progress, 'time')} in a row without saving progress "
                     f"(last exit code {code}); the output above says where",
                 )
             restarts += 1

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from launchers.counted import counted
+
 
 def order_nodes(nodes: Sequence[str], switches: Mapping[str, str]) -> list[str]:
     """``nodes`` in rank order: nodes of one switch are adjacent, the first node's switch comes first, and the given order
@@ -39,5 +41,7 @@ def describe(
         lines.append(f"  {node}  {switches.get(node, '-')}  {ranks}")
     for name, size in groups.items():
         if size > 1:
-            lines.append(f"  {name} groups of {size} ranks: {group_spans(size, processes_per_node, nodes, switches)}")
+            lines.append(
+                f"  {name} groups of {counted(size, 'rank')}: {group_spans(size, processes_per_node, nodes, switches)}"
+            )
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from launchers.counted import counted
 from launchers.errors import LaunchError
 from launchers.slurm import commands as slurm
 from launchers.slurm.commands import Partition, parse_minutes
@@ -34,7 +35,8 @@ def _check_partition(spec: JobSpec, partition: Partition, excluded: set[str]) ->
     without = f" ({len(excluded & names)} of them excluded)" if excluded & names else ""
     if spec.nodes > len(left):
         problems.append(
-            f"--nodes {spec.nodes} is more than partition {name} has: {len(partition.nodes)} nodes{without}; it would "
+            f"--nodes {spec.nodes} is more than partition {name} has: "
+            f"{counted(len(partition.nodes), 'node')}{without}; it would "
             "wait forever"
         )
     if partition.max_nodes is not None and spec.nodes > partition.max_nodes:
@@ -42,12 +44,16 @@ def _check_partition(spec: JobSpec, partition: Partition, excluded: set[str]) ->
     problems += _check_gpus(spec, name, left)
     with_cpus = sum(node.cpus >= spec.cpus_per_task for node in left)
     if spec.cpus_per_task and with_cpus < spec.nodes <= len(left):
-        problems.append(f"--cpus-per-task {spec.cpus_per_task}: {with_cpus} nodes of partition {name} have as many")
+        problems.append(
+            f"--cpus-per-task {spec.cpus_per_task}: {counted(with_cpus, 'node')} of partition {name} "
+            f"{'has' if with_cpus == 1 else 'have'} as many"
+        )
     minutes = parse_minutes(spec.time) if spec.time else None
     if spec.time and partition.max_minutes is not None and (minutes is None or minutes > partition.max_minutes):
         asked = "asks for no limit, which is" if minutes is None else "is"
         problems.append(
-            f"--time {spec.time} {asked} longer than partition {name} allows: {partition.max_minutes:g} minutes"
+            f"--time {spec.time} {asked} longer than partition {name} allows: {partition.max_minutes:g} "
+            f"{'minute' if partition.max_minutes == 1 else 'minutes'}"
         )
     return problems
 
@@ -68,7 +74,8 @@ def _check_gpus(spec: JobSpec, name: str, left: Sequence[slurm.Node]) -> list[st
         has = f"nodes have {has or 'no GPUs'}"
     else:
         has = f"the most is {max(node.gpus for node in left)}"
-    return [f"--gpus-per-node {text}: {fitting} nodes of partition {name} have as many ({has})"]
+    have = "has" if fitting == 1 else "have"
+    return [f"--gpus-per-node {text}: {counted(fitting, 'node')} of partition {name} {have} as many ({has})"]
 
 
 def check_account(spec: JobSpec, accounts: Mapping[str, set[str]] | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 import torch
 
+from launchers.counted import counted
 from qwen_moe.errors import UserError
 
 
@@ -33,7 +34,8 @@ def check_cast(name: str, before: torch.Tensor, after: torch.Tensor) -> torch.Te
     """Returns ``after``, which is ``before`` (all finite) in another dtype. Raises UserError if it overflowed."""
     if before.dtype != after.dtype and (count := count_not_finite(after)):
         raise UserError(
-            f"{count:,} values of tensor {name} are larger than {str(after.dtype).removeprefix('torch.')} can hold "
+            f"{counted(count, 'value')} of tensor {name} {'is' if count == 1 else 'are'} larger than "
+            f"{str(after.dtype).removeprefix('torch.')} can hold "
             f"({torch.finfo(after.dtype).max:.3g}): use a wider dtype, such as bf16 or fp32"
         )
     return after

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from launchers.counted import counted
 from qwen_moe.checkpoint.directory import list_checkpoints
 from qwen_moe.config import RunConfig, stage_runs
 from qwen_moe.errors import UserError
@@ -28,6 +29,7 @@ def check_disk_space(config: RunConfig, root: Path) -> None:
     free = shutil.disk_usage(root).free
     if free < missing * each:
         raise UserError(
-            f"{root} has {free / 1e6:,.1f} MB free but needs room for {missing} checkpoints of {each / 1e6:,.1f} MB each: "
+            f"{root} has {free / 1e6:,.1f} MB free but needs room for {counted(missing, 'checkpoint')} of "
+            f"{each / 1e6:,.1f} MB each: "
             f"free some space, lower checkpoint.keep (now {config.checkpoint.keep}) or put run_dir elsewhere"
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from launchers.counted import counted
 from launchers.folder.run_folder import CHECKPOINTS
 from qwen_moe.checkpoint.directory import step_directories, verify
 from qwen_moe.checkpoint.manifest import MANIFEST, METADATA, MODEL_CONFIG, CheckpointDamaged
@@ -67,7 +68,8 @@ def resolve_checkpoint(path: Path) -> Path:
             continue
         return candidate
     if candidates:
-        raise UserError(f"all {len(candidates)} checkpoints in {path} are damaged: see the messages above")
+        which = "the only checkpoint" if len(candidates) == 1 else f"all {counted(len(candidates), 'checkpoint')}"
+        raise UserError(f"{which} in {path} {'is' if len(candidates) == 1 else 'are'} damaged: see the messages above")
     if (path / "config.json").is_file():
         raise UserError(f"{path} is a Hugging Face directory, not a checkpoint: convert it with from-hf")
     raise UserError(

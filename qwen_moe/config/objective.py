@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from launchers.counted import counted
 from qwen_moe.config.fields import Criteria, NonNegativeFloat, NonNegativeInt, PositiveFloat, Section, ShareBelowOne
 
 PreferenceLoss = Literal["sigmoid", "ipo"]
@@ -54,7 +55,8 @@ class RewardConfig(Section):
             raise ValueError("reward.criteria is empty: give at least one name, or leave it out")
         if len(self.weights) != len(self.criteria):
             raise ValueError(
-                f"reward.weights has {len(self.weights)} numbers and reward.criteria {len(self.criteria)} names: give one "
+                f"reward.weights has {counted(len(self.weights), 'number')} and reward.criteria "
+                f"{counted(len(self.criteria), 'name')}: give one "
                 "weight for each criterion"
             )
         return self

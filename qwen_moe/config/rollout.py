@@ -1,10 +1,13 @@
 """The rollout section: what a run samples from its own model, and how the answers are rewarded."""
 
+import re
 import shlex
 from typing import TYPE_CHECKING, Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from launchers.counted import counted
 from qwen_moe.config.fields import (
     Finite,
     GivenPath,
@@ -21,6 +24,22 @@ if TYPE_CHECKING:
 
 ServerKind = Literal["vllm", "sglang"]
 PLACE = "{directory}"  # in the command that reloads a server
+
+
+def wrong_address(url: str) -> str:
+    """What is wrong with the address of a server, with the fix; empty if nothing is."""
+    example = "give one such as http://127.0.0.1:8000"
+    try:
+        parts = urlsplit(url)
+        host, _ = (parts.hostname or "").encode("idna").decode(), parts.port
+    except ValueError as error:  # a port that is no number, half a bracket, a host that no name server can know
+        return f"{url!r} is no address ({error}): {example}"
+    if parts.username is not None or parts.password is not None:
+        return "has a user name or a password in its address, which would not be sent: leave it out"
+    odd = not url.isascii() or re.search(r"[\s\x00-\x1f\x7f?#]", url)
+    if parts.scheme not in ("http", "https") or not host or odd:
+        return f"{url!r} is no address: {example}"
+    return ""
 
 
 class ServerConfig(Section):
@@ -45,8 +64,8 @@ class ServerConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"url {self.url!r} is no address: give one such as http://127.0.0.1:8000")
+        if wrong := wrong_address(self.url):
+            raise ValueError(f"url {wrong}")
         if not self.model:
             raise ValueError("model is empty: give the name under which the server serves the model")
         if self.reload and PLACE not in self.reload:
@@ -115,7 +134,8 @@ class RolloutConfig(Section):
             raise ValueError("there is no reward: give rewards, such as [exact], or reward_model")
         if self.reward_weights and len(self.reward_weights) != len(self.rewards):
             raise ValueError(
-                f"reward_weights has {len(self.reward_weights)} numbers and rewards {len(self.rewards)} names: give one for "
+                f"reward_weights has {counted(len(self.reward_weights), 'number')} and rewards "
+                f"{counted(len(self.rewards), 'name')}: give one for "
                 "each, or none"
             )
         if self.queries_per_episode % self.updates_per_episode:

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from pydantic import ValidationError, model_validator
 
+from launchers.counted import counted
 from qwen_moe.config.criteria import check_criteria, with_criteria
 from qwen_moe.config.data import DataConfig
 from qwen_moe.config.fields import GivenPath, Section, Seed, whole_number
@@ -124,7 +125,8 @@ class RunConfig(Section):
         if self.precision.compute == "fp8" and len(kept) == self.model.num_hidden_layers:
             raise ValueError(
                 f"precision.fp8.first_layers_in_bf16 {self.precision.fp8.first_layers_in_bf16} and last_layers_in_bf16 "
-                f"{self.precision.fp8.last_layers_in_bf16} leave none of {len(kept)} layers in FP8: lower them, or set "
+                f"{self.precision.fp8.last_layers_in_bf16} leave none of {counted(len(kept), 'layer')} in FP8: lower "
+                "them, or set "
                 "precision.compute to bf16"
             )
 

@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from launchers.counted import counted
 from qwen_moe.errors import UserError
 
 
@@ -53,7 +54,10 @@ def _from_preset(given: dict[str, Any], source: str) -> list[dict[str, Any]]:
         )
     counts = tokens if isinstance(tokens, list) else [tokens] * len(stages)
     if len(counts) != len(stages):
-        raise UserError(f"{source}: stages.tokens has {len(counts)} numbers, but {name} has {len(stages)} stages")
+        raise UserError(
+            f"{source}: stages.tokens has {counted(len(counts), 'number')}, but {name} has "
+            f"{counted(len(stages), 'stage')}"
+        )
     names = [stage["name"] for stage in stages]
     if unknown := [key for key in given if key not in names]:
         raise UserError(f"{source}: unknown key 'stages.{unknown[0]}'; {name} has the stages {', '.join(names)}")

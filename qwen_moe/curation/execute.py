@@ -17,6 +17,7 @@ from typing import Any
 import multiprocess
 import multiprocess.connection
 
+from launchers.counted import counted
 from launchers.folder.atomic import write_json, write_text
 from launchers.folder.run_folder import read_json
 from launchers.local.signals import interrupts_kept_from_children
@@ -169,12 +170,13 @@ class _Array:
                 raise UserError(f"slurm: sbatch failed ({error}): see {self.stage.log / SCRIPT}") from None
             job = str(self.executor.job_id)
             write_json(kept, {"job": job})
-            print(f"submitted job {job} for {self.stage.tasks} tasks of {self.stage.name}", file=sys.stderr)
+            print(f"submitted job {job} for {counted(self.stage.tasks, 'task')} of {self.stage.name}", file=sys.stderr)
         while self.executor.get_incomplete_ranks() and _queued(job):
             time.sleep(self.section.poll_seconds)
         if left := self.executor.get_incomplete_ranks():
             raise UserError(
-                f"slurm: job {job} ended with {len(left)} of {self.stage.tasks} tasks undone: read {self.stage.log}/slurm, "
+                f"slurm: job {job} ended with {len(left)} of {counted(self.stage.tasks, 'task')} undone: read "
+                f"{self.stage.log}/slurm, "
                 "then run the same command again, which submits those that are left"
             )
 

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launchers.counted import counted
 from launchers.duration import span
 from launchers.folder.atomic import write_json, write_text
 from qwen_moe.curation.documents import KEPT
@@ -60,8 +61,8 @@ def line_of(at: "Context", step: str) -> str:
     facts = at.state.facts(step)
     if "tally" not in facts:
         if step == "synthesise":
-            return f"{facts['kept']:,} answers kept, {facts['rejected']:,} rejected"
-        return ", ".join(f"{name} {one['tokens']:,} tokens" for name, one in facts.get("prefixes", {}).items())
+            return f"{counted(facts['kept'], 'answer')} kept, {facts['rejected']:,} rejected"
+        return ", ".join(f"{name} {counted(one['tokens'], 'token')}" for name, one in facts.get("prefixes", {}).items())
     kept = sum(kept_by_domain(facts).values())
     dropped = sum(sum(reasons.values()) for reasons in dropped_by_reason(facts).values())
     if step == "weights":

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from launchers.counted import counted
 from launchers.folder.atomic import write_json, write_text
 from launchers.folder.run_folder import read_json
 from qwen_moe.curation import dedup, synthesise, weights
@@ -81,7 +82,7 @@ class Read(Step):
         if bad["count"] and at.config.on_bad_line == "error":
             shutil.rmtree(folder)  # the next attempt reads everything again
             raise UserError(
-                f"{bad['count']:,} lines, rows or files cannot be read: {_first(bad)}. Correct them, or leave them out with "
+                f"{_unreadable(bad)} cannot be read: {_first(bad)}. Correct them, or leave them out with "
                 "on_bad_line: skip"
             )
 
@@ -96,10 +97,14 @@ class Read(Step):
     def facts(self, at: Context) -> dict[str, Any]:
         bad = self._bad(at)
         if bad["count"]:
-            print(f"left out {bad['count']:,} lines, rows or files that cannot be read: {_first(bad)}", file=sys.stderr)
+            print(f"left out {_unreadable(bad)} that cannot be read: {_first(bad)}", file=sys.stderr)
         if not any(one.get("documents") for one in tallied(at.folder(self.name)).values()):
             raise UserError("no input has a document with text: give other inputs")
         return super().facts(at) | {"bad": bad}
+
+
+def _unreadable(bad: dict[str, Any]) -> str:
+    return counted(bad["count"], "line, row or file", "lines, rows or files")
 
 
 class Filters(Step):

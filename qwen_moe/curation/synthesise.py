@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from launchers.counted import counted
 from launchers.folder.atomic import write_text
 from qwen_moe.curation.recipe import SynthesiseSection
 from qwen_moe.errors import UserError
@@ -97,7 +98,8 @@ def select(section: SynthesiseSection, folder: Path) -> dict[str, Any]:
         write_text(folder / name, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in documents))
     if not kept:
         raise UserError(
-            f"synthesise: none of {len(rejected):,} answers has a reward of {section.passing:g}: lower passing, or give "
+            f"synthesise: none of {counted(len(rejected), 'answer')} has a reward of {section.passing:g}: lower "
+            "passing, or give "
             f"other templates or another checkpoint ({folder / REJECTED} has them)"
         )
     return {"kept": len(kept), "rejected": len(rejected)}

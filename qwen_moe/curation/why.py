@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from launchers.counted import counted
 from launchers.folder.run_folder import read_json
 from qwen_moe.curation.dedup import CLUSTERS
 from qwen_moe.curation.documents import DROPPED, KEPT
@@ -70,7 +71,7 @@ def _more(name: str, folder: Path, metadata: dict[str, Any], identity: str) -> s
     if name == "deduplication":
         for cluster in _clusters(folder):
             if identity in cluster["dropped"]:
-                return f"; kept of its {len(cluster['dropped']) + 1} documents: {cluster['kept']}"
+                return f"; kept of its {counted(len(cluster['dropped']) + 1, 'document')}: {cluster['kept']}"
     if name == "weights":
         share = _share(folder, str(metadata.get("domain")))
         return f"; of domain {metadata.get('domain')}, {share['repeats']:.1%} is kept" if share else ""
@@ -92,7 +93,7 @@ def _shortened(text: str) -> str:
 def _kept(name: str, folder: Path, row: dict[str, Any]) -> str:
     metadata = row["metadata"]
     if name == "read":
-        return f", {len(row['text']):,} characters, domain {metadata.get('domain')}"
+        return f", {counted(len(row['text']), 'character')}, domain {metadata.get('domain')}"
     if name == "filters":
         edits = [
             f"{by} left {after:,} of {before:,} characters"

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from launchers.counted import counted
 from qwen_moe.config.fields import LARGEST_SIZE
 from qwen_moe.data.conversations import PREFERENCE
 from qwen_moe.data.manifest import PreparedData
@@ -71,12 +72,15 @@ def run_chat(args: argparse.Namespace) -> int:
 
 def _described(prepared: PreparedData) -> str:
     counts = prepared.counts
-    examples = "pairs" if prepared.kind == "pairs" else "conversations"
-    text = f"{counts[examples]:,} {examples}, {prepared.tokens:,} tokens, {counts['learned_tokens']:,} of them learned"
+    one = "pair" if prepared.kind == "pairs" else "conversation"
+    text = (
+        f"{counted(counts[f'{one}s'], one)}, {counted(prepared.tokens, 'token')}, {counts['learned_tokens']:,} of them "
+        "learned"
+    )
     text += f", the longest {counts['longest']:,}"
     if set(prepared.criteria) - {PREFERENCE}:
         text += "; judged by " + ", ".join(f"{name} ({count:,})" for name, count in prepared.criteria.items())
     if counts["truncated"]:
-        text += f"; {counts['truncated']:,} truncated by {counts['cut_tokens']:,} tokens"
+        text += f"; {counts['truncated']:,} truncated by {counted(counts['cut_tokens'], 'token')}"
         text += f", {counts['cut_learned_tokens']:,} of them learned"
-    return text + (f"; {prepared.skipped:,} rows left out" if prepared.skipped else "")
+    return text + (f"; {counted(prepared.skipped, 'row')} left out" if prepared.skipped else "")

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from launchers.counted import counted
 from qwen_moe.config.fields import LARGEST_SIZE
 from qwen_moe.data.chat_command import register_chat
 from qwen_moe.errors import UserError
@@ -99,7 +100,9 @@ def run_prepare(args: argparse.Namespace) -> int:
         print(json.dumps(facts))
     else:
         verb = "prepared" if done else "already prepared"
-        print(f"{verb} {args.output}.bin: {prepared.documents:,} documents, {prepared.tokens:,} tokens")
+        print(
+            f"{verb} {args.output}.bin: {counted(prepared.documents, 'document')}, {counted(prepared.tokens, 'token')}"
+        )
         print(f"tokenizer {prepared.tokenizer} ({prepared.vocab_size:,} tokens)")
     return 0
 

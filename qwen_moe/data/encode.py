@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
+from launchers.counted import counted
 from launchers.local.signals import interrupts_kept_from_children
 from qwen_moe.data.tokenizer import control_ids, end_of_document_id, load_tokenizer
 from qwen_moe.data.unknown import FIX, Unknown
@@ -33,7 +34,9 @@ def check_workers(workers: int) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most = max(64, 4 * cores)
     if not 0 <= workers <= most:
-        raise UserError(f"--workers {workers}: expected 0 (one for each of the {cores} cores here) to {most}")
+        raise UserError(
+            f"--workers {workers}: expected 0 (one for each of the {counted(cores, 'core')} here) to {most}"
+        )
     return workers or cores
 
 
@@ -137,7 +140,8 @@ def in_order(
             yield done
     except BrokenProcessPool:
         raise UserError(
-            f"one of {workers} tokenizing processes died, most likely because memory ran out: use fewer --workers"
+            f"one of {counted(workers, 'tokenizing process')} died, most likely because memory ran out: use fewer "
+            "--workers"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

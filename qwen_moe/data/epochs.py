@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launchers.counted import counted
 from qwen_moe.config import Dataset, RunConfig, stage_runs
 from qwen_moe.config.run import NAMES
 from qwen_moe.data.chat_rows import Rules
@@ -79,7 +80,7 @@ def with_epochs(config: RunConfig, datasets: tuple[Dataset, ...]) -> RunConfig:
         return RunConfig(**settings)
     except ValueError as error:
         text = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())  # type: ignore[attr-defined]
-        epochs = "1 epoch of this data is" if training.epochs == 1 else f"{training.epochs} epochs of this data are"
+        epochs = counted(training.epochs, "epoch of this data is", "epochs of this data are")
         raise UserError(f"{epochs} {tokens} tokens with padding: {text}") from None
 
 
@@ -115,5 +116,6 @@ def open_examples(config: RunConfig, datasets: tuple[Dataset, ...], cache: Path)
 def said(examples: "PackedExamples") -> str:
     """One line about the rows."""
     facts = examples.facts()
-    text = f"{facts['examples']:,} {NAMES[examples.kind]} in {facts['rows']:,} rows, {facts['padding']:.1%} padding"
-    return text + (f"; {facts['left_out']:,} longer ones left out" if facts["left_out"] else "")
+    found = counted(facts["examples"], NAMES[examples.kind].removesuffix("s"))
+    text = f"{found} in {counted(facts['rows'], 'row')}, {facts['padding']:.1%} padding"
+    return text + (f"; {counted(facts['left_out'], 'longer one')} left out" if facts["left_out"] else "")

@@ -8,6 +8,7 @@ import functools
 import random
 from itertools import cycle, islice
 
+from launchers.counted import counted
 from qwen_moe.errors import UserError
 
 TASK = (
@@ -92,7 +93,8 @@ def _numbers(name: str) -> tuple[int, int]:
     documents, longest = map(int, parts)
     if documents < 1 or not _LEAST <= longest <= _MOST:
         raise UserError(
-            f"input {name} asks for {documents:,} documents of at most {longest:,} characters: give at least one document, "
+            f"input {name} asks for {counted(documents, 'document')} of at most {longest:,} characters: give at least "
+            "one document, "
             f"and {_LEAST:,} to {_MOST:,} characters"
         )
     if documents * longest > _ALL:

@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from launchers.counted import counted
 from qwen_moe.alone import alone
 from qwen_moe.data.chat import Chat
 from qwen_moe.data.chat_rows import TOO_LONG, Outcome, Rules, checked, encoded_rows
@@ -155,7 +156,8 @@ class _Mistakes:
         if count := sum(self.tally.counts.values()):
             skip = "" if self.skip or set(self.tally.counts) == {TOO_LONG} else ", or use --on-bad-line skip"
             raise UserError(
-                f"{count:,} of {self.rows:,} rows cannot be used: {self.tally}. {self.first}. Correct these rows{skip}"
+                f"{count:,} of {counted(self.rows, 'row')} cannot be used: {self.tally}. {self.first}. Correct these "
+                f"rows{skip}"
             )
 
 

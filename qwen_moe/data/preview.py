@@ -7,6 +7,7 @@ from typing import TextIO
 
 import numpy as np
 
+from launchers.counted import counted
 from qwen_moe.data.chat import Chat, Encoded
 from qwen_moe.data.chat_rows import Outcome, encoded_rows
 from qwen_moe.data.corpus import ReadCounts
@@ -33,7 +34,7 @@ def preview(request: ChatRequest, count: int, out: TextIO | None = None) -> None
         for name, document in zip(names, row.documents, strict=True):
             head = f"{row.where}{f', {name}' if name else ''}"
             cut = f", {row.cut:,} cut off" if row.cut else ""
-            print(f"--- {head}: {len(document.ids):,} tokens, {document.learned:,} learned{cut}", file=out)
+            print(f"--- {head}: {counted(len(document.ids), 'token')}, {document.learned:,} learned{cut}", file=out)
             print(_colored(chat, document, marks), file=out)
         shown += 1
         if shown == count:
@@ -44,7 +45,7 @@ def preview(request: ChatRequest, count: int, out: TextIO | None = None) -> None
         first = f"{problems[0].where}: {problems[0].problem or problems[0].reason}"
         if not shown:
             raise UserError(f"no row can be used. {first}")
-        print(f"{len(problems):,} rows before the last that is shown cannot be used. {first}", file=sys.stderr)
+        print(f"{counted(len(problems), 'row')} before the last that is shown cannot be used. {first}", file=sys.stderr)
 
 
 def _colored(chat: Chat, document: Encoded, marks: tuple[str, str]) -> str:

@@ -11,6 +11,7 @@ import json
 import re
 from typing import Any
 
+from launchers.counted import counted
 from qwen_moe.data.words import words
 from qwen_moe.errors import UserError
 
@@ -38,7 +39,9 @@ def pydoc_questions(name: str) -> list[dict[str, Any]]:
         raise UserError(f"input {name} is not of the form {PREFIX}COUNT, as in {PREFIX}8")
     every = _paragraphs()
     if int(count) > len(every):
-        raise UserError(f"input {name}: help() of this Python gives only {len(every)} questions: ask for fewer")
+        raise UserError(
+            f"input {name}: help() of this Python gives only {counted(len(every), 'question')}: ask for fewer"
+        )
     return [_row(topic, paragraph) for topic, paragraph in every[: int(count)]]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from launchers.counted import counted
 from parallel.sequence import Batch
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
@@ -24,7 +25,8 @@ def experts_of_row(length: int, documents: Sequence[tuple[int, torch.Tensor]]) -
     for begin, experts in documents:
         if begin < 0 or begin + len(experts) > length:
             raise ValueError(
-                f"a document of {len(experts)} tokens begins at token {begin} of a row of {length}: give its place in the "
+                f"a document of {counted(len(experts), 'token')} begins at token {begin} of a row of {length}: give "
+                "its place in the "
                 "row, and cut its experts as its tokens were cut"
             )
         row[begin : begin + len(experts)] = experts
@@ -42,7 +44,8 @@ def check_experts(batch: Batch, model: ModelConfig) -> None:
     if experts.shape != expected or experts.dtype not in (torch.int16, torch.int32, torch.int64):
         raise UserError(
             f"experts to replay are {experts.dtype} {list(experts.shape)}, but the rows' tokens, {layers} MoE layers and "
-            f"{top_k} experts per token make integers {list(expected)}: the routing was recorded with another model"
+            f"{counted(top_k, 'expert')} per token make integers {list(expected)}: the routing was recorded with "
+            "another model"
         )
     smallest, largest = (int(value) for value in experts.aminmax())
     if smallest < UNKNOWN or largest >= model.num_experts:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from launchers.counted import counted
 from qwen_moe.data.content import document_lengths, token_dtype
 from qwen_moe.data.conversations import PREFERENCE
 from qwen_moe.data.manifest import LEARN, PREFERENCES, PreparedData, bin_path, column_path, read_manifest
@@ -71,7 +72,9 @@ class OpenSet:
         self.per_example = 2 if kind == "pairs" else 1
         self.lengths = np.array(document_lengths(prefix), np.int64)
         if len(self.lengths) % self.per_example:
-            raise UserError(f"{prefix} has {len(self.lengths)} documents, which are no pairs: prepare the data again")
+            raise UserError(
+                f"{prefix} has {counted(len(self.lengths), 'document')}, which are no pairs: prepare the data again"
+            )
         self.columns: dict[str, np.ndarray] = {}
         self.starts = np.cumsum(self.lengths) - self.lengths
         self.sizes = self.lengths.reshape(-1, self.per_example).sum(1)
@@ -85,12 +88,15 @@ class OpenSet:
                 f"--length {length}"
             )
         if not len(self.kept):
-            raise UserError(f"{prefix} has no example of at most {length:,} tokens: raise data.sequence_length")
+            raise UserError(
+                f"{prefix} has no example of at most {counted(length, 'token')}: raise data.sequence_length"
+            )
         self.tokens = np.memmap(bin_path(prefix), mode="r", dtype=token_dtype(prefix))
         self.learn = np.memmap(column_path(prefix, LEARN), mode="r", dtype=np.uint8)
         if len(self.learn) != len(self.tokens):
             raise UserError(
-                f"{column_path(prefix, LEARN)} has {len(self.learn):,} values for {len(self.tokens):,} tokens"
+                f"{column_path(prefix, LEARN)} has {counted(len(self.learn), 'value')} for "
+                f"{counted(len(self.tokens), 'token')}"
             )
 
         self.criteria, self.preferences = _preferences(prefix, manifest, len(self.sizes))
@@ -119,7 +125,8 @@ def _preferences(prefix: Path, manifest: PreparedData, pairs: int) -> tuple[list
     names, path = sorted(manifest.criteria), column_path(prefix, PREFERENCES)
     if path.stat().st_size != pairs * len(names):
         raise UserError(
-            f"{path} has {path.stat().st_size:,} bytes, expected {len(names)} for each of {pairs:,} pairs: prepare the data "
+            f"{path} has {path.stat().st_size:,} bytes, expected {len(names)} for each of {counted(pairs, 'pair')}: "
+            "prepare the data "
             "again"
         )
     if not names:

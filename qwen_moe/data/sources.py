@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from launchers.counted import tallied
 from qwen_moe.data.packed import PACKED_ENDINGS
 from qwen_moe.data.passkey import is_passkey, passkey_bytes
 from qwen_moe.data.pydoc_questions import is_pydoc_questions, pydoc_questions_bytes
@@ -91,7 +92,7 @@ class Tally:
         parts = []
         for reason, count in self.counts.items():
             more = ", ..." if count > _NAMED else ""
-            parts.append(f"{count:,} {reason} ({', '.join(self._first[reason])}{more})")
+            parts.append(f"{tallied(count, reason)} ({', '.join(self._first[reason])}{more})")
         return "; ".join(parts)
 
 
@@ -148,7 +149,7 @@ def find_corpus(inputs: Sequence[str], *, parquet: bool = False) -> Corpus:
         else:
             raise MissingInput(f"input {name} does not exist: give files, directories or {PYTHON_STDLIB!r}")
     if corpus.bytes == 0:
-        raise UserError(f"the corpus is empty: {', '.join(inputs)} contain no text; give other inputs")
+        raise UserError(f"the corpus is empty: there is no text in {', '.join(inputs)}; give other inputs")
     return corpus
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from launchers.counted import counted
 from launchers.duration import span
 from launchers.folder.atomic import write_json
 from qwen_moe.evaluation.answers import AnswerFile, claim_folder, read_all
@@ -60,7 +61,7 @@ def _complete(
     with tqdm(total=len(items), desc="prompts", unit="prompt", disable=not progress or not items) as bar:
         for batch in _batches(evaluation, items):
             length, begin = batch[0].length, time.perf_counter()
-            bar.set_postfix_str(f"{batch[0].task}, {length:,} tokens")
+            bar.set_postfix_str(f"{batch[0].task}, {counted(length, 'token')}")
             if before is not None and before[0] < length and evaluation.asked.get("attention") == "dense":
                 left = sum(item.length == length for item in items)
                 note = _note_of_time(before, length, left)
@@ -81,7 +82,8 @@ def _note_of_time(before: tuple[int, float], length: int, prompts: int) -> str:
     if each * prompts < _LONG_SECONDS:
         return ""
     return (
-        f"{prompts} prompts of {length:,} tokens may take {span(each)} each: one of {shorter:,} takes {span(seconds)}, "
+        f"{counted(prompts, 'prompt')} of {counted(length, 'token')} may take {span(each)} each: one of {shorter:,} "
+        f"takes {span(seconds)}, "
         "and attention grows with the square of the length. Each answer is kept. --attention sparse does less work"
     )
 

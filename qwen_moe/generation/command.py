@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launchers.counted import counted
 from qwen_moe.config.fields import LARGEST_SIZE
 from qwen_moe.errors import UserError
 from qwen_moe.options import number, whole
@@ -190,7 +191,7 @@ def _one(args: argparse.Namespace, session: Any, sampling: "Sampling") -> int:
     for one in found:
         print(one.completion if args.chat or args.prompt_file else prompt + one.completion)
     drawn = sum(one.new_tokens for one in found)
-    print(f"{drawn} tokens, {drawn / max(seconds, 1e-9):.1f} per second, {session.dtype}", file=sys.stderr)
+    print(f"{counted(drawn, 'token')}, {drawn / max(seconds, 1e-9):.1f} per second, {session.dtype}", file=sys.stderr)
     for line in session.notes():
         print(line, file=sys.stderr)
     return 0
@@ -214,7 +215,10 @@ def _many(args: argparse.Namespace, session: Any, sampling: "Sampling") -> int:
     with Answers(args.output, settings, writes=session.reports) as answers:
         todo = session.agree([index for index in range(len(rows)) if index not in answers.done])
         if len(todo) < len(rows):
-            session.say(f"{args.output}: {len(rows) - len(todo)} of {len(rows)} prompts have their answers already")
+            session.say(
+                f"{args.output}: {len(rows) - len(todo)} of {counted(len(rows), 'prompt has', 'prompts have')} their "
+                "answers already"
+            )
 
         def done(index: int, completions: list[Any]) -> None:
             made = [
@@ -232,7 +236,7 @@ def _many(args: argparse.Namespace, session: Any, sampling: "Sampling") -> int:
         if session.reports:
             answers.finish()
             summary = {"output": str(args.output), "prompts": len(rows), "answered_now": len(todo)}
-            print(json.dumps(summary) if args.json else f"{args.output}: answers to {len(rows)} prompts")
+            print(json.dumps(summary) if args.json else f"{args.output}: answers to {counted(len(rows), 'prompt')}")
             for line in session.notes():
                 print(line, file=sys.stderr)
     return 0

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from launchers.counted import counted
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
 from qwen_moe.generation.cache import Chunk, SequenceCache, read_prompts
@@ -328,7 +329,8 @@ def check_prompt(prompt: Sequence[int], max_new_tokens: int, config: ModelConfig
         )
     if length + max_new_tokens > config.reach:
         raise UserError(
-            f"a prompt of {length} tokens and {max_new_tokens} new ones make {length + max_new_tokens}, more than the "
+            f"a prompt of {counted(length, 'token')} and {max_new_tokens} new ones make {length + max_new_tokens}, "
+            "more than the "
             f"model's reach of {config.reach} tokens: shorten the prompt, or ask for at most "
             f"{max(config.reach - length, 0)} new tokens"
         )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launchers.counted import counted
 from parallel.elastic import one_machine
 from parallel.gpus import visible_gpus
 from parallel.heap import heap_environment
@@ -61,7 +62,9 @@ def split_layout(config: ModelConfig, args: argparse.Namespace, ranks: int) -> L
     layout = layout_for(ranks, tp=args.tp, ep=args.ep, pp=args.pp)
     check_layout(config, layout, args.tp)
     if config.num_hidden_layers < args.pp:
-        raise LayoutError(f"{config.num_hidden_layers} layers cannot fill pp {args.pp} stages: lower --pp")
+        raise LayoutError(
+            f"{counted(config.num_hidden_layers, 'layer')} cannot fill pp {counted(args.pp, 'stage')}: lower --pp"
+        )
     return layout
 
 
@@ -82,7 +85,8 @@ def start_ranks(args: argparse.Namespace) -> int:
     gpus = visible_gpus()
     if gpus and gpus < ranks:
         raise UserError(
-            f"--tp {args.tp} --ep {args.ep} --pp {args.pp} need {ranks} processes, each with its own GPU, and this machine "
+            f"--tp {args.tp} --ep {args.ep} --pp {args.pp} need {counted(ranks, 'process')}, each with its own GPU, "
+            "and this machine "
             f"has {gpus}: lower them, or start the command with torchrun or srun on more machines"
         )
     os.environ |= choose_threads(ranks, 0).environment() | heap_environment()

@@ -10,6 +10,7 @@ from itertools import accumulate, groupby, pairwise
 
 import torch
 
+from launchers.counted import counted
 from parallel.gemm import widens
 from qwen_moe.errors import UserError
 from qwen_moe.generation.whole import attend_whole
@@ -45,7 +46,7 @@ def check_text(text: ScoredText, vocabulary: int, longest: int) -> None:
         )
     if len(text.tokens) - 1 > longest:
         raise UserError(
-            f"a text of {len(text.tokens) - 1} tokens is longer than the {longest} that the model reads: shorten it"
+            f"a text of {counted(len(text.tokens) - 1, 'token')} is longer than the {longest} the model reads: shorten it"
         )
 
 

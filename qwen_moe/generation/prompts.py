@@ -68,12 +68,18 @@ def prompt_row(where: str, line: bytes, tokenizer: Any, chat: bool) -> PromptRow
     return PromptRow(values, _tokens(values, tokenizer, chat, where))
 
 
-def _tokens(values: dict[str, Any], tokenizer: Any, chat: bool, where: str) -> list[int]:
+def form_of(values: Mapping[str, Any], where: str) -> str:
+    """The one of `FORMS` that a line has. Raises a UserError that begins with ``where``."""
     given = [name for name in FORMS if name in values]
     if len(given) != 1:
         raise UserError(f"{where} has {' and '.join(given) or 'no prompt'}: give one of {_FORMS}")
-    value = values[given[0]]
-    if given == ["messages"]:
+    return given[0]
+
+
+def _tokens(values: dict[str, Any], tokenizer: Any, chat: bool, where: str) -> list[int]:
+    form = form_of(values, where)
+    value = values[form]
+    if form == "messages":
         messages = value if isinstance(value, list) else []
         tokens = chat_tokens(tokenizer, messages, f"{where}: messages", _tools(values, where))
         if value[-1]["role"] == "assistant":
@@ -81,7 +87,7 @@ def _tokens(values: dict[str, Any], tokenizer: Any, chat: bool, where: str) -> l
                 f"{where}: the last message is the assistant's, so nothing is asked: end with the user's or a tool's"
             )
         return tokens
-    if given == ["prompt"]:
+    if form == "prompt":
         if not isinstance(value, str):
             raise UserError(f"{where}: prompt is {value!r}, expected text")
         if chat:

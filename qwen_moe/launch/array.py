@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from launchers.counted import counted
 from launchers.errors import LaunchError
 from launchers.folder.atomic import write_json, write_text
 from launchers.folder.run_folder import RunFolder, read_object
@@ -42,7 +43,9 @@ def _launch(plans: list[Plan], args: argparse.Namespace, site: Site) -> int:
     by_id = {job.job_id: job for job in jobs}
     chosen, skipped = _choose(plans, by_id)
     if not chosen:
-        raise LaunchError(f"all {len(plans)} runs of {args.recipe} are complete or in the queue: nothing to launch")
+        count = len(plans)
+        which = f"the run of {args.recipe} is" if count == 1 else f"all {count:,} runs of {args.recipe} are"
+        raise LaunchError(f"{which} complete or in the queue: nothing to launch")
     for plan in chosen:
         prepare.check(plan, partitions, accounts)
         prepare.check_not_running(plan.run, "", jobs)
@@ -58,11 +61,11 @@ def _launch(plans: list[Plan], args: argparse.Namespace, site: Site) -> int:
             continue
         job = _submit(wave, site, spec, script)
         after = [*queued, job]
-        print(f"job array   {job} ({len(wave)} tasks)" + (", after the previous array" if place else ""))
+        print(f"job array   {job} ({counted(len(wave), 'task')})" + (", after the previous array" if place else ""))
         print(f"script      {spec.folder / 'job.sbatch'}")
         print(f"            scancel {job}")
     if args.dry_run:
-        _say(f"{len(chosen)} tasks; nothing was written or submitted")
+        _say(f"{counted(len(chosen), 'task')}; nothing was written or submitted")
         return 0
     shown = shlex.quote(str(chosen[0].run.run_dir))
     print(f"            qwen-moe status {shlex.quote(str(Path(chosen[0].run.run_dir).parent))}")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from launchers.counted import counted
 from launchers.folder.run_folder import RunFolder, last_metrics
 from launchers.slurm.commands import parse_minutes
 from launchers.slurm.script import JobSpec
@@ -10,13 +11,15 @@ from launchers.slurm.site import Hardware
 from qwen_moe.checkpoint.preflight import checkpoint_bytes
 from qwen_moe.config import RunConfig, stage_runs
 from qwen_moe.models.flops import flops_per_token, training_flops
+from qwen_moe.runs.outcome import with_known_length
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """``seconds`` until the end of training (None if unknown) and their ``source``; GPU-hours and the price of one."""
+    """``remaining_steps``, and ``seconds`` until the end of training (None if unknown) and their ``source``; GPU-hours and
+    the price of one."""
 
-    remaining_steps: int
+    remaining_steps: int | None
     seconds: float | None
     source: str
     gpu_hours_limit: float | None
@@ -31,14 +34,14 @@ class Estimate:
 
     def lines(self) -> list[str]:
         """Human-readable summary."""
-        found = [f"steps to do       {self.remaining_steps:,}"]
+        found = [f"steps to do       {'unknown' if self.remaining_steps is None else f'{self.remaining_steps:,}'}"]
         if self.seconds is None:
             found.append(f"expected time     unknown: {self.source}")
         else:
             found.append(f"expected time     {self.seconds / 3600:,.2f} h ({self.source})")
         for name, steps, share in self.stages:
             hours = "" if self.seconds is None else f", {share * self.seconds / 3600:,.2f} h"
-            found.append(f"  stage {name}: {steps:,} steps{hours} ({share:.0%} of the FLOPs)")
+            found.append(f"  stage {name}: {counted(steps, 'step')}{hours} ({share:.0%} of the FLOPs)")
         if self.gpu_hours_expected is not None:
             found.append(f"expected          {self._cost(self.gpu_hours_expected)}")
         if self.gpu_hours_limit is not None:
@@ -84,11 +87,14 @@ def estimate(config: RunConfig, spec: JobSpec, hardware: Hardware, run_dir: Path
     """Estimate a job before it starts."""
     run = RunFolder(run_dir)
     record, _ = last_metrics(run_dir)
+    config = with_known_length(config, run_dir)
     remaining = max(0, config.train_steps - run.saved_step())
     gpus = spec.nodes * spec.gpus_per_node
     work = training_flops(config, run.saved_step())
     seconds: float | None = None
-    if record.get("tokens_per_second"):
+    if not config.train_steps:
+        source = "the steps of training.epochs are known when the data have been read"
+    elif record.get("tokens_per_second"):
         speed = float(record["tokens_per_second"]) * _flops_per_token_at(config, int(record.get("step", 1)))
         seconds = work / speed
         source = "measured by this run's last attempt"
@@ -104,7 +110,7 @@ def estimate(config: RunConfig, spec: JobSpec, hardware: Hardware, run_dir: Path
     measured = measured_checkpoint_seconds(run)
     written = checkpoint_bytes(config) / (hardware.checkpoint_gb_per_second * 1e9 or 1e9)
     return Estimate(
-        remaining_steps=remaining,
+        remaining_steps=remaining if config.train_steps else None,
         seconds=seconds,
         source=source,
         gpu_hours_limit=gpus * minutes / 60 if minutes is not None and gpus else None,

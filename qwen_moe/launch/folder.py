@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from launchers.counted import counted
 from launchers.errors import LaunchError
 from launchers.folder.run_folder import RunFolder, last_metrics
 from launchers.local.fleet import Fleet, Result, Task
@@ -71,13 +72,14 @@ def open_folder(folder: Path, overrides: Iterable[str]) -> list[Entry]:
 
 def is_complete(entry: Entry) -> bool:
     """True if every step is done and saved, with the recipe's settings. False if only the length differs and no step beyond
-    the recipe's is done: the run itself decides whether its length may change. Raises LaunchError if a finished run had
-    other settings."""
+    the recipe's is done: the run itself decides whether its length may change. Also false if only the run's data can tell
+    how long `training.epochs` are. Raises LaunchError if a finished run had other settings."""
     from qwen_moe.runs.identity import Rule, rule_of
-    from qwen_moe.runs.outcome import changed_settings
+    from qwen_moe.runs.outcome import changed_settings, with_known_length
 
-    config, saved = entry.config, RunFolder(entry.config.run_dir).saved_step()
-    if saved < config.train_steps:
+    config = with_known_length(entry.config, entry.config.run_dir)
+    saved = RunFolder(config.run_dir).saved_step()
+    if not config.train_steps or saved < config.train_steps:
         return False
     changed = changed_settings(config, config.run_dir)
     if changed and saved == config.train_steps and all(rule_of(d.name) == Rule.HORIZON for d in changed):
@@ -110,8 +112,10 @@ def _progress(config: RunConfig) -> tuple[float, str]:
     record, _ = last_metrics(config.run_dir)
     if not record:
         return 0.0, ""
-    first = first_step(config)
-    share = (record["step"] - first) / max(1, config.train_steps - first)
+    from qwen_moe.runs.outcome import with_known_length
+
+    first, steps = first_step(config), with_known_length(config, config.run_dir).train_steps
+    share = (record["step"] - first) / max(1, steps - first)
     return min(1.0, max(0.0, share)), f"loss {record['loss']:.3f}"
 
 
@@ -166,7 +170,8 @@ def launch_folder(
         left = [entry for entry in entries if entry not in complete and entry.name not in results]
         if left:
             print(
-                f"{folder}: {len(entries)} runs, {len(complete)} complete, {len(left)} to do, {parallel} at a time; "
+                f"{folder}: {counted(len(entries), 'run')}, {len(complete)} complete, {len(left)} to do, {parallel} "
+                "at a time; "
                 f"logs in {folder / LOGS}",
                 file=sys.stderr,
             )
@@ -187,8 +192,10 @@ def _show(entries: list[Entry], complete: list[Entry]) -> None:
     left = [entry for entry in entries if entry not in complete]
     for entry in left:
         after = f", after {entry.after}" if entry.after else ""
-        print(f"{entry.name}: {entry.config.train_steps:,} steps in {entry.config.run_dir}{after}")
-    print(f"{len(left)} runs to do, {len(complete)} complete; nothing was started", file=sys.stderr)
+        steps, epochs = entry.config.train_steps, entry.config.training.epochs
+        length = counted(steps, "step") if steps else counted(epochs, "epoch")
+        print(f"{entry.name}: {length} in {entry.config.run_dir}{after}")
+    print(f"{counted(len(left), 'run')} to do, {len(complete)} complete; nothing was started", file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from launchers.counted import counted
 from launchers.errors import LaunchError
 from launchers.folder.atomic import write_json, write_text
 from launchers.folder.run_folder import CHECKPOINTS, RunFolder, read_object
@@ -151,7 +152,7 @@ def check(plan: Plan, partitions: list[slurm.Partition] | None, accounts: Any) -
     try:
         check_world(plan.config, spec.nodes * spec.processes_per_node)
     except UserError as error:
-        problems.append(f"{spec.nodes} nodes x {spec.processes_per_node} processes: {error}")
+        problems.append(f"{counted(spec.nodes, 'node')} x {counted(spec.processes_per_node, 'process')}: {error}")
     if spec.python == sys.executable and not spec.container_image:  # another interpreter has other packages
         try:
             check_recorders(plan.config)

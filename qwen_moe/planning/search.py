@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from launchers.counted import counted
 from qwen_moe.config import RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.planning.context import Traffic
@@ -158,8 +159,9 @@ class Search:
             named = " or ".join(self.precisions) or "a precision that this GPU has"
             near = " or ".join(f"{size:,}" for size in nearest_batches(self.config, self.gpus, self.precisions))
             raise UserError(
-                f"no layout of {self.config.model.num_hidden_layers} layers with a global batch of "
-                f"{self.config.training.global_batch_size} is legal on {self.gpus} GPUs in {named}: change --gpus, "
+                f"no layout of {counted(self.config.model.num_hidden_layers, 'layer')} with a global batch of "
+                f"{self.config.training.global_batch_size} is legal on {counted(self.gpus, 'GPU')} in {named}: change "
+                "--gpus, "
                 "--global-batch, --precision or training.micro_batch_size (data-parallel ranks x micro-batch must divide "
                 f"the global batch){'. --global-batch ' + near + ' would be legal' if near else ''}"
             )
@@ -370,7 +372,7 @@ class Search:
                 and self.memory.fullest(choice, layout).total <= self.gpu.usable_bytes
                 for least, layout in bar(
                     legal_choices(self.config, gpus, (1,), self.precisions, pick=self._kinds),
-                    f"plan: what fits on {gpus} GPUs",
+                    f"plan: what fits on {counted(gpus, 'GPU')}",
                     " layouts",
                 )
                 if self._countable(least)

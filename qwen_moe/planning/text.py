@@ -1,5 +1,6 @@
 """The text that `qwen-moe plan` prints."""
 
+from launchers.counted import counted
 from qwen_moe.config import RunConfig
 from qwen_moe.planning.memory import Memory
 from qwen_moe.planning.sampling import SamplingTime, Workload
@@ -38,10 +39,14 @@ def _one(number: int, scored: Scored, plan: Plan) -> list[str]:
     cost = f"   {scored.cost:,.0f} {plan.cluster.gpu.currency}" if scored.cost else ""
     stages = [len(layers) for layers in scored.layout.layers]
     layers = f"{min(stages)}-{max(stages)}" if min(stages) != max(stages) else f"{stages[0]}"
-    pipeline = f", {scored.layout.per_rank} stages per rank of {layers} layers" if scored.choice.pp > 1 else ""
+    pipeline = (
+        f", {counted(scored.layout.per_rank, 'stage')} per rank of {layers} {'layer' if layers == '1' else 'layers'}"
+        if scored.choice.pp > 1
+        else ""
+    )
     lines = [
         f"{number}. {scored.choice}",
-        f"   dp={grid.dp} edp={grid.edp}, {scored.layout.micro_batches} micro-batches{pipeline}",
+        f"   dp={grid.dp} edp={grid.edp}, {counted(scored.layout.micro_batches, 'micro-batch')}{pipeline}",
         f"   step {scored.step.total:.3f} s   {scored.tokens_per_second:,.0f} tokens/s/GPU   {scored.tflops:.0f} TFLOP/s/GPU"
         f"   MFU {scored.mfu:.1%}" + (f"   {scored.gpu_hours:,.0f} GPU-hours{cost}" if scored.gpu_hours else ""),
         f"   time     {_time(scored)}",
@@ -85,9 +90,9 @@ def _sampling(scored: Scored, time: SamplingTime, config: RunConfig) -> list[str
     shares = "  ".join(f"{name} {getattr(time, name) / time.total:.1%}" for name in parts)
     held = memory.sampling - memory.cache
     return [
-        f"   sampling {time.total:,.1f} s an episode if all answers are {work.new_tokens:,} tokens long: {shares}",
-        f"            a rank holds {memory.sampling / GIB:.1f} GiB then: cache {memory.cache / GIB:.1f} of {work.answers:,} "
-        f"answers with prompts of up to {work.prompt_tokens:,} tokens  all else {held / GIB:.1f}",
+        f"   sampling {time.total:,.1f} s an episode if all answers are {counted(work.new_tokens, 'token')} long: {shares}",
+        f"            a rank holds {memory.sampling / GIB:.1f} GiB then: cache {memory.cache / GIB:.1f} of "
+        f"{counted(work.answers, 'answer')} with prompts of up to {work.prompt_tokens:,} tokens  all else {held / GIB:.1f}",
     ]
 
 
@@ -142,13 +147,18 @@ def plan_text(plan: Plan, name: str) -> str:
     lines = [
         f"{name} on {plan.gpus} x {cluster.gpu.name}, {cluster.gpus_per_node} per node, {cluster.network.name}",
         f"global batch {config.training.global_batch_size:,} x {config.data.sequence_length:,} tokens, {_length(config)}",
-        f"{plan.legal:,} legal layouts, {plan.seconds:.1f} s; times are estimates (docs/plan.md), memory is counted",
+        f"{counted(plan.legal, 'legal layout')}, {plan.seconds:.1f} s; times are estimates (docs/plan.md), "
+        "memory is counted",
         "",
     ]
     for number, scored in enumerate(plan.best, start=1):
         lines += [*_one(number, scored, plan), ""]
     if not plan.best:
-        more = f"something fits on {plan.gpus_needed} GPUs" if plan.gpus_needed else "nor on 32 times as many GPUs"
+        more = (
+            f"something fits on {counted(plan.gpus_needed, 'GPU')}"
+            if plan.gpus_needed
+            else "nor on 32 times as many GPUs"
+        )
         lines += [f"nothing fits; {more}. The leanest layouts:"]
     elif plan.misfits:
         lines += ["faster, but too large:"]

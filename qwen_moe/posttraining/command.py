@@ -35,6 +35,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(args: argparse.Namespace) -> int:
     """Do the steps that are not done, and write the page. Returns the exit code."""
     from launchers.local.lock import RunLock
+    from qwen_moe.errors import UserError
     from qwen_moe.posttraining.page import facts_of, write_page
     from qwen_moe.posttraining.recipe import STEPS, load_walk
     from qwen_moe.posttraining.steps import Context, steps_of
@@ -43,6 +44,9 @@ def run(args: argparse.Namespace) -> int:
 
     assert STEPS == NAMES
     walk = Walk(load_walk(args.recipe, args.overrides), str(args.recipe))
+    for option, name in (("--redo", args.redo), ("--until", args.until)):
+        if name and name not in walk.config.steps:
+            raise UserError(f"{option} {name}: {walk.source} has no such step; it has {', '.join(walk.config.steps)}")
     opened = (walk.run_dir, "run_dir", "that of an earlier post-train")
     State.open(*opened)  # it is refused before it is locked, which makes it
     lock = RunLock(walk.run_dir, patience=STOPPING_SECONDS)
@@ -69,7 +73,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _all(at: "Context", steps: list["Step"], total: int) -> int:
     """Do the steps in order. Returns the exit code of the first that ends early, 0 if all are done."""
-    from launchers.local.supervisor import INTERRUPTED
     from qwen_moe.posttraining.page import write_page
     from qwen_moe.workflow.state import Stopped
 
@@ -77,9 +80,8 @@ def _all(at: "Context", steps: list["Step"], total: int) -> int:
         try:
             _one(at, step, f"[{number}/{total}] {step.name}")
         except Stopped as stopped:
-            code = int(stopped.args[0])
-            print(f"stopped in step {step.name} (the same command continues with it)", file=sys.stderr)
-            return INTERRUPTED if code == INTERRUPTED else code
+            print(stopped.text(step.name), file=sys.stderr)
+            return stopped.code
         write_page(at)
     return 0
 
@@ -114,12 +116,9 @@ def _one(at: "Context", step: "Step", title: str) -> None:
 
 def _redo(at: "Context", first: str) -> None:
     """Forget a step and all that work on its output, and move what they wrote aside."""
-    from qwen_moe.errors import UserError
     from qwen_moe.posttraining.steps import that_follow
     from qwen_moe.workflow.state import move_aside
 
-    if first not in at.walk.config.steps:
-        raise UserError(f"--redo {first}: {at.walk.source} has no such step; it has {', '.join(at.walk.config.steps)}")
     following = that_follow(at.walk, first)
     at.state.forget([step.name for step in following])
     for step in following:

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from launchers.counted import counted
 from launchers.folder.run_folder import METRICS
 from qwen_moe.config import RunConfig
 from qwen_moe.data.inputs import train_datasets
@@ -47,8 +48,8 @@ def _learned_from(config: RunConfig) -> str:
     rollout = config.rollout
     if rollout is not None:
         return (
-            f"{rollout.episodes:,} episodes of {rollout.queries_per_episode:,} queries with {rollout.samples:,} sampled "
-            "answers each"
+            f"{counted(rollout.episodes, 'episode')} of {counted(rollout.queries_per_episode, 'query')} with "
+            f"{counted(rollout.samples, 'sampled answer')} each"
         )
     counts: dict[str, int] = {}
     for dataset in train_datasets(config):
@@ -56,9 +57,9 @@ def _learned_from(config: RunConfig) -> str:
         for name in ("conversations", "pairs"):
             if manifest is not None and manifest.counts.get(name):
                 counts[name] = counts.get(name, 0) + manifest.counts[name]
-    text = " and ".join(f"{count:,} {name}" for name, count in counts.items()) or "its data"
+    text = " and ".join(counted(count, name.removesuffix("s")) for name, count in counts.items()) or "its data"
     epochs = config.training.epochs
-    return text + (f", {epochs} epoch{'s' * (epochs > 1)}" if epochs else "")
+    return text + (f", {counted(epochs, 'epoch')}" if epochs else "")
 
 
 def of_answers(folder: Path, shown: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from launchers.counted import counted
 from launchers.duration import span
 from launchers.folder.atomic import write_text
 from qwen_moe.packages import missing_text
@@ -101,12 +102,13 @@ def _table(at: Context) -> list[str]:
 def _learned(name: str, facts: dict[str, Any]) -> str:
     if name == "rollout":
         return (
-            f"{facts['queries']:,} queries, {facts['samples']:,} answers, mean reward {facts['mean_reward']:.3f}, "
+            f"{counted(facts['queries'], 'query')}, {counted(facts['samples'], 'answer')}, mean reward "
+            f"{facts['mean_reward']:.3f}, "
             f"{1 - facts['groups_without_variance']:.0%} of queries with different rewards"
         )
     if name == "pairs":
         counts = facts["counts"]
-        return f"{counts['pairs']:,} pairs of {counts['queries']:,} queries"
+        return f"{counted(counts['pairs'], 'pair')} of {counted(counts['queries'], 'query')}"
     return str(facts["learned_from"])
 
 

@@ -30,7 +30,7 @@ from qwen_moe.rollout.store import MANIFEST
 from qwen_moe.runs import identity
 from qwen_moe.workflow.state import State
 
-THREADS = "threads.json"
+THREADS, EPOCHS = "threads.json", "training.epochs"
 MEASURE = "measure "  # and the name of the model: the name of a step that measures
 
 
@@ -95,6 +95,9 @@ class Training(Step):
     def inputs(self, at: Context) -> dict[str, Any]:
         walk, config = at.walk, at.walk.runs[self.name]
         found = identity.flat(config, identity.OF_RESULTS)
+        before = at.state.inputs(self.name)
+        if not before or EPOCHS in before:  # earlier versions did not record them
+            found[EPOCHS] = config.training.epochs
         files = [] if config.data.prepare is None else list(config.data.prepare.input)
         if config.rollout is not None:
             files += [*config.rollout.queries, *config.rollout.held_out]

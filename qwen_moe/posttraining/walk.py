@@ -7,10 +7,11 @@ from typing import Any
 from qwen_moe.config import RunConfig, parse_config
 from qwen_moe.data.inputs import TOKENIZER
 from qwen_moe.errors import UserError
-from qwen_moe.generation.prompts import prompt_lines
+from qwen_moe.generation.prompts import form_of, prompt_lines
 from qwen_moe.generation.tokenizer import tokenizer_folder
 from qwen_moe.posttraining.recipe import NUMBERS, OF_WALK, TRAINED, Rewarded, WalkConfig, merged
-from qwen_moe.rollout.rewards import RewardSettings, check_values
+from qwen_moe.rollout.queries import id_of, note_id
+from qwen_moe.rollout.rewards import Rewarder, RewardSettings, check_values
 
 MEASURED, DATA = "measured", "data"
 
@@ -160,19 +161,24 @@ class Walk:
 
 
 def _check_queries(name: str, rewards: RewardSettings | None) -> None:
-    """Raise UserError if the queries cannot be read, or lack what a reward needs."""
+    """Raise UserError if the queries cannot be read or lack what a reward needs, or if a reward cannot be computed here."""
     lines = prompt_lines(Path(name))
     if not lines:
         raise UserError(f'{name} has no queries: give JSON lines with "prompt", "messages" or "tokens"')
-    for where, line in lines:
+    used: dict[str, str] = {}
+    for number, (where, line) in enumerate(lines):
         try:
             row = json.loads(line)
         except ValueError as error:
             raise UserError(f"{where} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise UserError(f"{where} is not a JSON object")
+        form_of(row, where)
+        note_id(used, id_of(row, number, where), Path(name), where)
         if rewards is not None:
             try:
                 check_values(rewards, row)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
+    if rewards is not None:
+        Rewarder(rewards).close()  # imports its functions

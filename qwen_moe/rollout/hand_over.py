@@ -8,6 +8,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
+from launchers.counted import counted
 from qwen_moe.config.rollout import PLACE
 from qwen_moe.errors import UserError
 from qwen_moe.rollout.server import ServerSampler
@@ -42,7 +43,7 @@ def _run(command: list[str], sampler: ServerSampler) -> None:
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=sampler.server.seconds
         )
     except subprocess.TimeoutExpired:
-        limit = f"{sampler.server.seconds:g} seconds ({sampler.server.name('seconds')})"
+        limit = f"{counted(sampler.server.seconds, 'second')} ({sampler.server.name('seconds')})"
         raise problem(f"did not end within {limit}") from None
     except OSError as error:
         raise problem(f"cannot be run: {error.strerror or error}") from None

@@ -46,6 +46,15 @@ class PairRules:
         if self.per_query < 0:
             raise UserError(f"per_query is {self.per_query}: give a positive number, or 0 for all")
 
+    @property
+    def lacking(self) -> str:
+        """What is not among the answers that were not left out, if they make no pair."""
+        if self.rule == "pass-fail":
+            return (
+                f"no query has a finished answer that passes (a reward of at least {self.passing:g}) and one that fails"
+            )
+        return "no finished answer has a higher reward than another answer to its query"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from launchers.counted import counted, tallied
 from launchers.folder.atomic import replaced
 from qwen_moe.alone import alone
 from qwen_moe.data.chat import Chat, Encoded
@@ -89,9 +90,11 @@ def _write(request: PairsRequest, rows: Any, writer: Writer, provenance: Path) -
                 writer.add(Outcome(where=str(row["id"]), kind="pairs", documents=_documents(row, pair), judged=judged))
                 file.write(json.dumps(_provenance(row, pair)).encode() + b"\n")
         if not writer.documents:
+            more = f" (left out: {_listed(left_out)})" if left_out else ""
             raise UserError(
-                f"{request.rollouts} gives no pair of {queries:,} queries: {_listed(left_out) or 'all rewards are equal'}. "
-                "Sample more answers or at a higher temperature, or use other rules"
+                f"{request.rollouts} gives no pair of {counted(queries, 'query')}: {request.rules.lacking}{more}. "
+                "Sample more "
+                "or longer answers or at a higher temperature, or use other rules"
             )
     return left_out, {"queries": queries, "queries_without_pair": without}
 
@@ -179,15 +182,18 @@ def _end_and_template(tokenizer: Path, end_tokens: Sequence[int]) -> tuple[int, 
 
 
 def _listed(left_out: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()))
+    return ", ".join(tallied(count, reason) for reason, count in sorted(left_out.items()))
 
 
 def described(prepared: PreparedData) -> str:
     """What was written, in a line."""
     counts = prepared.counts
-    text = f"{counts['pairs']:,} pairs of {counts['queries']:,} queries, {prepared.tokens:,} tokens, "
+    text = (
+        f"{counted(counts['pairs'], 'pair')} of {counted(counts['queries'], 'query')}, "
+        f"{counted(prepared.tokens, 'token')}, "
+    )
     text += f"{counts['learned_tokens']:,} of them learned, the longest {counts['longest']:,}"
     if counts["queries_without_pair"]:
-        text += f"; {counts['queries_without_pair']:,} queries without a pair"
+        text += f"; {counted(counts['queries_without_pair'], 'query')} without a pair"
     left_out = _listed(Counter(prepared.left_out))
     return text + (f"; left out: {left_out}" if left_out else "")

@@ -1,11 +1,12 @@
 """Files of queries: JSON lines with a prompt and whatever its reward needs. All mistakes are reported together, before work
 starts."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launchers.counted import counted
 from qwen_moe.errors import UserError
 from qwen_moe.generation.prompts import PromptRow, prompt_lines, prompt_row
 from qwen_moe.generation.prompts import digest as rows_digest
@@ -47,9 +48,7 @@ def read_queries(path: Path, tokenizer: Any, *, chat: bool = False, checks: Sequ
     for number, (where, line) in enumerate(lines):
         try:
             query = _query(number, prompt_row(where, line, tokenizer, chat), tokenizer, where)
-            if query.id in used:
-                raise UserError(f'{where}: id "{query.id}" is also that of {used[query.id]}: give each query its own')
-            used[query.id] = where.removeprefix(f"{path}, ")
+            note_id(used, query.id, path, where)
             _apply(checks, query, where)
             queries.append(query)
         except UserError as error:
@@ -57,7 +56,8 @@ def read_queries(path: Path, tokenizer: Any, *, chat: bool = False, checks: Sequ
     if mistakes:
         more = f"; and {len(mistakes) - _SHOWN:,} more" if len(mistakes) > _SHOWN else ""
         raise UserError(
-            f"{len(mistakes):,} of {len(lines):,} queries cannot be used: {'; '.join(mistakes[:_SHOWN])}{more}. Correct "
+            f"{len(mistakes):,} of {counted(len(lines), 'query')} cannot be used: "
+            f"{'; '.join(mistakes[:_SHOWN])}{more}. Correct "
             "these lines, or remove them"
         )
     if not queries:
@@ -65,15 +65,28 @@ def read_queries(path: Path, tokenizer: Any, *, chat: bool = False, checks: Sequ
     return queries
 
 
-def _query(number: int, row: PromptRow, tokenizer: Any, where: str) -> Query:
-    given = row.values.get("id", number)
+def id_of(values: Mapping[str, Any], number: int, where: str) -> str:
+    """The id of the line ``number``. Raises UserError."""
+    given = values.get("id", number)
     if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
         raise UserError(f"{where}: id is {given!r:.60}, expected text or a whole number")
+    return str(given)
+
+
+def note_id(used: dict[str, str], name: str, path: Path, where: str) -> None:
+    """Add an id to those that are ``used``, each with its line. Raises UserError if it is there."""
+    if name in used:
+        raise UserError(f'{where}: id "{name}" is also that of {used[name]}: give each query its own')
+    used[name] = where.removeprefix(f"{path}, ")
+
+
+def _query(number: int, row: PromptRow, tokenizer: Any, where: str) -> Query:
+    name = id_of(row.values, number, where)
     try:
         prompt = tokenizer.decode(row.tokens)
     except (OverflowError, TypeError):
         raise UserError(f"{where}: tokens are not ids of the tokenizer") from None
-    return Query(number=number, id=str(given), values=row.values, tokens=row.tokens, prompt=prompt)
+    return Query(number=number, id=name, values=row.values, tokens=row.tokens, prompt=prompt)
 
 
 def _apply(checks: Sequence[Check], query: Query, where: str) -> None:

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from launchers.counted import counted
 from qwen_moe.data.sources import Tally
 from qwen_moe.errors import UserError
 from qwen_moe.packages import check_installed
@@ -63,7 +64,8 @@ class RewardSettings:
             raise UserError(f"a reward is named twice in {', '.join(self.rewards)}: give it once, with a larger weight")
         if self.weights and len(self.weights) != len(self.rewards):
             raise UserError(
-                f"there are {len(self.weights)} weights for {len(self.rewards)} rewards: give one for each, or none"
+                f"there are {counted(len(self.weights), 'weight')} for {counted(len(self.rewards), 'reward')}: give "
+                "one for each, or none"
             )
         if not all(math.isfinite(weight) for weight in self.weights):
             raise UserError(f"the weights of rewards are {self.weights}: give finite numbers")
@@ -71,7 +73,8 @@ class RewardSettings:
             raise UserError(f"on_failure is {self.on_failure!r}: give error or zero")
         if not 0 < self.seconds < math.inf or self.memory_mib < 64 or self.workers < 0:
             raise UserError(
-                f"a reward's limits are {self.seconds} seconds, {self.memory_mib} MiB and {self.workers} processes: give a "
+                f"a reward's limits are {counted(self.seconds, 'second')}, {self.memory_mib} MiB and "
+                f"{counted(self.workers, 'process')}: give a "
                 "positive number of seconds, at least 64 MiB, and 0 processes (one per core) or more"
             )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from launchers.counted import counted
 from qwen_moe.alone import alone
 from qwen_moe.checkpoint.fingerprint import fingerprint, tokenizer_fingerprint
 from qwen_moe.data.tokenizer import copy_tokenizer
@@ -139,7 +140,9 @@ def _to_sample(session: Session, store: Store, queries: int) -> list[int]:
     todo = session.agree(store.to_sample())
     sampled = queries - sum(len(store.numbers(index)) for index in todo)
     if sampled:
-        session.say(f"{store.folder}: {sampled:,} of {queries:,} queries have their samples already")
+        session.say(
+            f"{store.folder}: {sampled:,} of {counted(queries, 'query has', 'queries have')} their samples already"
+        )
     return todo
 
 

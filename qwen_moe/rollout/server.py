@@ -21,7 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from qwen_moe.config.rollout import ServerKind
+from launchers.counted import counted
+from qwen_moe.config.rollout import ServerKind, wrong_address
 from qwen_moe.errors import UserError
 from qwen_moe.generation.engine import Completion
 from qwen_moe.generation.sampling import Sampling, uniforms
@@ -55,8 +56,8 @@ class Server:
     in_recipe: bool = False
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise UserError(f"--server {self.url!r} is no address: give one such as http://127.0.0.1:8000")
+        if wrong := wrong_address(self.url):
+            raise UserError(f"--server {wrong}")
 
     def name(self, setting: str = "") -> str:
         """What the user calls a setting, or the server itself."""
@@ -89,6 +90,10 @@ class ServerSampler:
         answer = self.ask("/v1/models", None)
         names = [str(one.get("id")) for one in _list(answer, "data") if isinstance(one, dict)]
         if self.server.model not in names:
+            if not names:
+                raise UserError(
+                    f"{self._base} has no model at all: load {self.server.model!r} into it, and run this again"
+                )
             known, setting = ", ".join(names), self.server.name("model")
             raise UserError(f"{self._base} has no model {self.server.model!r}, only {known}: give {setting}")
 
@@ -138,13 +143,15 @@ class ServerSampler:
             )
 
         if len(answers) != sampling.samples:
-            refuse(f"gave {len(answers)} answers and was asked for {sampling.samples}")
+            refuse(f"gave {counted(len(answers), 'answer')} and was asked for {sampling.samples}")
         for answer in answers:
             tokens, log_probs = answer.tokens, answer.log_probs
             if not 0 < len(tokens) <= sampling.max_new_tokens:
-                refuse(f"gave an answer of {len(tokens)} tokens and was asked for 1 to {sampling.max_new_tokens}")
+                refuse(
+                    f"gave an answer of {counted(len(tokens), 'token')} and was asked for 1 to {sampling.max_new_tokens}"
+                )
             if len(log_probs) != len(tokens):
-                refuse(f"gave {len(log_probs)} log-probabilities for {len(tokens)} tokens")
+                refuse(f"gave {counted(len(log_probs), 'log-probability')} for {counted(len(tokens), 'token')}")
             if wrong := [token for token in tokens if not 0 <= token < self._vocabulary]:
                 refuse(f"gave token {wrong[0]}, but the model's vocabulary has {self._vocabulary}")
             if wrong_one := [one for one in log_probs if not (math.isfinite(one) and one <= 1e-4)]:
@@ -170,33 +177,42 @@ class ServerSampler:
                 with urllib.request.urlopen(request, timeout=self.server.seconds) as response:
                     return _json(response.read(), url)
             except urllib.error.HTTPError as error:
-                text = error.read(2000).decode(errors="replace").strip()
-                problem = f"status {error.code}: {text[:300]}"
+                problem = f"status {error.code}: {_explanation(error)}"
                 if error.code not in _PASSING:
                     raise UserError(f"{url} refuses the request with {problem}") from None
             except TimeoutError:
-                problem = f"no answer within {self.server.seconds:g} seconds ({seconds})"
+                problem = f"no answer within {counted(self.server.seconds, 'second')} ({seconds})"
             except urllib.error.URLError as error:
                 slow = isinstance(error.reason, TimeoutError)
-                problem = f"no answer within {self.server.seconds:g} seconds" if slow else f"{error.reason}"
+                problem = f"no answer within {counted(self.server.seconds, 'second')}" if slow else f"{error.reason}"
             except (http.client.HTTPException, ConnectionError) as error:
                 problem = f"the connection was lost ({type(error).__name__})"
         raise UserError(
-            f"{url} did not answer in {self.server.tries} tries: {problem}. {self.server.goes_on} once it does"
+            f"{url} did not answer in {counted(self.server.tries, 'try')}: {problem}. {self.server.goes_on} once it does"
         )
+
+
+def _explanation(error: urllib.error.HTTPError) -> str:
+    """What the server says of an error, as far as it arrives."""
+    try:
+        return error.read(2000).decode(errors="replace").strip()[:300] or "nothing more is said"
+    except (http.client.HTTPException, OSError) as lost:
+        return f"the rest did not arrive ({type(lost).__name__})"
 
 
 def _json(content: bytes, url: str) -> Any:
     try:
         return json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{url} answers {content[:80]!r}, which is not JSON: is it a vLLM or SGLang server?") from None
 
 
 def _list(answer: Any, name: str) -> list[Any]:
     found = answer.get(name) if isinstance(answer, dict) else None
     if not isinstance(found, list):
-        raise UserError(f"the server's answer has no list {name!r}: {str(answer)[:120]}")
+        raise UserError(
+            f"the server's answer has no list {name!r}: {str(answer)[:120]}. Is it a vLLM or SGLang server?"
+        )
     return found
 
 
@@ -229,20 +245,26 @@ def _vllm_answers(answer: Any, prompt: list[int]) -> list[Completion]:
             if read is not None and list(read) != prompt:
                 raise UserError(
                     f"the server read a prompt that begins with the tokens {list(read)[:8]} and was given {prompt[:8]} "
-                    f"({len(read)} tokens for {len(prompt)}): it must not change prompts"
+                    f"({counted(len(read), 'token')} for {len(prompt)}): it must not change prompts"
                 )
         return [
             Completion(_vllm_tokens(one), [float(p) for p in one["logprobs"]["token_logprobs"]], one["finish_reason"])
             for one in choices
         ]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise _other_form("vLLM", error, answer) from None
 
 
 def _vllm_tokens(choice: dict[str, Any]) -> list[int]:
     if choice.get("token_ids") is not None:
-        return [int(token) for token in choice["token_ids"]]
+        return [_token(token) for token in choice["token_ids"]]
     return [int(name.removeprefix("token_id:")) for name in choice["logprobs"]["tokens"]]
+
+
+def _token(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{value!r} is no token id")
+    return value
 
 
 def _sglang_request(prompt: list[int], sampling: Sampling, seeds: list[int]) -> dict[str, Any]:
@@ -267,10 +289,10 @@ def _sglang_answers(answer: Any) -> list[Completion]:
         for one in answer if isinstance(answer, list) else [answer]:
             meta = one["meta_info"]
             drawn = meta["output_token_logprobs"]
-            tokens = [int(entry[1]) for entry in drawn]
+            tokens = [_token(entry[1]) for entry in drawn]
             found.append(Completion(tokens, [float(entry[0]) for entry in drawn], meta["finish_reason"]["type"]))
         return found
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise _other_form("SGLang", error, answer) from None
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
+from launchers.counted import counted
 from qwen_moe.errors import UserError
 from qwen_moe.generation.likelihood import Likelihood, ScoredText
 from qwen_moe.generation.sampling import Sampling
@@ -70,7 +71,8 @@ def check_probe(before: Probe | None, now: Probe, limit: float, where: str, told
     server have not changed as the model's have since ``before``: then its weights are older ones, however close to the new.
     ``where``, ``told``: the server and the directory in messages.
     """
-    facts = f"log-probabilities of {len(now.tokens)} greedy answers are {now.gap:.2g} nats a token from the model's"
+    answers = counted(len(now.tokens), "greedy answer")
+    facts = f"log-probabilities of {answers} are {now.gap:.2g} nats a token from the model's"
     if now.gap > limit:
         raise UserError(
             f"{where}: its {facts}, more than {limit:g}: it serves other weights than {told}, which it was told to load. "
@@ -104,7 +106,10 @@ def check_weights(session: Session, sampler: Sampler, queries: list[Query], samp
     own: dict[int, Likelihood] = {}
     session.likelihoods(texts, own.update)
     apart = mean_gap([one.log_probs for one in answers], [own[i].log_prob for i in range(len(answers))])
-    facts = f"log-probabilities of {len(answers)} answers are {apart:.2g} nats a token from those of the checkpoint"
+    facts = (
+        f"log-probabilities of {counted(len(answers), 'answer')} are {apart:.2g} nats a token from "
+        "those of the checkpoint"
+    )
     if apart > limit:
         raise UserError(
             f"--server: its {facts}, more than {limit:g}: it serves other weights. Load {session.opened.weights.directory} "

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launchers.counted import counted
 from qwen_moe.errors import UserError
 from qwen_moe.generation.prompts import FORMS
 from qwen_moe.rollout.queries import Query
@@ -69,7 +70,8 @@ def asked(values: Mapping[str, Any]) -> str:
 def described(summary: dict[str, Any]) -> str:
     """The summary in one or two lines."""
     text = (
-        f"{summary['queries']:,} queries, {summary['samples']:,} answers: mean reward {summary['mean_reward']:.4f}, "
+        f"{counted(summary['queries'], 'query')}, {counted(summary['samples'], 'answer')}: mean reward "
+        f"{summary['mean_reward']:.4f}, "
         f"variance within groups {summary['variance_within_groups']:.4f}, "
         f"{summary['groups_without_variance']:.1%} of groups without variance, mean length "
         f"{summary['mean_length']:.1f} tokens, {summary['truncated']:.1%} truncated"
@@ -77,7 +79,9 @@ def described(summary: dict[str, Any]) -> str:
     if len(summary["mean_rewards"]) > 1:
         text += "\nmean of each reward: " + ", ".join(f"{n} {v:.4f}" for n, v in summary["mean_rewards"].items())
     if summary["failed"]:
-        text += "\nfailed, and counted as zero: " + ", ".join(f"{n} {v:,} times" for n, v in summary["failed"].items())
+        text += "\nfailed, and counted as zero: " + ", ".join(
+            f"{n} {counted(v, 'time')}" for n, v in summary["failed"].items()
+        )
     return text
 
 
@@ -103,7 +107,8 @@ def by_variance(queries: Sequence[Query], folder: Path) -> list[Query]:
     for ids, what in ((missing, "are not in the rollouts"), (other, "have another prompt than in the rollouts")):
         if ids:
             raise UserError(
-                f"{len(ids):,} of {len(queries):,} queries {what} {folder} (id {ids[0]!r} is the first): give rollouts of "
+                f"{len(ids):,} of {counted(len(queries), 'query')} {what} {folder} (id {ids[0]!r} is the first): give "
+                "rollouts of "
                 "the same queries"
             )
     return sorted(queries, key=lambda query: -float(variances[query.id]["variance"]))

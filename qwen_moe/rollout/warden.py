@@ -72,7 +72,7 @@ class Child:
         while b"\n" not in self._rest:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise NoAnswer("took too long", f"it took more than {seconds:g} seconds")
+                raise NoAnswer("took too long", f"it took more than {seconds:g} second{'s' * (seconds != 1)}")
             readable, _, _ = select.select([self._from, 0], [], [], min(left, 1.0))
             if 0 in readable or os.getppid() != PARENT:
                 raise SystemExit  # a request comes after the answer only, so this is the end of our parent
@@ -99,7 +99,9 @@ class Child:
                 data = data[os.write(self._to, data) :]
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise NoAnswer("took too long", f"it took more than {seconds:g} seconds") from None
+                    raise NoAnswer(
+                        "took too long", f"it took more than {seconds:g} second{'s' * (seconds != 1)}"
+                    ) from None
                 select.select([], [self._to], [], 0.1)
             except BrokenPipeError:
                 raise NoAnswer("died", self._how_it_ended()) from None

@@ -29,6 +29,7 @@ def read_outcome(config: RunConfig, run_dir: Path) -> RunOutcome:
     path = run_dir / METRICS
     records = read_lines(path)
     steps = [record for record in records if "loss" in record]
+    config = with_known_length(config, run_dir)
     done, total = (int(steps[-1]["step"]) if steps else 0), config.train_steps
     kind, message = _failure(run_dir)
 
@@ -39,8 +40,9 @@ def read_outcome(config: RunConfig, run_dir: Path) -> RunOutcome:
         return outcome("diverged", message)
     if not steps:
         return outcome("missing", message or "no step was taken")
-    if done < total:
-        return outcome("unfinished", f"step {done:,} of {total:,}" + (f"; {message}" if message else ""))
+    if done < total or not total:
+        text = f"step {done:,} of {total:,}" if total else f"step {done:,} of other epochs"
+        return outcome("unfinished", text + (f"; {message}" if message else ""))
     guess = config.objective.loss_of_guessing(config.model.vocab_size)
     last = float(steps[-1]["loss"])
     if not last < guess:
@@ -68,4 +70,23 @@ def difference(config: RunConfig, run_dir: Path) -> str:
 def changed_settings(config: RunConfig, run_dir: Path) -> list[Difference]:
     """Like `difference`, as a list."""
     path = run_dir / RESOLVED
-    return differences(load_config(path).model_dump(mode="json"), config, OF_RESULTS) if path.is_file() else []
+    if not path.is_file():
+        return []
+    saved, epochs = load_config(path), config.training.epochs
+    found = differences(saved.model_dump(mode="json"), with_known_length(config, run_dir), OF_RESULTS)
+    if epochs and saved.training.epochs != epochs and not config.training.train_tokens:
+        others = [one for one in found if one.name != "training.train_tokens"]
+        return [*others, Difference("training.epochs", saved.training.epochs, epochs)]
+    return found
+
+
+def with_known_length(config: RunConfig, run_dir: Path) -> RunConfig:
+    """``config`` with the `training.train_tokens` that its epochs took when the run in ``run_dir`` read its data. Without
+    epochs, and where no run has read data for as many, it is ``config``; then its steps are 0 if it has epochs."""
+    path, training = run_dir / RESOLVED, config.training
+    if not training.epochs or training.train_tokens or not path.is_file():
+        return config
+    saved = load_config(path).training
+    if saved.epochs != training.epochs:
+        return config
+    return config.model_copy(update={"training": training.model_copy(update={"train_tokens": saved.train_tokens})})

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from launchers.counted import counted
 from launchers.folder.atomic import replaced
 from qwen_moe.config import ObjectiveConfig, load_config
 from qwen_moe.errors import UserError, explain_failure
@@ -279,7 +280,7 @@ def _draw_validation(axes: Any, records: list[dict[str, Any]], tokens: dict[int,
         at = tokens.get(record["step"])
         if at is None:
             continue
-        losses = {f"at {length:,} tokens": loss for length, loss in sorted(lengths_validated(record).items())}
+        losses = {f"at {counted(length, 'token')}": loss for length, loss in sorted(lengths_validated(record).items())}
         if not losses and "validation_loss" in record:
             losses[""] = record["validation_loss"]
         losses |= {f"of {name}": loss for some in sets_validated([record]) for name, loss in some.items()}

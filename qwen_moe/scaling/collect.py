@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from launchers.counted import counted
 from qwen_moe.config import RunConfig, load_config
 from qwen_moe.errors import UserError
 
@@ -60,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for line in text(found):
         print(line)
-    print(f"{args.output}: {len(found.rows)} runs, {diverged} of them diverged; {len(found.left_out)} left out")
+    print(
+        f"{args.output}: {counted(len(found.rows), 'run')}, {diverged} of them diverged; {len(found.left_out)} left out"
+    )
     return 0
 
 
@@ -131,11 +134,13 @@ def collect(paths: Sequence[Path], loss: Loss) -> Collected:
         )
     if repeated:
         notes.append(
-            f"{len(repeated)} runs read data more than once ({repeated[0]}, ...): see the column unique_tokens"
+            f"{counted(len(repeated), 'run reads', 'runs read')} data more than once "
+            f"({repeated[0]}, ...): see the column unique_tokens"
         )
     if short:
         notes.append(
-            f"{len(short)} runs have fewer than {math.ceil(LEAST_STEPS / MOST_SHARE)} steps ({short[0]}, ...): the mean of "
+            f"{counted(len(short), 'run has', 'runs have')} fewer than "
+            f"{counted(math.ceil(LEAST_STEPS / MOST_SHARE), 'step')} ({short[0]}, ...): the mean of "
             f"their last {LEAST_STEPS} is above the loss they ended with, which makes large batches look worse: --loss "
             "validation has no such mean"
         )

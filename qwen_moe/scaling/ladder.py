@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launchers.counted import counted
 from launchers.folder.atomic import write_text
 from launchers.folder.run_folder import CHECKPOINTS
 from qwen_moe.alone import alone
@@ -189,8 +190,8 @@ def run(args: argparse.Namespace) -> int:
     models = smaller_models(config.model)
     if len(models) < 3:
         raise UserError(
-            f"{args.recipe}: its model has only {len(models)} smaller sizes in steps of 1.5 times, and a ladder needs 3: "
-            "give the recipe of a larger model (more layers and KV heads)"
+            f"{args.recipe}: its model has only {counted(len(models), 'smaller size')} in steps of 1.5 times, and a "
+            "ladder needs 3: give the recipe of a larger model (more layers and KV heads)"
         )
     sizes, target = [size_of(model) for model in models], target_of(config)
     prior = load_fit(args.fit).surface if args.fit is not None else None
@@ -288,8 +289,12 @@ def _text(facts: dict[str, Any], rows: list[dict[str, Any]], target: tuple[float
         )
     deviation = facts["log_deviation"]
     lines += [
-        f"{facts['runs']} runs, {facts['flops']:.3g} FLOPs (6 N_active D) in all"
-        + (f"; {facts['branches']} branch off longer ones where their decay begins" if facts["branches"] else ""),
+        f"{counted(facts['runs'], 'run')}, {facts['flops']:.3g} FLOPs (6 N_active D) in all"
+        + (
+            f"; {counted(facts['branches'], 'branches', 'branch')} off longer ones where the decay begins"
+            if facts["branches"]
+            else ""
+        ),
         f"expected excess loss of the recommendation at the target: {facts['expected_excess_before']:.3%} with the prior "
         f"alone, {facts['expected_excess_after']:.3%} with these runs, if losses vary by "
         f"{facts['noise']:.2%} between seeds",

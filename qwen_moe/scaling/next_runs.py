@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launchers.counted import counted
 from qwen_moe.config import load_config, refuse_stages
 from qwen_moe.errors import UserError
 from qwen_moe.options import number, whole
@@ -152,7 +153,7 @@ def _text(advice: "Advice", unit: _Unit, target: tuple[float, float, float], so_
     rate, batch = advice.deviation
     lines = [
         f"target: N {target[0]:.3g} ({target[1]:.3g} activated), D {target[2]:.3g} tokens, "
-        f"{unit.text(advice.target_cost)}; {so_far} runs so far",
+        f"{unit.text(advice.target_cost)}; {counted(so_far, 'run')} so far",
         f"expected excess loss of a recommendation from them: {advice.excess:.3%} (learning rate known to a factor of "
         f"{exp(rate):.2f}, batch size to {exp(batch):.2f}, one standard deviation). The target would need "
         f"{advice.excess_worth / advice.target_cost:.1%} more tokens to make up for it, {unit.text(advice.excess_worth)}",

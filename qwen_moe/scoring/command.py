@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launchers.counted import counted
 from qwen_moe.config.fields import LARGEST_SIZE
 from qwen_moe.errors import UserError
 from qwen_moe.generation.command import DTYPES
@@ -92,7 +93,9 @@ def _run(args: argparse.Namespace) -> int:
         todo = [index for index in range(len(rows)) if index not in answers.done]
         if len(todo) < len(rows):
             print(
-                f"{args.output}: {len(rows) - len(todo)} of {len(rows)} rows have their scores already", file=sys.stderr
+                f"{args.output}: {len(rows) - len(todo)} of {counted(len(rows), 'row has', 'rows have')} their scores "
+                "already",
+                file=sys.stderr,
             )
         if todo:
             model = ScoringModel.load(args.checkpoint, dtype=args.dtype, batch_tokens=args.batch_tokens)
@@ -188,7 +191,7 @@ def _report(args: argparse.Namespace, criteria: tuple[str, ...], rows: list["Sco
         }
         print(json.dumps(summary))
         return
-    print(f"{args.output}: scores of {len(rows)} rows by {', '.join(criteria)}")
+    print(f"{args.output}: scores of {counted(len(rows), 'row')} by {', '.join(criteria)}")
     if found:
         print(table(found))
         if of_kinds:

@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 
+from launchers.counted import counted
 from qwen_moe.checkpoint.huggingface.convert import Weights, open_weights, read_model
 from qwen_moe.checkpoint.manifest import CheckpointDamaged
 from qwen_moe.checkpoint.resolve import check_exists
@@ -158,5 +159,5 @@ def check_tokens(tokens: Sequence[int], vocab_size: int, longest: int, what: str
         )
     if len(tokens) > longest:
         raise UserError(
-            f"{what} has {len(tokens):,} tokens, more than the {longest:,} that the model reads: shorten it"
+            f"{what} has {counted(len(tokens), 'token')}, more than the {longest:,} that the model reads: shorten it"
         )

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from launchers.counted import counted
 from launchers.folder.atomic import replaced
 from qwen_moe.scoring.summary import Agreement
 
@@ -21,7 +22,7 @@ def draw(found: dict[str, Agreement], path: Path) -> None:
         sure, right = of_bins.confidence[there].tolist(), of_bins.accuracy[there].tolist()
         shares = (of_bins.judgments[there] / of_bins.judgments.sum()).tolist()
         (line,) = axes.plot(sure, right, linewidth=1)
-        label = f"{name}: {one.accuracy:.0%} right, error {of_bins.error:.1%} ({one.judged:,} pairs)"
+        label = f"{name}: {one.accuracy:.0%} right, error {of_bins.error:.1%} ({counted(one.judged, 'pair')})"
         axes.scatter(sure, right, s=[15 + 250 * share for share in shares], color=line.get_color(), label=label)
     axes.set_xlim(0.49, 1.01)
     axes.set_ylim(-0.02, 1.02)

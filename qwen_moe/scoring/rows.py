@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from launchers.counted import counted, tallied
 from qwen_moe.data.chat import Chat
 from qwen_moe.data.conversations import BadRow, kind_of, preferences
 from qwen_moe.documents import json_object
@@ -49,9 +50,9 @@ def read_rows(path: Path, chat: Chat, check: Callable[[list[int], str], None]) -
             problems[error.reason if isinstance(error, BadRow) else "cannot be read"] += 1
             first = first or f"{where}: {str(error).removeprefix(f'{where}: ')}"
     if problems:
-        counted = ", ".join(f"{count:,} {reason}" for reason, count in problems.most_common())
+        reasons = ", ".join(tallied(count, reason) for reason, count in problems.most_common())
         raise UserError(
-            f"{problems.total():,} of {problems.total() + len(rows):,} rows cannot be scored ({counted}). {first}"
+            f"{problems.total():,} of {counted(problems.total() + len(rows), 'row')} cannot be scored ({reasons}). {first}"
         )
     if not rows:
         raise UserError(f"--input {path} has no rows: give JSON lines with conversations or pairs")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+from launchers.counted import counted
 from parallel.mesh import Layout, LayoutError, layout_for, smallest_world
 from parallel.stages import check_schedule, split_layers, stages_per_rank
 from qwen_moe.config import ModelConfig, RunConfig
@@ -63,7 +64,8 @@ def processes(config: RunConfig, gpus: int = 0) -> int:
         if smallest_world(fewer, **degrees) == fewer:
             return fewer
     raise UserError(
-        f"parallel: this layout needs {smallest_world(1, **degrees)} processes, each with its own GPU, and this machine has "
+        f"parallel: this layout needs {counted(smallest_world(1, **degrees), 'process')}, each with its own GPU, and "
+        "this machine has "
         f"{gpus}: lower the degrees of the parallel section, launch it on more nodes, or set CUDA_VISIBLE_DEVICES= to train "
         "on the CPU"
     )
@@ -90,7 +92,8 @@ def context_plan(config: RunConfig, layout: Layout) -> ContextPlan:
         kind, heads = "all_gather", cp  # of one rank: nothing is gathered
     if not splits(heads):
         raise LayoutError(
-            f"an exchange of heads over {heads} ranks ({'cp_kind ulysses' if heads == cp else f'cp_ulysses {heads}'}): with "
+            f"an exchange of heads over {counted(heads, 'rank')} "
+            f"({'cp_kind ulysses' if heads == cp else f'cp_ulysses {heads}'}): with "
             f"tp {layout.tp} a rank has {per_rank} of model.num_attention_heads and {kv} of num_key_value_heads; the former "
             f"must be a multiple of {heads}, the latter a multiple or a divisor. Use cp_kind ring or all_gather"
             + (", or a smaller cp_ulysses" if heads < cp else "")
@@ -217,8 +220,10 @@ def _stage_layers(config: RunConfig, stages: int) -> Sequence[Sequence[int]]:
         return _split_by_cost(config.model, config.data.sequence_length, stages)
     if len(split) != stages or sum(split) != layers:
         raise UserError(
-            f"parallel.pipeline_split {list(split)} has {len(split)} stages with {sum(split)} layers, but there are "
-            f"{stages} stages and {layers} layers: give that many numbers with that sum, or leave it out"
+            f"parallel.pipeline_split {list(split)} has {counted(len(split), 'stage')} with "
+            f"{counted(sum(split), 'layer')}, but there are "
+            f"{counted(stages, 'stage')} and {counted(layers, 'layer')}: give that many numbers with that sum, or "
+            "leave it out"
         )
     by_stage, begin = [], 0
     for count in split:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from launchers.counted import counted
 from qwen_moe.tracing.cost import Work
 from qwen_moe.tracing.count import Collective, Event, Place
 from qwen_moe.tracing.rank import StepTrace
@@ -164,7 +165,7 @@ def _collectives_table(trace: StepTrace) -> Table:
     ):
         call: Collective = alike[0]
         place = _placed(call.place, [c.place.layer for c in alike])
-        behind = f"{_amount(call.behind_flops, 'FLOP')}, {call.behind_launches} launches"
+        behind = f"{_amount(call.behind_flops, 'FLOP')}, {counted(call.behind_launches, 'launch')}"
         hidden = "own stream" if call.own_stream else behind if call.behind_launches else "nothing: waited for at once"
         rows.append((place, call.kind, f"{call.axis} ({call.ranks})", f"{call.bytes:,}", f"{len(alike):,}", hidden))
     return Table("collectives", ("place", "kind", "axis (ranks)", "bytes each", "count", "runs beside"), rows)
@@ -200,10 +201,12 @@ def summary(trace: StepTrace) -> list[str]:
         f"rank {trace.rank} of {layout.layout.world_size}, {layout.layout}, layers {_ranges(trace.layers)}",
         f"one step of {layout.micro_batches:,} micro-batch{'es' * (layout.micro_batches > 1)} of "
         f"{config.training.micro_batch_size:,} x {config.data.sequence_length:,} tokens, {config.precision.compute}",
-        f"{work.launches:,} launches ({unfused:,} where elementwise chains are compiled), {_amount(work.flops, 'FLOP')}, "
+        f"{counted(work.launches, 'launch')} ({unfused:,} where elementwise chains are compiled), "
+        f"{_amount(work.flops, 'FLOP')}, "
         f"{_amount(work.read, 'B')} read, {_amount(work.written, 'B')} written",
-        f"{len(trace.counter.collectives):,} collectives of {_amount(bytes_sent, 'B')}",
-        f"{len(waits(trace)):,} waits of the host; in a layer's experts {waits_in_experts(trace):g} for each micro-batch",
+        f"{counted(len(trace.counter.collectives), 'collective')} of {_amount(bytes_sent, 'B')}",
+        f"{counted(len(waits(trace)), 'wait')} of the host; in a layer's experts {waits_in_experts(trace):g} for each "
+        "micro-batch",
         f"{wide_kernels(trace):,} index kernels over tokens x experts",
     ]
 

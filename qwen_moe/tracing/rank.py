@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from launchers.counted import counted
 from parallel.mesh import Axis, Grids
 from parallel.sequence import SequenceShard
 from qwen_moe.config import RunConfig
@@ -51,7 +52,7 @@ def trace_step(config: RunConfig, gpus: int, rank: int = 0) -> StepTrace:
     a layout that is not legal and for objectives that read more than token ids and labels."""
     layout = run_layout(config, gpus)
     if not 0 <= rank < gpus:
-        raise UserError(f"--rank {rank} is none of the {gpus} ranks: give 0 to {gpus - 1}")
+        raise UserError(f"--rank {rank} is none of the {counted(gpus, 'rank')}: give 0 to {gpus - 1}")
     if fields := build_objective(config.objective).fields:
         raise UserError(
             f"objective.kind {config.objective.kind} reads {', '.join(fields)} from its batches, and a trace makes only "

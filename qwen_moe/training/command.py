@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from launchers.counted import counted
 from launchers.folder.atomic import write_json, write_text
 from launchers.folder.run_folder import CHECKPOINTS
 from qwen_moe.config import RunConfig, dump_config, load_config, stage_runs
@@ -78,7 +79,11 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
     check_layouts(stages, nproc)
     layout = run_layout(stages[0], nproc).layout
     if nproc != config.launch.nproc:
-        why = f"there are {gpus} GPUs, one for each" if gpus and nproc < config.launch.nproc else f"layout {layout}"
+        why = (
+            f"there are {counted(gpus, 'GPU')}, one for each"
+            if gpus and nproc < config.launch.nproc
+            else f"layout {layout}"
+        )
         print(f"processes: {nproc} instead of launch.nproc {config.launch.nproc}: {why}", file=sys.stderr)
     lock = RunLock(config.run_dir)
     try:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from launchers.counted import counted
 from launchers.folder.run_folder import CHECKPOINTS
 from parallel.sequence import Batch
 from qwen_moe.checkpoint.directory import list_checkpoints
@@ -340,7 +341,7 @@ class Episodes:
         everyone = self._sampler.answers(held_out, sampling)
         reward = same_on_all_ranks(lambda: self._mean_reward(held_out, everyone))
         record = {"step": done, "held_out_reward": reward, "held_out_queries": len(held_out)}
-        text = f"mean reward of greedy answers to {len(held_out):,} held-out queries {reward:.4f}"
+        text = f"mean reward of greedy answers to {counted(len(held_out), 'held-out query')} {reward:.4f}"
         recorder.event(record, f"step {done}: {text}")
 
     def _mean_reward(self, queries: Sequence[Query], answers: Sequence[Sequence[Completion]]) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from launchers.counted import counted
 from qwen_moe.checkpoint.directory import step_directory
 from qwen_moe.checkpoint.train_state import TrainState
 from qwen_moe.config import RunConfig
@@ -35,7 +36,8 @@ def check_length(config: RunConfig, changed: Iterable[Difference], step: int) ->
         raise UserError(f"{config.run_dir} holds a run with other settings: {length}; {_ELSE}")
     if step > config.train_steps:
         raise UserError(
-            f"{config.run_dir} holds a longer run: {length}, which is {config.train_steps:,} steps, and {step:,} are done. "
+            f"{config.run_dir} holds a longer run: {length}, which is {counted(config.train_steps, 'step')}, and "
+            f"{step:,} are done. "
             f"Set at least {step * config.tokens_per_step} tokens; or {_ELSE}"
         )
     before = with_length(config, length.before)
@@ -69,7 +71,8 @@ def is_of_another_length(config: RunConfig, state: TrainState, inputs: OrderedIn
     now = max(config.data.order_tokens, config.training.train_tokens)
     raise UserError(
         f"{config.run_dir} cannot continue with another length: a run of {now} tokens reads the data in another order than "
-        f"one of {length}, its earlier length (several passes are shuffled as a whole), and {read:,} batches have been "
+        f"one of {length}, its earlier length (several passes are shuffled as a whole), and "
+        f"{counted(read, 'batch has', 'batches have')} been "
         "read. Restore training.train_tokens and data.order_tokens. For runs that may become longer, set data.order_tokens "
         "to the largest length from the beginning"
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launchers.counted import counted
 from launchers.folder.run_folder import CHECKPOINTS
 from launchers.job.heartbeat import Heartbeat
 from launchers.local.supervisor import INTERRUPTED, PROGRESS
@@ -286,7 +287,8 @@ class _Run:
         config, history, step = stage.config, self.history, self.done
         if len(history.skips) >= config.training.max_skips:
             raise BadStep(
-                f"{bad}. Batches were already skipped {len(history.skips)} times; training.max_skips allows no more"
+                f"{bad}. Batches were already skipped {counted(len(history.skips), 'time')}; training.max_skips "
+                "allows no more"
             )
         self.writer.finish()
         # A checkpoint after ``step`` was damaged when the run fell back, so it is not of this trajectory even if it is
@@ -303,7 +305,7 @@ class _Run:
         # Else the checkpoint at the stage's begin is damaged: the walk enters the stage before again.
         skipped = history.skip(max(saved, first), step)
         self.writer.retention.went_back_to(saved)
-        message = f"{bad}. Back to step {saved}, without the {skipped} batches since"
+        message = f"{bad}. Back to step {saved}, without the {counted(skipped, 'batch')} since"
         self.recorder.go_back(saved, {"step": saved, "skipped_batches": skipped, "reason": str(bad)}, message)
         self.done = saved
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from launchers.counted import counted
 from parallel.mesh import Axis
 from qwen_moe.config import RunConfig
 from qwen_moe.data.chat import Chat
@@ -79,7 +80,7 @@ def _read(config: RunConfig, kept: Path) -> tuple[list[Query], list[Query]]:
             most, limit = length, "of data.sequence_length"
         if len(query.tokens) + rollout.max_new_tokens > most:
             raise UserError(
-                f"its prompt has {len(query.tokens):,} tokens and its answer up to {rollout.max_new_tokens:,} "
+                f"its prompt has {counted(len(query.tokens), 'token')} and its answer up to {rollout.max_new_tokens:,} "
                 f"(rollout.max_new_tokens), more than the {most:,} {limit}: shorten it, or "
                 "lower rollout.max_new_tokens"
             )
@@ -108,8 +109,9 @@ def _check_rows(config: RunConfig, longest: int) -> None:
     if needed > training.global_batch_size:
         rows = -(-needed // training.micro_batch_size) * training.micro_batch_size
         raise UserError(
-            f"an update learns from {answers:,} answers of up to {longest:,} tokens with their prompts, which take up to "
-            f"{needed:,} rows of {config.data.sequence_length:,}, and training.global_batch_size is "
+            f"an update learns from {counted(answers, 'answer')} of up to {longest:,} tokens with their prompts, "
+            "which take up to "
+            f"{counted(needed, 'row')} of {config.data.sequence_length:,}, and training.global_batch_size is "
             f"{training.global_batch_size}: set it to {rows} (fewer rows are computed where answers are short)"
         )
 

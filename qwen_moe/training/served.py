@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from launchers.counted import counted
 from launchers.folder.atomic import write_json
 from qwen_moe.checkpoint.huggingface.sharded import export_sharded
 from qwen_moe.data.ranks import long_on_first_rank, same_on_all_ranks
@@ -125,7 +126,8 @@ class ServedSampler:
             left = [place for place in range(len(queries)) if place not in kept.found]
             if len(left) < len(queries):
                 self._say(
-                    f"{files.folder}: {len(queries) - len(left):,} of {len(queries):,} queries have their answers"
+                    f"{files.folder}: {len(queries) - len(left):,} of "
+                    f"{counted(len(queries), 'query has', 'queries have')} their answers"
                 )
             prompts = [queries[place][1].tokens for place in left]
             numbers = [queries[place][0] for place in left]

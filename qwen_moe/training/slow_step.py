@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from launchers.counted import counted
 from qwen_moe.config import RunConfig
 from qwen_moe.models.flops import flops_per_token
 
@@ -24,7 +25,7 @@ def slow_step_reason(
             f"{peak / 1e9:,.0f} GFLOP/s (smaller training.global_batch_size or model: shorter steps)"
         )
     if load is not None and load > 1.5 * cores:
-        text += f"; other programs use this machine too (load {load:.1f} on {cores} cores)"
+        text += f"; other programs use this machine too (load {load:.1f} on {counted(cores, 'core')})"
     return text
 
 

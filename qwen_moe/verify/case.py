@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 
+from launchers.counted import counted
 from parallel.mesh import Layout, LayoutError
 from parallel.stages import V_SHAPED, splits_backward, stages_per_rank
 from qwen_moe.config import RunConfig, parse_config
@@ -42,7 +43,8 @@ def dropped_split(config: RunConfig, layout: Layout) -> str:
         return ""
     stages = _stages(config, layout)
     return (
-        f"parallel.pipeline_split {list(split)} has {len(split)} stages and this layout has {stages}: a split chosen by "
+        f"parallel.pipeline_split {list(split)} has {counted(len(split), 'stage')} and this layout has {stages}: a "
+        "split chosen by "
         "cost is verified instead of the recipe's own"
     )
 
@@ -154,7 +156,7 @@ def shrink(config: RunConfig, layout: Layout) -> RunConfig:
     split = kept_split(config, layout)
     if split and sum(split) != config.model.num_hidden_layers:
         raise UserError(
-            f"parallel.pipeline_split {list(split)} has {sum(split)} layers but model.num_hidden_layers is "
+            f"parallel.pipeline_split {list(split)} has {counted(sum(split), 'layer')} but model.num_hidden_layers is "
             f"{config.model.num_hidden_layers}: give numbers with that sum, or leave it out"
         )
     micro_batches, context = max(2, 2 * layout.pp), _context(config, layout)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from launchers.counted import counted
 from qwen_moe.config import ObjectiveConfig, RunConfig, load_config, parse_config
 from qwen_moe.config.fields import MOST_PROCESSES
 from qwen_moe.errors import UserError
@@ -101,7 +102,8 @@ def _cases(args: argparse.Namespace, config: RunConfig) -> list[tuple[str, "Case
         layout, recipe = parse_layout(text, config)
         if layout.world_size > args.max_ranks:
             raise UserError(
-                f"--layout {text!r} needs {layout.world_size} processes but --max-ranks is {args.max_ranks}: raise it or "
+                f"--layout {text!r} needs {counted(layout.world_size, 'process')} but --max-ranks is "
+                f"{args.max_ranks}: raise it or "
                 "verify a smaller layout"
             )
         small = shrink(recipe, layout)
@@ -172,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
         print(text, file=out, flush=True)
     bad = [row["layout"] for row in rows if not row["equal"]]
     print(
-        f"{len(rows) - len(bad)} of {len(rows)} layouts equal one process"
+        f"{len(rows) - len(bad)} of {counted(len(rows), 'layout')} equal one process"
         + (f"; not equal: {'; '.join(bad)}" if bad else ""),
         file=out,
     )

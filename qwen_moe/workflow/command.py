@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launchers.local.lock import RunLock
-from launchers.local.supervisor import INTERRUPTED
 from qwen_moe.config.fields import MOST_PROCESSES
 from qwen_moe.errors import UserError
 from qwen_moe.options import number, whole
@@ -83,10 +82,8 @@ def run(args: argparse.Namespace) -> int:
                 if not _one(at, step, f"[{number}/{len(STEPS)}] {step.name}"):
                     return 0
             except Stopped as stopped:
-                code = int(stopped.args[0])
-                again = "the same command continues with it"
-                print(f"stopped in step {step.name} ({again})", file=sys.stderr)
-                return INTERRUPTED if code == INTERRUPTED else code
+                print(stopped.text(step.name), file=sys.stderr)
+                return stopped.code
             finally:
                 write_page(at)
             if args.until == step.name:

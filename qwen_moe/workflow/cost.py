@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from launchers.counted import counted
 from launchers.duration import span
 from launchers.folder.run_folder import RunFolder, last_metrics
 from qwen_moe.launch.folder import Entry, first_step, has_diverged, is_complete, open_folder
@@ -40,7 +41,9 @@ def ladder_cost(folder: Path, parallel: int, slurm: bool) -> list[str]:
         work += training_flops(config, max(first_step(config), RunFolder(config.run_dir).saved_step()))
     if not left:
         return []
-    lines = [f"{left} of {len(entries)} runs have to be trained, {work:.3g} FLOPs with embedding and head"]
+    lines = [
+        f"{left} of {counted(len(entries), 'run has', 'runs have')} to be trained, {work:.3g} FLOPs with embedding and head"
+    ]
     if slurm:
         return [*lines, "on Slurm, as a job array"]
     speeds = sorted(speed for speed in speeds if speed)

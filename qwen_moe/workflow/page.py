@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from launchers.counted import counted
 from launchers.duration import span
 from launchers.folder.atomic import write_text
 from qwen_moe.scaling.ladder import far_text
@@ -43,13 +44,17 @@ def write_page(at: Context) -> None:
 
 
 def _prepare(at: Context, facts: dict[str, Any]) -> list[str]:
-    return [f"* {data['prefix']}: {data['documents']:,} documents, {data['tokens']:,} tokens" for data in facts["data"]]
+    return [
+        f"* {data['prefix']}: {counted(data['documents'], 'document')}, {data['tokens']:,} tokens"
+        for data in facts["data"]
+    ]
 
 
 def _ladder(at: Context, facts: dict[str, Any]) -> list[str]:
     deviation = facts["log_deviation"]
     lines = [
-        f"{facts['runs']} runs in {facts['groups']} groups, {facts['flops']:.3g} FLOPs in all. The large run is expected to "
+        f"{counted(facts['runs'], 'run')} in {counted(facts['groups'], 'group')}, {facts['flops']:.3g} FLOPs in all. "
+        "The large run is expected to "
         "lose something because its best learning rate and batch size are not known exactly. Groups were chosen to reduce "
         f"this loss most per FLOP: from {facts['expected_excess_before']:.3%} of its loss with published laws alone to "
         f"{facts['expected_excess_after']:.3%} after these runs (learning rate known to a factor of "
@@ -76,7 +81,7 @@ def _ladder(at: Context, facts: dict[str, Any]) -> list[str]:
 
 def _run(at: Context, facts: dict[str, Any]) -> list[str]:
     left = f"; {facts['left_out']} failed and are left out" if facts["left_out"] else ""
-    return [f"{facts['runs']} small runs have ended{left}."]
+    return [f"{counted(facts['runs'], 'small run has', 'small runs have')} ended{left}."]
 
 
 def _collect(at: Context, facts: dict[str, Any]) -> list[str]:
@@ -85,13 +90,18 @@ def _collect(at: Context, facts: dict[str, Any]) -> list[str]:
         if at.args.loss == "validation"
         else "training loss of the last 2% of steps"
     )
-    lines = [f"{facts['runs']} runs in the table, {facts['diverged']} of them diverged. Their loss is the {loss}."]
+    lines = [
+        f"{counted(facts['runs'], 'run')} in the table, {facts['diverged']} of them diverged. Their loss is the {loss}."
+    ]
     lines += [f"* left out: {one['run']}, {one['state']}: {one['why']}" for one in facts["left_out"]]
     return lines + [f"* {note}" for note in facts["notes"]]
 
 
 def _fit(at: Context, facts: dict[str, Any]) -> list[str]:
-    lines = [f"{facts['runs']} runs in {facts['groups']} groups of equal size and duration, {facts['sizes']} sizes."]
+    lines = [
+        f"{counted(facts['runs'], 'run')} in {counted(facts['groups'], 'group')} of equal size and duration, "
+        f"{counted(facts['sizes'], 'size')}."
+    ]
     law = facts["loss_law"]
     lines.append(f"Loss law: {law['form']}." if law else "No loss law: these runs do not determine one.")
     lines += ["The [report](fit/report.md) says how far to trust it.", ""]
@@ -115,9 +125,10 @@ def _recommend(at: Context, facts: dict[str, Any]) -> list[str]:
         f"| batch, sequences | {before['global_batch_size']:,} | {written['global_batch_size']:,} | "
         f"{interval('batch_size_tokens', ',.3g', batch / facts['batch_size_sequences'])} |",
         "",
-        f"The laws' minimum at this size and duration is a batch of {batch:,} tokens ({facts['batch_size_sequences']:,} "
-        f"sequences; written: {written['global_batch_size']:,}, so that many layouts divide it). Expected cost of not "
-        f"knowing the minimum exactly: {facts['predicted_excess_loss']:.3%} of the loss. Larger batches, up to "
+        f"The laws' minimum at this size and duration is a batch of {batch:,} tokens "
+        f"({counted(facts['batch_size_sequences'], 'sequence')}; written: {written['global_batch_size']:,}, so that many "
+        f"layouts divide it). Expected cost of not knowing the minimum exactly: "
+        f"{facts['predicted_excess_loss']:.3%} of the loss. Larger batches, up to "
         f"{facts['widest_batch_tokens']:,.0f} tokens, cost less than 0.1% more.",
     ]
     if loss is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from launchers.folder.atomic import write_json
 from launchers.folder.run_folder import read_json
+from launchers.local.supervisor import INTERRUPTED
 from qwen_moe.errors import UserError
 from qwen_moe.runs.identity import is_free
 
@@ -79,6 +80,19 @@ class State:
 class Stopped(Exception):
     """A command ended without finishing its step; the argument is the exit code."""
 
+    @property
+    def code(self) -> int:
+        return int(self.args[0])
+
+    def text(self, step: str) -> str:
+        """What a user is told. The command itself has said why it failed."""
+        if self.code in (0, INTERRUPTED):  # 0: it waits for something, such as jobs in a queue
+            return f"stopped in step {step} (the same command continues with it)"
+        return (
+            f"step {step} failed (exit code {self.code}; the reason is above). Once that is mended, the same command "
+            "continues with this step, and --redo STEP does an earlier one again with other settings"
+        )
+
 
 def move_aside(path: Path) -> None:
     """Give ``path``, a file or a folder, another name beside its own, if it exists, and say so."""
@@ -99,7 +113,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _changed(name: str, before: Any, now: Any) -> str:
     if name.endswith("(content)"):
-        return f"{name.removesuffix(' (content)')} has changed"
+        what = "is new" if before is None else "is not there, or no longer read" if now is None else "has changed"
+        return f"{name.removesuffix(' (content)')} {what}"
     return f"{name} was {before!r}, is now {now!r}"
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launchers.counted import counted
 from launchers.folder.atomic import write_text
 from launchers.local.supervisor import INTERRUPTED
 from qwen_moe.config import RunConfig, dump_config
@@ -163,7 +164,8 @@ def _run(at: Context) -> dict[str, Any]:
     if found.left_out and not at.args.skip_failed:
         names = "; ".join(f"{name} {state}: {why}" for name, state, why in found.left_out[:3])
         raise UserError(
-            f"{len(found.left_out)} runs of the ladder are not done ({names}): see {folder}/logs, then run this command "
+            f"{counted(len(found.left_out), 'run of the ladder is', 'runs of the ladder are')} not done "
+            f"({names}): see {folder}/logs, then run this command "
             "again, or add --skip-failed to continue without them"
         )
     return {"runs": len(found.rows), "left_out": len(found.left_out)}
@@ -188,8 +190,8 @@ def _run_on_slurm(at: Context) -> None:
         at.call("launch", at.path(LADDER), "--array", *given, *_site(at), captured=False)
     if left:
         print(
-            f"{len(left)} of {len(entries)} small runs are in the queue: `qwen-moe status {at.path(LADDER)}/runs` shows "
-            "them; give the same command again when they have ended",
+            f"{len(left)} of {counted(len(entries), 'small run is', 'small runs are')} in the queue: `qwen-moe "
+            f"status {at.path(LADDER)}/runs` shows them; give the same command again when they have ended",
             file=sys.stderr,
         )
         raise Stopped(0)

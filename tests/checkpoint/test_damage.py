@@ -291,7 +291,7 @@ def test_weights_that_the_exported_dtype_cannot_hold(tmp_path: Path) -> None:
     ours = model()
     with torch.no_grad():
         ours.model.norm.weight[2] = 1e5
-    message = r"1 values of tensor model\.norm\.weight are larger than float16 can hold \(6\.55e\+04\)"
+    message = r"1 value of tensor model\.norm\.weight is larger than float16 can hold \(6\.55e\+04\)"
     save_pretrained(ours, tmp_path / "fp32")
     with pytest.raises(UserError, match=message):
         save_pretrained(ours, tmp_path / "fp16", dtype="fp16")

@@ -65,7 +65,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "a name twice",
     ),
     "a name of two lines": ({"objective__reward": {"criteria": ["a\nb"]}}, "is not the name of a criterion"),
-    "weights of others": ({"objective__reward": {"criteria": ["a", "b"]}}, "1 numbers and reward.criteria 2 names"),
+    "weights of others": ({"objective__reward": {"criteria": ["a", "b"]}}, "1 number and reward.criteria 2 names"),
     "a sample": ({"sample_prompt": "def "}, "a reward model writes no text"),
 }
 

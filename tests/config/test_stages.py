@@ -223,7 +223,7 @@ def test_a_preset_takes_changes_by_the_stages_names(tmp_path: Path) -> None:
         ({"tokens": 1e6}, r"stages\.preset is 'None'; known: qwen2\.5, qwen2\.5-turbo, qwen2\.5-1m"),
         ({"preset": "qwen2.5-turb", "tokens": 1e6}, "did you mean 'qwen2.5-turbo'"),
         ({"preset": "qwen2.5"}, r"stages\.tokens is missing: the report does not give"),
-        ({"preset": "qwen2.5", "tokens": [1e6]}, "has 1 numbers, but qwen2.5 has 2 stages"),
+        ({"preset": "qwen2.5", "tokens": [1e6]}, "has 1 number, but qwen2.5 has 2 stages"),
         ({"preset": "qwen2.5", "tokens": 1e6, "8k": {}}, r"unknown key 'stages\.8k'; qwen2\.5 has the stages 4k, 32k"),
         ({"preset": "qwen2.5", "tokens": 1e6, "4k": 3}, r"stages\.4k is 3"),
     ):

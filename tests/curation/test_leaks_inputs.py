@@ -53,7 +53,7 @@ def test_a_bad_line_is_named_and_left_out_if_asked_to(
     assert not (folder / "clean" / "decontaminated.json").exists()
     assert decontaminate(folder, "--on-bad-line", "skip") == 0  # the same output, without --overwrite
     assert len(read_jsonl(folder / "clean" / "clean-00000.jsonl")) == 2
-    assert f"1 rows that cannot be read ({folder / 'docs.jsonl'}, line 2)" in capsys.readouterr().err
+    assert f"1 row that cannot be read ({folder / 'docs.jsonl'}, line 2)" in capsys.readouterr().err
     assert json.loads((folder / "clean" / "leaks.json").read_text())["counts"]["bad"] == 1
 
 
@@ -64,7 +64,7 @@ def test_a_text_file_in_another_encoding(folder: Path, capsys: pytest.CaptureFix
     assert f"{folder / 'texts' / 'a.txt'}: byte 3 (0xe9) is not UTF-8" in error(capsys, folder, inputs="texts")
     assert decontaminate(folder, "--on-bad-line", "skip", inputs="texts") == 0
     assert [row["text"] for row in read_jsonl(folder / "clean" / "clean-00000.jsonl")] == ["good"]
-    assert f"1 rows that cannot be read ({folder / 'texts' / 'a.txt'})" in capsys.readouterr().err
+    assert f"1 row that cannot be read ({folder / 'texts' / 'a.txt'})" in capsys.readouterr().err
     counts = json.loads((folder / "clean" / "leaks.json").read_text())["counts"]
     assert counts == {"rows": 2, "kept": 1, "dropped": 0, "bad": 1, "by_chance": 0}
 

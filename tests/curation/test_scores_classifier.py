@@ -176,12 +176,68 @@ def test_features_are_words_and_pairs() -> None:
 def test_few_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "a.jsonl", list(planted())[:20] + [{"text": "none"}] * 5)
     assert score("--train-classifier", tmp_path / "new", "--input", tmp_path / "a.jsonl", *SMALL) == 2
-    assert "20 documents have what the classifier is to learn (5 have not): give at least 50" in capsys.readouterr().err
+    assert "20 documents have scores in the metadata, which the classifier is to learn, and 5 have not" in (
+        capsys.readouterr().err
+    )
     same = [row | {"metadata": {"scores": {"same": 1.0}}} for row in planted()[:200]]
     write(tmp_path / "b.jsonl", same)
     assert score("--train-classifier", tmp_path / "new", "--input", tmp_path / "b.jsonl", *SMALL) == 2
     assert "all documents have the same score in same" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def refused(path: Path, rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    write(path / "a.jsonl", rows)
+    assert score("--train-classifier", path / "new", "--input", path / "a.jsonl", *options, *SMALL) == 2
+    assert not (path / "new").exists()
+    return capsys.readouterr().err
+
+
+def test_scores_of_which_nothing_can_be_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [f"document {n}" for n in range(100)]
+    others = [{"text": text, "scores": {f"d{n}": n}} for n, text in enumerate(texts)]
+    assert "no dimension is scored in more than half of 100 scored documents ('d0', the most frequent, in 1)" in (
+        refused(tmp_path, others, capsys)
+    )
+    halves = [{"text": text, "scores": {"ab"[n % 2]: n}} for n, text in enumerate(texts)]
+    assert "('a', the most frequent, in 50)" in refused(tmp_path, halves, capsys)
+    large = [{"text": text, "scores": {"q": 1e308 * (-1) ** n}} for n, text in enumerate(texts)]
+    assert "the scores in q are too large to be learned" in refused(tmp_path, large, capsys)
+    copies = [{"text": "same", "scores": {"q": n}} for n in range(100)]
+    assert "with copies of a text in one part: give more different texts" in refused(tmp_path, copies, capsys)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ([1], r"line 2: the class label is [1], expected text or a whole number"),
+        ({"a": 1}, "line 2: the class label is {'a': 1}, expected text"),
+        (1.5, "line 2: the class label is 1.5, expected text"),
+        ("", "line 2: the class label: '' is not a name: give up to 64 letters"),
+        ("a/b", "line 2: the class label: 'a/b' is not a name"),
+        ("../a", "line 2: the class label: '../a' is not a name"),
+        ("a\nb", "line 2: the class label: 'a\\nb' is not a name"),
+    ],
+)
+def test_a_class_must_be_the_name_of_a_domain(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], label: Any, message: str
+) -> None:
+    rows = [{"text": f"document {n}", "label": label if n == 1 else "c"} for n in range(100)]
+    assert message in refused(tmp_path, rows, capsys, "--target", "label")
+
+
+def test_classes_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": f"document {n}", "label": "c"} for n in range(100)] + [{"text": " "}]
+    assert "0 documents have a class in metadata.lable, which the classifier is to learn, and 100 have not" in (
+        refused(tmp_path, rows, capsys, "--target", "lable")
+    )
+    assert "all documents are of the class 'c'" in refused(tmp_path, rows, capsys, "--target", "label")
+
+
+def test_what_is_left_out_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "a.jsonl", [*planted()[:200], {"text": " "}])
+    assert score("--train-classifier", tmp_path / "new", "--input", tmp_path / "a.jsonl", *SMALL) == 0
+    assert "left out: 1 " in capsys.readouterr().err
 
 
 def test_scores_that_are_no_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,7 +181,8 @@ def test_expected_rating_of_known_probabilities() -> None:
 
 def test_a_model_that_does_not_reach(scorer: Path) -> None:
     with pytest.raises(
-        UserError, match=rf"document_tokens 2,048 .* the model's reach of {REACH} tokens: lower it to \d+"
+        UserError,
+        match=rf"--document-tokens \(document_tokens\) 2,048 .* reach of {REACH} tokens: lower --document-tokens to \d+",
     ):
         open_annotator(ScoreSettings(scorer=scorer))
 

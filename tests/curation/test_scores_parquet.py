@@ -81,7 +81,7 @@ def test_a_column_that_parquet_lacks_is_named_before_work(here: Path, capsys: py
     assert "docs/z.parquet, row 2: column 'body' has no text" in capsys.readouterr().err
     assert score(*alone, "--text-key", "body", "--on-bad-line", "skip") == 0
     assert [row["id"] for row in read(here / "out")] == ["docs/z.parquet, row 1", "docs/z.parquet, row 3"]
-    assert "left out: 1 malformed lines" in capsys.readouterr().out
+    assert "left out: 1 malformed line\n" in capsys.readouterr().out
 
 
 def test_parquet_that_is_damaged_or_not_utf8(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

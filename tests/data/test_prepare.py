@@ -187,4 +187,4 @@ def test_a_missing_folder_is_made_and_what_was_left_out_is_told(
     facts = json.loads(captured.out)
     assert facts["documents"] == 60 and facts["skipped"] == 2 and facts["files"] == 1
     assert facts["left_out"] == {"hidden": 1, "empty": 1, "malformed lines": 1, "not decodable": 1}
-    assert f"1 malformed lines ({corpus}, line 62)" in captured.err and ".hidden.txt" in captured.err
+    assert f"1 malformed line ({corpus}, line 62)" in captured.err and ".hidden.txt" in captured.err

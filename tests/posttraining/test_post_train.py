@@ -191,7 +191,7 @@ def test_other_held_out_queries_are_answered_again(
     assert post_train() == 7
     message = capsys.readouterr().err
     assert "again, because held.jsonl has changed" in message
-    assert "stopped in step measure sft (the same command continues with it)" in message
+    assert "step measure sft failed (exit code 7; the reason is above)" in message
     assert (finished / "run" / "measured" / "sft.old-1").is_dir()
 
 

@@ -80,3 +80,9 @@ def test_a_signal_lets_the_command_end_by_itself(tmp_path: Path, number: int) ->
     threading.Thread(target=interrupt, daemon=True).start()
     assert stopped(script) == 130
     assert saved.exists()
+
+
+def test_what_failed_is_not_said_to_have_been_stopped() -> None:
+    for code in (0, 130):
+        assert Stopped(code).text("dpo") == "stopped in step dpo (the same command continues with it)"
+    assert Stopped(2).text("dpo").startswith("step dpo failed (exit code 2; the reason is above). Once that is mended")

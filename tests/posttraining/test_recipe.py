@@ -12,8 +12,9 @@ from qwen_moe.config.load import RECIPES
 from qwen_moe.errors import UserError
 from qwen_moe.posttraining.command import NAMES
 from qwen_moe.posttraining.recipe import STEPS, load_walk, merged
-from qwen_moe.posttraining.steps import steps_of, that_follow
+from qwen_moe.posttraining.steps import Context, Training, steps_of, that_follow
 from qwen_moe.posttraining.walk import Walk
+from qwen_moe.workflow.state import State, differences
 from tests.posttraining.walks import recipe_values, write_recipe
 
 
@@ -47,6 +48,7 @@ def refusal(here: Path, *overrides: str) -> str:
         (["reward_model=null"], "rollout.reward_model is 'step', and this walk has no reward_model"),
         (["grpo.rollout=null"], "grpo: the section rollout is missing"),
         (["measure.rewards=[exat]"], "measure.queries: "),
+        (["measure.rewards=[nope:f]"], "No module named 'nope'"),
         (["measure.queries=gone.jsonl"], "measure.queries: gone.jsonl cannot be read: No such file"),
         (["measure.max_new_tokens=0"], "measure.max_new_tokens = 0"),
         (["start=nowhere", "sft=null"], "start: nowhere does not exist: give a checkpoint"),
@@ -67,6 +69,42 @@ def test_all_mistakes_are_in_one_message_before_anything_is_done(
     for named in ("dpo: optimizer.learning_rate = -1", "grpo: rollout.samples = 1", "held.jsonl, line 1: reward exact"):
         assert named in message, message
     assert not (here.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"id": 0, "prompt": "again"}', 'held.jsonl, line 31: id "0" is also that of line 1'),
+        ('{"id": 1.5, "prompt": "half"}', "held.jsonl, line 31: id is 1.5, expected text or a whole number"),
+        ('{"question": "which?"}', "held.jsonl, line 31 has no prompt"),
+        ('{"prompt": "a", "tokens": [1]}', "held.jsonl, line 31 has prompt and tokens"),
+    ],
+)
+def test_queries_that_cannot_be_asked_are_found_first(here: Path, line: str, message: str) -> None:
+    with (here.parent / "held.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    assert message in refusal(here)
+
+
+@pytest.mark.parametrize("option", ["--until", "--redo"])
+def test_a_step_that_is_left_out_is_no_end(here: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    assert main(["post-train", str(here), "dpo=null", option, "dpo"]) == 2
+    assert f"{option} dpo: {here} has no such step; it has sft, rollout, pairs, reward_model, grpo" in (
+        capsys.readouterr().err
+    )
+    assert not (here.parent / "run").exists()
+
+
+def test_other_epochs_are_another_setting(here: Path) -> None:
+    def inputs(*overrides: str, before: dict[str, Any] | None = None) -> dict[str, Any]:
+        found = walk(here, *overrides)
+        state = State(found.run_dir, {"sft": {"inputs": before}} if before else {})
+        return Training(found, "sft").inputs(Context(walk=found, state=state, lock=None))  # type: ignore[arg-type]
+
+    before = inputs()
+    assert differences(before, inputs("sft.training.epochs=5", before=before)) == ["training.epochs was 4, is now 5"]
+    del before["training.epochs"]  # as earlier versions recorded it
+    assert differences(before, inputs("sft.training.epochs=5", before=before)) == []
 
 
 def test_a_folder_of_something_else_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -203,7 +203,7 @@ def test_the_origin_of_each_pair_is_kept(tmp_path: Path, capsys: pytest.CaptureF
     ]
     rollouts, prefix = stored(tmp_path / "rollouts", *rows), tmp_path / "pairs"
     assert main(["data", "pairs", str(rollouts), "--output", str(prefix)]) == 0
-    assert "3 pairs of 4 queries" in (out := capsys.readouterr().out) and "1 queries without a pair" in out
+    assert "3 pairs of 4 queries" in (out := capsys.readouterr().out) and "1 query without a pair" in out
     kept = read_lines(tmp_path / "pairs.pairs.jsonl")
     assert [one["query"] for one in kept] == ["q0", "q1", "q3"]
     assert kept[2] == {
@@ -228,10 +228,20 @@ def test_the_origin_of_each_pair_is_kept(tmp_path: Path, capsys: pytest.CaptureF
 def test_rollouts_that_give_no_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rollouts = stored(tmp_path / "rollouts", row(sample("a", 1), sample("A", 1)), row(sample("b", 1), number=1))
     assert main(["data", "pairs", str(rollouts), "--output", str(tmp_path / "p")]) == 2
-    assert "gives no pair of 2 queries: 1 answers nearly equal" in capsys.readouterr().err
+    assert (
+        "gives no pair of 2 queries: no finished answer has a higher reward than another answer to its query (left out: 1 "
+        "answer nearly equal to another with the same reward). Sample more"
+    ) in capsys.readouterr().err
     assert not list(tmp_path.glob("p.*"))
     rollouts = stored(tmp_path / "long", *questions(2))
     assert main(["data", "pairs", str(rollouts), "--output", str(tmp_path / "p"), "--length", "10"]) == 2
     assert "2 pairs longer than --length" in capsys.readouterr().err
+    # Rewards that differ make no pair if the better answers are truncated, or if all of them pass.
+    rollouts = stored(tmp_path / "cut", row(sample("a", 3, truncated=True), sample("b", 2)))
+    base = ["data", "pairs", str(rollouts), "--output", str(tmp_path / "p"), "--truncated", "rejected"]
+    assert main(base) == 2
+    assert "gives no pair of 1 query: no finished answer has a higher reward" in capsys.readouterr().err
+    assert main([*base, "--rule", "pass-fail"]) == 2
+    assert "(a reward of at least 1) and one that fails. Sample more" in capsys.readouterr().err
     with pytest.raises(UserError, match="give best-worst"):
         PairRules(rule="best")  # type: ignore[arg-type]

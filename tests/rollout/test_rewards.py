@@ -150,7 +150,7 @@ def test_an_error_names_the_answers_and_keeps_the_scores() -> None:
 
 def test_a_regular_expression_that_never_ends_is_ended() -> None:
     (found,) = scores([item("a" * 60 + "!")], "format:^(a+)+$", on_failure="zero", seconds=1)
-    assert found.failed == ("format:^(a+)+$",) and "more than 1 seconds" in found.why
+    assert found.failed == ("format:^(a+)+$",) and "more than 1 second" in found.why
 
 
 TESTS = ["assert f(1) == 2", "assert f(5) == 6"]
@@ -189,7 +189,7 @@ def test_code_that_hangs_is_a_wrong_answer_and_leaves_nothing(tmp_path: Path) ->
     )
     with Rewarder(RewardSettings(rewards=("python",), seconds=1, workers=1)) as rewarder:
         (found,) = rewarder.score([item(code, tests=TESTS)])
-        assert found.value == 0 and "more than 1 seconds" in found.why and rewarder.timeouts == 1
+        assert found.value == 0 and "more than 1 second" in found.why and rewarder.timeouts == 1
         assert not running(int(pid.read_text()))
 
 
@@ -221,7 +221,7 @@ def test_what_runs_ends_with_the_process_that_asked(tmp_path: Path) -> None:
         ({"rewards": ("format:",)}, "not known"),
         ({"rewards": ("format:(",)}, "not a regular expression"),
         ({"rewards": ("exact", "exact")}, "named twice"),
-        ({"rewards": ("exact",), "weights": (1, 2)}, "2 weights for 1 rewards"),
+        ({"rewards": ("exact",), "weights": (1, 2)}, "2 weights for 1 reward:"),
         ({"rewards": ("exact",), "weights": (float("nan"),)}, "finite"),
         ({"rewards": ("exact",), "seconds": 0}, "positive number of seconds"),
         ({"rewards": ("no.such.module:f",)}, "No module named 'no'.*Give MODULE:FUNCTION"),

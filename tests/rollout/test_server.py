@@ -1,6 +1,9 @@
 """Sampling over HTTP, from a real server that speaks the protocols of vLLM and SGLang and answers with our own model."""
 
 import json
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +88,53 @@ def test_what_passes_is_tried_again(fake: FakeServer) -> None:
         sampler(fake).generate(PROMPTS[:1], SAMPLING)
 
 
+@pytest.mark.parametrize("kept_waiting", [False, True])
+def test_an_error_whose_text_does_not_arrive_is_an_error_of_the_server(
+    monkeypatch: pytest.MonkeyPatch, kept_waiting: bool
+) -> None:
+    monkeypatch.setattr(module, "_LONGEST_WAIT", 0.01)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            for _ in range(2):
+                connection, _ = listening.accept()
+                connection.recv(10_000)
+                connection.sendall(b"HTTP/1.1 503 busy\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nsorry")
+                if kept_waiting:
+                    time.sleep(0.3)
+                connection.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        closing = ServerSampler(Server(url=url, model="ours", tries=2, seconds=0.2), [31], 53)
+        with pytest.raises(UserError, match=r"in 2 tries: status 503: the rest did not arrive \(\w+\)"):
+            closing.generate(PROMPTS[:1], SAMPLING)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://", "http://127.0.0.1:port", "http://127.0.0.1:99999", "http://[::1", "http://my host:80", "http://."),
+        *(f"http://{'a' * 70}.org", "http://host/é", "http://host/?key=1", "ftp://host", "localhost:8000"),
+    ],
+)
+def test_what_is_no_address_is_refused_before_it_is_asked(url: str) -> None:
+    with pytest.raises(UserError, match=r"--server .* is no address.*: give one such as http://127.0.0.1:8000"):
+        Server(url=url, model="ours")
+
+
+def test_a_password_in_an_address_is_not_printed() -> None:
+    with pytest.raises(UserError, match="a user name or a password") as error:
+        Server(url="http://me:hunter2@127.0.0.1:80", model="ours")
+    assert "hunter2" not in str(error.value)
+
+
+def test_a_server_without_models(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ServerSampler, "ask", lambda self, path, body: {"data": []})
+    with pytest.raises(UserError, match="has no model at all: load 'ours' into it"):
+        sampler(fake).check(SAMPLING)
+
+
 def test_a_server_that_is_slow_or_down(fake: FakeServer) -> None:
     fake.wait = 1.0
     with pytest.raises(UserError, match=r"in 2 tries: no answer within 0.1 seconds \(--server-seconds\)"):
@@ -118,9 +168,14 @@ def edited(index: int, **changes: Any) -> Any:
         (edited(0, token_ids=[1], logprobs={"token_logprobs": [-1.0]}, finish_reason="stop"), "none of the end tokens"),
         (edited(0, finish_reason="abort"), "finish_reason 'abort'"),
         (edited(0, logprobs=None), "not the form of vLLM's"),
+        (edited(0, token_ids=[1.5], logprobs={"token_logprobs": [-1.0]}), "1.5 is no token id"),
+        (edited(0, token_ids="12"), "'1' is no token id"),
+        (edited(0, token_ids=[float("inf")]), "inf is no token id"),
+        (edited(0, token_ids=[1], logprobs={"token_logprobs": [-(10**400)]}), "not the form of vLLM's"),
         (lambda answer: {"choices": answer["choices"][:2]}, "gave 2 answers and was asked for 3"),
         (lambda answer: {"error": "no"}, "no list 'choices'"),
         (lambda answer: b"<html>", "which is not JSON"),
+        (lambda answer: b"[" * 100_000, "which is not JSON"),
     ],
 )
 def test_wrong_answers_are_refused(fake: FakeServer, change: Any, message: str) -> None:
@@ -199,7 +254,7 @@ def test_the_command_goes_on_after_the_server_was_down(fake: FakeServer, hf: Pat
     ]
     longest = len(fake.opened.tokenizer.encode("k" * 4))
     fake.busy = lambda body: len(body["prompt"]) == longest  # the last query, so one of the second file
-    assert main(command) == 2 and "did not answer in 1 tries: status 503" in capsys.readouterr().err
+    assert main(command) == 2 and "did not answer in 1 try: status 503" in capsys.readouterr().err
     assert len(list((tmp_path / "out").glob("*-00000.jsonl"))) == 1 and not list(
         (tmp_path / "out").glob("*-00001.jsonl")
     )

@@ -172,12 +172,12 @@ def table(path: Path, rows: list[dict[str, str]]) -> Path:
         ([GOOD | {"learning_rate": "1e-300"}], "learning_rate is '1e-300', expected at least 1e-12"),
         ([GOOD | {"n_active": "2e8"}], "n_active 2e+08 is larger than n_total 1e+08"),
         ([GOOD | {"diverged": "true", "loss": ""}], "every run diverged"),
-        ([GOOD], "1 finished runs; at least 8 are needed"),
+        ([GOOD], "1 finished run; at least 8 are needed"),
         ([GOOD | {"n_convention": "non_vocabulary"}, GOOD | {"n_convention": "with_vocabulary"}], "the same one of"),
         ([GOOD | {"n_convention": "embeddings"}], "n_convention is embeddings"),
         (
             [GOOD | {"batch_size": "65536", "tokens": "5e7"}],
-            "runs.csv:2: one step of batch_size 65536 sequences x seq_len 1024"
+            "runs.csv:2: one step of batch_size 65,536 sequences x seq_len 1024"
             " = 6.71e+07 tokens is more than the whole run of 5e+07 tokens; batch_size counts sequences",
         ),
         ([GOOD | {"batch_size": "262144"}], "half of the runs have fewer than 7.45 steps"),
@@ -187,7 +187,7 @@ def table(path: Path, rows: list[dict[str, str]]) -> Path:
         ([GOOD | {"tokens": "5e7"}], "with less than 1 token per activated parameter say nothing about longer ones"),
         (
             [GOOD | {"warmup_tokens": "1.7e9"}],
-            "1 of 1 runs are left out, because runs whose warm-up takes more than 80%",
+            "1 of 1 run is left out, because runs whose warm-up takes more than 80%",
         ),
         ([GOOD | {"tokens": "2000"}], "the median of tokens is 2000: is it in millions or billions?"),
         ([GOOD | {"diverged": "perhaps"}], "runs.csv:2: diverged is 'perhaps', expected true or false"),
@@ -215,7 +215,7 @@ def test_suspicious_units_and_repeated_rows_are_told(tmp_path: Path) -> None:
     rows = [GOOD | {"n_total": "50000", "learning_rate": f"{rate}e-4"} for rate in range(1, 9)]
     notes = read_runs([table(tmp_path / "runs.csv", [*rows, rows[0]])]).warnings
     assert any("is it in millions or billions" in note for note in notes)
-    assert any("1 rows repeat another" in note and "runs.csv:10" in note for note in notes)
+    assert any("1 row repeats another" in note and "runs.csv:10" in note for note in notes)
 
 
 HEADER = ",".join(GOOD)

@@ -66,7 +66,7 @@ def test_one_run_that_blew_up_by_accident_moves_the_optimum_little() -> None:
     found = np.log(surface.optimum(last["n_total"], last["n_active"], last["tokens"])).ravel() - middle
     assert np.abs(found).max() < 0.3
     (note,) = _doubtful(surface, frame)
-    assert "1 of 1 diverged runs have settings" in note and "learning rate 0.01, batch 742 tokens" in note
+    assert "1 of 1 diverged run has settings" in note and "learning rate 0.01, batch 742 tokens" in note
 
 
 def test_runs_that_blew_up_where_losses_rise_are_believed() -> None:

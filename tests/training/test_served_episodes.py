@@ -200,9 +200,7 @@ def test_a_server_that_is_down_in_the_middle_loses_nothing(
         return sum(path == "/generate" and samples(body) for path, body in server.requests)
 
     server.busy = lambda body: samples(body) and asked() > 5
-    with pytest.raises(
-        RankFailed, match=r"in 1 tries: status 503: .*Answers that have come are kept: the same command"
-    ):
+    with pytest.raises(RankFailed, match=r"in 1 try: status 503: .*Answers that have come are kept: the same command"):
         run_distributed(learn, 1, recipe, {}, 2)
     kept = tmp_path / "episodes" / "episode_000000" / "answers.jsonl"
     assert len(kept.read_text().splitlines()) == 6

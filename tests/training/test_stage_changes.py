@@ -160,7 +160,7 @@ def test_a_bad_step_skips_batches_of_its_own_stage(
 def test_batches_skipped_in_one_stage_are_read_in_the_next(tmp_path: Path, tokens: Path) -> None:
     config = settings(tmp_path / "run", tokens)
     said = train(config, dies="bad 3")
-    assert "Back to step 3, without the 1 batches since" in said
+    assert "Back to step 3, without the 1 batch since" in said
     ((expected, _),) = run_distributed(first_losses, 1, config, 0)
     losses = {r["step"]: r["loss"] for r in read_lines(config.run_dir / "metrics.jsonl") if "loss" in r}
     assert losses[5] == expected

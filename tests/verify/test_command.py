@@ -47,7 +47,7 @@ def test_a_difference_is_exit_code_1(capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setattr(reference, "learning_rate", lambda config, step: 0.5)
     assert main(["verify", DEMO, "--layout", "ep=2"]) == 1
     out = capsys.readouterr().out
-    assert "NOT EQUAL" in out and "0 of 1 layouts equal one process; not equal: ep=2" in out
+    assert "NOT EQUAL" in out and "0 of 1 layout equal one process; not equal: ep=2" in out
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from launchers.counted import counted
 from qwen_moe.checkpoint.upcycle.command import register as register_upcycle
 
 
@@ -73,5 +74,8 @@ def _report(result: Any, as_json: bool) -> int:
         print(json.dumps(asdict(result)))
     else:
         dtypes = ", ".join(f"{count} {name}" for name, count in result.dtypes.items())
-        print(f"{result.target}: {result.family}, {result.tensors} tensors ({dtypes}), {result.bytes / 1e6:.1f} MB")
+        print(
+            f"{result.target}: {result.family}, {counted(result.tensors, 'tensor')} ({dtypes}), "
+            f"{result.bytes / 1e6:.1f} MB"
+        )
     return 0

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from launchers.counted import counted
 from qwen_moe.checkpoint.huggingface.dual_chunk import KEY as DUAL_CHUNK
 from qwen_moe.checkpoint.huggingface.dual_chunk import read_dual_chunk, write_dual_chunk
 from qwen_moe.checkpoint.huggingface.fp8 import check_quantization
@@ -165,7 +166,8 @@ def _refuse_windows(values: dict[str, Any], features: Family, layers: Any, where
         count, why = 0 if window is None else layers - min(layers, max(last, 0)), f"max_window_layers {last}"
     if count:
         raise UserError(
-            f"{where}: use_sliding_window is true, which gives {count} of {layers} layers a sliding window ({why}): only "
+            f"{where}: use_sliding_window is true, which gives {count} of {counted(layers, 'layer')} a sliding window "
+            f"({why}): only "
             "full attention is supported"
         )
 
@@ -184,7 +186,9 @@ def _criteria(values: dict[str, Any], family: str, where: str) -> tuple[str, ...
     if sorted(map(str, labels)) != sorted(expected) or not all(isinstance(name, str) for name in labels.values()):
         raise UserError(f"{where}: id2label is {str(labels)[:100]}, expected names for 0, 1 and so on")
     if count is not None and count != len(labels):
-        raise UserError(f"{where}: num_labels is {count} but id2label has {len(labels)} names: correct one of them")
+        raise UserError(
+            f"{where}: num_labels is {count} but id2label has {counted(len(labels), 'name')}: correct one of them"
+        )
     by_index = {str(index): name for index, name in labels.items()}
     return tuple(by_index[index] for index in expected)
 
@@ -229,7 +233,8 @@ def interpret(values: dict[str, Any], where: str = "config.json") -> Interpretat
     layer_types, layers = values.get("layer_types"), fields["num_hidden_layers"]
     if layer_types is not None and isinstance(layers, int) and len(layer_types) != layers:
         raise UserError(
-            f"{where}: layer_types has {len(layer_types)} entries but num_hidden_layers is {layers}: correct one of them, "
+            f"{where}: layer_types has {counted(len(layer_types), 'entry')} but num_hidden_layers is {layers}: "
+            "correct one of them, "
             "or remove layer_types"
         )
     if isinstance(layers := whole_number(layers), int):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from launchers.counted import counted
 from qwen_moe.checkpoint.aside import require_free, written_aside
 from qwen_moe.checkpoint.directory import commit, file_entry, files_in
 from qwen_moe.checkpoint.finite import check_cast, check_finite
@@ -114,7 +115,10 @@ def _open_directory(hf_dir: Path) -> _OpenDirectory:
     if found.tied_head:
         _check_tied_head(headers, hf_dir)
     if found.ignored:
-        notes.append(f"{len(found.ignored)} buffers that are computed again are not kept: {found.ignored[0]}, ...")
+        notes.append(
+            f"{counted(len(found.ignored), 'buffer that is', 'buffers that are')} computed again are not kept: "
+            f"{found.ignored[0]}, ..."
+        )
     ours = {name: parameter.shape for name, parameter in parameters(config).items()}
     tensors = HuggingFaceTensors(headers, found.pieces, ours)
     if block is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from launchers.counted import counted
 from qwen_moe.checkpoint.aside import require_free, written_aside
 from qwen_moe.checkpoint.directory import files_in
 from qwen_moe.checkpoint.huggingface.config import hf_config
@@ -110,11 +111,12 @@ def check_expert_bias(source: TensorSource, config: ModelConfig, drop: bool) -> 
         return ()
     if not drop:
         raise UserError(
-            f"{len(nonzero)} layers have a nonzero expert_bias ({nonzero[0]}, ...), which Hugging Face's format cannot "
+            f"{counted(len(nonzero), 'layer has', 'layers have')} a nonzero expert_bias ({nonzero[0]}, ...), which "
+            "Hugging Face's format cannot "
             "hold: the exported model would route differently. Pass --drop-expert-bias (drop_expert_bias=True) to "
             "export without it"
         )
-    return (f"the nonzero expert_bias of {len(nonzero)} layers was dropped: routing differs from training",)
+    return (f"the nonzero expert_bias of {counted(len(nonzero), 'layer')} was dropped: routing differs from training",)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ file is one of those beside the weights, and the key is a part of config.json.
 from pathlib import Path
 from typing import Any
 
+from launchers.counted import counted
 from qwen_moe.checkpoint.huggingface.directory import CONFIG, read_json
 from qwen_moe.checkpoint.huggingface.dual_chunk import KEY
 from qwen_moe.checkpoint.resolve import side_folder
@@ -60,17 +61,19 @@ def _size(inside: dict[str, Any], key: str, folder: Path) -> int | None:
 def _budgets(layers: Any, config: ModelConfig, where: str) -> tuple[tuple[Budget, ...], ...]:
     count, heads = config.num_hidden_layers, config.num_attention_heads
     if not isinstance(layers, list) or len(layers) != count:
-        found = f"has {len(layers)} layers" if isinstance(layers, list) else f"is a {type(layers).__name__}"
+        found = f"has {counted(len(layers), 'layer')}" if isinstance(layers, list) else f"is a {type(layers).__name__}"
         raise UserError(
-            f"{where} {found}, expected a list of {count} layers: it belongs to another model; remove it to choose budgets "
+            f"{where} {found}, expected a list of {counted(count, 'layer')}: it belongs to another model; remove it "
+            "to choose budgets "
             "by the share of attention that they keep"
         )
     names = {str(head) for head in range(heads)}
     for number, layer in enumerate(layers):
         if not isinstance(layer, dict) or layer.keys() != names:
-            found = f"{len(layer)} entries" if isinstance(layer, dict) else f"a {type(layer).__name__}"
+            found = counted(len(layer), "entry") if isinstance(layer, dict) else f"a {type(layer).__name__}"
             raise UserError(
-                f"{where} has {found} for layer {number}, expected one for each of {heads} heads, '0' to '{heads - 1}': "
+                f"{where} has {found} for layer {number}, expected one for each of {counted(heads, 'head')}, '0' to "
+                f"'{heads - 1}': "
                 "it belongs to another model; remove it to choose budgets by the share of attention that they keep"
             )
     return tuple(

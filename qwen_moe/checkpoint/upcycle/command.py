@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from launchers.counted import counted
 from qwen_moe.checkpoint.upcycle.settings import Method, Plan, Router, Scale, Std, UpcycleSettings, What
 from qwen_moe.options import LARGEST_SEED, number, whole
 
@@ -114,9 +115,9 @@ def _lines(found: "Upcycled") -> list[str]:
     gates = ", gates of shared experts" if plan.moe.features.shared_expert else ""
     return [
         f"{found.target}: {plan.moe.family} from {found.source} ({plan.dense.family}), {found.bytes / 1e6:.1f} MB, {state}",
-        f"  unchanged: {found.unchanged} tensors (attention, norms, embedding, head{dense})",
+        f"  unchanged: {counted(found.unchanged, 'tensor')} (attention, norms, embedding, head{dense})",
         *(f"  {line}" for line in _feed_forward(plan)),
-        f"  new: {found.new} tensors (routers{gates})",
+        f"  new: {counted(found.new, 'tensor')} (routers{gates})",
         f"parameters: {before.total:,} -> {after.total:,}",
         f"active for a token: {before.activated:,} -> {after.activated:,}",
         "what published recipes leave open, as chosen here (docs/upcycling.md gives the reasons):",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal, get_args
 
+from launchers.counted import counted
 from qwen_moe.config import ModelConfig, parse_model
 from qwen_moe.config.families import FAMILIES
 from qwen_moe.errors import UserError
@@ -87,7 +88,8 @@ def make_plan(dense: ModelConfig, settings: UpcycleSettings, where: str) -> Plan
     """The plan for the dense model of ``where``. Raises UserError if the settings do not fit it or each other."""
     if dense.is_moe_family:
         raise UserError(
-            f"{where} is a mixture of experts already ({dense.family}, {dense.num_experts} experts): upcycling starts "
+            f"{where} is a mixture of experts already ({dense.family}, {counted(dense.num_experts, 'expert')}): "
+            "upcycling starts "
             "from a dense model"
         )
     settings = _checked(settings)
@@ -193,7 +195,8 @@ def _check_groups(settings: UpcycleSettings, width: int, size: int) -> None:
     parts = width // size
     if settings.num_experts % parts:
         raise UserError(
-            f"--experts {settings.num_experts} is not a multiple of the {parts} experts that a copy of the feed-forward "
+            f"--experts {settings.num_experts} is not a multiple of the {counted(parts, 'expert')} that a copy of the "
+            "feed-forward "
             f"gives ({width} / {size}): give such a number, or --method fine_grained --router random"
         )
 
@@ -222,7 +225,7 @@ def _check_same_function(plan: Plan) -> None:
             tied = (
                 "an even router does not choose whole copies" if plan.router == "even" else "a token must visit whole"
             )
-            copies = "" if plan.router == "even" else f" copies of {parts} experts"
+            copies = "" if plan.router == "even" else f" copies of {counted(parts, 'expert')}"
             raise UserError(
                 f"--method same_function with --top-k {settings.top_k}: {tied}{copies}. {_otherwise(plan, parts)}"
             )

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launchers.counted import counted
 from qwen_moe.data.command import verbs_of_data
 from qwen_moe.errors import UserError
 from qwen_moe.options import whole
@@ -110,10 +111,14 @@ def _run(args: argparse.Namespace) -> int:
         print(json.dumps({"output": str(args.output), "report": str(report), "done": done} | found))
         return 0
     counts = found["counts"]
-    print(f"{'checked' if done else 'already checked'}: {counts['dropped']:,} of {counts['rows']:,} documents dropped")
+    print(
+        f"{'checked' if done else 'already checked'}: {counts['dropped']:,} of {counted(counts['rows'], 'document')} "
+        "dropped"
+    )
     for name, one in found["tests"].items():
         print(
-            f"{name}: {one['leaked_sequences']:,} of {one['sequences']:,} tests found, documents: {one['documents']:,}"
+            f"{name}: {one['leaked_sequences']:,} of {counted(one['sequences'], 'test')} found, documents: "
+            f"{one['documents']:,}"
         )
     if counts["bad"]:
         print(f"left out: {'; '.join(found['bad'])}", file=sys.stderr)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from launchers.counted import counted, tallied
 from launchers.folder.atomic import write_json, write_text
 from qwen_moe.curation.leaks.settings import MOST_CHANGED
 from qwen_moe.data.sources import DROPPED
@@ -55,8 +56,8 @@ def cost(found: dict[str, Any]) -> str:
     counts = found["counts"]
     return (
         "The literal rule removes long documents by chance, because a long text has most words of a test somewhere, in "
-        f"order: of {counts['dropped']:,} dropped documents, {counts['by_chance']:,} have no window of twice a test's "
-        "length that matches (rule windowed keeps them)."
+        f"order: of {counted(counts['dropped'], 'dropped document')}, {counts['by_chance']:,} have no window of twice "
+        "a test's length that matches (rule windowed keeps them)."
     )
 
 
@@ -92,7 +93,8 @@ def _page(found: dict[str, Any], examples: dict[str, list[dict[str, Any]]]) -> s
         "<!doctype html>",
         f'<html lang="en"><meta charset="utf-8"><title>Leaks of tests</title><style>{_STYLE}</style>',
         "<h1>Leaks of tests</h1>",
-        f"<p>{counts['dropped']:,} of {counts['rows']:,} documents ({share:.2%}) were dropped. A document is dropped if its "
+        f"<p>{counts['dropped']:,} of {counted(counts['rows'], 'document')} ({share:.2%}) were dropped. A document is "
+        "dropped if its "
         f"longest common subsequence with a test has at least {found['least_tokens']} tokens ({_text(found['tokens'])}) and "
         f"at least {found['least_share']:g} of the shorter of the two. Rule: {_rule(found['rule'])}; index: "
         f"{found['index']}.</p>",
@@ -100,9 +102,11 @@ def _page(found: dict[str, Any], examples: dict[str, list[dict[str, Any]]]) -> s
     if said := cost(found):
         lines.append(f"<p><b>{_text(said)}</b></p>")
     if counts["bad"]:
-        lines.append(f"<p>{counts['bad']:,} rows were left out: {_text('; '.join(found['bad']))}.</p>")
+        lines.append(
+            f"<p>{counted(counts['bad'], 'row was', 'rows were')} left out: {_text('; '.join(found['bad']))}.</p>"
+        )
     if found["short_tests"]:
-        short = "; ".join(f"{count:,} {reason}" for reason, count in found["short_tests"].items())
+        short = "; ".join(tallied(count, reason) for reason, count in found["short_tests"].items())
         lines.append(f"<p>Not checked: {_text(short)}.</p>")
     lines.append("<table><tr><th>tests<th>sequences<th>of these, found in the documents<th>documents dropped</tr>")
     for name, one in found["tests"].items():
@@ -122,7 +126,7 @@ def _page(found: dict[str, Any], examples: dict[str, list[dict[str, Any]]]) -> s
 def _example(leak: dict[str, Any]) -> str:
     document = leak["file"] + (f", line {leak['line']}" if leak["line"] else "")
     test = leak["test_file"] + (f", line {leak['test_line']}" if leak["test_line"] else "")
-    others = f", and {leak['other_tests']:,} other tests" if leak["other_tests"] else ""
+    others = f", and {counted(leak['other_tests'], 'other test')}" if leak["other_tests"] else ""
     return (
         f'<div class="leak"><p class="what">{leak["common"]:,} of {leak["shorter"]:,} tokens in common '
         f'({leak["share"]:.0%}){others}</p><p class="what">{_text(document)}</p><p>{_marked(leak["passage"])}</p>'

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launchers.counted import counted
 from qwen_moe.curation.leaks.rows import BadLine, find_rows, read_rows, row_of, text_of
 from qwen_moe.curation.leaks.settings import LEAST_TOKENS, LeakSettings
 from qwen_moe.curation.leaks.tokens import Tokens
@@ -86,7 +87,8 @@ def _check_found(sequences: Sequences, settings: LeakSettings) -> None:
     if short and settings.on_short == "error":
         count = short + len(sequences.found)
         raise UserError(
-            f"{short:,} of {count:,} tests are too short for the rule, which needs {LEAST_TOKENS} tokens in common: "
+            f"{short:,} of {counted(count, 'test is', 'tests are')} too short for the rule, which needs "
+            f"{LEAST_TOKENS} tokens in common: "
             f"{sequences.short}. Join more of their keys with --test-key (such as question,answer), or leave them unchecked "
             "with --on-short skip"
         )

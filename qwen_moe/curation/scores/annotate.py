@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from launchers.counted import counted
 from qwen_moe.curation.scores.settings import CLASSIFIER, DomainSettings, ScoreSettings
 from qwen_moe.errors import UserError
 
@@ -78,9 +79,10 @@ def check_none_failed(documents: Sequence[Doc]) -> None:
     reasons = Counter(document.metadata[ERROR] for document in failed)
     reason, count = reasons.most_common(1)[0]
     first = getattr(failed[0], "where", "") or failed[0].id
-    others = f" and {len(failed) - count:,} others" if len(failed) > count else ""
+    others = f" and {counted(len(failed) - count, 'other')}" if len(failed) > count else ""
     raise UserError(
-        f"the score of {len(failed):,} of {len(documents):,} documents failed, the first that of {first}: {count:,} times "
+        f"the score of {len(failed):,} of {counted(len(documents), 'document')} failed, the first that of {first}: "
+        f"{counted(count, 'time')} "
         f"{reason}{others}. Correct the function, and give another output; or "
         "skip such documents, which then have no score (--on-failure skip, on_failure: skip)"
     )

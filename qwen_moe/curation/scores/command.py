@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launchers.counted import counted, tallied
 from qwen_moe.config.fields import LARGEST_SIZE
 from qwen_moe.data.command import verbs_of_data
 from qwen_moe.errors import UserError
@@ -76,7 +77,9 @@ def _shard(text: str) -> tuple[int, int]:
     if not (first.isascii() and of.isascii() and first.isdecimal() and of.isdecimal() and len(text) < 20):
         raise argparse.ArgumentTypeError(f"{text[:60]!r}: expected N/M, such as 1/4")
     if not 1 <= int(first) <= int(of):
-        raise argparse.ArgumentTypeError(f"{text!r}: of {int(of)} shards the first is 1 and the last {int(of)}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: of {counted(int(of), 'shard')} the first is 1 and the last {int(of)}"
+        )
     return int(first), int(of)
 
 
@@ -247,7 +250,7 @@ def _score(
         return 0
     if outcome.scored:
         seconds = time.perf_counter() - begin
-        print(f"{outcome.scored:,} documents, {outcome.scored / seconds:,.1f} per second", file=sys.stderr)
+        print(f"{counted(outcome.scored, 'document')}, {outcome.scored / seconds:,.1f} per second", file=sys.stderr)
     _report(args, outcome.store)
     return 0
 
@@ -262,7 +265,8 @@ def _report(args: argparse.Namespace, store: "Store") -> None:
     if left := store.left():
         found: dict[str, Any] = {"output": str(store.folder), "files": store.files, "left": len(left)}
         text = (
-            f"{store.folder}: {store.files - len(left)} of {store.files} files are scored; other shards have the rest"
+            f"{store.folder}: {store.files - len(left)} of {counted(store.files, 'file is', 'files are')} scored; "
+            "other shards have the rest"
         )
         print(json.dumps(found) if args.json else text)
         return
@@ -284,7 +288,7 @@ def _report(args: argparse.Namespace, store: "Store") -> None:
     print(f"{store.folder}: documents: {values['documents']:,}, files: {store.files:,}")
     print(described(values))
     if left_out:
-        print("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()))
+        print("left out: " + ", ".join(tallied(count, reason) for reason, count in left_out.items()))
 
 
 def _check_new(folder: Path) -> None:
@@ -317,9 +321,12 @@ def _train(args: argparse.Namespace, domains: "DomainSettings | None") -> int:
     corpus = find_corpus(args.input, parquet=True)
     check_columns(corpus.sources, args.text_key, "--text-key")
     print(corpus, file=sys.stderr)
-    documents = read(corpus.sources, ReadCounts(), _files(args))
+    counts = ReadCounts()
+    documents = read(corpus.sources, counts, _files(args))
     kind = "scores" if args.target is None and domains is None else "classes"
-    examples = gather(documents, _target(args.target, domains), kind, training)
+    examples = gather(documents, _target(args.target, domains), kind, training, _learned(args.target, domains))
+    if counts.left_out.counts:
+        print(f"left out: {counts.left_out}", file=sys.stderr)
     classifier, figures = train(examples, training)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with alone(folder, "give another folder"):
@@ -334,6 +341,28 @@ def _train(args: argparse.Namespace, domains: "DomainSettings | None") -> int:
     return 0
 
 
+def _learned(key: str | None, domains: "DomainSettings | None") -> str:
+    """What `_target` finds, in messages."""
+    if domains is not None:
+        return "a domain by the rules"
+    return "scores in the metadata" if key is None else f"a class in metadata.{key}"
+
+
+def _class_of(document: Any, key: str) -> str | None:
+    """Raises UserError for what cannot be the name of a domain, which a class becomes."""
+    from qwen_moe.curation.scores.settings import check_name
+
+    value = document.metadata.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, str | int):
+        raise UserError(f"{document.where}: the class {key} is {value!r:.60}, expected text or a whole number")
+    try:
+        return check_name(str(value))
+    except ValueError as error:
+        raise UserError(f"{document.where}: the class {key}: {error}") from None
+
+
 def _target(key: str | None, domains: "DomainSettings | None") -> Callable[[Any], Any]:
     """What a document teaches; None if nothing."""
     if domains is not None:
@@ -342,7 +371,7 @@ def _target(key: str | None, domains: "DomainSettings | None") -> Callable[[Any]
         rules = Rules(domains)
         return lambda document: rules.annotate([document])[0].get("domain")
     if key is not None:
-        return lambda document: None if document.metadata.get(key) is None else str(document.metadata[key])
+        return lambda document: _class_of(document, key)
     from qwen_moe.curation.scores.annotate import scores_of
 
     return scores_of

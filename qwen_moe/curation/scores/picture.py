@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from launchers.counted import counted
 from launchers.folder.atomic import replaced
 from qwen_moe.curation.scores.summary import Found
 
@@ -47,7 +48,7 @@ def _scores(place: Any, name: str, found: Found) -> None:
         parts = {language or "unknown": np.asarray(part, np.float64) for language, part in by_language}
         shown = dict(list(parts.items())[:_LANGUAGES])
         if rest := [part for language, part in parts.items() if language not in shown]:
-            shown[f"{len(rest)} others"] = np.concatenate(rest)
+            shown[counted(len(rest), "other")] = np.concatenate(rest)
         labels = [f"{language} ({len(part):,})" for language, part in shown.items()]
         place.hist(list(shown.values()), bins=edges, stacked=True, label=labels)
         place.legend(fontsize=7, loc="upper right")

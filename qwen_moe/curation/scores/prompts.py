@@ -60,7 +60,9 @@ class Prompts:
         self._gap = self._plain.encode(GAP, add_special_tokens=False).ids
         self._most = document_tokens
         if document_tokens < len(self._gap) + 2:
-            raise UserError(f"document_tokens is {document_tokens}: give at least {len(self._gap) + 2}")
+            raise UserError(
+                f"--document-tokens (document_tokens) is {document_tokens}: give at least {len(self._gap) + 2}"
+            )
 
     def around(self, before: str, after: str, answers: Sequence[str], end: bool = False) -> Around:
         """What stands around every document. ``end``: the answers are told apart by what ends them, too, because one may

@@ -29,9 +29,10 @@ class _Asking:
         reach = self._session.opened.config.reach
         if longest + self._settings.document_tokens > reach:
             room = reach - longest
-            fix = f"lower it to {room} or less" if room > 8 else "give a model that reads longer texts"
+            fix = f"lower --document-tokens to {room} or less" if room > 8 else "give a model that reads longer texts"
             raise UserError(
-                f"document_tokens {self._settings.document_tokens:,} and a question of {longest:,} tokens are more than the "
+                f"--document-tokens (document_tokens) {self._settings.document_tokens:,} and a question of {longest:,} "
+                "tokens are more than the "
                 f"model's reach of {reach:,} tokens: {fix}"
             )
         self._session.reach(longest + self._settings.document_tokens)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from launchers.counted import counted
 from qwen_moe.alone import alone
 from qwen_moe.curation.scores.annotate import Annotator, add_metadata, check_none_failed, forget
 from qwen_moe.curation.scores.documents import Document, grouped, read
@@ -55,7 +56,10 @@ def score_corpus(job: Job) -> Outcome | None:
     check_columns(corpus.sources, job.reading.text_key, "--text-key")
     groups = grouped(corpus.sources)
     if job.shard[1] > len(groups) and job.reports:
-        print(f"{len(groups)} files are for {job.shard[1]} shards: some have nothing to do", file=sys.stderr)
+        print(
+            f"{counted(len(groups), 'file is', 'files are')} for {counted(job.shard[1], 'shard')}: some have nothing to do",
+            file=sys.stderr,
+        )
     mine = list(range(job.shard[0] - 1, len(groups), job.shard[1]))
     store = None
     if job.reports:

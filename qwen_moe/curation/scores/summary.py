@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from launchers.counted import counted
 from qwen_moe.curation.scores.annotate import DOMAIN, ERROR, LEFT_OUT, MASS
 from qwen_moe.curation.scores.wording import language_of
 
@@ -116,8 +117,10 @@ def described(values: Mapping[str, Any]) -> str:
         parts = (f"{name} {count:,} ({count / total:.1%})" for name, count in values["domains"].items())
         lines.append("domains: " + ", ".join(parts))
     if values["shortened"]:
-        lines.append(f"{values['shortened']:,} documents were shortened in the middle for the model")
+        lines.append(
+            f"{counted(values['shortened'], 'document was', 'documents were')} shortened in the middle for the model"
+        )
     if values["failed"]:
-        reasons = "; ".join(f"{count:,} times {reason}" for reason, count in values["failures"].items())
-        lines.append(f"{values['failed']:,} documents have no score: {reasons}")
+        reasons = "; ".join(f"{counted(count, 'time')} {reason}" for reason, count in values["failures"].items())
+        lines.append(f"{counted(values['failed'], 'document has', 'documents have')} no score: {reasons}")
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from launchers.counted import counted
 from qwen_moe.curation.scores.annotate import Doc
 from qwen_moe.curation.scores.classifier import Classifier, Network, Shape, collated
 from qwen_moe.curation.scores.features import Features, Hasher
@@ -61,9 +62,11 @@ class Examples:
         return torch.tensor([self.targets[number] for number in numbers], dtype=dtype)
 
 
-def gather(documents: Iterable[Doc], target: Callable[[Doc], Any], kind: str, training: Training) -> Examples:
+def gather(
+    documents: Iterable[Doc], target: Callable[[Doc], Any], kind: str, training: Training, what: str = "a target"
+) -> Examples:
     """The examples among ``documents``. ``target``: the scores of a document by dimension or its class; None if it has none.
-    Raises UserError if there are too few."""
+    ``what``: these in messages. Raises UserError if there are too few."""
     hasher, without, seconds = Hasher(training.buckets, training.words), 0, 0.0
     kept: list[tuple[int, int, Any, Features]] = []
     for number, document in enumerate(documents):
@@ -80,6 +83,8 @@ def gather(documents: Iterable[Doc], target: Callable[[Doc], Any], kind: str, tr
         seconds += time.perf_counter() - begin
         (heapq.heappush if len(kept) < training.documents else heapq.heappushpop)(kept, entry)
     kept.sort(reverse=True, key=lambda entry: entry[:2])
+    if len(kept) < LEAST:
+        raise _too_few(len(kept), what, without)
     names = _names(kind, [entry[2] for entry in kept])
     examples = Examples(kind=kind, names=names, without=without, seconds=seconds)
     for code, _, found, features in kept:
@@ -90,11 +95,15 @@ def gather(documents: Iterable[Doc], target: Callable[[Doc], Any], kind: str, tr
         examples.targets.append(names.index(found) if kind == "classes" else [float(found[name]) for name in names])
         examples.tenths.append(-code % _TENTHS)
     if len(examples.features) < LEAST:
-        raise UserError(
-            f"{len(examples.features)} documents have what the classifier is to learn ({examples.without:,} have not): give "
-            f"at least {LEAST}"
-        )
+        raise _too_few(len(examples.features), f"{what} in {', '.join(names)}", examples.without)
     return examples
+
+
+def _too_few(found: int, what: str, without: int) -> UserError:
+    return UserError(
+        f"{counted(found, 'document has', 'documents have')} {what}, which the classifier is to learn, and {without:,} "
+        f"{'has' if without == 1 else 'have'} not: give at least {LEAST} that have"
+    )
 
 
 def _names(kind: str, targets: list[Any]) -> tuple[str, ...]:
@@ -102,17 +111,26 @@ def _names(kind: str, targets: list[Any]) -> tuple[str, ...]:
     if kind == "classes":
         names = tuple(sorted(set(targets)))
         if len(names) < 2:
-            raise UserError(f"all documents are of {names[0] if names else 'no'} class: give documents of at least two")
+            raise UserError(f"all documents are of the class {names[0]!r}: give documents of at least two classes")
         return names
     counts = Counter(name for target in targets for name in target)
-    return tuple(sorted(name for name, count in counts.items() if 2 * count > len(targets)))
+    if names := tuple(sorted(name for name, count in counts.items() if 2 * count > len(targets))):
+        return names
+    name, count = min(counts.items(), key=lambda one: (-one[1], one[0]))
+    raise UserError(
+        f"no dimension is scored in more than half of {counted(len(targets), 'scored document')} ({name!r:.60}, the most "
+        f"frequent, in {count:,}): give documents that are scored in the same dimensions"
+    )
 
 
 def train(examples: Examples, training: Training) -> tuple[Classifier, dict[str, Any]]:
     """The classifier, and its figures on the held-out tenth. Raises UserError if a target does not vary."""
     parts = [examples.part(tenths) for tenths in (range(8), [8], [9])]
     if any(len(part) < 2 for part in parts):
-        raise UserError(f"{len(examples.features)} documents are too few to hold some out: give more")
+        raise UserError(
+            f"{counted(len(examples.features), 'document is', 'documents are')} too few to hold a tenth out, with copies of "
+            "a text in one part: give more different texts"
+        )
     shape = _shape(examples, parts[0], training)
     generator = torch.Generator().manual_seed(training.seed)
     network = Network(shape)
@@ -150,6 +168,8 @@ def _shape(examples: Examples, trained: list[int], training: Training) -> Shape:
     values = examples.values(trained)
     means, deviations = values.mean(0), values.std(0)
     for name, deviation in zip(examples.names, deviations.tolist(), strict=True):
+        if not math.isfinite(deviation):
+            raise UserError(f"the scores in {name} are too large to be learned: divide them by a number")
         if not deviation > 1e-9:
             raise UserError(f"all documents have the same score in {name}: there is nothing to learn")
     return Shape(
@@ -252,7 +272,9 @@ def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
 
 def described(figures: dict[str, Any]) -> str:
     """The figures as lines."""
-    lines = [f"trained on {figures['trained_on']:,} documents, measured on {figures['held_out']:,} others"]
+    lines = [
+        f"trained on {counted(figures['trained_on'], 'document')}, measured on {counted(figures['held_out'], 'other')}"
+    ]
     for name, one in figures.get("scores", {}).items():
         lines.append(
             f"{name}: correlation {one['correlation']:.3f}, error {one['error']:.3f} (of the mean: "

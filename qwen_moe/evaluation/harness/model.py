@@ -12,6 +12,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from launchers.counted import counted
 from qwen_moe.errors import UserError
 from qwen_moe.evaluation.harness.answers import RequestAnswers, key_of
 from qwen_moe.evaluation.harness.work import Answered, Work
@@ -105,7 +106,8 @@ class HarnessModel(TemplateLM):
             )
         if len(continuation) > self.max_length:
             raise UserError(
-                f"a continuation has {len(continuation)} tokens, more than the {self.max_length} that the model reads: "
+                f"a continuation has {counted(len(continuation), 'token')}, more than the {self.max_length} that the "
+                "model reads: "
                 "leave the task out, or raise --max-length with --context-extension"
             )
         whole = context + continuation

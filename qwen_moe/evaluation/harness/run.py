@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from launchers.counted import counted
 from launchers.folder.atomic import write_text
 from launchers.folder.run_folder import CHECKPOINTS
 from qwen_moe.checkpoint.directory import step_directories
@@ -159,12 +160,13 @@ def _records(
 def _say(session: Session, counts: Mapping[str, int], longest: int) -> None:
     if count := counts.get("truncated"):
         session.say(
-            f"{count:,} prompts were longer than the {longest:,} tokens that the model reads: their beginning was cut off"
+            f"{counted(count, 'prompt was', 'prompts were')} longer than the {longest:,} tokens that the model reads: "
+            "their beginning was cut off"
         )
     if count := counts.get("unknown"):
         session.say(
-            f"{count:,} answers hold something that the tokenizer does not know (its unknown token): their probabilities "
-            "mean little"
+            f"{counted(count, 'answer holds', 'answers hold')} something that the tokenizer does not know (its "
+            "unknown token): their probabilities mean little"
         )
     for line in session.notes():
         session.say(line)
@@ -179,6 +181,6 @@ def export_tests(args: argparse.Namespace) -> list[Path]:
         texts = list(dict.fromkeys(texts_of(task)))
         rows = [{"text": text, "id": f"{name}-{key_of(text)[:16]}"} for text in texts if text.strip()]
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        print(f"{path}: {len(rows):,} texts", file=sys.stderr)
+        print(f"{path}: {counted(len(rows), 'text')}", file=sys.stderr)
         paths.append(path)
     return paths

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
+from launchers.counted import counted
 from qwen_moe.errors import UserError
 from qwen_moe.evaluation.tasks.coded_words import coded_words_task
 from qwen_moe.evaluation.tasks.common_words import common_words_task
@@ -47,7 +48,7 @@ def _collection(name: str, path: Path, samples: int) -> Collection:
     collection = read_squad(path) if name == "qa_1" else read_hotpot(path)
     if samples > len(collection.questions):
         raise UserError(
-            f"--samples {samples} is more than the {len(collection.questions)} questions of {path}: ask for fewer"
+            f"--samples {samples} is more than the {counted(len(collection.questions), 'question')} of {path}: ask for fewer"
         )
     return collection
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
+from launchers.counted import counted
+
 Encode = Callable[[str], list[int]]
 
 
@@ -62,7 +64,7 @@ def fit(draft: Draft, encode: Encode, room: int) -> tuple[int, list[int]]:
     """
     least, best = draft.least, encode(draft.text(draft.least))
     if len(best) > room:
-        raise ValueError(f"the least prompt has {len(best)} tokens, more than {room}")
+        raise ValueError(f"the least prompt has {counted(len(best), 'token')}, more than {room}")
     low, smallest = least, len(best)
     high: int | None = None
     over = 0  # tokens of ``high`` units beyond the room

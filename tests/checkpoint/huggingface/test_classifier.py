@@ -101,7 +101,7 @@ def test_labels_mean_what_transformers_takes() -> None:
     [
         ({"id2label": {"1": "a", "2": "b"}}, "expected names for 0, 1 and so on"),
         ({"id2label": {"0": 5}}, "expected names for 0, 1 and so on"),
-        ({"id2label": {"0": "a"}, "num_labels": 2}, "num_labels is 2 but id2label has 1 names"),
+        ({"id2label": {"0": "a"}, "num_labels": 2}, "num_labels is 2 but id2label has 1 name"),
         ({"num_labels": 0}, "num_labels is 0, expected a number of scores"),
         ({"id2label": {"0": "a", "1": "a"}}, "a name twice"),
     ],

@@ -206,7 +206,7 @@ def test_keys_without_effect_are_accepted_in_silence() -> None:
             "partial_rotary_factor is 0.5: only 1",
         ),
         ({"is_causal": False}, "is_causal is false, .* only causal"),
-        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries but num_hidden_layers is 24"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entry but num_hidden_layers is 24"),
         ({"hidden_size": "2048"}, "hidden_size is '2048', expected a number"),
         ({"norm_topk_prob": "false"}, "norm_topk_prob is 'false', expected true or false"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": "4.0"}}, "rope_scaling.factor is '4.0', .* quotation marks"),

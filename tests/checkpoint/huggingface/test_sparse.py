@@ -68,7 +68,7 @@ def test_a_model_without_them_has_none(tmp_path: Path, beside: Any) -> None:
             [LAYERS[0], {**LAYERS[1], "4": LAYERS[1]["0"]}],
             "has 5 entries for layer 1, expected one for each of 4 heads",
         ),
-        ([{"0": LAYERS[0]["0"]}, LAYERS[1]], "has 1 entries for layer 0, expected one for each of 4 heads"),
+        ([{"0": LAYERS[0]["0"]}, LAYERS[1]], "has 1 entry for layer 0, expected one for each of 4 heads"),
         ([LAYERS[0], []], "has a list for layer 1"),
         ([LAYERS[0], {**LAYERS[1], "3": ["stream_llm", 100, 800, 1]}], "layer 1, head 3 is .*only this kind"),
         ([LAYERS[0], {**LAYERS[1], "3": ["vertical_and_slash", -1, 800, 1]}], "layer 1, head 3 is"),

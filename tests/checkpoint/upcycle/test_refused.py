@@ -109,7 +109,7 @@ def test_gate_and_up_must_have_one_dtype_and_scaled_weights_must_fit(tmp_path: P
         model.model.layers[0].mlp.down_proj.weight[2, 3] = 60000
     by_hand(tmp_path / "large", model, torch.float16, 1)
     with pytest.raises(
-        UserError, match=r"1 values of tensor model.layers.0.mlp.down_proj, scaled by up to 1.4\d*, are larger"
+        UserError, match=r"1 value of tensor model.layers.0.mlp.down_proj, scaled by up to 1.4\d*, is larger"
     ):
         upcycle(tmp_path / "large", tmp_path / "moe", FINE)
     assert not (tmp_path / "moe").exists()

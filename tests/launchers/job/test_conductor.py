@@ -147,7 +147,7 @@ def test_a_suspected_node_is_kept_where_none_can_replace_it(
     past = PastAttempt(kind="failure", progressed=True, host="n1")
     found = one._possible(decide(Evidence(failures=(failed,), saved_after=9, history=(past,)), Limits()), ["n1", "n2"])
     if spare == 1:
-        assert found.action == without and "the partition has 1 usable nodes of the 2 that are needed" in found.reason
+        assert found.action == without and "the partition has 1 usable of the 2 nodes that are needed" in found.reason
         assert (found.nodes == {}) == (without == "go on") == ("none is excluded" in found.reason)
     else:
         assert found.action == "exclude" and list(found.nodes) == ["n1"]

@@ -257,7 +257,7 @@ def test_branches_of_a_ladder_wait_for_their_trunks(
 
     _edit(ladder / "trunk_b.yaml", model={"vocab_size": 300})
     assert main(command) == 0
-    assert capfd.readouterr().out.count("(1 tasks)") == 2
+    assert capfd.readouterr().out.count("(1 task)") == 2
     slurm.wait_for(lambda: not slurm.ask("squeue", "-h"), "the two to end", 300)
     assert Launched(ladder / "branch_b").losses() == Launched(ladder / "branch_a").losses()
 
