@@ -21,11 +21,13 @@ from launchers.local.lock import RunLock
 from parallel.threads import choose_threads
 from qwen_moe.checkpoint.directory import step_directories
 from qwen_moe.checkpoint.fingerprint import fingerprint
+from qwen_moe.data.manifest import bin_path, idx_path
 from qwen_moe.data.tasks import is_tasks
 from qwen_moe.posttraining import figures
 from qwen_moe.posttraining.process import run_command
 from qwen_moe.posttraining.recipe import MEASURED, Rewarded, Section
 from qwen_moe.posttraining.walk import Walk
+from qwen_moe.rollout.rewards import is_function
 from qwen_moe.rollout.store import MANIFEST
 from qwen_moe.runs import identity
 from qwen_moe.workflow.state import State
@@ -95,14 +97,14 @@ class Training(Step):
     def inputs(self, at: Context) -> dict[str, Any]:
         walk, config = at.walk, at.walk.runs[self.name]
         found = identity.flat(config, identity.OF_RESULTS)
-        before = at.state.inputs(self.name)
-        if not before or EPOCHS in before:  # earlier versions did not record them
-            found[EPOCHS] = config.training.epochs
         files = [] if config.data.prepare is None else list(config.data.prepare.input)
         if config.rollout is not None:
             files += [*config.rollout.queries, *config.rollout.held_out]
-        found |= _files(files)
-        return found | _made_by(walk, self.name)
+        found |= _files(files) | _made_by(walk, self.name)
+        later: dict[str, Any] = {EPOCHS: config.training.epochs} | _folders(files)
+        later |= _files(str(path) for one in config.data.train for path in (bin_path(one.prefix), idx_path(one.prefix)))
+        later |= _functions(() if config.rollout is None else config.rollout.rewards)
+        return found | _known_then(at, self.name, later)
 
     def do(self, at: Context) -> dict[str, Any]:
         path = at.walk.recipe_file(self.name)
@@ -123,7 +125,8 @@ class Sampling(Step):
     def inputs(self, at: Context) -> dict[str, Any]:
         section = at.walk.config.rollout
         assert section is not None
-        return _settings("rollout", section) | _files([section.queries]) | _made_by(at.walk, "rollout")
+        found = _settings("rollout", section) | _files([section.queries]) | _made_by(at.walk, "rollout")
+        return found | _known_then(at, self.name, _functions(section.rewards))
 
     def do(self, at: Context) -> dict[str, Any]:
         walk, section = at.walk, at.walk.config.rollout
@@ -172,6 +175,7 @@ class Measuring(Step):
         section = at.walk.config.measure
         assert section is not None
         found = _settings("measure", section) | _files([section.queries])
+        found |= _known_then(at, self.name, _functions(section.rewards))
         return found | {f"the model {self.model} (content)": of_model(at.walk.model(self.model))}
 
     def do(self, at: Context) -> dict[str, Any]:
@@ -253,6 +257,29 @@ def _files(names: Iterable[str]) -> dict[str, Any]:
             with path.open("rb") as file:
                 found[f"{name} (content)"] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
+
+
+def _folders(names: Iterable[str]) -> dict[str, Any]:
+    """Hashes of the folders among ``names``, of all files in each."""
+    found = {}
+    for name in names:
+        if not is_tasks(name) and Path(name).is_dir():
+            files = sorted(path for path in Path(name).rglob("*") if path.is_file())
+            digest = hashlib.sha256(json.dumps(_files(map(str, files))).encode())
+            found[f"{name} (content)"] = digest.hexdigest()
+    return found
+
+
+def _functions(rewards: Iterable[str]) -> dict[str, Any]:
+    """Hashes of the files of reward functions that are in the current folder."""
+    modules = [reward.partition(":")[0] for reward in rewards if is_function(reward)]
+    return _files(f"{module.replace('.', '/')}.py" for module in modules)
+
+
+def _known_then(at: Context, step: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``values`` that are compared: all, but not what an earlier version did not record when ``step`` was done."""
+    before = at.state.inputs(step)
+    return {name: value for name, value in values.items() if not before or name in before}
 
 
 def _rollout(model: Path, section: Rewarded) -> list[str]:

@@ -35,7 +35,7 @@ from qwen_moe.rollout.sandbox import Failure, Job, Sandbox
 
 OnFailure = Literal["error", "zero"]
 _COMPARISONS: dict[str, Callable[[str, Any], bool]] = {"exact": is_exact, "contains": contains, "number": is_number}
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 KINDS = "exact, contains, number, math, format:REGEX, python or MODULE:FUNCTION"
 
 
@@ -82,6 +82,11 @@ class RewardSettings:
         return self.weights[index] if self.weights else 1.0
 
 
+def is_function(reward: str) -> bool:
+    """Whether ``reward`` is `MODULE:FUNCTION`."""
+    return FUNCTION.fullmatch(reward) is not None and not reward.startswith("format:")
+
+
 def _check_name(reward: str) -> None:
     kind, _, rest = reward.partition(":")
     if kind == "format" and rest:
@@ -91,7 +96,7 @@ def _check_name(reward: str) -> None:
             raise UserError(f"reward {reward!r} is not a regular expression: {error}") from None
     elif reward == "math":
         check_installed("reward math", "math_verify", otherwise="use the reward number")
-    elif reward not in (*_COMPARISONS, "python") and (kind == "format" or not _FUNCTION.fullmatch(reward)):
+    elif reward not in (*_COMPARISONS, "python") and not is_function(reward):
         raise UserError(f"reward {reward!r} is not known: give {KINDS}")
 
 

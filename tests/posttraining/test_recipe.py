@@ -12,7 +12,7 @@ from qwen_moe.config.load import RECIPES
 from qwen_moe.errors import UserError
 from qwen_moe.posttraining.command import NAMES
 from qwen_moe.posttraining.recipe import STEPS, load_walk, merged
-from qwen_moe.posttraining.steps import Context, Training, steps_of, that_follow
+from qwen_moe.posttraining.steps import Context, steps_of, that_follow
 from qwen_moe.posttraining.walk import Walk
 from qwen_moe.workflow.state import State, differences
 from tests.posttraining.walks import recipe_values, write_recipe
@@ -95,16 +95,48 @@ def test_a_step_that_is_left_out_is_no_end(here: Path, capsys: pytest.CaptureFix
     assert not (here.parent / "run").exists()
 
 
-def test_other_epochs_are_another_setting(here: Path) -> None:
-    def inputs(*overrides: str, before: dict[str, Any] | None = None) -> dict[str, Any]:
-        found = walk(here, *overrides)
-        state = State(found.run_dir, {"sft": {"inputs": before}} if before else {})
-        return Training(found, "sft").inputs(Context(walk=found, state=state, lock=None))  # type: ignore[arg-type]
+def inputs(here: Path, name: str, *overrides: str, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Of the step ``name``, which was done with the inputs ``before``."""
+    found = walk(here, *overrides)
+    (step,) = [one for one in steps_of(found) if one.name == name]
+    state = State(found.run_dir, {name: {"inputs": before}} if before else {})
+    return step.inputs(Context(walk=found, state=state, lock=None))  # type: ignore[arg-type]
 
-    before = inputs()
-    assert differences(before, inputs("sft.training.epochs=5", before=before)) == ["training.epochs was 4, is now 5"]
+
+def test_other_epochs_are_another_setting(here: Path) -> None:
+    before = inputs(here, "sft")
+    other = inputs(here, "sft", "sft.training.epochs=5", before=before)
+    assert differences(before, other) == ["training.epochs was 4, is now 5"]
     del before["training.epochs"]  # as earlier versions recorded it
-    assert differences(before, inputs("sft.training.epochs=5", before=before)) == []
+    assert differences(before, inputs(here, "sft", "sft.training.epochs=5", before=before)) == []
+
+
+def test_every_file_that_a_step_reads_is_an_input(here: Path) -> None:
+    folder = here.parent
+    (folder / "chats").mkdir()
+    for name in ("chats/a.jsonl", "mine.bin", "mine.idx"):
+        (folder / name).write_text("1")
+    (folder / "own.py").write_text("def f(prompt, completion, row):\n    return 1.0\n")
+    own = [*("sft.data.prepare.input=[chats]", "dpo.data.train=[{prefix: mine}]"), "rollout.rewards=[own:f]"]
+    own += ["measure.rewards=[own:f]", "grpo.rollout.rewards=[own:f]"]
+    reads = {
+        "sft": ["chats"],
+        "dpo": ["mine.bin", "mine.idx"],
+        "rollout": ["own.py"],
+        "measure sft": ["own.py"],
+        "grpo": ["own.py"],
+    }
+    before = {step: inputs(here, step, *own) for step in reads}
+    for name in ("chats/a.jsonl", "mine.bin", "mine.idx"):
+        (folder / name).write_text("2")
+    (folder / "own.py").write_text("def f(prompt, completion, row):\n    return 2.0\n")
+    for step, names in reads.items():
+        found = differences(before[step], inputs(here, step, *own, before=before[step]))
+        assert found == [f"{name} has changed" for name in names], step
+    (folder / "own.py").unlink()
+    (folder / "held.jsonl").rename(folder / "other.jsonl")
+    found = differences(before["measure sft"], inputs(here, "measure sft", "measure.queries=other.jsonl"))
+    assert "held.jsonl is not there, or no longer read" in found and "other.jsonl is new" in found
 
 
 def test_a_folder_of_something_else_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
