@@ -173,7 +173,8 @@ def _check_queries(name: str, rewards: RewardSettings | None) -> None:
             raise UserError(f"{where} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise UserError(f"{where} is not a JSON object")
-        form_of(row, where)
+        if not row[form := form_of(row, where)]:
+            raise UserError(f"{where}: {form} is {row[form]!r}: ask something")
         note_id(used, id_of(row, number, where), Path(name), where)
         if rewards is not None:
             try:

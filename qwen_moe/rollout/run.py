@@ -21,7 +21,7 @@ from qwen_moe.rollout.queries import Query, digest, read_queries
 from qwen_moe.rollout.rewards import Item, Rewarder, RewardFailure, RewardSettings
 from qwen_moe.rollout.server import Sampler, Server, ServerSampler
 from qwen_moe.rollout.server_check import check_weights
-from qwen_moe.rollout.store import TOKENIZER, Row, Store
+from qwen_moe.rollout.store import MANIFEST, TOKENIZER, Row, Store
 from qwen_moe.rollout.summary import figures
 
 _BATCHES_PER_FILE = 4
@@ -57,6 +57,8 @@ def roll_out(
             for index in store.to_score():
                 score(index)
             todo = _to_sample(session, store, len(queries))
+            if isinstance(sampler, ServerSampler) and todo:
+                sampler.check(sampling)
             if args.server is not None and args.server_check and todo:
                 check_weights(session, sampler, queries[: args.server_check], sampling, args.server_gap)
             for index in todo:
@@ -96,7 +98,8 @@ def _settings(args: argparse.Namespace, session: Session, sampling: Sampling, qu
 
 
 def _sampler(args: argparse.Namespace, session: Session, sampling: Sampling) -> Sampler:
-    """What samples: this process, or the server, which is asked once whether it is there."""
+    """What samples: this process, or the server. Before there is anything in the output, it is asked whether it is there;
+    later only if something is left to sample, because samples that are there are scored without it."""
     if args.server is None:
         return session
     server = Server(
@@ -108,7 +111,8 @@ def _sampler(args: argparse.Namespace, session: Session, sampling: Sampling) -> 
         at_once=max(1, args.batch_size // args.samples),
     )
     found = ServerSampler(server, sorted(session.opened.end_tokens), session.opened.config.vocab_size)
-    found.check(sampling)
+    if not (args.output / MANIFEST).exists():
+        found.check(sampling)
     return found
 
 

@@ -76,6 +76,7 @@ def test_all_mistakes_are_in_one_message_before_anything_is_done(
     [
         ('{"id": 0, "prompt": "again"}', 'held.jsonl, line 31: id "0" is also that of line 1'),
         ('{"id": 1.5, "prompt": "half"}', "held.jsonl, line 31: id is 1.5, expected text or a whole number"),
+        ('{"messages": []}', "held.jsonl, line 31: messages is []: ask something"),
         ('{"question": "which?"}', "held.jsonl, line 31 has no prompt"),
         ('{"prompt": "a", "tokens": [1]}', "held.jsonl, line 31 has prompt and tokens"),
     ],

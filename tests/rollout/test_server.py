@@ -267,3 +267,11 @@ def test_the_command_goes_on_after_the_server_was_down(fake: FakeServer, hf: Pat
     for row in rows:
         for one in row["samples"]:
             assert len(one["tokens"]) == len(one["log_probs"])
+    # What is there is scored anew without the server.
+    gone = ["http://127.0.0.1:9" if one == fake.url else one for one in command]
+    capsys.readouterr()
+    assert main([*gone, "--reward", "format:."]) == 0
+    assert "4 of 4 queries have their samples already" in capsys.readouterr().err
+    (tmp_path / "out" / "rollouts-00001.jsonl").unlink()
+    assert main([*gone, "--reward", "format:."]) == 2
+    assert "/v1/models did not answer in 1 try" in capsys.readouterr().err
