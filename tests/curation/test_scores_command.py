@@ -15,6 +15,7 @@ import pytest
 from qwen_moe.curation.scores.annotate import ERROR, open_annotator
 from qwen_moe.curation.scores.documents import Document, grouped
 from qwen_moe.curation.scores.settings import ScoreSettings
+from qwen_moe.curation.scores.summary import described
 from qwen_moe.data.sources import Source
 from tests.curation.scoring import content, document, read, score, write
 
@@ -222,6 +223,14 @@ def test_functions_that_fail_are_counted_with_their_line(here: Path, capsys: pyt
     assert summary["failed"] == len(failed) == sum(summary["failures"].values()) and len(summary["failures"]) == 2
     assert any("it returned nan for fine, expected a finite number" in reason for reason in summary["failures"])
     assert "documents have no score" in capsys.readouterr().out
+
+
+def test_reasons_that_are_not_named_are_counted() -> None:
+    values = {"scores": {}, "domains": {}, "shortened": 1, "failed": 10, "failures": {"it hung": 2, "it threw": 1}}
+    assert described(values).splitlines() == [
+        "1 document was shortened in the middle for the model",
+        "10 documents have no score: 2 times it hung; 1 time it threw; 7 for other reasons",
+    ]
 
 
 def test_bad_lines(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from launchers.counted import counted
 from qwen_moe.checkpoint.train_state import read_train_state
 from qwen_moe.config import RopeScaling, RunConfig, stage_runs
 from qwen_moe.errors import UserError
@@ -144,7 +145,7 @@ def test_a_bad_step_skips_batches_of_its_own_stage(
     config = settings(tmp_path / "run", tokens, stages=more, schedule__kind="constant", checkpoint__keep=3)
     said = train(config, dies=moment)
     skipped = int(moment.split()[1]) - 4 + 1
-    assert f"Back to step {back}, without the {skipped} batches since" in said
+    assert f"Back to step {back}, without the {counted(skipped, 'batch')} since" in said
     whole = settings(tmp_path / "whole", tokens, stages=more, schedule__kind="constant")
     train(whole)
     records = [read_lines(run / "metrics.jsonl") for run in (config.run_dir, whole.run_dir)]

@@ -122,5 +122,7 @@ def described(values: Mapping[str, Any]) -> str:
         )
     if values["failed"]:
         reasons = "; ".join(f"{counted(count, 'time')} {reason}" for reason, count in values["failures"].items())
+        if others := values["failed"] - sum(values["failures"].values()):
+            reasons += f"; {others:,} for other reasons"
         lines.append(f"{counted(values['failed'], 'document has', 'documents have')} no score: {reasons}")
     return "\n".join(lines)
