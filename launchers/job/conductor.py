@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from launchers.counted import counted
 from launchers.errors import LaunchError
 from launchers.folder.atomic import write_json
 from launchers.folder.run_folder import Attempt, RunFolder, is_number, read_json, read_object
@@ -179,10 +180,9 @@ class Conductor:
         if not self.cluster.can_requeue:
             return dataclasses.replace(decision, action="stop")
         excluded = sorted(self.run.excluded_nodes() | decision.nodes)
-        spare = self.cluster.spare_nodes(excluded)
-        if spare is None or spare >= len(nodes):
+        if (spare := self.cluster.spare_nodes(excluded)) is None or spare >= len(nodes):
             return decision
-        left = f"without {', '.join(excluded)} the partition has {spare} usable of the {len(nodes)} nodes"
+        left = f"without {', '.join(excluded)} the partition has {spare} usable of the {counted(len(nodes), 'node')}"
         text = f"{decision.reason}; {left} that are needed"
         if decision.suspected:
             return dataclasses.replace(decision, action="go on", reason=f"{text}, so none is excluded", nodes={})

@@ -71,7 +71,7 @@ def test_every_precision_has_shapes(dtype: str) -> None:
 
 
 def test_a_layout_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(UserError, match="1000 processes are not a multiple of tp 4 x cp 1 x pp 8 = 32"):
+    with pytest.raises(UserError, match="1,000 processes are not a multiple of tp 4 x cp 1 x pp 8 = 32"):
         run_shapes(plus_style(tp=4, pp=8), 1000, 0)
 
 
