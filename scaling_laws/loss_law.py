@@ -13,9 +13,6 @@ from scaling_laws.forms import FORMS, Form, Points, points
 from scaling_laws.laboratories import LOSS_BETWEEN
 from scaling_laws.surface_fit import OFFSET, OFFSET_WEIGHT
 
-MISFIT = (
-    5e-3  # of log loss: how far groups of the public dense sweep lie from a loss law, which a prior is weighed against
-)
 DELTA = 1e-3  # of the Huber cost on log loss, as in arXiv 2203.15556
 MOST_STEPS = 200  # of one search; parameters that the runs do not determine would drift for thousands
 
@@ -83,8 +80,6 @@ def _search_space(
 def _expected(form: Form, exponents: tuple[float, float], deviation: float) -> list[tuple[int, float, float]]:
     """(place, log, weight) of each parameter that is expected to have a value, where losses have a ``deviation``. The square
     of such a residual is weighed against Huber costs, which grow with |x| times `DELTA` beyond it, not with x^2."""
-    if not {"a", "b"} <= set(form.names):
-        return []
     scale = float(np.sqrt(deviation * min(deviation, DELTA)))
     return [
         (form.names.index(name), float(np.log(value)), scale / between)
@@ -137,9 +132,10 @@ def fit_loss(
     begin = law.starts(where, loss) if start is None else [np.array([start.values[name] for name in law.names])]
     target = np.log(loss)
     expected = []
-    if exponents is not None:
+    if exponents is not None and {"a", "b"} <= set(law.names):
         free = start or fit_loss(where, loss, form)
-        begin.append(np.array([free.values[name] for name in law.names]))
+        if start is None:
+            begin.append(np.array([free.values[name] for name in law.names]))
         expected = _expected(law, exponents, free.deviation(where, loss))
 
     def left(x: np.ndarray) -> np.ndarray:
