@@ -42,14 +42,25 @@ def wrong_address(url: str) -> str:
     return ""
 
 
+def wrong_variable(name: str) -> str:
+    """What is wrong with the name of the environment variable of an API key; empty if nothing is."""
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*|", name):
+        return ""
+    return (
+        "is not the name of an environment variable, such as VLLM_API_KEY (it is not shown here, in case it is the key "
+        "itself): put the key into a variable, and give the variable's name"
+    )
+
+
 class ServerConfig(Section):
     """A server that samples the answers of objective grpo: ``url``, the name ``model`` under which it serves the model, and
     its ``kind``. Every episode's weights are written as a Hugging Face directory, which the server is told to load.
 
     ``reload``: the command that has it loaded, with ``{directory}`` in the place of its path; without one, SGLang's own
     request. ``seconds``: to wait for an answer, or for the command. ``tries``: of a request. ``at_once``: requests at a
-    time. ``check``: greedy answers whose log-probabilities are compared with the model's after each hand-over; on average
-    they may be ``gap`` nats a token apart.
+    time. ``key_variable``: the environment variable with the server's API key; empty if it asks for none. ``check``: greedy
+    answers whose log-probabilities are compared with the model's after each hand-over; on average they may be ``gap`` nats a
+    token apart.
     """
 
     url: str
@@ -59,6 +70,7 @@ class ServerConfig(Section):
     seconds: PositiveFloat = 600.0
     tries: Size = 6
     at_once: Size = 16
+    key_variable: str = ""
     check: OptionalSize = 8
     gap: PositiveFloat = 0.1
 
@@ -66,6 +78,8 @@ class ServerConfig(Section):
     def _check(self) -> Self:
         if wrong := wrong_address(self.url):
             raise ValueError(f"url {wrong}")
+        if wrong := wrong_variable(self.key_variable):
+            raise ValueError(f"key_variable {wrong}")
         if not self.model:
             raise ValueError("model is empty: give the name under which the server serves the model")
         if self.reload and PLACE not in self.reload:

@@ -90,7 +90,12 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--server-tries", type=whole(1, 1000), default=6, metavar="N", help="tries of a request; default: %(default)s"
     )
-
+    group.add_argument(
+        "--server-key-variable",
+        default="",
+        metavar="NAME",
+        help="the environment variable with the API key, for a server that asks for one (--api-key of vLLM and SGLang)",
+    )
     group.add_argument(
         "--server-check",
         type=whole(0, 1000),

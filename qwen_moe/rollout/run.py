@@ -109,6 +109,7 @@ def _sampler(args: argparse.Namespace, session: Session, sampling: Sampling) -> 
         seconds=args.server_seconds,
         tries=args.server_tries,
         at_once=max(1, args.batch_size // args.samples),
+        key_variable=args.server_key_variable,
     )
     found = ServerSampler(server, sorted(session.opened.end_tokens), session.opened.config.vocab_size)
     if not (args.output / MANIFEST).exists():

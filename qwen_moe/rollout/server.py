@@ -13,6 +13,7 @@ must be 1, or 0. Every answer is checked: a server that gives other tokens than 
 import http.client
 import json
 import math
+import os
 import time
 import urllib.error
 import urllib.request
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from launchers.counted import counted
-from qwen_moe.config.rollout import ServerKind, wrong_address
+from qwen_moe.config.rollout import ServerKind, wrong_address, wrong_variable
 from qwen_moe.errors import UserError
 from qwen_moe.generation.engine import Completion
 from qwen_moe.generation.sampling import Sampling, uniforms
@@ -45,7 +46,8 @@ class Sampler(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Server:
     """Where a server is and how to ask it. ``seconds``: to wait for an answer. ``tries``: of each request. ``at_once``:
-    requests at a time. ``in_recipe``: messages name settings of a recipe instead of options."""
+    requests at a time. ``key_variable``: the environment variable with the API key; empty for a server that asks for none.
+    ``in_recipe``: messages name settings of a recipe instead of options."""
 
     url: str
     model: str
@@ -53,17 +55,35 @@ class Server:
     seconds: float = 600.0
     tries: int = 6
     at_once: int = 16
+    key_variable: str = ""
     in_recipe: bool = False
 
     def __post_init__(self) -> None:
         if wrong := wrong_address(self.url):
             raise UserError(f"--server {wrong}")
+        if wrong := wrong_variable(self.key_variable):
+            raise UserError(f"--server-key-variable {wrong}")
+        self.headers()
 
     def name(self, setting: str = "") -> str:
         """What the user calls a setting, or the server itself."""
         if self.in_recipe:
             return f"rollout.server.{setting}" if setting else f"rollout.server {self.url}"
-        return {"": "--server", "model": "--model"}.get(setting, f"--server-{setting}")
+        return {"": "--server", "model": "--model"}.get(setting, f"--server-{setting.replace('_', '-')}")
+
+    def headers(self) -> dict[str, str]:
+        """The header with the API key, if there is one. Raises UserError if the variable is not set or cannot be sent."""
+        if not self.key_variable:
+            return {}
+        variable = f"{self.name('key_variable')}: the environment variable {self.key_variable}"
+        key = os.environ.get(self.key_variable, "").strip()
+        if not key:
+            raise UserError(f"{variable} is empty or not set: set it to the server's API key")
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(
+                f"{variable} has characters that an HTTP header cannot have: set it to the server's API key"
+            )
+        return {"Authorization": f"Bearer {key}"}
 
     @property
     def goes_on(self) -> str:
@@ -164,6 +184,15 @@ class ServerSampler:
                     "model: training on it would not teach to stop"
                 )
 
+    @property
+    def _about_key(self) -> str:
+        if self.server.key_variable:
+            return f". Is the environment variable {self.server.key_variable} this server's API key?"
+        setting = self.server.name("key_variable")
+        return (
+            f". If it asks for an API key, put it into an environment variable, and give {setting} the variable's name"
+        )
+
     def ask(self, path: str, body: dict[str, Any] | None) -> Any:
         """The JSON that the server answers. Raises UserError, after several tries if it is down or busy."""
         url, seconds = self._base + path, self.server.name("seconds")
@@ -173,13 +202,16 @@ class ServerSampler:
             if attempt:
                 time.sleep(min(_LONGEST_WAIT, 0.5 * 2 ** (attempt - 1)))
             request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+            for name, value in self.server.headers().items():
+                request.add_unredirected_header(name, value)  # the key is not for another host
             try:
                 with urllib.request.urlopen(request, timeout=self.server.seconds) as response:
                     return _json(response.read(), url)
             except urllib.error.HTTPError as error:
                 problem = f"status {error.code}: {_explanation(error)}"
                 if error.code not in _PASSING:
-                    raise UserError(f"{url} refuses the request with {problem}") from None
+                    advice = self._about_key if error.code in (401, 403) else ""
+                    raise UserError(f"{url} refuses the request with {problem}{advice}") from None
             except TimeoutError:
                 problem = f"no answer within {counted(self.server.seconds, 'second')} ({seconds})"
             except urllib.error.URLError as error:
@@ -240,6 +272,8 @@ def _vllm_answers(answer: Any, prompt: list[int]) -> list[Completion]:
     """The choices in the order of their index. Raises UserError for another form, and a prompt that is not ours."""
     try:
         choices = sorted(_list(answer, "choices"), key=lambda choice: choice["index"])
+        if len(indices := [choice["index"] for choice in choices]) != len(set(indices)):
+            raise ValueError(f"the choices have the indices {indices}")
         for choice in choices:
             read = choice.get("prompt_token_ids")
             if read is not None and list(read) != prompt:

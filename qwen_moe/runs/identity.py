@@ -79,7 +79,7 @@ TABLE: dict[Rule, tuple[str, ...]] = {
         *("rollout.reward_seconds", "rollout.reward_memory_mib"),
         *("rollout.batch", "rollout.held_out", "rollout.held_out_interval"),
         *("rollout.server.url", "rollout.server.model", "rollout.server.kind", "rollout.server.reload"),
-        *("rollout.server.seconds", "rollout.server.tries", "rollout.server.at_once"),
+        *("rollout.server.seconds", "rollout.server.tries", "rollout.server.at_once", "rollout.server.key_variable"),
         *("rollout.server.check", "rollout.server.gap"),
         *("training.recompute", "training.loss_chunk_tokens"),
         "optimizer.provider",  # another kernel for the same computation

@@ -73,6 +73,7 @@ class ServedSampler:
             seconds=settings.seconds,
             tries=settings.tries,
             at_once=settings.at_once,
+            key_variable=settings.key_variable,
             in_recipe=True,
         )
         self._server = ServerSampler(server, ends, config.model.vocab_size)

@@ -17,7 +17,8 @@ from qwen_moe.generation.sampling import Sampling
 
 class FakeServer(ThreadingHTTPServer):
     """Answers both protocols with the model of ``hf``. ``failures``: statuses to answer first. ``busy`` says which requests
-    get a 503. ``change`` edits an answer before it is sent. Requests come side by side: only ``busy`` can single one out.
+    get a 503. ``key``: the API key that every request needs, if it is not empty. ``change`` edits an answer before it is
+    sent. Requests come side by side: only ``busy`` can single one out.
 
     It loads other directories as SGLang does, and keeps their names in ``loaded``. After ``deaf_after`` of them it says that
     it has loaded one and has not. ``seeds``: the seed, the number of the prompt and that of the answer that a seed of a
@@ -40,7 +41,7 @@ class FakeServer(ThreadingHTTPServer):
         self.failures: list[int] = []
         self.requests: list[tuple[str, Any]] = []
         self.busy: Any = lambda body: False
-        self.wait = 0.0
+        self.wait, self.key = 0.0, ""
         self.change: Any = lambda answer: answer
         self.loaded: list[Path] = []
         self.deaf_after = 1000
@@ -68,7 +69,15 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
+    def may_ask(self) -> bool:
+        if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
+            self.send(401, {"error": "Unauthorized"})
+            return False
+        return True
+
     def do_GET(self) -> None:
+        if not self.may_ask():
+            return
         if self.path == "/v1/models":
             self.send(200, {"object": "list", "data": [{"id": "ours", "object": "model"}]})
         else:
@@ -76,6 +85,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self.may_ask():
+            return
         self.server.requests.append((self.path, body))
         if self.server.failures or self.server.busy(body):
             status = self.server.failures.pop(0) if self.server.failures else 503

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,55 @@ def test_a_password_in_an_address_is_not_printed() -> None:
     assert "hunter2" not in str(error.value)
 
 
+def test_a_server_that_asks_for_a_key(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.key = "sk-secret"
+    with pytest.raises(UserError, match=r"status 401: .*give --server-key-variable the variable's name"):
+        sampler(fake).check(SAMPLING)
+    with pytest.raises(UserError, match="the environment variable KEY_OF_TESTS is empty or not set"):
+        sampler(fake, key_variable="KEY_OF_TESTS")
+    monkeypatch.setenv("KEY_OF_TESTS", "sk-öther")
+    with pytest.raises(UserError, match="characters that an HTTP header cannot have") as error:
+        sampler(fake, key_variable="KEY_OF_TESTS")
+    assert "sk-" not in str(error.value)
+    monkeypatch.setenv("KEY_OF_TESTS", "sk-wrong")
+    with pytest.raises(UserError, match=r"status 401: .*Is the environment variable KEY_OF_TESTS this") as error:
+        sampler(fake, key_variable="KEY_OF_TESTS").generate(PROMPTS, SAMPLING)
+    assert "sk-" not in str(error.value)
+    monkeypatch.setenv("KEY_OF_TESTS", "sk-secret\n")  # as `cat` of a file gives it
+    right = sampler(fake, key_variable="KEY_OF_TESTS")
+    right.check(SAMPLING)
+    assert len(right.generate(PROMPTS, SAMPLING)) == 3
+
+
+def test_a_key_in_the_place_of_a_variable_is_not_printed() -> None:
+    with pytest.raises(UserError, match="--server-key-variable is not the name of an environment variable") as error:
+        Server(url="http://127.0.0.1:80", model="ours", key_variable="sk-secret")
+    assert "secret" not in str(error.value)
+
+
+def test_a_key_is_not_sent_on_to_another_host(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY_OF_TESTS", "sk-secret")
+    seen = []
+
+    class Redirecting(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.headers["Authorization"])
+            self.send_response(302)
+            self.send_header("Location", fake.url + self.path)
+            self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    fake.key = "sk-secret"
+    with HTTPServer(("127.0.0.1", 0), Redirecting) as other:
+        threading.Thread(target=other.handle_request, daemon=True).start()
+        asking = sampler(fake, url=f"http://127.0.0.1:{other.server_address[1]}", key_variable="KEY_OF_TESTS", tries=1)
+        with pytest.raises(UserError, match="status 401"):
+            asking.check(SAMPLING)
+    assert seen == ["Bearer sk-secret"]
+
+
 def test_a_server_without_models(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ServerSampler, "ask", lambda self, path, body: {"data": []})
     with pytest.raises(UserError, match="has no model at all: load 'ours' into it"):
@@ -144,9 +194,9 @@ def test_a_server_that_is_slow_or_down(fake: FakeServer) -> None:
         closed.check(SAMPLING)
 
 
-def edited(index: int, **changes: Any) -> Any:
+def edited(place: int, **changes: Any) -> Any:
     def change(answer: Any) -> Any:
-        answer["choices"][index] |= changes
+        answer["choices"][place] |= changes
         return answer
 
     return change
@@ -168,6 +218,7 @@ def edited(index: int, **changes: Any) -> Any:
         (edited(0, token_ids=[1], logprobs={"token_logprobs": [-1.0]}, finish_reason="stop"), "none of the end tokens"),
         (edited(0, finish_reason="abort"), "finish_reason 'abort'"),
         (edited(0, logprobs=None), "not the form of vLLM's"),
+        (edited(0, index=1), r"the choices have the indices \[0, 1, 1\]"),
         (edited(0, token_ids=[1.5], logprobs={"token_logprobs": [-1.0]}), "1.5 is no token id"),
         (edited(0, token_ids="12"), "'1' is no token id"),
         (edited(0, token_ids=[float("inf")]), "inf is no token id"),

@@ -228,14 +228,18 @@ def test_answers_of_other_weights_are_not_taken(tmp_path: Path) -> None:
 
 
 def test_a_command_has_the_server_load(server: FakeServer, tokenizer: Path, tmp_path: Path) -> None:
+    server.key = os.environ["PATH"]  # a variable that the processes of all tests have
     script = tmp_path / "reload it.py"
     script.write_text(
-        "import json, sys, urllib.request\n"
+        "import json, os, sys\nfrom urllib.request import Request, urlopen\n"
         "body = json.dumps({'model_path': sys.argv[1]}).encode()\n"
-        f"urllib.request.urlopen('{server.url}/update_weights_from_disk', body).read()\n"
+        "key = {'Authorization': 'Bearer ' + os.environ['PATH']}\n"
+        f"urlopen(Request('{server.url}/update_weights_from_disk', body, key)).read()\n"
     )
     reload = f"{sys.executable} '{script}' {{directory}}"
-    recipe = served(server, tokenizer, tmp_path / "run", server={"kind": "vllm", "reload": reload})
+    recipe = served(
+        server, tokenizer, tmp_path / "run", server={"kind": "vllm", "reload": reload, "key_variable": "PATH"}
+    )
     (found,) = run_distributed(learn, 1, recipe, {}, 1)
     assert found[0]["server_gap"] < 1e-12
     assert [path.parent for path in server.loaded] == [(tmp_path / "run" / "served").absolute()]
@@ -268,6 +272,7 @@ def test_a_hand_over_that_fails(reload: str, message: str, server: FakeServer, t
         ({"server": {"reload": "restart.sh"}}, "does not say which directory to load: put {directory}"),
         ({"server": {"reload": "a 'b {directory}"}}, "No closing quotation"),
         ({"server": {"model": ""}}, "model is empty"),
+        ({"server": {"key_variable": "sk-secret"}}, "key_variable is not the name of an environment variable"),
         ({"rollout": {"replay": True}}, "rollout.server does not say which experts its tokens took"),
         ({"balance": {"bias_update_rate": 0.1}}, "rollout.server loads cannot store"),
     ],
