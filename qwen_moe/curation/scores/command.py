@@ -308,7 +308,7 @@ def _train(args: argparse.Namespace, domains: "DomainSettings | None") -> int:
     from parallel.threads import limit_threads
     from qwen_moe.alone import alone
     from qwen_moe.curation.scores.documents import read
-    from qwen_moe.curation.scores.train import Training, described, gather, train
+    from qwen_moe.curation.scores.train import Training, described, gather, train, warning
     from qwen_moe.data.corpus import ReadCounts
     from qwen_moe.data.parquet import check_columns
     from qwen_moe.data.sources import find_corpus
@@ -338,6 +338,8 @@ def _train(args: argparse.Namespace, domains: "DomainSettings | None") -> int:
     else:
         print(f"{folder}: a classifier of {kind} ({', '.join(examples.names)}), {described(figures)}")
         print(f"features of {rate:,.0f} documents per second", file=sys.stderr)
+    if told := warning(figures):
+        print(told, file=sys.stderr)
     return 0
 
 

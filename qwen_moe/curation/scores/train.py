@@ -287,3 +287,15 @@ def described(figures: dict[str, Any]) -> str:
         )
         lines.append("found: " + ", ".join(f"{name} {text}" for name, text in of_classes))
     return "\n".join(lines)
+
+
+def warning(figures: dict[str, Any]) -> str:
+    """What to say of a classifier that has learned nothing, by its figures on held-out documents; empty if it has."""
+    bad = [name for name, one in figures.get("scores", {}).items() if not one["error"] < one["error_of_mean"]]
+    told = f"no nearer to {', '.join(bad)} than their mean is" if bad else ""
+    if "accuracy" in figures and not figures["accuracy"] > figures["most_frequent"]:
+        told = "no more often right than the most frequent class is"
+    if not told:
+        return ""
+    held_out = counted(figures["held_out"], "held-out document")
+    return f"note: of {held_out}, the classifier is {told}: keep or drop nothing by it, and train on more documents"
