@@ -82,9 +82,11 @@ class _GeneratingCompleter:
 
     @property
     def reach(self) -> int | None:
+        from qwen_moe.generation.extension import own_extension
+
         config = self._opened.config
-        own = config.rope_scaling is not None or config.dual_chunk is not None
-        return config.reach if self._options.context_extension == "none" or own else None
+        fixed = self._options.context_extension == "none" or own_extension(config)
+        return config.reach if fixed else None
 
     def encode(self, text: str) -> list[int]:
         return self._opened.tokenizer(text, verbose=False)["input_ids"]

@@ -22,6 +22,13 @@ def check_chunk(size: int, trained: int) -> None:
         raise UserError(f"--chunk-size {size}: give 2 to {trained}, the length that the model was trained on")
 
 
+def own_extension(config: ModelConfig) -> str:
+    """The setting by which a model reaches further than it was trained, to which none is added; empty if it has none."""
+    if config.rope_scaling is not None:
+        return "model.rope_scaling"
+    return "" if config.dual_chunk is None else "model.dual_chunk"
+
+
 def extended(config: ModelConfig, extension: Extension, length: int, chunk: int | None = None) -> ModelConfig:
     """``config`` for texts of ``length`` tokens.
 
@@ -38,10 +45,9 @@ def extended(config: ModelConfig, extension: Extension, length: int, chunk: int 
             f"--context-extension {extension}: the model reaches {config.reach} tokens and the longest text has {length}, "
             "prompt and answer together: leave the option out"
         )
-    own = "rope_scaling" if config.rope_scaling is not None else "dual_chunk" if config.dual_chunk is not None else ""
-    if own:
+    if own := own_extension(config):
         raise UserError(
-            f"--context-extension {extension}: the model has its own extension (model.{own}), which reaches {config.reach} "
+            f"--context-extension {extension}: the model has its own extension ({own}), which reaches {config.reach} "
             f"tokens, and the longest text has {length}: shorten the text, or change the model's config"
         )
     trained = config.max_position_embeddings

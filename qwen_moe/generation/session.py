@@ -17,7 +17,7 @@ from qwen_moe.checkpoint.huggingface.export import export_dtype
 from qwen_moe.errors import UserError
 from qwen_moe.generation.choices import log_probs_of_choices
 from qwen_moe.generation.engine import Completion, Engine, Limits
-from qwen_moe.generation.extension import extended
+from qwen_moe.generation.extension import extended, own_extension
 from qwen_moe.generation.launch import split_layout
 from qwen_moe.generation.likelihood import Likelihood, ScoredText, check_text, in_passes
 from qwen_moe.generation.open import HowToRead, Opened, on_one_device
@@ -131,9 +131,11 @@ class Session:
         longest = longest or self.opened.config.reach
         config = extended(self.opened.config, self._how.extension, longest, self._how.chunk)
         if longest > config.reach:
+            own = own_extension(config)
+            fix = f"change {own} in the model's config" if own else "extend the context (--context-extension)"
             raise UserError(
                 f"texts of {longest:,} tokens are longer than the model's reach of {config.reach:,} tokens: shorten them, "
-                "or extend the context (--context-extension)"
+                f"or {fix}"
             )
         self._longest = max(self._longest, longest)
         return longest

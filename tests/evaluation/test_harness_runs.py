@@ -198,6 +198,11 @@ def test_requests_that_the_model_cannot_answer(
     assert '{"num_beams": 4}' in failed(capsys, *at, "--tasks", names[2], "--gen-kwargs", "num_beams=4")
     assert "longer than the model's reach of 48" in failed(capsys, *at, "--tasks", names[0], "--max-length", "49")
     assert "a continuation has" in failed(capsys, *at, "--tasks", names[0], "--max-length", "2")
+    scaling = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 24}
+    scaled = model_folder(tmp_path / "scaled", rope_scaling=scaling)  # no second extension helps it
+    assert "reach of 48 tokens: shorten them, or change model.rope_scaling in the model's config" in failed(
+        capsys, "--checkpoint", scaled, "--output", tmp_path / "out", "--tasks", names[0], "--max-length", "49"
+    )
     small = model_folder(tmp_path / "small", vocab_size=200)
     assert "vocabulary has 200" in failed(
         capsys, "--checkpoint", small, "--tasks", names[0], "--output", tmp_path / "small"
