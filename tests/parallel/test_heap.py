@@ -70,11 +70,11 @@ def test_blocks_that_were_freed_are_whole_again() -> None:
 
 def test_the_environment_of_the_heap() -> None:
     without_gpu = {"CUDA_VISIBLE_DEVICES": ""}
-    own = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+    own = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.hugetlb=1"}
     assert heap_environment(without_gpu) == own == heap_environment(without_gpu | own)
     other = {"GLIBC_TUNABLES": "glibc.cpu.x86_ibt=off"}
     assert heap_environment(without_gpu | other) == {
-        "GLIBC_TUNABLES": "glibc.cpu.x86_ibt=off:glibc.malloc.tcache_count=0"
+        "GLIBC_TUNABLES": "glibc.cpu.x86_ibt=off:glibc.malloc.tcache_count=0:glibc.malloc.hugetlb=1"
     }
     assert heap_environment(without_gpu | {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=9"}) == {}
     assert heap_environment(without_gpu | {"MALLOC_TRIM_THRESHOLD_": "1"}) == {}
