@@ -6,12 +6,14 @@ operands and the rounding of the result are the same, and sums are in float32. W
 other device, `widen` returns its argument and nothing changes.
 
 Generation multiplies few rows by a weight, without gradients. In half precision, the operands then change places (`times`).
+`wanted` says which of its gradients a backward has to multiply for.
 """
 
 import functools
 import os
 import platform
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,6 +119,23 @@ def exact_mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     return exact_bmm(a.unsqueeze(0), b.unsqueeze(0), dtype).squeeze(0)
 
 
+def wanted(ctx: Any) -> tuple[bool, ...]:
+    """For each argument of the autograd function of ``ctx``, whether the backward that runs now uses its gradient.
+
+    `ctx.needs_input_grad` tells only whether it ever needs one. A zero-bubble schedule runs each backward twice, for the
+    gradients of activations and then for those of weights: both times it would say that both are needed (pytorch #174017).
+    """
+    nodes = (node for node, _ in ctx.next_functions if node is not None)  # one for each argument that needs a gradient
+    return tuple(needs and _executes(next(nodes)) for needs in ctx.needs_input_grad)
+
+
+def _executes(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf whose gradient was asked for by name
+        return True
+
+
 class _Linears(torch.autograd.Function):
     """y_i = x W_i^T + b_i. backward: dx = sum_i dy_i W_i, accumulated inside the GEMMs; dW_i = dy_i^T x."""
 
@@ -130,15 +149,14 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
+        need = wanted(ctx)
         rows = [widen(dy.flatten(0, -2)) for dy in grad_outputs]
         dx = None
-        if ctx.needs_input_grad[0]:
+        if need[0]:
             dx = summed_products(rows, weights).view_as(x).to(x.dtype)
-        operand = widen(x.flatten(0, -2)) if any(ctx.needs_input_grad[1::2]) else None
+        operand = widen(x.flatten(0, -2)) if any(need[1::2]) else None
         parameter_gradients: list[torch.Tensor | None] = []
-        for dy, need_weight, need_bias in zip(
-            rows, ctx.needs_input_grad[1::2], ctx.needs_input_grad[2::2], strict=True
-        ):
+        for dy, need_weight, need_bias in zip(rows, need[1::2], need[2::2], strict=True):
             parameter_gradients.append((dy.T @ operand).to(x.dtype) if need_weight and operand is not None else None)
             parameter_gradients.append(dy.sum(0).to(x.dtype) if need_bias else None)
         return dx, *parameter_gradients

@@ -17,7 +17,7 @@ from parallel.collectives import (
     start_gather_sequence,
     start_reduce_scatter_sequence,
 )
-from parallel.gemm import affine, linear, summed_products, widen
+from parallel.gemm import affine, linear, summed_products, wanted, widen
 from parallel.mesh import Axis
 
 
@@ -46,7 +46,7 @@ class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        need = ctx.needs_input_grad
+        need = wanted(ctx)
         need_weights, need_biases = need[2::2], need[3::2]
         gather = start_gather_sequence(x, ctx.axis) if any(need_weights) else None
         scatter = None

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.collectives import all_gather_single, reduce_scatter
-from parallel.gemm import widen
+from parallel.gemm import wanted, widen
 from parallel.mesh import Axis
 
 
@@ -94,9 +94,9 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         ctx, *grad_outputs: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None, None]:
         dx, dweight = ctx.saved_tensors
-        scale = grad_outputs[0]
-        dx = None if dx is None else dx * scale.to(dx.dtype)
-        dweight = None if dweight is None else (dweight * scale).to(ctx.weight_dtype)
+        need, scale = wanted(ctx), grad_outputs[0]
+        dx = dx * scale.to(dx.dtype) if need[0] else None
+        dweight = (dweight * scale).to(ctx.weight_dtype) if need[1] else None
         return dx, dweight, None, None, None, None
 
 
@@ -140,8 +140,9 @@ class _VocabParallelLogProbs(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None, None]:
         x, weight, labels, *lse = ctx.saved_tensors
         axis, step, operand = ctx.axis, ctx.step, widen(weight)
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dweight = torch.zeros(weight.shape, dtype=lse[0].dtype, device=x.device) if ctx.needs_input_grad[1] else None
+        need = wanted(ctx)
+        dx = torch.empty_like(x) if need[0] else None
+        dweight = torch.zeros(weight.shape, dtype=lse[0].dtype, device=x.device) if need[1] else None
         for start, lse_c in zip(range(0, x.shape[0], step), lse, strict=True):
             rows = slice(start, start + step)
             c = _chunk(x[rows], operand, labels[:, rows].flatten(), ctx.first, axis)

@@ -15,7 +15,7 @@ from parallel.collectives import (
     start_gather_sequence,
     start_reduce_scatter_sequence,
 )
-from parallel.gemm import widens
+from parallel.gemm import wanted, widens
 from parallel.kernels.formats import E4M3, Quantized
 from parallel.kernels.interface import ExpertPart, GroupedMM
 from parallel.kernels.matmul import expert, mm, sizes_of, transposed
@@ -63,7 +63,7 @@ class _Linears(torch.autograd.Function):
         quantizer, axis = ctx.quantizer, ctx.axis
         tensors = ctx.saved_tensors  # read once: recomputation forbids a second unpacking
         weights, saved = tensors[: ctx.weights], tensors[ctx.weights :]
-        need = ctx.needs_input_grad
+        need = wanted(ctx)
         need_weights, need_biases = need[5::2], need[6::2]
         gather = start_gather_sequence(saved[0], axis) if axis.size > 1 and any(need_weights) else None
         gradients, dx = [], None
@@ -154,10 +154,11 @@ class _Grouped(torch.autograd.Function):
         dy = grad_outputs[0]
         gradient = quantizer.rows(f"{path}.grad_output", dy, quantizer.gradient, part, padding)
         dx = dw = None
-        if ctx.needs_input_grad[0]:
+        need = wanted(ctx)
+        if need[0]:
             across = transposed(quantizer.weight(f"{path}.weight", weight, True, part.first))
             dx = _by_expert(ctx.grouped_mm, gradient.over_features, across, padding.sizes, counts, dy.dtype)
-        if ctx.needs_input_grad[1]:
+        if need[1]:
             dw = _outer_by_expert(gradient.over_rows, Quantized(saved[0], saved[1], ctx.block), padding, dy.dtype)
         return dx, dw, None, None, None, None, None, None
 

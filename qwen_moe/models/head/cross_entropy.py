@@ -5,7 +5,7 @@ Shapes: T tokens, D hidden, V vocabulary.
 
 import torch
 
-from parallel.gemm import mm_into, widen
+from parallel.gemm import mm_into, wanted, widen
 from qwen_moe.models.ops.compiled import fused
 from qwen_moe.models.ops.dtypes import accumulation_dtype
 
@@ -82,9 +82,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         dx, dweight = ctx.saved_tensors
-        scale = grad_outputs[0]
-        dx = None if dx is None else dx * scale.to(dx.dtype)
-        dweight = None if dweight is None else (dweight * scale).to(ctx.weight_dtype)
+        need, scale = wanted(ctx), grad_outputs[0]
+        dx = dx * scale.to(dx.dtype) if need[0] else None
+        dweight = (dweight * scale).to(ctx.weight_dtype) if need[1] else None
         return dx, dweight, None, None
 
 

@@ -6,7 +6,7 @@ chunk's logits in backward instead. Shapes: T tokens, D hidden, V vocabulary.
 
 import torch
 
-from parallel.gemm import mm_into, widen
+from parallel.gemm import mm_into, wanted, widen
 from qwen_moe.models.head.cross_entropy import set_at_labels
 from qwen_moe.models.ops.compiled import fused
 from qwen_moe.models.ops.dtypes import accumulation_dtype
@@ -55,7 +55,7 @@ class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         x, weight, labels, lse = ctx.saved_tensors
-        need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        need_x, need_weight, *_ = wanted(ctx)
         dx = torch.empty_like(x) if need_x else None
         dweight = torch.zeros(weight.shape, dtype=lse.dtype, device=x.device) if need_weight else None
         operand = widen(weight)

@@ -2,6 +2,7 @@
 
 import torch
 
+from parallel.gemm import wanted
 from qwen_moe.models.ops.dtypes import accumulation_dtype
 
 
@@ -20,9 +21,9 @@ class _LinearScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         x, weight = ctx.saved_tensors
-        upstream = grad_outputs[0]
-        dx = (upstream @ weight.to(upstream.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
+        upstream, need = grad_outputs[0], wanted(ctx)
+        dx = (upstream @ weight.to(upstream.dtype)).to(x.dtype) if need[0] else None
+        if not need[1]:
             return dx, None
         rows = x.reshape(-1, x.shape[-1]).to(upstream.dtype)
         return dx, (upstream.reshape(-1, upstream.shape[-1]).T @ rows).to(weight.dtype)

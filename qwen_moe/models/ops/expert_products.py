@@ -5,6 +5,7 @@ Shapes: T token states, N rows sorted by expert, M = N / T rows of a state, E ex
 
 import torch
 
+from parallel.gemm import wanted
 from qwen_moe.models.ops.grouped_matmul import Kernel, grouped_mm, kernel_for
 from qwen_moe.models.ops.permute import Rows, permute, sum_of_rows
 from qwen_moe.models.ops.swiglu import weighted_gradients, weighted_swiglu, weighted_values
@@ -33,10 +34,10 @@ class _UpProduct(torch.autograd.Function):
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, token, row, counts = ctx.saved_tensors
         kernel, dx, dweight = ctx.kernel, None, None
-        dy = kernel.operand(grad_outputs[0])
-        if ctx.needs_input_grad[0]:
+        dy, need = kernel.operand(grad_outputs[0]), wanted(ctx)
+        if need[0]:
             dx = sum_of_rows(kernel.input_gradient(dy, weight, counts), row)
-        if ctx.needs_input_grad[1]:
+        if need[1]:
             rows = x.index_select(0, token) if ctx.gathers else x
             dweight = kernel.weight_gradient(dy, kernel.operand(rows), weight, counts)
         return dx, dweight, None, None, None, None
@@ -58,12 +59,15 @@ class _DownProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate_up, weights, weight, counts = ctx.saved_tensors
-        kernel, dweight = ctx.kernel, None
-        dy = kernel.operand(grad_outputs[0])
-        dhidden = kernel.input_gradient(dy, weight, counts)
+        kernel, dgate_up, dweights, dweight = ctx.kernel, None, None, None
+        dy, need = kernel.operand(grad_outputs[0]), wanted(ctx)
         g, u = gate_up.chunk(2, dim=-1)
-        dgate_up, dweights, hidden = weighted_gradients(g, u, weights, dhidden)
-        if ctx.needs_input_grad[2]:
+        if need[0] or need[1]:
+            dhidden = kernel.input_gradient(dy, weight, counts)
+            dgate_up, dweights, hidden = weighted_gradients(g, u, weights, dhidden)
+        else:
+            hidden = weighted_values(g, u, weights)
+        if need[2]:
             dweight = kernel.weight_gradient(dy, kernel.operand(hidden), weight, counts)
         return dgate_up, dweights, dweight, None, None
 

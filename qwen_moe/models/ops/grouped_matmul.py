@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from parallel.gemm import HALF, affine, times, widen, widens
+from parallel.gemm import HALF, affine, times, wanted, widen, widens
 
 FEW = 256  # rows in all, when tokens are generated
 GroupedMM = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -165,10 +165,10 @@ class _GroupedMM(torch.autograd.Function):
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         x, weight, counts = ctx.saved_tensors
         kernel, dx, dweight = ctx.kernel, None, None
-        dy = kernel.operand(grad_outputs[0])
-        if ctx.needs_input_grad[0]:
+        dy, need = kernel.operand(grad_outputs[0]), wanted(ctx)
+        if need[0]:
             dx = kernel.input_gradient(dy, weight, counts)
-        if ctx.needs_input_grad[1]:
+        if need[1]:
             dweight = kernel.weight_gradient(dy, kernel.operand(x), weight, counts)
         return dx, dweight, None, None
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from parallel.gemm import wanted
 from qwen_moe.models.ops.compiled import fused
 from qwen_moe.models.ops.dtypes import accumulation_dtype
 
@@ -26,6 +27,12 @@ def _backward(
     return h.sub_(normed.mul_(projection)).mul_(r).to(x.dtype), dweight
 
 
+@fused
+def _weight_gradient(x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    normed = x.to(r.dtype) * r
+    return (dy.to(r.dtype).flatten(0, -2) * normed.flatten(0, -2)).sum(0).to(weight.dtype)
+
+
 class _RMSNorm(torch.autograd.Function):
     """y = w * (x * r), r = rsqrt(mean(x^2) + eps). Saves x and r only.
 
@@ -39,8 +46,10 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, None]:
         x, weight, r = ctx.saved_tensors
+        if not wanted(ctx)[0]:
+            return None, _weight_gradient(x, weight, r, grad_outputs[0]), None
         dx, dweight = _backward(x, weight, r, grad_outputs[0])
         return dx, dweight, None
 

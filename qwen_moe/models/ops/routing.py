@@ -6,7 +6,7 @@ Shapes: B sequences of S tokens, T = B * S, D hidden, E experts, K top-k. All su
 import torch
 import torch.nn.functional as F
 
-from parallel.gemm import exact_mm
+from parallel.gemm import exact_mm, wanted
 from qwen_moe.models.ops.compiled import fused
 from qwen_moe.models.ops.dtypes import accumulation_dtype
 
@@ -81,9 +81,10 @@ class _Picked(torch.autograd.Function):
         ).flatten(0, 1)
         dlogits.scatter_add_(1, indices, parts)
         dx = dweight = None
-        if ctx.needs_input_grad[0]:
+        need = wanted(ctx)
+        if need[0]:
             dx = (dlogits @ weight.to(dlogits.dtype)).to(x.dtype).view_as(x)
-        if ctx.needs_input_grad[1]:
+        if need[1]:
             dweight = (dlogits.T @ x.flatten(0, 1).to(dlogits.dtype)).to(weight.dtype)
         return dx, dweight, None, None, None, None
 

@@ -5,7 +5,7 @@ Shapes: A/O input/output features.
 
 import torch
 
-from parallel.gemm import affine, linear, widen
+from parallel.gemm import affine, linear, wanted, widen
 from qwen_moe.models.ops.swiglu import (
     gradients_and_values,
     swiglu,
@@ -30,17 +30,22 @@ class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         g, u, scale, weight = ctx.saved_tensors
-        dy, dscale, dweight = widen(grad_outputs[0].flatten(0, -2)), None, None
-        dhidden = (dy @ widen(weight)).to(g.dtype)
+        need, dy = wanted(ctx), widen(grad_outputs[0].flatten(0, -2))
+        dg = du = dscale = dweight = None
         rows = g.flatten(0, -2), u.flatten(0, -2)
-        if scale is None:
-            dg, du, hidden = gradients_and_values(*rows, dhidden)
+        if not any(need[:3]):
+            hidden = values(*rows) if scale is None else weighted_values(*rows, scale.flatten())
         else:
-            dg, du, dscale, hidden = weighted_gradients_apart(*rows, scale.flatten(), dhidden)
-            dscale = dscale.view_as(scale)
-        if ctx.needs_input_grad[3]:
+            dhidden = (dy @ widen(weight)).to(g.dtype)
+            if scale is None:
+                dg, du, hidden = gradients_and_values(*rows, dhidden)
+            else:
+                dg, du, dscale, hidden = weighted_gradients_apart(*rows, scale.flatten(), dhidden)
+                dscale = dscale.view_as(scale)
+            dg, du = dg.view_as(g), du.view_as(u)
+        if need[3]:
             dweight = (dy.T @ widen(hidden)).to(weight.dtype)
-        return dg.view_as(g), du.view_as(u), dscale, dweight
+        return dg, du, dscale, dweight
 
 
 def swiglu_linear(
