@@ -252,8 +252,9 @@ def test_processes_of_a_split_model_draw_the_same(chat: Path, tmp_path: Path) ->
 
 
 # With --tp 2 the shares were those of half of the heads, and with --pp 2 those of the first stage's layers.
+@pytest.mark.parametrize("degree", ["--tp", "--pp"])
 def test_shares_of_a_split_model_are_those_of_all_its_heads_and_layers(
-    folders: tuple[Path, Path], tmp_path: Path
+    degree: str, folders: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model, lines = tmp_path / "model", []
     shutil.copytree(folders[0], model)
@@ -268,12 +269,12 @@ def test_shares_of_a_split_model_are_those_of_all_its_heads_and_layers(
     }
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2000}))
     (tmp_path / "book.txt").write_text("hello there of old " * 70)
-    for degree in ("--tp", "--pp"):
-        command = [sys.executable, "-m", "qwen_moe", "generate", "--checkpoint", str(model), "--max-new-tokens", "2"]
-        command += ["--prompt-file", str(tmp_path / "book.txt"), "--attention", "sparse", "--kept-share", "0.05"]
-        done = subprocess.run([*command, "--dtype", "fp64", degree, "2"], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        lines.append([line for line in done.stderr.splitlines() if line.startswith("sparse attention kept")])
+    command = ["generate", "--checkpoint", str(model), "--max-new-tokens", "2", "--dtype", "fp64"]
+    command += ["--prompt-file", str(tmp_path / "book.txt"), "--attention", "sparse", "--kept-share", "0.05"]
+    for split in ([], [degree, "2"]):
+        assert main([*command, *split]) == 0
+        said = capfd.readouterr().err.splitlines()
+        lines.append([line for line in said if line.startswith("sparse attention kept")])
     assert lines[0] == lines[1] and len(lines[0]) == 1
 
 
