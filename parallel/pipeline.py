@@ -4,13 +4,14 @@ A stage module is called as ``part(x, **batch)``. The first stage takes FIRST_IN
 hidden states of the stage before it, and the last stage's output goes to the loss. Losses are sums: nothing is divided here.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.graph import Node
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.pipelining import (
@@ -20,7 +21,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleZBVZeroBubble,
 )
-from torch.distributed.pipelining._backward import stage_backward
+from torch.distributed.pipelining._backward import construct_reverse_graph, get_param_groups, stage_backward
 
 from parallel.mesh import Axis
 from parallel.sequence import FIRST_INPUT, Batch
@@ -34,6 +35,18 @@ SCHEDULES: dict[str, Any] = {
     "zbv": ScheduleZBVZeroBubble,  # arXiv 2401.10241
     "dualpipev": ScheduleDualPipeV,  # arXiv 2412.19437
 }
+
+
+def between_halves(output: torch.Tensor, given: torch.Tensor, weights: Iterable[nn.Parameter]) -> list[Node]:
+    """The nodes of the graph from ``given`` to ``output`` whose gradients the first half of a backward keeps for the second,
+    which goes on from them to ``weights``."""
+
+    def node(tensor: torch.Tensor) -> Node:
+        return torch.autograd.graph.get_gradient_edge(tensor).node
+
+    edges = construct_reverse_graph([node(output)])
+    groups = get_param_groups([node(given)], [node(weight) for weight in weights if weight.requires_grad], edges)
+    return list({id(one): one for group in groups for one in group["intermediates"]}.values())
 
 
 def _to_one_dtype(group: FSDPParamGroup) -> None:

@@ -7,15 +7,18 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from parallel.kernels.interface import Kernels
 from parallel.mesh import Grids, Layout
+from parallel.pipeline import between_halves
 from qwen_moe.config import ModelConfig, RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.attention.core import Attend, attend
@@ -25,8 +28,8 @@ from qwen_moe.models.decoder import Layers
 from qwen_moe.models.init import keep_statistics_dtypes
 from qwen_moe.models.moe.block import MoE
 from qwen_moe.objectives.build import build_objective
-from qwen_moe.planning.live_bytes import LiveBytes
-from qwen_moe.planning.tape import Bytes, Front, Scale, Tape, plus
+from qwen_moe.planning.live_bytes import LiveBytes, storages
+from qwen_moe.planning.tape import NOTHING, Bytes, Front, Scale, Tape, plus
 from qwen_moe.sharding.build import DTYPES
 from qwen_moe.sharding.context import ContextAttention
 from qwen_moe.sharding.kernels import choose_kernels
@@ -38,10 +41,12 @@ _TURNS = 3  # of a ring: more turns hold no more
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """Bytes of one micro-batch: ``held`` from forward to backward, and up to ``working`` more within either of them."""
+    """Bytes of one micro-batch: ``held`` from forward to backward, up to ``working`` more within either of them, and
+    ``between`` more between the halves of a backward."""
 
     held: float
     working: float
+    between: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +103,30 @@ def count(config: RunConfig, run: Run) -> Saved:
     with _stage(config, run) as (part, x, ids), LiveBytes(peaks=not run.forward_only) as live:
         out = part(x, ids)
         held = live.live
-        if not run.forward_only:
-            torch.autograd.backward(out, torch.ones_like(out))
-        return Saved(held=held, working=max(0, live.peak - held))
+        if run.forward_only:
+            return Saved(held=held, working=0)
+        kept = _KeptGradients(part, x, out)
+        torch.autograd.backward(out, torch.ones_like(out))
+        return Saved(held=held, working=max(0, live.peak - held), between=sum(kept.sizes))
+
+
+class _KeptGradients:
+    """``sizes``: bytes of the gradients that a backward in two halves keeps between them, noted during one backward from
+    ``out`` to ``x``. All that forward has kept stays, too. A stage that begins with token ids has its whole backward in the
+    second half."""
+
+    def __init__(self, part: TrainingPart, x: torch.Tensor, out: torch.Tensor) -> None:
+        self._found: dict[int, tuple[StorageWeakRef, int]] = {}  # weak references keep an address from being used again
+        for node in between_halves(out, x, part.parameters()) if x.requires_grad else ():
+            node.register_prehook(self._note)
+
+    def _note(self, gradients: tuple[torch.Tensor | None, ...]) -> None:
+        for storage in storages(tuple(one for one in gradients if one is not None)):
+            self._found[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+
+    @property
+    def sizes(self) -> list[int]:
+        return [size for _, size in self._found.values()]
 
 
 @contextmanager
@@ -171,13 +197,14 @@ def _build(config: RunConfig, run: Run, grids: Grids) -> tuple[TrainingPart, Ker
 
 @dataclass(frozen=True, kw_only=True)
 class Body:
-    """What a stage module holds besides what its attention cores do. ``fronts``: of the stretches before the core's forward,
-    between it and the core's backward, and after that; by which of q, k, v and the output are dead, and after that by which
-    gradients of q, k and v are. ``forward`` and ``backward``: what is alive, and what of these is dead, when the core begins
-    either."""
+    """What a stage module holds besides what its attention cores do, and what it holds more ``between`` the halves of a
+    backward. ``fronts``: of the stretches before the core's forward, between it and the core's backward, and after that; by
+    which of q, k, v and the output are dead, and after that by which gradients of q, k and v are. ``forward`` and
+    ``backward``: what is alive, and what of these is dead, when the core begins either."""
 
     scale: Scale
     held: Bytes
+    between: Bytes
     dead: tuple[bool, ...]
     qkvy: tuple[Bytes, ...]
     forward: Bytes
@@ -259,14 +286,18 @@ def record_body(config: RunConfig, run: Run, scale: Scale) -> Body:
     with _stage(config, run, lambda q, k, v, visible, scale: _Hole.apply(q, k, v, tape)) as (part, x, ids), tape:
         out = part(x, ids)
         held, dead, qkvy = tape.now, tape.dead(), tuple(size for _, size in tape.watched)
+        between = NOTHING
         if not run.forward_only:
+            kept = _KeptGradients(part, x, out)
             torch.autograd.backward(out, torch.ones_like(out))
+            between = reduce(plus, map(scale.split, kept.sizes), NOTHING)
     nothing = ("", held, dead)
     marks = {mark[0]: mark for mark in tape.marks}
     _, backward, dead_in_backward = marks.get("core's backward", nothing)
     return Body(
         scale=scale,
         held=held,
+        between=between,
         dead=dead,
         qkvy=qkvy,
         forward=marks["core"][1],

@@ -12,8 +12,9 @@ Parameters, gradients and optimizer state follow from shapes and are exact. Besi
 * The buffers of one all-gather and one reduction of a unit. What is cut along another dim than 0 is gathered into a
   buffer of its own before it is put in order.
 
-Schedules that split backward into two halves (zbv, dualpipev) keep gradients between them, which are estimated as half of
-the micro-batch's activations.
+Schedules that split backward into two halves (zbv, dualpipev) keep all activations between them and, for the second half,
+the gradients of what each weight was used for. These are counted like the activations. The first stage's whole backward is
+in the second half, so it keeps none.
 
 Context parallelism (docs/long-context.md) cuts activations over cp, and dense parameters over dp x cp. What its kinds keep
 for backward and what they need for a moment is counted, as everything else is (`saved`).
@@ -34,6 +35,7 @@ from typing import Any, NamedTuple
 from parallel.stages import V_SHAPED, stages_of_rank
 from qwen_moe.config import RunConfig
 from qwen_moe.models.flops import DTYPE_BYTES
+from qwen_moe.planning.counting import Saved
 from qwen_moe.planning.layouts import Choice
 from qwen_moe.planning.sampling import cache_bytes, samples_itself
 from qwen_moe.planning.saved import SavedActivations, Split
@@ -99,7 +101,7 @@ class MemoryModel:
         self.master = DTYPE_BYTES[config.precision.master]
         objective = config.objective
         self.references = int(objective.reads == "samples" and objective.policy.kl != "none")
-        self._stages: dict[tuple[object, ...], tuple[float, float]] = {}
+        self._stages: dict[tuple[object, ...], Saved] = {}
         self._moe_layers = frozenset(config.model.moe_layers)
         self._units_of: dict[tuple[object, ...], Units] = {}
         self._least_standing: dict[tuple[object, ...], list[float]] = {}
@@ -265,11 +267,13 @@ class MemoryModel:
     def _activations(self, choice: Choice, layout: RunLayout, flight: Flight) -> tuple[float, float]:
         """(held, working) bytes when they are largest."""
         stages = [self._stage_activations(choice, layout, stage) for stage in flight.stages]
-        held = max(sum(n * bytes_ for n, (bytes_, _) in zip(moment, stages, strict=True)) for moment in flight.moments)
-        return held, max(working for _, working in stages)
+        at = [[n * one.held for n, one in zip(moment, stages, strict=True)] for moment in flight.moments]
+        for sizes, halved in zip(at, flight.halved, strict=bool(flight.halved)):
+            sizes += [n * one.between for n, one in zip(halved, stages, strict=True)]
+        return max(map(sum, at)), max(one.working for one in stages)
 
-    def _stage_activations(self, choice: Choice, layout: RunLayout, stage: int) -> tuple[float, float]:
-        """(held by each micro-batch in flight, working) of one stage."""
+    def _stage_activations(self, choice: Choice, layout: RunLayout, stage: int) -> Saved:
+        """Bytes of one stage, held for each micro-batch in flight."""
         layers, last = layout.layers[stage], stage == len(layout.layers) - 1
         moe = len(self._moe_layers.intersection(layers))
         kinds = {kind: times for kind, times in ((True, moe), (False, len(layers) - moe)) if times}
@@ -279,12 +283,13 @@ class MemoryModel:
             self._stages[key] = self._count_stage(choice, split, kinds, stage == 0, last)
         return self._stages[key]
 
-    def _count_stage(
-        self, choice: Choice, split: Split, kinds: dict[bool, int], first: bool, last: bool
-    ) -> tuple[float, float]:
+    def _count_stage(self, choice: Choice, split: Split, kinds: dict[bool, int], first: bool, last: bool) -> Saved:
         saved, batch = self.saved(choice.precision), choice.micro_batch
         layers = {moe: saved.layer(split, moe, batch) for moe in kinds}
         held, working = saved.shared(split, batch), max(layer.working for layer in layers.values())
+        between = 0.0 if first else sum(kinds[moe] * layer.between for moe, layer in layers.items())
+        if not (first or last):  # by then the output is freed, and its gradient is in a receive buffer
+            between -= 2 * batch * saved.hidden(split)
         if choice.recompute == "full":
             # Layers keep their outputs and the order of their rows. Backward recomputes one layer at a time.
             working += max(layer.held for layer in layers.values())
@@ -293,8 +298,8 @@ class MemoryModel:
         held += saved.first(split, batch) if first else 0.0
         if last:
             head = saved.last(split, batch)
-            held, working = held + head.held, max(working, head.working)
-        return held, working
+            held, working, between = held + head.held, max(working, head.working), between + head.between
+        return Saved(held=held, working=working, between=between)
 
     @staticmethod
     def _kept_weights(choice: Choice, total: UnitShare) -> float:

@@ -80,7 +80,7 @@ class SavedActivations:
         run = self._run(ranks, self._middle[moe], micro_batch=micro_batch)
         run = replace(run, given=self._given(split), middle=True, recompute=recompute, forward_only=recompute)
         found = self._layer(run)
-        return Saved(held=found.held - self.shared(split, micro_batch), working=found.working)
+        return replace(found, held=found.held - self.shared(split, micro_batch))
 
     def first(self, split: Split, micro_batch: int = 1) -> float:
         """Bytes that the embedding adds."""
@@ -100,8 +100,9 @@ class SavedActivations:
             return self._count(replace(run, given=self._given(split), micro_batch=micro_batch))
         one, two = (self._count(replace(run, given=given)) for given in (unit, 2 * unit))
         steps = tokens / unit - 1
+        of_both = ((getattr(one, name), getattr(two, name)) for name in ("held", "working", "between"))
         return Saved(
-            held=one.held + steps * (two.held - one.held), working=one.working + steps * (two.working - one.working)
+            **dict(zip(("held", "working", "between"), (a + steps * (b - a) for a, b in of_both), strict=True))
         )
 
     def _count(self, run: Run) -> Saved:
@@ -119,7 +120,8 @@ class SavedActivations:
             core = self._core(run)
             own = core.scale.at(core.held, batch, given)
             held += own + body.scale.at(_kept(body, core, body.dead), batch, given)
-            self._found[run] = Saved(held=held, working=max(0, max(_moments(body, core, run)) - held))
+            working, between = max(0, max(_moments(body, core, run)) - held), body.scale.at(body.between, batch, given)
+            self._found[run] = Saved(held=held, working=working, between=between)
         return self._found[run]
 
     def _body(self, run: Run) -> Body:

@@ -9,11 +9,12 @@ from parallel.timeline import BACKWARD, FORWARD, INPUT, WEIGHT, actions, play
 
 @dataclass(frozen=True)
 class Flight:
-    """The stages of a pipeline rank and the Pareto-maximal numbers of micro-batches in flight per stage. A micro-batch
-    between the halves of its backward counts as one and a half (see memory.py)."""
+    """The stages of a pipeline rank and the Pareto-maximal numbers of micro-batches in flight per stage. ``halved``: at the
+    same moments, how many of them are between the halves of their backward; empty if none ever is."""
 
     stages: tuple[int, ...]
     moments: tuple[tuple[float, ...], ...]
+    halved: tuple[tuple[float, ...], ...] = ()
 
 
 def enough(schedule: str, pp: int, micro_batches: int) -> int:
@@ -39,14 +40,17 @@ def _flights(schedule: str, pp: int, played: int, per_rank: int) -> tuple[Flight
     found = []
     for rank, order in enumerate(actions(schedule, pp, played, per_rank)):
         stages = stages_of_rank(schedule, pp, per_rank, rank)
-        held = dict.fromkeys(stages, 0.0)
+        held, halved = dict.fromkeys(stages, 0.0), dict.fromkeys(stages, 0.0)
         moments: set[tuple[float, ...]] = set()
         for kind, stage, _ in order:
-            held[stage] += {FORWARD: 1.0, INPUT: 0.5, WEIGHT: -1.5, BACKWARD: -1.0}[kind]
+            held[stage] += {FORWARD: 1.0, INPUT: 0.0, WEIGHT: -1.0, BACKWARD: -1.0}[kind]
+            halved[stage] += {INPUT: 1.0, WEIGHT: -1.0}.get(kind, 0.0)
             if kind in (FORWARD, INPUT):
-                moments.add(tuple(held.values()))
-        most = [m for m in moments if not any(o != m and all(a >= b for a, b in zip(o, m)) for o in moments)]
-        found.append(Flight(tuple(stages), tuple(sorted(most))))
+                moments.add((*held.values(), *halved.values()))
+        most = sorted(m for m in moments if not any(o != m and all(a >= b for a, b in zip(o, m)) for o in moments))
+        count, splits = len(stages), any(any(m[len(stages) :]) for m in most)
+        halves = tuple(m[count:] for m in most) if splits else ()
+        found.append(Flight(tuple(stages), tuple(m[:count] for m in most), halves))
     return tuple(found)
 
 

@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.distributed.tensor import DTensor
 
 from parallel import gemm
 from parallel.data import local
-from parallel.stages import stages_of_rank
+from parallel.stages import V_SHAPED, stages_of_rank
 from parallel.timeline import play
 from qwen_moe.config import RunConfig, parse_config
 from qwen_moe.models.decoder import DecoderLM
@@ -153,6 +154,46 @@ def test_activations_are_what_the_allocator_holds(
     assert predicted.activations == pytest.approx(held, rel=0.05)
 
 
+@pytest.mark.parametrize("layers", [(1,), (2,)], ids=["in the middle", "with the head"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_what_is_held_between_the_halves_of_a_backward(
+    monkeypatch: pytest.MonkeyPatch, recompute: str, layers: tuple[int, ...]
+) -> None:
+    """Real tensors, torch's own first half: the allocator's record of what is left for the second."""
+    monkeypatch.setattr(gemm, "has_hardware", lambda dtype: True)
+    config = small()
+    model = DecoderLM(config.model, recompute=recompute, layers=layers).to(torch.bfloat16)
+    weights, head = list(model.parameters()), layers == (2,)
+    ids = torch.randint(0, config.model.vocab_size, (1, 256))
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if head:
+            return model.loss_sums(x, ids).cross_entropy
+        return model.hidden_states(x)[0]
+
+    def halves(x: torch.Tensor) -> tuple[int, int]:
+        """Bytes after forward, and between the halves."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            out = forward(x)
+        held = allocator_bytes(profile)
+        given = None if head else [torch.ones_like(out)]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            _, groups = stage_backward_input([out], given, [x], iter(weights))
+            x.grad = _ = None  # the stage before gets it
+            del out
+        between = held + allocator_bytes(profile)
+        stage_backward_weight(iter(weights), groups)
+        return held, between
+
+    x = torch.randn(1, 256, config.model.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    halves(x)  # gradients exist, threads have started
+    held, between = halves(x)
+    choice = Choice(micro_batch=1, recompute=recompute, pp=3, schedule="zbv")
+    predicted = MemoryModel(config)._count_stage(choice, Split(), {True: 1}, False, head)
+    assert predicted.held == pytest.approx(held, rel=0.05)
+    assert predicted.held + predicted.between == pytest.approx(between, rel=0.05)
+
+
 def test_the_log_probability_head_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """With an objective that needs it, what the allocator holds is predicted too."""
     monkeypatch.setattr(gemm, "has_hardware", lambda dtype: True)
@@ -244,7 +285,10 @@ def test_other_expert_parallel_degrees_hold_the_same() -> None:
 
 @pytest.mark.parametrize(
     ("schedule", "pp", "micro_batches", "per_rank"),
-    [("1f1b", 4, 16, 1), ("1f1b", 4, 4, 1), ("interleaved_1f1b", 4, 16, 2), ("interleaved_1f1b", 2, 8, 4)],
+    [
+        *(("1f1b", 4, 16, 1), ("1f1b", 4, 4, 1), ("interleaved_1f1b", 4, 16, 2), ("interleaved_1f1b", 2, 8, 4)),
+        *(("zbv", 4, 12, 2), ("zbv", 2, 6, 2), ("dualpipev", 4, 12, 2)),
+    ],
 )
 def test_micro_batches_in_flight_are_those_of_the_timeline(
     schedule: str, pp: int, micro_batches: int, per_rank: int
@@ -252,6 +296,8 @@ def test_micro_batches_in_flight_are_those_of_the_timeline(
     peaks = play(schedule, pp, micro_batches, per_rank).peak
     for flight, peak in zip(flights(schedule, pp, micro_batches, per_rank), peaks, strict=True):
         assert max(map(sum, flight.moments)) / per_rank == pytest.approx(peak)
+        assert bool(flight.halved) == (schedule in V_SHAPED)
+        assert all(h <= n for at in zip(flight.moments, flight.halved) for n, h in zip(*at, strict=True))
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b", "zbv", "dualpipev"])

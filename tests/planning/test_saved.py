@@ -34,7 +34,8 @@ class Whole(SavedActivations):
         run = Run(split=Split(tp=split.tp), given=self._given(split), layers=(layer,), micro_batch=micro_batch)
         run = replace(run, precision=self.precision)
         part, inner = self._count(run), self._count(replace(run, middle=True))
-        return Saved(held=part.held - inner.held, working=part.working)
+        between = max(0.0, part.between - inner.between)  # a stage that begins with token ids keeps none
+        return Saved(held=part.held - inner.held, working=part.working, between=between)
 
 
 def case(seed: int) -> tuple[RunConfig, Choice, RunLayout]:
@@ -74,6 +75,9 @@ def test_bytes_are_those_of_whole_layers(seed: int) -> None:
     assert found.activations == expected.activations
     assert found.working == pytest.approx(expected.working, rel=0.01)
     assert found.total == pytest.approx(expected.total, rel=0.01)
+    stage = len(layout.layers) - 1
+    halves = (model._stage_activations(choice, layout, stage).between for model in (recorded, whole))
+    assert next(halves) == pytest.approx(next(halves), rel=0.02)
 
 
 def test_dropped_choices_can_be_planned_for() -> None:
