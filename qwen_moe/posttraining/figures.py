@@ -12,6 +12,7 @@ from qwen_moe.data.manifest import read_manifest
 from qwen_moe.rollout.store import Row, read_rollouts
 from qwen_moe.runs.outcome import read_outcome
 from qwen_moe.runs.records import ATTEMPTS, read_lines
+from qwen_moe.runs.report import steps_without_learning
 
 _LAST, _LEAST = 10, 5  # a tenth of the steps, at least five of them
 
@@ -25,6 +26,11 @@ def of_run(config: RunConfig) -> dict[str, Any]:
         "unit": config.objective.unit,
         "attempts": len((config.run_dir / ATTEMPTS).read_text(encoding="utf-8").splitlines()),
     }
+    if silent := steps_without_learning(records):
+        found["learned_from"] += (
+            f"; nothing in {silent:,} of {counted(len(records), 'step')}, where all answers to each query had the same "
+            "reward"
+        )
     last = records[-_last_steps(len(records)) :]
     for name in ("loss", "accuracy", "reward"):
         if name in records[0]:

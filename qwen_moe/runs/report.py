@@ -105,11 +105,13 @@ def summarize(run_dir: Path) -> dict[str, Any]:
 
 
 def _of_samples(records: list[dict[str, Any]], timed: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of a run that learns from its own samples: rewards, and its speed in tokens without padding."""
+    """Of a run that learns from its own samples: rewards, its speed in tokens without padding, and the steps that had
+    nothing to learn from, whose speed says nothing."""
     rewards = [record["reward"] for record in records if "reward" in record]
     if not rewards:
         return {}
     tenth = max(1, len(rewards) // 10)
+    timed = [record for record in timed if record.get("used_answers")] or timed
     speed = sorted(record["tokens_per_second"] for record in timed)[len(timed) // 2]
     last = timed[-1]
     per_token, peak = last["model_flops_per_second"] / last["tokens_per_second"], last["share_of_peak"]
@@ -119,9 +121,15 @@ def _of_samples(records: list[dict[str, Any]], timed: list[dict[str, Any]]) -> d
         "tokens_per_second": speed,
         "model_flops_per_second": speed * per_token,
         "share_of_peak": speed * peak / last["tokens_per_second"],
+        "steps_without_learning": steps_without_learning(records),
     }
     held_out = [record["held_out_reward"] for record in records if "held_out_reward" in record]
     return facts | ({"held_out_first": held_out[0], "held_out_last": held_out[-1]} if held_out else {})
+
+
+def steps_without_learning(records: list[dict[str, Any]]) -> int:
+    """How many of a run's steps had nothing to learn from: all answers to each query had the same reward."""
+    return sum(record.get("used_answers") == 0 for record in records)
 
 
 def _tokens_per_step(steps: list[dict[str, Any]]) -> float:
@@ -168,6 +176,11 @@ def as_text(facts: dict[str, Any]) -> str:
     if "reward_last" in facts:
         lines.append(
             f"  reward            {facts['reward_first']:.4f} in the first tenth, {facts['reward_last']:.4f} in the last"
+        )
+    if silent := facts.get("steps_without_learning"):
+        lines.append(
+            f"  not learned       in {silent:,} of {counted(facts['step'], 'step')}: all answers to each query had the same "
+            "reward"
         )
     if "held_out_last" in facts:
         lines.append(

@@ -1,5 +1,6 @@
 """Recipes of walks: mistakes are named together, before anything is done; what a recipe leaves out is found."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from qwen_moe.config import load_config, parse_config
 from qwen_moe.config.load import RECIPES
 from qwen_moe.errors import UserError
 from qwen_moe.posttraining.command import NAMES
+from qwen_moe.posttraining.figures import of_run
 from qwen_moe.posttraining.recipe import STEPS, load_walk, merged
 from qwen_moe.posttraining.steps import Context, steps_of, that_follow
 from qwen_moe.posttraining.walk import Walk
@@ -210,3 +212,13 @@ def test_the_demonstration_is_a_walk_of_the_other_demonstrations() -> None:
         alone = load_config(RECIPES / f"{name}.yaml")
         assert alone.model == found.runs[step].model
     assert recipe_values()["model"] != found.config.model
+
+
+def test_steps_that_had_nothing_to_learn_from_are_on_the_page(here: Path) -> None:
+    config = walk(here).runs["grpo"]
+    config.run_dir.mkdir(parents=True)
+    records = [{"step": n, "loss": 0.0, "reward": 0.5, "used_answers": 0.5 * (n % 3 == 0)} for n in range(1, 7)]
+    (config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    (config.run_dir / "attempts.jsonl").write_text("{}\n")
+    said = of_run(config)["learned_from"]
+    assert said.endswith("each; nothing in 4 of 6 steps, where all answers to each query had the same reward")

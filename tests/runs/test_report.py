@@ -52,6 +52,22 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "validation loss   4.5000" in capsys.readouterr().out
 
 
+def test_steps_that_had_nothing_to_learn_from_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A policy that answers all samples of a query alike; such a step has no speed."""
+    records = [record(step) | {"reward": 0.5, "used_answers": 0.25} for step in range(1, 21)]
+    silent = {"used_answers": 0.0, "tokens_per_second": 2.0, "model_flops_per_second": 2e7, "share_of_peak": 0.0025}
+    for index in (3, *range(10, 20)):
+        records[index] |= silent
+    write_run(tmp_path, records)
+    assert main(["report", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "  not learned       in 11 of 20 steps: all answers to each query had the same reward\n" in said
+    assert "  speed             200 tokens/s, 2.0 GFLOP/s of the model, 25% of" in said
+    write_run(tmp_path, [one | silent for one in records])
+    assert main(["report", str(tmp_path)]) == 0
+    assert "  not learned       in 20 of 20 steps" in capsys.readouterr().out
+
+
 def test_a_full_disk_leaves_the_report_without_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
