@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from parallel.gemm import linear
 from qwen_moe.config import ModelConfig, Recompute
@@ -25,6 +24,7 @@ from qwen_moe.models.moe.block import MoE
 from qwen_moe.models.moe.router import RouterStatistics
 from qwen_moe.models.norm import RMSNorm
 from qwen_moe.models.parts import Given, Moving, Part, join, join_statistics, landed, split
+from qwen_moe.models.recompute import Recomputed, in_every_call, once
 from qwen_moe.models.rope import RotaryTables, make_rope
 from qwen_moe.models.sequence import SequencePart, WholeSequence
 
@@ -58,17 +58,17 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, parts: Sequence[Part], given: Sequence[Given], recompute: bool = False, land: bool = True
+        self, parts: Sequence[Part], given: Sequence[Given], recompute: Recomputed | None = None, land: bool = True
     ) -> tuple[list[Part], list[RouterStatistics]]:
         """The parts after the layer, and the router's statistics of each, if there is one. Without ``land``, rows of two
         parts or more may still be on their way back, for the next layer to wait for."""
-        if not recompute:
+        if recompute is None:
             return self._feed_forward(map(self._attended, parts, given), given, land)
         xs, ys = [landed(part) for part in parts], []
         for x, one in zip(xs, given, strict=True):
-            q, k, v = checkpoint(self._heads, x, one.rotary, use_reentrant=False)
+            q, k, v = recompute(self._heads, x, one.rotary)
             ys.append(self.self_attn.attend(q, k, v, one.visible, one.rotary.softmax_scale))
-        return checkpoint(self._after_attention, xs, ys, given, land, use_reentrant=False)
+        return recompute(self._after_attention, xs, ys, given, land)
 
     def read(
         self,
@@ -159,15 +159,17 @@ class DecoderLM(nn.Module):
 
     ``recompute``: each layer's activations are dropped in forward and computed again in backward; ``selective`` keeps those
     of attention itself. ``ep_overlap``: in training, the two halves of a micro-batch take turns in each layer, so that one
-    computes while the rows of the other travel to experts and back. ``layers`` (default all) selects consecutive layers for
-    a pipeline stage: without layer 0 the module takes hidden states instead of token ids,
-    and without the last layer it returns hidden states before the final norm.
+    computes while the rows of the other travel to experts and back. ``backward_in_halves``: backward comes in the parts that
+    zero-bubble schedules make of it, so that what is recomputed is kept from one to the next. ``layers`` (default all)
+    selects consecutive layers for a pipeline stage: without layer 0 the module takes hidden states instead of token ids, and
+    without the last layer it returns hidden states before the final norm.
     """
 
     def __init__(self, config: ModelConfig, recompute: Recompute = "none", layers: Sequence[int] | None = None) -> None:
         super().__init__()
         layers = range(config.num_hidden_layers) if layers is None else layers
         self.config, self.recompute, self.ep_overlap = config, recompute, False
+        self.backward_in_halves = False
         self.rope = make_rope(config)
         self.first, self.last = layers[0] == 0, layers[-1] == config.num_hidden_layers - 1
         embedding = self.first or (self.last and config.tied_head)
@@ -216,13 +218,15 @@ class DecoderLM(nn.Module):
         halved = self.ep_overlap and self.training and x.shape[0] % 2 == 0
         parts, given = split(x, Given(rotary, visible, counted, of_layers), 2 if halved else 1)
         collected = []
+        again = once if self.backward_in_halves else in_every_call
         for layer in self.model.layers:
             if self.recompute == "full" and self.training:
-                parts, statistics = checkpoint(layer, parts, given, use_reentrant=False)
-            else:
-                again = self.recompute == "selective" and self.training
+                parts, statistics = again(layer, parts, given)
+            elif self.recompute == "selective" and self.training:
                 # What is recomputed ends with rows that are back: those on their way would have to be kept.
-                parts, statistics = layer(parts, given, recompute=again, land=again)
+                parts, statistics = layer(parts, given, recompute=again, land=True)
+            else:
+                parts, statistics = layer(parts, given, land=False)
             if statistics:
                 collected.append(join_statistics(statistics))
         x = join(parts)

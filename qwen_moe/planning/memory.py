@@ -13,8 +13,8 @@ Parameters, gradients and optimizer state follow from shapes and are exact. Besi
   buffer of its own before it is put in order.
 
 Schedules that split backward into two halves (zbv, dualpipev) keep all activations between them and, for the second half,
-the gradients of what each weight was used for. These are counted like the activations. The first stage's whole backward is
-in the second half, so it keeps none.
+the gradients of what each weight was used for. These are counted like the activations, and so is what was recomputed. The
+first stage's whole backward is in the second half, so it keeps none.
 
 Context parallelism (docs/long-context.md) cuts activations over cp, and dense parameters over dp x cp. What its kinds keep
 for backward and what they need for a moment is counted, as everything else is (`saved`).
@@ -291,9 +291,12 @@ class MemoryModel:
         if not (first or last):  # by then the output is freed, and its gradient is in a receive buffer
             between -= 2 * batch * saved.hidden(split)
         if choice.recompute == "full":
-            # Layers keep their outputs and the order of their rows. Backward recomputes one layer at a time.
+            # Layers keep their outputs and the order of their rows. Backward recomputes one layer at a time. Between its
+            # halves, what was recomputed stays.
             working += max(layer.held for layer in layers.values())
-            layers = {moe: saved.layer(split, moe, batch, recompute=True) for moe in kinds}
+            again = {moe: saved.layer(split, moe, batch, recompute=True) for moe in kinds}
+            between += 0.0 if first else sum(kinds[moe] * (layers[moe].held - again[moe].held) for moe in kinds)
+            layers = again
         held += sum(kinds[moe] * layer.held for moe, layer in layers.items())
         held += saved.first(split, batch) if first else 0.0
         if last:

@@ -55,6 +55,7 @@ def shard_model(config: RunConfig, layout: RunLayout, grids: Grids) -> ParallelM
     for part in model.parts:
         part.chunk_tokens = config.training.loss_chunk_tokens
         part.ep_overlap = pipeline.ep_overlap
+        part.backward_in_halves = grids.pp.size > 1 and pipeline.schedule in V_SHAPED
         for module in part.modules():
             if isinstance(module, MoE):
                 module.capacity_factor = config.balance.capacity_factor

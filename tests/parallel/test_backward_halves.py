@@ -99,6 +99,31 @@ def test_layers_multiply_once(family: str, dtype: torch.dtype) -> None:
     equal(loss, states(dtype), [weight for name, weight in part.named_parameters() if "head" not in name])
 
 
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_what_is_recomputed_is_recomputed_once(recompute: Any) -> None:
+    """torch's checkpoint would compute a layer again for each group of weights."""
+    kept, part = model_of("qwen2_moe", torch.float64), model_of("qwen2_moe", torch.float64)
+    part.recompute, part.backward_in_halves = recompute, True
+
+    def results(model: DecoderLM) -> list[tuple[list[torch.Tensor], Work]]:
+        def loss(x: torch.Tensor) -> torch.Tensor:
+            y, router = model.hidden_states(x)
+            assert router is not None
+            return (y * states(torch.float64)).sum() + router.z_sum.sum()
+
+        return whole_and_halves(
+            loss, states(torch.float64), [w for n, w in model.named_parameters() if "head" not in n]
+        )
+
+    (expected, least), _ = results(kept)
+    (whole, once), (halves, twice) = results(part)
+    torch.testing.assert_close(whole, expected, rtol=0, atol=0)
+    torch.testing.assert_close(halves, expected, rtol=0, atol=0)
+    assert once == twice and least < once
+    part.backward_in_halves = False
+    assert sum(results(part)[1][1].values()) > 2 * sum(once.values())
+
+
 @pytest.mark.parametrize("head", ["cross_entropy", "log_probs", "scores"])
 def test_heads_multiply_once(head: str) -> None:
     criteria = {"criteria": ("good", "short")} if head == "scores" else {}

@@ -163,6 +163,7 @@ def test_what_is_held_between_the_halves_of_a_backward(
     monkeypatch.setattr(gemm, "has_hardware", lambda dtype: True)
     config = small()
     model = DecoderLM(config.model, recompute=recompute, layers=layers).to(torch.bfloat16)
+    model.backward_in_halves = True
     weights, head = list(model.parameters()), layers == (2,)
     ids = torch.randint(0, config.model.vocab_size, (1, 256))
 
