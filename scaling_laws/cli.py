@@ -124,8 +124,8 @@ def _recommend(args: argparse.Namespace) -> int:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected a number from {low:g} to {high:g}")
     if args.flops is None and args.activated_share is not None:
         raise InputError("--activated-share is for --flops: with sizes, give --n-active")
-    if args.flops is not None and (args.n_total is not None or args.tokens is not None):
-        raise InputError("give --flops or sizes (--n-total, --tokens), not both")
+    if args.flops is not None and (args.n_total, args.n_active, args.tokens) != (None, None, None):
+        raise InputError("give --flops (with --activated-share) or sizes (--n-total, --n-active, --tokens), not both")
     found = recommend(
         load_fit(args.fit),
         Request(

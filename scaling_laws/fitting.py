@@ -200,8 +200,8 @@ def _doubtful(surface: Surface, frame: pd.DataFrame) -> list[str]:
     rate, batch, n = (first[c] for c in ("learning_rate", "batch_tokens", "n_total"))
     where = f"learning rate {rate:.3g}, batch {batch:,.0f} tokens, N {n:.3g}"
     return [
-        f"{len(doubtful)} of {counted(len(blown), 'diverged run has', 'diverged runs have')} settings at which the "
-        f"others let expect a loss less than {DOUBTFUL:.0%} above the best (first: {where}): they count little; "
+        f"{len(doubtful)} of {counted(len(blown), 'diverged run')} {'has' if len(doubtful) == 1 else 'have'} settings at "
+        f"which the others let expect a loss less than {DOUBTFUL:.0%} above the best (first: {where}): they count little; "
         "if they blew up by accident, run them again, "
         "else run their neighbors with another seed"
     ]
