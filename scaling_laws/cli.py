@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -109,7 +110,7 @@ def _fit(args: argparse.Namespace) -> int:
         print(json.dumps({key: value for key, value in facts.items() if not key.endswith("_samples")}))
     else:
         print(report_text(fit, []))
-        print(f"saved in {args.output}; pictures: qwen-moe scaling report {args.output}")
+        print(f"saved in {args.output}; pictures: qwen-moe scaling report {shlex.quote(str(args.output))}")
     return 0
 
 

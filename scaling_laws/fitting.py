@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -99,7 +100,7 @@ def load_fit(folder: Path) -> Fit:
         return Fit(**values)
     except FileNotFoundError:
         raise InputError(
-            f"{path} does not exist: run `qwen-moe scaling fit RUNS.csv --output {folder}` first"
+            f"{path} does not exist: run `qwen-moe scaling fit RUNS.csv --output {shlex.quote(str(folder))}` first"
         ) from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is damaged or from another version ({error}): fit again") from None

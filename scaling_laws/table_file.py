@@ -4,6 +4,7 @@ import csv
 import difflib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except IsADirectoryError:
         raise InputError(
             f"{path} is a folder, expected a CSV or JSONL table of runs; from a folder of recipes that were run, "
-            f"`qwen-moe scaling collect {path} --output runs.csv` makes one"
+            f"`qwen-moe scaling collect {shlex.quote(str(path))} --output runs.csv` makes one"
         ) from None
     except UnicodeDecodeError as error:
         raise InputError(
