@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterable
@@ -80,6 +81,17 @@ def register(
     return verbs
 
 
+def _check_folder(output: Path) -> None:
+    """Raises InputError if a folder cannot be written: that is told before the fit, which may take minutes."""
+    from scaling_laws.errors import InputError
+
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"--output {output}: {there} is a file: give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"--output {output}: {there} cannot be written to: give another folder")
+
+
 def _progress(steps: Iterable[int]) -> Iterable[int]:
     from tqdm import tqdm
 
@@ -97,8 +109,7 @@ def _fit(args: argparse.Namespace) -> int:
         raise InputError(f"--samples {args.samples}: give 0 or more, at most {MOST_SAMPLES:,}")
     if args.seed < 0:
         raise InputError(f"--seed {args.seed}: give 0 or more")
-    if args.output.exists() and not args.output.is_dir():
-        raise InputError(f"--output {args.output} is a file: give a folder")
+    _check_folder(args.output)
     prior = laboratory_prior(args.without_laboratory, removed=args.no_prior)
     table = read_runs(args.runs)
     fit = fit_table(table, samples=args.samples, seed=args.seed, progress=_progress, prior=prior)

@@ -275,6 +275,7 @@ def test_a_batch_that_leaves_a_run_without_steps_is_refused(fit_dir: Path) -> No
         (["recommend", "x", "--seq-len", "0", "--flops", "1e20"], "--seq-len 0: expected a number from 1"),
         (["recommend", "x", "--seq-len", "9", "--activated-share", "0.5"], "--activated-share is for --flops"),
         (["fit", "nowhere.csv", "--output", "x", "--seed", "-1"], "--seed -1: give 0 or more"),
+        (["fit", "nowhere.csv", "--output", f"{__file__}/fit"], "test_command.py is a file: give a folder"),
         (["fit", "nowhere.csv", "--output", ""], "argument --output: '': expected a path"),
     ],
 )
