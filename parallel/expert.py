@@ -46,8 +46,9 @@ class Exchange:
         dist.all_to_all_single(incoming, outgoing.contiguous(), group=self.axis.group)
         sizes = torch.stack([outgoing.sum(1), incoming.sum(1)]).cpu()  # where the host waits for the device
         if isinstance(counts, FakeTensor):  # a shape-only run has no values: assume balanced routing
-            send = [rows * self.etp // ranks] * ranks
-            send[0] += rows * self.etp - sum(send)
+            holders = ranks // self.etp
+            shares = [rows // holders + (rows % holders if i == 0 else 0) for i in range(holders)]
+            send = [share for share in shares for _ in range(self.etp)]
             receive = list(send)
         else:
             send, receive = sizes.tolist()

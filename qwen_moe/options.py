@@ -26,7 +26,7 @@ def _range(least: float | None, above: float | None, most: float | None) -> str:
     parts = []
     if above is not None:
         parts.append("positive" if above == 0 else f"above {above:g}")
-    elif least is not None:
+    elif least is not None and least > -LARGEST:
         parts.append(f"{least:,} or more")
     if most is not None and most not in (LARGEST, math.inf):
         parts.append(f"at most {most:,}")

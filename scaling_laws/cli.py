@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import json
+import os
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -79,6 +81,17 @@ def register(
     return verbs
 
 
+def _check_folder(output: Path) -> None:
+    """Raises InputError if a folder cannot be written: that is told before the fit, which may take minutes."""
+    from scaling_laws.errors import InputError
+
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"--output {output}: {there} is a file: give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"--output {output}: {there} cannot be written to: give another folder")
+
+
 def _progress(steps: Iterable[int]) -> Iterable[int]:
     from tqdm import tqdm
 
@@ -96,8 +109,7 @@ def _fit(args: argparse.Namespace) -> int:
         raise InputError(f"--samples {args.samples}: give 0 or more, at most {MOST_SAMPLES:,}")
     if args.seed < 0:
         raise InputError(f"--seed {args.seed}: give 0 or more")
-    if args.output.exists() and not args.output.is_dir():
-        raise InputError(f"--output {args.output} is a file: give a folder")
+    _check_folder(args.output)
     prior = laboratory_prior(args.without_laboratory, removed=args.no_prior)
     table = read_runs(args.runs)
     fit = fit_table(table, samples=args.samples, seed=args.seed, progress=_progress, prior=prior)
@@ -109,7 +121,7 @@ def _fit(args: argparse.Namespace) -> int:
         print(json.dumps({key: value for key, value in facts.items() if not key.endswith("_samples")}))
     else:
         print(report_text(fit, []))
-        print(f"saved in {args.output}; pictures: qwen-moe scaling report {args.output}")
+        print(f"saved in {args.output}; pictures: qwen-moe scaling report {shlex.quote(str(args.output))}")
     return 0
 
 
@@ -124,8 +136,8 @@ def _recommend(args: argparse.Namespace) -> int:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected a number from {low:g} to {high:g}")
     if args.flops is None and args.activated_share is not None:
         raise InputError("--activated-share is for --flops: with sizes, give --n-active")
-    if args.flops is not None and (args.n_total is not None or args.tokens is not None):
-        raise InputError("give --flops or sizes (--n-total, --tokens), not both")
+    if args.flops is not None and (args.n_total, args.n_active, args.tokens) != (None, None, None):
+        raise InputError("give --flops (with --activated-share) or sizes (--n-total, --n-active, --tokens), not both")
     found = recommend(
         load_fit(args.fit),
         Request(

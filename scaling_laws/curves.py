@@ -22,13 +22,15 @@ from scipy.optimize import least_squares
 
 from scaling_laws.counted import counted
 from scaling_laws.errors import InputError
-from scaling_laws.table_file import read_rows
+from scaling_laws.table_file import hint_of_names, plain, read_rows
 
 LAWS = ("tissue", "multi_power")
 KNOTS, BINS = 300, 50
 LEAST_STEPS, LEAST_SHARE = 30, 0.05
 # Relative error that more steps do not remove: the losses in a bin are not quite independent, and no law is exact.
 MODEL_ERROR = 1e-3
+BLEW_UP = 0.05  # the newest losses over the fitted curve: more are no noise, and a law counts them as outliers
+LEAST_LOSS, MOST_LOSS = 2e-3, 1e3  # nats per token, of a median: others are in other units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +51,19 @@ class Curve:
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
     """The ``final`` loss with its 95% interval ``low`` to ``high``, and each law's prediction alone. ``backtest`` is the
-    relative error when the end of the known curve is predicted from its first two thirds."""
+    relative error when the end of the known curve is predicted from its first two thirds. ``newest``: the newest losses
+    over the fitted curve, less 1; a run that blew up is far above it."""
 
     final: float
     low: float
     high: float
     by_law: dict[str, float]
     backtest: float | None
+    newest: float = 0.0
+
+    @property
+    def blew_up(self) -> bool:
+        return self.newest > BLEW_UP
 
 
 # (medians, standard deviations) of the prior. The parameters are the logs of L0, A, alpha, B, then tau or C, beta, gamma.
@@ -175,12 +183,12 @@ def _learn(law: str, like: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
     return centre, width
 
 
-def _predict(law: str, grid: _Grid, prior: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
-    """(loss at the last step, standard error)."""
+def _predict(law: str, grid: _Grid, prior: tuple[np.ndarray, np.ndarray]) -> tuple[float, float, float]:
+    """(loss at the last step, standard error, the newest losses over the law's)."""
     p, covariance = _fit(law, grid, prior)
-    at_end = float(_model(law, p, grid)[-1])
+    *_, now, at_end = map(float, _model(law, p, grid))
     gradient = np.array([(_model(law, p + step, grid)[-1] - at_end) / 1e-5 for step in 1e-5 * np.eye(len(p))])
-    return at_end, math.sqrt(max(float(gradient @ covariance @ gradient), 0.0))
+    return at_end, math.sqrt(max(float(gradient @ covariance @ gradient), 0.0)), float(grid.loss[-1]) / now
 
 
 def check_curve(curve: Curve) -> None:
@@ -198,6 +206,10 @@ def check_curve(curve: Curve) -> None:
         )
     if np.nanmin(curve.loss) <= 0:
         raise InputError(f"{curve.name}: a loss is {np.nanmin(curve.loss):g}, expected nats per token, above 0")
+    if not LEAST_LOSS <= (middle := np.nanmedian(curve.loss)) <= MOST_LOSS:
+        raise InputError(
+            f"{curve.name}: the median loss is {middle:g}, expected nats per token, {LEAST_LOSS:g} to {MOST_LOSS:g}"
+        )
 
 
 def predict_final_loss(curve: Curve, like: Sequence[Curve] = ()) -> Prediction:
@@ -208,14 +220,15 @@ def predict_final_loss(curve: Curve, like: Sequence[Curve] = ()) -> Prediction:
     priors = {law: _learn(law, like) for law in LAWS}
     known = len(curve.loss)
     found = {law: _predict(law, _grid(curve, known), priors[law]) for law in LAWS}
-    ends = np.array([end for end, _ in found.values()])
-    variance = np.mean([error**2 for _, error in found.values()]) + ends.var()
+    ends = np.array([end for end, _, _ in found.values()])
+    variance = np.mean([error**2 for _, error, _ in found.values()]) + ends.var()
     final, error = float(ends.mean()), math.sqrt(float(variance))
     return Prediction(
         final=final,
         low=final - 1.96 * error,
         high=final + 1.96 * error,
-        by_law={law: end for law, (end, _) in found.items()},
+        by_law={law: end for law, (end, _, _) in found.items()},
+        newest=min(above for _, _, above in found.values()) - 1,
         backtest=_backtest(curve, priors),
     )
 
@@ -239,13 +252,14 @@ def _finite(value: object) -> float:
 
 
 def read_curve(path: Path) -> Curve:
-    """Read a CSV with the columns step, learning_rate and loss and a row for every step of the whole run; the loss of
-    steps to come is empty. Raises InputError."""
+    """Read a CSV with the columns step, learning_rate and loss and a row for every step of the whole run, or for every
+    tenth, and so on; the loss of steps to come is empty. Raises InputError."""
     rows = list(read_rows(path))
     missing = [name for name in ("step", "learning_rate", "loss") if not rows or name not in rows[0][1]]
     if missing:
-        raise InputError(f"{path} has no column {', '.join(missing)}: expected step, learning_rate, loss")
-    rates, losses, before = [], [], -math.inf
+        hint = hint_of_names(missing, [name for name in (rows[0][1] if rows else ()) if plain(name) != "step"])
+        raise InputError(f"{path} has no column {', '.join(missing)}: expected step, learning_rate, loss{hint}")
+    rates, losses, steps = [], [], list[float]()
     for line, row in rows:
         try:
             rates.append(_finite(row["learning_rate"]))
@@ -255,10 +269,26 @@ def read_curve(path: Path) -> Curve:
             if step < 0 or rates[-1] < 0:
                 raise ValueError
         except (KeyError, TypeError, ValueError, OverflowError):
-            raise InputError(f"{path}:{line}: expected numbers for step, learning_rate and loss, not {row}") from None
-        if step <= before:
-            raise InputError(f"{path}:{line}: step {step:g} comes after step {before:g}: give each step once, in order")
-        before = step
+            given = ", ".join(f"{name} {str(row.get(name))[:40]!r}" for name in ("step", "learning_rate", "loss"))
+            raise InputError(
+                f"{path}:{line}: expected numbers for step, learning_rate and loss, which may be empty, not {given}"
+            ) from None
+        if steps and step <= steps[-1]:
+            raise InputError(
+                f"{path}:{line}: step {step:g} comes after step {steps[-1]:g}: give each step once, in order"
+            )
+        steps.append(step)
+        apart = steps[1] - steps[0] if len(steps) > 1 else step
+        if len(steps) > 2 and abs(step - steps[-2] - apart) > 1e-6 * step:
+            raise InputError(
+                f"{path}:{line}: step {step:g} comes after step {steps[-2]:g}, and the first rows are {apart:g} apart: give "
+                "a row for every step to the run's end, with an empty loss where there is none"
+            )
+    if len(steps) > 1 and steps[0] > apart:
+        raise InputError(
+            f"{path}: its rows begin at step {steps[0]:g}: give those before, too, because the sum of the learning rates "
+            "counts; their loss may be empty"
+        )
     loss = np.array(losses)
     known = np.flatnonzero(np.isfinite(loss))
     end = int(known[-1]) + 1 if len(known) else 0

@@ -27,9 +27,8 @@ def without_early(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     ):
         if early.any():
             notes.append(
-                f"{int(early.sum())} of {counted(len(frame), 'run is', 'runs are')} left out, because runs {told} say "
-                "nothing about longer ones "
-                f"(first: {frame.loc[early.idxmax(), 'source']})"
+                f"{int(early.sum())} of {counted(len(frame), 'run')} {'is' if early.sum() == 1 else 'are'} left out, "
+                f"because runs {told} say nothing about longer ones (first: {frame.loc[early.idxmax(), 'source']})"
             )
     kept = frame[~(warming | short)]
     if kept["loss"].notna().sum() == 0:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -99,7 +100,7 @@ def load_fit(folder: Path) -> Fit:
         return Fit(**values)
     except FileNotFoundError:
         raise InputError(
-            f"{path} does not exist: run `qwen-moe scaling fit RUNS.csv --output {folder}` first"
+            f"{path} does not exist: run `qwen-moe scaling fit RUNS.csv --output {shlex.quote(str(folder))}` first"
         ) from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is damaged or from another version ({error}): fit again") from None
@@ -200,8 +201,8 @@ def _doubtful(surface: Surface, frame: pd.DataFrame) -> list[str]:
     rate, batch, n = (first[c] for c in ("learning_rate", "batch_tokens", "n_total"))
     where = f"learning rate {rate:.3g}, batch {batch:,.0f} tokens, N {n:.3g}"
     return [
-        f"{len(doubtful)} of {counted(len(blown), 'diverged run has', 'diverged runs have')} settings at which the "
-        f"others let expect a loss less than {DOUBTFUL:.0%} above the best (first: {where}): they count little; "
+        f"{len(doubtful)} of {counted(len(blown), 'diverged run')} {'has' if len(doubtful) == 1 else 'have'} settings at "
+        f"which the others let expect a loss less than {DOUBTFUL:.0%} above the best (first: {where}): they count little; "
         "if they blew up by accident, run them again, "
         "else run their neighbors with another seed"
     ]

@@ -14,7 +14,9 @@ from scaling_laws.laboratories import LOSS_BETWEEN
 from scaling_laws.surface_fit import OFFSET, OFFSET_WEIGHT
 
 DELTA = 1e-3  # of the Huber cost on log loss, as in arXiv 2203.15556
+SEARCHED = (1e2, 1e18)  # activated parameters, among which the compute-optimal size is
 MOST_STEPS = 200  # of one search; parameters that the runs do not determine would drift for thousands
+SEARCHED = (1e2, 1e18)  # activated parameters, among which the compute-optimal size is searched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,8 @@ def _check(form: Form, where: Points, loss: np.ndarray) -> None:
         )
     if why := form.untold(where):
         raise InputError(f"the loss law {form.name} cannot be fitted: {why}")
+    if np.ptp(loss) == 0:
+        raise InputError(f"all losses are {loss[0]:g}: nothing can be fitted to losses that do not differ")
     if form.names[0] == "e" and not loss.min() > form.bounds[0][0]:
         raise InputError(f"the least loss is {loss.min():.3g}, and a loss law needs losses above {form.bounds[0][0]:g}")
 
@@ -174,9 +178,16 @@ def fit_loss(
 
 def compute_optimal(law: LossLaw, flops: float, ratio: float = 1.0, **others: Any) -> tuple[float, float, float]:
     """(N_total, tokens, loss) with the least loss for ``flops`` = 6 N_active D and N_active = ratio * N_total. ``others``:
-    see `LossLaw.predict`."""
-    n_active = np.geomspace(1e2, 1e14, 6001)
+    see `LossLaw.predict`. Raises InputError if the loss falls to the end of the search: then there is no such size."""
+    n_active = np.geomspace(*SEARCHED, 8001)
     tokens = flops / (6 * n_active)
     loss = law.predict(n_active / ratio, n_active, tokens, **others)
-    best = int(np.argmin(loss))
+    best = int(np.argmin(np.where(np.isfinite(loss), loss, np.inf)))
+    if best in (0, len(loss) - 1):
+        other = "larger model with fewer tokens" if best else "smaller model with more tokens"
+        raise InputError(
+            f"the loss law has no compute-optimal size for {flops:.3g} FLOPs: by it, a {other} always has a lower loss. The "
+            "runs do not determine it (sizes at several durations would), or the FLOPs are far beyond them: give --n-total "
+            "and --tokens"
+        )
     return float(n_active[best] / ratio), float(tokens[best]), float(loss[best])

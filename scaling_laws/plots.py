@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from scaling_laws.atomic import replaced
+from scaling_laws.errors import InputError
 from scaling_laws.fitting import Fit
 from scaling_laws.forms import FORMS, points_of
 from scaling_laws.loss_law import compute_optimal
@@ -179,19 +180,24 @@ def draw_isoflop(fit: Fit, frame: pd.DataFrame, path: Path) -> Path:
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(budgets)))
     optima = []
     for budget, colour in zip(budgets, colours, strict=True):
-        best, _, least = compute_optimal(fit.loss_law, budget, ratio, granularity=fit.granularity)
-        size = best * np.geomspace(1 / 12, 12, 200)
-        tokens = budget / (6 * ratio * size)
-        loss = fit.loss_law.predict(size, ratio * size, tokens, granularity=fit.granularity)
+        try:
+            best, _, least = compute_optimal(fit.loss_law, budget, ratio, granularity=fit.granularity)
+        except InputError:  # by this law, every larger or every smaller model is better
+            smallest, largest = fit.ranges["n_total"]
+            size, least, told = np.geomspace(smallest, 12 * largest, 200), np.inf, "no best N"
+        else:
+            size, told = best * np.geomspace(1 / 12, 12, 200), f"N {best:.2g}"
+            optima.append((best, least))
+        loss = fit.loss_law.predict(size, ratio * size, budget / (6 * ratio * size), granularity=fit.granularity)
         shown = loss < least * 1.12
         style = "-" if budget <= 1.01 * high else "--"
-        axes.plot(
-            size[shown], loss[shown], style, color=colour, linewidth=1.3, label=f"{budget:.1e} FLOPs: N {best:.2g}"
-        )
-        optima.append((best, least))
+        axes.plot(size[shown], loss[shown], style, color=colour, linewidth=1.3, label=f"{budget:.1e} FLOPs: {told}")
         near = (compute > budget / 1.4) & (compute < budget * 1.4)
         axes.plot(points["n_total"][near], points["loss"][near], "o", color=colour, markersize=4)
-    axes.plot(*zip(*optima, strict=True), "*-", color="#d62728", markersize=11, linewidth=0.8, label="compute-optimal")
+    if optima:
+        axes.plot(
+            *zip(*optima, strict=True), "*-", color="#d62728", markersize=11, linewidth=0.8, label="compute-optimal"
+        )
     axes.set_xscale("log")
     axes.set_xlabel("N_total, parameters" + (f" ({ratio:.0%} activated)" if ratio < 1 else ""))
     axes.set_ylabel("loss, nats per token")

@@ -10,7 +10,7 @@ from scaling_laws.counted import counted
 from scaling_laws.errors import InputError
 from scaling_laws.fitting import Fit
 from scaling_laws.forms import points
-from scaling_laws.loss_law import compute_optimal
+from scaling_laws.loss_law import LossLaw, compute_optimal
 from scaling_laws.prior_text import prior_of
 from scaling_laws.surface import PUBLISHED, WINDOW, Surface
 
@@ -84,8 +84,9 @@ def _target(fit: Fit, request: Request) -> _Target:
             raise InputError("--flops needs a loss law, which these runs do not give (too few sizes or durations)")
         law, flops, others = fit.loss_law, request.flops, _others(fit, request)
         shares = _shares(fit) if request.ratio is None else [request.ratio]
-        ratio = min(shares, key=lambda share: compute_optimal(law, flops, share, **others)[2])
-        n_total, tokens, _ = compute_optimal(law, flops, ratio, **others)
+        optima = _optima(law, flops, shares, others)
+        ratio = min(optima, key=lambda share: optima[share][2])
+        n_total, tokens, _ = optima[ratio]
         n_active = n_total * ratio
     else:
         if request.n_total is None or request.tokens is None:
@@ -316,13 +317,27 @@ def _shares(fit: Fit) -> list[float]:
     return [*shares, low] if low < shares[-1] / 1.05 else shares
 
 
+def _optima(
+    law: LossLaw, flops: float, shares: Sequence[float], others: Mapping[str, Any]
+) -> dict[float, tuple[float, float, float]]:
+    """`compute_optimal` of each share that has one. Raises InputError if none does."""
+    found: dict[float, tuple[float, float, float]] = {}
+    for share in shares:
+        try:
+            found[share] = compute_optimal(law, flops, share, **others)
+        except InputError:
+            if share == shares[-1] and not found:
+                raise
+    return found
+
+
 def _shapes(fit: Fit, flops: float, wanted: float, others: Mapping[str, Any]) -> list[dict[str, float]]:
     """The compute-optimal model at each share of activated parameters, with the loss that it costs over the best share,
     and what half and twice its size would cost."""
     assert fit.loss_law is not None
     law, rows = fit.loss_law, []
-    for ratio in sorted({*_shares(fit), wanted}, reverse=True):
-        n_total, tokens, loss = compute_optimal(law, flops, ratio, **others)
+    optima = _optima(law, flops, sorted({*_shares(fit), wanted}, reverse=True), others)
+    for ratio, (n_total, tokens, loss) in optima.items():
         half = float(law.predict(n_total / 2, n_total * ratio / 2, tokens * 2, **others)[0])
         twice = float(law.predict(n_total * 2, n_total * ratio * 2, tokens / 2, **others)[0])
         rows.append(

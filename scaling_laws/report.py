@@ -14,6 +14,10 @@ from scaling_laws.recommend import LEAST_GROUPS
 from scaling_laws.surface import power_law
 from scaling_laws.surface_fit import ASSUMED
 
+CONVENTIONS = {
+    "non_vocabulary": "parameters without embedding and head",
+    "with_vocabulary": "parameters with embedding and head",
+}
 PAGE = "report.md"
 
 
@@ -46,7 +50,7 @@ def report_text(fit: Fit, pictures: list[str]) -> str:
         "",
         f"{counted(fit.runs, 'run')} in {counted(fit.groups, 'group')} of equal size and duration; "
         f"{counted(fit.sizes, 'size')}, {least:.2g} to {most:.2g} "
-        f"FLOPs (6 N_active D); N counts {fit.convention.replace('_', ' ')} parameters.",
+        f"FLOPs (6 N_active D); N counts {CONVENTIONS[fit.convention]}.",
         "",
     ]
     if fit.surface is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from scaling_laws.counted import counted
@@ -41,6 +42,20 @@ LIMITS = {
     "learning_rate": (1e-12, 1e3),
     "batch_size": (1e-3, 1e12),
     "loss": (2e-3, 1e3),
+    "num_experts": (1.0, 1e6),
+    "top_k": (0.0, 1e6),
+    "granularity": (1e-3, 1e6),
+    "unique_tokens": (1.0, 1e18),
+    "min_learning_rate": (0.0, 1e3),
+    "beta2": (0.0, 1.0),
+    "loss_stderr": (0.0, 1e3),
+    "gpu_hours": (0.0, 1e12),
+    "training_flops": (0.0, 1e40),
+    "vocab_size": (2.0, 1e9),
+    "shared_hidden": (0.0, 1e9),
+    "weight_decay": (0.0, 1e6),
+    "warmup_tokens": (0.0, 1e18),
+    "seed": (0.0, 1e20),
 }
 TRUE, FALSE = ("1", "true", "yes", "1.0"), ("", "0", "false", "no", "0.0", "none", "nan")
 SHOWN = 20  # problems in one message
@@ -50,6 +65,7 @@ LEAST_STEPS, FEW_STEPS = 20, 100  # of the median run: with fewer, batch_size is
 MOST_LOSS = 12.0  # nats per token of the median run: guessing among 160,000 tokens gives no more
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 LEAST_GROUPS = 3  # in a table, for a note about how many of their best runs have an extreme setting
+RISING = 0.05  # of log loss, from the group of least to that of most compute: more gets a note
 MOST_AT_EDGE = 0.5  # share of the groups; more of them are told
 
 
@@ -108,6 +124,34 @@ def _truth(value: Any) -> bool | None:
     return True if text in TRUE else False if text in FALSE else None
 
 
+def _beyond_limits(column: str, value: float, given: Any) -> list[str]:
+    """What is wrong with a number that no run has."""
+    least, most = LIMITS[column]
+    if least <= value <= most:
+        return []
+    return [_wrong(column, given, expected=f"at most {most:g}" if value > most else f"at least {least:g}")]
+
+
+def _contradictions(row: dict[str, Any], dense: bool) -> list[str]:
+    """What contradicts itself in a row of valid values. ``dense``: it has no n_active."""
+    experts, top_k = row.get("num_experts", 1), row.get("top_k", 1)
+    if dense and experts > top_k:
+        return [
+            f"n_active is empty, and num_experts is {experts:g}: give the parameters that one token uses (empty is for "
+            "dense models)"
+        ]
+    if row["n_active"] > row["n_total"]:
+        return [f"n_active {row['n_active']:g} is larger than n_total {row['n_total']:g}"]
+    if "top_k" in row and "num_experts" in row and top_k > experts:
+        return [f"top_k {top_k:g} is larger than num_experts {experts:g}"]
+    if "top_k" in row and experts > top_k and row["n_active"] == row["n_total"]:
+        return [
+            f"n_active is n_total, {row['n_total']:g}, and num_experts {experts:g} is larger than top_k {top_k:g}: give the "
+            "parameters that one token uses as n_active"
+        ]
+    return []
+
+
 def _row(record: dict[str, Any], hyperparameters: bool) -> tuple[dict[str, Any], list[str]]:
     """(typed values of a row, its problems)."""
     diverged = _truth(record.get("diverged"))
@@ -123,35 +167,29 @@ def _row(record: dict[str, Any], hyperparameters: bool) -> tuple[dict[str, Any],
         if column == "loss" and row["diverged"]:
             row[column] = math.nan
             continue
+        hint = " (set diverged to true for a run that blew up)" if column == "loss" else ""
         if value is None:
-            problems.append(f"{column} is empty")
+            problems.append(f"{column} is empty{hint}")
         elif not math.isfinite(value) or value <= 0:
-            hint = " (set diverged to true for a run that blew up)" if column == "loss" else ""
             problems.append(_wrong(column, record[column], hint))
-        elif not LIMITS[column][0] <= value <= LIMITS[column][1]:
-            least, most = LIMITS[column]
-            problems.append(
-                _wrong(column, record[column], expected=f"at most {most:g}" if value > most else f"at least {least:g}")
-            )
+        else:
+            problems += _beyond_limits(column, value, record[column])
         row[column] = value
     for column in (*OPTIONAL_POSITIVE, *OPTIONAL_NUMBERS):
         value = _number(record.get(column))
         if value is None:
             continue
         if not math.isfinite(value) or value < 0 or (value == 0 and column in OPTIONAL_POSITIVE):
-            problems.append(_wrong(column, record[column], " (leave it empty where it does not apply)"))
+            expected = "a positive number" if column in OPTIONAL_POSITIVE else "0 or more"
+            problems.append(_wrong(column, record[column], " (leave it empty where it does not apply)", expected))
+        else:
+            problems += _beyond_limits(column, value, record[column])
         row[column] = value
     for column in OPTIONAL_TEXT:
         if record.get(column):
             row[column] = str(record[column]).strip()
-    experts = row.get("num_experts", 1)
-    if not problems and _number(record.get("n_active")) is None and experts > row.get("top_k", 1):
-        problems.append(
-            f"n_active is empty, and num_experts is {experts:g}: give the parameters that one token uses (empty is for "
-            "dense models)"
-        )
-    if not problems and row["n_active"] > row["n_total"]:
-        problems.append(f"n_active {row['n_active']:g} is larger than n_total {row['n_total']:g}")
+    if not problems:
+        problems += _contradictions(row, dense=_number(record.get("n_active")) is None)
     return row, problems
 
 
@@ -197,15 +235,20 @@ def _table(frame: pd.DataFrame) -> RunTable:
         sizes = frame.dropna(subset="vocab_size").groupby("vocab_size")["source"].first()
         told = ", ".join(f"{size:,.0f} ({source})" for size, source in sizes.items())
         raise InputError(f"losses with different vocabularies cannot be compared: vocab_size is {told}; fit each apart")
+    if "vocab_size" in frame and (unknown_sizes := int(frame["vocab_size"].isna().sum())):
+        warnings.append(
+            f"{unknown_sizes} of {counted(len(frame), 'row')} {'has' if unknown_sizes == 1 else 'have'} no vocab_size: "
+            "their losses can be compared only if their vocabulary is that of the others"
+        )
     if "learning_rate" in frame and frame["learning_rate"].isna().any():
         raise InputError("tables with and without learning_rate and batch_size cannot be mixed: fit them apart")
     keys = [c for c in ("n_total", "n_active", "tokens", *HYPERPARAMETERS, "seed", "loss") if c in frame]
     twice = frame.duplicated(keys) & ~frame["diverged"]
     if twice.any():
-        sources = ", ".join(frame.loc[twice, "source"].head(5))
+        sources = ", ".join(frame.loc[twice, "source"].head(5)) + (" ..." if twice.sum() > 5 else "")
         warnings.append(
             f"{counted(int(twice.sum()), 'row repeats', 'rows repeat')} another row in every setting and "
-            f"{'is' if twice.sum() == 1 else 'are'} left out ({sources} ...)"
+            f"{'is' if twice.sum() == 1 else 'are'} left out ({sources})"
         )
         frame = frame[~twice]
     if frame["diverged"].all():
@@ -219,6 +262,7 @@ def _table(frame: pd.DataFrame) -> RunTable:
         frame = frame.reset_index(drop=True)
         warnings += early
     frame["group"] = frame.groupby([column for column in GROUP if column in frame], dropna=False).ngroup()
+    warnings += _rising(frame)
     if "learning_rate" in frame:
         warnings += _at_edges(frame)
     return RunTable(frame=frame, convention=given.pop(), warnings=warnings)
@@ -265,6 +309,20 @@ def _lengths(frame: pd.DataFrame) -> list[str]:
     ]
 
 
+def _rising(frame: pd.DataFrame) -> list[str]:
+    """A note if the best runs of groups with more compute end with larger losses."""
+    groups = frame[~frame["diverged"]].groupby("group").agg({"n_active": "first", "tokens": "first", "loss": "min"})
+    if len(groups) < LEAST_GROUPS or groups["loss"].nunique() < 2:
+        return []
+    compute, loss = np.log(groups["n_active"]) + np.log(groups["tokens"]), np.log(groups["loss"])
+    if compute.nunique() < 2 or np.polyfit(compute, loss, 1)[0] * np.ptp(compute) < RISING:
+        return []
+    return [
+        "losses rise with compute (6 N_active D), where they should fall: is loss the right column, and are all runs of the "
+        "same data? A law of the loss that is fitted to them predicts nothing"
+    ]
+
+
 def _at_edges(frame: pd.DataFrame) -> list[str]:
     """Notes if the best runs of most groups have the smallest or the largest value that was tried: then the optimum lies
     beyond the runs, and what is fitted there is extrapolated."""
@@ -275,12 +333,14 @@ def _at_edges(frame: pd.DataFrame) -> list[str]:
         groups = finished[groups[column].transform("nunique") >= 3].groupby("group")
         if groups.ngroups < LEAST_GROUPS:
             continue
-        best = finished.loc[groups["loss"].idxmin()].set_index("group")[column]
+        members = finished[finished["group"].isin(list(groups.groups))]
+        best = members[members["loss"] == members.groupby("group")["loss"].transform("min")]
         for edge, limit, side in (
             ("smallest", groups[column].min(), "smaller"),
             ("largest", groups[column].max(), "larger"),
         ):
-            count = int((best == limit).sum())
+            at = best[column] == best["group"].map(limit)  # runs that end alike say only together where the best is
+            count = int(at.groupby(best["group"]).all().sum())
             if count > MOST_AT_EDGE * groups.ngroups:
                 notes.append(
                     f"in {count} of {counted(groups.ngroups, 'group')} the best run has the {edge} {told} that was "

@@ -50,6 +50,11 @@ def _check(finished: pd.DataFrame) -> None:
             f"{counted(len(finished), 'finished run')}; at least {LEAST_RUNS} are needed to find a learning rate and "
             "batch size: run several of both, best as a grid for each size and duration"
         )
+    if finished["loss"].nunique() < 2:
+        raise InputError(
+            f"all {len(finished)} finished runs have the same loss, {finished['loss'].iloc[0]:g}: is it the right column? "
+            "Nothing can be fitted to losses that do not differ"
+        )
     sizes = finished.groupby("group")["loss"].transform("size")
     grids = finished[sizes >= 3]
     for column, told in (("learning_rate", "learning rates"), ("batch_tokens", "batch sizes (batch_size x seq_len)")):
@@ -58,7 +63,8 @@ def _check(finished: pd.DataFrame) -> None:
             varied = finished[column].nunique() > 1
         if not varied:
             raise InputError(
-                f"{told} do not vary within any group of runs (a group: equal n_total, n_active, tokens): the best one "
+                f"{told} do not vary within any group of runs (a group: equal n_total, n_active, tokens, "
+                "and experts, granularity and unique_tokens where they are given): the best one "
                 "cannot be found; run several of both in some groups"
             )
 

@@ -4,6 +4,7 @@ import csv
 import difflib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,9 +94,15 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield from _json_rows(path, file) if path.suffix in (".jsonl", ".ndjson") else _csv_rows(path, file)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: give a CSV or JSONL table of runs") from None
+    except IsADirectoryError:
+        raise InputError(
+            f"{path} is a folder, expected a CSV or JSONL table of runs; from a folder of recipes that were run, "
+            f"`qwen-moe scaling collect {shlex.quote(str(path))} --output runs.csv` makes one"
+        ) from None
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save the table as CSV UTF-8"
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save the table as CSV UTF-8, in pandas by "
+            "to_csv('runs.csv', index=False)"
         ) from None
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
@@ -122,19 +129,35 @@ def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str
             record = json.loads(line, object_pairs_hook=_once)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}:{number}: not valid JSON ({error.msg})") from None
-        except (InputError, ValueError, RecursionError) as error:
+        except InputError as error:
             raise InputError(f"{path}:{number}: {error}") from None
+        except (ValueError, RecursionError):  # of Python's own limits
+            raise InputError(
+                f"{path}:{number}: not a row of a table: a number has thousands of digits, or lists are nested too deeply"
+            ) from None
         if not isinstance(record, dict):
-            raise InputError(f"{path}:{number}: a row must be an object of column: value")
+            raise InputError(
+                f"{path}:{number}: a row must be an object of column: value, with a line for each (in pandas: "
+                "to_json(PATH, orient='records', lines=True))"
+            )
         yield number, record
 
 
-def _csv_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.reader(lines)
-    header = [name.strip() for name in next(reader, [])]
+def _check_header(path: Path, header: list[str]) -> None:
+    """Raises InputError for a first line that does not name columns, once each, between commas."""
+    first = header[0] if header else ""
+    if first.startswith(("{", "[")):
+        raise InputError(
+            f"{path} is JSON, expected CSV or JSONL: write one object per line into a file that ends in .jsonl (in pandas: "
+            "to_json(PATH, orient='records', lines=True))"
+        )
+    if first.startswith("#"):
+        raise InputError(
+            f"{path}: its first line begins with #, expected the names of the columns: remove the # or the line"
+        )
     if len(header) == 1:
-        for separator, told in ((";", "semicolons"), ("\t", "tabs")):
-            if separator in header[0]:
+        for separator, told in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars"), (None, "spaces")):
+            if len(first.split(separator)) > 2:
                 raise InputError(
                     f"{path}: its columns are separated by {told}, expected commas: save it with commas between columns "
                     "and points in numbers (0.001, not 0,001)"
@@ -145,9 +168,14 @@ def _csv_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str,
         raise InputError(
             f"{path}: the column {', '.join(twice)} is given twice (columns {' and '.join(places)}): remove the wrong one"
         )
-    for cells in reader:
-        if not any(cell.strip() for cell in cells):
-            continue
+
+
+def _csv_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.reader(lines)
+    filled = (cells for cells in reader if any(cell.strip() for cell in cells))
+    header = [name.strip() for name in next(filled, [])]
+    _check_header(path, header)
+    for cells in filled:
         if len(cells) != len(header):
             raise InputError(
                 f"{path}:{reader.line_num}: the row has {counted(len(cells), 'cell')} and the header "

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qwen_moe.config import RunConfig, find_recipe, load_config, load_stage, parse_config, refuse_stages
+from qwen_moe.config import ModelConfig, RunConfig, find_recipe, load_config, load_stage, parse_config, refuse_stages
 from qwen_moe.config.fields import LARGEST_SIZE, MOST_PROCESSES
 from qwen_moe.documents import yaml_mapping
 from qwen_moe.errors import UserError
 from qwen_moe.options import number, whole
+
+MOST_PRICE = 10**9  # of a GPU-hour, in any currency
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -47,7 +49,11 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--precision", choices=("bf16", "fp8", "any"), default="any", help="of the layouts to try (default: any)"
     )
-    parser.add_argument("--price", type=number(least=0), help="price of a GPU-hour (default: as in the GPU's file)")
+    parser.add_argument(
+        "--price",
+        type=number(least=0, most=MOST_PRICE),
+        help="price of a GPU-hour (default: as in the GPU's file)",
+    )
     parser.add_argument("--top", type=whole(1), default=5, help="number of layouts to print (default: 5)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--write", action="store_true", help="write the best layout into the recipe")
@@ -77,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
     if args.write:
         refuse_stages(load_config(args.recipe, overrides), "qwen-moe plan --write")
     config = load_stage(args.recipe, overrides, args.stage)
+    _check_imbalance(args.imbalance, config.model)
+    check_aligned(config.model)
     from qwen_moe.planning.layouts import PRECISIONS
     from qwen_moe.planning.search import Search
     from qwen_moe.planning.text import plan_text
@@ -102,6 +110,33 @@ def run(args: argparse.Namespace) -> int:
         elif not written["comments_kept"]:
             sys.stdout.write(f"{args.recipe}: could not be edited in place, so it was rewritten without its comments\n")
     return 0
+
+
+def _check_imbalance(imbalance: float, model: ModelConfig) -> None:
+    """Raises UserError for more tokens than the busiest expert can have: all of them, where the average has k of E."""
+    if not model.is_moe_family:
+        if imbalance > 1:
+            raise UserError(f"--imbalance {imbalance:g}: the model has no experts, so leave the option out")
+    elif imbalance > (most := model.num_experts / model.num_experts_per_tok):
+        raise UserError(
+            f"--imbalance {imbalance:g}: expected {most:g} at most, num_experts {model.num_experts} / num_experts_per_tok "
+            f"{model.num_experts_per_tok}: the busiest expert cannot have more than every token"
+        )
+
+
+def check_aligned(model: ModelConfig) -> None:
+    """Raises UserError for experts that a GPU would run one at a time, which no estimate of time is of."""
+    from qwen_moe.planning.search import ALIGNED
+
+    if not model.is_moe_family:
+        return
+    for name in ("hidden_size", "moe_intermediate_size"):
+        if (size := getattr(model, name)) % ALIGNED:
+            near = max(1, round(size / ALIGNED)) * ALIGNED
+            raise UserError(
+                f"model.{name} {size} is not a multiple of {ALIGNED}, which grouped GEMMs need (rows of 16 bytes): the "
+                f"experts would run one at a time, and such models cannot be planned for. {near} can be"
+            )
 
 
 def _facts(plan: Any) -> dict[str, Any]:

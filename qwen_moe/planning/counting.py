@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -20,7 +20,6 @@ from parallel.kernels.interface import Kernels
 from parallel.mesh import Grids, Layout
 from parallel.pipeline import between_halves
 from qwen_moe.config import ModelConfig, RunConfig
-from qwen_moe.errors import UserError
 from qwen_moe.models.attention.core import Attend, attend
 from qwen_moe.models.attention.gqa import Attention
 from qwen_moe.models.attention.mask import Visibility
@@ -99,7 +98,7 @@ def fake_grids(layout: Layout, kv_heads: int, rank: int = 0, cp_heads: int = 1) 
 
 def count(config: RunConfig, run: Run) -> Saved:
     """Run a stage module forward and backward on fake tensors of its own sizes. Parameters, their gradients and the input
-    are not counted; the output is. Raises UserError for sizes whose experts run one by one, which fake tensors cannot do."""
+    are not counted; the output is."""
     with _stage(config, run) as (part, x, ids), LiveBytes(peaks=not run.forward_only) as live:
         out = part(x, ids)
         held = live.live
@@ -153,14 +152,7 @@ def _stage(
             ids = torch.zeros(run.micro_batch, run.given, dtype=torch.int64)
             shape = (run.micro_batch, run.given // split.tp, config.model.hidden_size)
             hidden = torch.zeros(shape, dtype=dtype, requires_grad=True)
-            try:
-                yield part, ids if part.first else hidden, ids
-            except DataDependentOutputException:
-                raise UserError(
-                    f"model.hidden_size {config.model.hidden_size} or moe_intermediate_size "
-                    f"{config.model.moe_intermediate_size} / etp {split.etp} is not a multiple of "
-                    f"{16 // dtype.itemsize}, which grouped GEMMs need: such models cannot be planned for"
-                ) from None
+            yield part, ids if part.first else hidden, ids
 
 
 def _build(config: RunConfig, run: Run, grids: Grids) -> tuple[TrainingPart, Kernels]:

@@ -22,6 +22,7 @@ from qwen_moe.progress import bar
 from qwen_moe.sharding.layout import ContextPlan, RunLayout
 
 _CLEARLY = 0.98  # of a step's time, from which on a gain that rests on an assumption is worth a line
+ALIGNED = 8  # features of an expert in bf16, 16 bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +266,7 @@ class Search:
         """Whether slices of experts are multiples of the 16 bytes that grouped GEMMs need (`planning.saved`). Other slices
         are legal, but their experts run one at a time, which nobody wants."""
         model = self.config.model
-        return choice.etp == 1 or (model.moe_intermediate_size // choice.etp) % 8 == 0
+        return choice.etp == 1 or (model.moe_intermediate_size // choice.etp) % ALIGNED == 0
 
     def _score(self, choice: Choice, layout: RunLayout, memory: Memory, step: StepTime) -> Scored:
         rate = self.config.tokens_per_step / step.total / self.gpus
@@ -363,9 +364,11 @@ class Search:
         return sorted(near, key=lambda timed: timed[0].total)
 
     def _enough_gpus(self) -> int:
-        """The smallest of 2, 4, ... 32 times the GPUs on which a layout fits, or 0."""
-        for times in (2, 4, 8, 16, 32):
-            gpus = times * self.gpus
+        """The smallest of 2, 4, ... 32 times the GPUs on which a layout fits, or 0. Only whole nodes can be planned for."""
+        node = self.cluster.gpus_per_node
+        for gpus in (times * self.gpus for times in (2, 4, 8, 16, 32)):
+            if gpus > node and gpus % node:
+                continue
             fits = (
                 choice.recompute == "full"
                 and self.memory.floor(choice, layout) <= self.gpu.usable_bytes

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,9 +130,8 @@ def collect(paths: Sequence[Path], loss: Loss) -> Collected:
         raise UserError(f"losses with different vocabularies cannot be compared: {sizes}; collect each apart")
     if not any(not row["diverged"] for row in rows):
         why = "; ".join(f"{name} {state}" for name, state, _ in left_out[:5]) or "all diverged"
-        raise UserError(
-            f"no run of {', '.join(map(str, paths))} has ended ({why}): `qwen-moe launch {paths[0]} --local` runs them"
-        )
+        command = f"qwen-moe launch {shlex.quote(str(paths[0]))} --local"
+        raise UserError(f"no run of {', '.join(map(str, paths))} has ended ({why}): `{command}` runs them")
     if repeated:
         notes.append(
             f"{counted(len(repeated), 'run reads', 'runs read')} data more than once "

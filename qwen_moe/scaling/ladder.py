@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from qwen_moe.options import number
 TABLE = "ladder.csv"
 MOVED = 0.06  # share by which a batch may be moved to suit micro-batches: an eighth of a step between neighbours
 DURATIONS = (10.0, 20.0, 40.0, 80.0, 160.0)  # tokens per activated parameter
+LEAST_DURATION = 1  # `scaling fit` leaves shorter runs out (scaling_laws.early)
 BELOW = ", below them"
 
 
@@ -55,7 +57,7 @@ def add_durations(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens-per-parameter",
         nargs="+",
-        type=number(above=0),
+        type=number(least=LEAST_DURATION),
         default=list(DURATIONS),
         metavar="RATIO",
         help=f"durations of the small runs, per activated parameter (default: {' '.join(f'{d:g}' for d in DURATIONS)})",
@@ -194,7 +196,12 @@ def run(args: argparse.Namespace) -> int:
             "ladder needs 3: give the recipe of a larger model (more layers and KV heads)"
         )
     sizes, target = [size_of(model) for model in models], target_of(config)
-    prior = load_fit(args.fit).surface if args.fit is not None else None
+    prior = None
+    if args.fit is not None and (prior := load_fit(args.fit).surface) is None:
+        raise UserError(
+            f"--fit {args.fit}: its runs have no learning_rate and batch_size, so it does not say where to start: give "
+            "another fit, or leave the option out to start from published laws"
+        )
     ratios = sorted(set(args.tokens_per_parameter))
     if len(ratios) < 2:
         raise UserError(f"--tokens-per-parameter {ratios[0]:g}: a ladder needs two durations or more, such as 20 40")
@@ -287,7 +294,7 @@ def _text(facts: dict[str, Any], rows: list[dict[str, Any]], target: tuple[float
         lines.append(
             f"{first['n_total']:10.3g} {first['n_active']:10.3g} {first['tokens']:10.3g} {len(mine):5d} {cost:9.2g}"
         )
-    deviation = facts["log_deviation"]
+    deviation, shown = facts["log_deviation"], shlex.quote(facts["output"])
     lines += [
         f"{counted(facts['runs'], 'run')}, {facts['flops']:.3g} FLOPs (6 N_active D) in all"
         + (
@@ -301,7 +308,7 @@ def _text(facts: dict[str, Any], rows: list[dict[str, Any]], target: tuple[float
         f"(learning rate known to a factor of {2.718281828 ** deviation['learning_rate']:.2f}, batch size to "
         f"{2.718281828 ** deviation['batch_size']:.2f}, one standard deviation)",
         *filter(None, [far_text(facts["too_far"])]),
-        f"recipes and {TABLE} in {facts['output']}. Next: `qwen-moe launch {facts['output']} --local` (or --array), "
-        f"`qwen-moe scaling collect {facts['output']} --output runs.csv`, `qwen-moe scaling fit runs.csv --output fit`",
+        f"recipes and {TABLE} in {facts['output']}. Next: `qwen-moe launch {shown} --local` (or --array), "
+        f"`qwen-moe scaling collect {shown} --output runs.csv`, `qwen-moe scaling fit runs.csv --output fit`",
     ]
     return "\n".join(lines)

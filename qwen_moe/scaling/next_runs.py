@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,9 +173,9 @@ def _text(advice: "Advice", unit: _Unit, target: tuple[float, float, float], so_
 
 
 def _afterwards(output: Path, runs: list[Path]) -> str:
-    table = f"{output.name}.csv"
-    tables = " ".join(str(path) for path in [*runs, table])
+    table, shown = shlex.quote(f"{output.name}.csv"), shlex.quote(str(output))
+    tables = " ".join([*(shlex.quote(str(path)) for path in runs), table])
     return (
-        f"recipes and {TABLE} in {output}. Next: `qwen-moe launch {output} --local` (or --array), `qwen-moe scaling collect "
-        f"{output} --output {table}`, then this command again with `--runs {tables}`, until it says stop"
+        f"recipes and {TABLE} in {output}. Next: `qwen-moe launch {shown} --local` (or --array), `qwen-moe scaling collect "
+        f"{shown} --output {table}`, then this command again with `--runs {tables}`, until it says stop"
     )

@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
                 "interval": [found.low, found.high],
                 "by_law": found.by_law,
                 "backtest_error": found.backtest,
+                "blew_up": found.blew_up,
                 "group": group,
             }
         )
@@ -115,12 +116,22 @@ def _text(rows: list[dict[str, Any]], learnt: bool) -> str:
     for row in rows:
         low, high = row["interval"]
         tried = f"{row['backtest_error']:+.2%}" if row["backtest_error"] is not None else "too early"
-        verdict = "  hopeless" if row["hopeless"] else ""
+        verdict = "  blew up" if row["blew_up"] else "  hopeless" if row["hopeless"] else ""
         lines.append(
             f"{row['run']:{width}s} {row['done']:5.0%} {row['predicted_loss']:10.4f} {low:8.4f} {high:8.4f} "
             f"{tried:>9s}{verdict}"
         )
     lines.append("backtest: error when the end of the known curve is predicted from its first two thirds")
+    if any(row["blew_up"] for row in rows):
+        lines.append(
+            "blew up: the newest losses are far above the curve of the earlier ones, and the prediction is of a run that "
+            "recovers"
+        )
+    if finished := [row["run"] for row in rows if row["done"] == 1 and not Path(row["run"]).is_dir()]:
+        lines.append(
+            f"{finished[0]} ends with its last loss, so it counts as finished: of a run that goes on, give the learning "
+            "rates of the steps to come, too, with empty losses"
+        )
     if not learnt:
         lines.append(
             "how much the loss falls as the learning rate does is taken from publications until it is seen: "

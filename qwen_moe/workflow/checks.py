@@ -30,13 +30,15 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def check_steps(args: argparse.Namespace, config: RunConfig, state: State, steps: Sequence[str]) -> None:
-    """Raises UserError if ``steps``, all that this call goes through, lack what only the user can give or plan a precision
-    that the GPU does not have, and LaunchError if they need a Slurm that does not answer. A budget that the ladder was made
-    with need not be given again."""
+    """Raises UserError if ``steps``, all that this call goes through, lack what only the user can give, or plan a precision
+    that the GPU does not have or a model that cannot be planned. Raises LaunchError if they need a Slurm that does not
+    answer. A budget that the ladder was made with need not be given again."""
     if args.gpus and "plan" in steps:
+        from qwen_moe.planning.command import check_aligned
         from qwen_moe.planning.hardware import load_gpu
 
         load_gpu(args.gpu).require(planned_precision(config))
+        check_aligned(config.model)
     if args.flops_budget is None:
         args.flops_budget = state.inputs("ladder").get("--flops-budget")
     if args.flops_budget is None and "ladder" in steps:

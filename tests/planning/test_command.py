@@ -140,6 +140,13 @@ def test_overrides_may_stand_anywhere(recipe: Path, capsys: pytest.CaptureFixtur
         (("--gpus", 8, "--imbalance", "nan"), "argument --imbalance: 'nan': expected a number, 1 or more"),
         (("--gpus", 8, "--imbalance", "inf"), "argument --imbalance: 'inf': expected a number"),
         (("--gpus", 8, "--price", "-1"), "argument --price: '-1': expected a number, 0 or more"),
+        (("--gpus", 8, "--imbalance", 1e9), "--imbalance 1e.09: expected . at most, num_experts "),
+        (("--gpus", 8, "--price", "1e300"), "argument --price: '1e300': expected a number, 0 or more and at most"),
+        (
+            ("--gpus", 8, "model.hidden_size=60", "model.head_dim=16"),
+            "hidden_size 60 is not a multiple of 8, .* 64 can be",
+        ),
+        (("--gpus", 8, "model.moe_intermediate_size=33"), "moe_intermediate_size 33 is not a multiple of 8, .* 32 can"),
         (("--gpus", 8, "--price", "1e999"), "argument --price: '1e999': expected a number"),
         (("--gpus", "9" * 400), r"argument --gpus: '9{60}'... .400 characters.: expected a whole number"),
         (
@@ -285,6 +292,17 @@ def test_nothing_fits(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "nothing fits; " in capsys.readouterr().out
     assert plan(recipe, "--gpus", 1, "--gpu", path, "--write") == 2
     assert "nothing was written" in capsys.readouterr().err and recipe.read_text() == before
+
+
+def test_more_gpus_are_whole_nodes(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A number of GPUs that `plan` proposes is one that it takes: twice 3 would do, and is no whole nodes of 4."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.replace("0.22", "0.1"))
+    facts = {}
+    for node in (3, 4):
+        assert plan(recipe, "--gpus", 3, "--gpu", path, "--gpus-per-node", node, "--json") == 0
+        facts[node] = json.loads(capsys.readouterr().out)
+    assert not facts[4]["best"] and (facts[3]["gpus_needed"], facts[4]["gpus_needed"]) == (6, 12)
 
 
 def test_a_margin_of_memory_stays_free(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,9 +4,13 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from parallel.expert import Exchange
+from parallel.mesh import Layout
 from qwen_moe.config import BalanceConfig, RunConfig, parse_config
-from qwen_moe.planning.counting import Run, Saved, Split, count
+from qwen_moe.planning.counting import Run, Saved, Split, count, fake_grids
 from qwen_moe.planning.layouts import Choice, legal_choices
 from qwen_moe.planning.memory import MemoryModel
 from qwen_moe.planning.saved import SavedActivations
@@ -78,6 +82,16 @@ def test_bytes_are_those_of_whole_layers(seed: int) -> None:
     stage = len(layout.layers) - 1
     halves = (model._stage_activations(choice, layout, stage).between for model in (recorded, whole))
     assert next(halves) == pytest.approx(next(halves), rel=0.02)
+
+
+@pytest.mark.parametrize(("ep", "etp", "rows"), [(8, 2, 28), (4, 2, 29), (2, 4, 31), (8, 1, 27), (4, 4, 32)])
+def test_all_slices_of_an_expert_get_its_rows(ep: int, etp: int, rows: int) -> None:
+    """Also where the rows cannot be shared evenly: ranks that hold slices of the same experts get as many."""
+    with fake_grids(Layout(dp=ep * etp, ep=ep, etp=etp), 2) as grids, FakeTensorMode(allow_non_fake_inputs=True):
+        plan = Exchange(grids.exchange, etp, 16).plan(torch.zeros(16, dtype=torch.int64), rows)
+    by_holder = [plan.send[start : start + etp] for start in range(0, ep * etp, etp)]
+    assert all(len(set(same)) == 1 for same in by_holder) and sum(same[0] for same in by_holder) == rows
+    assert sum(plan.receive) == rows * etp
 
 
 def test_dropped_choices_can_be_planned_for() -> None:

@@ -218,70 +218,6 @@ def test_suspicious_units_and_repeated_rows_are_told(tmp_path: Path) -> None:
     assert any("1 row repeats another" in note and "runs.csv:10" in note for note in notes)
 
 
-HEADER = ",".join(GOOD)
-VALUES = ",".join(GOOD.values())
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (f"{HEADER},tokens\n{VALUES},1e9\n", "the column tokens is given twice (columns 2 and 7)"),
-        (f"{HEADER}\n{VALUES}\n".replace(",", ";"), "separated by semicolons, expected commas"),
-        (f"{HEADER}\n{VALUES}\n".replace(",", "\t"), "separated by tabs, expected commas"),
-        (f"{HEADER}\n{VALUES},7\n", "runs.csv:2: the row has 7 cells and the header 6 columns"),
-        (f"{HEADER}\n{VALUES}\n1e8,2e9\n", "runs.csv:3: the row has 2 cells"),
-        (f"{HEADER}\n" + VALUES.replace("1e8", '"100,000,000"'), "write 100000000, without thousands separators"),
-        (f"{HEADER}\n" + VALUES.replace("3.1", '"3,1"'), "loss is '3,1', expected a positive number (a decimal point"),
-        (f"{HEADER}\n{VALUES}\n" + "1" * 200_000, "is not a CSV table"),
-    ],
-)
-def test_what_would_be_read_wrongly_is_refused(text: str, message: str, tmp_path: Path) -> None:
-    from scaling_laws.errors import InputError
-    from scaling_laws.runs import read_runs
-
-    path = tmp_path / "runs.csv"
-    path.write_text(text)
-    with pytest.raises(InputError) as error:
-        read_runs([path])
-    assert message in str(error.value) and "None" not in str(error.value)
-
-
-def test_a_spreadsheets_file_is_read_the_same(tmp_path: Path) -> None:
-    """Excel puts a byte order mark first and ends lines in CR LF; people put spaces after commas."""
-    from scaling_laws.runs import read_runs
-
-    path = tmp_path / "runs.csv"
-    path.write_bytes(
-        b"\xef\xbb\xbf" + HEADER.replace(",", ", ").encode() + b"\r\n" + VALUES.encode() + b"\r\n,,,,,\r\n"
-    )
-    row = read_runs([path]).frame.iloc[0]
-    assert (row["n_total"], row["n_active"], row["batch_tokens"], row["loss"]) == (1e8, 1e8, 65536, 3.1)
-    path.write_bytes(HEADER.encode("utf-16"))
-    with pytest.raises(ValueError, match="save the table as CSV UTF-8"):
-        read_runs([path])
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"loss": 3.1, "loss": 3.2}', "'loss' is given twice"),
-        (json.dumps(GOOD | {"loss": True}), "loss is True, expected a positive number"),
-        (json.dumps(GOOD | {"loss": [3]}), "loss is [3], expected a positive number"),
-        ("[" * 100_000, "runs.jsonl:1:"),
-        (json.dumps(GOOD | {"tokens": 0}).replace(": 0", ": " + "9" * 400), "expected a positive number"),
-    ],
-)
-def test_what_is_no_number_in_jsonl(line: str, message: str, tmp_path: Path) -> None:
-    from scaling_laws.errors import InputError
-    from scaling_laws.runs import read_runs
-
-    path = tmp_path / "runs.jsonl"
-    path.write_text(line + "\n")
-    with pytest.raises(InputError) as error:
-        read_runs([path])
-    assert message in str(error.value)
-
-
 @pytest.mark.parametrize("damage", ["digit", "flip", "cut", "list", "unsigned"])
 def test_a_damaged_fit_is_not_read(damage: str, fit_dir: Path, tmp_path: Path) -> None:
     """One digit of a coefficient would be another recommendation in silence."""
@@ -321,16 +257,6 @@ def test_a_batch_that_leaves_a_run_without_steps_is_refused(fit_dir: Path) -> No
         laws.recommend(replace(fit, surface=replace(fit.surface, learning_rate=rate)), request)
 
 
-def test_jsonl_is_read_too(tmp_path: Path) -> None:
-    from scaling_laws.runs import read_runs
-
-    path = tmp_path / "runs.jsonl"
-    sparse = GOOD | {"loss": 3.2, "num_experts": 8, "top_k": 2, "n_active": 4e7}
-    path.write_text(json.dumps(GOOD) + "\n\n" + json.dumps(sparse) + "\n")
-    frame = read_runs([path]).frame
-    assert frame["loss"].tolist() == [3.1, 3.2] and frame["batch_tokens"].tolist() == [65536, 65536]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -338,6 +264,8 @@ def test_jsonl_is_read_too(tmp_path: Path) -> None:
         (["fit", "nowhere.csv", "--output", "x"], "nowhere.csv does not exist"),
         (["fit", "nowhere.csv", "--output", "x", "--samples", "-3"], "--samples -3"),
         (["recommend", "x", "--seq-len", "1024", "--flops", "1e20", "--n-total", "1e9"], "not both"),
+        (["recommend", "x", "--seq-len", "1024", "--flops", "1e20", "--n-active", "1e9"], "not both"),
+        (["recommend", "x", "--seq-len", "1k", "--flops", "1e20"], "'1k': expected a whole number (see qwen-moe"),
         (["recommend", "x", "--seq-len", "1024", "--n-total", "-1", "--tokens", "1e9"], "--n-total -1.0"),
         (
             ["recommend", "x", "--seq-len", "1024", "--n-total", "1e9", "--tokens", "1e19"],
@@ -347,6 +275,7 @@ def test_jsonl_is_read_too(tmp_path: Path) -> None:
         (["recommend", "x", "--seq-len", "0", "--flops", "1e20"], "--seq-len 0: expected a number from 1"),
         (["recommend", "x", "--seq-len", "9", "--activated-share", "0.5"], "--activated-share is for --flops"),
         (["fit", "nowhere.csv", "--output", "x", "--seed", "-1"], "--seed -1: give 0 or more"),
+        (["fit", "nowhere.csv", "--output", f"{__file__}/fit"], "test_command.py is a file: give a folder"),
         (["fit", "nowhere.csv", "--output", ""], "argument --output: '': expected a path"),
     ],
 )

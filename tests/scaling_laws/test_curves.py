@@ -133,6 +133,14 @@ def test_a_csv_of_another_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("step,learning_rate,loss\n1,fast,2\n", "curve.csv:2: expected numbers"),
         ("step,learning_rate,loss\n1,1e-3,inf\n", "curve.csv:2: expected numbers"),
         ("step,learning_rate,loss\n1,1e-3,2\n1,1e-3,3\n", "curve.csv:3: step 1 comes after step 1"),
+        ("step,lr,loss\n1,1e-3,2\n", "has no column learning_rate: expected step, learning_rate, loss; rename 'lr' to"),
+        (
+            "step,learning_rate,loss\n1,1e-3,2\n2,1e-3,2\n12,1e-3,2\n",
+            "curve.csv:4: step 12 comes after step 2, and the first",
+        ),
+        ("step,learning_rate,loss\n501,1e-3,2\n502,1e-3,2\n", "its rows begin at step 501: give those before, too"),
+        ("step,learning_rate,loss\n" + "".join(f"{t},1e-3,2e9\n" for t in range(50)), "the median loss is 2e+09"),
+        ("step,learning_rate,loss\n" + "".join(f"{t},1e-3,2e-9\n" for t in range(50)), "the median loss is 2e-09"),
         ("step,loss,learning_rate,loss\n1,1,1e-3,2\n", "the column loss is given twice (columns 2 and 4)"),
         ("step;learning_rate;loss\n1;0,001;2\n", "separated by semicolons"),
         ("step,learning_rate,loss\n1,1e-3,2,1\n", "curve.csv:2: the row has 4 cells and the header 3 columns"),
@@ -158,3 +166,23 @@ def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     run = run_directory(tmp_path / "run", 1.0, 0.5)
     assert main(["scaling", "predict", str(run), "--like", str(run)]) == 2
     assert "has done 50% of its steps: give finished runs" in capsys.readouterr().err
+
+
+def test_a_run_that_blew_up_is_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A robust fit takes the newest losses for outliers, and would predict that the run ends well."""
+    rate = schedule("cosine")
+    truth = published("multi_power", rate) + np.random.default_rng(0).normal(0, 0.02, STEPS)
+    paths = []
+    for name, height in (("calm", 0.0), ("blown", 8.0)):
+        loss = truth + height * (np.arange(STEPS) > 2000)
+        paths.append(tmp_path / f"{name}.csv")
+        rows = [f"{t},{rate[t]},{loss[t] if t < 2500 else ''}" for t in range(STEPS)]
+        paths[-1].write_text("step,learning_rate,loss\n" + "\n".join(rows) + "\n")
+    assert main(["scaling", "predict", *map(str, paths), "--json"]) == 0
+    assert [row["blew_up"] for row in json.loads(capsys.readouterr().out)] == [False, True]
+    assert main(["scaling", "predict", *map(str, paths)]) == 0
+    assert capsys.readouterr().out.count("blew up") == 2  # the run, and what it means
+    rows = [f"{t},{rate[t]},{truth[t]}" for t in range(2500)]  # the past alone
+    paths[0].write_text("step,learning_rate,loss\n" + "\n".join(rows) + "\n")
+    assert main(["scaling", "predict", str(paths[0])]) == 0
+    assert "counts as finished: of a run that goes on, give the learning rates" in capsys.readouterr().out

@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scaling_laws.errors import InputError
 from scaling_laws.fitting import Fit, fit_table
+from scaling_laws.plots import draw_isoflop
 from scaling_laws.recommend import Request, recommend
 from scaling_laws.runs import read_runs
 from tests.scaling_laws.data import synthetic
@@ -55,6 +57,27 @@ def test_optima_beyond_the_grid_are_told(optimum: tuple[float, float], told: str
     assert note.startswith(f"in 3 of 4 groups the best run has {told} that was tried")
     assert note.endswith(f"add runs with {side} ones")
     assert notes(tmp_path / "two.csv", [optimum, optimum]) == []  # two groups may do so by chance
+
+
+def test_runs_that_end_alike_are_no_optimum_at_the_edge(tmp_path: Path) -> None:
+    """Losses of two decimals: where the least loss is that of several runs, the first is no better than the others."""
+    path = tmp_path / "runs.csv"
+    notes(path, [(0.0, 0.0)] * 4)
+    frame = pd.read_csv(path)
+    frame["loss"] = frame["loss"].clip(lower=3.03)  # flat but for the corners
+    frame.to_csv(path, index=False)
+    assert frame["loss"].nunique() > 1 and (frame["loss"] == 3.03).sum() > 4 * len(GRID)
+    assert read_runs([path]).warnings == []
+
+
+def test_a_fit_without_a_best_size_is_drawn_but_not_asked(fit: Fit, tmp_path: Path) -> None:
+    """A law whose tokens do not matter: every larger model is better."""
+    assert fit.loss_law is not None
+    fit = replace(fit, loss_law=replace(fit.loss_law, values=fit.loss_law.values | {"big_b": 0.0}))
+    with pytest.raises(InputError, match=r"no compute-optimal size for 1e.19 FLOPs"):
+        recommend(fit, Request(flops=1e19, seq_len=1024))
+    frame = read_runs([synthetic(tmp_path / "runs.csv")]).frame
+    assert draw_isoflop(fit, frame, tmp_path / "isoflop.png").stat().st_size > 0
 
 
 def test_a_loss_law_that_misses_larger_runs_is_doubted(fit: Fit) -> None:

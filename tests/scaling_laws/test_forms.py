@@ -8,7 +8,7 @@ import pytest
 
 from scaling_laws.errors import InputError
 from scaling_laws.forms import FORMS, Points, points
-from scaling_laws.loss_law import compute_optimal, fit_loss
+from scaling_laws.loss_law import LossLaw, compute_optimal, fit_loss
 from scaling_laws.validation import _parts, choose_form, hold_outs
 from tests.scaling_laws.data import synthetic
 
@@ -127,6 +127,17 @@ def test_compute_optimal_is_the_closed_form() -> None:
     # The law is of activated parameters: a quarter of them changes the total, and no more.
     n_total, tokens_of_quarter, _ = compute_optimal(law, 1e22, ratio=0.25)
     assert n_total == pytest.approx(4 * n) and tokens_of_quarter == pytest.approx(tokens)
+
+
+@pytest.mark.parametrize(("changes", "better"), [({"big_b": 0.0}, "larger"), ({"big_a": 0.0}, "smaller")])
+def test_a_law_without_a_best_size_says_so(changes: dict[str, float], better: str) -> None:
+    """Where tokens, or parameters, do not matter. The end of the search would be taken for an optimum."""
+    law = LossLaw(form="chinchilla", values=BASE | changes, objective=0.0, starts=1, spread=0.0, condition=1.0)
+    with pytest.raises(InputError, match=f"no compute-optimal size for 1e.22 FLOPs: by it, a {better} model"):
+        compute_optimal(law, 1e22)
+    law = LossLaw(form="chinchilla", values=BASE, objective=0.0, starts=1, spread=0.0, condition=1.0)
+    n, tokens, loss = compute_optimal(law, 1e32)  # a model of 1e15 parameters and more is one
+    assert loss < law.predict(n / 2, n / 2, 2 * tokens)[0] and loss < law.predict(2 * n, 2 * n, tokens / 2)[0]
 
 
 def test_compute_optimal_is_that_of_the_granularity() -> None:

@@ -15,15 +15,16 @@ from qwen_moe.cli import main
 from qwen_moe.config import load_config
 from qwen_moe.errors import UserError
 from qwen_moe.models.flops import count_parameters
-from qwen_moe.scaling.ladder import MOVED, _batch, _too_far, far_text, write_ladder
+from qwen_moe.scaling.ladder import LEAST_DURATION, MOVED, _batch, _too_far, far_text, write_ladder
 from qwen_moe.training.schedule import learning_rate
+from scaling_laws.early import LEAST_TOKENS
 from scaling_laws.errors import InputError
 from scaling_laws.laboratories import laboratories_law, laboratory_prior
 from scaling_laws.ladder import Design, design_ladder
 from scaling_laws.runs import read_runs
 from scaling_laws.surface import deepseek_law, step_law_as_published
 from scaling_laws.surface_fit import MISFIT, fit_surface
-from tests.scaling_laws.data import best_loss
+from tests.scaling_laws.data import best_loss, synthetic
 
 DEMO = str(Path(__file__).parents[2] / "recipes" / "demo.yaml")
 SIZES = [(n, n) for n in (1e7, 3e7, 1e8, 3e8)]
@@ -153,6 +154,30 @@ def test_a_cross_has_five_runs_a_group_and_the_given_durations(
         assert sorted(changed) == [(False, True)] * 2 + [(True, False)] * 2
         low, high = sorted(rate for rate, batch in others if batch == middle[1])
         assert low * high == pytest.approx(middle[0] ** 2)
+
+
+def test_a_ladder_is_of_runs_that_the_fit_will_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And it begins from the fit that was given, or not at all."""
+    assert LEAST_DURATION == LEAST_TOKENS
+    arguments = ["scaling", "ladder", DEMO, "--flops-budget", "2e16", "--output", str(tmp_path / "x")]
+    assert main([*arguments, "--tokens-per-parameter", "0.5", "20"]) == 2
+    assert "'0.5': expected a number, 1 or more" in capsys.readouterr().err
+    losses = tmp_path / "losses.csv"
+    frame = pd.read_csv(synthetic(tmp_path / "runs.csv")).drop(columns=["learning_rate", "batch_size", "seq_len"])
+    frame.to_csv(losses, index=False)
+    assert main(["scaling", "fit", str(losses), "--output", str(tmp_path / "fit"), "--samples", "0"]) == 0
+    assert main([*arguments, "--fit", str(tmp_path / "fit")]) == 2
+    assert "its runs have no learning_rate and batch_size" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_commands_that_are_shown_can_be_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where a path has a space."""
+    output = tmp_path / "my ladder"
+    assert main([*ladder_of_demo(output), "--pattern", "cross"]) == 0
+    said = capsys.readouterr().out
+    assert f"`qwen-moe launch '{output}' --local`" in said and f"`qwen-moe scaling collect '{output}' --output" in said
+    assert main(["scaling", "collect", str(output), "--output", str(tmp_path / "runs.csv")]) == 2
+    assert f"`qwen-moe launch '{output}' --local` runs them" in capsys.readouterr().err
 
 
 def test_one_duration_is_too_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

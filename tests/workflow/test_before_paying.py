@@ -40,6 +40,7 @@ def pipeline(*options: str) -> int:
             ("--flops-budget", BUDGET, "--gpus", "16", "--gpu", "a100-80gb", "precision.compute=fp8"),
             "does not compute in fp8",
         ),
+        (("--flops-budget", BUDGET, "--gpus", "16", "model.moe_intermediate_size=36"), "36 is not a multiple of 8"),
         (("--flops-budget", BUDGET, "--gpus", "16", "--site", "none.toml"), "none.toml"),
         (("--flops-budget", BUDGET, "--slurm", "--site", "none.toml"), "none.toml"),
         (("--flops-budget", BUDGET, "--slurm"), "there is no Slurm here"),
