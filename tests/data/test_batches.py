@@ -81,6 +81,35 @@ def test_validation_and_training_share_no_document(tmp_path: Path) -> None:
     assert train and validation and not train & validation
 
 
+@pytest.mark.parametrize(("split", "documents"), [("98,1,1", 60), ("93,3,4", 20)])
+def test_a_split_without_a_document_between_its_edges_has_no_validation(
+    tmp_path: Path, split: str, documents: int
+) -> None:
+    """1% of 60 documents rounds to one, but from 58.8 to 59.4 there is none, and megatron-core would not end."""
+    prefix = write_tokens(tmp_path / "d", counting_documents(10, documents, 40))
+    assert batches(tmp_path, prefix, split=split, train_samples=5).validation_samples == 0
+
+
+def test_documents_of_the_test_are_not_trained_on_where_there_is_no_validation(tmp_path: Path) -> None:
+    documents = counting_documents(10, 20, 40)
+    loader = batches(tmp_path, write_tokens(tmp_path / "d", documents), split="90,0,10", train_samples=44)
+    read = set(loader.train_batch(0, 44)["input_ids"].flatten().tolist()) - {END}
+    held = {token for tokens in documents[18:] for token in tokens} - {END}
+    assert not read & held and len(read) > 600
+
+
+def test_data_with_nothing_to_train_on_are_refused(tmp_path: Path) -> None:
+    few = write_tokens(tmp_path / "d", counting_documents(10, 20, 40))
+    with pytest.raises(
+        UserError, match=r"data.split '1,99,0' leaves nothing of .*d to train on, which has 20 documents"
+    ):
+        batches(tmp_path, few, split="1,99,0")
+    with pytest.raises(UserError, match="e has no tokens: give data with text"):
+        batches(tmp_path, few, write_tokens(tmp_path / "e", [[], []]))
+    with pytest.raises(UserError, match="e has no tokens: give validation data"):
+        batches(tmp_path, few, validation=(Dataset(prefix=tmp_path / "e"),))
+
+
 def test_samples_past_the_validation_data_count_nothing(tmp_path: Path) -> None:
     loader = batches(tmp_path, write_tokens(tmp_path / "d", counting_documents(10, 10, 40)), validation_samples=100)
     assert loader.validation_samples == (2 * 40 - 1) // SEQ
