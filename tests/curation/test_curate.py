@@ -179,6 +179,17 @@ def test_what_an_earlier_step_knows_of_a_document_is_kept(tmp_path: Path) -> Non
     assert found == [before, {"file_path": given["path"], "line": 2, "domain": "all"}]
 
 
+def test_a_file_whose_name_is_not_utf8_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    try:
+        (folder / "caf\udce9.txt").write_text(sentences(1, 20))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    assert curate(recipe(tmp_path, input=[str(folder)])) == 2
+    assert "caf\\udce9.txt' is not UTF-8, and documents are named by their file: rename it" in capsys.readouterr().err
+
+
 def test_half_a_character_in_metadata_reaches_the_end(tmp_path: Path) -> None:
     """JSON can spell it and UTF-8 cannot, so it must not stop a later step."""
     row = {"text": sentences(1, 20), "title": "\ud800"}

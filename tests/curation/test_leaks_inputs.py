@@ -158,6 +158,18 @@ def test_files_without_a_row_are_refused(folder: Path, capsys: pytest.CaptureFix
     assert "there is no row in" in error(capsys, folder)
 
 
+def test_a_text_whose_name_is_not_utf8(folder: Path) -> None:
+    texts = folder / "texts"
+    texts.mkdir()
+    try:
+        (texts / "caf\udce9.txt").write_text(TEST)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    assert decontaminate(folder, inputs="texts") == 0
+    (row,) = read_jsonl(folder / "clean" / "dropped" / "dropped-00000.jsonl")
+    assert row["id"] == str(texts / "caf\udce9.txt")
+
+
 def test_a_dropped_row_with_half_a_character_is_utf8(folder: Path) -> None:
     (folder / "docs.jsonl").write_text(json.dumps({"text": TEST, "title": "\ud800"}) + "\n")
     assert decontaminate(folder) == 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_moe.curation.scores.documents import json_line
 from qwen_moe.data.corpus import LONGEST_DOCUMENT, ReadCounts, Reading, read_documents, read_lines
 from qwen_moe.data.parquet import NotUtf8, parquet_rows
 from qwen_moe.data.sources import Corpus, Source, find_corpus
@@ -63,7 +64,7 @@ def read_rows(source: Source, text_key: str, skip_bad: bool, keys: Sequence[str]
         several = source.kind == "passkey"
         for number, text in enumerate(read_documents(source, counts, reading), 1):
             row = {text_key: text, "id": f"{name}/{number}" if several else name, "metadata": {"file_path": name}}
-            yield Line(name, number if several else 0, json.dumps(row, ensure_ascii=False).encode())
+            yield Line(name, number if several else 0, json_line(row))
         if counts.skipped:
             yield Line(name, 0, b"", problem=f"{name} is not text")
 
