@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from qwen_moe.config import DataConfig, Dataset
 from qwen_moe.data.batches import TokenBatches
 from qwen_moe.data.content import check_prefix
+from qwen_moe.data.inputs import tell_of_data
 from qwen_moe.data.lengths import long_samples
 from qwen_moe.data.megatron import IndexedDatasetBuilder
 from qwen_moe.data.samples import rank_samples
 from qwen_moe.errors import UserError
 from tests.data.chat_data import write_chat
+from tests.small import exact_run, model_values
 
 SEQ, END = 16, 3
 
@@ -108,6 +110,19 @@ def test_data_with_nothing_to_train_on_are_refused(tmp_path: Path) -> None:
         batches(tmp_path, few, write_tokens(tmp_path / "e", [[], []]))
     with pytest.raises(UserError, match="e has no tokens: give validation data"):
         batches(tmp_path, few, validation=(Dataset(prefix=tmp_path / "e"),))
+
+
+def test_a_run_says_what_is_likely_a_mistake_in_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = write_tokens(tmp_path / "d", counting_documents(10, 20, 40))
+
+    def told(split: str, times: int = 1, **data: Any) -> str:
+        values = {"train": [{"prefix": str(few)}] * times, "sequence_length": SEQ, "split": split} | data
+        tell_of_data(exact_run(model_values(), SEQ, data=values, training__train_tokens=128))
+        return capsys.readouterr().err
+
+    assert told("80,20,0") == told("1,0,0") == told("99,1,0", validation=[{"prefix": str(few)}]) == ""
+    assert "d, which has 20 documents: give it a larger share" in told("99,1,0")
+    assert "data.train names" in told("80,20,0", times=2)
 
 
 def test_samples_past_the_validation_data_count_nothing(tmp_path: Path) -> None:
