@@ -16,6 +16,10 @@ def explain_os_error(error: OSError) -> str:
     """The message for an operating system error that reached the command line."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error}: free some space, then run the same command again; finished files are not harmed"
+    if error.errno == errno.EFBIG:
+        return (
+            f"{error}: this process may not write larger files: raise the limit (ulimit -f), or use another file system"
+        )
     name = getattr(error, "filename2", None) or error.filename  # filename2 is the target of a rename
     if name and isinstance(error, IsADirectoryError):
         return f"{name} is a folder: give a file"

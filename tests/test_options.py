@@ -90,6 +90,7 @@ def run_instead(func: Callable[[object], int], monkeypatch: pytest.MonkeyPatch) 
         (PermissionError(errno.EACCES, "Permission denied", "x"), "x: this user may not read or write there"),
         (OSError(errno.EROFS, "Read-only file system", "x"), "x: this file system is read-only: give another path"),
         (OSError(errno.ENOSPC, "No space left on device"), "free some space"),
+        (OSError(errno.EFBIG, "File too large"), "raise the limit (ulimit -f)"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad start"), "not UTF-8 text (bad start at byte 0)"),
         (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates"), "cannot be written as utf-8"),
         (RecursionError("deep"), "nested too deeply"),

@@ -21,6 +21,20 @@ from qwen_moe.config.fields import (
 Learn = Literal["assistant", "last", "all"]
 TooLong = Literal["error", "drop", "cut"]
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
+_PLAIN = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
+
+
+def split_weights(split: str) -> list[float]:
+    """The shares of training, validation and test, which sum to 1. Raises ValueError unless ``split`` is one to three plain
+    numbers (megatron-core reads 1e2 as 1 and 2) with a first one above 0."""
+    parts = [part.strip() for part in split.split(",")]
+    weights = [float(part) if _PLAIN.fullmatch(part) else -1.0 for part in parts]
+    total = sum(weights)
+    if len(parts) > 3 or min(weights) < 0 or weights[0] == 0 or total == math.inf:
+        raise ValueError(
+            f"{split!r:.60} is not of the form 'train,validation,test': give up to three plain numbers, the first above 0"
+        )
+    return [*(weight / total for weight in weights), 0.0, 0.0][:3]
 
 
 class Dataset(Section):
@@ -73,12 +87,7 @@ class DataConfig(Section):
     @field_validator("split")
     @classmethod
     def _check_split(cls, split: str) -> str:
-        try:
-            weights = [float(part) for part in split.split(",")]
-        except ValueError:
-            weights = []
-        if not (1 <= len(weights) <= 3 and all(0 <= w < math.inf for w in weights) and weights[0] > 0):
-            raise ValueError(f"{split!r} is not of the form 'train,validation,test': give numbers, the first above 0")
+        split_weights(split)
         return split
 
     @field_validator("validation_sets")
@@ -98,6 +107,9 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        for blend in (self.train, self.validation, *self.validation_sets.values()):
+            if sum(dataset.weight for dataset in blend) == math.inf:
+                raise ValueError("the weights of a blend sum to infinity: they are shares, so give smaller numbers")
         if self.prepare is not None and self.prepare.train_tokenizer == (self.tokenizer is not None):
             raise ValueError(
                 "give either data.prepare.train_tokenizer: true (with vocab_size) or data.tokenizer, not both or neither"

@@ -9,6 +9,7 @@ from typing import IO, Any
 from launchers.folder.atomic import write_json
 from launchers.folder.run_folder import read_json
 from qwen_moe.curation.library import BaseReader, DiskWriter, Document
+from qwen_moe.curation.scores.documents import json_line
 
 KEPT, DROPPED, TALLY = "kept", "dropped", "tally"
 HIDDEN = "_"  # metadata that begin so are of one task only, and not written
@@ -72,7 +73,7 @@ class Lines(DiskWriter):
         super().write(document, rank, **kwargs)
 
     def _write(self, document: dict[str, Any], file_handler: IO[bytes], _filename: str) -> None:
-        file_handler.write(json.dumps(document, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+        file_handler.write(json_line(document))
 
     def close(self) -> None:
         super().close()

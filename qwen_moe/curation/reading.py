@@ -46,10 +46,15 @@ class Place:
 
 def find_places(inputs: Sequence[InputSection], tasks: int) -> list[Place]:
     """The files of all inputs in a fixed order. A file of more than a task's share is divided. Raises UserError for inputs
-    that do not exist or hold no text, and for Parquet files without the column."""
+    that do not exist or hold no text, for Parquet files without the column, and for names that are not UTF-8."""
     found: list[Place] = []
     for one in inputs:
         found += _places(one)
+    for place in found:
+        if not place.name.isascii() and _SURROGATE.search(place.name):
+            raise UserError(
+                f"the name of {place.name!r} is not UTF-8, and documents are named by their file: rename it"
+            )
     check_unpackers(place.path for place in found if place.kind in ("lines", "file"))
     share = sum(place.source.bytes for place in found if place.source is not None) / tasks
     return [

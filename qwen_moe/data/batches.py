@@ -13,9 +13,9 @@ import torch
 
 from parallel.sequence import Batch
 from qwen_moe.config import DataConfig, Dataset
-from qwen_moe.data.content import Content, check_prefix, verify_content
+from qwen_moe.data.content import Content, check_prefix, document_lengths, verify_content
 from qwen_moe.data.index_cache import IndexCache
-from qwen_moe.data.lengths import Mix, has_validation, long_and_short, long_samples
+from qwen_moe.data.lengths import ALL, Mix, check_parts, has_validation, long_and_short, long_samples, used_split
 from qwen_moe.data.manifest import bin_path, idx_path, read_manifest
 from qwen_moe.data.order import begin_alike
 from qwen_moe.data.ranks import same_on_all_ranks, verified_on_all_ranks
@@ -94,6 +94,7 @@ class TokenBatches:
                     f"{prefix} holds {'pairs of answers' if manifest.kind == 'pairs' else 'conversations'}, and reading it "
                     "as text would ignore which of its tokens are learned: give data that `qwen-moe data prepare` made"
                 )
+        check_parts(config, train)
         self._datasets, self._cache, self._validation_wanted = tuple(train), cache, validation_samples
         self.fingerprint, self._earlier_fingerprint = self._fingerprints(train_samples)
         self.train_tokens = sum(self._contents[d.prefix].tokens for d in train)
@@ -109,6 +110,8 @@ class TokenBatches:
         parts: list[Any] = [config.sequence_length, config.seed, config.split, train_samples]
         parts += [config.respect_document_boundaries, config.mask_end_of_document, bool(config.validation)]
         parts += [(content, dataset.weight) for content, dataset in zip(contents, train, strict=True)]
+        if not config.validation and used_split(config.split, self._documents) not in (config.split, ALL):
+            parts.append("documents of the test are left out")  # earlier versions trained on them
         if config.long_share:
             parts.append(f"long_share {config.long_share!r}")
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
@@ -133,6 +136,10 @@ class TokenBatches:
         """Whether a run of ``train_samples`` reads the same first ``samples``. All ranks must call this."""
         other, _ = self._open(train_samples)
         return same_on_all_ranks(lambda: begin_alike(self._train, other, samples))
+
+    @property
+    def _documents(self) -> list[int]:
+        return [len(document_lengths(dataset.prefix)) for dataset in self._datasets]
 
     def _open(self, train_samples: int) -> tuple[Any, Any]:
         """Training and validation datasets, from index arrays that rank 0 makes once."""
@@ -181,10 +188,9 @@ class TokenBatches:
             blends = [_blend(train) if wanted[0] else None, _blend(config.validation) if wanted[1] else None, None]
             where: dict[str, Any] = {"blend_per_split": blends}
         else:
-            where = {"blend": _blend(train), "split": _split(config.split)}
-            if not has_validation(config.split, [self._contents[d.prefix].documents for d in self._datasets]):
-                where["split"] = "1,0,0"
-                wanted[1] = False
+            documents = self._documents
+            where = {"blend": _blend(train), "split": used_split(config.split, documents)}
+            wanted[1] = wanted[1] and has_validation(config.split, documents)
         settings = GPTDatasetConfig(
             random_seed=config.seed,
             sequence_length=config.sequence_length,
@@ -254,14 +260,3 @@ def _blend(datasets: Sequence[Dataset]) -> tuple[list[str], list[float] | None]:
     # Without a weight, megatron-core reads a single dataset directly instead of as a blend of one.
     weights = [d.weight for d in datasets] if len(datasets) > 1 else None
     return [str(d.prefix.resolve()) for d in datasets], weights
-
-
-def _split(split: str) -> str:
-    parts = split.split(",")
-    try:
-        weights = [float(part) for part in parts]
-    except ValueError:
-        weights = []
-    if not 1 <= len(weights) <= 3 or min(weights) < 0 or weights[0] == 0:
-        raise UserError(f"data.split {split!r} is not of the form 'train,validation,test' with a positive train weight")
-    return split

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from launchers.counted import counted
 from launchers.local.signals import interrupts_kept_from_children
-from qwen_moe.data.tokenizer import control_ids, end_of_document_id, load_tokenizer
+from qwen_moe.data.tokenizer import END_OF_TEXT, control_ids, end_of_document_id, load_tokenizer
 from qwen_moe.data.unknown import FIX, Unknown
 from qwen_moe.errors import UserError
 
@@ -48,7 +48,9 @@ def _start_worker(directory: str) -> None:
     _end_of_document = end_of_document_id(_tokenizer, Path(directory))
     _unknown = Unknown(_tokenizer)
     # Its place is taken by text that it has no tokens for, which `Unknown` finds.
-    _control = {n: token for n, token in control_ids(_tokenizer).items() if (n, token) != _unknown.token}
+    # The end of a document is one even if it is an ordinary word of the tokenizer's model, and no added token.
+    control = control_ids(_tokenizer) | {_end_of_document: END_OF_TEXT}
+    _control = {n: token for n, token in control.items() if (n, token) != _unknown.token}
 
 
 def _start_process(start: Callable[[Any], None], given: Any) -> None:

@@ -1,15 +1,18 @@
 """A run's data on one rank: prepares it if asked, opens it, checks it against the model, makes micro-batches."""
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launchers.counted import counted
 from parallel.mesh import Axis
 from qwen_moe.config import Dataset, RunConfig, stage_runs
+from qwen_moe.config.data import split_weights
 from qwen_moe.data.content import document_lengths
 from qwen_moe.data.corpus import Reading
-from qwen_moe.data.lengths import long_and_short
+from qwen_moe.data.lengths import has_validation, long_and_short
 from qwen_moe.data.made_with import check_tokenizers
 from qwen_moe.data.manifest import check_prefix_name, trained_tokenizer_path
 from qwen_moe.data.output import OtherDataThere
@@ -65,6 +68,31 @@ def prepare_inputs(config: RunConfig) -> None:
             f"tokenizer {directory} has {size} tokens but model.vocab_size is {config.model.vocab_size}: raise it to at "
             f"least {size}"
         )
+
+
+def tell_of_data(config: RunConfig) -> None:
+    """Say what is likely to be a mistake in prepared data: those named twice, and validation that is lost."""
+    notes = []
+    for run in stage_runs(config):
+        prefixes = [dataset.prefix for dataset in train_datasets(run)]
+        # megatron-core reads both in one order, so each sample would come twice in a row.
+        notes += [
+            f"data.train names {prefix} twice, so its documents are read twice as often: give it once, with the sum of "
+            "the weights, unless you want that"
+            for number, prefix in enumerate(prefixes)
+            if prefix in prefixes[:number]
+        ]
+        if run.data.validation or run.objective.reads != "documents" or not split_weights(run.data.split)[1]:
+            continue
+        counts = ((prefix, len(document_lengths(prefix))) for prefix in prefixes)
+        small = next((one for one in counts if not has_validation(run.data.split, [one[1]])), None)
+        if small is not None:
+            notes.append(
+                f"there is no validation: the share that data.split {run.data.split!r} gives it is no document of "
+                f"{small[0]}, which has {counted(small[1], 'document')}: give it a larger share, or data.validation"
+            )
+    for note in dict.fromkeys(notes):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _check_room(config: RunConfig) -> None:

@@ -1,5 +1,6 @@
 """The mix of lengths: which training documents are long, and which samples come from them."""
 
+import itertools
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -7,25 +8,62 @@ from typing import Any
 
 import numpy as np
 
+from launchers.counted import counted
 from qwen_moe.config import DataConfig, Dataset
+from qwen_moe.config.data import split_weights
 from qwen_moe.data.content import document_lengths
 from qwen_moe.errors import UserError
+
+ALL = "1,0,0"  # the split of which every document is for training
+
+
+def parts_of(split: str, documents: int) -> list[int]:
+    """How many of so many documents are for training, validation and test, as megatron-core counts them."""
+    edges = [round(edge * documents) for edge in itertools.accumulate(split_weights(split), initial=0.0)]
+    return [after - first for first, after in itertools.pairwise(edges)]
 
 
 def has_validation(split: str, documents: Sequence[int]) -> bool:
     """True if every dataset, of that many documents, has at least one left for validation."""
-    weights = [float(part) for part in split.split(",")]
-    share = weights[1] / sum(weights) if len(weights) > 1 else 0.0
-    return all(round(share * count) >= 1 and count >= 2 for count in documents)
+    share = split_weights(split)[1]
+    # The share, rounded, may be a document where the part from edge to edge has none.
+    return all(round(share * count) >= 1 and count >= 2 and parts_of(split, count)[1] for count in documents)
+
+
+def used_split(split: str, documents: Sequence[int]) -> str:
+    """``split`` as it is used for datasets of so many documents: without validation documents in one of them, there is no
+    validation, and all documents but those of the test are for training."""
+    if has_validation(split, documents):
+        return split
+    train, validation, test = split_weights(split)
+    without = f"{train + validation:.15f},0,{test:.15f}"
+    return without if any(parts_of(without, count)[2] for count in documents) else ALL
 
 
 def training_lengths(config: DataConfig, train: Sequence[Dataset]) -> list[np.ndarray]:
-    """Tokens of every training document, by dataset: those that `data.split` does not keep for validation."""
+    """Tokens of every training document, by dataset: those that `data.split` does not keep for validation or test."""
     lengths = [document_lengths(dataset.prefix) for dataset in train]
-    if config.validation or not has_validation(config.split, [len(found) for found in lengths]):
+    if config.validation:
         return lengths
-    weights = [float(part) for part in config.split.split(",")]
-    return [found[: round(weights[0] / sum(weights) * len(found))] for found in lengths]
+    split = used_split(config.split, [len(found) for found in lengths])
+    return [found[: parts_of(split, len(found))[0]] for found in lengths]
+
+
+def check_parts(config: DataConfig, train: Sequence[Dataset]) -> None:
+    """Raise UserError if a dataset has no token to train on, or to validate on: megatron-core would count epochs forever."""
+    for dataset, found in zip(train, training_lengths(config, train), strict=True):
+        lengths = document_lengths(dataset.prefix)
+        if found.any():
+            continue
+        if not lengths.any():
+            raise UserError(f"{dataset.prefix} has no tokens: give data with text, or leave it out")
+        raise UserError(
+            f"data.split {config.split!r} leaves nothing of {dataset.prefix} to train on, which has "
+            f"{counted(len(lengths), 'document')}: give training a larger share, or give more documents"
+        )
+    for dataset in config.validation:
+        if not document_lengths(dataset.prefix).any():
+            raise UserError(f"{dataset.prefix} has no tokens: give validation data with text, or leave it out")
 
 
 def long_and_short(config: DataConfig, train: Sequence[Dataset]) -> tuple[tuple[Dataset, ...], tuple[Dataset, ...]]:

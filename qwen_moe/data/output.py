@@ -78,6 +78,25 @@ def content_lines(sources: list[Source], digests: list[str]) -> list[bytes]:
     return [f"{source.kind}|{digest}\n".encode() for source, digest in zip(sources, digests, strict=True)]
 
 
+class Watch:
+    """Sees whether files change while they are read; it begins when it is made. ``statuses``: what they were then."""
+
+    def __init__(self, sources: list[Source]) -> None:
+        self._sources, self.statuses = sources, [source.status() for source in sources]
+
+    def check(self) -> None:
+        """Raise UserError if a file has changed or is gone: what was read may be neither its old content nor its new one."""
+        for source, status in zip(self._sources, self.statuses, strict=True):
+            try:
+                changed = source.status() != status
+            except FileNotFoundError:
+                changed = True
+            if changed:
+                raise UserError(
+                    f"{source.path} was changed while it was read: wait until nothing writes it, then run the command again"
+                )
+
+
 def settled(request: Asked, corpus: Corpus, prefix: Path, overwrite: bool) -> PreparedData | None:
     """The manifest of an existing output that fits the request; None if it must be made. Raises OtherDataThere."""
     try:

@@ -30,14 +30,28 @@ def check_column(path: Path, column: str, option: str) -> None:
     pa = import_module("pyarrow")
     with _opened(path) as file:
         schema = file.schema_arrow
+    _check_names(path, schema)
     if column not in schema.names:
         raise UserError(
             f"{path} has no column {column!r} (found: {', '.join(schema.names[:_NAMED])}): name the column with the text "
             f"with {option}"
         )
     kind = schema.field(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if not _is_text(pa.types, kind):
         raise UserError(f"{path}: column {column!r} holds {kind}, expected text: name another column with {option}")
+
+
+def _check_names(path: Path, schema: Any) -> None:
+    """Raise UserError for two columns of one name."""
+    if twice := [name for number, name in enumerate(schema.names) if name in schema.names[:number]]:
+        raise UserError(f"{path} has two columns {twice[0]!r}: rename one of them, or leave it out")
+
+
+def _is_text(types: Any, kind: Any) -> bool:
+    if types.is_dictionary(kind):  # each text is stored once
+        kind = kind.value_type
+    known = (types.is_string, types.is_large_string, getattr(types, "is_string_view", types.is_string))
+    return any(fits(kind) for fits in known)
 
 
 def row_count(path: Path) -> int:
@@ -51,6 +65,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     pa = import_module("pyarrow")
     number = 0
     with _opened(path) as file:
+        _check_names(path, file.schema_arrow)
         batches = file.iter_batches(batch_size=_ROWS)
         while True:
             try:
@@ -61,7 +76,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 ) from None
             if batch is None:
                 return
-            for row in _rows(batch):
+            for row in _rows(batch, f"{path}, rows {number + 1:,} to {number + batch.num_rows:,}"):
                 number += 1
                 yield number, row
 
@@ -76,19 +91,31 @@ def _opened(path: Path) -> Any:
         ) from None
 
 
-def _rows(batch: Any) -> list[dict[str, Any]]:
+def _rows(batch: Any, where: str) -> list[dict[str, Any]]:
     try:
         return list(batch.to_pylist())
-    except UnicodeDecodeError:
+    except (
+        Exception
+    ):  # a text that is not UTF-8, or a value that Python does not have, such as a date after the year 9999
         names = batch.schema.names
         return [
-            {name: _value(batch.column(index)[row]) for index, name in enumerate(names)}
+            {name: _value(batch.column(index)[row], name, where) for index, name in enumerate(names)}
             for row in range(batch.num_rows)
         ]
 
 
-def _value(scalar: Any) -> Any:
+def _value(scalar: Any, name: str, where: str) -> Any:
+    """A value; one that Python does not have as text. Raises UserError if it has no text either."""
+    pa = import_module("pyarrow")
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:
         return NotUtf8(error.object)
+    except Exception as error:
+        try:
+            return scalar.cast(pa.string()).as_py()
+        except pa.ArrowException:
+            raise UserError(
+                f"{where}: column {name!r} of {scalar.type} has a value that cannot be read ({error!s:.120}): leave the "
+                "column out"
+            ) from None

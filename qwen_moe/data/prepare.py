@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,6 +24,7 @@ from qwen_moe.data.manifest import (
 )
 from qwen_moe.data.output import (
     Digested,
+    Watch,
     being_made,
     damage,
     no_partial_left,
@@ -106,13 +107,17 @@ def prepare(
         if bin_path(prefix).exists() and not overwrite and (existing := read_manifest(prefix)) is not None:
             print(f"made again: {damage(prefix, existing, request)}", file=sys.stderr)
         print(f"reading {corpus}", file=sys.stderr)
+        watch, by_status = Watch(corpus.sources), request.by_status(corpus.sources)
         directory = request.tokenizer
         if directory is None:
             directory = trained_tokenizer_path(prefix)
             print(f"training a tokenizer of {request.vocab_size:,} tokens in {directory}", file=sys.stderr)
             directory = being_made(directory)
             train_tokenizer(_sample(corpus, request.reading), request.vocab_size, directory)
-        return _tokenise(request, corpus, prefix, directory, workers), True
+        prepared = replace(_tokenise(request, corpus, prefix, directory, workers), request=by_status)
+        watch.check()
+        put_in_place(prefix, prepared, None if request.tokenizer else directory)
+        return prepared, True
 
 
 def _sample(corpus: Corpus, reading: Reading) -> Iterator[str]:
@@ -128,7 +133,7 @@ def _sample(corpus: Corpus, reading: Reading) -> Iterator[str]:
 
 
 def _tokenise(request: Request, corpus: Corpus, prefix: Path, directory: Path, workers: int) -> PreparedData:
-    """Write everything under temporary names, then move it into place."""
+    """Write everything under temporary names."""
     import torch
 
     from qwen_moe.data.megatron import DType, IndexedDatasetBuilder
@@ -161,7 +166,7 @@ def _tokenise(request: Request, corpus: Corpus, prefix: Path, directory: Path, w
         raise UserError("the corpus has no document with text: all are empty or were skipped; give other --input")
     builder.finalize(str(index))
     trained = request.tokenizer is None
-    prepared = PreparedData(
+    return PreparedData(
         documents=found,
         tokens=tokens,
         text_bytes=counts.bytes,
@@ -177,12 +182,10 @@ def _tokenise(request: Request, corpus: Corpus, prefix: Path, directory: Path, w
         bin_sample_sha256=sample_sha256(data),
         bin_mtime_ns=data.stat().st_mtime_ns,
         idx_sha256=synced(index),
-        request=request.by_status(corpus.sources),
+        request="",  # `prepare` adds it
         content=request.by_content(corpus.sources, counts.digests),
         settings=request.settings(),
         files=len(corpus.sources),
         left_out=corpus.left_out.counts | counts.left_out.counts,
         decontaminated=carried(corpus.sources, counts.digests),
     )
-    put_in_place(prefix, prepared, directory if trained else None)
-    return prepared

@@ -36,6 +36,7 @@ from qwen_moe.data.manifest import (
 )
 from qwen_moe.data.output import (
     Digested,
+    Watch,
     no_partial_left,
     put_in_place,
     settled,
@@ -111,8 +112,12 @@ def prepare_chat(
         if (existing := settled(request, corpus, prefix, overwrite)) is not None:
             return existing, False
         print(f"reading {corpus}", file=sys.stderr)
+        watch, by_status = Watch(corpus.sources), request.by_status(corpus.sources)
         kind = _check(request, corpus, workers if corpus.bytes > _SMALL_TO_CHECK else 1)
-        return _write(request, corpus, prefix, kind, workers), True
+        prepared = replace(_write(request, corpus, prefix, kind, workers), request=by_status)
+        watch.check()
+        put_in_place(prefix, prepared, None)
+        return prepared, True
 
 
 def find_rows(inputs: tuple[str, ...]) -> Corpus:
@@ -255,7 +260,7 @@ class Writer:
 
 
 def _write(request: ChatRequest, corpus: Corpus, prefix: Path, kind: Kind, workers: int) -> PreparedData:
-    """Write everything under temporary names, then move it into place."""
+    """Write everything under temporary names."""
     rules = request.rules
     chat, plain = Chat(rules.tokenizer, rules.learn), load_tokenizer(rules.tokenizer)
     vocabulary = max(chat.tokenizer.get_vocab().values()) + 1
@@ -274,7 +279,7 @@ def _write(request: ChatRequest, corpus: Corpus, prefix: Path, kind: Kind, worke
         print(f"rows left out: {left_out}", file=sys.stderr)
     if not writer.documents:
         raise UserError(f"{', '.join(request.inputs)}: no row is left; give other --input or a larger --length")
-    prepared = PreparedData(
+    return PreparedData(
         documents=writer.documents,
         tokens=writer.tokens,
         text_bytes=counts.bytes,
@@ -290,7 +295,7 @@ def _write(request: ChatRequest, corpus: Corpus, prefix: Path, kind: Kind, worke
         bin_sample_sha256=sample_sha256(writer.bin),
         bin_mtime_ns=writer.bin.stat().st_mtime_ns,
         idx_sha256=synced(writer.idx),
-        request=request.by_status(corpus.sources),
+        request="",  # `prepare_chat` adds it
         content=request.by_content(corpus.sources, counts.digests),
         settings=request.settings(),
         files=len(corpus.sources),
@@ -302,8 +307,6 @@ def _write(request: ChatRequest, corpus: Corpus, prefix: Path, kind: Kind, worke
         template_sha256=request.template_sha256,
         decontaminated=carried(corpus.sources, counts.digests),
     )
-    put_in_place(prefix, prepared, None)
-    return prepared
 
 
 def _bar(corpus: Corpus) -> "tqdm[Any]":

@@ -67,7 +67,7 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
     from launchers.local.supervisor import Supervisor
     from parallel.gpus import visible_gpus
     from qwen_moe.checkpoint.preflight import check_disk_space
-    from qwen_moe.data.inputs import prepare_inputs, with_length
+    from qwen_moe.data.inputs import prepare_inputs, tell_of_data, with_length
     from qwen_moe.runs.sinks import check_recorders
     from qwen_moe.sharding.layout import run_layout
     from qwen_moe.training.stages import check_layouts, processes_for
@@ -89,6 +89,7 @@ def _train_here(config: RunConfig) -> dict[str, Any] | int:
     try:
         check_disk_space(config, config.run_dir / CHECKPOINTS)
         prepare_inputs(config)
+        tell_of_data(config)
         config = with_length(config)
         (config.run_dir / FAILURE).unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(prefix="qwen-moe-") as folder:

@@ -158,6 +158,8 @@ def test_every_number_of_a_recipe_refuses_booleans_and_what_is_not_finite() -> N
         ({"data__split": "-1,1"}, "is not of the form"),
         ({"data__split": "0,1"}, "is not of the form"),
         ({"data__split": "a"}, "is not of the form"),
+        ({"data__split": "9.9e1,1"}, "give up to three plain numbers"),
+        ({"data__train": [{"prefix": "a", "weight": 1e308}, {"prefix": "b", "weight": 1e308}]}, "sum to infinity"),
         ({"run_dir": ""}, "run_dir: '' is not a path"),
         ({"run_dir": "a\0b"}, "is not a path"),
         ({"checkpoint__load_from": ""}, "checkpoint.load_from: '' is not a path"),

@@ -179,6 +179,26 @@ def test_what_an_earlier_step_knows_of_a_document_is_kept(tmp_path: Path) -> Non
     assert found == [before, {"file_path": given["path"], "line": 2, "domain": "all"}]
 
 
+def test_a_file_whose_name_is_not_utf8_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    try:
+        (folder / "caf\udce9.txt").write_text(sentences(1, 20))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    assert curate(recipe(tmp_path, input=[str(folder)])) == 2
+    assert "caf\\udce9.txt' is not UTF-8, and documents are named by their file: rename it" in capsys.readouterr().err
+
+
+def test_half_a_character_in_metadata_reaches_the_end(tmp_path: Path) -> None:
+    """JSON can spell it and UTF-8 cannot, so it must not stop a later step."""
+    row = {"text": sentences(1, 20), "title": "\ud800"}
+    (tmp_path / "odd.jsonl").write_text(json.dumps(row) + "\n")
+    path = recipe(tmp_path, input=[str(tmp_path / "odd.jsonl")], filters=["symbols"], deduplication=None, weights=None)
+    assert curate(path, "--until", "weights") == 0
+    assert documents(tmp_path / "run/7-weights/kept")[0]["metadata"]["title"] == "\ud800"
+
+
 def test_rows_of_parquet_without_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import pyarrow
     import pyarrow.parquet

@@ -140,6 +140,43 @@ def test_parquet_without_the_column_and_damaged(folder: Path, capsys: pytest.Cap
     assert "is not a Parquet file that can be read" in error(capsys, folder, "--overwrite", inputs="docs.parquet")
 
 
+def test_bytes_of_parquet_are_no_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": [b"some bytes"]}), folder / "docs.parquet")
+    assert "docs.parquet, row 1: column 'text' holds bytes, expected text" in error(
+        capsys, folder, inputs="docs.parquet"
+    )
+    pq.write_table(pa.table({"text": [TEST], "answer": [TEST.encode()]}), folder / "tests.parquet")
+    message = error(capsys, folder, "--test-key", "text,answer", against="tests.parquet")
+    assert "tests.parquet, row 1: column 'answer' holds bytes, expected text" in message
+
+
+def test_files_without_a_row_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "docs.jsonl").write_text("\n \n")
+    assert "there is no row in" in error(capsys, folder)
+
+
+def test_a_text_whose_name_is_not_utf8(folder: Path) -> None:
+    texts = folder / "texts"
+    texts.mkdir()
+    try:
+        (texts / "caf\udce9.txt").write_text(TEST)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    assert decontaminate(folder, inputs="texts") == 0
+    (row,) = read_jsonl(folder / "clean" / "dropped" / "dropped-00000.jsonl")
+    assert row["id"] == str(texts / "caf\udce9.txt")
+
+
+def test_a_dropped_row_with_half_a_character_is_utf8(folder: Path) -> None:
+    (folder / "docs.jsonl").write_text(json.dumps({"text": TEST, "title": "\ud800"}) + "\n")
+    assert decontaminate(folder) == 0
+    (row,) = read_jsonl(folder / "clean" / "dropped" / "dropped-00000.jsonl")
+    assert row["title"] == "\ud800"
+
+
 @pytest.mark.parametrize(
     ("text", "same"),
     [

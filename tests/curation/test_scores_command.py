@@ -207,6 +207,21 @@ def test_other_settings_do_not_go_on(here: Path, capsys: pytest.CaptureFixture[s
     assert "00001.jsonl was changed since" in capsys.readouterr().err
 
 
+def test_an_input_that_has_changed_is_noticed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its size is the same, so only its content tells."""
+    path = write(here / "docs" / "c.jsonl", [{"text": "alpha"}])
+    command = ("--input", "docs/c.jsonl", "--scorer", function(here, "length"), "--output", "out")
+    assert score(*command) == 0 == score(*command)
+    path.touch()
+    assert score(*command) == 0
+    write(path, [{"text": "gamma"}])
+    assert score(*command) == 2
+    assert "docs/c.jsonl has changed since out/00000.jsonl was made of it" in capsys.readouterr().err
+    (here / "out" / "00000.jsonl").rename(here / "out" / "00000.jsonl.partial")  # as if it had been stopped there
+    assert score(*command, "--batch-documents", 256) == 0
+    assert [row["text"] for row in read(here / "out")] == ["gamma"]
+
+
 def test_functions_that_fail_are_counted_with_their_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = function(here, "odd")
     assert score("--input", "docs", "--scorer", name, "--output", "out") == 2

@@ -95,3 +95,36 @@ def test_parquet_that_is_damaged_or_not_utf8(here: Path, capsys: pytest.CaptureF
     (here / "no.parquet").write_bytes(b"PAR1 and no more")
     assert score("--input", "no.parquet", *arguments[2:-1], "other") == 2
     assert "no.parquet is not a Parquet file" in capsys.readouterr().err
+
+
+def test_texts_that_are_stored_once_each(here: Path) -> None:
+    """A dictionary is how pandas writes a categorical column; views are another layout of text."""
+    pa = pytest.importorskip("pyarrow")
+    texts = ["alpha stone", "water river", "alpha stone"]
+    kinds = [pa.array(texts).dictionary_encode()]
+    kinds += [pa.array(texts, pa.string_view())] if hasattr(pa, "string_view") else []
+    for number, column in enumerate(kinds):
+        parquet(here / "docs.parquet", text=column)
+        assert score("--input", "docs.parquet", "--scorer", SCORER, "--output", f"out{number}") == 0
+        assert [row["text"] for row in read(here / f"out{number}")] == texts
+
+
+def test_values_that_python_does_not_have(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pa = pytest.importorskip("pyarrow")
+    late = pa.array([None, 2**62, 0], pa.timestamp("us"))
+    parquet(here / "docs.parquet", text=["one", "two", "three"], seen=late)
+    assert score("--input", "docs.parquet", "--scorer", SCORER, "--output", "out") == 0
+    found = [row["metadata"]["seen"] for row in read(here / "out")]
+    assert found[0] is None and "4611686018427387904" in found[1] and found[2] == "1970-01-01 00:00:00"
+    parquet(here / "docs.parquet", text=["one"], seen=pa.array([0], pa.timestamp("us", tz="Mars/Base")))
+    assert score("--input", "docs.parquet", "--scorer", SCORER, "--output", "new") == 2
+    assert "docs.parquet, rows 1 to 1: column 'seen' of timestamp[us, tz=Mars/Base]" in capsys.readouterr().err
+
+
+def test_two_columns_of_one_name(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_arrays([pa.array(["one"])] * 2, names=["text", "text"]), here / "docs.parquet")
+    assert score("--input", "docs.parquet", "--scorer", SCORER, "--output", "out") == 2
+    assert "docs.parquet has two columns 'text': rename one of them" in capsys.readouterr().err

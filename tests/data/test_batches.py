@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from qwen_moe.config import DataConfig, Dataset
 from qwen_moe.data.batches import TokenBatches
 from qwen_moe.data.content import check_prefix
+from qwen_moe.data.inputs import tell_of_data
 from qwen_moe.data.lengths import long_samples
 from qwen_moe.data.megatron import IndexedDatasetBuilder
 from qwen_moe.data.samples import rank_samples
 from qwen_moe.errors import UserError
 from tests.data.chat_data import write_chat
+from tests.small import exact_run, model_values
 
 SEQ, END = 16, 3
 
@@ -79,6 +81,48 @@ def test_validation_and_training_share_no_document(tmp_path: Path) -> None:
     train = set(loader.train_batch(0, 97)["input_ids"].flatten().tolist()) - {END}
     validation = set(loader.validation_batch(0, 8)["input_ids"].flatten().tolist()) - {END}
     assert train and validation and not train & validation
+
+
+@pytest.mark.parametrize(("split", "documents"), [("98,1,1", 60), ("93,3,4", 20)])
+def test_a_split_without_a_document_between_its_edges_has_no_validation(
+    tmp_path: Path, split: str, documents: int
+) -> None:
+    """1% of 60 documents rounds to one, but from 58.8 to 59.4 there is none, and megatron-core would not end."""
+    prefix = write_tokens(tmp_path / "d", counting_documents(10, documents, 40))
+    assert batches(tmp_path, prefix, split=split, train_samples=5).validation_samples == 0
+
+
+def test_documents_of_the_test_are_not_trained_on_where_there_is_no_validation(tmp_path: Path) -> None:
+    documents = counting_documents(10, 20, 40)
+    loader = batches(tmp_path, write_tokens(tmp_path / "d", documents), split="90,0,10", train_samples=44)
+    read = set(loader.train_batch(0, 44)["input_ids"].flatten().tolist()) - {END}
+    held = {token for tokens in documents[18:] for token in tokens} - {END}
+    assert not read & held and len(read) > 600
+
+
+def test_data_with_nothing_to_train_on_are_refused(tmp_path: Path) -> None:
+    few = write_tokens(tmp_path / "d", counting_documents(10, 20, 40))
+    with pytest.raises(
+        UserError, match=r"data.split '1,99,0' leaves nothing of .*d to train on, which has 20 documents"
+    ):
+        batches(tmp_path, few, split="1,99,0")
+    with pytest.raises(UserError, match="e has no tokens: give data with text"):
+        batches(tmp_path, few, write_tokens(tmp_path / "e", [[], []]))
+    with pytest.raises(UserError, match="e has no tokens: give validation data"):
+        batches(tmp_path, few, validation=(Dataset(prefix=tmp_path / "e"),))
+
+
+def test_a_run_says_what_is_likely_a_mistake_in_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = write_tokens(tmp_path / "d", counting_documents(10, 20, 40))
+
+    def told(split: str, times: int = 1, **data: Any) -> str:
+        values = {"train": [{"prefix": str(few)}] * times, "sequence_length": SEQ, "split": split} | data
+        tell_of_data(exact_run(model_values(), SEQ, data=values, training__train_tokens=128))
+        return capsys.readouterr().err
+
+    assert told("80,20,0") == told("1,0,0") == told("99,1,0", validation=[{"prefix": str(few)}]) == ""
+    assert "d, which has 20 documents: give it a larger share" in told("99,1,0")
+    assert "data.train names" in told("80,20,0", times=2)
 
 
 def test_samples_past_the_validation_data_count_nothing(tmp_path: Path) -> None:

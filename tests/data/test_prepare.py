@@ -122,11 +122,13 @@ def test_data_whose_corpus_is_gone_is_used_by_a_run_and_not_taken_for_another(
         prepare([str(corpus)], tmp_path / "out", tokenizer=tokenizer, gone=True, reading=Reading(text_key="other"))
 
 
-def test_a_tokenizer_that_cannot_keep_text_from_control_tokens_is_refused(tmp_path: Path) -> None:
-    """Its model has the control token in its own vocabulary."""
+@pytest.mark.parametrize("added", [True, False])
+def test_a_tokenizer_that_cannot_keep_text_from_control_tokens_is_refused(tmp_path: Path, added: bool) -> None:
+    """Its model has the control token in its own vocabulary, whether or not it is an added token, too."""
     plain = Tokenizer(models.WordLevel({"[UNK]": 0, "<|endoftext|>": 1, "see": 2}, unk_token="[UNK]"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    plain.add_special_tokens(["<|endoftext|>"])
+    if added:
+        plain.add_special_tokens(["<|endoftext|>"])
     (tmp_path / "t").mkdir()
     plain.save(str(tmp_path / "t" / "tokenizer.json"))
     corpus = tmp_path / "a.txt"

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import qwen_moe.data.prepare
 from qwen_moe.cli import main
 from qwen_moe.data.content import check_prefix
 from qwen_moe.data.encode import in_order
@@ -240,3 +241,24 @@ def test_a_worker_that_dies_is_named(tmp_path: Path, tokenizer: Path, monkeypatc
     with pytest.raises(UserError, match=r"tokenizing processes died.*fewer --workers"):
         prepare([str(corpus)], tmp_path / "out", tokenizer=tokenizer, workers=2)
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_corpus_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    """Otherwise the next command would take what was made of the old content for that of the new one."""
+    corpus, _ = write_corpus(tmp_path)
+
+    def change(*arguments: Any) -> Any:
+        yield from real(*arguments)
+        if gone:
+            corpus.unlink()
+        else:
+            corpus.write_text('{"text": "other text"}\n')
+
+    real = qwen_moe.data.prepare.encoded
+    monkeypatch.setattr(qwen_moe.data.prepare, "encoded", change)
+    with pytest.raises(UserError, match=r"corpus.jsonl was changed while it was read: wait until nothing writes it"):
+        prepare([str(corpus)], tmp_path / "out", tokenizer=tokenizer, workers=1)
+    assert not list(tmp_path.glob("out.*"))

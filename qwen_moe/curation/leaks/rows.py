@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_moe.curation.scores.documents import json_line
 from qwen_moe.data.corpus import LONGEST_DOCUMENT, ReadCounts, Reading, read_documents, read_lines
 from qwen_moe.data.parquet import NotUtf8, parquet_rows
 from qwen_moe.data.sources import Corpus, Source, find_corpus
@@ -47,31 +48,35 @@ def find_rows(inputs: Sequence[str]) -> Corpus:
     return corpus
 
 
-def read_rows(source: Source, text_key: str, skip_bad: bool) -> Iterator[Line]:
-    """Every row of a file. Text of a file that is not JSONL becomes a row with ``text_key``, ``id`` and the file's name."""
+def read_rows(source: Source, text_key: str, skip_bad: bool, keys: Sequence[str] = ()) -> Iterator[Line]:
+    """Every row of a file. Text of a file that is not JSONL becomes a row with ``text_key``, ``id`` and the file's name.
+    ``keys``: further keys that may hold text."""
     name = str(source.path)
     if source.has_lines:
         for number, (where, content) in enumerate(read_lines(source, ReadCounts()), 1):
             found = re.search(r", line (\d+)$", where)
             yield Line(name, int(found[1]) if found else number, content)
     elif source.kind == "parquet":
-        yield from _parquet_rows(source.path)
+        yield from _parquet_rows(source.path, (text_key, *_CHAT, *keys))
     else:
         counts = ReadCounts()
         reading = Reading(on_bad_utf8="skip" if skip_bad else "error")
         several = source.kind == "passkey"
         for number, text in enumerate(read_documents(source, counts, reading), 1):
             row = {text_key: text, "id": f"{name}/{number}" if several else name, "metadata": {"file_path": name}}
-            yield Line(name, number if several else 0, json.dumps(row, ensure_ascii=False).encode())
+            yield Line(name, number if several else 0, json_line(row))
         if counts.skipped:
             yield Line(name, 0, b"", problem=f"{name} is not text")
 
 
-def _parquet_rows(path: Path) -> Iterator[Line]:
-    """The rows of a Parquet file, with all of its columns."""
+def _parquet_rows(path: Path, texts: Sequence[str]) -> Iterator[Line]:
+    """The rows of a Parquet file, with all of its columns, those of ``texts`` as text."""
     for number, row in parquet_rows(path):
         if broken := [name for name, value in row.items() if isinstance(value, NotUtf8)]:
             yield Line(str(path), number, b"", problem=f"{path}, row {number}: column {broken[0]!r} is not UTF-8")
+        elif binary := [name for name in texts if isinstance(row.get(name), bytes)]:
+            what = f"column {binary[0]!r} holds bytes, expected text"
+            yield Line(str(path), number, b"", problem=f"{path}, row {number}: {what}")
         else:
             yield Line(str(path), number, json.dumps(row, ensure_ascii=False, default=str).encode())
 

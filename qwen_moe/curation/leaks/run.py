@@ -27,7 +27,7 @@ from qwen_moe.curation.leaks.settings import LeakSettings
 from qwen_moe.curation.leaks.tokens import tokens_of
 from qwen_moe.curation.leaks.work import Given, Outcome, batches, examine, start_worker
 from qwen_moe.data.encode import check_workers, in_order
-from qwen_moe.data.output import status_lines
+from qwen_moe.data.output import Watch, status_lines
 from qwen_moe.data.packed import check_unpackers
 from qwen_moe.data.sources import DROPPED, RECORD, Corpus, Tally
 from qwen_moe.errors import UserError
@@ -69,13 +69,14 @@ def decontaminate(
     check_unpackers(source.path for source in corpus.sources)
     if not given and corpus.bytes < _SMALL:
         workers = 1
-    digest = request.digest(corpus, sequences)
+    watch, digest = Watch(corpus.sources), request.digest(corpus, sequences)
     output.parent.mkdir(parents=True, exist_ok=True)
     with alone(output):
         if (existing := _settled(output, digest, overwrite)) is not None:
             return existing, False
         print(f"reading {corpus}", file=sys.stderr)
         _copy(request, corpus, sequences, output, digest, workers)
+        watch.check()
         return _finish(request, sequences, output, digest), True
 
 
@@ -221,6 +222,8 @@ def _hashed(path: Path) -> Iterator[_Hashed]:
 def _finish(request: Request, sequences: Sequences, output: Path, digest: str) -> dict[str, Any]:
     """Write the record of all shards."""
     shards = [_read(path) for path in sorted((output / PROGRESS).glob("*.json"))]
+    if not shards:
+        raise UserError(f"there is no row in {', '.join(request.inputs)}: give other --input")
     counts: Counter[str] = Counter()
     best: Counter[str] = Counter()
     matched: Counter[str] = Counter()

@@ -54,7 +54,7 @@ def read_sequences(settings: LeakSettings, tokens: Tokens) -> Sequences:
     for source in sources:
         name = str(source.path)
         sequences.files[name] = 0
-        for line in read_rows(source, settings.text_key, settings.on_bad_line == "skip"):
+        for line in read_rows(source, settings.text_key, settings.on_bad_line == "skip", settings.test_keys):
             try:
                 text = text_of(row_of(line), line, settings.text_key, _keys(settings, source))
             except BadLine as error:

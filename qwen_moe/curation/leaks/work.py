@@ -1,6 +1,5 @@
 """Batches of rows, and what worker processes make of them: lines that are kept, lines that are dropped, and counts."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from qwen_moe.curation.leaks.rows import BadLine, Line, read_rows, row_of, text_
 from qwen_moe.curation.leaks.sequences import Sequences
 from qwen_moe.curation.leaks.settings import LeakSettings
 from qwen_moe.curation.leaks.tokens import tokens_of
+from qwen_moe.curation.scores.documents import json_line
 from qwen_moe.data.sources import Source
 
 REASON = "leak"
@@ -122,4 +122,4 @@ def _dropped(row: dict[str, Any], line: Line, leak: dict[str, Any]) -> bytes:
     if not isinstance(metadata, dict):
         metadata = {} if metadata is None else {"metadata": metadata}
     about = {"filter_reason": REASON, "leak": {"file": line.file, "line": line.line} | leak}
-    return json.dumps(row | {"metadata": metadata | about}, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return json_line(row | {"metadata": metadata | about}).rstrip(b"\n")

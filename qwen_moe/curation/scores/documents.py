@@ -2,7 +2,7 @@
 file of scores."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,14 @@ from qwen_moe.errors import UserError
 
 _FILES, _BYTES = 512, 64 << 20  # of files with one document each: how many, and how much, make one file of scores
 _PARTS = ("id", "metadata")
+
+
+def json_line(values: Mapping[str, Any]) -> bytes:
+    """A line of JSON in UTF-8, which ends with a line feed."""
+    try:
+        return json.dumps(values, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
+        return json.dumps(values).encode() + b"\n"
 
 
 @dataclass
@@ -25,11 +33,7 @@ class Document:
 
     def line(self) -> bytes:
         """A line of JSON, which ends with a line feed."""
-        values = {"text": self.text, "id": self.id, "metadata": self.metadata}
-        try:
-            return json.dumps(values, ensure_ascii=False).encode() + b"\n"
-        except UnicodeEncodeError:  # half of a surrogate pair in the metadata
-            return json.dumps(values).encode() + b"\n"
+        return json_line({"text": self.text, "id": self.id, "metadata": self.metadata})
 
 
 def grouped(sources: Sequence[Source]) -> list[list[Source]]:

@@ -17,8 +17,10 @@ from qwen_moe.curation.scores.documents import Document, grouped, read
 from qwen_moe.curation.scores.settings import OnFailure
 from qwen_moe.curation.scores.store import Growing, Store
 from qwen_moe.data.corpus import ReadCounts, Reading
+from qwen_moe.data.output import Watch
 from qwen_moe.data.parquet import check_columns
 from qwen_moe.data.sources import Source, find_corpus
+from qwen_moe.errors import UserError
 
 if TYPE_CHECKING:
     from qwen_moe.generation.session import Session
@@ -100,7 +102,11 @@ def _one_file(job: Job, store: Store | None, index: int, sources: list[Source], 
         growing = None
         if store is not None:
             stack.enter_context(alone(store.path(index)))
-            growing = None if store.is_done(index) else Growing(store, index, job.block)
+            if store.is_done(index):
+                _check_unchanged(store, index, sources)
+            else:
+                growing = Growing(store, index, job.block)
+        watch = Watch(sources)
         done = _agree(job, -1 if growing is None else _still_there(job, growing, sources))
         if done < 0:
             bar.update(sum(source.bytes for source in sources))
@@ -117,9 +123,24 @@ def _one_file(job: Job, store: Store | None, index: int, sources: list[Source], 
             told = counts.bytes
         bar.update(counts.bytes - told)
         if growing is not None:
-            names = [str(source.path) for source in sources]
-            growing.finish({"input": names, "left_out": counts.left_out.counts, "where": str(counts.left_out)})
+            watch.check()
+            facts: dict[str, Any] = {"input": [str(source.path) for source in sources]}
+            facts |= {"status": watch.statuses, "content": counts.digests}
+            growing.finish(facts | {"left_out": counts.left_out.counts, "where": str(counts.left_out)})
         return scored
+
+
+def _check_unchanged(store: Store, index: int, sources: list[Source]) -> None:
+    """Raise UserError if the input of a finished file has changed since, although its size has not."""
+    facts = store.facts(index)
+    if facts.get("status") in (None, [source.status() for source in sources]):  # folders of earlier versions have none
+        return
+    for source, digest in zip(sources, facts.get("content", ()), strict=True):
+        if source.sha256() != digest:
+            raise UserError(
+                f"{source.path} has changed since {store.path(index)} was made of it: give another --output, or remove that "
+                "file to score it again"
+            )
 
 
 def _agree(job: Job, done: int) -> int:

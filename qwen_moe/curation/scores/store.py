@@ -87,12 +87,12 @@ class Growing:
         self._path, self._block = store.path(index), block
         self._partial = self._path.with_name(f"{self._path.name}.partial")
         self._digest, self._documents = hashlib.sha256(), 0
-        self._ids: list[str] = []
+        self._found: list[str] = []  # of each document its id and text
         self._find()
 
     @property
     def done(self) -> int:
-        return len(self._ids)
+        return len(self._found)
 
     def _find(self) -> None:
         """The whole blocks of an earlier attempt; what lies behind them is dropped."""
@@ -101,12 +101,12 @@ class Growing:
             lines = content.splitlines(keepends=True)
             whole = [line for line in lines if line.endswith(b"\n")]
             kept = whole[: len(whole) // self._block * self._block]
-            self._ids = [json.loads(line)["id"] for line in kept]
+            self._found = [_mark(row["id"], row["text"]) for row in map(json.loads, kept)]
         except FileNotFoundError:
             return
         except (ValueError, KeyError, TypeError):  # damaged: all of it is made again
             kept = []
-            self._ids = []
+            self._found = []
         for line in kept:
             self._digest.update(line)
         with self._partial.open("rb+") as file:
@@ -115,11 +115,11 @@ class Growing:
 
     def fits(self, number: int, document: Document) -> bool:
         """Whether document ``number`` of those that are `done` is this one: its input may have changed unnoticed."""
-        return self._ids[number] == document.id
+        return self._found[number] == _mark(document.id, document.text)
 
     def begin_anew(self) -> None:
         self._partial.unlink(missing_ok=True)
-        self._digest, self._documents, self._ids = hashlib.sha256(), 0, []
+        self._digest, self._documents, self._found = hashlib.sha256(), 0, []
 
     def add(self, documents: list[Document]) -> None:
         """Write a block. It is on the disk when this returns."""
@@ -137,6 +137,10 @@ class Growing:
         write_json(self._path.with_suffix(".json"), values)
         self._partial.touch()
         os.replace(self._partial, self._path)
+
+
+def _mark(name: str, text: str) -> str:
+    return hashlib.sha256(json.dumps([name, text]).encode()).hexdigest()
 
 
 def _short(value: Any) -> str:
