@@ -89,19 +89,17 @@ def _runs_of(path: Path) -> list[tuple[str, Path, RunConfig]]:
 
 def collect(paths: Sequence[Path], loss: Loss) -> Collected:
     """Read every run. Raises UserError if none can be used or if their losses cannot be compared."""
-    from qwen_moe.runs.outcome import difference, read_outcome
+    from qwen_moe.runs.outcome import read_outcome
 
     rows: list[dict[str, Any]] = []
     left_out: list[tuple[str, str, str]] = []
     notes: list[str] = []
     vocabularies: dict[int, str] = {}
-    repeated, short = [], []
-    for name, run_dir, config in [one for path in paths for one in _runs_of(path)]:
-        if config.stages:
-            left_out.append((name, "stages", "its losses are of sequences of several lengths"))
-            continue
-        if changed := difference(config, run_dir):
-            left_out.append((name, "other settings", f"{run_dir} was not run with this recipe: {changed}"))
+    repeated, short, used = [], [], list[tuple[str, RunConfig]]()
+    given = {run_dir.resolve(): (name, run_dir, config) for path in paths for name, run_dir, config in _runs_of(path)}
+    for name, run_dir, config in given.values():
+        if unusable := _unusable(config, run_dir):
+            left_out.append((name, *unusable))
             continue
         outcome = read_outcome(config, run_dir)
         if outcome.state in ("missing", "unfinished"):
@@ -121,6 +119,7 @@ def collect(paths: Sequence[Path], loss: Loss) -> Collected:
             elif loss == "train" and math.ceil(LEAST_STEPS / MOST_SHARE) > config.train_steps:
                 short.append(name)
         rows.append(row)
+        used.append((name, config))
         vocabularies.setdefault(config.model.vocab_size, name)
         if available := _repeats(config):
             row["unique_tokens"] = available
@@ -128,8 +127,13 @@ def collect(paths: Sequence[Path], loss: Loss) -> Collected:
     if len(vocabularies) > 1:
         sizes = ", ".join(f"{size:,} ({name})" for size, name in vocabularies.items())
         raise UserError(f"losses with different vocabularies cannot be compared: {sizes}; collect each apart")
-    if not any(not row["diverged"] for row in rows):
-        why = "; ".join(f"{name} {state}" for name, state, _ in left_out[:5]) or "all diverged"
+    if rows and all(row["diverged"] for row in rows):
+        raise UserError(
+            f"no run of {', '.join(map(str, paths))} has a loss to fit: those that ended diverged ({rows[0]['run']}: "
+            f"{rows[0]['why']}); run some with lower learning rates"
+        )
+    if not rows:
+        why = "; ".join(f"{name} {state}" for name, state, _ in left_out[:5])
         command = f"qwen-moe launch {shlex.quote(str(paths[0]))} --local"
         raise UserError(f"no run of {', '.join(map(str, paths))} has ended ({why}): `{command}` runs them")
     if repeated:
@@ -144,7 +148,38 @@ def collect(paths: Sequence[Path], loss: Loss) -> Collected:
             f"their last {LEAST_STEPS} is above the loss they ended with, which makes large batches look worse: --loss "
             "validation has no such mean"
         )
+    notes += _different_data(used)
     return Collected(rows=rows, left_out=left_out, notes=notes + _noise(rows))
+
+
+def _unusable(config: RunConfig, run_dir: Path) -> tuple[str, str] | None:
+    """(state, why) of a run whose losses the table cannot have, however it ended."""
+    from qwen_moe.runs.outcome import difference
+
+    if config.stages:
+        return "stages", "its losses are of sequences of several lengths"
+    if (unit := config.objective.unit) != "nats per token":
+        return "objective", f"the loss of {config.objective.kind} is in {unit}, and the table's in nats per token"
+    if changed := difference(config, run_dir):
+        return "other settings", f"{run_dir} was not run with this recipe: {changed}"
+    return None
+
+
+def _different_data(runs: Sequence[tuple[str, RunConfig]]) -> list[str]:
+    """A note if runs of the table trained on different data, whose losses cannot be compared."""
+    from qwen_moe.data.inputs import train_datasets
+
+    first: dict[tuple[str, ...], str] = {}
+    for name, config in runs:
+        data = sorted(f"{one.prefix} (weight {one.weight:g})" for one in train_datasets(config))
+        first.setdefault((config.objective.kind, *data), name)
+    if len(first) < 2:
+        return []
+    told = "; ".join(f"{name}: {kind} on {', '.join(data)}" for (kind, *data), name in list(first.items())[:3])
+    return [
+        f"not all runs trained on the same data ({told}): their losses can be compared only if they are of the same text; "
+        "else collect each apart"
+    ]
 
 
 def _noise(rows: Sequence[dict[str, Any]]) -> list[str]:

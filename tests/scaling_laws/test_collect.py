@@ -152,3 +152,33 @@ def test_what_cannot_be_compared_or_used_is_refused(tmp_path: Path, capsys: pyte
     shutil.rmtree(ladder / "runs" / "two")
     (run / "metrics.jsonl").write_text('{"step": 1, "lo\n{"step": 2, "loss": 3.0}\n')
     assert "is damaged" in refused(capsys, str(ladder), *output)
+
+
+def test_a_run_that_is_named_twice_is_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ladder = tmp_path / "ladder"
+    write_run(write_recipe(ladder, "good"), FALLING)
+    _, rows = collect(capsys, tmp_path / "runs.csv", str(ladder), str(ladder), str(ladder / "runs" / "good"))
+    assert len(rows) == 1
+
+
+def test_runs_of_other_data_and_losses_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other data are told, because their losses may be comparable; a loss per pair is none per token."""
+    write_run(write_recipe(tmp_path / "one", "run_000"), FALLING)
+    write_run(write_recipe(tmp_path / "two", "run_000", data__train=[{"prefix": "/elsewhere"}]), FALLING)
+    write_run(write_recipe(tmp_path / "three", "dpo", objective__kind="dpo"), FALLING / 10)
+    folders = [str(tmp_path / name) for name in ("one", "two", "three")]
+    facts, rows = collect(capsys, tmp_path / "runs.csv", *folders)
+    assert len(rows) == 2 and any("not all runs trained on the same data" in note for note in facts["notes"])
+    (left_out,) = facts["left_out"]
+    assert left_out["state"] == "objective" and "the loss of dpo is in nats per pair" in left_out["why"]
+    facts, _ = collect(capsys, tmp_path / "runs.csv", folders[0])
+    assert facts["notes"] == []
+
+
+def test_if_all_runs_diverged_running_them_again_is_not_proposed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ladder = tmp_path / "ladder"
+    write_run(write_recipe(ladder, "nan"), FALLING[:300], kind="bad step", message="step 301: the loss is nan")
+    told = refused(capsys, str(ladder), "--output", str(tmp_path / "runs.csv"))
+    assert "those that ended diverged (nan: step 301: the loss is nan); run some with lower learning rates" in told
