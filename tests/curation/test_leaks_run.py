@@ -15,7 +15,7 @@ import pytest
 
 from launchers.folder import atomic
 from qwen_moe.cli import main
-from qwen_moe.curation.leaks import work
+from qwen_moe.curation.leaks import run, work
 from qwen_moe.data.checked import share_checked
 from qwen_moe.data.manifest import read_manifest
 from qwen_moe.data.tokenizer import train_tokenizer
@@ -153,6 +153,20 @@ def test_kill_in_the_middle_then_again(corpus: Path) -> None:
     subprocess.run([*command, str(corpus / "clean")], check=True, capture_output=True)
     assert contents(corpus / "clean") == contents(corpus / "undisturbed")
     assert len(list((corpus / "clean").glob("clean-*.jsonl"))) > 3
+
+
+def test_a_corpus_that_changes_while_it_is_checked_is_refused(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(*arguments: Any) -> Any:
+        (corpus / "docs.jsonl").write_bytes((corpus / "docs.jsonl").read_bytes() + b"\n")
+        return real(*arguments)
+
+    real = run._write_shard
+    monkeypatch.setattr(run, "_write_shard", change)
+    assert decontaminate(corpus, *KEYS) == 2
+    assert "docs.jsonl was changed while it was read: wait until" in capsys.readouterr().err
+    assert not (corpus / "clean" / "decontaminated.json").exists()
 
 
 def test_again_does_nothing_and_other_tests_are_refused(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,12 +92,16 @@ def test_a_split_without_a_document_between_its_edges_has_no_validation(
     assert batches(tmp_path, prefix, split=split, train_samples=5).validation_samples == 0
 
 
-def test_documents_of_the_test_are_not_trained_on_where_there_is_no_validation(tmp_path: Path) -> None:
+def test_documents_of_the_test_are_not_trained_on_where_there_is_no_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     documents = counting_documents(10, 20, 40)
     loader = batches(tmp_path, write_tokens(tmp_path / "d", documents), split="90,0,10", train_samples=44)
     read = set(loader.train_batch(0, 44)["input_ids"].flatten().tolist()) - {END}
     held = {token for tokens in documents[18:] for token in tokens} - {END}
     assert not read & held and len(read) > 600
+    monkeypatch.setattr("qwen_moe.data.batches.used_split", lambda split, documents: "1,0,0")  # as it once was
+    assert not loader.is_of_this_data(batches(tmp_path, tmp_path / "d", split="90,0,10", train_samples=44).fingerprint)
 
 
 def test_data_with_nothing_to_train_on_are_refused(tmp_path: Path) -> None:
