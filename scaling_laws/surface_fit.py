@@ -52,8 +52,8 @@ def _check(finished: pd.DataFrame) -> None:
         )
     if finished["loss"].nunique() < 2:
         raise InputError(
-            f"all {counted(len(finished), 'finished run')} have the same loss, {finished['loss'].iloc[0]:g}: is it the right "
-            "column? Nothing can be fitted to losses that do not differ"
+            f"all {counted(len(finished), 'finished run')} have the same loss, {finished['loss'].iloc[0]:g}: is it the "
+            "right column? Nothing can be fitted to losses that do not differ"
         )
     sizes = finished.groupby("group")["loss"].transform("size")
     grids = finished[sizes >= 3]
