@@ -127,15 +127,7 @@ def collect(paths: Sequence[Path], loss: Loss) -> Collected:
     if len(vocabularies) > 1:
         sizes = ", ".join(f"{size:,} ({name})" for size, name in vocabularies.items())
         raise UserError(f"losses with different vocabularies cannot be compared: {sizes}; collect each apart")
-    if rows and all(row["diverged"] for row in rows):
-        raise UserError(
-            f"no run of {', '.join(map(str, paths))} has a loss to fit: those that ended diverged ({rows[0]['run']}: "
-            f"{rows[0]['why']}); run some with lower learning rates"
-        )
-    if not rows:
-        why = "; ".join(f"{name} {state}" for name, state, _ in left_out[:5])
-        command = f"qwen-moe launch {shlex.quote(str(paths[0]))} --local"
-        raise UserError(f"no run of {', '.join(map(str, paths))} has ended ({why}): `{command}` runs them")
+    _check_usable(paths, rows, left_out)
     if repeated:
         notes.append(
             f"{counted(len(repeated), 'run reads', 'runs read')} data more than once "
@@ -150,6 +142,21 @@ def collect(paths: Sequence[Path], loss: Loss) -> Collected:
         )
     notes += _different_data(used)
     return Collected(rows=rows, left_out=left_out, notes=notes + _noise(rows))
+
+
+def _check_usable(
+    paths: Sequence[Path], rows: Sequence[dict[str, Any]], left_out: Sequence[tuple[str, str, str]]
+) -> None:
+    """Raises UserError if the table would have no loss."""
+    if rows and all(row["diverged"] for row in rows):
+        raise UserError(
+            f"no run of {', '.join(map(str, paths))} has a loss to fit: those that ended diverged ({rows[0]['run']}: "
+            f"{rows[0]['why']}); run some with lower learning rates"
+        )
+    if not rows:
+        why = "; ".join(f"{name} {state}" for name, state, _ in left_out[:5])
+        command = f"qwen-moe launch {shlex.quote(str(paths[0]))} --local"
+        raise UserError(f"no run of {', '.join(map(str, paths))} has ended ({why}): `{command}` runs them")
 
 
 def _unusable(config: RunConfig, run_dir: Path) -> tuple[str, str] | None:

@@ -187,7 +187,7 @@ def run(args: argparse.Namespace) -> int:
     from scaling_laws.ladder import PATTERNS, design_ladder
 
     config = load_config(args.recipe, args.overrides)
-    refuse_stages(config, "qwen-moe scaling ladder")
+    check_target(config, "qwen-moe scaling ladder")
     check_new(args.output)
     models = smaller_models(config.model)
     if len(models) < 3:
@@ -224,6 +224,21 @@ def run(args: argparse.Namespace) -> int:
     }
     print(json.dumps(facts) if args.json else _text(facts, rows, target))
     return 0
+
+
+def check_target(config: RunConfig, verb: str) -> None:
+    """Raises UserError for a large run whose loss and length are none that small runs can tell."""
+    refuse_stages(config, verb)
+    if (unit := config.objective.unit) != "nats per token":
+        raise UserError(
+            f"`{verb}` is for losses in nats per token, and those of objective.kind {config.objective.kind} are {unit}: "
+            "give the recipe of a pre-training run"
+        )
+    if not config.training.train_tokens:
+        raise UserError(
+            f"`{verb}` needs the tokens of the large run, and this recipe gives training.epochs: give training.train_tokens "
+            "instead"
+        )
 
 
 def check_new(output: Path) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launchers.counted import counted
-from qwen_moe.config import load_config, refuse_stages
+from qwen_moe.config import load_config
 from qwen_moe.errors import UserError
 from qwen_moe.options import number, whole
 from qwen_moe.scaling.ladder import (
     TABLE,
     add_durations,
     check_new,
+    check_target,
     size_of,
     smaller_models,
     target_of,
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     from scaling_laws.surface_fit import posterior
 
     config = load_config(args.recipe, args.overrides)
-    refuse_stages(config, "qwen-moe scaling next")
+    check_target(config, "qwen-moe scaling next")
     if args.output is not None:
         check_new(args.output)
     unit = _unit(args)

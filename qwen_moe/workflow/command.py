@@ -56,7 +56,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> int:
     """Run the steps. ``args.build_parser`` makes the parser of all verbs, which steps are called with."""
-    from qwen_moe.config import load_config, refuse_stages
+    from qwen_moe.config import load_config
+    from qwen_moe.scaling.ladder import check_target
     from qwen_moe.workflow.checks import check_options, check_steps
     from qwen_moe.workflow.page import write_page
     from qwen_moe.workflow.state import State, Stopped
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     assert STEPS_IN_ORDER == NAMES
     check_options(args)
     config = load_config(args.recipe, args.overrides)
-    refuse_stages(config, "qwen-moe pipeline")
+    check_target(config, "qwen-moe pipeline")
     folder = args.output or Path("runs") / f"{args.recipe.stem}-pipeline"
     State.open(folder)  # it is refused before it is locked, which makes it
     lock = RunLock(folder)

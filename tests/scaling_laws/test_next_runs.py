@@ -252,6 +252,19 @@ def test_wrong_options(
     assert code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [("dpo_demo", "objective.kind dpo are nats per pair"), ("sft_demo", "give training.train_tokens instead"),
+     ("grpo_demo", "objective.kind grpo are per token"), ("long_context_demo", "reads recipes of one stage")],
+)  # fmt: skip
+def test_large_runs_of_which_small_ones_tell_nothing(
+    recipe: str, message: str, runs_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for verb in (["next", recipe, "--runs", str(runs_csv)], ["ladder", recipe, "--flops-budget", "1e15"]):
+        assert main(["scaling", *verb, "--output", str(tmp_path / "more")]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "more").exists()
+
+
 def test_a_table_without_learning_rates_says_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,6 +62,13 @@ def test_what_would_fail_later_is_refused_first(
     assert not (tmp_path / "out" / "state.json").exists() and not (tmp_path / "tokens.bin").exists()
 
 
+def test_a_run_of_which_small_ones_tell_nothing_is_refused_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pipeline", "dpo_demo", "--flops-budget", BUDGET, "--output", str(tmp_path / "out")]) == 2
+    assert "objective.kind dpo are nats per pair" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_step_that_is_not_gone_through_needs_nothing(recipe: None, tmp_path: Path) -> None:
     assert pipeline("--until", "prepare") == 0 and (tmp_path / "tokens.bin").is_file()
 
