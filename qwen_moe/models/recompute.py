@@ -39,6 +39,11 @@ class _Forward:
         if not self._tensors:
             with torch.enable_grad(), saved_tensors_hooks(self._keep, self.unpack), contextlib.suppress(_Enough):
                 self._call()
+            if len(self._tensors) != self._count:
+                raise RuntimeError(
+                    f"computed again, a layer saved {len(self._tensors)} of the {self._count} tensors of its forward: it "
+                    "must do the same both times"
+                )
         return self._tensors[place]
 
     def _keep(self, tensor: torch.Tensor) -> int:

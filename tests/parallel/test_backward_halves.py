@@ -22,6 +22,7 @@ from parallel.stages import splits_backward
 from parallel.vocab_head import vocab_parallel_cross_entropy, vocab_parallel_log_probs
 from qwen_moe.config.families import FAMILIES
 from qwen_moe.models.decoder import DecoderLM
+from qwen_moe.models.recompute import once
 from tests.distributed import run_distributed
 from tests.models.hf_reference import draw_weights
 from tests.parallel.kernels.providers import RECIPES, provider
@@ -252,3 +253,14 @@ def test_one_input_that_is_a_leaf() -> None:
     weight, bias = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     parameters = [weight.requires_grad_(), bias.requires_grad_()]
     equal(lambda x: linears(x, *parameters)[0].square().sum(), states(torch.float64, 4), parameters)
+
+
+def test_a_call_that_is_not_the_same_again_is_noticed() -> None:
+    calls = []
+
+    def other(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x)
+        return (x.exp() * x if len(calls) == 1 else x * 2).sum()
+
+    with pytest.raises(RuntimeError, match="a layer saved 0 of the 3 tensors of its forward"):
+        once(other, torch.ones(2, requires_grad=True)).backward()
