@@ -57,6 +57,11 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--top", type=whole(1), default=5, help="number of layouts to print (default: 5)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--write", action="store_true", help="write the best layout into the recipe")
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="also count what a step of the best layout launches, as qwen-moe trace does",
+    )
     parser.add_argument("--check-published", action="store_true", help="compare predicted times with published runs")
     parser.set_defaults(func=run)
 
@@ -84,11 +89,18 @@ def run(args: argparse.Namespace) -> int:
         refuse_stages(load_config(args.recipe, overrides), "qwen-moe plan --write")
     config = load_stage(args.recipe, overrides, args.stage)
     _check_imbalance(args.imbalance, config.model)
-    check_aligned(config.model)
     from qwen_moe.planning.layouts import PRECISIONS
     from qwen_moe.planning.search import Search
     from qwen_moe.planning.text import plan_text
+    from qwen_moe.sharding.aligned import check_aligned
+    from qwen_moe.tracing.page import facts as trace_facts
+    from qwen_moe.tracing.page import text as trace_text
 
+    check_aligned(config.model)
+    if args.trace:
+        from qwen_moe.tracing.rank import check_objective
+
+        check_objective(config)
     precisions = PRECISIONS if args.precision == "any" else (args.precision,)
     search = Search(config, args.gpus, cluster, args.imbalance, args.price, precisions)
     plan = search.run(args.top)
@@ -99,9 +111,21 @@ def run(args: argparse.Namespace) -> int:
                             + plan_text(plan, str(args.recipe)))  # fmt: skip
         written = _write(args.recipe, overrides, config, plan.best[0].choice, args.gpus)
     if args.json:
-        sys.stdout.write(json.dumps(_facts(plan) | ({"written": written} if args.write else {}), indent=1) + "\n")
+        facts = _facts(plan)
+        if args.write:
+            facts["written"] = written
+        if args.trace:
+            facts["trace"] = trace_facts(traced) if (traced := _traced(plan)) is not None else None
+        sys.stdout.write(json.dumps(facts, indent=1) + "\n")
         return 0
     sys.stdout.write(plan_text(plan, str(args.recipe)) + "\n")
+    _say_written(args, written)
+    if args.trace and (traced := _traced(plan)) is not None:
+        sys.stdout.write("\n" + trace_text(traced, str(args.recipe)) + "\n")
+    return 0
+
+
+def _say_written(args: argparse.Namespace, written: dict[str, Any]) -> None:
     if args.write:
         for key, (old, new) in written["changed"].items():
             sys.stdout.write(f"{args.recipe}: {key} {'(not given)' if old is None else old} -> {new}\n")
@@ -109,7 +133,14 @@ def run(args: argparse.Namespace) -> int:
             sys.stdout.write(f"{args.recipe}: unchanged\n")
         elif not written["comments_kept"]:
             sys.stdout.write(f"{args.recipe}: could not be edited in place, so it was rewritten without its comments\n")
-    return 0
+
+
+def _traced(plan: Any) -> Any:
+    """The `StepTrace` of rank 0 in the best layout, or None where nothing fits."""
+    from qwen_moe.planning.layouts import apply
+    from qwen_moe.tracing.rank import trace_step
+
+    return trace_step(apply(plan.config, plan.best[0].choice), plan.gpus) if plan.best else None
 
 
 def _check_imbalance(imbalance: float, model: ModelConfig) -> None:
@@ -122,21 +153,6 @@ def _check_imbalance(imbalance: float, model: ModelConfig) -> None:
             f"--imbalance {imbalance:g}: expected {most:g} at most, num_experts {model.num_experts} / num_experts_per_tok "
             f"{model.num_experts_per_tok}: the busiest expert cannot have more than every token"
         )
-
-
-def check_aligned(model: ModelConfig) -> None:
-    """Raises UserError for experts that a GPU would run one at a time, which no estimate of time is of."""
-    from qwen_moe.planning.search import ALIGNED
-
-    if not model.is_moe_family:
-        return
-    for name in ("hidden_size", "moe_intermediate_size"):
-        if (size := getattr(model, name)) % ALIGNED:
-            near = max(1, round(size / ALIGNED)) * ALIGNED
-            raise UserError(
-                f"model.{name} {size} is not a multiple of {ALIGNED}, which grouped GEMMs need (rows of 16 bytes): the "
-                f"experts would run one at a time, and such models cannot be planned for. {near} can be"
-            )
 
 
 def _facts(plan: Any) -> dict[str, Any]:

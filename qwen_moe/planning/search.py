@@ -19,10 +19,10 @@ from qwen_moe.planning.software import OURS
 from qwen_moe.planning.step_time import StepTimeModel
 from qwen_moe.planning.times import StepTime
 from qwen_moe.progress import bar
+from qwen_moe.sharding.aligned import ALIGNED
 from qwen_moe.sharding.layout import ContextPlan, RunLayout
 
 _CLEARLY = 0.98  # of a step's time, from which on a gain that rests on an assumption is worth a line
-ALIGNED = 8  # features of an expert in bf16, 16 bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,7 @@ def _in_fsdp() -> bool:
     return False
 
 
+_SCALES = "parallel/kernels/"  # FP8's scales of blocks are tested by flags and bits, and are no indices
 # Methods of a process group, and which of their tensors a collective's size is that of.
 _METHODS: dict[str, str] = {
     "allreduce": "all_reduce",
@@ -256,10 +257,9 @@ class Counter(TorchDispatchMode):
             work.chained += 1
             work.chains += chain is not self._chain
         self._chain = chain
-        if place.part == "experts" and any(
-            t.numel() >= self._wide and not t.is_floating_point() for t in tensors_in((args, kwargs, out))
-        ):
-            self.events.append(Event("index kernel over tokens x experts", name, place, caller()))
+        indices = (t for t in tensors_in((args, kwargs, out)) if not t.is_floating_point())
+        if place.part == "experts" and any(t.numel() >= self._wide for t in indices) and _SCALES not in caller():
+            self._event("index kernel over tokens x experts", func)
 
     @staticmethod
     def _chain_of() -> Any:

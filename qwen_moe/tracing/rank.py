@@ -25,6 +25,8 @@ from qwen_moe.models.moe.experts import Experts
 from qwen_moe.models.moe.router import RouterStatistics
 from qwen_moe.models.ops.grouped_matmul import ONE_KERNEL
 from qwen_moe.objectives.build import build_objective
+from qwen_moe.progress import bar
+from qwen_moe.sharding.aligned import check_aligned
 from qwen_moe.sharding.build import make_grids, shard_model
 from qwen_moe.sharding.layout import RunLayout, run_layout
 from qwen_moe.sharding.model import ParallelModel
@@ -53,11 +55,9 @@ def trace_step(config: RunConfig, gpus: int, rank: int = 0) -> StepTrace:
     layout = run_layout(config, gpus)
     if not 0 <= rank < gpus:
         raise UserError(f"--rank {rank} is none of the {counted(gpus, 'rank')}: give 0 to {gpus - 1}")
-    if fields := build_objective(config.objective).fields:
-        raise UserError(
-            f"objective.kind {config.objective.kind} reads {', '.join(fields)} from its batches, and a trace makes only "
-            "token ids and labels: trace objective.kind=likelihood, whose layers are the same"
-        )
+    check_objective(config)
+    if config.precision.compute == "bf16":  # other precisions are counted as one GEMM of all rows
+        check_aligned(config.model, config.parallel.etp)
     dist.init_process_group("fake", rank=rank, world_size=gpus, store=FakeStore())
     try:
         with _fsdp_on(DEVICE):
@@ -66,6 +66,15 @@ def trace_step(config: RunConfig, gpus: int, rank: int = 0) -> StepTrace:
             return _step(config, layout, rank, model)
     finally:
         dist.destroy_process_group()
+
+
+def check_objective(config: RunConfig) -> None:
+    """Raises UserError for objectives whose batches a trace cannot make."""
+    if fields := build_objective(config.objective).fields:
+        raise UserError(
+            f"objective.kind {config.objective.kind} reads {', '.join(fields)} from its batches, and a trace makes only "
+            "token ids and labels: trace objective.kind=likelihood, whose layers are the same"
+        )
 
 
 @contextmanager
@@ -92,17 +101,25 @@ def _step(config: RunConfig, layout: RunLayout, rank: int, model: ParallelModel)
             places,
             _axes(model.grids),
             number=max(1.0, config.optimizer.clip_grad_norm) + 1,
-            wide=held * max(1, config.model.num_experts),
+            wide=_wide(config, layout, held),
         )
         optimizer.register_step_pre_hook(lambda *_: setattr(counter, "outside", "optimizer"))
         optimizer.register_step_post_hook(lambda *_: setattr(counter, "outside", "rest of the step"))
         with counter, _booked(counter, places):
-            for _ in range(2):  # the first step also sets up messages between stages and the optimizer's state
+            # The first step also sets up messages between stages and the optimizer's state.
+            for _ in bar(range(2), "tracing", "step"):
                 counter.reset()
                 trainer.step(0, [{"input_ids": ids, "labels": ids} for _ in range(layout.micro_batches)])
         counter.finish()
     layers = [layer for stage in model.stages for layer in layout.layers[stage]]
     return StepTrace(config=config, layout=layout, rank=rank, layers=layers, counter=counter)
+
+
+def _wide(config: RunConfig, layout: RunLayout, tokens: int) -> int:
+    """Elements of an index over all experts of the ``tokens`` that a rank routes. With etp a rank computes its peers' rows
+    too, and indices of these rows, which may be as many, are no such index."""
+    model = config.model
+    return max(tokens * max(1, model.num_experts), tokens * model.num_experts_per_tok * layout.layout.etp + 1)
 
 
 def _use_grouped_kernel(config: RunConfig, model: ParallelModel) -> None:

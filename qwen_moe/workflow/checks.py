@@ -34,8 +34,8 @@ def check_steps(args: argparse.Namespace, config: RunConfig, state: State, steps
     that the GPU does not have or a model that cannot be planned. Raises LaunchError if they need a Slurm that does not
     answer. A budget that the ladder was made with need not be given again."""
     if args.gpus and "plan" in steps:
-        from qwen_moe.planning.command import check_aligned
         from qwen_moe.planning.hardware import load_gpu
+        from qwen_moe.sharding.aligned import check_aligned
 
         load_gpu(args.gpu).require(planned_precision(config))
         check_aligned(config.model)

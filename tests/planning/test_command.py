@@ -88,6 +88,28 @@ def test_the_table_and_the_json_say_the_same(recipe: Path, capsys: pytest.Captur
     assert first["step_seconds"]["total"] <= facts["best"][1]["step_seconds"]["total"]
 
 
+def test_the_best_layout_is_traced(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = (recipe, "--gpus", 2, "training.global_batch_size=2", "model.num_hidden_layers=2")
+    assert plan(*small, "--precision", "bf16", "--trace") == 0
+    text = capsys.readouterr().out
+    assert plan(*small, "--precision", "bf16", "--trace", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    best = facts["best"][0]
+    settings = [f"parallel.{name}={best[name]}" for name in ("tp", "pp", "ep", "etp", "schedule", "sharding")]
+    settings += [f"training.micro_batch_size={best['micro_batch']}", f"training.recompute={best['recompute']}"]
+    assert main(["trace", *map(str, small), *settings]) == 0
+    assert capsys.readouterr().out in text
+    assert main(["trace", *map(str, small), *settings, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == facts["trace"]
+
+
+def test_what_cannot_be_traced_is_refused_before_the_search(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe.write_text(recipe.read_text().replace("run_dir:", "objective: {kind: dpo}\nrun_dir:"))
+    assert plan(recipe, "--gpus", 8, "--trace") == 2
+    said = capsys.readouterr()
+    assert "objective.kind dpo reads" in said.err and not said.out, said.err
+
+
 def test_what_is_written_keeps_comments_and_runs(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(recipe, "--gpus", 8, "--gpu", "h100-80gb", "--global-batch", 32, "--write") == 0
     said, text = capsys.readouterr().out, recipe.read_text()

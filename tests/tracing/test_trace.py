@@ -172,8 +172,29 @@ def test_two_stages_send_hidden_states_and_gradients(rank: int) -> None:
     assert trace.layers == [rank]
 
 
-def test_etp_copies_without_a_wait() -> None:
-    assert waits_in_experts(trace_step(config(parallel={"tp": 2, "ep": 2, "etp": 2}), 4)) == 1
+@pytest.mark.parametrize("parallel", [{"tp": 2, "ep": 2, "etp": 2}, {"etp": 4}, {"tp": 4, "etp": 4}], ids=str)
+def test_etp_copies_without_a_wait_and_its_rows_are_no_index_over_all_experts(parallel: dict[str, int]) -> None:
+    model = recipe()["model"] | {"moe_intermediate_size": 32}
+    trace = trace_step(config(parallel=parallel, model=model), 4)
+    assert waits_in_experts(trace) == 1
+    assert wide_kernels(trace) == 0  # with etp 4, T * K * 4 rows arrive: more than the T * E elements of a mask
+
+
+@pytest.mark.parametrize("fp8", ["blockwise", "mxfp8"])
+def test_scales_of_fp8_are_no_index_over_all_experts(fp8: str) -> None:
+    sizes = {"hidden_size": 256, "head_dim": 32, "moe_intermediate_size": 256, "num_hidden_layers": 1}
+    precision = {"compute": "fp8", "fp8": {"recipe": fp8}}
+    assert wide_kernels(trace_step(config(model=recipe()["model"] | sizes, precision=precision), 1)) == 0
+
+
+def test_experts_that_no_gpu_groups_are_refused() -> None:
+    with pytest.raises(UserError, match="etp 4 cuts experts of model"):
+        trace_step(config(parallel={"etp": 4}), 4)
+    model = recipe()["model"] | {"moe_intermediate_size": 12}
+    with pytest.raises(UserError, match="moe_intermediate_size 12 is not a multiple of 8"):
+        trace_step(config(model=model), 1)
+    in_float32 = trace_step(config(model=model, precision={"compute": "fp32"}), 1)
+    assert any("one GEMM of all rows" in line for line in facts(in_float32)["assumed"])
 
 
 def test_capacity_costs_one_read_more_and_sums_over_all_experts() -> None:
@@ -211,6 +232,7 @@ def test_a_planted_mask_of_all_experts_is_found(monkeypatch: pytest.MonkeyPatch)
         return indices
 
     monkeypatch.setattr(Router, "_select", masks)
+    assert wide_kernels(trace_step(config(parallel={"tp": 2}), 2)) >= 2 * 2 * 4
     trace = trace_step(config(), 1)
     assert wide_kernels(trace) >= 2 * 2 * 4  # filled and set, in 2 layers and 4 micro-batches
     assert waits_in_experts(trace) == 1  # for the number of places
