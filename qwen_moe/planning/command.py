@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,7 @@ def run(args: argparse.Namespace) -> int:
     cluster = Cluster(load_gpu(args.gpu).leaving(args.margin), load_network(args.network), args.gpus_per_node)
     if args.precision != "any":
         cluster.gpu.require(args.precision)
-    overrides = list(args.overrides)
-    if args.global_batch is not None:
-        overrides.append(f"training.global_batch_size={args.global_batch}")
+    overrides = _overrides(args)
     if args.write:
         refuse_stages(load_config(args.recipe, overrides), "qwen-moe plan --write")
     config = load_stage(args.recipe, overrides, args.stage)
@@ -123,6 +122,19 @@ def run(args: argparse.Namespace) -> int:
     if args.trace and (traced := _traced(plan)) is not None:
         sys.stdout.write("\n" + trace_text(traced, str(args.recipe)) + "\n")
     return 0
+
+
+def _overrides(args: argparse.Namespace) -> list[str]:
+    """The overrides, with --global-batch among them. The search chooses the micro-batch, so that the recipe's need not divide
+    --global-batch."""
+    given = list(args.overrides)
+    if args.global_batch is None:
+        return given
+    micro_batch = load_stage(args.recipe, given, args.stage).training.micro_batch_size
+    given.append(f"training.global_batch_size={args.global_batch}")
+    if args.global_batch % micro_batch:
+        given.append(f"training.micro_batch_size={gcd(micro_batch, args.global_batch)}")
+    return given
 
 
 def _say_written(args: argparse.Namespace, written: dict[str, Any]) -> None:

@@ -88,6 +88,18 @@ def test_the_table_and_the_json_say_the_same(recipe: Path, capsys: pytest.Captur
     assert first["step_seconds"]["total"] <= facts["best"][1]["step_seconds"]["total"]
 
 
+def test_a_batch_that_the_recipes_micro_batch_does_not_divide(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe.write_text(recipe.read_text().replace("micro_batch_size: 1", "micro_batch_size: 4"))
+    assert load_config(recipe).training.micro_batch_size == 4
+    assert plan(recipe, "--gpus", 2, "--global-batch", 6, "--top", 50, "--json", "--write") == 0
+    best = json.loads(capsys.readouterr().out)["best"]
+    assert {scored["micro_batch"] for scored in best} <= {1, 2, 3} and best
+    training = load_config(recipe).training
+    assert (training.global_batch_size, training.micro_batch_size) == (6, best[0]["micro_batch"])
+
+
 def test_the_best_layout_is_traced(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = (recipe, "--gpus", 2, "training.global_batch_size=2", "model.num_hidden_layers=2")
     assert plan(*small, "--precision", "bf16", "--trace") == 0
