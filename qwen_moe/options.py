@@ -100,9 +100,10 @@ class Parser(argparse.ArgumentParser):
         found, rest = super().parse_known_args(args, namespace)
         unknown = [item for item in rest if item.startswith("-")]
         if unknown and not any(isinstance(action, argparse._SubParsersAction) for action in self._actions):
-            similar = get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            similar = get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1, cutoff=0.7)
             hint = f"; did you mean {similar[0]}?" if similar else ""
-            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+            wrong = [item for item in rest if item.startswith("-") or "=" not in item]  # without overrides that follow
+            self.error(f"unrecognized arguments: {' '.join(wrong)}{hint}")
         return found, rest
 
     def error(self, message: str) -> NoReturn:

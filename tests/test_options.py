@@ -71,7 +71,7 @@ def test_a_mistake_in_the_command_is_one_line(capsys: pytest.CaptureFixture[str]
     assert main(["info", "demo", "--nothing"]) == 2
     assert "unrecognized arguments: --nothing (see qwen-moe info --help)" in capsys.readouterr().err
     assert main(["info", "demo", "--seqlen", "0", "x.y=3"]) == 2
-    assert "unrecognized arguments: --seqlen 0 x.y=3; did you mean --seq-len?" in capsys.readouterr().err
+    assert "unrecognized arguments: --seqlen 0; did you mean --seq-len?" in capsys.readouterr().err
 
 
 def run_instead(func: Callable[[object], int], monkeypatch: pytest.MonkeyPatch) -> None:
