@@ -22,6 +22,7 @@ def machine_facts() -> dict[str, Any]:
     import torch
 
     from parallel.gemm import description, has_hardware
+    from parallel.threads import available_cpus
     from qwen_moe.models.ops.compiled import missing_compiler
     from qwen_moe.runs.recorder import measure_matmul_peak
 
@@ -34,11 +35,10 @@ def machine_facts() -> dict[str, Any]:
             "flops_per_second": measure_matmul_peak(dtype, cpu, seconds=0.2),
             "how": description(dtype),
         }
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
     return {
         "processor": _processor(),
-        "cores": affinity,
+        "cores": available_cpus()[0],
         "threads": torch.get_num_threads(),
         "memory_bytes": pages,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

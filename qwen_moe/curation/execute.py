@@ -21,6 +21,7 @@ from launchers.counted import counted
 from launchers.folder.atomic import write_json, write_text
 from launchers.folder.run_folder import read_json
 from launchers.local.signals import interrupts_kept_from_children
+from parallel.threads import available_cpus
 from qwen_moe.curation.library import LocalPipelineExecutor, SlurmPipelineExecutor, logger
 from qwen_moe.curation.recipe import SlurmSection
 from qwen_moe.errors import UserError
@@ -99,7 +100,7 @@ class Executor:
     """Runs stages. ``workers``: tasks at the same time on this machine, 0 for one per core."""
 
     def __init__(self, workers: int, slurm: SlurmSection | None = None) -> None:
-        self.workers, self.slurm = workers or len(os.sched_getaffinity(0)), slurm
+        self.workers, self.slurm = workers or available_cpus()[0], slurm
         logger.remove()
 
     def run(self, stage: Stage) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from launchers.counted import counted
 from launchers.local.signals import interrupts_kept_from_children
+from parallel.threads import available_cpus
 from qwen_moe.data.tokenizer import END_OF_TEXT, control_ids, end_of_document_id, load_tokenizer
 from qwen_moe.data.unknown import FIX, Unknown
 from qwen_moe.errors import UserError
@@ -31,7 +32,7 @@ _not_started: UserError | None = None
 
 def check_workers(workers: int) -> int:
     """Number of processes to use; 0 means one for each core that this process may use. Raises UserError if invalid."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores, _ = available_cpus()
     most = max(64, 4 * cores)
     if not 0 <= workers <= most:
         raise UserError(

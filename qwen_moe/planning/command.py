@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _overrides(args: argparse.Namespace) -> list[str]:
-    """The overrides, with --global-batch among them. The search chooses the micro-batch, so that the recipe's need not divide
+    """The overrides, with --global-batch among them. The search chooses the micro-batch, so the recipe's need not divide
     --global-batch."""
     given = list(args.overrides)
     if args.global_batch is None:

@@ -242,6 +242,12 @@ def test_limits_of_our_filters() -> None:
     assert of(english, "name name name name name name name name the") == (False, "language_score")
 
 
+def test_there_are_no_more_workers_than_the_container_has_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parallel.threads.cgroup_cpus", lambda root: 1.0)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
+    assert (Executor(0).workers, Executor(3).workers) == (1, 3)
+
+
 def test_the_executor_runs_tasks_in_processes(tmp_path: Path) -> None:
     def note(data: Any, rank: int, world_size: int) -> Any:
         (Path(folder) / f"{rank}").write_text(str(os.getpid()))

@@ -10,9 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from qwen_moe.cli import main
 from qwen_moe.data.corpus import Reading
-from qwen_moe.data.manifest import (
-    read_manifest,
-)
+from qwen_moe.data.encode import check_workers
+from qwen_moe.data.manifest import read_manifest
 from qwen_moe.data.output import OtherDataThere
 from qwen_moe.data.tokenizer import load_tokenizer
 from qwen_moe.errors import UserError
@@ -34,6 +33,12 @@ def test_the_files_hold_the_tokens_of_every_document_closed(tmp_path: Path, toke
     assert prepared.documents == len(texts) and prepared.tokens == sum(map(len, expected))
     assert prepared.max_token_id == max(map(max, expected)) and prepared.end_of_document_id == end
     assert prepared.bin_sha256 == contents(tmp_path / "out")["out.bin"]
+
+
+def test_there_are_no_more_workers_than_the_container_has_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr("parallel.threads.cgroup_cpus", lambda root: 2.0)
+    assert check_workers(0) == 2
 
 
 def test_the_number_of_workers_does_not_show(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:

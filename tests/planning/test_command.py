@@ -88,9 +88,7 @@ def test_the_table_and_the_json_say_the_same(recipe: Path, capsys: pytest.Captur
     assert first["step_seconds"]["total"] <= facts["best"][1]["step_seconds"]["total"]
 
 
-def test_a_batch_that_the_recipes_micro_batch_does_not_divide(
-    recipe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_batch_that_the_recipes_micro_batch_does_not_divide(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe.write_text(recipe.read_text().replace("micro_batch_size: 1", "micro_batch_size: 4"))
     assert load_config(recipe).training.micro_batch_size == 4
     assert plan(recipe, "--gpus", 2, "--global-batch", 6, "--top", 50, "--json", "--write") == 0
