@@ -299,12 +299,35 @@ def test_one_input_that_is_a_leaf() -> None:
     equal(lambda x: linears(x, *parameters)[0].square().sum(), states(torch.float64, 4), parameters)
 
 
-def test_a_call_that_is_not_the_same_again_is_noticed() -> None:
+@pytest.mark.parametrize(
+    ("again", "same"),
+    [
+        (lambda x: (x * 2).sum(), 0),  # fewer tensors
+        (lambda x: (x.exp() * x[:1]).sum(), 1),  # another shape, as rows of another routing have
+        (lambda x: (x.exp() * x.float()).sum(), 1),
+    ],
+)
+def test_a_call_that_is_not_the_same_again_is_noticed(again: Loss, same: int) -> None:
+    calls: list[Loss] = [lambda x: (x.exp() * x).sum(), again]
+    value = once(lambda x: calls.pop(0)(x), torch.ones(2, dtype=torch.float64, requires_grad=True))
+    with pytest.raises(RuntimeError, match=f"a layer saved {same} of the 3 tensors of its forward"):
+        value.backward()
+
+
+def test_a_call_that_fails_again_is_made_once_more() -> None:
+    """An error in the middle, such as too little memory, leaves no part of the tensors behind."""
     calls = []
 
-    def other(x: torch.Tensor) -> torch.Tensor:
+    def function(x: torch.Tensor) -> torch.Tensor:
         calls.append(x)
-        return (x.exp() * x if len(calls) == 1 else x * 2).sum()
+        y = x.exp()
+        if len(calls) == 2:
+            raise MemoryError
+        return (y * x).sum()
 
-    with pytest.raises(RuntimeError, match="a layer saved 0 of the 3 tensors of its forward"):
-        once(other, torch.ones(2, requires_grad=True)).backward()
+    x = torch.ones(2, requires_grad=True)
+    value = once(function, x)
+    with pytest.raises(MemoryError):
+        value.backward()
+    value.backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach().exp())
