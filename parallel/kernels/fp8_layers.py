@@ -80,7 +80,7 @@ class _Linears(torch.autograd.Function):
         if gather is not None:
             x = join_sequence(gather.wait()).flatten(0, 1)
             over_tokens = quantizer.matrix(f"{ctx.path}.input", x, E4M3).over_rows
-        elif saved:
+        elif any(need_weights):
             over_tokens = Quantized(saved[0], saved[1], ctx.block)
         if dx is not None:
             dx = dx.view(*grad_outputs[0].shape[:-1], -1)

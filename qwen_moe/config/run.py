@@ -91,6 +91,7 @@ class RunConfig(Section):
     def check(self) -> None:
         """Raise ValueError if settings of different sections conflict."""
         self._check_fp8()
+        self._check_kernels()
         self._check_reads()
         self._check_tokens()
         if self.training.train_tokens:
@@ -128,6 +129,15 @@ class RunConfig(Section):
                 f"{self.precision.fp8.last_layers_in_bf16} leave none of {counted(len(kept), 'layer')} in FP8: lower "
                 "them, or set "
                 "precision.compute to bf16"
+            )
+
+    def _check_kernels(self) -> None:
+        schedule = self.parallel.schedule
+        if self.precision.kernels == "te" and self.parallel.pp > 1 and schedule in ("zbv", "dualpipev"):
+            raise ValueError(
+                f"precision.kernels te cannot be combined with parallel.schedule {schedule}, which runs backward in two "
+                "halves: Transformer Engine's layers free in the first what the second needs. Use precision.kernels torch, "
+                "or parallel.schedule 1f1b or interleaved_1f1b"
             )
 
     def _check_reads(self) -> None:

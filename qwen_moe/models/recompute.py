@@ -22,35 +22,50 @@ class _Enough(Exception):
     """All tensors are there: what follows in forward is needed by no backward."""
 
 
+def _kind(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
+
+
 class _Forward:
     """The tensors that a call saves for backward: computed again when one is asked for, and then kept until the graph is
     freed. The call must draw no random numbers."""
 
     def __init__(self, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
         self._call = partial(function, *arguments)
-        self._count = 0
+        self._saved: list[tuple[torch.Size, torch.dtype]] = []
         self._tensors: list[torch.Tensor] = []
 
     def pack(self, tensor: torch.Tensor) -> int:
-        self._count += 1
-        return self._count - 1
+        self._saved.append(_kind(tensor))
+        return len(self._saved) - 1
 
     def unpack(self, place: int) -> torch.Tensor:
         if not self._tensors:
-            with torch.enable_grad(), saved_tensors_hooks(self._keep, self.unpack), contextlib.suppress(_Enough):
-                self._call()
-            if len(self._tensors) != self._count:
-                raise RuntimeError(
-                    f"computed again, a layer saved {len(self._tensors)} of the {self._count} tensors of its forward: it "
-                    "must do the same both times"
-                )
+            self._tensors = self._computed_again()
         return self._tensors[place]
 
-    def _keep(self, tensor: torch.Tensor) -> int:
-        self._tensors.append(tensor.detach())
-        if len(self._tensors) == self._count:
-            raise _Enough
-        return len(self._tensors) - 1
+    def _computed_again(self) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+
+        def keep(tensor: torch.Tensor) -> int:
+            found.append(tensor.detach())
+            if len(found) == len(self._saved):
+                raise _Enough
+            return len(found) - 1
+
+        with torch.enable_grad(), saved_tensors_hooks(keep, found.__getitem__), contextlib.suppress(_Enough):
+            self._call()
+        same = 0
+        for tensor, saved in zip(found, self._saved, strict=False):
+            if _kind(tensor) != saved:
+                break
+            same += 1
+        if same != len(self._saved):
+            raise RuntimeError(
+                f"computed again, a layer saved {same} of the {len(self._saved)} tensors of its forward, in its order, "
+                "shapes and dtypes: it must do the same both times"
+            )
+        return found
 
 
 def once(function: Callable[..., Any], *arguments: Any) -> Any:

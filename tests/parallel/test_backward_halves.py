@@ -5,7 +5,8 @@ would be computed twice.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel import tensor
 from parallel.gemm import linears, wanted
+from parallel.kernels import fp8_layers
 from parallel.kernels.interface import ExpertPart
 from parallel.mesh import Grids, Layout
 from parallel.stages import splits_backward
@@ -168,6 +170,24 @@ def test_fp8_products_run_once(recipe: str) -> None:
     equal(loss, x, [parent.up.weight, parent.up.bias, experts])
 
 
+@contextmanager
+def noted_messages(module: Any) -> Iterator[list[str]]:
+    """The collectives that ``module`` begins meanwhile, by name."""
+    sent: list[str] = []
+    kept = {name: getattr(module, name) for name in ("start_gather_sequence", "start_reduce_scatter_sequence")}
+
+    def noted(name: str) -> Callable[..., Any]:
+        return lambda *args: (sent.append(name), kept[name](*args))[1]
+
+    for name in kept:
+        setattr(module, name, noted(name))
+    try:
+        yield sent
+    finally:
+        for name, function in kept.items():
+            setattr(module, name, function)
+
+
 def tensor_parallel() -> list[list[Any]]:
     tp = Grids(Layout(tp=2), "cpu").tp
     generator = torch.Generator().manual_seed(4 + tp.index)
@@ -175,17 +195,8 @@ def tensor_parallel() -> list[list[Any]]:
     down = tensor.RowParallelLinear(12, 16).double()
     down.axis = tp
     labels = torch.randint(0, 16, (2, 8), generator=torch.Generator().manual_seed(5))
-    sent: list[str] = []
-    names = ("start_gather_sequence", "start_reduce_scatter_sequence")
-    kept = {name: getattr(tensor, name) for name in names}
-
-    def noted(name: str) -> Callable[..., Any]:
-        return lambda *args: (sent.append(name), kept[name](*args))[1]
-
-    for name in names:
-        setattr(tensor, name, noted(name))
-    try:
-        results = []
+    results = []
+    with noted_messages(tensor) as sent:
         for head in (vocab_parallel_cross_entropy, vocab_parallel_log_probs):
 
             def loss(x: torch.Tensor, head: Any = head) -> torch.Tensor:
@@ -201,10 +212,7 @@ def tensor_parallel() -> list[list[Any]]:
                 [*up.parameters(), *down.parameters(), vocabulary],
             ):
                 results.append([gradients, sorted(products.items()), sorted(sent)])
-        return results
-    finally:
-        for name in names:
-            setattr(tensor, name, kept[name])
+    return results
 
 
 def test_tensor_parallel_layers_multiply_and_send_once() -> None:
@@ -213,6 +221,42 @@ def test_tensor_parallel_layers_multiply_and_send_once() -> None:
             torch.testing.assert_close(halves[0], whole[0], rtol=0, atol=0)
             assert halves[2] == whole[2] == ["start_gather_sequence", "start_reduce_scatter_sequence"]
         assert results[0][1] == results[1][1]
+
+
+def fp8_tensor_parallel(recipe: str) -> list[list[Any]]:
+    tp = Grids(Layout(tp=2), "cpu").tp
+    kernels = provider(recipe, tp=tp)
+    generator = torch.Generator().manual_seed(6 + tp.index)
+    parent = nn.Module()
+    parent.up, parent.down = nn.Linear(128, 128), nn.Linear(128, 128)
+    project = kernels.column("block", parent, ["up"])
+    kernels.row("block", parent, "down")
+    kernels.materialize(torch.device("cpu"))
+    down = parent.down.to_empty(device="cpu")
+    with torch.no_grad():
+        for weight in parent.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+    assert project is not None
+    results = []
+    with noted_messages(fp8_layers) as sent:
+
+        def loss(x: torch.Tensor) -> torch.Tensor:
+            (h,) = project(x, parent.up)
+            sent.clear()  # of forward
+            return down(torch.relu(h)).square().mean()
+
+        x = torch.randn(2, 64, 128, generator=generator)
+        for gradients, products in whole_and_halves(loss, x, list(parent.parameters())):
+            results.append([gradients, sorted(products.items()), sorted(sent)])
+    return results
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_tensor_parallel_fp8_layers_multiply_and_send_once(recipe: str) -> None:
+    for whole, halves in run_distributed(fp8_tensor_parallel, 2, recipe):
+        torch.testing.assert_close(halves[0], whole[0], rtol=0, atol=0)
+        assert halves[1:] == whole[1:]
+        assert halves[2] == ["start_gather_sequence", "start_reduce_scatter_sequence"]
 
 
 _SEEN: list[tuple[bool, ...]] = []
@@ -255,12 +299,35 @@ def test_one_input_that_is_a_leaf() -> None:
     equal(lambda x: linears(x, *parameters)[0].square().sum(), states(torch.float64, 4), parameters)
 
 
-def test_a_call_that_is_not_the_same_again_is_noticed() -> None:
+@pytest.mark.parametrize(
+    ("again", "same"),
+    [
+        (lambda x: (x * 2).sum(), 0),  # fewer tensors
+        (lambda x: (x.exp() * x[:1]).sum(), 1),  # another shape, as rows of another routing have
+        (lambda x: (x.exp() * x.float()).sum(), 1),
+    ],
+)
+def test_a_call_that_is_not_the_same_again_is_noticed(again: Loss, same: int) -> None:
+    calls: list[Loss] = [lambda x: (x.exp() * x).sum(), again]
+    value = once(lambda x: calls.pop(0)(x), torch.ones(2, dtype=torch.float64, requires_grad=True))
+    with pytest.raises(RuntimeError, match=f"a layer saved {same} of the 3 tensors of its forward"):
+        value.backward()
+
+
+def test_a_call_that_fails_again_is_made_once_more() -> None:
+    """An error in the middle, such as too little memory, leaves no part of the tensors behind."""
     calls = []
 
-    def other(x: torch.Tensor) -> torch.Tensor:
+    def function(x: torch.Tensor) -> torch.Tensor:
         calls.append(x)
-        return (x.exp() * x if len(calls) == 1 else x * 2).sum()
+        y = x.exp()
+        if len(calls) == 2:
+            raise MemoryError
+        return (y * x).sum()
 
-    with pytest.raises(RuntimeError, match="a layer saved 0 of the 3 tensors of its forward"):
-        once(other, torch.ones(2, requires_grad=True)).backward()
+    x = torch.ones(2, requires_grad=True)
+    value = once(function, x)
+    with pytest.raises(MemoryError):
+        value.backward()
+    value.backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach().exp())

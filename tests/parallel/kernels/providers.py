@@ -1,4 +1,4 @@
-"""Layers of the provider under test in one process, and their plain counterparts in float64."""
+"""The provider under test, its layers in one process, and their plain counterparts in float64."""
 
 from typing import Any
 
@@ -16,9 +16,9 @@ RECIPES = ("delayed", "current", "blockwise", "mxfp8")
 HYBRID = {"delayed": True, "current": True, "blockwise": False, "mxfp8": False}
 
 
-def provider(recipe: str, *, keep_weights: bool = True, **settings: Any) -> TorchFp8:
+def provider(recipe: str, *, keep_weights: bool = True, tp: Axis = ONE, **settings: Any) -> TorchFp8:
     settings = {"hybrid": HYBRID[recipe]} | settings
-    return TorchFp8(ONE, ONE, Recipe(name=recipe, **settings), keep_weights=keep_weights, grouped_mm=grouped_mm)  # type: ignore[arg-type]
+    return TorchFp8(tp, tp, Recipe(name=recipe, **settings), keep_weights=keep_weights, grouped_mm=grouped_mm)  # type: ignore[arg-type]
 
 
 def linear_through(kernels: TorchFp8, x: torch.Tensor, linear: nn.Linear, dy: torch.Tensor) -> dict[str, torch.Tensor]:
