@@ -69,6 +69,23 @@ def test_pipeline_stages_note_what_one_process_does(schedule: str) -> None:
             assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.parametrize("recipe", ["delayed", "current", "blockwise", "mxfp8"])
+@pytest.mark.parametrize("schedule", ["zbv", "dualpipev"])
+def test_halves_of_backward_train_what_a_whole_one_does(schedule: str, recipe: str) -> None:
+    """With tp, whose layers gather their inputs again for the second half. The first loss is the same to the bit, and the
+    norm as near as a sum in another order. Layers that are computed again change no bit."""
+    needs(schedule)
+    layout = Layout(pp=2, tp=2)
+    whole, _ = figures(fp8(layout, recipe), layout)
+    plain, weights = figures(fp8(layout, recipe, parallel__schedule=schedule), layout)
+    for (found, _), (expected, _) in zip(plain, whole, strict=True):
+        assert found[0]["loss"] == expected[0]["loss"]
+        assert found[0]["gradient norm"] == pytest.approx(expected[0]["gradient norm"], rel=1e-3)
+    again, others = figures(fp8(layout, recipe, parallel__schedule=schedule, training__recompute="full"), layout)
+    assert again == plain
+    assert all(torch.equal(a, b) for x, y in zip(weights, others, strict=True) for a, b in zip(x, y, strict=True))
+
+
 def test_halves_note_what_whole_micro_batches_do() -> None:
     """The largest values of both halves together, as delayed scaling defines them; the loss of the first step, whose scales
     are all 1, is that of whole micro-batches."""
