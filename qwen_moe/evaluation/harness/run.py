@@ -22,6 +22,7 @@ from qwen_moe.checkpoint.huggingface.export import export_dtype
 from qwen_moe.errors import UserError
 from qwen_moe.evaluation.harness.answers import RequestAnswers, key_of
 from qwen_moe.evaluation.harness.checked import prefixes_of, share_of_texts, warning
+from qwen_moe.evaluation.harness.choices import check_choices
 from qwen_moe.evaluation.harness.library import Library, configure, not_computed, texts_of
 from qwen_moe.evaluation.harness.model import HarnessModel
 from qwen_moe.evaluation.harness.results import file_name, results_file, task_record, write_results, write_samples
@@ -62,6 +63,9 @@ def evaluate_tasks(args: argparse.Namespace, session: Session, output: Path) -> 
             f"{session.opened.tokenizer.name_or_path} has no chat template (in tokenizer_config.json or "
             "chat_template.jinja): leave --chat out, or add the template of the model"
         )
+    for task_name, task in loaded["tasks"].items():
+        if text := check_choices(task_name, task, args.limit):
+            session.say(f"warning: {text}")
     session.say_if_no_chat(args.chat, [{"prompt": None}])
     checkpoint = identity_of(args, session, longest)
     name = session.opened.weights.directory.resolve().name
