@@ -243,6 +243,22 @@ def test_right_answers_that_are_no_choice_are_counted(
     assert texts == [f"{several[0]['text']} x", several[1]["text"]]
 
 
+def test_examples_from_the_asked_documents_are_named(
+    world: tuple[Path, Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a word, the harness puts the asked document with its answer among the examples."""
+    _, hf, names = world
+    options = ("--num-fewshot", 5, "--limit", 8, "--output", tmp_path)
+    assert evaluate("--checkpoint", hf, "--tasks", f"{names[0]},{names[2]}", *options) == 0
+    said = capsys.readouterr().err
+    assert "the examples of own_choice come from the documents that are asked" in said and "own_answer come" not in said
+    for task, there in (("own_choice", True), ("own_answer", False)):
+        (path,) = tmp_path.rglob(f"{task}.jsonl")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        parts = [row["arguments"][0][0].split("\n\n") for row in rows]
+        assert any(part.startswith(some[-1]) for some in parts for part in some[:-1]) == there
+
+
 def test_the_data_of_a_run_are_known(world: tuple[Path, Path, list[str]]) -> None:
     run, _, _ = world
     assert checked.prefixes_of(run) == [Path("data/some"), Path("data/more")]

@@ -1,5 +1,5 @@
-"""Right answers of multiple-choice tasks, checked before a model is asked: the harness counts a document whose right answer
-is none of its choices as wrong, and says so only in its log."""
+"""Checks of a task's documents before a model is asked. The harness says in its log only, or after all work, that a right
+answer is none of the choices, and that a prompt may hold its own answer."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ def check_choices(name: str, task: Any, limit: float | None = None) -> str:
     """What to tell of documents of ``task`` whose right answer is none of their choices; empty if there are none. ``limit``:
     as in the command. Raises UserError for the first document without choices, or whose answer names no choice at all."""
     config = getattr(task, "config", None)
-    own = getattr(config, "process_results", None) is not None or getattr(task, "multiple_input", 0)
+    own = getattr(config, "process_results", None) is not None or bool(getattr(task, "multiple_input", False))
     if getattr(config, "output_type", None) != "multiple_choice" or own:
         return ""
     documents = task.eval_docs
@@ -42,4 +42,30 @@ def check_choices(name: str, task: Any, limit: float | None = None) -> str:
     return (
         f"in {lacking:,} of {counted(used, 'document')} of {name} the right answer is none of the choices ({first}), "
         "so that they count as wrong: an answer is the number of a choice, from 0, or its text"
+    )
+
+
+def check_examples(name: str, task: Any) -> str:
+    """What to tell of a task whose prompts may hold the asked document with its answer, as an example; empty if there is
+    nothing. Raises UserError if there are too few documents for the examples."""
+    config, given = getattr(task, "config", None), getattr(task, "fewshot_cfg", None)
+    wanted = getattr(config, "num_fewshot", None) or 0
+    if config is None or given is None or not wanted or given.samples is not None:
+        return ""
+    source = given.split or config.training_split or config.validation_split or config.test_split
+    same = source is not None and source == (config.test_split or config.validation_split)
+    left_out = given.split == config.test_split  # the harness leaves the asked document out only then
+    if given.sampler == "default" and not given.fewshot_indices:
+        there = len(list(task.fewshot_docs()))
+        if there < wanted + left_out:
+            raise UserError(
+                f"{name}: {counted(wanted, 'example')} in each prompt cannot be drawn from {counted(there, 'document')}: "
+                "give a smaller --num-fewshot, or more documents"
+            )
+    if not same or left_out:
+        return ""
+    fix = f"set fewshot_split: {source}" if config.test_split else "leave fewshot_split out"
+    return (
+        f"the examples of {name} come from the documents that are asked, so a prompt may hold its own answer: {fix}, with "
+        "which the harness leaves the asked document out"
     )

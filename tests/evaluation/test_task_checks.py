@@ -1,4 +1,4 @@
-"""Right answers of multiple-choice tasks, checked before a model is asked."""
+"""Right answers and examples of tasks, checked before a model is asked."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from qwen_moe.errors import UserError
-from qwen_moe.evaluation.harness.choices import check_choices
+from qwen_moe.evaluation.harness.task_checks import check_choices, check_examples
 
 
 def task(*documents: tuple[list[str], Any], **config: Any) -> Any:
@@ -65,3 +65,34 @@ def test_documents_that_the_harness_cannot_score(document: Any, message: str) ->
     assert check_choices("t", task(GOOD, document), 1) == check_choices("t", task(GOOD, document), 0.5) == ""
     assert check_choices("t", task(GOOD, document, output_type="generate_until")) == ""
     assert check_choices("t", task(GOOD, document, process_results=print)) == ""
+
+
+def with_examples(count: int, documents: int, split: str | None, **splits: str) -> Any:
+    names = ("training_split", "validation_split", "test_split")
+    config = SimpleNamespace(num_fewshot=count, **{name: splits.get(name) for name in names})
+    given = SimpleNamespace(split=split, samples=None, sampler="default", fewshot_indices=None)
+    return SimpleNamespace(config=config, fewshot_cfg=given, fewshot_docs=lambda: range(documents))
+
+
+@pytest.mark.parametrize(
+    ("split", "splits", "fix"),
+    [
+        (None, {"test_split": "test"}, "set fewshot_split: test"),
+        ("test", {"test_split": "test"}, ""),
+        (None, {"test_split": "test", "training_split": "train"}, ""),
+        ("dev", {"test_split": "test"}, ""),
+        (None, {"validation_split": "validation"}, ""),
+        ("validation", {"validation_split": "validation"}, "leave fewshot_split out"),
+    ],
+)
+def test_examples_that_may_be_the_asked_document(split: str | None, splits: dict[str, str], fix: str) -> None:
+    said = check_examples("t", with_examples(2, 9, split, **splits))
+    assert (fix in said and "may hold its own answer" in said) if fix else said == ""
+    assert check_examples("t", with_examples(0, 9, split, **splits)) == ""
+
+
+def test_too_few_documents_for_the_examples() -> None:
+    with pytest.raises(UserError, match="t: 3 examples in each prompt cannot be drawn from 2 documents"):
+        check_examples("t", with_examples(3, 2, None, test_split="test"))
+    with pytest.raises(UserError, match="cannot be drawn from 3 documents"):  # one of them is asked
+        check_examples("t", with_examples(3, 3, "test", test_split="test"))
