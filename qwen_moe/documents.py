@@ -107,7 +107,8 @@ def yaml_mapping(text: str, where: str) -> dict[str, Any]:
     return values
 
 
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``json.loads(object_pairs_hook=...)``, which keeps the last of two equal keys: raises ValueError for them."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
@@ -118,7 +119,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def json_value(text: str, where: str) -> Any:
     """The value of a JSON text. Raises a UserError that begins with ``where``, also for a key given twice."""
     try:
-        return json.loads(text, object_pairs_hook=_pairs)
+        return json.loads(text, object_pairs_hook=once)
     except ValueError as error:
         raise UserError(f"{where} is not valid JSON: {error}") from None
     except RecursionError:

@@ -13,16 +13,20 @@ from typing import Any, Literal
 from launchers.folder.atomic import write_json
 from qwen_moe.curation.library import BaseReader, Document
 from qwen_moe.curation.machine_text import ITEMS
-from qwen_moe.curation.recipe import InputSection
+from qwen_moe.curation.recipe import InputSection, check_domain
+from qwen_moe.curation.scores.annotate import problem_of_scores
 from qwen_moe.data.corpus import ReadCounts, Reading, read_documents, read_lines
 from qwen_moe.data.packed import check_unpackers
 from qwen_moe.data.parquet import NotUtf8, check_column, parquet_rows
 from qwen_moe.data.sources import PYTHON_STDLIB, Source, find_corpus
+from qwen_moe.documents import once
 from qwen_moe.errors import UserError
 
 BAD = "bad"  # the folder with what could not be read
 SHOWN = 5  # of it, in one message
 _PARQUET = (".parquet", ".pq")
+# Metadata of dropped documents, and marks of the library while it works: what an input has under these names gets another.
+_TAKEN = ("id", "filter", "filter_reason", "leak", "duplicate_count", "minhash_cluster_id", "minhash_cluster_size")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -143,13 +147,14 @@ class Problems:
 
 
 class Inputs(BaseReader):
-    """Reads a task's share of ``places``. What cannot be read is counted in ``folder``/bad and left out."""
+    """Reads a task's share of ``places``. What cannot be read is counted in ``folder``/bad and left out; with
+    ``check_domains``, also a document whose domain is none."""
 
     name = "inputs"
 
-    def __init__(self, places: Sequence[Place], folder: Path) -> None:
+    def __init__(self, places: Sequence[Place], folder: Path, check_domains: bool = False) -> None:
         super().__init__()
-        self.places, self.folder = list(places), str(folder)
+        self.places, self.folder, self.check_domains = list(places), str(folder), check_domains
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         problems = Problems()
@@ -161,6 +166,8 @@ class Inputs(BaseReader):
                     continue
                 try:
                     text, metadata = get()
+                    if self.check_domains:
+                        _check_domain(metadata)
                 except BadInput as error:
                     problems.add(number, index, f"{file}, {_unit(place)} {line}: {error}" if line else f"{error}")
                     continue
@@ -170,9 +177,18 @@ class Inputs(BaseReader):
                 # Documents of an earlier curation, or of `data score`, keep what is known of them.
                 if "file_path" not in metadata:
                     metadata |= {"file_path": file} | ({"line": line} if line else {})
-                metadata.setdefault("domain", place.of.domain)
+                metadata["domain"] = metadata.get("domain") or place.of.domain
                 yield Document(text=text, id=f"{file}:{line}" if line else file, metadata=metadata)
         write_json(Path(self.folder) / BAD / f"{rank:05d}.json", vars(problems))
+
+
+def _check_domain(metadata: dict[str, Any]) -> None:
+    if not (name := metadata.get("domain")):
+        return
+    try:
+        check_domain(str(name))
+    except ValueError as error:
+        raise BadInput(f"its key domain, which counts before the input's: {error}") from None
 
 
 def _unit(place: Place) -> str:
@@ -210,7 +226,7 @@ def _whole(place: Place) -> tuple[str, dict[str, Any]]:
 
 def _line(content: bytes, key: str) -> tuple[str, dict[str, Any]]:
     try:
-        value = json.loads(content.decode("utf-8"))
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=once)
     except UnicodeDecodeError as error:
         raise BadInput(f"byte {error.start} (0x{content[error.start]:02x}) is not UTF-8") from None
     except RecursionError:
@@ -249,6 +265,20 @@ def _metadata(row: dict[str, Any]) -> dict[str, Any]:
     """The other keys of a row; of a document that was written by an earlier step of a curation, its metadata."""
     inner = row.pop("metadata", {})
     found = {**(inner if isinstance(inner, dict) else {"metadata": inner}), **row}
-    if "id" in found:
-        found["given_id"] = found.pop("id")
+    taken = [name for name in _TAKEN if name in found]
+    taken += [name for name, fits in (("edited", _is_edited), ("token_count", _is_count)) if not fits(found.get(name))]
+    for name in taken:
+        found[f"given_{name}"] = found.pop(name)
+    if found.get("scores") and (problem := problem_of_scores(found["scores"])):
+        raise BadInput(f"{problem}; rename the key if it is none of a curation")
     return {key: value for key, value in found.items() if not key.startswith("_")}
+
+
+def _is_edited(value: Any) -> bool:
+    """Whether an earlier curation noted ``value``: by filter the characters before and after."""
+    pairs = list(value.values()) if isinstance(value, dict) else [] if value is None else [value]
+    return all(isinstance(pair, list) and len(pair) == 2 and all(map(_is_count, pair)) for pair in pairs)
+
+
+def _is_count(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool))

@@ -77,7 +77,8 @@ class Read(Step):
         if at.config.synthesise is not None:
             path = at.folder("synthesise") / synthesise.TEXTS
             places += find_places([InputSection(path=str(path), domain=at.config.synthesise.domain)], at.config.tasks)
-        yield Stage("read", [Inputs(places, folder), Lines(folder)], at.config.tasks, folder)
+        read = Inputs(places, folder, check_domains=at.config.domains is None)  # that step may give them others
+        yield Stage("read", [read, Lines(folder)], at.config.tasks, folder)
         bad = self._bad(at)
         if bad["count"] and at.config.on_bad_line == "error":
             shutil.rmtree(folder)  # the next attempt reads everything again

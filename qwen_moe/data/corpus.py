@@ -14,6 +14,7 @@ from qwen_moe.data.packed import HashedFile, open_packed
 from qwen_moe.data.parquet import NotUtf8, parquet_rows, row_count
 from qwen_moe.data.passkey import SEPARATOR
 from qwen_moe.data.sources import Source, Tally
+from qwen_moe.documents import once
 from qwen_moe.errors import UserError
 
 BadUtf8 = Literal["error", "skip", "replace"]
@@ -147,7 +148,7 @@ class _Text:
         key, where = self.reading.text_key, self.where
         advice = "use --on-bad-line skip to leave such lines out"
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=once)
         except RecursionError:
             raise _BadLine(f"{where} is nested too deeply for an object with text; {advice}") from None
         except ValueError as error:

@@ -20,7 +20,12 @@ NUMBERS = (
     "share_of_peak",
     "memory_bytes",
     "expert_imbalance_max",
+    "expert_imbalance_mean",
     "balance_loss",
+    "sequence_length",
+    "reward",
+    "used_answers",
+    "held_out_reward",
 )
 
 
@@ -50,9 +55,11 @@ def _problem(record: Any) -> str:
     if wrong:
         return f"its {wrong[0]} is {record[wrong[0]]!r:.60}"
     counts = record.get("expert_counts")
-    rows: list[Any] = counts if isinstance(counts, list) else [counts]
+    rows: list[Any] = counts if isinstance(counts, list) and counts else [counts]
+    if not isinstance(record.get("stage", ""), str):
+        return f"its stage is {record['stage']!r:.60}"
     if counts is not None and not all(
-        isinstance(row, list) and len(row) == len(rows[0]) and all(map(_is_number, row)) for row in rows
+        isinstance(row, list) and row and len(row) == len(rows[0]) and all(map(_is_number, row)) for row in rows
     ):
         return "its expert_counts are not rows of equal length"
     return ""

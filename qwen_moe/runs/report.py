@@ -55,8 +55,12 @@ def _records(run_dir: Path) -> list[dict[str, Any]]:
     if not any("loss" in record for record in records):
         raise UserError(f"{path} has no training step yet: wait for the first one")
     for record in records:
-        absent = [name for name in NEEDED if "loss" in record and name not in record]
-        if absent or ("loss" in record and (record["step"] < 1 or record["tokens_per_second"] <= 0)):
+        needed = [*(NEEDED if "loss" in record else ()), *(("used_answers",) if "reward" in record else ())]
+        absent = [name for name in needed if name not in record]
+        rates = [
+            record.get(name, 1) for name in ("step", "step_seconds", "tokens_per_second", "model_flops_per_second")
+        ]
+        if absent or ("loss" in record and min(rates) <= 0):
             wrong = f"lacks {', '.join(absent)}" if absent else "has no step or speed"
             raise UserError(
                 f"{path}: the record of step {record['step']} {wrong}: it was not written by `qwen-moe train`"
@@ -96,7 +100,7 @@ def summarize(run_dir: Path) -> dict[str, Any]:
         "share_of_peak": tokens_per_step / seconds * per_token * last["share_of_peak"] / last["model_flops_per_second"],
         "memory_bytes": last["memory_bytes"],
     }
-    if "expert_imbalance_max" in last:
+    if "expert_imbalance_max" in last and "balance_loss" in last:
         facts["expert_imbalance_max"] = last["expert_imbalance_max"]
         facts["balance_loss"] = last["balance_loss"]
     if scores := task_scores.read(run_dir):

@@ -150,19 +150,19 @@ def test_a_step_that_was_begun_with_other_settings_is_refused(
 def test_bad_lines_are_named_and_left_out_only_if_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = json.dumps({"text": "A good line."}).encode()
     lines = [good, b"{not json", b'{"other": 1}', b'{"text": 5}', b'{"text": "\xff"}', b'{"text": "a\\ud800"}', b"",
-             b'{"text": "nul \\u0000"}', b'{"text": " "}', good]  # fmt: skip
+             b'{"text": "nul \\u0000"}', b'{"text": " "}', b'{"text": "a", "text": "b"}', good]  # fmt: skip
     (tmp_path / "bad.jsonl").write_bytes(b"\n".join(lines))
     inputs = [{"path": str(tmp_path / "bad.jsonl"), "domain": "x"}]
     path = recipe(tmp_path, input=inputs, tasks=2, filters=None, deduplication=None, weights=None)
     assert curate(path, "--until", "read") == 2
     message = capsys.readouterr().err
-    assert "6 lines, rows or files cannot be read" in message and "on_bad_line: skip" in message
+    assert "7 lines, rows or files cannot be read" in message and "on_bad_line: skip" in message
     for number in (2, 3, 4, 5, 6):
         assert f"bad.jsonl, line {number}: " in message
     assert curate(path, "--until", "read", "on_bad_line=skip") == 0
-    assert "left out 6 lines" in capsys.readouterr().err
+    assert "left out 7 lines" in capsys.readouterr().err
     assert [row["id"] for row in documents(tmp_path / "run/1-read/kept")] == [
-        f"{tmp_path}/bad.jsonl:{n}" for n in (1, 10)
+        f"{tmp_path}/bad.jsonl:{n}" for n in (1, 11)
     ]
     assert json.loads((tmp_path / "run/curate.json").read_text())["steps"][0]["bad"]["empty"] == 1
 
@@ -177,6 +177,49 @@ def test_what_an_earlier_step_knows_of_a_document_is_kept(tmp_path: Path) -> Non
     assert curate(path, "--until", "read") == 0
     found = [row["metadata"] for row in documents(tmp_path / "run/1-read/kept")]
     assert found == [before, {"file_path": given["path"], "line": 2, "domain": "all"}]
+
+
+def test_keys_that_a_curation_needs_itself_are_renamed(tmp_path: Path) -> None:
+    """Foreign corpora have keys such as `edited`; documents that were dropped elsewhere have their former reason."""
+    given = {"edited": False, "token_count": "many", "filter": "old", "filter_reason": "old", "leak": 1,
+             "duplicate_count": "x", "minhash_cluster_id": 7, "minhash_cluster_size": 3}  # fmt: skip
+    rows = [{"text": sentences(1, 20), "domain": None} | given, {"text": sentences(1, 20)} | given]
+    rows += [{"text": sentences(2, 20), "edited": {"symbol_lines": [9, 5]}, "token_count": 3}]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    inputs = [{"path": str(tmp_path / "odd.jsonl"), "domain": "all"}]
+    path = recipe(tmp_path, input=inputs, tasks=1, filters=None, deduplication={"minhash": None}, weights=None)
+    assert curate(path, "--until", "deduplication") == 0
+    first, second = (row["metadata"] for row in documents(tmp_path / "run/5-deduplication/kept"))
+    assert {f"given_{name}": value for name, value in given.items()}.items() <= first.items()
+    assert first["domain"] == "all" and not set(given) & set(first)
+    assert second["edited"] == {"symbol_lines": [9, 5]} and second["token_count"] == 3
+    facts = json.loads((tmp_path / "run/curate.json").read_text())["steps"]
+    assert next(one for one in facts if one["step"] == "deduplication")["dropped"] == {"exact": {"equal_text": 1}}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"scores": [1]}, "scores is [1], expected an object with a number for each dimension"),
+        ({"metadata": {"scores": {"a": "high"}}}, "the score a is 'high', expected a finite number"),
+        ({"scores": {"a": None}}, "the score a is None, expected a finite number"),
+        ({"domain": "../x"}, "its key domain, which counts before the input's: '../x' is no domain"),
+        ({"domain": ["a"]}, "is no domain: give up to 64 letters"),
+    ],
+)
+def test_metadata_that_no_step_can_read(
+    row: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "odd.jsonl").write_text(
+        json.dumps({"text": "Good."}) + "\n" + json.dumps({"text": "Odd."} | row) + "\n"
+    )
+    inputs = [{"path": str(tmp_path / "odd.jsonl")}]
+    path = recipe(tmp_path, input=inputs, tasks=1, filters=None, deduplication=None, weights=None)
+    assert curate(path, "--until", "read") == 2
+    message = capsys.readouterr().err
+    assert f"{tmp_path / 'odd.jsonl'}, line 2: " in message and said in message
+    assert curate(path, "--until", "read", "on_bad_line=skip") == 0
+    assert len(documents(tmp_path / "run/1-read/kept")) == 1
 
 
 def test_a_file_whose_name_is_not_utf8_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

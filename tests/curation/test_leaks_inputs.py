@@ -37,6 +37,7 @@ def error(capsys: pytest.CaptureFixture[str], folder: Path, *options: str, **fil
         (b"[1]", "is of type list"),
         (b'{"title": "x"}', "neither 'text' nor messages or a prompt"),
         (b'{"text": 3}', "'text' is int"),
+        (b'{"text": "a", "text": "b"}', "'text' is given twice"),
         (b'{"text": "caf\xe9"}', "byte 13 of the line (0xe9) is not UTF-8"),
         ('{"text": "wide"}'.encode("utf-16-le"), "NUL byte"),
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),

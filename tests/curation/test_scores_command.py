@@ -270,6 +270,7 @@ def test_metadata_of_another_form(here: Path, capsys: pytest.CaptureFixture[str]
         ('{"old": NaN}', "the score old is nan, expected a finite number"),
         ('{"old": "good"}', "the score old is 'good', expected a finite number"),
         ("[3]", r"scores is \[3\], expected an object"),
+        ('{}, "rating_mass": {"old": "x"}', "the rating_mass old is 'x', expected a finite number"),
     ],
 )
 def test_scores_that_a_document_has_already(
@@ -327,6 +328,17 @@ def test_an_empty_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     (here / "empty").mkdir()
     assert score("--input", "empty", "--scorer", function(here, "length"), "--output", "out") == 2
     assert "empty contains no text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "why"), [("\n\n", "no rows"), ('{"text": " "}\n', "1 empty"), ("{\n", "1 malformed line")]
+)
+def test_inputs_without_a_document(here: Path, content: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "none.jsonl").write_text(content)
+    arguments = ("--input", "none.jsonl", "--scorer", function(here, "length"), "--on-bad-line", "skip")
+    assert score(*arguments, "--output", "out") == 2
+    assert f"--input none.jsonl has no document with text ({why})" in capsys.readouterr().err
+    assert not (here / "out" / "summary.json").exists()
 
 
 def test_which_files_go_together() -> None:

@@ -75,6 +75,8 @@ def test_the_standard_library_is_real_text_in_a_fixed_shuffled_order() -> None:
         ("a.jsonl", b'{"body": "x"}\n', ["line 1", "'text'", "body", "--text-key"]),
         ("a.jsonl", b'{"text": 5}\n', ["line 1", "int"]),
         ("a.jsonl", b'["text"]\n', ["line 1", "list"]),
+        ("a.jsonl", b'{"text": "a", "text": "b"}\n', ["line 1", "'text' is given twice"]),
+        ("a.jsonl", b'{"text": "a", "metadata": {"id": 1, "id": 2}}\n', ["line 1", "'id' is given twice"]),
         ("a.txt", b"good \xff bad", ["a.txt", "byte 5", "0xff", "--on-bad-utf8"]),
         ("a.jsonl", b'{"text": "ok"}\n{"text": "\xfe"}\n', ["line 2", "byte 25", "0xfe"]),
         ("a.txt.gz", gzip.compress(b"x" * 5000, mtime=0)[:-10], ["a.txt.gz", "damaged or truncated"]),

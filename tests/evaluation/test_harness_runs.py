@@ -12,7 +12,7 @@ from qwen_moe.checkpoint.huggingface.convert import convert_from_hf
 from qwen_moe.cli import main
 from qwen_moe.evaluation.harness import checked
 from qwen_moe.runs.task_scores import read
-from tests.evaluation.harness_models import documents, model_folder, write_tasks
+from tests.evaluation.harness_models import CHOICE, documents, model_folder, write_tasks
 
 pytest.importorskip("lm_eval")
 RECIPE = """
@@ -220,6 +220,43 @@ def test_a_metric_that_is_not_computed_is_named(
     task.write_text(text.replace("metric_list: [", "metric_list: [{metric: word_perplexity}, "))
     assert evaluate("--checkpoint", hf, "--output", tmp_path / "out", "--tasks", task) == 0
     assert "odd has no word_perplexity, because the harness does not" in capsys.readouterr().err
+
+
+def test_right_answers_that_are_no_choice_are_counted(
+    world: tuple[Path, Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The harness counts them as wrong without a word. Of a run, their texts are also compared with its data."""
+    run, _, _ = world
+    rows = [row | {"answer": answer} for row, answer in zip(documents(), (0, 4, -1, 1))]
+    answers = [{**rows[0], "answer": [2, 1]}, {**rows[1], "answer": [9]}]
+    several = [one | {"text": f"{one['text']} once"} for one in answers]
+    for name, some in (("one", rows), ("several", several)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in some))
+        (tmp_path / f"{name}.yaml").write_text(CHOICE.format(name=name, rows=path))
+    names = f"{tmp_path}/one.yaml,{tmp_path}/several.yaml"
+    assert evaluate("--checkpoint", run, "--tasks", names, "--output", tmp_path, "--export-tests", tmp_path / "t") == 0
+    said = capsys.readouterr().err
+    assert "in 2 of 4 documents of one the right answer is none of the choices (document 2: 4 of 4 choices)" in said
+    assert "in 1 of 2 documents of several the right answer is none of the choices (document 2: [9] of" in said
+    texts = [json.loads(line)["text"] for line in (tmp_path / "t" / "several.jsonl").read_text().splitlines()]
+    assert texts == [f"{several[0]['text']} x", several[1]["text"]]
+
+
+def test_examples_from_the_asked_documents_are_named(
+    world: tuple[Path, Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a word, the harness puts the asked document with its answer among the examples."""
+    _, hf, names = world
+    options = ("--num-fewshot", 5, "--limit", 8, "--output", tmp_path)
+    assert evaluate("--checkpoint", hf, "--tasks", f"{names[0]},{names[2]}", *options) == 0
+    said = capsys.readouterr().err
+    assert "the examples of own_choice come from the documents that are asked" in said and "own_answer come" not in said
+    for task, there in (("own_choice", True), ("own_answer", False)):
+        (path,) = tmp_path.rglob(f"{task}.jsonl")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        parts = [row["arguments"][0][0].split("\n\n") for row in rows]
+        assert any(part.startswith(some[-1]) for some in parts for part in some[:-1]) == there
 
 
 def test_the_data_of_a_run_are_known(world: tuple[Path, Path, list[str]]) -> None:

@@ -11,6 +11,7 @@ from qwen_moe.curation.scores.documents import json_line
 from qwen_moe.data.corpus import LONGEST_DOCUMENT, ReadCounts, Reading, read_documents, read_lines
 from qwen_moe.data.parquet import NotUtf8, parquet_rows
 from qwen_moe.data.sources import Corpus, Source, find_corpus
+from qwen_moe.documents import once
 from qwen_moe.errors import UserError
 from qwen_moe.packages import check_installed
 
@@ -99,7 +100,7 @@ def row_of(line: Line) -> dict[str, Any]:
     if "\0" in text:
         raise BadLine(f"{line.where} has a NUL byte, which no text has; {advice}")
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=once)
     except RecursionError:
         raise BadLine(f"{line.where} is nested too deeply; {advice}") from None
     except ValueError as error:

@@ -51,22 +51,35 @@ def add_metadata(document: Doc, found: Mapping[str, Any]) -> None:
 
 def scores_of(document: Doc) -> dict[str, float] | None:
     """The scores of ``document``, None if it has none. Raises UserError for one that is no finite number."""
-    found = document.metadata.get("scores")
+    return _numbers(document, "scores", "score")
+
+
+def _numbers(document: Doc, key: str, what: str) -> dict[str, float] | None:
+    found = document.metadata.get(key)
     if not found:
         return None
     where = getattr(document, "where", "") or document.id
+    if problem := problem_of_scores(found, what):
+        raise UserError(f"{where}: {problem}")
+    checked: dict[str, float] = found
+    return checked
+
+
+def problem_of_scores(found: Any, what: str = "score") -> str:
+    """Why ``found`` is no object with a number for each dimension; empty if it is one."""
     if not isinstance(found, dict):
-        raise UserError(f"{where}: scores is {found!r:.60}, expected an object with a number for each dimension")
+        return f"{what}s is {found!r:.60}, expected an object with a number for each dimension"
     for name, value in found.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"{where}: the score {name} is {value!r:.60}, expected a finite number")
-    return found
+            return f"the {what} {name} is {value!r:.60}, expected a finite number"
+    return ""
 
 
 def forget(document: Doc) -> None:
     """Remove what an earlier command noted of how it scored ``document``; scores and domain stay. Raises UserError for a
-    score that is no number."""
+    score, or a mass of ratings, that is no number."""
     scores_of(document)
+    _numbers(document, MASS, MASS)
     for name in (ERROR, LEFT_OUT):
         document.metadata.pop(name, None)
 

@@ -276,6 +276,11 @@ def _report(args: argparse.Namespace, store: "Store") -> None:
     for index in range(store.files):
         for reason, count in store.facts(index)["left_out"].items():
             left_out[reason] = left_out.get(reason, 0) + count
+    if not scored.documents:
+        why = ", ".join(tallied(count, reason) for reason, count in left_out.items()) or "no rows"
+        raise UserError(
+            f"--input {' '.join(args.input)} has no document with text ({why}): give other inputs, and another --output"
+        )
     values = summary(scored) | {"left_out": left_out}
     if missing := missing_text("matplotlib"):
         print(f"no picture: {missing}", file=sys.stderr)

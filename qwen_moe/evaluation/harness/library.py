@@ -112,7 +112,12 @@ class Library:
                 "~/.cache/huggingface (HF_HOME) here"
             )
         where = name if name.endswith(_YAML) else getattr(entry, "yaml_path", name)
-        return f"--tasks {name}: {where} cannot be loaded: {type(error).__name__}: {_first_line(error)}"
+        text = f"{type(error).__name__}: {_first_line(error)}"
+        if isinstance(error, StopIteration):
+            text = "its data have no document"
+        elif isinstance(error, IndexError) and str(error) == "string index out of range":
+            text = "its first document has an empty choice"
+        return f"--tasks {name}: {where} cannot be loaded: {text}"
 
 
 def configure(tasks: dict[str, Any], num_fewshot: int | None, gen_kwargs: dict[str, Any]) -> None:
@@ -134,15 +139,20 @@ def texts_of(task: Any) -> Iterator[str]:
     for document in task.eval_docs:
         question, answer = task.doc_to_text(document), task.doc_to_target(document)
         choices = task.doc_to_choice(document) if task.config.doc_to_choice is not None else None
-        if isinstance(question, int) and choices is not None:  # the choices are what comes before the answer
-            question = choices[question]
-        elif isinstance(answer, int) and choices is not None:
-            answer = choices[answer]
         if isinstance(answer, list):
             answer = answer[0] if answer else ""
+        if isinstance(question, int) and choices is not None:  # the choices are what comes before the answer
+            question = _choice(choices, question)
+        elif isinstance(answer, int) and choices is not None:
+            answer = _choice(choices, answer)
         answer = str(answer)
         glue = task.config.target_delimiter if question and answer else ""
         yield f"{question}{glue}{answer}"
+
+
+def _choice(choices: Sequence[Any], number: int) -> Any:
+    """Empty if there is no such choice."""
+    return choices[number] if 0 <= number < len(choices) else ""
 
 
 def _metrics(task: Any) -> dict[str, Any]:

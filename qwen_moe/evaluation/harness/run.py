@@ -25,6 +25,7 @@ from qwen_moe.evaluation.harness.checked import prefixes_of, share_of_texts, war
 from qwen_moe.evaluation.harness.library import Library, configure, not_computed, texts_of
 from qwen_moe.evaluation.harness.model import HarnessModel
 from qwen_moe.evaluation.harness.results import file_name, results_file, task_record, write_results, write_samples
+from qwen_moe.evaluation.harness.task_checks import check_choices, check_examples
 from qwen_moe.evaluation.harness.work import Work, serve
 from qwen_moe.generation.command import reading_of
 from qwen_moe.generation.session import Session
@@ -62,6 +63,10 @@ def evaluate_tasks(args: argparse.Namespace, session: Session, output: Path) -> 
             f"{session.opened.tokenizer.name_or_path} has no chat template (in tokenizer_config.json or "
             "chat_template.jinja): leave --chat out, or add the template of the model"
         )
+    for task_name, task in loaded["tasks"].items():
+        for text in (check_choices(task_name, task, args.limit), check_examples(task_name, task)):
+            if text:
+                session.say(f"warning: {text}")
     session.say_if_no_chat(args.chat, [{"prompt": None}])
     checkpoint = identity_of(args, session, longest)
     name = session.opened.weights.directory.resolve().name
