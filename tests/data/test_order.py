@@ -91,3 +91,30 @@ def test_index_arrays_that_are_sealed_again_are_still_whole(tmp_path: Path) -> N
         cache.seal()
         assert cache.clear_unless_whole()
     assert not IndexCache(tmp_path, ["b"]).clear_unless_whole()
+
+
+class Blend:
+    """Four samples, of two datasets in turn."""
+
+    def __init__(self, **changes: Any) -> None:
+        self.dataset_index, self.dataset_sample_index = np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1])
+        self.datasets = [Arrays(), Arrays()]
+        for name, value in changes.items():
+            setattr(self, name, value)
+
+    def __len__(self) -> int:
+        return len(self.dataset_index)
+
+
+@pytest.mark.parametrize(
+    ("changes", "alike"),
+    [
+        ({}, 4),
+        ({"dataset_index": np.array([0, 1, 1, 0])}, 2),
+        ({"dataset_sample_index": np.array([0, 0, 2, 1])}, 2),
+        ({"datasets": [Arrays(), Arrays(document_index=[6, 4, 9])]}, 1),
+        ({"datasets": [Arrays(shuffle_index=[1, 2, 3, 0]), Arrays()]}, 2),
+    ],
+)
+def test_blends_must_agree_in_every_array(changes: dict[str, Any], alike: int) -> None:
+    assert [begin_alike(Blend(), Blend(**changes), n) for n in range(5)] == [n <= alike for n in range(5)]
