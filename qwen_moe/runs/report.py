@@ -46,9 +46,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _records(run_dir: Path) -> list[dict[str, Any]]:
     from launchers.folder.run_folder import METRICS
+    from qwen_moe.config.writers import writer
     from qwen_moe.runs.records import read_lines
 
     path = run_dir / METRICS
+    if not run_dir.exists():
+        raise UserError(f"{run_dir} does not exist: give the run_dir of a run{writer(run_dir)}")
     if not path.exists():
         raise UserError(f"{run_dir} holds no {METRICS}: give the run_dir of a run that has trained at least one step")
     records = read_lines(path)
