@@ -2,6 +2,8 @@
 
 import errno
 import os
+from collections.abc import Mapping
+from typing import Any
 
 
 class UserError(Exception):
@@ -54,3 +56,36 @@ def explain_failure(error: BaseException) -> str | None:
             f"out of memory ({str(error)[:200] or 'no more was given'}): use a smaller model or batch, or more machines"
         )
     return None
+
+
+# By the type of the mistake. Other messages of pydantic are plain, such as "Input should be greater than 0".
+_EXPECTED = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "string": "text, perhaps in quotation marks",
+    "path": "a path (a number in quotation marks)",
+    "model": "a section, as in {key: value}",
+    "dataclass": "a section, as in {key: value}",
+    "mapping": "a section, as in {key: value}",
+    "dict": "a section, as in {key: value}",
+}
+_ENDINGS = ("type", "parsing", "parsing_size", "from_float")
+_LISTS = {"tuple_type", "list_type", "set_type", "frozen_set_type"}
+
+
+def wrong(item: Mapping[str, Any]) -> str:
+    """What is wrong with a setting, in words that do not come from Python. ``item``: one of ``ValidationError.errors()``."""
+    kind, value = item["type"], item.get("input")
+    if kind in _LISTS:
+        alone = isinstance(value, str | int | float) and not isinstance(value, bool)
+        return f"Input should be a list, as in {f'[{value}]' if alone else '[A, B]'}"
+    name, _, ending = kind.partition("_")
+    if name in _EXPECTED and ending in _ENDINGS:
+        return f"Input should be {_EXPECTED[name]}"
+    return str(item["msg"]).removeprefix("Value error, ")
+
+
+def shown(value: Any) -> str:
+    """``value`` as a recipe writes it where Python writes it otherwise, and else as Python does."""
+    return {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))

@@ -10,7 +10,8 @@ from launchers.folder.run_folder import CHECKPOINTS
 from qwen_moe.checkpoint.directory import step_directories, verify
 from qwen_moe.checkpoint.manifest import MANIFEST, METADATA, MODEL_CONFIG, CheckpointDamaged
 from qwen_moe.config import ModelConfig
-from qwen_moe.errors import UserError
+from qwen_moe.config.writers import writer
+from qwen_moe.errors import UserError, wrong
 
 HF_FOLDER = "hf"
 
@@ -23,7 +24,9 @@ def _steps(path: Path) -> list[Path]:
 def check_exists(directory: Path) -> None:
     """Raises UserError if there is no such directory of a model."""
     if not directory.is_dir():
-        raise UserError(f"{directory} does not exist: give a checkpoint, a run directory or a Hugging Face directory")
+        raise UserError(
+            f"{directory} does not exist: give a checkpoint, a run directory or a Hugging Face directory{writer(directory)}"
+        )
 
 
 def _is_huggingface(path: Path) -> bool:
@@ -52,7 +55,9 @@ def resolve_checkpoint(path: Path) -> Path:
     If there are several, the newest intact one is used, and damaged newer ones are reported on stderr. Raises UserError.
     """
     if not path.is_dir():
-        raise UserError(f"checkpoint {path} does not exist: give a checkpoint directory or a run directory")
+        raise UserError(
+            f"checkpoint {path} does not exist: give a checkpoint directory or a run directory{writer(path)}"
+        )
     if (path / MANIFEST).is_file() and not _is_huggingface(path):
         try:
             verify(path)
@@ -86,4 +91,4 @@ def model_config(checkpoint: Path) -> ModelConfig:
     except FileNotFoundError:
         raise UserError(f"{file} does not exist: {checkpoint} is not a checkpoint of a model") from None
     except ValidationError as error:
-        raise UserError(f"{file} does not describe a model: {error.errors()[0]['msg']}") from None
+        raise UserError(f"{file} does not describe a model: {wrong(error.errors()[0])}") from None

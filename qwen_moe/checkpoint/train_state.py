@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
 from qwen_moe.checkpoint.manifest import CheckpointDamaged
+from qwen_moe.errors import wrong
 
 TRAIN_STATE = "train_state.json"
 
@@ -46,4 +47,4 @@ def read_train_state(checkpoint: Path) -> TrainState:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise CheckpointDamaged(f"{file} is not the state of a run: {where} {first['msg']}") from None
+        raise CheckpointDamaged(f"{file} is not the state of a run: {where} {wrong(first)}") from None

@@ -15,11 +15,9 @@ from qwen_moe.config.presets import preset_values
 from qwen_moe.config.recipe_verbs import verb_of
 from qwen_moe.config.run import RunConfig, stage_runs
 from qwen_moe.config.stage_presets import with_stages
+from qwen_moe.config.writers import RECIPES
 from qwen_moe.documents import read_text, yaml_mapping, yaml_value
-from qwen_moe.errors import UserError
-
-# In the repository this is a link to recipes/ at the top; a wheel holds the files.
-RECIPES = Path(__file__).parents[1] / "recipes"
+from qwen_moe.errors import UserError, shown, wrong
 
 
 def shorten(text: str) -> str:
@@ -64,10 +62,9 @@ def explain(
         elif item["type"] == "missing":
             lines.append(f"{dotted!r} is missing: give it in the recipe or as {dotted}=VALUE")
         elif item["type"] == "value_error":
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{dotted}: {message}" if dotted else message)
+            lines.append(f"{dotted}: {wrong(item)}" if dotted else wrong(item))
         else:
-            lines.append(f"{dotted} = {shorten(repr(item['input']))}: {item['msg']}")
+            lines.append(f"{dotted} = {shorten(shown(item['input']))}: {wrong(item)}")
     return UserError(f"{source}: " + "; ".join(lines))
 
 

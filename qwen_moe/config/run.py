@@ -18,6 +18,7 @@ from qwen_moe.config.rollout import RolloutConfig, check_samples
 from qwen_moe.config.stages import Place, StageConfig, places_of, values_of_stages
 from qwen_moe.config.system import CheckpointConfig, LaunchConfig, LoggingConfig, ParallelConfig
 from qwen_moe.config.training import BalanceConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
+from qwen_moe.errors import wrong
 
 NAMES = {"documents": "text", "chat": "conversations", "pairs": "pairs of answers", "samples": "its own samples"}
 
@@ -318,8 +319,8 @@ def _stage_run(values: dict[str, Any], place: Place) -> StageRun:
     except ValidationError as error:
         found = []
         for item in error.errors():
-            dotted, message = ".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
-            found.append(f"{dotted}: {message}" if dotted else message)
+            dotted = ".".join(map(str, item["loc"]))
+            found.append(f"{dotted}: {wrong(item)}" if dotted else wrong(item))
         raise ValueError(f"{place.label}{'; '.join(found)}") from None
 
 

@@ -26,7 +26,7 @@ from qwen_moe.curation.library import (
 )
 from qwen_moe.curation.recipe import FilterSection
 from qwen_moe.curation.words import word_tokenizer
-from qwen_moe.errors import UserError
+from qwen_moe.errors import UserError, shown, wrong
 
 
 class LanguageFilter(BaseFilter):
@@ -270,7 +270,7 @@ def _checked(settings: dict[str, Any], parameters: Any) -> dict[str, Any]:
         try:
             found[name] = _adapter(parameters[name].annotation).validate_python(value)
         except ValidationError as error:
-            raise UserError(f"{name} = {value!r:.80}: {error.errors()[0]['msg']}") from None
+            raise UserError(f"{name} = {shown(value):.80}: {wrong(error.errors()[0])}") from None
     return found
 
 

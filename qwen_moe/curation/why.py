@@ -141,5 +141,9 @@ def _unknown(config: CurateConfig, identity: str) -> str:
                 if len(ids) > _NEAR:
                     break
     near = difflib.get_close_matches(identity, ids, n=3, cutoff=0) or ids[:3]
-    such = f"; there are ids such as {', '.join(near)}" if near else "; no document was read yet"
+    such = (
+        f"; there are ids such as {', '.join(near)}"
+        if near
+        else ": it has read none. Run the same command without --why first"
+    )
     return f"--why {identity}: no step of {config.run_dir} has a document of this id{such}"

@@ -12,7 +12,7 @@ from qwen_moe.data.manifest import check_prefix_name, read_manifest
 from qwen_moe.data.output import OtherDataThere
 from qwen_moe.data.prepare_chat import chat_request, prepare_chat
 from qwen_moe.data.rows import ExampleSet, Order, open_sets, training_rows
-from qwen_moe.errors import UserError
+from qwen_moe.errors import UserError, wrong
 
 if TYPE_CHECKING:  # the command asks for the number of steps before it starts the processes that need torch
     from qwen_moe.data.examples import PackedExamples
@@ -79,7 +79,7 @@ def with_epochs(config: RunConfig, datasets: tuple[Dataset, ...]) -> RunConfig:
     try:
         return RunConfig(**settings)
     except ValueError as error:
-        text = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())  # type: ignore[attr-defined]
+        text = "; ".join(wrong(item) for item in error.errors())  # type: ignore[attr-defined]
         epochs = counted(training.epochs, "epoch of this data is", "epochs of this data are")
         raise UserError(f"{epochs} {tokens} tokens with padding: {text}") from None
 

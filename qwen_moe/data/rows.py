@@ -67,6 +67,11 @@ class OpenSet:
         manifest = read_manifest(prefix)
         kind = manifest.kind if manifest is not None else "documents"
         if kind == "documents" or manifest is None:
+            if not bin_path(prefix).exists():
+                raise UserError(
+                    f"{bin_path(prefix)} does not exist: give data that `qwen-moe data chat` or `qwen-moe data pairs` made "
+                    "(a prefix, without .bin)"
+                )
             raise UserError(f"{prefix} holds no conversations: give data that `qwen-moe data chat` made")
         self.prefix, self.kind, self.padding = prefix, kind, manifest.end_of_document_id
         self.per_example = 2 if kind == "pairs" else 1

@@ -4,9 +4,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from launchers.folder.atomic import replaced
 from qwen_moe.data.chat_template import CHAT_TEMPLATE
@@ -104,7 +107,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, model_m
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    with _progress() as shown:
+        tokenizer.train_from_iterator(_counted(texts, shown), trainer)
     reached = tokenizer.get_vocab_size()
     if reached < wanted:
         raise UserError(
@@ -118,6 +122,26 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, model_m
         ]
     )
     _save(tokenizer, output, model_max_length)
+
+
+def _progress() -> "tqdm[Any]":
+    """A bar on stderr that appears after a second; a log gets a line every ten seconds."""
+    return tqdm(
+        desc="tokenizer",
+        unit=" characters",
+        unit_scale=True,
+        file=sys.stderr,
+        leave=False,
+        delay=1.0,
+        mininterval=0.2 if sys.stderr.isatty() else 10.0,
+    )
+
+
+def _counted(texts: Iterable[str], shown: "tqdm[Any]") -> Iterator[str]:
+    for text in texts:
+        yield text
+        shown.update(len(text))
+    shown.set_postfix_str("all read; choosing tokens")
 
 
 def _save(tokenizer: "Tokenizer", output: Path, model_max_length: int) -> None:
@@ -168,10 +192,12 @@ def load_tokenizer(directory: Path) -> "Tokenizer":
 
     path = directory / "tokenizer.json"
     if not path.is_file():
+        from qwen_moe.config.writers import writer
+
         fault = "has no tokenizer.json" if directory.is_dir() else "does not exist"
         raise UserError(
             f"tokenizer {directory} {fault}: give a directory written by `qwen-moe data prepare "
-            "--train-tokenizer` or by transformers' save_pretrained"
+            f"--train-tokenizer` or by transformers' save_pretrained{'' if directory.is_dir() else writer(directory)}"
         )
     try:
         content = json.loads(path.read_bytes())

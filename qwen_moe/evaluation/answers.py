@@ -109,6 +109,7 @@ def claim_folder(output: Path, settings: dict[str, Any]) -> None:
         changes = "; ".join(f"{name}: {_short(there, name)} there, {_short(wanted, name)} now" for name in differ)
         raise UserError(
             f"{output} holds the answers to another evaluation ({changes}): give the same options, or another --output"
+            + (". The model is another one, or was trained further since" if differ == ["model"] else "")
         )
 
 

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from qwen_moe.config.fields import NonNegativeFloat, PositiveFloat, Section
 from qwen_moe.config.load import shorten
 from qwen_moe.documents import read_text, yaml_mapping
-from qwen_moe.errors import UserError
+from qwen_moe.errors import UserError, shown, wrong
 
 Share = Annotated[PositiveFloat, Field(le=1)]
 
@@ -156,8 +156,8 @@ def _load(schema: type[Kind], kind: str, option: str, name: str) -> Kind:
         return schema(**values)
     except ValidationError as error:
         problems = "; ".join(
-            ": ".join(filter(None, [".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")]))
-            + ("" if item["type"] in ("missing", "value_error") else f", found {shorten(repr(item['input']))}")
+            ": ".join(filter(None, [".".join(map(str, item["loc"])), wrong(item)]))
+            + ("" if item["type"] in ("missing", "value_error") else f", found {shorten(shown(item['input']))}")
             for item in error.errors()
         )
         raise UserError(f"{option} {path}: {problems}") from None

@@ -17,6 +17,7 @@ from qwen_moe.generation.sampling import Sampling
 from qwen_moe.generation.session import Session
 from qwen_moe.generation.text import answer_text
 from qwen_moe.generation.tokenizer import tokenizer_folder
+from qwen_moe.progress import counter
 from qwen_moe.rollout.queries import Query, digest, read_queries
 from qwen_moe.rollout.rewards import Item, Rewarder, RewardFailure, RewardSettings
 from qwen_moe.rollout.server import Sampler, Server, ServerSampler
@@ -61,10 +62,12 @@ def roll_out(
                 sampler.check(sampling)
             if args.server is not None and args.server_check and todo:
                 check_weights(session, sampler, queries[: args.server_check], sampling, args.server_gap)
-            for index in todo:
-                rows = _sample(session, sampler, [queries[number] for number in store.numbers(index)], sampling)
-                store.add_samples(index, rows)
-                score(index)
+            with counter(len(queries), sum(len(store.numbers(index)) for index in todo)) as shown:
+                for index in todo:
+                    rows = _sample(session, sampler, [queries[number] for number in store.numbers(index)], sampling)
+                    store.add_samples(index, rows)
+                    score(index)
+                    shown.update(len(rows))
         summary, variances = figures(store.rows())
         store.finish(summary, variances)
         return summary

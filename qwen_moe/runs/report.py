@@ -46,9 +46,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _records(run_dir: Path) -> list[dict[str, Any]]:
     from launchers.folder.run_folder import METRICS
+    from qwen_moe.config.writers import writer
     from qwen_moe.runs.records import read_lines
 
     path = run_dir / METRICS
+    if not run_dir.exists():
+        raise UserError(f"{run_dir} does not exist: give the run_dir of a run{writer(run_dir)}")
     if not path.exists():
         raise UserError(f"{run_dir} holds no {METRICS}: give the run_dir of a run that has trained at least one step")
     records = read_lines(path)
@@ -105,7 +108,15 @@ def summarize(run_dir: Path) -> dict[str, Any]:
         facts["balance_loss"] = last["balance_loss"]
     if scores := task_scores.read(run_dir):
         facts["tasks"] = scores
-    return facts | _of_samples(records, timed)
+    return facts | _of_pairs(steps) | _of_samples(records, timed)
+
+
+def _of_pairs(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of a run that learns from pairs: in what share of them the model prefers the chosen answer, in the last quarter of
+    steps. The last step alone says little: an epoch may end with a few pairs. Nor do the first: DPO begins with ties."""
+    shares = [record["accuracy"] for record in steps if "accuracy" in record]
+    last = shares[-(len(shares) // 4 or 1) :]
+    return {"accuracy_last": sum(last) / len(last)} if last else {}
 
 
 def _of_samples(records: list[dict[str, Any]], timed: list[dict[str, Any]]) -> dict[str, Any]:
@@ -176,7 +187,13 @@ def stages_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def as_text(facts: dict[str, Any]) -> str:
     """Human-readable summary of the figures."""
     lines = [f"{facts['run_dir']}: step {facts['step']:,}, {facts['tokens']:,} tokens"]
-    lines.append(f"  training loss     {facts['loss']:.4f} {facts['unit']}")
+    if "reward_last" not in facts:  # the loss of a policy that learns from its own samples is near 0 and says nothing
+        lines.append(f"  training loss     {facts['loss']:.4f} {facts['unit']}")
+    if "accuracy_last" in facts:
+        lines.append(
+            f"  accuracy          the chosen answer is preferred in {facts['accuracy_last']:.0%} of pairs, in the last "
+            "quarter of steps (50% by guessing)"
+        )
     if "reward_last" in facts:
         lines.append(
             f"  reward            {facts['reward_first']:.4f} in the first tenth, {facts['reward_last']:.4f} in the last"

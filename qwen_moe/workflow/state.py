@@ -115,7 +115,14 @@ def _changed(name: str, before: Any, now: Any) -> str:
     if name.endswith("(content)"):
         what = "is new" if before is None else "is not there, or no longer read" if now is None else "has changed"
         return f"{name.removesuffix(' (content)')} {what}"
+    if _sections(before) and _sections(now) and len(before) == len(now):
+        inside = [flat({str(number): one for number, one in enumerate(of, 1)}, f"{name}.") for of in (before, now)]
+        return "; ".join(differences(*inside))
     return f"{name} was {before!r}, is now {now!r}"
+
+
+def _sections(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
 
 def content(path: Path) -> str:

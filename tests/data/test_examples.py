@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from qwen_moe.data import packing
 from qwen_moe.data.examples import PackedExamples
 from qwen_moe.data.packing import Share, draws, pack
-from qwen_moe.data.rows import ExampleSet, Order
+from qwen_moe.data.rows import ExampleSet, OpenSet, Order
 from qwen_moe.data.samples import IGNORE, rank_samples
 from qwen_moe.errors import UserError
 from qwen_moe.models.init import build_model
@@ -332,6 +332,8 @@ def test_data_that_do_not_fit_each_other(tmp_path: Path) -> None:
     assert "one token id would mean two things" in refused(tmp_path, talks, validation=[other])
     text = write_chat(tmp_path / "x", talks, "documents")
     assert "x holds no conversations" in refused(tmp_path, talks, validation=[text])
+    with pytest.raises(UserError, match=r"missing\.bin does not exist: give data that"):
+        OpenSet(tmp_path / "missing", 8, "error")
     assert "which are no pairs" in refused(tmp_path, talks[:3], kind="pairs")
     opened(tmp_path, talks)
     column = tmp_path / "set0.learn.bin"

@@ -3,12 +3,14 @@
 import json
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
+from tqdm import tqdm
 
 from qwen_moe.data.corpus import ReadCounts, read_documents
 from qwen_moe.data.sources import find_corpus
@@ -36,6 +38,21 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _texts() -> list[str]:
     sources = find_corpus(["python-stdlib"]).sources[:40]
     return [text for source in sources for text in read_documents(source, ReadCounts())]
+
+
+def test_training_shows_what_it_has_read_and_what_it_does_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a busy machine a tokenizer for 31 MB takes minutes."""
+    monkeypatch.setattr("qwen_moe.data.tokenizer.tqdm", _at_once)
+    texts = ["one two three four five " * 50, "six seven eight nine ten " * 50]
+    train_tokenizer(texts, 290, tmp_path / "trained")
+    shown = capsys.readouterr().err
+    assert "tokenizer: 2.45k characters" in shown and "all read; choosing tokens" in shown
+
+
+def _at_once(**settings: Any) -> Any:
+    return tqdm(**settings | {"delay": 0, "mininterval": 0})
 
 
 @pytest.fixture(scope="module")

@@ -279,6 +279,12 @@ def test_of_two_evaluations_that_claim_a_folder_at_once_the_second_finds_the_set
         (folder / "settings.json").write_text('{"seed": 1}')
     thread.join(30)
     assert len(found) == 1 and "holds the answers to another evaluation (seed: 1 there, 2 now)" in found[0]
+    assert "trained further" not in found[0]
+    (folder / "settings.json").write_text('{"model": "a"}')
+    with pytest.raises(
+        UserError, match=r"model: \"a\" there, \"b\" now\).*The model is another one, or was trained further"
+    ):
+        claim_folder(folder, {"model": "b"})
     assert [path.name for path in folder.iterdir()] == ["settings.json"]
 
 

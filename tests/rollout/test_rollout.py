@@ -1,5 +1,6 @@
 """`qwen-moe rollout`: what it writes, the same bytes after a stop at any moment, and that nothing sampled is lost."""
 
+import io
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from qwen_moe.checkpoint.huggingface.convert import from_pretrained
 from qwen_moe.cli import main
@@ -80,6 +82,22 @@ def test_what_is_kept(hf: Path, source: Path, finished: Path) -> None:
             assert one["reward"] == one["parts"]["contains"] + 0.5 * vowel
     assert manifest["sampling"]["samples"] == 3 and manifest["sampling"]["temperature"] == 1
     assert manifest["reward"]["rewards"] == ["contains", "format:[aeiou]"]
+
+
+def test_one_bar_counts_all_queries(hf: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bars of answers begin anew with every file of queries."""
+    bars: list[Any] = []
+
+    def counted(total: int, left: int) -> Any:
+        bars.append(tqdm(total=total, initial=total - left, disable=False, file=io.StringIO()))
+        return bars[-1]
+
+    monkeypatch.setattr("qwen_moe.rollout.run.counter", counted)
+    assert rollout(hf, source, tmp_path / "out") == 0
+    assert [(bar.total, bar.initial, bar.n) for bar in bars] == [(8, 0, 8)]
+    (tmp_path / "out" / "rollouts-00001.jsonl").unlink()
+    assert rollout(hf, source, tmp_path / "out") == 0
+    assert [(bar.total, bar.initial, bar.n) for bar in bars[1:]] == [(8, 5, 8)]
 
 
 def test_log_probs_are_those_of_the_model(hf: Path, finished: Path) -> None:

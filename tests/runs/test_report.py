@@ -62,6 +62,7 @@ def test_steps_that_had_nothing_to_learn_from_are_named(tmp_path: Path, capsys: 
     assert main(["report", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "  not learned       in 11 of 20 steps: all answers to each query had the same reward\n" in said
+    assert "training loss" not in said  # a policy's is near 0 from the first step to the last
     assert "  speed             200 tokens/s, 2.0 GFLOP/s of the model, 25% of" in said
     write_run(tmp_path, [one | silent for one in records])
     assert main(["report", str(tmp_path)]) == 0
@@ -80,6 +81,17 @@ def test_a_full_disk_leaves_the_report_without_pictures(
     said = capsys.readouterr()
     assert "training loss     4.9000" in said.out and said.err.count("\n") == 1
     assert f"no pictures in {tmp_path}: " in said.err and "free some space" in said.err
+
+
+def test_a_run_on_pairs_says_whether_it_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last step of an epoch may have three pairs, so its loss says little."""
+    write_run(tmp_path, [record(step) | {"accuracy": 0.0 if step == 1 else 0.5 + step / 50} for step in range(1, 21)])
+    assert main(["report", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "  accuracy          the chosen answer is preferred in 86% of pairs, in the last quarter of steps (50% by"
+        in said
+    )
 
 
 @pytest.mark.parametrize("content", [None, ""])

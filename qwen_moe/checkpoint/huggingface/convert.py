@@ -51,6 +51,7 @@ from qwen_moe.checkpoint.tensor_store import (
     write_tensors,
 )
 from qwen_moe.config import ModelConfig
+from qwen_moe.config.writers import writer
 from qwen_moe.errors import UserError
 from qwen_moe.models.decoder import DecoderLM
 from qwen_moe.models.init import keep_statistics_dtypes
@@ -99,6 +100,10 @@ def _check_tied_head(headers: dict[Path, Header], hf_dir: Path) -> None:
 
 def _open_directory(hf_dir: Path) -> _OpenDirectory:
     """Read and check everything in a Hugging Face directory except the data of its tensors. Raises UserError."""
+    if not hf_dir.exists():
+        raise UserError(
+            f"{hf_dir} does not exist: give a local Hugging Face model directory or a checkpoint{writer(hf_dir)}"
+        )
     if not hf_dir.is_dir():
         raise UserError(f"{hf_dir} is not a directory: give a local Hugging Face model directory or a checkpoint")
     values = read_json(hf_dir / CONFIG)

@@ -2,7 +2,7 @@
 
 from pydantic import ValidationError
 
-from qwen_moe.errors import UserError
+from qwen_moe.errors import UserError, wrong
 
 
 def section_error(error: ValidationError, where: str, key: str, ending: str = "") -> UserError:
@@ -10,4 +10,4 @@ def section_error(error: ValidationError, where: str, key: str, ending: str = ""
     first = error.errors()[0]
     shown = f" is {first['input']!r:.60}" if first["loc"] and first["type"] != "missing" else ""
     place = ".".join([key, *map(str, first["loc"])]) + shown
-    return UserError(f"{where}: {place}: {first['msg'].removeprefix('Value error, ')}{ending}")
+    return UserError(f"{where}: {place}: {wrong(first)}{ending}")

@@ -87,7 +87,7 @@ def test_what_is_no_dense_model_is_refused(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert "is a mixture of experts already (qwen2_moe, 6 experts): upcycling starts from a dense" in refusal("moe")
-    assert "is not a directory: give a local Hugging Face model directory or a checkpoint" in refusal("nothing")
+    assert "does not exist: give a local Hugging Face model directory or a checkpoint" in refusal("nothing")
     before = files_of(tmp_path / "moe")
     assert "exists and is not empty: give a new directory" in refusal("dense", "moe")
     assert files_of(tmp_path / "moe") == before
