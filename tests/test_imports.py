@@ -49,7 +49,7 @@ def outside(path: Path, allowed: set[str]) -> list[str]:
         ("qwen_moe/objectives", {"torch", "qwen_moe.config", "qwen_moe.models", "qwen_moe.objectives", "parallel"}),
         ("qwen_moe/data", {"torch", "numpy", "tqdm", "tokenizers", "transformers", "zstandard", "megatron",
                            "qwen_moe.alone", "qwen_moe.config", "qwen_moe.documents", "qwen_moe.errors",
-                           "qwen_moe.options", "qwen_moe.packages", "qwen_moe.data",
+                           "qwen_moe.options", "qwen_moe.packages", "qwen_moe.progress", "qwen_moe.data",
                            "parallel.mesh", "parallel.sequence", "parallel.threads",
                            "launchers.counted", "launchers.folder.atomic", "launchers.local.signals"}),
     ],

@@ -44,6 +44,7 @@ from qwen_moe.data.tokenizer import (
     vocabulary_size,
 )
 from qwen_moe.errors import UserError
+from qwen_moe.progress import style
 
 # The tokenizer is trained on at most this much text, sampled evenly over the corpus.
 TOKENIZER_SAMPLE_BYTES = 200_000_000
@@ -141,7 +142,7 @@ def _tokenise(request: Request, corpus: Corpus, prefix: Path, directory: Path, w
     tokenizer = load_tokenizer(directory)
     vocabulary = vocabulary_size(tokenizer)
     counts = ReadCounts()
-    bar = tqdm(total=corpus.bytes, unit="B", unit_scale=True, desc="tokenize", file=sys.stderr)
+    bar = tqdm(total=corpus.bytes, unit="B", unit_scale=True, desc="tokenize", **style())
 
     def documents() -> Iterator[str]:
         for source in corpus.sources:

@@ -46,6 +46,7 @@ from qwen_moe.data.packed import check_unpackers
 from qwen_moe.data.sources import Corpus, Tally, find_corpus
 from qwen_moe.data.tokenizer import load_tokenizer, tokenizer_hash, tokenizer_identity
 from qwen_moe.errors import UserError
+from qwen_moe.progress import style
 
 # Fewer bytes than these are tokenized, and checked, sooner than other processes have started.
 _SMALL, _SMALL_TO_CHECK = 4_000_000, 200_000_000
@@ -310,4 +311,4 @@ def _write(request: ChatRequest, corpus: Corpus, prefix: Path, kind: Kind, worke
 
 
 def _bar(corpus: Corpus) -> "tqdm[Any]":
-    return tqdm(total=corpus.bytes, unit="B", unit_scale=True, desc="tokenize", file=sys.stderr)
+    return tqdm(total=corpus.bytes, unit="B", unit_scale=True, desc="tokenize", **style())

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from launchers.folder.atomic import replaced
 from qwen_moe.data.chat_template import CHAT_TEMPLATE
 from qwen_moe.errors import UserError
+from qwen_moe.progress import style
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -125,16 +125,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, model_m
 
 
 def _progress() -> "tqdm[Any]":
-    """A bar on stderr that appears after a second; a log gets a line every ten seconds."""
-    return tqdm(
-        desc="tokenizer",
-        unit=" characters",
-        unit_scale=True,
-        file=sys.stderr,
-        leave=False,
-        delay=1.0,
-        mininterval=0.2 if sys.stderr.isatty() else 10.0,
-    )
+    return tqdm(desc="tokenizer", unit=" characters", unit_scale=True, leave=False, delay=1.0, **style())
 
 
 def _counted(texts: Iterable[str], shown: "tqdm[Any]") -> Iterator[str]:

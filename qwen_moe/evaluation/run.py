@@ -14,6 +14,7 @@ from qwen_moe.evaluation.model import Completer
 from qwen_moe.evaluation.plan import Evaluation, Item, check
 from qwen_moe.evaluation.results import RESULTS, results_of
 from qwen_moe.evaluation.scoring import clean
+from qwen_moe.progress import style
 
 # The user is told how long the prompts of a length may take, if it is longer than this.
 _LONG_SECONDS = 600
@@ -58,7 +59,8 @@ def _complete(
     from tqdm import tqdm
 
     before: tuple[int, float] | None = None  # the length of the batch before, and seconds for each of its prompts
-    with tqdm(total=len(items), desc="prompts", unit="prompt", disable=not progress or not items) as bar:
+    shown = progress and bool(items)
+    with tqdm(total=len(items), desc="prompts", unit="prompt", disable=not shown, **style()) as bar:
         for batch in _batches(evaluation, items):
             length, begin = batch[0].length, time.perf_counter()
             bar.set_postfix_str(f"{batch[0].task}, {counted(length, 'token')}")

@@ -26,6 +26,7 @@ from qwen_moe.generation.runner import Runner
 from qwen_moe.generation.sampling import Sampling
 from qwen_moe.generation.text import check_lengths
 from qwen_moe.models.attention.sparse import SparseRecord
+from qwen_moe.progress import style
 
 Done = Callable[[int, list[Completion]], None]
 Shared = TypeVar("Shared")
@@ -251,11 +252,7 @@ class _Bars:
     """Progress on stderr: tokens of prompts that were read, then tokens that were drawn. Each appears after a second."""
 
     def __init__(self, to_read: int, to_draw: int, shown: bool) -> None:
-        often = 0.2 if sys.stderr.isatty() else 10.0
-        settings: dict[str, Any] = {
-            "unit": "token", "unit_scale": True, "file": sys.stderr, "leave": False, "delay": 1.0, "mininterval": often,
-            "disable": not shown,
-        }  # fmt: skip
+        settings = style() | {"unit": "token", "unit_scale": True, "leave": False, "delay": 1.0, "disable": not shown}
         self._reading = tqdm(desc="reading", total=to_read, **settings)
         self._drawing = tqdm(desc="generating", total=to_draw, **settings | {"disable": not shown or not to_draw})
 

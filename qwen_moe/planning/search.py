@@ -152,7 +152,7 @@ class Search:
             for choice, layout in bar(
                 legal_choices(self.config, self.gpus, wanted=self.precisions, pick=self._kinds),
                 "plan: time of layouts",
-                " layouts",
+                " layout",
             )
             if self._countable(choice)
         ]
@@ -191,7 +191,7 @@ class Search:
         heap = [(timed[0].total, number, timed) for number, timed in enumerate(found)]
         heapq.heapify(heap)
         by_time = (heapq.heappop(heap) for _ in iter(lambda: bool(heap), False))
-        for _, number, (step, choice, layout) in bar(by_time, "plan: memory of the fastest", " layouts"):
+        for _, number, (step, choice, layout) in bar(by_time, "plan: memory of the fastest", " layout"):
             degrees = (choice.tp, choice.pp, choice.cp, choice.ep, choice.etp)
             if degrees in seen:
                 continue
@@ -348,7 +348,7 @@ class Search:
     def _nearest(self, choice: Choice, neighbors: Neighbors) -> Scored | None:
         """The fastest layout that fits and differs in one field, else in recomputation and one field."""
         for start in dict.fromkeys((choice, choice.changed(recompute="full"))):
-            for step, other, layout in bar(self._around(start, neighbors), "plan: what would fit", " layouts"):
+            for step, other, layout in bar(self._around(start, neighbors), "plan: what would fit", " layout"):
                 found = self._fitting(step, other, layout)
                 if found is not None:
                     return found
@@ -376,7 +376,7 @@ class Search:
                 for least, layout in bar(
                     legal_choices(self.config, gpus, (1,), self.precisions, pick=self._kinds),
                     f"plan: what fits on {counted(gpus, 'GPU')}",
-                    " layouts",
+                    " layout",
                 )
                 if self._countable(least)
                 for choice in (least, *(timed[1] for timed in (self._as_every(least, layout),) if timed is not None))

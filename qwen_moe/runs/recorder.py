@@ -19,6 +19,7 @@ from launchers.folder.atomic import write_text
 from launchers.folder.run_folder import METRICS
 from parallel.gemm import has_hardware
 from qwen_moe.config import RunConfig
+from qwen_moe.progress import style
 from qwen_moe.runs.records import DamagedRecords, read_lines
 from qwen_moe.runs.sinks import Sink, not_recorded, open_sinks
 
@@ -142,18 +143,7 @@ class Recorder:
         self.log = MetricsLog(run_dir / METRICS, resumed_step)
         self._log_failed = False
         self.sinks = list(sinks)
-        # A terminal is redrawn often; a log file gets a line every 30 seconds at most.
-        interval = 0.2 if sys.stderr.isatty() else 30
-        self.bar = tqdm(
-            total=train_steps,
-            initial=resumed_step,
-            desc="train",
-            unit="step",
-            file=sys.stderr,
-            mininterval=interval,
-            maxinterval=interval,
-            dynamic_ncols=True,
-        )
+        self.bar = tqdm(total=train_steps, initial=resumed_step, desc="train", unit="step", **style(log_seconds=30.0))
 
     def step(self, record: dict[str, Any]) -> None:
         """Record one training step and show it in the bar."""

@@ -11,6 +11,7 @@ from qwen_moe.config.fields import LARGEST_SIZE
 from qwen_moe.errors import UserError
 from qwen_moe.generation.command import DTYPES
 from qwen_moe.options import whole
+from qwen_moe.progress import style
 
 if TYPE_CHECKING:
     from qwen_moe.scoring.model import ScoringModel
@@ -145,7 +146,7 @@ def _score(model: "ScoringModel", rows: list["ScoredRow"], todo: list[int], answ
     conversations = [rows[index].tokens[part] for index, part in owners]
     waiting: dict[int, list[torch.Tensor]] = {}
     total = sum(map(len, conversations))
-    with tqdm(total=total, unit="token", unit_scale=True, desc="scoring", file=sys.stderr, delay=1.0) as bar:
+    with tqdm(total=total, unit="token", unit_scale=True, desc="scoring", delay=1.0, **style()) as bar:
 
         def done(number: int, scores: torch.Tensor) -> None:
             index, _ = owners[number]

@@ -31,6 +31,7 @@ from qwen_moe.data.rows import OpenSet, Rows
 from qwen_moe.data.samples import rank_samples
 from qwen_moe.documents import json_object, read_text
 from qwen_moe.errors import UserError
+from qwen_moe.progress import style
 from qwen_moe.sharding.model import ParallelModel
 from qwen_moe.training.log_probs import Frozen, label_log_probs
 from qwen_moe.training.step import Trainer
@@ -155,7 +156,7 @@ class Reference:
             sides.append((examples.validation_rows, examples.validation_batch, training.micro_batch_size * dp.size))
         steps = sum(-(-len(rows) // size) for rows, _, size in sides)
         shown = torch.distributed.get_rank() == 0
-        with tqdm(total=steps, desc="reference", unit="step", delay=1.0, disable=not shown) as bar:
+        with tqdm(total=steps, desc="reference", unit="step", delay=1.0, disable=not shown, **style()) as bar:
             for rows, batch_of, size in sides:
                 for step in range(-(-len(rows) // size)):
                     placed = [one for row in range(step * size, (step + 1) * size) for one in rows.placed(row)]

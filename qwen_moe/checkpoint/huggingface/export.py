@@ -31,6 +31,7 @@ from qwen_moe.checkpoint.resolve import MODEL_CONFIG
 from qwen_moe.checkpoint.tensor_store import TensorSource
 from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
+from qwen_moe.progress import style
 
 DTYPE_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -52,7 +53,7 @@ def config_bytes(values: dict[str, Any]) -> bytes:
 
 
 def progress_bar(total: int, what: str, show: bool) -> tqdm:
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not show)
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not show, **style())
 
 
 def token_ids(directory: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from qwen_moe.data.output import Watch, status_lines
 from qwen_moe.data.packed import check_unpackers
 from qwen_moe.data.sources import DROPPED, RECORD, Corpus, Tally
 from qwen_moe.errors import UserError
+from qwen_moe.progress import style
 
 PROGRESS = "progress"
 _SMALL = 4_000_000  # bytes that are checked sooner than other processes have started
@@ -153,7 +154,7 @@ def _copy(request: Request, corpus: Corpus, sequences: Sequences, output: Path, 
         return
     found = batches(corpus.sources, (end[0], end[1]), request.settings)
     given = Given(request.settings, sequences)
-    bar = tqdm(unit="B", unit_scale=True, desc="check", file=sys.stderr)
+    bar = tqdm(unit="B", unit_scale=True, desc="check", **style())
     outcomes = in_order(examine, found, workers, start_worker, given)
     with bar:
         number = len(done)

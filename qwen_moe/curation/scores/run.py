@@ -21,6 +21,7 @@ from qwen_moe.data.output import Watch
 from qwen_moe.data.parquet import check_columns
 from qwen_moe.data.sources import Source, find_corpus
 from qwen_moe.errors import UserError
+from qwen_moe.progress import style
 
 if TYPE_CHECKING:
     from qwen_moe.generation.session import Session
@@ -87,11 +88,8 @@ def _settings(job: Job, groups: list[list[Source]]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _bar(job: Job, total: int) -> Iterator[Any]:
-    often = 0.2 if sys.stderr.isatty() else 10.0
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc="scoring", file=sys.stderr, delay=1.0, mininterval=often,
-        leave=False, disable=not job.reports,
-    ) as bar:  # fmt: skip
+    settings = style() | {"delay": 1.0, "leave": False, "disable": not job.reports}
+    with tqdm(total=total, unit="B", unit_scale=True, desc="scoring", **settings) as bar:
         yield bar
 
 
