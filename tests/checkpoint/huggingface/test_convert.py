@@ -223,6 +223,8 @@ def test_weights_under_another_name(tmp_path: Path, spoil: Callable[[Path], None
 
 
 def test_no_such_directory(tmp_path: Path) -> None:
+    refuse(tmp_path, "hf does not exist")
+    (tmp_path / "hf").write_text("{}")
     refuse(tmp_path, "hf is not a directory")
 
 
