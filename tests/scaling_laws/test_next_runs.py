@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from qwen_moe.cli import main
 from qwen_moe.config import load_config
 from qwen_moe.models.flops import count_parameters
 from scaling_laws.ladder import STEP
-from scaling_laws.next_runs import Prices, _Design, _Known, _Package, next_runs
+from scaling_laws.next_runs import Prices, _Design, _Known, _Package, excess_after, next_runs
 from scaling_laws.runs import read_runs
 from scaling_laws.surface_fit import _LOSS, Posterior, _solved, posterior
 from tests.scaling_laws.data import LAWS, best_loss, optimum, synthetic
@@ -153,6 +154,13 @@ def test_prices_decide_which_runs_and_when_to_stop(few: Posterior) -> None:
     limited = next_runs(few, TARGET, SIZES, RATIOS, count=6, flops=2e18)
     assert 0 < sum(run.flops for run in limited.runs) <= 2e18 and limited.excess_after > free.excess_after
     assert not next_runs(few, TARGET, SIZES, RATIOS, flops=1.0).runs
+
+
+def test_the_excess_after_a_run_is_that_of_the_advice_to_make_it(few: Posterior) -> None:
+    advice = next_runs(few, TARGET, SIZES, RATIOS, count=1)
+    far = replace(advice.runs[0], learning_rate=1e3 * advice.runs[0].learning_rate)
+    assert excess_after(few, TARGET, [advice.runs[0], far]) == pytest.approx([advice.excess_after, advice.excess])
+    assert advice.excess_after < advice.excess
 
 
 def test_no_run_is_advised_twice(few: Posterior) -> None:
