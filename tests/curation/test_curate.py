@@ -307,7 +307,7 @@ def test_damaged_files_and_other_encodings_are_named(tmp_path: Path, capsys: pyt
     [
         ({"filters": [{"gopher_qualty": {}}]}, "did you mean 'gopher_quality'?"),
         ({"filters": [{"gopher_quality": {"min_words": 3}}]}, "unknown setting 'min_words'; did you mean 'min_doc_words'?"),
-        ({"filters": [{"gopher_quality": {"min_doc_words": "many"}}]}, "min_doc_words = 'many': Input should be a valid"),
+        ({"filters": [{"gopher_quality": {"min_doc_words": "many"}}]}, "min_doc_words = 'many': Input should be a whole"),
         ({"filters": [{"regex": {"regex_exp": "("}}]}, "missing ), unterminated subpattern"),
         ({"filters": [{"language": {"languages": ["xx"]}}]}, "language 'xx' is not known: give some of en, de"),
         ({"words": "tlh"}, "the library's word tokenizer of this language cannot run"),
