@@ -207,7 +207,7 @@ def summary(trace: StepTrace) -> list[str]:
         f"{counted(len(trace.counter.collectives), 'collective')} of {_amount(bytes_sent, 'B')}",
         f"{counted(len(waits(trace)), 'wait')} of the host; in a layer's experts {waits_in_experts(trace):g} for each "
         "micro-batch",
-        f"{wide_kernels(trace):,} index kernels over tokens x experts",
+        f"{counted(wide_kernels(trace), 'index kernel')} over tokens x experts",
     ]
 
 

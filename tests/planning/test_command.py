@@ -109,7 +109,7 @@ def test_the_best_layout_is_traced(recipe: Path, capsys: pytest.CaptureFixture[s
     assert json.loads(capsys.readouterr().out) == facts["trace"]
     assert plan(*small, "--precision", "bf16", "--trace") == 0
     text = capsys.readouterr().out
-    assert "\n1. " in text and f"{facts['trace']['launches']:,} launches" in text
+    assert "\n1. " in text and f"{facts['trace']['total']['launches']:,} launches" in text
 
 
 def test_what_cannot_be_traced_is_refused_before_the_search(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
