@@ -174,7 +174,7 @@ def test_two_stages_send_hidden_states_and_gradients(rank: int) -> None:
 
 @pytest.mark.parametrize("parallel", [{"tp": 2, "ep": 2, "etp": 2}, {"etp": 4}, {"tp": 4, "etp": 4}], ids=str)
 def test_etp_copies_without_a_wait_and_its_rows_are_no_index_over_all_experts(parallel: dict[str, int]) -> None:
-    model = recipe()["model"] | {"moe_intermediate_size": 32}
+    model = recipe()["model"] | {"moe_intermediate_size": 32, "num_hidden_layers": 1}
     trace = trace_step(config(parallel=parallel, model=model), 4)
     assert waits_in_experts(trace) == 1
     assert wide_kernels(trace) == 0  # with etp 4, T * K * 4 rows arrive: more than the T * E elements of a mask
