@@ -26,9 +26,8 @@ def check_choices(name: str, task: Any, limit: float | None = None) -> str:
         if not choices:
             raise UserError(f"{where} has no choices: correct it, or leave it out")
         answers = answer if isinstance(answer, list) else [answer]
-        kinds = (
-            int if isinstance(answer, list) else (int, str)
-        )  # of several right answers, the harness knows numbers only
+        # Of several right answers the harness knows numbers only.
+        kinds = int if isinstance(answer, list) else (int, str)
         if wrong := [one for one in answers if not isinstance(one, kinds)]:
             raise UserError(
                 f"the right answer of {where} is {wrong[0]!r:.60}, expected the number of a choice (0 to "
