@@ -133,12 +133,11 @@ class RunConfig(Section):
             )
 
     def _check_kernels(self) -> None:
-        schedule = self.parallel.schedule
-        if self.precision.kernels == "te" and self.parallel.pp > 1 and schedule in ("zbv", "dualpipev"):
+        if self.precision.kernels == "te" and self.parallel.backward_in_halves:
             raise ValueError(
-                f"precision.kernels te cannot be combined with parallel.schedule {schedule}, which runs backward in two "
-                "halves: Transformer Engine's layers free in the first what the second needs. Use precision.kernels torch, "
-                "or parallel.schedule 1f1b or interleaved_1f1b"
+                f"precision.kernels te cannot be combined with parallel.schedule {self.parallel.schedule}, which runs "
+                "backward in two halves: Transformer Engine's layers free in the first what the second needs. Use "
+                "precision.kernels torch, or parallel.schedule 1f1b or interleaved_1f1b"
             )
 
     def _check_reads(self) -> None:

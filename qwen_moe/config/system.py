@@ -48,9 +48,14 @@ class ParallelConfig(Section):
     collective_timeout_minutes: Annotated[PositiveFloat, Field(le=60 * 24 * 30)] = 30.0
     check_collectives: bool = False
 
+    @property
+    def backward_in_halves(self) -> bool:
+        """Whether the schedule computes gradients of activations first and those of weights later."""
+        return self.pp > 1 and self.schedule in ("zbv", "dualpipev")
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.pp > 1 and self.schedule in ("zbv", "dualpipev") and self.sharding == "zero3":
+        if self.backward_in_halves and self.sharding == "zero3":
             raise ValueError(
                 f"schedule {self.schedule} splits backward into two halves, between which torch's FSDP would free the "
                 "weights that zero3 gathers (gradients would be wrong): use sharding zero2 with it, or another schedule"

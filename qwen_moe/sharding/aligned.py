@@ -4,6 +4,10 @@ from qwen_moe.config import ModelConfig
 from qwen_moe.errors import UserError
 
 ALIGNED = 8  # features of an expert in bf16, 16 bytes
+_WHY = (
+    "which grouped GEMMs need (rows of 16 bytes): the experts would run one at a time, and such models cannot be planned "
+    "for or traced"
+)
 
 
 def check_aligned(model: ModelConfig, etp: int = 1) -> None:
@@ -20,9 +24,3 @@ def check_aligned(model: ModelConfig, etp: int = 1) -> None:
             f"parallel.etp {etp} cuts experts of model.moe_intermediate_size {size} into slices of {size // etp}, which is "
             f"not a multiple of {ALIGNED}, {_WHY}: lower parallel.etp"
         )
-
-
-_WHY = (
-    "which grouped GEMMs need (rows of 16 bytes): the experts would run one at a time, and such models cannot be planned "
-    "for or traced"
-)

@@ -7,7 +7,6 @@ from parallel.kernels.quantizer import Recipe
 from parallel.kernels.torch_fp8 import TorchFp8
 from parallel.kernels.transformer_engine import KernelsUnavailable, TransformerEngineKernels
 from parallel.mesh import Grids
-from parallel.stages import V_SHAPED
 from qwen_moe.config import Fp8Config, RunConfig
 from qwen_moe.errors import UserError
 from qwen_moe.models.ops.grouped_matmul import grouped_mm
@@ -52,11 +51,10 @@ def _transformer_engine(config: RunConfig, grids: Grids, recipe: Recipe | None) 
         raise KernelsUnavailable(
             f"Transformer Engine computes in bf16 or FP8, but precision.compute is {config.precision.compute}"
         )
-    schedule = config.parallel.schedule
-    if config.parallel.pp > 1 and schedule in V_SHAPED:
+    if config.parallel.backward_in_halves:
         raise KernelsUnavailable(
-            f"parallel.schedule {schedule} runs backward in two halves, and Transformer Engine's layers free in the first "
-            "what the second needs: use schedule 1f1b or interleaved_1f1b, or precision.kernels=torch"
+            f"parallel.schedule {config.parallel.schedule} runs backward in two halves, and Transformer Engine's layers "
+            "free in the first what the second needs: use schedule 1f1b or interleaved_1f1b, or precision.kernels=torch"
         )
     if recipe is not None and recipe.name == "delayed" and config.parallel.ep_overlap:
         raise KernelsUnavailable(
